@@ -1,0 +1,60 @@
+# make train   everything from nothing to a trained model      make test      lint and tests, minutes
+# make setup   the part that both begin with: .venv            make test-all  the slow checks too
+# make lock    resolve requirements.lock anew
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+# The first of these that is 3.10 to 3.12; `make PYTHON=/path/to/python3.12 ...` overrides.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --require-virtualenv
+# What must not be inherited: a user's site-packages, or another project's path.
+export PYTHONNOUSERSITE := 1
+unexport PYTHONPATH
+
+.PHONY: setup train test test-all lock clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.installed
+
+# torch first and by its pin, so that no other package pulls another build of it.
+$(VENV)/.installed: pyproject.toml requirements.lock
+	@test -n "$(PYTHON)" || { echo "error: Python 3.10, 3.11 or 3.12 is needed; none was found (make PYTHON=/path/to/python3.12)" >&2; exit 2; }
+	@echo "setup: creating $(VENV) with $$($(PYTHON) --version) and installing the pinned dependencies (some minutes the first time)"
+	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; exit 2; }
+	@$(PIP) install $$(grep -E '^torch==' requirements.lock | cut -d' ' -f1)
+	@$(PIP) install -c requirements.lock -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "setup: installing what the tests need"
+	@$(PIP) install -c requirements.lock -e '.[test]'
+	@touch $@
+
+train: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed train.py ffn=swiglu
+
+test: $(VENV)/.installed-test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-cache
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed-test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-cache
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m ''
+
+# Pins that stand in the lock stay (edit or delete a line to move it). CUDA libraries and Triton are left out: torch's own
+# metadata pins them for the build of torch that is installed.
+lock: setup
+	@$(PIP) install uv
+	@cp requirements.lock requirements.lock.new
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-header --all-extras \
+		--no-emit-package flash-attn pyproject.toml -o requirements.lock.new
+	@{ grep '^#' requirements.lock; grep -vE '^(#|nvidia-|cuda-|triton==|setuptools==)' requirements.lock.new; } > requirements.lock.tmp
+	@rm requirements.lock.new && mv requirements.lock.tmp requirements.lock
+
+clean:
+	rm -rf $(VENV)

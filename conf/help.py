@@ -1,0 +1,38 @@
+"""The text of `train.py --help`, made from the schema: groups with their choices, then every key with its line of help."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+from conf.load import choices, keys
+from conf.schema import GROUPS, Config
+
+EXAMPLES = """\
+  deepspeed train.py ffn=swiglu                             the default run: a small model on the standard library's text
+  deepspeed --num_gpus 2 train.py ffn=reglu zero=2          two data-parallel ranks (on a CPU too)
+  python train.py ffn=custom ffn.formula='x*sigmoid(1.702*x)'
+  python train.py data=text data.path=notes/ steps=500
+  deepspeed train.py model=llama_1b data=parquet data.path=fineweb/ tokenizer=huggingface tokenizer.path=tokenizer.json\
+"""
+
+
+def print_help(program: str) -> None:
+    """Print usage, examples, the groups with their choices, and every key with its default and meaning."""
+    types = typing.get_type_hints(Config)
+    print(f"usage: {program} GROUP=CHOICE ... key=value ...\n")
+    if program == "train.py":
+        print(f"Trains a LLaMA-style decoder. The same command again goes on where it stopped.\n\nexamples\n{EXAMPLES}\n")
+    print("groups")
+    for group in GROUPS:
+        print(f"  {group + '=':<12}{' | '.join(choices(group))}")
+    section = None
+    for name, _, field in keys():
+        group = name.rpartition(".")[0]
+        if group != section:
+            section = group
+            print(f"\n{types[group].__doc__.strip() if group else 'keys'}")
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        default = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+        print(f"  {f'{name}={default}':<44}{field.metadata['help']}")
+    print(f"\n{program} --cfg prints the composed configuration. A preset (model=...) sets its own values of these keys.")

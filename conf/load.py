@@ -1,0 +1,214 @@
+"""From a command line to a typed `Config`: compose with Hydra, and say in one sentence what is wrong with a mistyped one.
+
+Hydra's compose API is used rather than `hydra.main`, because this project owns the run folder, the console and the exit
+status. The override grammar is Hydra's (`group=choice key=value`), with two courtesies: a formula or a path needs no second
+layer of quotes, and an integer may be typed as `1e9`. What is not here: the meaning of keys (`conf/schema.py`) and the rules
+by which values must fit together (`conf/validate.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError, unknown
+from conf.schema import GROUPS, Config
+
+FOLDER = Path(__file__).resolve().parent
+FREE_FORM = ("data.parts",)  # dictionaries whose keys are the user's own
+PLAIN_TEXT = ("ffn.formula", "data.path", "tokenizer.path", "run", "runs", "data.prepared")  # taken as typed, not parsed
+LARGEST_FORMULA = 10_000  # characters; the parser of formulas refuses far shorter ones, this only bounds Hydra's work
+# What does not change what is learned, so it neither names a run nor stops one from going on (conf/validate.py: resumable).
+NOT_IN_NAME = ("run", "runs", "resume", "logger", "zero", "parallel", "micro_batch_size", "data.prepared", "data.workers")
+
+
+def choices(group: str) -> list[str]:
+    """Return the names that `group=` takes."""
+    return sorted(path.stem for path in (FOLDER / group).glob("*.yaml"))
+
+
+def keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """Yield (dotted key, type, field) of every leaf of the schema."""
+    types = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(types[field.name]):
+            yield from keys(types[field.name], f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, types[field.name], field
+
+
+def load(argv: list[str], program: str = "train.py") -> Config:
+    """Compose the configuration that `argv` (overrides, without the program's name) asks for.
+
+    `--help` prints the keys and exits; `--cfg` prints the composed configuration and exits.
+
+    Raises:
+        UserError: an override that is not understood, an unknown group, choice or key, or a value of the wrong type.
+    """
+    if any(word in ("-h", "--help") for word in argv):
+        from conf.help import print_help
+
+        print_help(program)
+        raise SystemExit(0)
+    show = [word for word in argv if word == "--cfg"]
+    overrides = [_prepare(word, program) for word in argv if word != "--cfg"]
+    _refuse_two_lengths(overrides)
+    config = _compose(overrides)
+    if config.run is None:
+        config.run = run_name(config, overrides)
+    if show:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def run_command(main: Callable[[list[str]], int | None]) -> None:
+    """Run a command line program: `main(argv)`; bad input is one sentence on standard error and status 2."""
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # `... | head` closed the pipe: nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    raise SystemExit(status or 0)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain nested dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """Return the configuration as YAML, every key resolved."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def from_yaml(path: str | os.PathLike[str]) -> Config:
+    """Read back a `config.yaml` that `to_yaml` wrote.
+
+    Raises:
+        UserError: the file is missing, is no YAML, or does not fit the schema.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))  # type: ignore
+    except FileNotFoundError as error:
+        raise UserError(f"{os.fspath(path)} does not exist") from error
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{os.fspath(path)} is not a configuration of this version: {reason}") from error
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of nested dictionaries."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def run_name(config: Config, overrides: list[str]) -> str:
+    """Name a run after its command: model, arm, and what else was overridden, so that the same command finds it again."""
+    words = [config.model.name, config.ffn.name]
+    for override in sorted(override.lstrip("+") for override in overrides):
+        key, _, value = override.partition("=")
+        if key in ("model", "ffn") or any(key == name or key.startswith(name + ".") for name in NOT_IN_NAME):
+            continue
+        value = re.sub(r"[^A-Za-z0-9.]+", "_", value).strip("_")
+        if value != "null":
+            words.append(value if key in GROUPS else key.split(".")[-1] + value)
+    name = "-".join(words)
+    if len(name) > 80:  # keep folder names short, and still distinct
+        name = f"{name[:70]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def _prepare(word: str, program: str) -> str:
+    """Check one override's key against the schema and normalise its value; return what Hydra is to parse."""
+    if word.startswith("-"):
+        raise UserError(f"unknown option {word!r}: {program} takes GROUP=CHOICE and key=value; --help lists them")
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise UserError(f"{word!r} is not an override: write GROUP=CHOICE or key=value ({program} --help lists them)")
+    key = key.lstrip("+")
+    if key in GROUPS:
+        if value not in choices(key):
+            raise unknown(key, value, choices(key))
+        return f"{key}='{value}'"  # quoted: a bare `zero=1` would reach Hydra as a number
+    if any(key == name or key.startswith(name + ".") for name in FREE_FORM):
+        return f"+{key}={value}"
+    known = {name: kind for name, kind, _ in keys()}
+    if key not in known:
+        siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+        raise unknown("key", key, siblings if siblings and "." in key else [*siblings, *GROUPS])
+    if key in PLAIN_TEXT and value[:1] not in ("'", '"', "[") and value not in ("null", ""):
+        if len(value) > LARGEST_FORMULA:
+            raise UserError(f"{key} has {len(value):,} characters; at most {LARGEST_FORMULA:,} are read")
+        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    elif known[key] in (int, typing.Optional[int]) and re.fullmatch(r"[0-9.]+[eE]\+?[0-9]+", value):
+        if float(value).is_integer():
+            value = str(int(float(value)))
+    return f"{key}={value}"
+
+
+def _refuse_two_lengths(overrides: list[str]) -> None:
+    typed = {override.partition("=")[0] for override in overrides}
+    if {"steps", "tokens"} <= typed:
+        raise UserError("both steps and tokens were given: say how long to train with one of them")
+
+
+def _compose(overrides: list[str]) -> Config:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    parser = OverridesParser.create()
+    for override in overrides:
+        try:
+            parser.parse_override(override)
+        except HydraException as error:
+            raise UserError(f"cannot read {override!r}: a bracket, a quote or a comma is not where it should be") from error
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        with initialize_config_dir(str(FOLDER), version_base="1.3"):
+            composed = compose("config", overrides)
+        return OmegaConf.to_object(composed)  # type: ignore[return-value]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_sentence(error)) from error
+
+
+def _sentence(error: Exception) -> str:
+    """Boil Hydra's nested, many-line complaint down to the key, the value and what was expected."""
+    text = f"{error}\n{error.__cause__ or ''}"
+    value = re.search(r"Value '(.*?)'", text)
+    where = re.search(r"full_key: (\S+)", text)
+    kinds = {"to Integer": "a whole number", "to Float": "a number", "valid bool": "true or false"}
+    expected = next((words for mark, words in kinds.items() if mark in text), None)
+    if value and where and expected:
+        return f"{where.group(1)}={value.group(1)}: expected {expected}"
+    return " ".join(str(error.__cause__ or error).split())
