@@ -1,0 +1,303 @@
+"""Where text comes from: one reader a source, each an iterator of documents in an order that never changes.
+
+Also what a corpus is known by (`fingerprint`) and what the parts of a blend are. Finding and unpacking files is in
+`files.py`; what becomes of the documents is in `prepare.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from conf.errors import UserError, unknown
+from conf.schema import DataConfig
+from data.files import find_files, need, not_utf8, read_chunks, read_lines, stamp
+
+SOURCES = ("stdlib", "text", "jsonl", "parquet", "hf", "blend")
+SUFFIXES = {"text": None, "jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq")}
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# A text file is one document up to WHOLE bytes. A longer one is cut at line ends into documents of about CUT bytes: memory
+# stays bounded, and of a corpus that is one large file a share can be held out.
+WHOLE = 256 << 10
+CUT = 64 << 10
+
+
+class Document(NamedTuple):
+    """One document."""
+
+    name: str  # where it stands: file, file:line, file row, ...
+    text: str  # not empty, valid Unicode
+    share: float  # of the source that has been read with it, 0 to 1, for a progress bar
+
+
+def documents(config: DataConfig) -> Iterator[Document]:
+    """Iterate over the documents of a source (not of a blend: see `parts`); empty ones are left out.
+
+    Raises:
+        UserError: a file is missing, empty, unreadable, damaged, not UTF-8 (with the byte offset), or has not the field;
+            or there is no text at all.
+    """
+    readers = {"stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "parquet": _parquet, "hf": _hf}
+    if config.source not in readers:
+        raise unknown("data source", config.source, readers)
+    nothing = True
+    for document in readers[config.source](config):
+        if document.text:
+            nothing = False
+            yield document
+    if nothing:
+        raise UserError(f"there is no text in data={config.name}" + (f" ({config.path})" if config.path else ""))
+
+
+def fingerprint(config: DataConfig) -> str:
+    """Return what a corpus is known by: equal when the documents are, without reading large files.
+
+    stdlib: a hash of the content. Files: path, size and time of change. hf: names, and the data set's own fingerprint.
+    Raises UserError as `documents` does for what is missing.
+    """
+    if config.source == "blend":
+        known: Any = {name: [weight, fingerprint(part)] for name, (weight, part) in parts(config).items()}
+    elif config.source == "stdlib":
+        digest = hashlib.blake2b(digest_size=16)
+        for name, path in _stdlib_files():
+            raw = path.read_bytes()
+            digest.update(f"{name}\0{len(raw)}\0".encode() + raw)
+        known = digest.hexdigest()
+    elif config.source == "hf":
+        known = [str(config.path), config.subset, config.split, config.field, _load_hf(config)._fingerprint]
+    elif config.source in SUFFIXES:
+        known = [config.field if config.source != "text" else None, *map(stamp, _files(config))]
+    else:
+        raise unknown("data source", config.source, SOURCES)
+    return json.dumps([config.source, known], sort_keys=True)
+
+
+def parts(config: DataConfig) -> dict[str, tuple[float, DataConfig]]:
+    """Return the parts of a blend: their share of the samples (all shares add to 1) and their own configuration.
+
+    A part's source is its key `source`, or its name where that is a source; keys that it does not set are the blend's.
+
+    Raises:
+        UserError: no parts, an unknown key or source, a weight that is no positive number.
+    """
+    if not isinstance(config.parts, dict) or not config.parts:
+        raise UserError(
+            "data=blend needs its parts: data.parts.NAME.weight=W data.parts.NAME.path=PATH for each of them"
+        )
+    allowed = {f.name for f in fields(DataConfig)} - {"parts", "name", "prepared", "workers"}
+    found = {}
+    for name, values in config.parts.items():
+        if not isinstance(values, dict):
+            raise UserError(f"data.parts.{name} must hold keys such as weight, source and path, not {values!r}")
+        values = dict(values)
+        weight = values.pop("weight", 1.0)
+        good = (
+            isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight) and weight > 0
+        )
+        if not good:
+            raise UserError(f"data.parts.{name}.weight must be a positive number, not {weight!r}")
+        for wrong in sorted(set(values) - allowed):
+            raise unknown(f"key of data.parts.{name}", wrong, allowed | {"weight"})
+        source = values.pop("source", name)
+        if source not in SOURCES or source == "blend":
+            raise unknown(
+                f"source of the part {name!r} (set data.parts.{name}.source)", source, set(SOURCES) - {"blend"}
+            )
+        base = replace(config, name=str(name), source=source, path=None, parts={})
+        found[str(name)] = (float(weight), replace(base, **values))
+    total = sum(weight for weight, _ in found.values())
+    return {name: (weight / total, part) for name, (weight, part) in found.items()}
+
+
+def _files(config: DataConfig) -> list[Path]:
+    if not config.path or config.path == "???":
+        raise UserError(f"data={config.name} needs data.path: a file, a glob, a folder, or a list of them")
+    return find_files(config.path, SUFFIXES[config.source])
+
+
+def _sized(config: DataConfig) -> Iterator[tuple[Path, float, float]]:
+    """Yield every file with the share of the corpus before it and its own share."""
+    files = _files(config)
+    sizes = [stamp(path)[1] for path in files]
+    total, before = max(1, sum(sizes)), 0
+    named = {str(entry) for entry in (config.path if isinstance(config.path, (list, tuple)) else [config.path])}
+    for path, size in zip(files, sizes, strict=True):
+        # A text file in a folder may well be empty (an __init__.py); one that was named, or that should hold records, not.
+        if not size and (config.source != "text" or str(path) in named):
+            raise UserError(f"{path} is empty")
+        yield path, before / total, size / total
+        before += size
+
+
+def _stdlib_files() -> list[tuple[str, Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    found = []
+    for where, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        for name in names:
+            path = Path(where, name)
+            inside = not path.is_symlink() or path.resolve().is_relative_to(root.resolve())
+            if name.endswith(".py") and inside and path.is_file():
+                found.append((path.relative_to(root).as_posix(), path))
+    if not found:
+        raise UserError(f"this Python has no library sources in {root}; choose another corpus, such as data=text")
+    return sorted(found)
+
+
+def _stdlib(config: DataConfig) -> Iterator[Document]:
+    files = _stdlib_files()
+    for i, (name, path) in enumerate(files):
+        try:
+            yield Document(name, path.read_bytes().decode("utf-8"), (i + 1) / len(files))
+        except UnicodeDecodeError:
+            continue  # only tests of codecs are like that, and a corpus that nobody chose should not stop anybody
+
+
+def _text(config: DataConfig) -> Iterator[Document]:
+    for path, before, own in _sized(config):
+        size = max(1, path.stat().st_size)
+        buffer, offset, cutting = b"", 0, False
+        for chunk, read in read_chunks(path):
+            buffer += chunk
+            cutting = cutting or len(buffer) > WHOLE
+            while cutting and len(buffer) > 2 * CUT:
+                end = _line_end(buffer)
+                share = before + own * read / size
+                yield Document(f"{path} at byte {offset}", _decode(path, buffer[:end], offset), share)
+                buffer, offset = buffer[end:], offset + end
+        if buffer:
+            name = f"{path} at byte {offset}" if offset else str(path)
+            yield Document(name, _decode(path, buffer, offset), before + own)
+
+
+def _line_end(buffer: bytes) -> int:
+    """Return where to cut: after the last line feed of the first CUT bytes, or else between two characters."""
+    end = buffer.rfind(b"\n", 0, CUT) + 1
+    if end == 0:
+        end = CUT
+        while end > CUT - 4 and buffer[end] & 0xC0 == 0x80:  # 10xxxxxx continues a character
+            end -= 1
+    return end
+
+
+def _decode(path: Path, raw: bytes, offset: int) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error, offset) from error
+
+
+def _jsonl(config: DataConfig) -> Iterator[Document]:
+    for path, before, own in _sized(config):
+        size, offset = max(1, path.stat().st_size), 0
+        for number, (line, read) in enumerate(read_lines(path), start=1):
+            text = _decode(path, line, offset)
+            offset += len(line) + 1
+            if not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path} line {number} is not JSON: {error.msg} at column {error.colno}; "
+                    f"data=jsonl takes one JSON object a line"
+                ) from error
+            if not isinstance(record, dict):
+                raise UserError(f"{path} line {number} is a JSON {type(record).__name__}, not an object with fields")
+            value = _field(record, config.field, f"{path} line {number}")
+            if "\\u" in text:  # the one way in which half of a surrogate pair gets into a string
+                try:
+                    value.encode("utf-8")
+                except UnicodeEncodeError as error:
+                    half = f"\\u{ord(value[error.start]):04x}"
+                    raise UserError(f"{path} line {number} holds half of a surrogate pair ({half}), no text") from error
+            yield Document(f"{path} line {number}", value, before + own * read / size)
+
+
+def _field(record: dict[str, Any], name: str, where: str) -> str:
+    if name not in record:
+        raise _no_field(name, where, record)
+    if not isinstance(record[name], str):
+        raise UserError(f"{where}: the field {name!r} holds {type(record[name]).__name__}, not text")
+    return record[name]
+
+
+def _no_field(name: str, where: str, fields_there: Any) -> UserError:
+    there = ", ".join(map(str, fields_there)) or "none"
+    return UserError(f"{where} has no field {name!r}; its fields are {there}: set data.field")
+
+
+def _parquet(config: DataConfig) -> Iterator[Document]:
+    pyarrow = need("pyarrow", "data=parquet")
+    parquet = need("pyarrow.parquet", "data=parquet")
+    for path, before, own in _sized(config):
+        row = 0
+        try:
+            with parquet.ParquetFile(path) as file:
+                if config.field not in file.schema_arrow.names:
+                    raise _no_field(config.field, str(path), file.schema_arrow.names)
+                total = max(1, file.metadata.num_rows)
+                for batch in file.iter_batches(batch_size=256, columns=[config.field]):
+                    for value in batch.column(0):
+                        row += 1
+                        text = value.as_py()
+                        if text is None:
+                            continue  # a null is an absent document
+                        text = _field({config.field: text}, config.field, f"{path} row {row}")
+                        yield Document(f"{path} row {row}", text, before + own * row / total)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path} row {row} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} of the text"
+            ) from error
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"cannot read {path} as parquet: {reason}") from error
+
+
+def _load_hf(config: DataConfig) -> Any:
+    """Load the data set: one saved with `save_to_disk`, or anything that `datasets.load_dataset` takes."""
+    datasets = need("datasets", "data=hf")
+    if not config.path or config.path == "???":
+        raise UserError(f"data={config.name} needs data.path: the name of a data set, or a folder that holds one")
+    datasets.disable_progress_bars()
+    folder = Path(str(config.path)).expanduser()
+    try:
+        if any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(str(folder))
+            if hasattr(loaded, "keys"):
+                if config.split not in loaded:
+                    raise UserError(
+                        f"{folder} has no split {config.split!r}; it has {', '.join(loaded)}: set data.split"
+                    )
+                loaded = loaded[config.split]
+        else:
+            loaded = datasets.load_dataset(
+                str(folder) if folder.exists() else config.path, config.subset, split=config.split
+            )
+    except UserError:
+        raise
+    except Exception as error:  # the library raises a dozen kinds for what a user mistypes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot load the data set {config.path} (split {config.split}): {reason}") from error
+    if config.field not in loaded.column_names:
+        raise _no_field(config.field, f"the data set {config.path}", loaded.column_names)
+    return loaded
+
+
+def _hf(config: DataConfig) -> Iterator[Document]:
+    rows = _load_hf(config).select_columns([config.field]).with_format(None)
+    number = 0
+    for batch in rows.iter(batch_size=256):
+        for text in batch[config.field]:
+            number += 1
+            if text is None:
+                continue
+            name = f"{config.path} row {number}"
+            yield Document(name, _field({config.field: text}, config.field, name), number / len(rows))

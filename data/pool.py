@@ -1,0 +1,145 @@
+"""Worker processes: what a worker does, and how groups of documents are handed out, collected and stopped.
+
+Workers are spawned, not forked (the parent may hold threads and a GPU), and import neither the program that started them
+nor torch. They end with their parent, however it ends. What a group is, is decided in `prepare.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from data.shards import Shard, write_group, write_shard
+from data.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Group:
+    """A stretch of the corpus: what one worker turns into at most one shard a split."""
+
+    number: int
+    texts: dict[str, list[str]]  # split -> documents
+    text_bytes: dict[str, int]  # split -> UTF-8 bytes of them
+    text_hash: str  # of all documents, in order
+    share: float  # of the corpus that has been read with it, for the progress bar
+
+
+def encode_group(folder: Path, tokenizer: Tokenizer, group: Group) -> list[Shard]:
+    """Tokenize a group, write its shards, then its record; return the shards. UserError as `write_shard`."""
+    shards = []
+    for split, texts in group.texts.items():
+        if texts:
+            ids = tokenizer.encode_batch(texts)
+            size = group.text_bytes[split]
+            shards.append(
+                write_shard(folder, split, group.number, ids, size, tokenizer.eos_id, tokenizer.vocab_size),
+            )
+    write_group(folder, group.number, group.text_hash, tokenizer.hash, shards)
+    return shards
+
+
+_worker_tokenizer: Tokenizer | None = None  # of this worker process: loaded once, used for all of its groups
+
+
+def _start_worker(tokenizer_path: Path | None) -> None:
+    global _worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once and silently; files appear whole or not
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if tokenizer_path is not None:
+        _worker_tokenizer = load_tokenizer(tokenizer_path)
+
+
+def _end_with_parent() -> None:
+    # A parent that is killed cannot tell its workers, and they would wait for it for ever.
+    wait([multiprocessing.parent_process().sentinel])  # type: ignore[union-attr]
+    os._exit(1)
+
+
+def _work(folder: Path, group: Group) -> list[Shard]:
+    assert _worker_tokenizer is not None
+    return encode_group(folder, _worker_tokenizer, group)
+
+
+@contextlib.contextmanager
+def _no_main_module() -> Iterator[None]:
+    # A spawned process imports its parent's __main__: a training script, and with it torch. Nothing here needs that.
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+@contextlib.contextmanager
+def _pool(workers: int, tokenizer_path: Path | None, too_much: str) -> Iterator[Callable[..., Future]]:
+    """Yield a `submit`; on any failure, Ctrl-C included, the workers are ended at once."""
+    context = multiprocessing.get_context("spawn")
+    before = set(multiprocessing.active_children())
+    executor = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_path,))
+
+    def submit(function: Callable, *arguments: Any) -> Future:
+        with _no_main_module():  # workers are started by submit, as they are needed
+            return executor.submit(function, *arguments)
+
+    try:
+        yield submit
+    except BaseException as error:
+        for child in set(multiprocessing.active_children()) - before:
+            child.terminate()
+        executor.shutdown(wait=True, cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(f"a worker process died, most likely for lack of memory; {too_much}") from error
+        raise
+    executor.shutdown(wait=True)
+
+
+def run_apart(function: Callable, *arguments: Any) -> Any:
+    """Run one long call of a C++ library in a process of its own: Ctrl-C then ends it at once."""
+    with _pool(1, None, "lower tokenizer.train_megabytes") as submit:
+        return submit(function, *arguments).result()
+
+
+def encode_groups(
+    groups: Iterable[Group], folder: Path, tokenizer_path: Path, workers: int
+) -> Iterator[tuple[Group, list]]:
+    """Tokenize groups on `workers` processes and yield (group, its shards) in order.
+
+    At most `workers` + 1 groups are in memory here. A corpus of one group is done in this process.
+
+    Raises:
+        UserError: a worker could not write, or was killed.
+    """
+    groups = iter(groups)
+    first = list(itertools.islice(groups, 2))
+    if workers == 1 or len(first) < 2:
+        tokenizer = load_tokenizer(tokenizer_path)
+        for group in itertools.chain(first, groups):
+            yield group, encode_group(folder, tokenizer, group)
+        return
+    with _pool(workers, tokenizer_path, "lower data.workers or data.shard_megabytes") as submit:
+        waiting: deque[tuple[Group, Future]] = deque()
+        for group in itertools.chain(first, groups):
+            waiting.append((group, submit(_work, folder, group)))
+            if len(waiting) > workers:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()

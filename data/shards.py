@@ -1,0 +1,226 @@
+"""Shards: the format on disk (drawn in `data/__init__.py`), how one is written, and reading tokens across shards.
+
+Nothing appears under its final name half-written. Every open checks every size; checksums cost a read of the whole set, so
+`open_shards` checks them itself only where that takes well under a second, and `python -m data.verify` anywhere.
+What is written into which shard is decided in `prepare.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conf.errors import UserError
+from conf.files import atomic_write, say_why
+
+FORMAT = 1  # of the folder; a folder of another format is prepared anew beside it
+INDEX = "index.json"
+SPLITS = ("train", "held_out")
+VERIFY_AT_OPEN = 256 << 20  # bytes of a set whose checksums are checked at every open: a quarter of a second
+OPEN_FILES = 256  # maps that a reader keeps; each holds a file descriptor, and 1024 is a common limit of a process
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard, as the index records it."""
+
+    name: str  # "train-00012", without .bin
+    split: str  # train | held_out
+    tokens: int  # with one end-of-text a document
+    documents: int
+    bytes: int  # of text, UTF-8
+    checksum: str  # blake2b of the .bin, then the .idx
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the number format of tokens on disk: 2 bytes as long as every id fits."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def write_shard(
+    folder: Path,
+    split: str,
+    number: int,
+    documents: Sequence[Sequence[int]],
+    text_bytes: int,
+    eos_id: int,
+    vocab_size: int,
+) -> Shard:
+    """Write the tokens of some documents, each followed by `eos_id`, as one shard, and return its record.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; nothing is left under the shard's name then.
+    """
+    name = f"{split}-{number:05d}"
+    ends = np.cumsum([len(ids) + 1 for ids in documents], dtype="<i8")
+    tokens = np.full(int(ends[-1]), eos_id, token_dtype(vocab_size))
+    start = 0
+    for ids, end in zip(documents, ends.tolist(), strict=True):
+        tokens[start : end - 1] = ids
+        start = end
+    checksum = hashlib.blake2b(digest_size=16)
+    for suffix, array in ((".bin", tokens), (".idx", ends)):
+        path = folder / (name + suffix)
+        checksum.update(array.data)
+        with say_why("write", path), atomic_write(path, "wb") as file:
+            file.write(array.data)
+    return Shard(name, split, len(tokens), len(documents), text_bytes, checksum.hexdigest())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` atomically; UserError on a full disk or an unwritable folder."""
+    with say_why("write", path), atomic_write(path) as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read the index of a complete folder.
+
+    Raises:
+        UserError: there is none (the preparation has not finished), it is damaged, or of another format.
+    """
+    path = Path(folder) / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        what = "not completely prepared" if Path(folder).is_dir() else "missing"
+        raise UserError(f"{folder} is {what}; run python -m data.prepare with its data=... overrides") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and prepare the folder again") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise UserError(f"{path} is not of format {FORMAT}; delete the folder and prepare it again")
+    return index
+
+
+def shard_checksum(folder: Path, shard: Shard) -> str:
+    """Return the checksum of a shard's files as they are now (hex)."""
+    checksum = hashlib.blake2b(digest_size=16)
+    for suffix in (".bin", ".idx"):
+        with open(folder / (shard.name + suffix), "rb") as file:
+            while chunk := file.read(1 << 22):
+                checksum.update(chunk)
+    return checksum.hexdigest()
+
+
+def shard_problem(folder: Path, shard: Shard, dtype: np.dtype, checksum: bool = True) -> str | None:
+    """Say in half a sentence what is wrong with a shard ("FILE is ..."), or None if it is sound.
+
+    Args:
+        checksum: read the files and compare their checksum; else only compare their sizes.
+    """
+    for suffix, size in ((".bin", shard.tokens * dtype.itemsize), (".idx", shard.documents * 8)):
+        path = folder / (shard.name + suffix)
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+        if found != size:
+            return f"{path} has {found} bytes and should have {size}"
+    if checksum and shard_checksum(folder, shard) != shard.checksum:
+        return f"{folder / shard.name}.bin or .idx is not what was written (its checksum differs)"
+    return None
+
+
+class ShardSet:
+    """The tokens of several shards as one sequence, memory-mapped.
+
+    The sequence is a ring: it goes on at its beginning after its end. Its last token is an end-of-text, so that token -1,
+    the one before the first, is one too, and a stretch over the seam is a document end like any other.
+
+    Attributes:
+        tokens: length of the sequence. documents, text_bytes: what it holds.
+    """
+
+    def __init__(self, shards: Sequence[tuple[Path, Shard]], dtype: np.dtype) -> None:
+        """Args: shards, each with its folder, in order; dtype of all of them. Nothing is checked here (`open_shards`)."""
+        self.shards, self.dtype = list(shards), dtype
+        self._ends = np.cumsum([shard.tokens for _, shard in self.shards], dtype=np.int64)
+        self.tokens = int(self._ends[-1]) if self.shards else 0
+        self.documents = sum(shard.documents for _, shard in self.shards)
+        self.text_bytes = sum(shard.bytes for _, shard in self.shards)
+        self._map = functools.lru_cache(OPEN_FILES)(self._open)
+
+    def _open(self, number: int) -> np.ndarray:
+        folder, shard = self.shards[number]
+        path = folder / f"{shard.name}.bin"
+        try:
+            return np.memmap(path, self.dtype, mode="r", shape=(shard.tokens,))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the shard {path}: {error}") from error
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Return tokens [start, start + count) of the ring as int64, shape (count,); any `start` is good, -1 included."""
+        if self.tokens == 0:
+            raise IndexError("a set without tokens")
+        out = np.empty(count, np.int64)
+        filled, position = 0, start % self.tokens
+        while filled < count:
+            number = int(np.searchsorted(self._ends, position, side="right"))
+            first = int(self._ends[number]) - self.shards[number][1].tokens
+            piece = self._map(number)[position - first : position - first + count - filled]
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            position = (position + len(piece)) % self.tokens
+        return out
+
+    def document_ends(self, number: int) -> np.ndarray:
+        """Return where the documents of shard `number` end, in its tokens, end-of-text included: int64, (documents,)."""
+        folder, shard = self.shards[number]
+        return np.fromfile(folder / f"{shard.name}.idx", "<i8")
+
+
+def open_shards(folder: Path, index: dict[str, Any], split: str) -> ShardSet:
+    """Open the shards of one split.
+
+    Raises:
+        UserError: a shard is missing, has the wrong size or, in a set of up to VERIFY_AT_OPEN bytes, the wrong checksum.
+    """
+    folder = Path(folder)
+    dtype = token_dtype(index["vocab_size"])
+    shards = [Shard(**record) for record in index["shards"] if record["split"] == split]
+    small = sum(shard.tokens for shard in shards) * dtype.itemsize <= VERIFY_AT_OPEN
+    for shard in shards:
+        if problem := shard_problem(folder, shard, dtype, checksum=small):
+            raise UserError(
+                f"broken shard: {problem}; delete {folder / INDEX} and prepare it again, or restore the file"
+            )
+    return ShardSet([(folder, shard) for shard in shards], dtype)
+
+
+def write_group(folder: Path, number: int, text_hash: str, tokenizer_hash: str, shards: Sequence[Shard]) -> None:
+    """Record that the shards of stretch `number` are complete; written after them."""
+    record = {"text_hash": text_hash, "tokenizer_hash": tokenizer_hash, "shards": [asdict(shard) for shard in shards]}
+    write_json(folder / f"group-{number:05d}.json", record)
+
+
+def finished_group(
+    folder: Path, number: int, text_hash: str, tokenizer_hash: str, dtype: np.dtype
+) -> list[Shard] | None:
+    """Return the shards of stretch `number` if an earlier preparation finished them from this very text, else None."""
+    path = folder / f"group-{number:05d}.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        same = (record["text_hash"], record["tokenizer_hash"]) == (text_hash, tokenizer_hash)
+        shards = [Shard(**shard) for shard in record["shards"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # not written yet, or by a version that wrote something else: done again
+    sound = same and not any(shard_problem(folder, shard, dtype) for shard in shards)
+    return shards if sound else None
+
+
+def remove_leftovers(folder: Path, keep: set[str] | None = None) -> None:
+    """Remove temporary files of processes that were killed and, if `keep` is given, shards and records not named in it."""
+    for path in folder.iterdir():
+        temporary = path.name.startswith(".") and path.suffix == ".tmp"
+        stale = keep is not None and path.suffix in (".bin", ".idx") and path.stem not in keep
+        if temporary or stale or (keep is not None and path.name.startswith("group-") and path.stem not in keep):
+            os.unlink(path)

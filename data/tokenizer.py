@@ -1,0 +1,247 @@
+"""Text to token ids and back: SentencePiece tokenizers that are trained here, and foreign ones that are loaded.
+
+Notable here:
+- a tokenizer trained here is exact: decode(encode(text)) == text for every text that UTF-8 can hold;
+- what looks like a special token in a text ("</s>") is text, never the end of a document;
+- long texts are encoded in stretches, so that time and memory grow linearly.
+
+Which text it is trained on is decided in `prepare.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from conf.files import atomic_write, say_why
+from data.files import need
+
+# Every option of the trainer. A document is one "sentence", so that pieces may hold line ends and indentation.
+TRAINER: dict[str, Any] = {
+    "model_type": "bpe",  # trains in seconds where unigram takes minutes, and gives no more tokens on code
+    "split_by_whitespace": False,  # a piece may hold spaces inside: indentation, "in range", ":\n"
+    "max_sentencepiece_length": 16,  # characters
+    "byte_fallback": True,  # 256 byte pieces: any character has tokens
+    "character_coverage": 0.9999,  # the rarest characters go to the byte pieces rather than take a piece each
+    "normalization_rule_name": "identity",  # no character is changed
+    "add_dummy_prefix": False,  # no space is put before a text
+    "remove_extra_whitespaces": False,  # runs of spaces stay
+    "allow_whitespace_only_pieces": True,  # an indentation can be one piece
+    "max_sentence_length": 1 << 30,  # bytes; longer documents would be left out silently
+    "shuffle_input_sentence": False,  # the same text gives the same tokenizer
+    "num_threads": 2,  # a constant: unigram's sums depend on it
+    "minloglevel": 2,  # errors only; they come back as exceptions
+}
+
+SPACE = "\u2581"  # what SentencePiece writes for a space; in a text it can only be kept as bytes
+UNKNOWN = "\u2585"  # what its trainer writes for an unknown character; it leaves out documents that hold it
+STRETCH = (
+    1 << 16
+)  # characters encoded at once; SentencePiece is slower a character, and needs GBs, on much longer texts
+EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<end_of_text>")
+FILE_NAMES = ("tokenizer.model", "tokenizer.json")
+PROBE = "  a  b\t\r\n\x00</s> \u00e9e\u0301\ufb01\u3000\U0001f600 \n   def"  # changed by whatever normalises
+
+
+class Tokenizer:
+    """What both kinds share. `load_tokenizer` and `train_sentencepiece` make one.
+
+    Attributes:
+        vocab_size: number of ids; every id is below it.
+        eos_id: id of the end-of-text token.
+        hash: 32 hex digits, of the model file.
+        exact: decode gives back what was encoded, for any text.
+    """
+
+    file_name: str
+    vocab_size: int
+    eos_id: int
+    exact: bool
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+        self.hash = hashlib.blake2b(raw, digest_size=16).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without any begin or end token."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode several texts."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of some ids. Bytes that are no UTF-8 (a cut character) become U+FFFD."""
+        raise NotImplementedError
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the model file into `folder` as tokenizer.model or tokenizer.json and return its path."""
+        path = Path(folder, self.file_name)
+        with say_why("write", path), atomic_write(path, "wb") as file:
+            file.write(self.raw)
+        return path
+
+
+class _SentencePiece(Tokenizer):
+    file_name = FILE_NAMES[0]
+
+    def __init__(self, raw: bytes, name: str) -> None:
+        super().__init__(raw)
+        sentencepiece = need("sentencepiece", "this tokenizer")
+        sentencepiece.set_min_log_level(2)
+        try:
+            self._model = model = sentencepiece.SentencePieceProcessor(model_proto=raw)
+        except RuntimeError as error:
+            raise UserError(f"{name} is no SentencePiece model") from error
+        self.vocab_size, self.eos_id = model.get_piece_size(), model.eos_id()
+        if self.vocab_size == 0:
+            raise UserError(f"{name} is no SentencePiece model")
+        if self.eos_id < 0:
+            raise UserError(f"{name} has no end-of-text piece; train it with an eos_id, documents need an end")
+        # The bytes of every piece. Decoding by this table is exact where the library's own decoding is not (U+2581).
+        self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
+        bytes_there = {self._bytes[i]: i for i in range(self.vocab_size) if model.is_byte(i)}
+        self.exact = len(bytes_there) == 256 and self._join(model.encode(PROBE)).decode("utf-8", "replace") == PROBE
+        self._space = [bytes_there[bytes([b])] for b in SPACE.encode()] if self.exact else []
+
+    def _piece_bytes(self, i: int) -> bytes:
+        piece = self._model.id_to_piece(i)
+        if self._model.is_byte(i):
+            return bytes([int(piece[3:5], 16)])  # <0x41>
+        if self._model.is_control(i) or self._model.is_unknown(i):
+            return b""
+        return piece.replace(SPACE, " ").encode()
+
+    def _join(self, ids: Iterable[int]) -> bytes:
+        return b"".join([self._bytes[i] for i in ids])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if not self.exact:
+            return self._model.encode(list(texts), num_threads=1)
+        # One flat call for all stretches; None stands for a U+2581 between two of them.
+        stretches = [list(_stretches(text)) for text in texts]
+        flat = self._model.encode([s for some in stretches for s in some if s is not None], num_threads=1)
+        found, results = iter(flat), []
+        for some in stretches:
+            ids: list[int] = []
+            for stretch in some:
+                ids += self._space if stretch is None else next(found)
+            results.append(ids)
+        return results
+
+    def decode(self, ids: Sequence[int]) -> str:
+        ids = [int(i) for i in ids]
+        return self._join(ids).decode("utf-8", "replace") if self.exact else self._model.decode(ids)
+
+
+def _stretches(text: str) -> Iterator[str | None]:
+    """Cut a text after line ends into stretches of at most STRETCH characters, with None in place of every U+2581."""
+    for i, piece in enumerate(text.split(SPACE)):
+        if i:
+            yield None
+        start = 0
+        while len(piece) - start > STRETCH:
+            end = piece.rfind("\n", start, start + STRETCH) + 1 or start + STRETCH
+            yield piece[start:end]
+            start = end
+        if start < len(piece):
+            yield piece[start:] if start else piece
+
+
+class _HuggingFace(Tokenizer):
+    file_name = FILE_NAMES[1]
+    exact = False
+
+    def __init__(self, raw: bytes, name: str) -> None:
+        super().__init__(raw)
+        tokenizers = need("tokenizers", f"reading {name}")
+        try:
+            self._model = model = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"{name} is no tokenizer.json of Hugging Face tokenizers: {error}") from error
+        model.no_truncation()
+        model.no_padding()
+        model.encode_special_tokens = True  # what looks like a special token in a text is text
+        vocabulary = model.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        eos = next((e for e in EOS_NAMES if e in vocabulary), None)
+        if eos is None:
+            raise UserError(f"{name} has no end-of-text token; looked for {' '.join(EOS_NAMES)}")
+        self.eos_id = vocabulary[eos]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._model.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Load a SentencePiece `.model`, a Hugging Face `tokenizer.json`, or the one that lies in a folder.
+
+    Raises:
+        UserError: it is missing or unreadable, no tokenizer, or has no end-of-text token.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        inside = [path / name for name in FILE_NAMES if (path / name).is_file()]
+        if not inside:
+            raise UserError(f"there is no {' and no '.join(FILE_NAMES)} in {path}")
+        path = inside[0]
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+    return (_HuggingFace if path.suffix == ".json" else _SentencePiece)(raw, str(path))
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str] | None = None) -> Tokenizer:
+    """Train a tokenizer and return it; the same texts in the same order give the same file.
+
+    Args:
+        texts: documents. vocab_size: pieces, the 256 byte pieces and 3 special ones included. path: where to write the model.
+
+    Raises:
+        UserError: `vocab_size` is too small for the characters, or too large for the text; a size that works is named.
+    """
+    sentencepiece = need("sentencepiece", "training a tokenizer")
+    # Line ends are part of a document, so they must reach the trainer: it is given an iterator, not a file.
+    model = io.BytesIO()
+    sentences = (text.replace(UNKNOWN, "").replace("\0", "") for text in texts)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences, model_writer=model, vocab_size=vocab_size, **TRAINER
+        )
+    except (RuntimeError, OSError) as error:
+        raise _why_not_trained(str(error), vocab_size) from error
+    tokenizer = _SentencePiece(model.getvalue(), "the trained tokenizer")
+    if not tokenizer.exact:
+        raise UserError(
+            "the trained tokenizer does not give texts back exactly; TRAINER in data/tokenizer.py is to blame"
+        )
+    if path is not None:
+        with say_why("write", path), atomic_write(path, "wb") as file:
+            file.write(tokenizer.raw)
+    return tokenizer
+
+
+def _why_not_trained(message: str, vocab_size: int) -> UserError:
+    if match := re.search(r"value <= (\d+)", message):
+        return UserError(
+            f"the corpus is too small for tokenizer.vocab_size={vocab_size}: it supports at most {match[1]} pieces; "
+            f"set tokenizer.vocab_size={match[1]} or give it more text"
+        )
+    if match := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return UserError(
+            f"tokenizer.vocab_size={vocab_size} is too small: the bytes and the characters of this corpus alone take "
+            f"{match[1]} pieces; set tokenizer.vocab_size={int(match[1]) * 2} or more"
+        )
+    if "sentences_.empty()" in message:
+        return UserError("there is no text to train a tokenizer on")
+    return UserError(f"SentencePiece could not train a tokenizer of {vocab_size} pieces: {message.strip()}")

@@ -1,0 +1,87 @@
+"""`python -m data.verify FOLDER`, or with the overrides of `data.prepare`: every bit of a prepared folder is checked.
+
+Checksums, sizes, document boundaries, that every token is in the vocabulary, and that the tokenizer is the one of the shards.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from conf.errors import UserError
+from data.shards import Shard, read_index, shard_problem, token_dtype
+from data.tokenizer import load_tokenizer
+
+
+def check_shard(folder: Path, shard: Shard, vocab_size: int, eos_id: int) -> str | None:
+    """Say what is wrong with a shard, or None. Reads all of it."""
+    dtype = token_dtype(vocab_size)
+    if problem := shard_problem(folder, shard, dtype):
+        return problem
+    tokens = np.memmap(folder / f"{shard.name}.bin", dtype, mode="r")
+    ends = np.fromfile(folder / f"{shard.name}.idx", "<i8")
+    if int(tokens.max()) >= vocab_size:
+        return f"{folder / shard.name}.bin holds token {int(tokens.max())}, beyond the vocabulary of {vocab_size}"
+    if (np.diff(ends, prepend=0) < 1).any() or int(ends[-1]) != len(tokens):
+        return f"{folder / shard.name}.idx does not divide its tokens into documents"
+    if not (tokens[ends - 1] == eos_id).all():
+        return f"{folder / shard.name}.idx has a document that does not end with the end-of-text token {eos_id}"
+    return None
+
+
+def verify(folder: str | os.PathLike[str]) -> list[str]:
+    """Check a prepared folder, and the parts of a blend; print a line a shard and return what is wrong, a sentence each.
+
+    Raises:
+        UserError: there is no readable index to check against.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    problems = []
+    try:
+        if load_tokenizer(folder).hash != index["tokenizer_hash"]:
+            problems.append(f"the tokenizer in {folder} is not the one that made the shards")
+    except UserError as error:
+        problems.append(str(error))
+    print(f"{'BROKEN' if problems else 'ok':6}  {folder} tokenizer")
+    for record in index.get("shards", []):
+        shard = Shard(**record)
+        problem = check_shard(folder, shard, index["vocab_size"], index["eos_id"])
+        print(
+            f"{'BROKEN' if problem else 'ok':6}  {folder / shard.name}  {shard.tokens:,} tokens  {shard.documents:,} documents"
+        )
+        problems += [problem] if problem else []
+    for part in index.get("parts", []):
+        where = Path(os.path.normpath(folder / part["folder"]))
+        problems += verify(where)
+        if read_index(where)["tokenizer_hash"] != index["tokenizer_hash"]:
+            problems.append(f"the shards in {where} were made with another tokenizer than the one in {folder}")
+    return problems
+
+
+def main(argv: list[str]) -> int:
+    """The command: status 1 and a sentence for each thing that is broken."""
+    import sys
+
+    if len(argv) == 1 and (os.path.isdir(argv[0]) or ("=" not in argv[0] and not argv[0].startswith("-"))):
+        folder = Path(argv[0])
+    else:
+        from conf.load import load
+        from data.prepare import folder_of
+
+        config = load(argv, program="python -m data.verify")
+        folder = folder_of(config.data, config.tokenizer)
+    problems = verify(folder)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if not problems:
+        print("all is as it was written")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    from conf.load import run_command
+
+    run_command(main)
