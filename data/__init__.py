@@ -4,7 +4,8 @@
     files.py        finding and reading the files behind it: globs, folders, .gz, .zst
     tokenizer.py    training and loading a tokenizer; encode and decode
     shards.py       the format on disk: writing a shard, reading tokens across shards
-    prepare.py      the command that turns a corpus into a prepared folder; pool.py holds its worker processes
+    prepare.py      the command that turns a corpus into a prepared folder
+    pool.py         its worker processes; progress.py is what it shows meanwhile
     verify.py       the command that checks a prepared folder, bit by bit
     batches.py      sample number i of a run, and the windows of the held-out text
 
@@ -19,6 +20,6 @@ decides its content (the corpus, the tokenizer, the held-out share, the version 
     group-00000.json            record of that stretch, written after its shards: what a resumed preparation trusts
     index.json                  written last: there is one exactly when the folder is complete
 
-A blend has parts, each a prepared folder of its own; the blend's folder holds the shared tokenizer and an index that names
-the parts and their weights.
+A blend has parts, each a prepared folder of its own; the blend's folder holds the shared tokenizer and an index that
+names the parts and their weights.
 """

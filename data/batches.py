@@ -1,8 +1,8 @@
 """Batches: which tokens are sample number i of a run, and the windows that the held-out text is judged on.
 
 Notable here:
-- a sample is a function of (corpus, seed, sequence length, its number) alone: no state, so any rank can compute any sample,
-  a resumed run needs only the count of tokens consumed, and 1, 2 or 4 ranks see the same batches;
+- a sample is a function of (corpus, seed, sequence length, its number) alone: no state, so any rank can compute any
+  sample, a resumed run needs only the count of tokens consumed, and 1, 2 or 4 ranks see the same batches;
 - the order of an epoch is a pseudo-random permutation that is computed number by number, in no memory;
 - each epoch cuts the text into other windows;
 - integer arithmetic and BLAKE2 only: the same on every platform and with every version of NumPy.
@@ -13,6 +13,7 @@ How tokens lie on disk is in `shards.py`.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +88,11 @@ def open_dataset(folder: str | Path) -> Dataset:
         train = open_shards(where, part, "train")
         parts.append(Part(record["name"], where, record["weight"], train, part["corpus_hash"]))
         held_out.append(open_shards(where, part, "held_out"))
-        xz_bits += held_out[-1].text_bytes * (part["xz_bits_per_byte"] or float("nan"))
+        if held_out[-1].tokens:
+            xz_bits += held_out[-1].text_bytes * (part["xz_bits_per_byte"] or math.nan)
     together = ShardSet([shard for shards in held_out for shard in shards.shards], parts[0].train.dtype)
-    xz = xz_bits / together.text_bytes if together.text_bytes else None
-    return Dataset(folder, tokenizer, parts, together, None if xz != xz else xz, index["corpus_hash"])
+    xz = xz_bits / together.text_bytes if together.tokens else math.nan
+    return Dataset(folder, tokenizer, parts, together, None if math.isnan(xz) else xz, index["corpus_hash"])
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -111,8 +113,8 @@ def _keys(count: int, *names: object) -> np.ndarray:
 def permute(numbers: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     """Apply a pseudo-random permutation of [0, size) that `keys` (uint64, one a round) chooses.
 
-    A balanced Feistel network permutes the next power of 4; a result outside [0, size) is permuted again until it is inside
-    (cycle walking: Black and Rogaway, 2002), fewer than 4 times on average.
+    A balanced Feistel network permutes the next power of 4; a result outside [0, size) is permuted again until it is
+    inside (cycle walking: Black and Rogaway, 2002), fewer than 4 times on average.
 
     Args:
         numbers: int64, any shape, in [0, size). Returns the same shape and dtype.
@@ -134,9 +136,10 @@ def permute(numbers: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 class BatchStream:
     """The endless stream of samples of a run.
 
-    A sample is sequence_length + 1 neighbouring tokens: the inputs, and the same shifted by one as targets. The tokens of a
-    part are a ring (`ShardSet`) of N tokens; epoch e cuts it, from a random place on, into N // sequence_length windows and
-    takes them in a random order. Fewer than sequence_length tokens are no target in an epoch, others in each.
+    A sample is sequence_length + 1 neighbouring tokens: the inputs, and the same shifted by one as targets. The tokens
+    of a part are a ring (`ShardSet`) of N tokens; epoch e cuts it, from a random place on, into N // sequence_length
+    windows and takes them in a random order. Fewer than sequence_length tokens are no target in an epoch, others in
+    each.
     """
 
     def __init__(self, dataset: Dataset, sequence_length: int, seed: int) -> None:
@@ -161,7 +164,7 @@ class BatchStream:
         self._epochs: dict[tuple[int, int], tuple[np.ndarray, int]] = {}
 
     def parts_of(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return, for sample numbers (n,), which part each is of, and which sample of that part it is: int64, (n,) each."""
+        """Return, for sample numbers (n,), the part that each is of, and its number in that part: int64, (n,) each."""
         if len(self.dataset.parts) == 1:
             return np.zeros(len(numbers), np.int64), np.asarray(numbers, np.int64)
         part, nth = np.empty(len(numbers), np.int64), np.empty(len(numbers), np.int64)
@@ -206,7 +209,7 @@ class BatchStream:
 
 
 def _shares(weights: Sequence[float]) -> list[int]:
-    """Divide BLOCK samples by weights (which add to 1), the largest remainders rounded up, the first of equals first."""
+    """Divide BLOCK samples by weights (which add to 1); largest remainders are rounded up, first of equals first."""
     exact = [weight * BLOCK for weight in weights]
     counts = [int(x + 1e-9) for x in exact]  # 0.3 * 1000 must be 300 in floating point too
     remainders = sorted(range(len(exact)), key=lambda p: (counts[p] - exact[p], p))
@@ -225,9 +228,9 @@ def held_out_windows(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (inputs, targets) of the held-out text, int64, (up to `rows`, sequence_length) each.
 
-    Window k has the tokens from k * sequence_length on as targets, and the tokens one before them as inputs (an end-of-text
-    before the very first): every held-out token is a target exactly once. The last window is filled up with end-of-text
-    inputs and IGNORED targets.
+    Window k has the tokens from k * sequence_length on as targets, and the tokens one before them as inputs (an
+    end-of-text before the very first): every held-out token is a target exactly once. The last window is filled up with
+    end-of-text inputs and IGNORED targets.
 
     Args:
         which: numbers of the windows, below `held_out_count`; None: all. range(rank, count, ranks) is a rank's share.

@@ -23,8 +23,8 @@ from data.files import find_files, need, not_utf8, read_chunks, read_lines, stam
 SOURCES = ("stdlib", "text", "jsonl", "parquet", "hf", "blend")
 SUFFIXES = {"text": None, "jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq")}
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-# A text file is one document up to WHOLE bytes. A longer one is cut at line ends into documents of about CUT bytes: memory
-# stays bounded, and of a corpus that is one large file a share can be held out.
+# A text file is one document up to WHOLE bytes. A longer one is cut at line ends into documents of about CUT bytes:
+# memory stays bounded, and of a corpus that is one large file a share can be held out.
 WHOLE = 256 << 10
 CUT = 64 << 10
 
@@ -41,8 +41,8 @@ def documents(config: DataConfig) -> Iterator[Document]:
     """Iterate over the documents of a source (not of a blend: see `parts`); empty ones are left out.
 
     Raises:
-        UserError: a file is missing, empty, unreadable, damaged, not UTF-8 (with the byte offset), or has not the field;
-            or there is no text at all.
+        UserError: a file is missing, empty, unreadable, damaged, not UTF-8 (with the byte offset), or has not the
+            field; or there is no text at all.
     """
     readers = {"stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "parquet": _parquet, "hf": _hf}
     if config.source not in readers:
@@ -129,7 +129,7 @@ def _sized(config: DataConfig) -> Iterator[tuple[Path, float, float]]:
     total, before = max(1, sum(sizes)), 0
     named = {str(entry) for entry in (config.path if isinstance(config.path, (list, tuple)) else [config.path])}
     for path, size in zip(files, sizes, strict=True):
-        # A text file in a folder may well be empty (an __init__.py); one that was named, or that should hold records, not.
+        # A text file in a folder may well be empty (an __init__.py); not one that was named or should hold records.
         if not size and (config.source != "text" or str(path) in named):
             raise UserError(f"{path} is empty")
         yield path, before / total, size / total
@@ -151,7 +151,7 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     return sorted(found)
 
 
-def _stdlib(config: DataConfig) -> Iterator[Document]:
+def _stdlib(_: DataConfig) -> Iterator[Document]:
     files = _stdlib_files()
     for i, (name, path) in enumerate(files):
         try:
@@ -254,7 +254,7 @@ def _parquet(config: DataConfig) -> Iterator[Document]:
                         yield Document(f"{path} row {row}", text, before + own * row / total)
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{path} row {row} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} of the text"
+                f"{path} row {row} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} of it"
             ) from error
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -39,7 +39,8 @@ def find_files(paths: Any, suffixes: tuple[str, ...] | None) -> list[Path]:
     """List the files that `paths` means: sorted within a folder or glob, each file once.
 
     Args:
-        paths: a file, a glob (`**` descends), a folder (searched to the bottom, hidden names left out), or a list of them.
+        paths: a file, a glob (`**` descends), a folder (searched to the bottom, hidden names left out), or a list of
+            them.
         suffixes: what a folder is searched for, before `.gz` and `.zst`; None: every file.
 
     Raises:
@@ -133,7 +134,7 @@ def _unpack_zst(raw: Any, path: Path) -> Iterator[bytes]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Yield the lines of a file without their line feed, each with the bytes read from the file so far. Errors as above."""
+    """Yield the lines of a file, without line feeds, each with the bytes read from the file so far."""
     rest, read = b"", 0
     for chunk, read in read_chunks(path):
         lines = (rest + chunk).split(b"\n") if b"\n" in chunk else [rest + chunk]

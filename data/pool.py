@@ -1,7 +1,7 @@
 """Worker processes: what a worker does, and how groups of documents are handed out, collected and stopped.
 
-Workers are spawned, not forked (the parent may hold threads and a GPU), and import neither the program that started them
-nor torch. They end with their parent, however it ends. What a group is, is decided in `prepare.py`.
+Workers are spawned, not forked (the parent may hold threads and a GPU), and import neither the program that started
+them nor torch. They end with their parent, however it ends. What a group is, is decided in `prepare.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """`python -m data.prepare`: a corpus becomes a prepared folder of tokens, in parallel, and resumed where it stopped.
 
-Which documents are held out, what the tokenizer is trained on and how documents are grouped into shards is decided here.
-How documents are read is in `documents.py`, how a shard is written in `shards.py`, and the worker processes are in `pool.py`.
+Which documents are held out, what the tokenizer is trained on and how documents are grouped into shards is decided
+here. How documents are read is in `documents.py`, how a shard is written in `shards.py`, and the worker processes are
+in `pool.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import json
 import lzma
 import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from conf.files import say_why
 from conf.schema import DataConfig, TokenizerConfig
 from data.documents import documents, fingerprint, parts
 from data.pool import Group, encode_groups, run_apart
+from data.progress import Report
 from data.shards import FORMAT, INDEX, SPLITS, finished_group, read_index, remove_leftovers, token_dtype, write_json
 from data.tokenizer import FILE_NAMES, TRAINER, Tokenizer, load_tokenizer, train_sentencepiece
 
@@ -37,8 +38,8 @@ XZ_LIMIT = 32 << 20  # bytes of held-out text that xz is tried on: xz -9 takes a
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, show: bool = False) -> Path:
     """Make sure that a corpus is prepared, and return its folder; at once if it is.
 
-    Any number of processes may call this together: one prepares, the others wait for it. An interrupted call leaves finished
-    shards, and the next call goes on after them with the same result as one call would have had.
+    Any number of processes may call this together: one prepares, the others wait for it. An interrupted call leaves
+    finished shards, and the next call goes on after them, with the same result as one call would have had.
 
     Args:
         show: report progress on standard error, as a bar where that is a terminal.
@@ -90,8 +91,8 @@ def _check(data: DataConfig, tokenizer: TokenizerConfig) -> None:
             "tokenizer=huggingface needs tokenizer.path, a tokenizer.json; only SentencePiece is trained here"
         )
     if tokenizer.path and Path(tokenizer.path).is_file() and foreign != str(tokenizer.path).endswith(".json"):
-        raise UserError(f"{tokenizer.path} does not fit tokenizer.kind={tokenizer.kind}: set tokenizer=sentencepiece for a "
-                        f".model file, tokenizer=huggingface for a tokenizer.json")  # fmt: skip
+        right = "sentencepiece" if foreign else "huggingface"
+        raise UserError(f"{tokenizer.path} does not fit tokenizer.kind={tokenizer.kind}; set tokenizer={right}")
 
 
 def _complete(folder: Path) -> bool:
@@ -178,7 +179,7 @@ def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, rep
     facts.corpus.update(tokenizer.hash.encode())
     report.start("compressing the held-out text with xz, for comparison")
     held_out = facts.held_out_text
-    xz = len(lzma.compress(bytes(held_out), preset=9)) * 8 / len(held_out) if held_out else None
+    xz = _xz(held_out, report) * 8 / len(held_out) if held_out else None
     index = {
         "format": FORMAT,
         "name": data.name,
@@ -192,6 +193,15 @@ def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, rep
     keep = {shard.name for shard in shards} | {f"group-{number:05d}" for number in done}
     remove_leftovers(folder, keep)
     write_json(folder / INDEX, index | _about(tokenizer))
+
+
+def _xz(text: bytearray, report: Report) -> int:
+    """Return the bytes that `xz -9` makes of a text; in steps, so that Ctrl-C ends it."""
+    compressor, size = lzma.LZMACompressor(preset=9), 0
+    for start in range(0, len(text), MEGABYTE):
+        size += len(compressor.compress(text[start : start + MEGABYTE]))
+        report.share(start / len(text))
+    return size + len(compressor.flush())
 
 
 def _about(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -227,7 +237,7 @@ def _threshold(data: DataConfig) -> int:
 def _sample(data: DataConfig, threshold: int, budget: int, report: Report) -> list[str]:
     """Return an even sample of the documents that are not held out, of about `budget` bytes, in the corpus's order.
 
-    Kept are those with the smallest second hash number, so that it depends neither on the order nor on the size of files.
+    Kept are those with the smallest second hash number: neither the order nor the size of files has a say.
     """
     report.start(f"reading {data.name} for the tokenizer")
     kept: list[tuple[int, int, int, str]] = []  # a heap: (-second number, place, bytes, text)
@@ -290,66 +300,6 @@ def _groups(data: DataConfig, threshold: int, facts: _Facts) -> Iterator[Group]:
             texts, sizes, text_hash = empty()
     if any(texts.values()):
         yield Group(number, texts, sizes, text_hash.hexdigest(), share)
-
-
-class Report:
-    """Progress on standard error: a bar where that is a terminal, else a line a stage, or nothing."""
-
-    def __init__(self, show: bool) -> None:
-        self.show = show
-        self._bar: Any = None
-        self._shown = 0.0
-
-    def say(self, line: str) -> None:
-        """Print a line."""
-        if self.show:
-            print(line, file=sys.stderr, flush=True)
-
-    def start(self, stage: str) -> None:
-        """Begin a stage."""
-        if self.show and not sys.stderr.isatty():
-            self.say(stage)
-        elif self.show:
-            if self._bar is None:
-                self._bar = self._make_bar()
-            for task in self._bar.task_ids:
-                self._bar.remove_task(task)
-            self._bar.add_task(stage, total=None)
-        self._shown = 0.0
-
-    def share(self, done: float) -> None:
-        """Show how much of the stage is done, 0 to 1."""
-        if self._bar is not None and done - self._shown >= 0.005:  # a call a document is too much for a terminal
-            self._bar.update(self._bar.task_ids[-1], completed=done, total=1.0)
-            self._shown = done
-
-    def _make_bar(self) -> Any:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            TaskProgressColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-        bar.start()
-        return bar
-
-    def close(self) -> None:
-        """Take the bar off the terminal."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def __enter__(self) -> Report:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
 
 
 def main(argv: list[str]) -> int:

@@ -1,7 +1,7 @@
 """Shards: the format on disk (drawn in `data/__init__.py`), how one is written, and reading tokens across shards.
 
-Nothing appears under its final name half-written. Every open checks every size; checksums cost a read of the whole set, so
-`open_shards` checks them itself only where that takes well under a second, and `python -m data.verify` anywhere.
+Nothing appears under its final name half-written. Every open checks every size; checksums cost a read of the whole set,
+so `open_shards` checks them itself only where that takes well under a second, and `python -m data.verify` anywhere.
 What is written into which shard is decided in `prepare.py`.
 """
 
@@ -96,7 +96,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is {what}; run python -m data.prepare with its data=... overrides") from error
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and prepare the folder again") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
+    whole = isinstance(index, dict) and {"vocab_size", "eos_id", "tokenizer_hash", "corpus_hash"} <= index.keys()
+    if not whole or index.get("format") != FORMAT:
         raise UserError(f"{path} is not of format {FORMAT}; delete the folder and prepare it again")
     return index
 
@@ -133,15 +134,15 @@ def shard_problem(folder: Path, shard: Shard, dtype: np.dtype, checksum: bool = 
 class ShardSet:
     """The tokens of several shards as one sequence, memory-mapped.
 
-    The sequence is a ring: it goes on at its beginning after its end. Its last token is an end-of-text, so that token -1,
-    the one before the first, is one too, and a stretch over the seam is a document end like any other.
+    The sequence is a ring: it goes on at its beginning after its end. Its last token is an end-of-text, so that token
+    -1, the one before the first, is one too, and the seam is a document end like any other.
 
     Attributes:
         tokens: length of the sequence. documents, text_bytes: what it holds.
     """
 
     def __init__(self, shards: Sequence[tuple[Path, Shard]], dtype: np.dtype) -> None:
-        """Args: shards, each with its folder, in order; dtype of all of them. Nothing is checked here (`open_shards`)."""
+        """Take shards in order, each with its folder, and the dtype of all. `open_shards` checks them first."""
         self.shards, self.dtype = list(shards), dtype
         self._ends = np.cumsum([shard.tokens for _, shard in self.shards], dtype=np.int64)
         self.tokens = int(self._ends[-1]) if self.shards else 0
@@ -158,7 +159,7 @@ class ShardSet:
             raise UserError(f"cannot read the shard {path}: {error}") from error
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return tokens [start, start + count) of the ring as int64, shape (count,); any `start` is good, -1 included."""
+        """Return tokens [start, start + count) of the ring: int64, (count,). Any `start` is good, -1 included."""
         if self.tokens == 0:
             raise IndexError("a set without tokens")
         out = np.empty(count, np.int64)
@@ -173,7 +174,7 @@ class ShardSet:
         return out
 
     def document_ends(self, number: int) -> np.ndarray:
-        """Return where the documents of shard `number` end, in its tokens, end-of-text included: int64, (documents,)."""
+        """Return where the documents of shard `number` end, end-of-text included: int64, (documents,)."""
         folder, shard = self.shards[number]
         return np.fromfile(folder / f"{shard.name}.idx", "<i8")
 
@@ -182,7 +183,7 @@ def open_shards(folder: Path, index: dict[str, Any], split: str) -> ShardSet:
     """Open the shards of one split.
 
     Raises:
-        UserError: a shard is missing, has the wrong size or, in a set of up to VERIFY_AT_OPEN bytes, the wrong checksum.
+        UserError: a shard is missing, has the wrong size or, in a set of up to VERIFY_AT_OPEN bytes, checksum.
     """
     folder = Path(folder)
     dtype = token_dtype(index["vocab_size"])
@@ -218,7 +219,7 @@ def finished_group(
 
 
 def remove_leftovers(folder: Path, keep: set[str] | None = None) -> None:
-    """Remove temporary files of processes that were killed and, if `keep` is given, shards and records not named in it."""
+    """Remove temporary files of killed processes and, if `keep` is given, shards and records not named in it."""
     for path in folder.iterdir():
         temporary = path.name.startswith(".") and path.suffix == ".tmp"
         stale = keep is not None and path.suffix in (".bin", ".idx") and path.stem not in keep

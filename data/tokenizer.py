@@ -205,7 +205,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
     """Train a tokenizer and return it; the same texts in the same order give the same file.
 
     Args:
-        texts: documents. vocab_size: pieces, the 256 byte pieces and 3 special ones included. path: where to write the model.
+        texts: documents.
+        vocab_size: number of pieces, the 256 byte pieces and 3 special ones included.
+        path: where to write the model.
 
     Raises:
         UserError: `vocab_size` is too small for the characters, or too large for the text; a size that works is named.

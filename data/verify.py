@@ -1,6 +1,7 @@
 """`python -m data.verify FOLDER`, or with the overrides of `data.prepare`: every bit of a prepared folder is checked.
 
-Checksums, sizes, document boundaries, that every token is in the vocabulary, and that the tokenizer is the one of the shards.
+Checksums, sizes, document boundaries, that every token is in the vocabulary, and that the tokenizer is the one that
+made the shards.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def check_shard(folder: Path, shard: Shard, vocab_size: int, eos_id: int) -> str
 
 
 def verify(folder: str | os.PathLike[str]) -> list[str]:
-    """Check a prepared folder, and the parts of a blend; print a line a shard and return what is wrong, a sentence each.
+    """Check a prepared folder, and the parts of a blend; print a line a shard, return what is wrong, a sentence each.
 
     Raises:
         UserError: there is no readable index to check against.
@@ -49,9 +50,8 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
     for record in index.get("shards", []):
         shard = Shard(**record)
         problem = check_shard(folder, shard, index["vocab_size"], index["eos_id"])
-        print(
-            f"{'BROKEN' if problem else 'ok':6}  {folder / shard.name}  {shard.tokens:,} tokens  {shard.documents:,} documents"
-        )
+        state = "BROKEN" if problem else "ok"
+        print(f"{state:6}  {folder / shard.name}  {shard.tokens:,} tokens  {shard.documents:,} documents")
         problems += [problem] if problem else []
     for part in index.get("parts", []):
         where = Path(os.path.normpath(folder / part["folder"]))

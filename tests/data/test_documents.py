@@ -1,0 +1,226 @@
+"""Readers: what they read, in which order, and the sentence for what they cannot read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from conf.errors import UserError
+from conf.schema import DataConfig
+from data import documents as module
+from data.documents import documents, fingerprint, parts
+
+zstandard = pytest.importorskip("zstandard")
+
+
+def texts(source: str, path, **keys) -> list[str]:
+    return [document.text for document in documents(DataConfig(name=source, source=source, path=path, **keys))]
+
+
+def refusal(source: str, path, **keys) -> str:
+    with pytest.raises(UserError) as error:
+        texts(source, path, **keys)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_text_from_files_globs_folders_and_packed_files(tmp_path):
+    (tmp_path / "b.txt").write_bytes("b\r\nü\r".encode())
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "c.md").write_text("c")
+    (tmp_path / "sub" / ".hidden").write_text("no")
+    (tmp_path / "sub" / "empty.txt").write_text("")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"first ") + gzip.compress(b"second"))
+    (tmp_path / "z.txt.zst").write_bytes(zstandard.compress(b"x" * 3_000_00) + zstandard.compress(b"y"))
+    packed = "x" * 3_000_00 + "y"
+    assert "".join(texts("text", str(tmp_path / "z.txt.zst"))) == packed
+    assert texts("text", str(tmp_path / "b.txt")) == ["b\r\nü\r"]
+    assert texts("text", str(tmp_path / "*.txt*"))[:2] == ["first second", "b\r\nü\r"]
+    assert "".join(texts("text", str(tmp_path))) == "first secondb\r\nü\r" + packed + "c"
+    assert texts("text", str(tmp_path / "**/*.md")) == ["c"]
+    listed = [str(tmp_path / "sub"), str(tmp_path / "b.txt"), str(tmp_path / "sub/c.md")]
+    assert texts("text", listed) == ["c", "b\r\nü\r"]  # in the order of the list, each file once
+    shares = [d.share for d in documents(DataConfig(source="text", path=str(tmp_path)))]
+    assert all(b >= a - 1e-9 for a, b in zip(shares, shares[1:], strict=False))
+    assert shares[-1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("line", ["ä" * 70 + "\n", "äöü漢🙂"], ids=["lines", "one line"])
+def test_a_large_text_is_cut_into_documents_without_loss(tmp_path, line):
+    whole = line * (1_500_000 // len(line.encode()))
+    (tmp_path / "large.txt").write_text(whole, encoding="utf-8")
+    found = texts("text", str(tmp_path / "large.txt"))
+    assert "".join(found) == whole
+    assert len(found) > 10
+    assert max(len(text.encode()) for text in found) <= 2 * module.CUT
+    if "\n" in line:
+        assert all(text.endswith("\n") for text in found)
+
+
+def test_text_that_is_not_utf8_is_refused_with_its_offset(tmp_path):
+    early, late, packed = tmp_path / "early.txt", tmp_path / "late.txt", tmp_path / "packed.txt.gz"
+    early.write_bytes(b"abc\xe9def")
+    late.write_bytes(b"line\n" * 200_000 + b"\xff")
+    packed.write_bytes(gzip.compress(b"ab\xff"))
+    assert f"{early} is not UTF-8: byte 0xe9 at offset 3" in refusal("text", str(early))
+    assert "offset 1000000 " in refusal("text", str(late))
+    assert "offset 2 of the unpacked content" in refusal("text", str(packed))
+    early.write_text("hello", encoding="utf-16")
+    assert "UTF-16" in refusal("text", str(early))
+
+
+def test_missing_empty_and_damaged_files_are_refused_by_name(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("text")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "empty").mkdir()
+    assert "did you mean 'notes.txt'?" in refusal("text", str(tmp_path / "note.txt"))
+    assert "there is no file or folder" in refusal("text", str(tmp_path / "no/such"))
+    assert "no file matches" in refusal("text", str(tmp_path / "*.csv"))
+    assert "empty.txt is empty" in refusal("text", str(tmp_path / "empty.txt"))
+    assert "holds no files" in refusal("text", str(tmp_path / "empty"))
+    assert "holds no .jsonl" in refusal("jsonl", str(tmp_path))
+    assert "needs data.path" in refusal("text", None)
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"some text" * 100)[:-12])
+    (tmp_path / "cut.txt.zst").write_bytes(zstandard.compress(bytes(range(256)) * 999)[:-5])
+    (tmp_path / "fake.txt.gz").write_bytes(b"plain text")
+    (tmp_path / "fake.txt.zst").write_bytes(b"plain text")
+    assert "cut.txt.gz is cut short" in refusal("text", str(tmp_path / "cut.txt.gz"))
+    assert "cut.txt.zst is cut short" in refusal("text", str(tmp_path / "cut.txt.zst"))
+    assert "fake.txt.gz is not a sound gzip file" in refusal("text", str(tmp_path / "fake.txt.gz"))
+    assert "fake.txt.zst is not a sound zstd file" in refusal("text", str(tmp_path / "fake.txt.zst"))
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", denied)
+    assert "cannot read" in refusal("text", str(tmp_path / "notes.txt"))
+
+
+def test_jsonl(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one\\nline"}\n\n{"text": ""}\n{"text": "two \\ud83d\\ude42"}', encoding="utf-8")
+    assert texts("jsonl", str(path)) == ["one\nline", "two 🙂"]
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(b'{"body": "three"}\n'))
+    (tmp_path / "ignored.csv").write_text("no")
+    assert texts("jsonl", str(tmp_path / "b.json.gz"), field="body") == ["three"]
+    many = [json.dumps({"text": "é" * n}) for n in range(1, 2000)]  # lines across the borders of what is read at once
+    (tmp_path / "c.jsonl").write_text("\n".join(many), encoding="utf-8")
+    assert [len(text) for text in texts("jsonl", str(tmp_path / "c.jsonl"))] == list(range(1, 2000))
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (b'{"text": 1}', "line 2: the field 'text' holds int, not text"),
+        (b'{"body": "x"}', "line 2 has no field 'text'; its fields are body: set data.field"),
+        (b'{"text": "x"', "line 2 is not JSON"),
+        (b"[1]", "line 2 is a JSON list"),
+        (b'{"text": "\xff"}', "is not UTF-8: byte 0xff at offset 24 "),
+        (b'{"text": "a\\ud800b"}', "line 2 holds half of a surrogate pair (\\ud800)"),
+    ],
+)
+def test_jsonl_refuses_a_bad_line(tmp_path, line, sentence):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "ok"}\n' + line + b"\n")
+    assert f"{path}" in refusal("jsonl", str(path))
+    assert sentence in refusal("jsonl", str(path))
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["one", None, "", "two"], "id": [1, 2, 3, 4]}), path)
+    assert texts("parquet", str(tmp_path)) == ["one", "two"]
+    assert "no field 'body'; its fields are text, id" in refusal("parquet", str(path), field="body")
+    assert "row 1: the field 'id' holds int, not text" in refusal("parquet", str(path), field="id")
+    (tmp_path / "broken.parquet").write_bytes(path.read_bytes()[:-9])
+    assert "broken.parquet as parquet" in refusal("parquet", str(tmp_path / "broken.parquet"))
+    raw = pyarrow.array([b"good", b"bad \xff"]).cast(pyarrow.string(), safe=False)
+    parquet.write_table(pyarrow.table({"text": raw}), path)
+    assert "row 2 is not UTF-8: byte 0xff at offset 4" in refusal("parquet", str(path))
+
+
+def test_hf_reads_a_local_data_set(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": ["one", "two", None, ""], "id": [1, 2, 3, 4]})
+    rows.save_to_disk(str(tmp_path / "plain"))
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(str(tmp_path / "splits"))
+    assert texts("hf", str(tmp_path / "plain")) == ["one", "two"]
+    assert texts("hf", str(tmp_path / "splits"), split="test") == ["two"]
+    assert "no split 'dev'; it has train, test" in refusal("hf", str(tmp_path / "splits"), split="dev")
+    assert "no field 'body'; its fields are text, id" in refusal("hf", str(tmp_path / "plain"), field="body")
+    assert "cannot load the data set" in refusal("hf", str(tmp_path / "nothing"))
+    config = DataConfig(source="hf", path=str(tmp_path / "plain"))
+    assert fingerprint(config) == fingerprint(config)
+    rows.select([0]).save_to_disk(str(tmp_path / "other"))
+    assert fingerprint(DataConfig(source="hf", path=str(tmp_path / "other"))) != fingerprint(config)
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    assert "pip install datasets" in refusal("hf", "x")
+
+
+def test_stdlib_is_the_library_of_this_python_without_its_tests(tmp_path, monkeypatch):
+    for name in ("b.py", "a.py", "pkg/x.py", "test/t.py", "pkg/tests/t.py", "site-packages/s.py", "data.txt"):
+        (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lib" / name).write_text(f"# {name}\n")
+    (tmp_path / "lib" / "latin.py").write_bytes(b"# \xe9\n")
+    (tmp_path / "outside.py").write_text("no")
+    (tmp_path / "lib" / "link.py").symlink_to(tmp_path / "outside.py")
+    real = DataConfig()
+    names = {document.name for document in documents(real)}
+    assert {"argparse.py", "json/decoder.py"} <= names
+    assert not any(set(Path(name).parts[:-1]) & {"test", "tests", "site-packages"} for name in names)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path / "lib"))
+    assert [d.name for d in documents(real)] == ["a.py", "b.py", "pkg/x.py"]
+    before = fingerprint(real)
+    assert fingerprint(real) == before
+    (tmp_path / "lib" / "a.py").write_text("# other")
+    assert fingerprint(real) != before
+
+
+def test_fingerprint_of_files_follows_size_time_and_name(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    config = DataConfig(source="text", path=str(tmp_path))
+    seen = {fingerprint(config)}
+    path.write_text("longer text")
+    seen.add(fingerprint(config))
+    path.rename(tmp_path / "b.txt")
+    seen.add(fingerprint(config))
+    (tmp_path / "c.txt").write_text("more")
+    seen.add(fingerprint(config))
+    assert len(seen) == 4
+
+
+def test_parts_of_a_blend():
+    keys = {"stdlib": {"weight": 3}, "web": {"source": "jsonl", "path": "x", "field": "body", "weight": 1}}
+    found = parts(DataConfig(name="blend", source="blend", held_out=0.1, parts=keys))
+    assert found["stdlib"][0] == 0.75
+    web = found["web"][1]
+    assert (web.source, web.path, web.field, web.held_out, web.name) == ("jsonl", "x", "body", 0.1, "web")
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({}, "needs its parts"),
+        ({"text": {"weight": 0, "path": "x"}}, "data.parts.text.weight must be a positive number, not 0"),
+        ({"text": {"weight": "much"}}, "positive number"),
+        ({"text": {"pth": "x"}}, "did you mean 'path'?"),
+        ({"code": {"path": "x"}}, "set data.parts.code.source"),
+        ({"blend": {"path": "x"}}, "unknown source"),
+        ({"text": 3}, "must hold keys"),
+    ],
+)
+def test_parts_that_are_wrong_are_refused(keys, sentence):
+    with pytest.raises(UserError, match=r".") as error:
+        parts(DataConfig(source="blend", parts=keys))
+    assert sentence in str(error.value)

@@ -1,0 +1,359 @@
+"""Preparation: the same result however it is reached; interrupted, run twice at once, on a full disk, on bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import data.pool
+import data.prepare
+from conf.errors import UserError
+from conf.schema import DataConfig, TokenizerConfig
+from data.batches import open_dataset
+from data.prepare import folder_of, prepare
+from data.shards import INDEX, read_index
+from data.tokenizer import train_sentencepiece
+from data.verify import verify
+
+pytestmark = pytest.mark.usefixtures("small_shards")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def script(corpus, before: str = "", show: bool = False) -> str:
+    """Python that prepares `corpus` in small shards, after the statements `before`."""
+    config, tokenizer = corpus
+    lines = f"""
+        import os, signal, data.prepare, data.pool, data.progress
+        from conf.schema import DataConfig, TokenizerConfig
+        data.prepare.MEGABYTE = 8 << 10
+        config, tokenizer = {config!r}, {tokenizer!r}
+    """
+    run = f"print(data.prepare.prepare(config, tokenizer, show={show}))"
+    return "\n".join([textwrap.dedent(lines), textwrap.dedent(before), run])
+
+
+def decoded(dataset, shards) -> list[str]:
+    """The documents of a set of shards."""
+    found = []
+    for number, (_, shard) in enumerate(shards.shards):
+        tokens = shards._map(number)
+        start = 0
+        for end in shards.document_ends(number).tolist():
+            assert tokens[end - 1] == dataset.eos_id
+            found.append(dataset.tokenizer.decode(tokens[start : end - 1].tolist()))
+            start = end
+        assert start == shard.tokens
+    return found
+
+
+def test_every_document_comes_back_on_one_side(corpus):
+    config, tokenizer = corpus
+    written = [path.read_text(encoding="utf-8") for path in sorted(Path(config.path).iterdir())]
+    dataset = open_dataset(prepare(config, tokenizer))
+    train, held_out = decoded(dataset, dataset.parts[0].train), decoded(dataset, dataset.held_out)
+    assert sorted(train + held_out) == sorted(written)
+    assert train == [text for text in written if text not in held_out]  # in order
+    assert 3 <= len(held_out) <= 25
+    assert dataset.held_out_bytes == sum(len(text.encode()) for text in held_out)
+    assert len(dataset.parts[0].train.shards) > 5
+    assert 1 < dataset.xz_bits_per_byte < 8
+
+
+def test_equal_documents_fall_on_one_side_and_the_split_does_not_depend_on_order(corpus, tmp_path):
+    config, tokenizer = corpus
+    for path in list(Path(config.path).iterdir()):
+        (path.parent / f"copy-{path.name}").write_bytes(path.read_bytes())
+    dataset = open_dataset(prepare(config, tokenizer))
+    train, held_out = decoded(dataset, dataset.parts[0].train), decoded(dataset, dataset.held_out)
+    assert not set(train) & set(held_out)
+    assert len(held_out) == 2 * len(set(held_out))
+
+
+def test_few_documents_still_give_both_sides(more_corpus, tmp_path):
+    for count, share in ((2, 0.0001), (2, 0.99), (3, 0.04)):
+        path = more_corpus(tmp_path / f"{count}-{share}", count)
+        config = DataConfig(source="text", path=str(path), prepared=str(tmp_path / "p"), held_out=share)
+        dataset = open_dataset(prepare(config, TokenizerConfig(vocab_size=330)))
+        assert dataset.held_out.documents >= 1
+        assert dataset.parts[0].train.documents >= 1
+    one = DataConfig(source="text", path=str(more_corpus(tmp_path / "one", 1)), prepared=str(tmp_path / "p"))
+    with pytest.raises(UserError, match=r"single document.*data\.held_out=0"):
+        prepare(one, TokenizerConfig(vocab_size=300))
+    whole = open_dataset(prepare(replace(one, held_out=0.0), TokenizerConfig(vocab_size=300)))
+    assert (whole.held_out.tokens, whole.xz_bits_per_byte) == (0, None)
+
+
+def test_the_second_call_does_nothing_and_workers_change_nothing(corpus, tmp_path, monkeypatch):
+    config, tokenizer = corpus
+    folder = prepare(config, tokenizer)
+    parallel = prepare(replace(config, workers=2, prepared=str(tmp_path / "other")), tokenizer)
+    assert folder.name == parallel.name
+    assert content(folder) == content(parallel)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    monkeypatch.setattr(data.prepare, "_prepare_corpus", None)  # would fail if it were called
+    assert prepare(config, tokenizer) == folder
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_the_folder_depends_on_all_that_decides_its_content(corpus, tmp_path):
+    config, tokenizer = corpus
+    (train_sentencepiece(["some text, some more text"] * 9, 275)).save(tmp_path)
+    folders = {
+        folder_of(config, tokenizer),
+        folder_of(replace(config, held_out=0.1), tokenizer),
+        folder_of(config, replace(tokenizer, vocab_size=401)),
+        folder_of(config, replace(tokenizer, path=str(tmp_path / "tokenizer.model"))),
+        folder_of(replace(config, path=config.path + "/01*.txt"), tokenizer),
+    }
+    assert len(folders) == 5
+    assert folder_of(replace(config, workers=7, shard_megabytes=9), tokenizer) in folders
+
+
+def test_killed_and_resumed_is_the_same_as_uninterrupted(corpus, tmp_path, python, monkeypatch):
+    config, tokenizer = corpus
+    kill = """
+        write, count = data.pool.write_group, []
+        def write_and_die(*arguments):
+            write(*arguments)
+            count.append(1)
+            if len(count) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+        data.pool.write_group = write_and_die
+    """
+    process = python(script(corpus, kill))
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    folder = folder_of(config, tokenizer)
+    assert not (folder / INDEX).exists()
+    assert len(list(folder.glob("group-*.json"))) == 4
+    (folder / ".train-00005.bin.99.tmp").write_bytes(b"half")
+    inodes = {path.name: path.stat().st_ino for path in folder.iterdir() if not path.name.startswith(".")}
+    # A shard that was damaged meanwhile is not trusted.
+    with open(folder / "train-00001.bin", "r+b") as file:
+        file.write(b"\xff")
+    encoded = []
+    encode = data.pool.encode_group
+    monkeypatch.setattr(data.pool, "encode_group", lambda *a: encoded.append(a[2].number) or encode(*a))
+    monkeypatch.setattr(data.prepare, "run_apart", None)  # the tokenizer is not trained again
+    assert prepare(config, tokenizer) == folder
+    assert encoded[0] == 1
+    assert encoded[1] == 4
+    after = {path.name: path.stat().st_ino for path in folder.iterdir()}
+    assert {name for name in inodes if after[name] != inodes[name]} <= {
+        "train-00001.bin", "train-00001.idx", "held_out-00001.bin", "held_out-00001.idx", "group-00001.json"
+    }  # fmt: skip
+    monkeypatch.undo()
+    monkeypatch.setattr(data.prepare, "MEGABYTE", 8 << 10)
+    assert content(prepare(replace(config, prepared=str(tmp_path / "whole")), tokenizer)) == content(folder)
+
+
+DIE_AFTER_TWO = """
+    config.workers = 2
+    count = []
+    class Report(data.progress.Report):
+        def share(self, done):
+            if self.stage == "tokenizing":
+                count.append(1)
+                if len(count) == 2:
+                    os.{call}
+        def start(self, stage):
+            self.stage = stage.split()[0]
+    data.prepare.Report = Report
+"""
+
+
+def test_workers_end_with_a_killed_parent(corpus, python):
+    process = python(script(corpus, DIE_AFTER_TWO.format(call="kill(os.getpid(), signal.SIGKILL)")))
+    process.communicate(timeout=60)  # returns when the last worker has closed the pipe
+    assert process.returncode == -signal.SIGKILL
+    assert prepare(*corpus)
+
+
+@pytest.mark.parametrize("whom", ["kill(os.getpid()", "killpg(os.getpgid(0)"], ids=["the process", "Ctrl-C"])
+def test_an_interrupt_ends_cleanly_and_leaves_what_is_finished(corpus, python, whom):
+    command = script(corpus, DIE_AFTER_TWO.format(call=f"{whom}, signal.SIGINT)")).splitlines()
+    command[-1] = f"from conf.load import run_command\nrun_command(lambda argv: {command[-1]})"
+    process = python("\n".join(command))
+    _, complaint = process.communicate(timeout=60)
+    assert (process.returncode, complaint) == (130, "interrupted\n")
+    folder = folder_of(*corpus)
+    assert len(list(folder.glob("group-*.json"))) >= 2
+    assert prepare(*corpus) == folder
+
+
+def test_processes_that_arrive_together_prepare_once(corpus, python):
+    started = [python(script(corpus, show=True)) for _ in range(3)]
+    done = [process.communicate(timeout=60) for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert {out for out, _ in done} == {f"{folder_of(*corpus)}\n"}
+    assert sum("tokenizing" in err for _, err in done) == 1
+    assert verify(folder_of(*corpus)) == []
+
+
+def test_workers_import_neither_torch_nor_the_program(corpus, python, tmp_path):
+    config, tokenizer = corpus
+    (tmp_path / "program.py").write_text(
+        "import os\n"
+        "if __name__ != '__main__': raise SystemExit('a worker imported the program')\n"
+        + script((replace(config, workers=2), tokenizer))
+    )
+    probe = """
+        import runpy, sys, data.pool
+        sys.modules["torch"] = None  # importing it fails from here on, in this process
+    """
+    process = python(textwrap.dedent(probe) + f"runpy.run_path({str(tmp_path / 'program.py')!r}, run_name='__main__')")
+    out, complaint = process.communicate(timeout=60)
+    assert (process.returncode, complaint) == (0, "")
+    assert out.strip() == str(folder_of(*corpus))
+
+
+def test_a_full_disk_loses_nothing(corpus, monkeypatch):
+    config, tokenizer = corpus
+    other = prepare(config, replace(tokenizer, vocab_size=390))
+    kept = content(other)
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(1)
+        if len(calls) > 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*: the disk is full"):
+        prepare(config, tokenizer)
+    folder = folder_of(config, tokenizer)
+    assert not (folder / INDEX).exists()
+    assert not list(folder.glob(".*tmp"))
+    assert len(list(folder.glob("train-*.bin"))) >= 1
+    assert content(other) == kept
+    monkeypatch.setattr(os, "fsync", fsync)
+    prepare(config, tokenizer)
+    assert verify(folder) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(corpus, monkeypatch, tmp_path):
+    config, tokenizer = corpus
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot create the folder .*file/.*: a part of that path is a file"):
+        prepare(replace(config, prepared=str(tmp_path / "file")), tokenizer)
+
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    with pytest.raises(UserError, match=r"cannot create the folder .*: permission denied"):
+        prepare(config, tokenizer)
+
+
+def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, python):
+    config, tokenizer = corpus
+    kill = """
+        import multiprocessing
+        config.workers = 2
+        class Report(data.progress.Report):
+            def start(self, stage):
+                self.stage = stage
+            def share(self, done):
+                for child in multiprocessing.active_children() if "tokenizing" in self.stage else []:
+                    child.kill()
+        data.prepare.Report = Report
+        from conf.errors import UserError
+        try:
+            data.prepare.prepare(config, tokenizer)
+        except UserError as error:
+            raise SystemExit(f"said: {error}")
+    """
+    process = python(script(corpus, kill))
+    _, complaint = process.communicate(timeout=60)
+    assert complaint.startswith("said: a worker process died")
+    assert "lower data.workers" in complaint
+
+
+def test_bad_settings_are_refused_before_anything_is_written(corpus, tmp_path):
+    config, tokenizer = corpus
+    for wrong, sentence in (
+        ((replace(config, held_out=1.0), tokenizer), "data.held_out"),
+        ((replace(config, workers=-1), tokenizer), "data.workers"),
+        ((replace(config, shard_megabytes=0), tokenizer), "data.shard_megabytes"),
+        ((replace(config, source="txt"), tokenizer), "did you mean 'text'"),
+        ((replace(config, path=str(tmp_path / "no")), tokenizer), "no file or folder"),
+        ((config, replace(tokenizer, kind="huggingface")), "tokenizer.path"),
+        ((config, replace(tokenizer, path="no.model")), "cannot read the tokenizer"),
+    ):
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            prepare(*wrong)
+    assert not Path(config.prepared).exists()
+
+
+def test_a_corpus_that_changes_while_it_is_read_is_refused(corpus, monkeypatch):
+    config, tokenizer = corpus
+    encode = data.pool.encode_group
+
+    def touch(folder, model, group):
+        os.utime(Path(config.path) / "000.txt", ns=(1, 1))
+        return encode(folder, model, group)
+
+    monkeypatch.setattr(data.pool, "encode_group", touch)
+    with pytest.raises(UserError, match="was changed while it was read"):
+        prepare(config, tokenizer)
+
+
+def test_the_tokenizer_is_trained_on_an_even_sample_without_held_out_text(corpus):
+    config, _ = corpus
+    threshold = data.prepare._threshold(config)
+    report = data.prepare.Report(False)
+    whole = data.prepare._sample(config, threshold, 1 << 30, report)
+    some = data.prepare._sample(config, threshold, 20_000, report)
+    dataset = open_dataset(prepare(*corpus))
+    assert whole == decoded(dataset, dataset.parts[0].train)
+    assert set(some) < set(whole)
+    assert 16_000 < sum(len(text.encode()) for text in some) <= 20_000
+    places = [whole.index(text) for text in some]
+    assert places == sorted(places)
+    assert max(places) > len(whole) * 0.6
+    assert min(places) < len(whole) * 0.4
+
+
+def test_a_blend_shares_one_tokenizer_and_its_parts_are_prepared_once(corpus, more_corpus, tmp_path):
+    config, tokenizer = corpus
+    second = more_corpus(tmp_path / "second", 30, seed=5)
+    keys = {"text": {"weight": 3, "path": config.path}, "more": {"source": "text", "weight": 1, "path": str(second)}}
+    blend = replace(config, name="blend", source="blend", path=None, parts=keys)
+    folder = prepare(blend, tokenizer)
+    dataset = open_dataset(folder)
+    assert [(part.name, part.weight) for part in dataset.parts] == [("text", 0.75), ("more", 0.25)]
+    assert {read_index(part.folder)["tokenizer_hash"] for part in dataset.parts} == {dataset.tokenizer.hash}
+    assert dataset.held_out.documents == sum(open_dataset(part.folder).held_out.documents for part in dataset.parts)
+    assert dataset.xz_bits_per_byte is not None
+    assert verify(folder) == []
+    keys["text"]["weight"] = 1
+    other = prepare(replace(blend, parts=keys), replace(tokenizer, path=str(folder / "tokenizer.model")))
+    assert other != folder
+    assert [part.folder for part in open_dataset(other).parts] == [part.folder for part in dataset.parts]
+    # A part that was deleted is prepared again.
+    for path in dataset.parts[1].folder.iterdir():
+        path.unlink()
+    assert prepare(blend, tokenizer) == folder
+    assert open_dataset(folder).parts[1].train.tokens == dataset.parts[1].train.tokens
+
+
+def test_a_damaged_index_is_refused_by_name(corpus):
+    folder = prepare(*corpus)
+    text = (folder / INDEX).read_text()
+    for damaged in (text[:-20], "[]", json.dumps(json.loads(text) | {"format": 0})):
+        (folder / INDEX).write_text(damaged)
+        with pytest.raises(UserError, match=re.escape(str(folder / INDEX))):
+            prepare(*corpus)
+            open_dataset(folder)

@@ -1,0 +1,151 @@
+"""Shards: reading across their borders, and finding every bit that is not what was written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data.shards
+from conf.errors import UserError
+from data.batches import open_dataset
+from data.shards import ShardSet, open_shards, read_index, token_dtype, write_shard
+from data.tokenizer import train_sentencepiece
+from data.verify import verify
+
+EOS = 9
+
+
+def some_shards(folder: Path, vocab_size: int = 300) -> tuple[ShardSet, np.ndarray]:
+    chance = np.random.default_rng(0)
+    shards, all_tokens = [], []
+    for number in range(5):
+        documents = [chance.integers(10, vocab_size, size).tolist() for size in chance.integers(0, 12, 4)]
+        shards.append((folder, write_shard(folder, "train", number, documents, 100, EOS, vocab_size)))
+        all_tokens += [token for ids in documents for token in [*ids, EOS]]
+    return ShardSet(shards, token_dtype(vocab_size)), np.array(all_tokens)
+
+
+@pytest.mark.parametrize("vocab_size", [300, 70_000])
+def test_reads_at_every_place_across_shards_and_round_the_ring(tmp_path, vocab_size):
+    shards, tokens = some_shards(tmp_path, vocab_size)
+    assert shards.tokens == len(tokens)
+    assert (tmp_path / "train-00000.bin").stat().st_size % (2 if vocab_size == 300 else 4) == 0
+    ring = np.concatenate([tokens, tokens, tokens])
+    for start in range(-1, len(tokens) + 2):
+        for count in (0, 1, 7, 30, len(tokens) + 3):
+            found = shards.read(start, count)
+            assert found.dtype == np.int64
+            np.testing.assert_array_equal(found, ring[start % len(tokens) :][:count])
+    assert shards.read(-1, 1)[0] == EOS
+
+
+def test_document_ends(tmp_path):
+    shards, tokens = some_shards(tmp_path)
+    before = 0
+    for number, (_, shard) in enumerate(shards.shards):
+        ends = shards.document_ends(number)
+        assert len(ends) == shard.documents
+        assert ends[-1] == shard.tokens
+        assert (tokens[before + ends - 1] == EOS).all()
+        before += shard.tokens
+
+
+@pytest.fixture
+def copy(prepared, tmp_path):
+    """A prepared folder that may be damaged."""
+    return Path(shutil.copytree(prepared, tmp_path / "copy"))
+
+
+def flip(path: Path, at: int = 0) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_sound_folder_is_sound(copy, capsys):
+    assert verify(copy) == []
+    out = capsys.readouterr().out
+    assert out.count("ok") == len(read_index(copy)["shards"]) + 1
+
+
+@pytest.mark.parametrize("name", ["train-00002.bin", "train-00002.idx", "held_out-00001.bin", "tokenizer.model"])
+def test_one_flipped_bit_is_found_by_name(copy, name):
+    path = copy / name
+    flip(path, path.stat().st_size // 2)
+    (problem,) = verify(copy)
+    assert path.stem in problem or "tokenizer" in problem
+    with pytest.raises(UserError, match=path.stem if name != "tokenizer.model" else "tokenizer"):
+        open_dataset(copy)
+
+
+def test_a_large_set_is_opened_by_sizes_and_its_bits_are_left_to_verify(copy, monkeypatch):
+    monkeypatch.setattr(data.shards, "VERIFY_AT_OPEN", 10)
+    flip(copy / "train-00000.bin")
+    open_dataset(copy)
+    assert len(verify(copy)) == 1
+    with open(copy / "train-00000.bin", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match=r"train-00000\.bin has \d+ bytes and should have \d+"):
+        open_dataset(copy)
+    os.unlink(copy / "train-00000.bin")
+    with pytest.raises(UserError, match=r"train-00000\.bin cannot be read \(No such file"):
+        open_dataset(copy)
+
+
+def test_another_tokenizer_is_refused(copy):
+    train_sentencepiece(["some text, some more text"] * 9, 275).save(copy)
+    with pytest.raises(UserError, match="not the one that made the shards"):
+        open_dataset(copy)
+
+
+def test_tokens_and_boundaries_that_make_no_sense_are_found(tmp_path):
+    from data.verify import check_shard
+
+    good = write_shard(tmp_path, "train", 0, [[1, 2], [3]], 9, EOS, 300)
+    assert check_shard(tmp_path, good, 300, EOS) is None
+    assert "does not end with the end-of-text token" in check_shard(tmp_path, good, 300, 8)
+    wide = write_shard(tmp_path, "train", 1, [[1, 2], [299]], 9, EOS, 300)
+    assert "holds token 299, beyond the vocabulary of 280" in check_shard(tmp_path, wide, 280, EOS)
+
+
+def test_more_shards_than_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.shards, "OPEN_FILES", 2)
+    shards, tokens = some_shards(tmp_path)
+    np.testing.assert_array_equal(shards.read(0, len(tokens)), tokens)
+    assert shards._map.cache_info().currsize == 2
+
+
+def test_what_is_not_prepared_is_said(tmp_path):
+    with pytest.raises(UserError, match="is missing; run python -m data.prepare"):
+        read_index(tmp_path / "nothing")
+    with pytest.raises(UserError, match="not completely prepared"):
+        read_index(tmp_path)
+    with pytest.raises(IndexError):
+        open_shards(tmp_path, {"vocab_size": 3, "shards": []}, "train").read(0, 1)
+
+
+def test_the_command(copy):
+    def run(*arguments: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "data.verify", *arguments],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stderr
+
+    assert run(str(copy)) == (0, "")
+    flip(copy / "train-00003.bin")
+    status, complaint = run(str(copy))
+    assert status == 1
+    assert complaint.startswith("error: ")
+    assert "train-00003" in complaint
+    status, complaint = run(str(copy / "no"))
+    assert status == 2
+    assert complaint.count("\n") == 1
