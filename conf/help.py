@@ -22,7 +22,9 @@ def print_help(program: str) -> None:
     types = typing.get_type_hints(Config)
     print(f"usage: {program} GROUP=CHOICE ... key=value ...\n")
     if program == "train.py":
-        print(f"Trains a LLaMA-style decoder. The same command again goes on where it stopped.\n\nexamples\n{EXAMPLES}\n")
+        print(
+            f"Trains a LLaMA-style decoder. The same command again goes on where it stopped.\n\nexamples\n{EXAMPLES}\n"
+        )
     print("groups")
     for group in GROUPS:
         print(f"  {group + '=':<12}{' | '.join(choices(group))}")
@@ -35,4 +37,6 @@ def print_help(program: str) -> None:
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         default = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
         print(f"  {f'{name}={default}':<44}{field.metadata['help']}")
-    print(f"\n{program} --cfg prints the composed configuration. A preset (model=...) sets its own values of these keys.")
+    print(
+        f"\n{program} --cfg prints the composed configuration. A preset (model=...) sets its own values of these keys."
+    )

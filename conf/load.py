@@ -23,10 +23,27 @@ from conf.schema import GROUPS, Config
 
 FOLDER = Path(__file__).resolve().parent
 FREE_FORM = ("data.parts",)  # dictionaries whose keys are the user's own
-PLAIN_TEXT = ("ffn.formula", "data.path", "tokenizer.path", "run", "runs", "data.prepared")  # taken as typed, not parsed
+PLAIN_TEXT = (
+    "ffn.formula",
+    "data.path",
+    "tokenizer.path",
+    "run",
+    "runs",
+    "data.prepared",
+)  # taken as typed, not parsed
 LARGEST_FORMULA = 10_000  # characters; the parser of formulas refuses far shorter ones, this only bounds Hydra's work
 # What does not change what is learned, so it neither names a run nor stops one from going on (conf/validate.py: resumable).
-NOT_IN_NAME = ("run", "runs", "resume", "logger", "zero", "parallel", "micro_batch_size", "data.prepared", "data.workers")
+NOT_IN_NAME = (
+    "run",
+    "runs",
+    "resume",
+    "logger",
+    "zero",
+    "parallel",
+    "micro_batch_size",
+    "data.prepared",
+    "data.workers",
+)
 
 
 def choices(group: str) -> list[str]:
@@ -118,6 +135,21 @@ def from_yaml(path: str | os.PathLike[str]) -> Config:
         raise UserError(f"{os.fspath(path)} is not a configuration of this version: {reason}") from error
 
 
+def find_run(name: str, runs: str = "runs") -> Path:
+    """Return the folder of a run given by its name or by its path.
+
+    Raises:
+        UserError: there is none; the runs that exist are listed.
+    """
+    for path in (Path(runs) / name, Path(name)):
+        if (path / "config.yaml").is_file():
+            return path
+    known = sorted(path.parent.name for path in Path(runs).glob("*/config.yaml"))
+    raise UserError(
+        f"there is no run {name!r} in {runs}/: " + (f"there are {', '.join(known)}" if known else "it is empty")
+    )
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return {dotted key: value} of nested dictionaries."""
     flat: dict[str, Any] = {}
@@ -192,7 +224,9 @@ def _compose(overrides: list[str]) -> Config:
         try:
             parser.parse_override(override)
         except HydraException as error:
-            raise UserError(f"cannot read {override!r}: a bracket, a quote or a comma is not where it should be") from error
+            raise UserError(
+                f"cannot read {override!r}: a bracket, a quote or a comma is not where it should be"
+            ) from error
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_dir(str(FOLDER), version_base="1.3"):

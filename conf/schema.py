@@ -37,9 +37,13 @@ class ModelConfig:
     n_heads: int = key(4, "query heads")
     n_kv_heads: Optional[int] = key(None, "key and value heads (grouped-query attention); null: as many as n_heads")
     head_dim: Optional[int] = key(None, "channels a head; null: d_model / n_heads")
-    d_ff: Optional[int] = key(None, "FFN width as built; null: d_ff_gated for a gated arm, 3/2 of it for an ungated one")
+    d_ff: Optional[int] = key(
+        None, "FFN width as built; null: d_ff_gated for a gated arm, 3/2 of it for an ungated one"
+    )
     d_ff_gated: int = key(688, "FFN width of a gated arm (3 matrices); an ungated arm (2 matrices) gets 3/2 of it")
-    vocab_size: Optional[int] = key(None, "rows of the embedding; null: the tokenizer's, rounded up to a multiple of 64")
+    vocab_size: Optional[int] = key(
+        None, "rows of the embedding; null: the tokenizer's, rounded up to a multiple of 64"
+    )
     rope_theta: float = key(10000.0, "base of the rotary frequencies")
     norm_eps: float = key(1e-5, "epsilon of RMSNorm")
     qk_norm: bool = key(False, "RMSNorm on queries and keys, per head")
@@ -48,7 +52,9 @@ class ModelConfig:
     z_loss: float = key(0.0, "coefficient of logsumexp(logits)^2, added to the training loss")
     attention: str = key("auto", "attention backend: auto | flash | sdpa | flex | blocks")
     mask_documents: bool = key(False, "attention never crosses the end of a packed document")
-    activation_checkpointing: bool = key(False, "recompute each layer in backward: less memory, about a third more time")
+    activation_checkpointing: bool = key(
+        False, "recompute each layer in backward: less memory, about a third more time"
+    )
 
 
 @dataclass
@@ -157,10 +163,12 @@ class Config:
     seed: int = key(0, "seed of the initial weights")
     data_seed: int = key(0, "seed of the data order")
     sequence_length: int = key(512, "tokens a sequence")
-    micro_batch_size: int = key(8, "sequences a rank takes at once")
+    micro_batch_size: Optional[int] = key(None, "sequences a rank takes at once; null: its whole share of a step")
     global_batch_size: int = key(8, "sequences a step, over all ranks and accumulation")
     eval_every: int = key(100, "steps between evaluations; 0: only at the end")
-    eval_tokens: Optional[int] = key(None, "held-out tokens of a periodic evaluation; null: all. The last one takes all")
+    eval_tokens: Optional[int] = key(
+        None, "held-out tokens of a periodic evaluation; null: all. The last one takes all"
+    )
     sample_every: int = key(0, "steps between samples from the prompts; 0: only at the end")
     sample_tokens: int = key(96, "tokens a sample")
     prompts: Any = key([], "prompts of the samples")

@@ -1,0 +1,211 @@
+"""The rules by which values must fit together, checked before anything is built and before a process group exists.
+
+What one key alone may hold is in `conf/schema.py`. What only the machine can tell (is there a GPU, is a package installed) is
+refused by the room that needs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from conf.errors import UserError, unknown
+from conf.load import NOT_IN_NAME, flatten, to_dict
+from conf.schema import Config
+from kernels.formula import FormulaError, parse
+
+_CHOICES = {
+    "ffn.backend": ("auto", "reference"),
+    "model.attention": ("auto", "flash", "sdpa", "flex", "blocks"),
+    "optim.name": ("adamw", "muon"),
+    "schedule.name": ("cosine", "linear", "wsd"),
+    "precision.name": ("auto", "bf16", "fp32"),
+    "precision.reduce": ("fp32", "bf16"),
+    "tokenizer.kind": ("sentencepiece", "huggingface"),
+    "data.source": ("stdlib", "text", "jsonl", "parquet", "hf", "blend"),
+}
+_POSITIVE = (
+    *("sequence_length", "global_batch_size", "keep_last", "log_every", "sample_tokens"),
+    *("model.d_model", "model.n_layers", "model.n_heads", "model.d_ff_gated", "model.rope_theta", "model.norm_eps"),
+    *("optim.lr", "optim.eps", "optim.matrix_lr", "zero.bucket_elements", "parallel.timeout_minutes"),
+    *("parallel.tensor", "parallel.context", "tokenizer.train_megabytes", "data.shard_megabytes"),
+)
+_POSITIVE_OR_NULL = (
+    *(
+        "steps",
+        "tokens",
+        "micro_batch_size",
+        "eval_tokens",
+        "model.n_kv_heads",
+        "model.head_dim",
+        "model.d_ff",
+        "model.vocab_size",
+    ),
+    "model.init_std",
+)
+_NOT_NEGATIVE = (
+    *("eval_every", "save_every", "sample_every", "model.z_loss", "optim.weight_decay", "optim.clip", "data.workers"),
+)
+_SHARES = ("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2", "optim.momentum")
+# A run may go on with other values of these: they change what is written or where it is computed, not what is learned.
+NOT_LEARNED = (
+    *NOT_IN_NAME,
+    *("steps", "tokens", "eval_every", "eval_tokens", "save_every", "keep_last", "log_every"),
+    *("sample_every", "sample_tokens", "prompts", "model.activation_checkpointing", "model.attention", "ffn.backend"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The arithmetic of one step and of the run. `global_batch = micro_batch x data_parallel x accumulation`."""
+
+    micro_batch: int  # sequences
+    global_batch: int  # sequences
+    data_parallel: int  # ranks
+    accumulation: int  # micro-batches a rank takes in a step
+    steps: int
+    tokens_per_step: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.steps * self.tokens_per_step
+
+
+def validate(config: Config, world_size: int) -> Batch:
+    """Refuse a configuration that cannot train on `world_size` ranks, and return its batch arithmetic.
+
+    Raises:
+        UserError: the first rule that is broken, with the values that break it.
+    """
+    values = flatten(to_dict(config))
+    _check_values(values)
+    _check_formula(config)
+    _check_model(config)
+    _check_optimizer(config)
+    return _check_batch(config, world_size)
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    for name, allowed in _CHOICES.items():
+        if values[name] not in allowed:
+            raise unknown(name, str(values[name]), allowed)
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}={value} is not a finite number")
+    for name in _POSITIVE:
+        if not values[name] > 0:
+            raise UserError(f"{name}={values[name]} must be positive")
+    for name in _POSITIVE_OR_NULL:
+        if values[name] is not None and not values[name] > 0:
+            raise UserError(f"{name}={values[name]} must be positive, or null")
+    for name in _NOT_NEGATIVE:
+        if values[name] < 0:
+            raise UserError(f"{name}={values[name]} must not be negative")
+    for name in _SHARES:
+        if not 0 <= values[name] <= 1:
+            raise UserError(f"{name}={values[name]} must lie between 0 and 1")
+    if not 0 < values["data.held_out"] <= 0.5:
+        raise UserError(f"data.held_out={values['data.held_out']} must be a share above 0 and at most 0.5")
+    if values["run"] in ("", ".", "..") or "/" in values["run"]:
+        raise UserError(
+            f"run={values['run']!r} cannot name a folder inside {values['runs']}/: leave out '/' (runs=FOLDER moves it)"
+        )
+    if values["data.source"] not in ("stdlib", "blend") and not values["data.path"]:
+        raise UserError(
+            f"data={values['data.source']} needs to know where the text is: add data.path=FILE, FOLDER or GLOB"
+        )
+    if (
+        values["data.source"] == "blend"
+        and not values["data.parts"]
+        and not any(k.startswith("data.parts.") for k in values)
+    ):
+        raise UserError(
+            "data=blend needs its parts: add data.parts.NAME.path=... for each, and data.parts.NAME.weight=..."
+        )
+    if values["tokenizer.kind"] == "huggingface" and not values["tokenizer.path"]:
+        raise UserError("tokenizer=huggingface needs tokenizer.path=tokenizer.json")
+
+
+def _check_formula(config: Config) -> None:
+    if not config.ffn.formula:
+        raise UserError("ffn=custom needs its formula: add ffn.formula='x*sigmoid(1.702*x)', or one of gate and up")
+    try:
+        parse(config.ffn.formula)
+    except FormulaError as error:
+        raise UserError(f"ffn.formula is refused: {error}") from error
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    if model.head_dim is None and model.d_model % model.n_heads:
+        raise UserError(
+            f"model.n_heads={model.n_heads} does not divide model.d_model={model.d_model}: "
+            "change one of them, or set model.head_dim"
+        )
+    if model.n_kv_heads and model.n_heads % model.n_kv_heads:
+        raise UserError(f"model.n_kv_heads={model.n_kv_heads} does not divide model.n_heads={model.n_heads}")
+    if (model.head_dim or model.d_model // model.n_heads) % 2:
+        raise UserError("rotary positions turn pairs of channels: the head dimension (d_model / n_heads) must be even")
+    for name, value in (("parallel.tensor", config.parallel.tensor), ("parallel.context", config.parallel.context)):
+        if value != 1:
+            raise UserError(f"{name}={value}: this version shares work by data parallelism only; leave it at 1")
+
+
+def _check_optimizer(config: Config) -> None:
+    zero, optim, schedule = config.zero, config.optim, config.schedule
+    if zero.stage not in (0, 1, 2, 3):
+        raise UserError(f"zero.stage={zero.stage}: ZeRO has the stages 0, 1, 2 and 3")
+    if zero.stage == 0 and config.precision.name == "bf16":
+        raise UserError(
+            "zero=0 with precision=bf16 is wrong in DeepSpeed (a step on zero gradients at start-up applies weight decay "
+            "once): use zero=1, which is exact, or precision=fp32"
+        )
+    if zero.offload_parameters and zero.stage != 3:
+        raise UserError("zero.offload_parameters=true needs zero=3: only stage 3 partitions parameters")
+    if zero.offload_optimizer and zero.stage == 0:
+        raise UserError("zero.offload_optimizer=true needs zero=1, 2 or 3: stage 0 leaves the optimizer alone")
+    if optim.name == "muon":
+        if optim.clip:
+            raise UserError(
+                "optim=muon with optim.clip > 0: DeepSpeed would clip the orthogonalised update; set optim.clip=0"
+            )
+        if zero.stage not in (1, 2) or zero.offload_optimizer:
+            raise UserError("optim=muon runs with zero=1 or zero=2, without offload")
+    if schedule.name == "wsd" and schedule.warmup + schedule.decay > 1:
+        raise UserError(
+            f"schedule.warmup={schedule.warmup} and schedule.decay={schedule.decay} take more than the whole run"
+        )
+
+
+def _check_batch(config: Config, world_size: int) -> Batch:
+    total = config.global_batch_size
+    if total % world_size:
+        raise UserError(f"global_batch_size={total} cannot be shared evenly by {world_size} ranks")
+    share = total // world_size
+    micro = config.micro_batch_size or share
+    if share % micro:
+        raise UserError(
+            f"global_batch_size={total} over {world_size} rank(s) is {share} sequences a rank, which "
+            f"micro_batch_size={micro} does not divide"
+        )
+    per_step = total * config.sequence_length
+    if config.steps is None and config.tokens is None:
+        raise UserError("say how long to train: steps=N, or tokens=N")
+    steps = config.steps if config.steps is not None else config.tokens // per_step
+    if steps < 1:
+        raise UserError(f"tokens={config.tokens} is less than one step of {per_step} tokens")
+    return Batch(micro, total, world_size, share // micro, steps, per_step)
+
+
+def differences(before: Config, now: Config) -> list[str]:
+    """Return what keeps a run from going on: "key: before -> now" for each changed key that decides what is learned."""
+    old, new = flatten(to_dict(before)), flatten(to_dict(now))
+    changed = []
+    for name in sorted(old.keys() | new.keys()):
+        if any(name == free or name.startswith(free + ".") for free in NOT_LEARNED):
+            continue
+        if old.get(name) != new.get(name):
+            changed.append(f"{name}: {old.get(name)} -> {new.get(name)}")
+    return changed

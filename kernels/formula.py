@@ -1,0 +1,247 @@
+"""The grammar of formulas: text -> a checked expression tree. Needs neither torch nor SymPy, and never calls `eval`.
+
+    expression := sum [("<" | "<=" | ">" | ">=") sum]
+    sum        := product (("+" | "-") product)*
+    product    := unary (("*" | "/") unary)*
+    unary      := ("+" | "-") unary | power
+    power      := atom ["**" unary]
+    atom       := number | name | name "(" expression ("," expression)* ")" | "(" expression ")"
+
+Formulas come from users, so everything that is not listed here is refused, with a caret under the place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+
+FUNCTIONS = {  # name: number of arguments
+    **dict.fromkeys(
+        ("abs", "sign", "sqrt", "exp", "expm1", "log", "log1p", "sigmoid", "tanh", "sin", "cos", "atan"), 1
+    ),
+    **dict.fromkeys(("erf", "softplus", "relu", "silu", "gelu", "gelu_tanh"), 1),
+    **{"max": 2, "min": 2, "where": 3, "clip": 3},
+}
+CONSTANTS = {"pi": 3.141592653589793}
+PRE_ACTIVATIONS = ("x", "gate", "up")
+COMPARISONS = ("<", "<=", ">", ">=")
+LONGEST = 1000  # characters: the longest known arm has 70
+DEEPEST = 50  # nested brackets, so that the parser cannot run out of stack
+
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<name>[A-Za-z_]\w*)|(?P<sign>\*\*|<=|>=|[-+*/(),<>]))"
+)
+
+
+class FormulaError(ValueError):
+    """A formula that is refused: one sentence, then the formula with a caret under the place."""
+
+    def __init__(self, reason: str, text: str, place: int) -> None:
+        self.reason, self.place = reason, place
+        first = max(0, place - 60)
+        shown = text[first : place + 40].replace("\n", " ").replace("\t", " ")
+        super().__init__(f"{reason}\n  {shown}\n  {' ' * (place - first)}^")
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One operation: `kind` is "number", "symbol" (with `value`), "call", or an operator's sign, over `arguments`."""
+
+    kind: str
+    value: float | str = ""
+    arguments: tuple[Node, ...] = ()
+    place: int = 0
+
+    @property
+    def is_condition(self) -> bool:
+        return self.kind in COMPARISONS
+
+
+@dataclasses.dataclass(frozen=True)
+class Formula:
+    """A checked formula. `symbols` are the pre-activations and parameters that it uses."""
+
+    text: str
+    tree: Node
+    symbols: frozenset[str]
+
+    @property
+    def gated(self) -> bool:
+        """Whether the layer has two pre-activations (and so 3 matrices, not 2)."""
+        return "x" not in self.symbols
+
+    @property
+    def matrices(self) -> int:
+        """Matrices of d_model x d_ff in a layer with this formula."""
+        return 3 if self.gated else 2
+
+
+def parse(text: str, parameters: tuple[str, ...] = ()) -> Formula:
+    """Parse and check `text`.
+
+    Args:
+        text: the formula, at most `LONGEST` characters.
+        parameters: names that it may use beside the pre-activations `x`, or `gate` and `up`.
+
+    Raises:
+        FormulaError: what is wrong and where.
+    """
+    if len(text) > LONGEST:
+        raise FormulaError(f"the formula has {len(text):,} characters; at most {LONGEST:,} are read", text, LONGEST)
+    for name in parameters:
+        if name in PRE_ACTIVATIONS or name in FUNCTIONS or name in CONSTANTS or not name.isidentifier():
+            raise FormulaError(f"a parameter cannot be named {name!r}: that name is taken or is no name", text, 0)
+    parser = _Parser(text, parameters)
+    tree = parser.expression()
+    if parser.kind != "end":
+        raise parser.error(f"unexpected {parser.word!r}")
+    if tree.is_condition:
+        raise FormulaError("a comparison has no value of its own: use where(condition, a, b)", text, tree.place)
+    symbols = frozenset(parser.symbols)
+    if "x" in symbols and symbols & {"gate", "up"}:
+        place = min(parser.symbols[name] for name in symbols & {"gate", "up"})
+        raise FormulaError(
+            "x is the one pre-activation of an ungated arm; it cannot stand beside gate or up", text, place
+        )
+    if not symbols & set(PRE_ACTIVATIONS):
+        raise FormulaError("the formula uses no pre-activation: write it of x, or of gate and up", text, 0)
+    if "x" not in symbols and not {"gate", "up"} <= symbols:
+        missing = "gate" if "gate" not in symbols else "up"
+        raise FormulaError(
+            f"a gated formula uses gate and up, and {missing} is missing: write an ungated one of x", text, 0
+        )
+    return Formula(text, tree, symbols)
+
+
+class _Parser:
+    """Recursive descent over the tokens of one formula."""
+
+    def __init__(self, text: str, parameters: tuple[str, ...]) -> None:
+        self.text, self.parameters = text, parameters
+        self.position = self.depth = 0
+        self.symbols: dict[str, int] = {}  # name -> where it first stands
+        self.advance()
+
+    def error(self, reason: str, place: int | None = None) -> FormulaError:
+        return FormulaError(reason, self.text, self.place if place is None else place)
+
+    def advance(self) -> None:
+        match = _TOKEN.match(self.text, self.position)
+        if match:
+            self.kind = match.lastgroup or ""
+            self.word, self.place, self.position = match[self.kind], match.start(self.kind), match.end()
+            return
+        rest = self.text[self.position :]
+        self.place = self.position + len(rest) - len(rest.lstrip())
+        if rest.strip():
+            raise self.error(f"the character {self.text[self.place]!r} is not part of a formula")
+        self.kind, self.word = "end", "end of the formula"
+
+    def take(self, *signs: str) -> str | None:
+        if self.kind == "sign" and self.word in signs:
+            sign = self.word
+            self.advance()
+            return sign
+        return None
+
+    def expect(self, sign: str, why: str) -> None:
+        if not self.take(sign):
+            raise self.error(f"expected {sign!r} {why}, found {self.word!r}")
+
+    def value(self, node: Node) -> Node:
+        """Refuse a comparison where a number is needed."""
+        if node.is_condition:
+            raise self.error("a comparison can only be the first argument of where(condition, a, b)", node.place)
+        return node
+
+    def binary(self, sign: str, left: Node, right: Node, place: int) -> Node:
+        return Node(sign, "", (self.value(left), self.value(right)), place)
+
+    def expression(self) -> Node:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise self.error(f"more than {DEEPEST} nested brackets")
+        left, place = self.sum(), self.place
+        if sign := self.take(*COMPARISONS):
+            left = self.binary(sign, left, self.sum(), place)
+        self.depth -= 1
+        return left
+
+    def sum(self) -> Node:
+        left, place = self.product(), self.place
+        while sign := self.take("+", "-"):
+            left = self.binary(sign, left, self.product(), place)
+            place = self.place
+        return left
+
+    def product(self) -> Node:
+        left, place = self.unary(), self.place
+        while sign := self.take("*", "/"):
+            left = self.binary(sign, left, self.unary(), place)
+            place = self.place
+        return left
+
+    def unary(self) -> Node:
+        place, signs = self.place, 0
+        while sign := self.take("+", "-"):  # a loop: a thousand signs must not become a thousand frames
+            signs += sign == "-"
+        node = self.power()
+        return Node("negate", "", (self.value(node),), place) if signs % 2 else node
+
+    def power(self) -> Node:
+        base, place = self.atom(), self.place
+        if not self.take("**"):
+            return base
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise self.error(f"more than {DEEPEST} nested powers")
+        exponent = self.unary()
+        self.depth -= 1
+        return self.binary("**", base, exponent, place)
+
+    def atom(self) -> Node:
+        word, place = self.word, self.place
+        if self.kind == "number":
+            self.advance()
+            return Node("number", float(word), (), place)
+        if self.take("("):
+            inside = self.expression()
+            self.expect(")", f"to close the bracket opened at character {place + 1}")
+            return inside
+        if self.kind != "name":
+            raise self.error(f"expected a number, a name or a bracket, found {word!r}")
+        self.advance()
+        if word in FUNCTIONS:
+            return self.call(word, place)
+        if self.kind == "sign" and self.word == "(":
+            raise self.error(f"unknown function {word!r}: {_near(word, FUNCTIONS)}", place)
+        if word in CONSTANTS:
+            return Node("number", CONSTANTS[word], (), place)
+        if word not in PRE_ACTIVATIONS and word not in self.parameters:
+            known = [*PRE_ACTIVATIONS, *CONSTANTS, *self.parameters]
+            raise self.error(f"unknown symbol {word!r}: {_near(word, known)}", place)
+        self.symbols.setdefault(word, place)
+        return Node("symbol", word, (), place)
+
+    def call(self, name: str, place: int) -> Node:
+        self.expect("(", f"after {name}")
+        arguments = [self.expression()]
+        while self.take(","):
+            arguments.append(self.expression())
+        self.expect(")", f"to close {name}(")
+        if len(arguments) != FUNCTIONS[name]:
+            raise self.error(f"{name} takes {FUNCTIONS[name]} argument(s), {len(arguments)} were given", place)
+        if name == "where":
+            if not arguments[0].is_condition:
+                raise self.error("the first argument of where must be a comparison such as x > 0", arguments[0].place)
+            arguments[1:] = [self.value(argument) for argument in arguments[1:]]
+        else:
+            arguments = [self.value(argument) for argument in arguments]
+        return Node("call", name, tuple(arguments), place)
+
+
+def _near(word: str, known: object) -> str:
+    names = list(known)  # type: ignore[call-overload]
+    close = difflib.get_close_matches(word, names, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"known are {', '.join(names)}"

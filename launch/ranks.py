@@ -1,0 +1,105 @@
+"""One record of who this process is, whichever launcher started it.
+
+`deepspeed` and `torchrun` set RANK, WORLD_SIZE and LOCAL_RANK; `srun` and `mpirun` set variables of their own; plain `python`
+sets nothing and is rank 0 of 1. Everything after this module reads the record, or the standard variables that it exports.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+from collections.abc import MutableMapping
+
+from conf.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process among all: `rank` of `world_size`, `local_rank` of `local_world_size` on its node."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+# Where each launcher says it: rank, world size, local rank, processes on this node. The first that is complete counts.
+_LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    "mpirun": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+}
+
+
+def take_local_rank(argv: list[str]) -> tuple[list[str], int | None]:
+    """Split off the `--local_rank=N` that the `deepspeed` launcher puts before the arguments: Hydra would refuse it.
+
+    Returns:
+        The other arguments, and N (None if it was not given).
+    """
+    rest, local_rank = [], None
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name in ("--local_rank", "--local-rank") and equals:
+            if not value.isdigit():
+                raise UserError(f"{word}: the launcher's local rank must be a number")
+            local_rank = int(value)
+        else:
+            rest.append(word)
+    return rest, local_rank
+
+
+def find_ranks(environment: MutableMapping[str, str] = os.environ, local_rank: int | None = None) -> Ranks:
+    """Read the launcher's variables.
+
+    Args:
+        environment: the process's environment.
+        local_rank: what `--local_rank` said, which must agree.
+
+    Raises:
+        UserError: variables that contradict each other.
+    """
+    for launcher, (rank, world, local, per_node) in _LAUNCHERS.items():
+        # Inside `sbatch` or `salloc`, but not under `srun`, SLURM_NTASKS is set and there is still one process only.
+        if launcher == "srun" and "SLURM_STEP_ID" not in environment:
+            continue
+        if not all(name in environment for name in (rank, world, local)):
+            continue
+        here = environment.get(per_node, "1").split("(")[0].split(",")[0]
+        try:
+            ranks = Ranks(*(int(environment[name]) for name in (rank, world, local)), int(here))
+        except ValueError as error:
+            raise UserError(f"{launcher} set {rank}, {world} and {local} to what is not a number") from error
+        if not 0 <= ranks.rank < ranks.world_size or not ranks.local_rank >= 0:
+            raise UserError(f"{rank}={ranks.rank} does not fit {world}={ranks.world_size}")
+        if local_rank is not None and local_rank != ranks.local_rank:
+            raise UserError(f"--local_rank={local_rank} contradicts {local}={ranks.local_rank} of the environment")
+        return ranks
+    if local_rank:
+        raise UserError(f"--local_rank={local_rank} was given, but no launcher set RANK and WORLD_SIZE")
+    return Ranks()
+
+
+def export(ranks: Ranks, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set the standard variables that torch.distributed and DeepSpeed read."""
+    environment.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
+    environment.setdefault("LOCAL_SIZE", str(ranks.local_world_size))
+    environment.setdefault("LOCAL_WORLD_SIZE", str(ranks.local_world_size))
+    environment.setdefault("MASTER_ADDR", _first_node(environment))
+    # SLURM's job number makes a port that two jobs on one node do not share.
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "9500")) % 20000))
+
+
+def _first_node(environment: MutableMapping[str, str]) -> str:
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if not nodes or environment.get("SLURM_STEP_NUM_NODES", "1") == "1":
+        return "127.0.0.1"
+    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return listed.stdout.split()[0]

@@ -1,0 +1,159 @@
+"""A LLaMA-style decoder, written once.
+
+Notable in it:
+- pre-norm RMSNorm, rotary positions, grouped-query attention, no biases; optional QK-norm, tied or untied head
+- q, k and v are one matrix, gate and up are one parameter (2, d_ff, d_model): one GEMM each
+- the feed-forward arm is a formula (`kernels.activation`): no branch on its name stands anywhere
+- the training loss comes out of `Head`, fused with the output projection: the full logits never exist
+- weights come from `initialise.py`, how training is partitioned over ranks is `training/`'s affair
+
+Shapes: B batch, S sequence, D d_model, H heads, K key/value heads, E head_dim, F d_ff, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from conf.schema import FFNConfig, ModelConfig
+from kernels import activation
+from model.accounting import Shape
+from model.attention import attend, attend_cached
+from model.layers import RMSNorm, Rotary
+from model.loss import linear_cross_entropy
+
+# For each layer, the keys and values so far: two tensors (B, T, K, E). Empty before the first token.
+Cache = list[tuple[Tensor, Tensor] | None]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention."""
+
+    def __init__(self, shape: Shape, config: ModelConfig, rotary: Rotary, backend: str) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = shape.n_heads, shape.n_kv_heads, shape.head_dim
+        self.rotary, self.backend = rotary, backend
+        rows = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
+        self.qkv = nn.Parameter(torch.empty(rows, shape.d_model))  # rows of q, then of k, then of v
+        self.out = nn.Parameter(torch.empty(shape.d_model, shape.n_heads * shape.head_dim))
+        self.q_norm = RMSNorm(shape.head_dim, config.norm_eps) if shape.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(shape.head_dim, config.norm_eps) if shape.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, documents: Tensor | None, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        """x (B, S, D) -> (B, S, D). With a cache, x holds the newest tokens only."""
+        heads = F.linear(x, self.qkv).unflatten(-1, (-1, self.head_dim))  # B S H+2K E
+        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)
+        start = cache[layer][0].shape[1] if cache and cache[layer] else 0
+        q, k = self.rotary(self.q_norm(q), start), self.rotary(self.k_norm(k), start)
+        if cache is None:
+            mixed = attend(q, k, v, self.backend, documents)
+        else:
+            if cache[layer]:
+                k, v = torch.cat((cache[layer][0], k), 1), torch.cat((cache[layer][1], v), 1)
+            cache[layer] = k, v
+            mixed = attend_cached(q, k, v)
+        return F.linear(mixed.flatten(2), self.out)
+
+
+class FeedForward(nn.Module):
+    """The arm under study: D -> F (once, or twice if gated) -> the formula -> D."""
+
+    def __init__(self, shape: Shape, config: FFNConfig) -> None:
+        super().__init__()
+        self.activation = activation(config.formula, backend=config.backend)
+        self.gated = shape.ffn_matrices == 3
+        wide = (2, shape.d_ff, shape.d_model) if self.gated else (shape.d_ff, shape.d_model)  # gate first, then up
+        self.up = nn.Parameter(torch.empty(wide))
+        self.down = nn.Parameter(torch.empty(shape.d_model, shape.d_ff))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, S, D) -> (B, S, D)."""
+        pre = F.linear(x, self.up.flatten(0, -2))  # B S F, or B S 2F
+        if self.gated:
+            pre = pre.unflatten(-1, (2, -1))  # B S 2 F
+        return F.linear(self.activation(pre), self.down)
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each on a normalised copy of the residual stream."""
+
+    def __init__(self, shape: Shape, model: ModelConfig, ffn: FFNConfig, rotary: Rotary, backend: str) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(shape.d_model, model.norm_eps)
+        self.attention = Attention(shape, model, rotary, backend)
+        self.ffn_norm = RMSNorm(shape.d_model, model.norm_eps)
+        self.ffn = FeedForward(shape, ffn)
+
+    def forward(self, x: Tensor, documents: Tensor | None, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), documents, cache, layer)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Embedding(nn.Module):
+    """Tokens (B, S) -> (B, S, D)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape.vocab_size, shape.d_model))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class Head(nn.Module):
+    """The output projection: logits, or straight to the loss."""
+
+    def __init__(self, weight: nn.Parameter, z_loss: float) -> None:
+        super().__init__()
+        self.weight = weight  # (V, D)
+        self.z_loss = z_loss
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """x (B, S, D) -> logits (B, S, V); with targets (B, S) -> the mean loss, fp32."""
+        if targets is None:
+            return F.linear(x, self.weight)
+        # z-loss regularises training; a figure of evaluation is cross-entropy alone.
+        z_loss = self.z_loss if self.training else 0.0
+        return linear_cross_entropy(x, self.weight, targets, z_loss)[0]
+
+
+class Decoder(nn.Module):
+    """The whole model.
+
+    Args:
+        shape: the resolved sizes.
+        model, ffn: their groups of the configuration.
+        backend: of attention, as `attention.choose` returned it.
+        document_start: token that begins a document in packed sequences, or None to let attention cross documents.
+    """
+
+    def __init__(
+        self, shape: Shape, model: ModelConfig, ffn: FFNConfig, backend: str, document_start: int | None = None
+    ) -> None:
+        super().__init__()
+        self.shape, self.document_start = shape, document_start
+        self.recompute = model.activation_checkpointing
+        rotary = Rotary(shape.head_dim, model.rope_theta)
+        self.embedding = Embedding(shape)
+        self.layers = nn.ModuleList(Layer(shape, model, ffn, rotary, backend) for _ in range(shape.n_layers))
+        self.norm = RMSNorm(shape.d_model, model.norm_eps)
+        own = None if shape.tied else nn.Parameter(torch.empty(shape.vocab_size, shape.d_model))
+        self.head = Head(self.embedding.weight if own is None else own, model.z_loss)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Return logits (B, S, V) of tokens (B, S); with targets (B, S), where -100 is left out, the mean loss (fp32).
+
+        With a cache (a list of one None a layer at first), `tokens` are the newest only, and the cache grows by them.
+        """
+        documents = None
+        if self.document_start is not None and cache is None:
+            documents = (tokens == self.document_start).cumsum(1)
+        x = self.embedding(tokens)
+        for index, layer in enumerate(self.layers):
+            if self.recompute and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, documents, use_reentrant=False)
+            else:
+                x = layer(x, documents, cache, index)
+        return self.head(self.norm(x), targets)

@@ -1,0 +1,134 @@
+"""Continue a prompt: `python -m model.generate run=NAME prompt='def main():'`.
+
+run=NAME          a run by name or by path            tokens=128       how many to write
+prompt=TEXT       what to continue                    temperature=0.8  0 takes the likeliest token
+step=N            a checkpoint other than the newest  top_k=50         choose among the k likeliest; 0: among all
+runs=FOLDER       where the runs are                  seed=0           of the choice
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conf.errors import UserError, unknown
+from conf.load import find_run, from_yaml, run_command
+from data.tokenizer import Tokenizer, load_tokenizer
+from model.accounting import shape_of
+from model.attention import choose
+from model.decoder import Cache, Decoder
+from model.weights import checkpoints, damage, load_weights
+
+_DEFAULTS = {"run": "", "prompt": "", "runs": "runs", "step": -1, "tokens": 128}
+_DEFAULTS |= {"temperature": 0.8, "top_k": 50, "seed": 0}
+
+
+def generate(
+    logits_of: Callable[[Tensor, Cache], Tensor],
+    tokenizer: Tokenizer,
+    n_layers: int,
+    prompt: str,
+    tokens: int,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> str:
+    """Return the prompt and what the model writes after it, up to `tokens` tokens or the end of the document.
+
+    Args:
+        logits_of: (newest tokens (1, S), cache) -> logits (1, S, V).
+        temperature: 0 takes the likeliest token; else logits are divided by it before the choice.
+        top_k: only the k likeliest tokens are chosen from; 0: all.
+        seed: the same seed gives the same text on every rank.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    # A document begins after the end of another one.
+    written = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    cache: Cache = [None] * n_layers
+    newest = written
+    for _ in range(tokens):
+        logits = logits_of(torch.tensor([newest], device=device), cache)[0, -1].float().cpu()
+        logits = logits[: tokenizer.vocab_size]  # rows that only round the vocabulary up stand for nothing
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            if 0 < top_k < len(logits):
+                logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+            token = int(torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=generator))
+        if token == tokenizer.eos_id:
+            break
+        written.append(token)
+        newest = [token]
+    return tokenizer.decode(written[1:])
+
+
+def load_run(run: Path, step: int = -1) -> tuple[Decoder, Tokenizer, dict[str, Any]]:
+    """Return a run's model in fp32 on the CPU, its tokenizer, and its checkpoint's state.
+
+    Raises:
+        UserError: there is no checkpoint (of that step), or it is damaged.
+    """
+    config = from_yaml(run / "config.yaml")
+    found = {int(path.name.removeprefix("step_")): path for path in checkpoints(run / "checkpoints")}
+    if not found:
+        raise UserError(f"{run} has no checkpoint yet")
+    if step >= 0 and step not in found:
+        raise UserError(f"{run} has no checkpoint of step {step}: there are {', '.join(map(str, sorted(found)))}")
+    folder = found[step if step >= 0 else max(found)]
+    wrong = damage(folder)
+    if wrong:
+        raise UserError(f"checkpoint {folder} is damaged: {wrong}")
+    tokenizer = load_tokenizer(run / "tokenizer")
+    shape = shape_of(config, tokenizer.vocab_size)
+    document_start = tokenizer.eos_id if config.model.mask_documents else None
+    device = torch.device("cpu")
+    model = Decoder(shape, config.model, config.ffn, choose("auto", device, torch.float32), document_start)
+    return model.eval(), tokenizer, load_weights(model, folder)
+
+
+def _options(argv: list[str]) -> dict[str, Any]:
+    options = dict(_DEFAULTS)
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name not in _DEFAULTS or not equals:
+            raise unknown("option", name, _DEFAULTS)
+        kind = type(_DEFAULTS[name])
+        try:
+            options[name] = kind(value)
+        except ValueError as error:
+            raise UserError(f"{name}={value}: expected {'a whole number' if kind is int else 'a number'}") from error
+    for name in ("tokens", "temperature", "top_k"):
+        if options[name] < 0:
+            raise UserError(f"{name}={options[name]} must not be negative")
+    return options
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    options = _options(argv)
+    if not options["run"]:
+        raise UserError("say which run is to write: run=NAME")
+    model, tokenizer, _ = load_run(find_run(options["run"], options["runs"]), options["step"])
+    with torch.inference_mode():
+        text = generate(
+            lambda tokens, cache: model(tokens, None, cache),
+            tokenizer,
+            model.shape.n_layers,
+            options["prompt"].replace("\\n", "\n"),  # a shell makes a real new line hard to type
+            options["tokens"],
+            options["temperature"],
+            options["top_k"],
+            options["seed"],
+        )
+    print(text)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,50 @@
+"""Initial weights: a function of (parameter's name, seed) alone.
+
+So they are the same whatever the number of ranks or the ZeRO stage, and everything outside the FFN is the same for every
+arm. Matrices are normal; the two that write into the residual stream (attention.out, ffn.down) are scaled by
+1 / sqrt(2 n_layers), so that its variance does not grow with depth (GPT-2, Radford 2019). Norms start at 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.accounting import Shape
+
+
+def initialise(
+    model: nn.Module,
+    shape: Shape,
+    seed: int,
+    init_std: float | None = None,
+    gather: Callable[[nn.Parameter], contextlib.AbstractContextManager[Any]] = lambda _: contextlib.nullcontext(),
+) -> None:
+    """Fill every parameter of `model` in place.
+
+    Args:
+        init_std: standard deviation of the matrices; None: 1 / sqrt(d_model).
+        gather: a context in which a parameter that ZeRO-3 has partitioned is whole and may be written.
+    """
+    std = shape.d_model**-0.5 if init_std is None else init_std
+    for name, parameter in model.named_parameters():
+        with gather(parameter), torch.no_grad():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+                continue
+            residual = name.endswith(("attention.out", "ffn.down"))
+            scale = std / math.sqrt(2 * shape.n_layers) if residual else std
+            generator = torch.Generator().manual_seed(_seed_of(name, seed))
+            fresh = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, scale, generator=generator)
+            parameter.copy_(fresh)
+
+
+def _seed_of(name: str, seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # a generator takes 63 bits

@@ -1,0 +1,50 @@
+"""The decoder's small operations, one seam each: RMSNorm and rotary positions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Rotary(nn.Module):
+    """Rotary positions (Su 2021, arXiv 2104.09864), in the half-split layout of LLaMA's published weights.
+
+    Tables are computed once in fp32 for the longest sequence seen, and kept out of checkpoints.
+    """
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim, self.theta = head_dim, theta
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def tables(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return (cos, sin), each (length, 1, head_dim), the sine with the sign of the half it multiplies."""
+        cos, sin = self._tables.get((device, dtype), (None, None))
+        if cos is None or cos.shape[0] < length:
+            steps = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+            angles = torch.outer(
+                torch.arange(length, dtype=torch.float64), self.theta**-steps
+            )  # (length, head_dim / 2)
+            cos = torch.cat((angles.cos(), angles.cos()), -1).unsqueeze(1).to(device, dtype)
+            sin = torch.cat((-angles.sin(), angles.sin()), -1).unsqueeze(1).to(device, dtype)
+            self._tables[device, dtype] = cos, sin
+        return cos[:length], sin[:length]
+
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """Rotate x (B, S, H, head_dim), whose first token stands at position `start`."""
+        cos, sin = self.tables(start + x.shape[1], x.device, x.dtype)
+        low, high = x.chunk(2, -1)
+        return torch.addcmul(x * cos[start:], torch.cat((high, low), -1), sin[start:])

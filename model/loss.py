@@ -1,0 +1,117 @@
+"""Cross-entropy of an output projection, without the full matrix of logits.
+
+A batch of N tokens over V words needs N * V logits, the largest tensor of a small
+model.  The gradient of the loss is known once the softmax is, so the forward pass
+computes it chunk by chunk, reduces it to the (small) gradients of the hidden states
+and of the weight, and drops the chunk.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Elements of one chunk of logits, and its least number of rows: with few rows the
+# product for the weight gradient spends its time on reading and writing the result.
+_CHUNK_ELEMENTS = 2**22
+_CHUNK_ROWS = 256
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of ``softmax(hidden @ weight.T)`` against ``targets``.
+
+    Matrix products take the dtype of the inputs; the softmax and the sums are fp32
+    (fp64 for fp64 inputs).  The loss of one token saturates at about 87 nats, where its
+    probability leaves fp32.  Outside ``no_grad`` the forward pass computes the gradients.
+
+    Args:
+        hidden: (..., d) hidden states, of any floating dtype.
+        weight: (V, d) output projection of the same dtype.
+        targets: (...) int64 word numbers below V, or ``ignore_index``.
+        z_loss: coefficient of the mean of ``logsumexp(logits) ** 2``, added to the objective.
+        ignore_index: target of the tokens that do not count.
+
+    Returns:
+        The objective to differentiate and the mean nats per valid token (not
+        differentiable), both fp32 scalars; they are equal if ``z_loss`` is 0, and 0 if
+        no token is valid.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+    """
+    if targets.shape != hidden.shape[:-1] or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (hidden, weight, targets))
+        raise ValueError(f"shapes of hidden, weight and targets do not fit: {shapes}")
+    differentiate = torch.is_grad_enabled()  # always off inside Function.forward
+    return _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, ignore_index, differentiate)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor,
+        z_loss: float, ignore_index: int, differentiate: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        states, targets = hidden.flatten(0, -2), targets.flatten()  # (N, d), (N,)
+        tokens, words = states.shape[0], weight.shape[0]
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        want_hidden = differentiate and ctx.needs_input_grad[0]
+        want_weight = differentiate and ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(states) if want_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=precise) if want_weight else None
+
+        valid = targets != ignore_index
+        count = valid.sum().clamp_(min=1)
+        nats = torch.zeros((), dtype=precise, device=hidden.device)
+        squares = torch.zeros_like(nats)
+        rows = max(1, min(tokens, max(_CHUNK_ROWS, _CHUNK_ELEMENTS // words)))
+        logits_buffer = states.new_empty(rows, words)
+        softmax_buffer = states.new_empty(rows, words, dtype=precise)
+        for start in range(0, tokens, rows):
+            chunk = slice(start, min(start + rows, tokens))
+            kept = valid[chunk]
+            index = targets[chunk].where(kept, 0).unsqueeze(1)  # (c, 1)
+            x = states[chunk]
+            logits = torch.mm(x, weight.t(), out=logits_buffer[: x.shape[0]])
+            p = torch.softmax(logits, -1, dtype=precise, out=softmax_buffer[: x.shape[0]])
+            p_target = p.gather(1, index)
+            log_p = p_target.clamp_min(torch.finfo(precise).tiny).log()
+            nats -= (log_p.squeeze(1) * kept).sum()
+            if z_loss:
+                lse = logits.gather(1, index).to(precise) - log_p  # spares a pass over the logits
+                squares += (lse.square().squeeze(1) * kept).sum()
+            if not (want_hidden or want_weight):
+                continue
+            # d objective / d logits, times count: applied to the small gradients instead.
+            if z_loss:
+                p *= 1 + 2 * z_loss * lse
+            p.scatter_add_(1, index, p.new_full((1, 1), -1.0).expand_as(index))
+            if not kept.all():
+                p[~kept] = 0
+            grad_logits = p if p.dtype == logits.dtype else logits.copy_(p)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                grad_weight += torch.mm(grad_logits.t(), x)
+
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden / count).view_as(hidden)
+        if grad_weight is not None:
+            grad_weight = grad_weight.div_(count).to(weight.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        nats = (nats / count).float()
+        objective = nats + z_loss * (squares / count).float()
+        ctx.mark_non_differentiable(nats)
+        return objective, nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
+        grads = tuple(None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
+        return *grads, None, None, None, None

@@ -1,0 +1,27 @@
+"""Train a LLaMA-style decoder: `deepspeed train.py ffn=swiglu` (also under torchrun, srun, and plain python).
+
+Parse, validate, train. `python train.py --help` lists every key; the same command again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from conf.load import load, run_command
+
+
+def main(argv: list[str]) -> int:
+    from launch.ranks import export, find_ranks, take_local_rank
+
+    argv, local_rank = take_local_rank(argv)
+    ranks = find_ranks(local_rank=local_rank)
+    export(ranks)
+    config = load(argv)
+    from training.machine import keep_freed_memory
+
+    keep_freed_memory()
+    from training.loop import train
+
+    return train(config, ranks)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,220 @@
+"""From the configuration to a DeepSpeed engine, and the few places where DeepSpeed has to be told, or watched.
+
+The DeepSpeed configuration is built here and nowhere else. Its defaults that would change the training without a word (clipping
+at 1.0, gradients reduced in bf16) are always written out. Everything private that is used is named in
+tests/training/test_deepspeed_contract.py, so that an upgrade fails loudly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from conf.schema import Config
+from conf.validate import Batch
+from launch.ranks import Ranks
+from model.accounting import Shape
+from model.decoder import Decoder
+from model.initialise import initialise
+
+
+def start_process_group(ranks: Ranks, device: torch.device, timeout_minutes: float) -> None:
+    """Join the ranks of this run: NCCL on GPUs, gloo on CPUs. One rank alone needs no port."""
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if ranks.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def deepspeed_config(config: Config, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
+    """Return DeepSpeed's configuration as the dictionary that `deepspeed.initialize` takes."""
+    zero, bf16 = config.zero, dtype == torch.bfloat16
+    result: dict[str, Any] = {
+        "train_batch_size": batch.global_batch,
+        "train_micro_batch_size_per_gpu": batch.micro_batch,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_clipping": config.optim.clip,  # written even when 0: unset means 1.0 to DeepSpeed
+        "bf16": {"enabled": bf16},
+        "communication_data_type": config.precision.reduce if bf16 else "fp32",
+        "steps_per_print": 10**9,
+        "zero_force_ds_cpu_optimizer": False,  # offload with torch's AdamW: nothing is compiled
+        "zero_optimization": {
+            "stage": zero.stage,
+            "reduce_bucket_size": zero.bucket_elements,
+            "allgather_bucket_size": zero.bucket_elements,
+            "overlap_comm": zero.overlap,
+            "contiguous_gradients": True,
+        },
+    }
+    if zero.offload_optimizer:
+        result["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if zero.stage == 3:
+        result["zero_optimization"] |= {
+            "stage3_prefetch_bucket_size": zero.bucket_elements,
+            "stage3_max_live_parameters": 20 * zero.bucket_elements,
+            "stage3_max_reuse_distance": 20 * zero.bucket_elements,
+            "sub_group_size": 10**9,
+        }
+        if zero.offload_parameters:
+            result["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    if bf16 and batch.accumulation > 1:
+        # Micro-batches are summed in fp32: a bf16 sum of many loses the small ones.
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    if config.optim.name == "muon":
+        optim = config.optim
+        result["optimizer"] = {
+            "type": "Muon",
+            "params": {
+                "muon_lr": optim.matrix_lr,
+                "adam_lr": optim.lr,
+                "momentum": optim.momentum,
+                "betas": [optim.beta1, optim.beta2],
+                "eps": optim.eps,
+                "weight_decay": optim.weight_decay,
+            },
+        }
+    return result
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: matrices decay, vectors (norms) do not."""
+    # Under ZeRO-3 a parameter's own shape is a placeholder.
+    dimensions = {p: len(getattr(p, "ds_shape", p.shape)) for p in model.parameters()}
+    return [
+        {"params": [p for p, n in dimensions.items() if n > 1], "weight_decay": weight_decay},
+        {"params": [p for p, n in dimensions.items() if n <= 1], "weight_decay": 0.0},
+    ]
+
+
+class Engine:
+    """The model, its optimizer and ZeRO. `train_step` is one optimizer step; `evaluate` gives a loss."""
+
+    def __init__(
+        self,
+        config: Config,
+        batch: Batch,
+        shape: Shape,
+        device: torch.device,
+        dtype: torch.dtype,
+        attention: str,
+        document_start: int | None,
+    ) -> None:
+        deepspeed = import_deepspeed()
+        self.config, self.batch, self.device, self.dtype = config, batch, device, dtype
+        settings = deepspeed_config(config, batch, dtype)
+        partitioned = config.zero.stage == 3
+        with _whole_model(deepspeed, settings, partitioned):
+            self.module = Decoder(shape, config.model, config.ffn, attention, document_start)
+        gather = (lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0)) if partitioned else _as_it_is
+        initialise(self.module, shape, config.seed, config.model.init_std, gather)
+        if not partitioned:
+            self.module.to(device)
+        optimizer = None
+        if config.optim.name == "adamw":
+            optim = config.optim
+            groups = parameter_groups(self.module, optim.weight_decay)
+            betas = (optim.beta1, optim.beta2)
+            optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=self.module,
+            optimizer=optimizer,
+            model_parameters=None if optimizer else [p for p in self.module.parameters() if p.requires_grad],
+            config=settings,
+            dist_init_required=False,
+        )
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.stage = config.zero.stage
+
+    def train_step(self, tokens: Tensor, rate: float) -> tuple[Tensor, Tensor | float, bool]:
+        """Take one optimizer step.
+
+        Args:
+            tokens: (sequences of this rank, S + 1) int64 on the device.
+            rate: the share of the peak learning rate.
+
+        Returns:
+            This rank's mean loss (a detached fp32 scalar on the device), the gradient norm of the whole model before
+            clipping, and whether the step was applied: one with a gradient that is not finite is skipped on every rank.
+        """
+        for group, peak in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = peak * rate
+        skipped, norm, total = self.deepspeed.skipped_steps, None, torch.zeros((), device=self.device)
+        for micro in tokens.split(self.batch.micro_batch):
+            loss = self.deepspeed(micro[:, :-1], micro[:, 1:])
+            self.deepspeed.backward(loss)
+            total += loss.detach()
+            if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
+                norm = self._norm_without_zero()
+            self.deepspeed.step()
+        if norm is None:
+            norm = self.deepspeed.get_global_grad_norm()
+            applied = self.deepspeed.skipped_steps == skipped
+        else:
+            applied = bool(torch.isfinite(norm))
+        return total / self.batch.accumulation, norm, applied
+
+    def _norm_without_zero(self) -> Tensor:
+        """Stage 0 in fp32 neither reports the norm nor skips a step that is not finite: both are made good here."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            for parameter in self.module.parameters():
+                parameter.grad = None  # AdamW leaves a parameter without a gradient alone
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss (fp32 scalar) of inputs (B, S) against targets (B, S), where -100 is left out."""
+        self.deepspeed.eval()
+        loss = self.deepspeed(inputs, targets)
+        self.deepspeed.train()
+        return loss
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, cache: list[Any]) -> Tensor:
+        """Return logits (B, S, V) of the newest tokens (B, S); every rank must call it together."""
+        self.deepspeed.eval()
+        result = self.deepspeed(tokens, None, cache)
+        self.deepspeed.train()
+        return result
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed so that nothing is compiled at start-up, and its logger writes where stdout points now."""
+    import deepspeed
+    import deepspeed.ops
+
+    # On a CPU `init_distributed` would build this op with a C++ compiler (20 to 40 s); only inference uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        return deepspeed
+    deepspeed.init_distributed(dist_init_required=False)
+    return deepspeed
+
+
+def send_deepspeed_log_to(path: os.PathLike[str]) -> None:
+    """Let DeepSpeed's logger write to a file, and never to the console."""
+    logger = logging.getLogger("DeepSpeed")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    logger.addHandler(logging.FileHandler(path))
+
+
+@contextlib.contextmanager
+def _as_it_is(_: nn.Parameter) -> Iterator[None]:
+    yield
+
+
+def _whole_model(deepspeed: Any, settings: dict[str, Any], partitioned: bool) -> contextlib.AbstractContextManager[Any]:
+    """Under ZeRO-3 parameters are partitioned as they are made: no rank ever holds the whole model."""
+    return deepspeed.zero.Init(config_dict_or_path=settings) if partitioned else contextlib.nullcontext()

@@ -1,0 +1,138 @@
+"""Mirrors of metrics.jsonl: Weights & Biases and TensorBoard. Neither can stop a run: what fails is said once, then left alone."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from conf.load import to_dict
+from conf.schema import Config
+
+
+class Mirrors:
+    """All mirrors that the configuration asks for. Every call returns at once if there are none.
+
+    Args:
+        config: the run's configuration; its `logger` group says which mirrors.
+        folder: the run folder.
+        warn: takes a sentence for the console.
+    """
+
+    def __init__(self, config: Config, folder: Path, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._mirrors: dict[str, Any] = {}
+        if config.logger.tensorboard:
+            self._start("TensorBoard", lambda: _TensorBoard(folder))
+        if config.logger.wandb:
+            self._start("W&B", lambda: _Wandb(config, folder))
+
+    def _start(self, name: str, make: Callable[[], Any]) -> None:
+        try:
+            self._mirrors[name] = make()
+        except UserError:
+            raise
+        except Exception as error:
+            self._warn(f"{name} is off: {type(error).__name__}: {error}")
+
+    def _each(self, call: Callable[[Any], None]) -> None:
+        for name in list(self._mirrors):
+            try:
+                call(self._mirrors[name])
+            except Exception as error:
+                self._warn(f"{name} is off from here on: {type(error).__name__}: {error}")
+                del self._mirrors[name]
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Mirror one line of metrics.jsonl."""
+        self._each(lambda mirror: mirror.log(record))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Mirror the summary, and flush."""
+        self._each(lambda mirror: mirror.finish(summary))
+
+    @property
+    def notes(self) -> list[str]:
+        """Where each mirror can be seen, for the console."""
+        return [mirror.note for mirror in self._mirrors.values()]
+
+
+def wandb_mode() -> str:
+    """Return "online" when logged in, else "offline"; `WANDB_MODE` decides where it is set. Asks nobody over the network."""
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
+    try:
+        known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    return "online" if known else "offline"
+
+
+class _Wandb:
+    """One W&B run a run folder: its id is kept beside it, so a resumed run continues the same curves."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        import wandb
+
+        kept = folder / "wandb_id"
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(4), encoding="utf-8")
+        mode = wandb_mode()
+        os.environ.setdefault("WANDB_SILENT", "true")
+        self.run = wandb.init(
+            id=kept.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            mode=mode,  # type: ignore[arg-type]
+            dir=str(folder),
+            project=config.logger.project,
+            entity=config.logger.entity,
+            group=config.logger.group,
+            tags=list(config.logger.tags),
+            name=config.run,
+            config=to_dict(config),
+            settings=wandb.Settings(
+                console="off", silent=True, disable_git=True, init_timeout=60, x_disable_stats=True
+            ),
+        )
+        self.run.define_metric("tokens")
+        self.run.define_metric("*", step_metric="tokens")
+        offline = f"wandb sync {folder / 'wandb'}/offline-run-*"
+        self.note = f"W&B: {self.run.url}" if mode == "online" else f"W&B: offline; `{offline}` uploads it"
+
+    def log(self, record: dict[str, Any]) -> None:
+        kind = record["kind"]
+        figures = {f"{kind}/{name}": value for name, value in record.items() if isinstance(value, (int, float))}
+        self.run.log({**figures, "tokens": record["tokens"], "step": record["step"]})
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self.run.summary.update(summary)
+        self.run.finish(exit_code=0 if summary.get("status") != "failed" else 1)
+
+
+class _TensorBoard:
+    """Event files in `<run>/tensorboard`."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                "logger.tensorboard=true needs the package tensorboard: .venv/bin/pip install -c requirements.lock tensorboard"
+            ) from error
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.note = f"TensorBoard: `tensorboard --logdir {folder / 'tensorboard'}`"
+
+    def log(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name not in ("kind", "step") and isinstance(value, (int, float)):
+                self.writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def finish(self, summary: dict[str, Any]) -> None:  # noqa: ARG002 (the mirrors share one interface)
+        self.writer.close()
