@@ -64,7 +64,7 @@ def find_files(paths: Any, suffixes: tuple[str, ...] | None) -> list[Path]:
         else:
             siblings = os.listdir(path.parent) if path.parent.is_dir() else []
             near = suggest(path.name, siblings).strip()
-            raise UserError(f"there is no file or folder {path}" + (f" in {path.parent}: {near}" if near else ""))
+            raise UserError(f"there is no file or folder {path}" + (f": {near}" if near else ""))
         found.update(dict.fromkeys(files))
     return list(found)
 

@@ -267,7 +267,7 @@ def _tokenizer(config: TokenizerConfig, folder: Path, sample: Any, report: Repor
     else:
         texts = sample(config.train_megabytes * MEGABYTE)
         megabytes = sum(map(len, texts)) / 1e6
-        report.start(f"training a tokenizer of {config.vocab_size} pieces on {megabytes:.1f} MB")
+        report.start(f"training a tokenizer of {config.vocab_size} pieces on {megabytes:.2f} MB")
         tokenizer = run_apart(train_sentencepiece, texts, config.vocab_size, folder / FILE_NAMES[0])
     return tokenizer, tokenizer.save(folder)
 

@@ -70,7 +70,7 @@ def test_every_document_comes_back_on_one_side(corpus):
     assert 1 < dataset.xz_bits_per_byte < 8
 
 
-def test_equal_documents_fall_on_one_side_and_the_split_does_not_depend_on_order(corpus, tmp_path):
+def test_equal_documents_fall_on_one_side_and_the_split_does_not_depend_on_order(corpus):
     config, tokenizer = corpus
     for path in list(Path(config.path).iterdir()):
         (path.parent / f"copy-{path.name}").write_bytes(path.read_bytes())
@@ -258,7 +258,6 @@ def test_a_folder_that_cannot_be_written_is_named(corpus, monkeypatch, tmp_path)
 
 
 def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, python):
-    config, tokenizer = corpus
     kill = """
         import multiprocessing
         config.workers = 2
@@ -338,8 +337,10 @@ def test_a_blend_shares_one_tokenizer_and_its_parts_are_prepared_once(corpus, mo
     assert dataset.held_out.documents == sum(open_dataset(part.folder).held_out.documents for part in dataset.parts)
     assert dataset.xz_bits_per_byte is not None
     assert verify(folder) == []
-    keys["text"]["weight"] = 1
-    other = prepare(replace(blend, parts=keys), replace(tokenizer, path=str(folder / "tokenizer.model")))
+    other = prepare(
+        replace(blend, parts=keys | {"text": {"path": config.path}}),
+        replace(tokenizer, path=str(folder / "tokenizer.model")),
+    )
     assert other != folder
     assert [part.folder for part in open_dataset(other).parts] == [part.folder for part in dataset.parts]
     # A part that was deleted is prepared again.
@@ -355,5 +356,4 @@ def test_a_damaged_index_is_refused_by_name(corpus):
     for damaged in (text[:-20], "[]", json.dumps(json.loads(text) | {"format": 0})):
         (folder / INDEX).write_text(damaged)
         with pytest.raises(UserError, match=re.escape(str(folder / INDEX))):
-            prepare(*corpus)
-            open_dataset(folder)
+            open_dataset(prepare(*corpus))

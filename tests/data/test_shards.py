@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def flip(path: Path, at: int = 0) -> None:
 def test_a_sound_folder_is_sound(copy, capsys):
     assert verify(copy) == []
     out = capsys.readouterr().out
-    assert out.count("ok") == len(read_index(copy)["shards"]) + 1
+    assert out.count("ok  ") == len(read_index(copy)["shards"]) + 1
 
 
 @pytest.mark.parametrize("name", ["train-00002.bin", "train-00002.idx", "held_out-00001.bin", "tokenizer.model"])
@@ -80,7 +81,7 @@ def test_one_flipped_bit_is_found_by_name(copy, name):
     flip(path, path.stat().st_size // 2)
     (problem,) = verify(copy)
     assert path.stem in problem or "tokenizer" in problem
-    with pytest.raises(UserError, match=path.stem if name != "tokenizer.model" else "tokenizer"):
+    with pytest.raises(UserError, match=re.escape(path.stem)):
         open_dataset(copy)
 
 
@@ -122,7 +123,7 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
 
 
 def test_what_is_not_prepared_is_said(tmp_path):
-    with pytest.raises(UserError, match="is missing; run python -m data.prepare"):
+    with pytest.raises(UserError, match=r"is missing; run python -m data\.prepare"):
         read_index(tmp_path / "nothing")
     with pytest.raises(UserError, match="not completely prepared"):
         read_index(tmp_path)

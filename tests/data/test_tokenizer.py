@@ -19,7 +19,10 @@ WORDS += ["import", "from", "while", "true", "error", "with", "yield"]
 
 def sample(count: int = 300) -> list[str]:
     chance = random.Random(1)
-    return ["\n".join("    " * chance.randrange(3) + " ".join(chance.choices(WORDS, k=6)) for _ in range(9))] * count
+    lines = [
+        ["    " * chance.randrange(3) + " ".join(chance.choices(WORDS, k=6)) for _ in range(9)] for _ in range(count)
+    ]
+    return ["\n".join(some) for some in lines]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,8 @@ def test_pieces_hold_indentation_and_training_is_deterministic_and_silent(traine
     again = train_sentencepiece(sample(), 330)
     assert again.hash == trained.hash
     assert capfd.readouterr() == ("", "")
-    assert len(trained.encode("        return self")) <= 4
+    assert len(trained.encode("        ")) <= 2
+    assert len(trained.encode("\n        ")) <= 2
     assert (trained.vocab_size, trained.exact) == (330, True)
 
 
@@ -106,7 +110,7 @@ def test_a_vocabulary_that_does_not_fit_the_corpus_is_refused_with_one_that_does
 def test_a_foreign_sentencepiece_model(tmp_path):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sample()), model_writer=model, vocab_size=80, model_type="unigram", minloglevel=2
+        sentence_iterator=iter(sample()), model_writer=model, vocab_size=60, model_type="bpe", minloglevel=2
     )
     (tmp_path / "foreign.model").write_bytes(model.getvalue())
     loaded = load_tokenizer(tmp_path / "foreign.model")
@@ -114,7 +118,7 @@ def test_a_foreign_sentencepiece_model(tmp_path):
     assert loaded.decode(loaded.encode("self value")) == "self value"
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sample()), model_writer=model, vocab_size=80, eos_id=-1, minloglevel=2
+        sentence_iterator=iter(sample()), model_writer=model, vocab_size=40, eos_id=-1, minloglevel=2
     )
     (tmp_path / "foreign.model").write_bytes(model.getvalue())
     with pytest.raises(UserError, match="no end-of-text piece"):
