@@ -199,9 +199,12 @@ def _prepare(word: str, program: str) -> str:
         if len(value) > LARGEST_FORMULA:
             raise UserError(f"{key} has {len(value):,} characters; at most {LARGEST_FORMULA:,} are read")
         value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    elif known[key] in (int, typing.Optional[int]) and re.fullmatch(r"[0-9.]+[eE]\+?[0-9]+", value):
-        if float(value).is_integer():
-            value = str(int(float(value)))
+    elif (
+        known[key] in (int, typing.Optional[int])
+        and re.fullmatch(r"[0-9]*\.?[0-9]+[eE]\+?[0-9]{1,2}", value)
+        and float(value).is_integer()
+    ):
+        value = str(int(float(value)))
     return f"{key}={value}"
 
 

@@ -1,4 +1,4 @@
-"""Mirrors of metrics.jsonl: Weights & Biases and TensorBoard. Neither can stop a run: what fails is said once, then left alone."""
+"""Mirrors of metrics.jsonl: Weights & Biases and TensorBoard. Neither can stop a run: what fails is said once and left."""
 
 from __future__ import annotations
 

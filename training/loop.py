@@ -347,7 +347,8 @@ class _Run:
         dataset, config = self.dataset, self.config
         tokens = sum(part.train.tokens for part in dataset.parts)
         epochs = self.batch.tokens / max(1, tokens)
-        corpus = f"{config.data.name}: {tokens:,} tokens to train on ({epochs:.1f} epochs), {dataset.held_out.tokens:,} held out"
+        held_out = dataset.held_out.tokens
+        corpus = f"{config.data.name}: {tokens:,} tokens to train on ({epochs:.1f} epochs), {held_out:,} held out"
         stage = f"ZeRO stage {config.zero.stage}"
         dtype = str(self.dtype).removeprefix("torch.")
         masters = " with fp32 master weights" if self.dtype == torch.bfloat16 else ""
