@@ -23,18 +23,22 @@ from model.attention_blocks import causal_attention
 BACKENDS = ("auto", "flash", "sdpa", "flex", "blocks")
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+# On a CPU in fp32, the longest sequence for which blocks were measured faster than SDPA (bench/LOG.md has the table).
+_BLOCKS_LONGEST_FP32 = 512
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype, sequence_length: int) -> str:
     """Resolve "auto", and refuse what cannot run.
 
-    On a GPU flash-attn is taken where it is installed, else torch's SDPA. On a CPU the blocks are taken: bench/LOG.md has
-    the measured table; SDPA's CPU kernel is slower in bf16 at every length, in fp32 at most.
+    On a GPU flash-attn is taken where it is installed, else torch's SDPA. On a CPU in bf16 blocks were faster than SDPA at
+    every length and head size measured (1.5 to 6 times with backward), in fp32 for short sequences only.
 
     Raises:
         UserError: the named backend is not installed, or does not run on this device or in this dtype.
     """
     if backend == "auto":
         if device.type != "cuda":
-            return "blocks"
+            return "blocks" if dtype == torch.bfloat16 or sequence_length <= _BLOCKS_LONGEST_FP32 else "sdpa"
         has_flash = importlib.util.find_spec("flash_attn") is not None and dtype in (torch.bfloat16, torch.float16)
         return "flash" if has_flash else "sdpa"
     if backend in ("flash", "flex") and device.type != "cuda":

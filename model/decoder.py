@@ -38,15 +38,18 @@ class Attention(nn.Module):
         rows = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
         self.qkv = nn.Parameter(torch.empty(rows, shape.d_model))  # rows of q, then of k, then of v
         self.out = nn.Parameter(torch.empty(shape.d_model, shape.n_heads * shape.head_dim))
-        self.q_norm = RMSNorm(shape.head_dim, config.norm_eps) if shape.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(shape.head_dim, config.norm_eps) if shape.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(shape.head_dim, config.norm_eps) if shape.qk_norm else None
+        self.k_norm = RMSNorm(shape.head_dim, config.norm_eps) if shape.qk_norm else None
 
     def forward(self, x: Tensor, documents: Tensor | None, cache: Cache | None = None, layer: int = 0) -> Tensor:
         """x (B, S, D) -> (B, S, D). With a cache, x holds the newest tokens only."""
         heads = F.linear(x, self.qkv).unflatten(-1, (-1, self.head_dim))  # B S H+2K E
-        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)
+        qk, v = heads.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=2)
+        if self.q_norm is not None:
+            q, k = qk.split((self.n_heads, self.n_kv_heads), dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
         start = cache[layer][0].shape[1] if cache and cache[layer] else 0
-        q, k = self.rotary(self.q_norm(q), start), self.rotary(self.k_norm(k), start)
+        q, k = self.rotary(qk, start).split((self.n_heads, self.n_kv_heads), dim=2)
         if cache is None:
             mixed = attend(q, k, v, self.backend, documents)
         else:
@@ -110,13 +113,11 @@ class Head(nn.Module):
         self.weight = weight  # (V, D)
         self.z_loss = z_loss
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        """x (B, S, D) -> logits (B, S, V); with targets (B, S) -> the mean loss, fp32."""
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, S, D) -> logits (B, S, V); with targets (B, S) -> (what training minimises, mean nats), fp32 scalars."""
         if targets is None:
             return F.linear(x, self.weight)
-        # z-loss regularises training; a figure of evaluation is cross-entropy alone.
-        z_loss = self.z_loss if self.training else 0.0
-        return linear_cross_entropy(x, self.weight, targets, z_loss)[0]
+        return linear_cross_entropy(x, self.weight, targets, self.z_loss)
 
 
 class Decoder(nn.Module):
@@ -142,8 +143,13 @@ class Decoder(nn.Module):
         own = None if shape.tied else nn.Parameter(torch.empty(shape.vocab_size, shape.d_model))
         self.head = Head(self.embedding.weight if own is None else own, model.z_loss)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Return logits (B, S, V) of tokens (B, S); with targets (B, S), where -100 is left out, the mean loss (fp32).
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return logits (B, S, V) of tokens (B, S).
+
+        With targets (B, S), where -100 is left out, return two fp32 scalars: the objective (with z-loss, if there is any),
+        and the mean cross-entropy in nats, which is not differentiable.
 
         With a cache (a list of one None a layer at first), `tokens` are the newest only, and the cache grows by them.
         """

@@ -19,7 +19,6 @@ from conf.errors import UserError, unknown
 from conf.load import find_run, from_yaml, run_command
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.accounting import shape_of
-from model.attention import choose
 from model.decoder import Cache, Decoder
 from model.weights import checkpoints, damage, load_weights
 
@@ -86,8 +85,8 @@ def load_run(run: Path, step: int = -1) -> tuple[Decoder, Tokenizer, dict[str, A
     tokenizer = load_tokenizer(run / "tokenizer")
     shape = shape_of(config, tokenizer.vocab_size)
     document_start = tokenizer.eos_id if config.model.mask_documents else None
-    device = torch.device("cpu")
-    model = Decoder(shape, config.model, config.ffn, choose("auto", device, torch.float32), document_start)
+    # Attention over the cache needs no backend of its own; "sdpa" runs anywhere.
+    model = Decoder(shape, config.model, config.ffn, "sdpa", document_start)
     return model.eval(), tokenizer, load_weights(model, folder)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
@@ -46,5 +49,19 @@ class Rotary(nn.Module):
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """Rotate x (B, S, H, head_dim), whose first token stands at position `start`."""
         cos, sin = self.tables(start + x.shape[1], x.device, x.dtype)
-        low, high = x.chunk(2, -1)
-        return torch.addcmul(x * cos[start:], torch.cat((high, low), -1), sin[start:])
+        return _Rotate.apply(x, cos[start:], sin[start:])
+
+
+class _Rotate(torch.autograd.Function):
+    """x cos + swap(x) sin, where swap exchanges the halves; the gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return (grad * cos).addcmul_(grad.roll(grad.shape[-1] // 2, -1), sin, value=-1), None, None

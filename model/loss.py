@@ -23,9 +23,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of ``softmax(hidden @ weight.T)`` against ``targets``.
 
-    Matrix products take the dtype of the inputs; the softmax and the sums are fp32
-    (fp64 for fp64 inputs).  The loss of one token saturates at about 87 nats, where its
-    probability leaves fp32.  Outside ``no_grad`` the forward pass computes the gradients.
+    Matrix products take the dtype of the inputs; the softmax and the sums are fp32 (fp64 for fp64 inputs). Outside `no_grad`
+    the forward pass computes the gradients. There is no branch on a value: on a GPU nothing waits.
 
     Args:
         hidden: (..., d) hidden states, of any floating dtype.
@@ -78,11 +77,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x = states[chunk]
             logits = torch.mm(x, weight.t(), out=logits_buffer[: x.shape[0]])
             p = torch.softmax(logits, -1, dtype=precise, out=softmax_buffer[: x.shape[0]])
-            p_target = p.gather(1, index)
-            log_p = p_target.clamp_min(torch.finfo(precise).tiny).log()
-            nats -= (log_p.squeeze(1) * kept).sum()
+            # From the likeliest word, whose probability is at least 1 / V: the log of the target's own may underflow.
+            lse = logits.amax(-1, keepdim=True).to(precise) - p.amax(-1, keepdim=True).log()  # (c, 1)
+            nats += ((lse - logits.gather(1, index).to(precise)).squeeze(1) * kept).sum()
             if z_loss:
-                lse = logits.gather(1, index).to(precise) - log_p  # spares a pass over the logits
                 squares += (lse.square().squeeze(1) * kept).sum()
             if not (want_hidden or want_weight):
                 continue
@@ -90,21 +88,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if z_loss:
                 p *= 1 + 2 * z_loss * lse
             p.scatter_add_(1, index, p.new_full((1, 1), -1.0).expand_as(index))
-            if not kept.all():
-                p[~kept] = 0
             grad_logits = p if p.dtype == logits.dtype else logits.copy_(p)
+            # Tokens that do not count are masked on the small side of each product, not in the logits.
+            mask = kept.unsqueeze(1).to(x.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+                grad_hidden[chunk] *= mask
             if grad_weight is not None:
-                grad_weight += torch.mm(grad_logits.t(), x)
+                grad_weight += torch.mm(grad_logits.t(), x * mask)
 
         if grad_hidden is not None:
             grad_hidden = (grad_hidden / count).view_as(hidden)
         if grad_weight is not None:
             grad_weight = grad_weight.div_(count).to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        nats = (nats / count).float()
-        objective = nats + z_loss * (squares / count).float()
+        nats = nats / count
+        objective = nats + z_loss * (squares / count)
         ctx.mark_non_differentiable(nats)
         return objective, nats
 

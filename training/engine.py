@@ -150,9 +150,9 @@ class Engine:
             group["lr"] = peak * rate
         skipped, norm, total = self.deepspeed.skipped_steps, None, torch.zeros((), device=self.device)
         for micro in tokens.split(self.batch.micro_batch):
-            loss = self.deepspeed(micro[:, :-1], micro[:, 1:])
-            self.deepspeed.backward(loss)
-            total += loss.detach()
+            objective, nats = self.deepspeed(micro[:, :-1], micro[:, 1:])
+            self.deepspeed.backward(objective)
+            total += nats
             if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
                 norm = self._norm_without_zero()
             self.deepspeed.step()
@@ -176,9 +176,9 @@ class Engine:
     def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss (fp32 scalar) of inputs (B, S) against targets (B, S), where -100 is left out."""
         self.deepspeed.eval()
-        loss = self.deepspeed(inputs, targets)
+        _, nats = self.deepspeed(inputs, targets)
         self.deepspeed.train()
-        return loss
+        return nats
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cache: list[Any]) -> Tensor:

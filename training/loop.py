@@ -52,7 +52,7 @@ def train(config: Config, ranks: Ranks) -> int:
     console = Console(speaks=ranks.rank == 0)
     device = machine.find_device(ranks)
     dtype = machine.find_dtype(config, device)
-    attention = choose(config.model.attention, device, dtype)
+    attention = choose(config.model.attention, device, dtype, config.sequence_length)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
