@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,12 @@ def load(argv: list[str], program: str = "train.py") -> Config:
     overrides = [_prepare(word, program) for word in argv if word != "--cfg"]
     _refuse_two_lengths(overrides)
     config = _compose(overrides)
+    # A length that was typed wins over the preset's, whichever of the two that is.
+    typed = {override.partition("=")[0] for override in overrides}
+    if "tokens" in typed and config.tokens is not None:
+        config.steps = None
+    elif "steps" in typed and config.steps is not None:
+        config.tokens = None
     if config.run is None:
         config.run = run_name(config, overrides)
     if show:
@@ -162,19 +169,38 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def run_name(config: Config, overrides: list[str]) -> str:
-    """Name a run after its command: model, arm, and what else was overridden, so that the same command finds it again."""
-    words = [config.model.name, config.ffn.name]
-    for override in sorted(override.lstrip("+") for override in overrides):
-        key, _, value = override.partition("=")
+    """Name a run after its command: model, arm, and what else was overridden, so that the same command finds it again.
+
+    Commands that train something else have different names: what a word of the name cannot show is in a hash at its end.
+    """
+    values = flatten(to_dict(config))
+    last_parts = Counter(key.rpartition(".")[2] for key, _, _ in keys())
+    words, hidden = [config.model.name, config.ffn.name], ""
+    for key, typed in sorted(override.lstrip("+").split("=", 1) for override in _last_of_each(overrides)):
         if key in ("model", "ffn") or any(key == name or key.startswith(name + ".") for name in NOT_IN_NAME):
             continue
-        value = re.sub(r"[^A-Za-z0-9.]+", "_", value).strip("_")
-        if value != "null":
-            words.append(value if key in GROUPS else key.split(".")[-1] + value)
+        value = typed.strip("'") if key in GROUPS else _shown(values.get(key, typed))
+        word = value if type(values.get(key)) in (int, float) else re.sub(r"[^A-Za-z0-9.]+", "_", value).strip("_")
+        if word != value:
+            hidden += f"{key}={value}\n"
+        last = key.rpartition(".")[2]
+        words.append(word if key in GROUPS else (last if last_parts[last] == 1 else key) + word)
+    if hidden:
+        words.append(hashlib.sha256(hidden.encode()).hexdigest()[:8])
     name = "-".join(words)
     if len(name) > 80:  # keep folder names short, and still distinct
         name = f"{name[:70]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name
+
+
+def _shown(value: Any) -> str:
+    """Write a value as it is typed."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _last_of_each(overrides: list[str]) -> list[str]:
+    """Of overrides of one key, the last counts."""
+    return list({override.partition("=")[0]: override for override in overrides}.values())
 
 
 def _prepare(word: str, program: str) -> str:
@@ -193,12 +219,16 @@ def _prepare(word: str, program: str) -> str:
         return f"+{key}={value}"
     known = {name: kind for name, kind, _ in keys()}
     if key not in known:
+        inside = [name for name in known if name.endswith("." + key)]
+        if inside:
+            raise UserError(f"unknown key {key!r}: did you mean {' or '.join(map(repr, inside))}?")
         siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
         raise unknown("key", key, siblings if siblings and "." in key else [*siblings, *GROUPS])
     if key in PLAIN_TEXT and value[:1] not in ("'", '"', "[") and value not in ("null", ""):
         if len(value) > LARGEST_FORMULA:
             raise UserError(f"{key} has {len(value):,} characters; at most {LARGEST_FORMULA:,} are read")
-        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        # In Hydra's quotes a backslash is itself, unless it stands before a quote.
+        value = "'" + re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value) + "'"
     elif (
         known[key] in (int, typing.Optional[int])
         and re.fullmatch(r"[0-9]*\.?[0-9]+[eE]\+?[0-9]{1,2}", value)
@@ -242,6 +272,8 @@ def _compose(overrides: list[str]) -> Config:
 def _sentence(error: Exception) -> str:
     """Boil Hydra's nested, many-line complaint down to the key, the value and what was expected."""
     text = f"{error}\n{error.__cause__ or ''}"
+    if several := re.search(r"Ambiguous value for argument '(.*?)'", text):
+        return f"{several.group(1)} gives several values where one is taken; a list is written [one,two]"
     value = re.search(r"Value '(.*?)'", text)
     where = re.search(r"full_key: (\S+)", text)
     kinds = {"to Integer": "a whole number", "to Float": "a number", "valid bool": "true or false"}

@@ -30,6 +30,7 @@ _POSITIVE = (
     *("model.d_model", "model.n_layers", "model.n_heads", "model.d_ff_gated", "model.rope_theta", "model.norm_eps"),
     *("optim.lr", "optim.eps", "optim.matrix_lr", "zero.bucket_elements", "parallel.timeout_minutes"),
     *("parallel.tensor", "parallel.context", "tokenizer.train_megabytes", "data.shard_megabytes"),
+    "tokenizer.vocab_size",
 )
 _POSITIVE_OR_NULL = (
     *(
@@ -47,6 +48,7 @@ _POSITIVE_OR_NULL = (
 _NOT_NEGATIVE = (
     *("eval_every", "save_every", "sample_every", "model.z_loss", "optim.weight_decay", "optim.clip", "data.workers"),
 )
+LONGEST_NAME = 200  # bytes of a run's name; file systems take 255
 _SHARES = ("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2", "optim.momentum")
 # A run may go on with other values of these: they change what is written or where it is computed, not what is learned.
 NOT_LEARNED = (
@@ -112,15 +114,16 @@ def _check_values(values: dict[str, Any]) -> None:
         raise UserError(
             f"run={values['run']!r} cannot name a folder inside {values['runs']}/: leave out '/' (runs=FOLDER moves it)"
         )
+    if len(values["run"].encode()) > LONGEST_NAME:
+        raise UserError(f"run={values['run'][:20]}... has more than {LONGEST_NAME} bytes: no folder can have that name")
+    for name in ("prompts", "logger.tags"):
+        if not isinstance(values[name], list) or not all(isinstance(text, str) for text in values[name]):
+            raise UserError(f"{name}={values[name]} must be a list of texts, such as \"{name}=['one','two']\"")
     if values["data.source"] not in ("stdlib", "blend") and not values["data.path"]:
         raise UserError(
             f"data={values['data.source']} needs to know where the text is: add data.path=FILE, FOLDER or GLOB"
         )
-    if (
-        values["data.source"] == "blend"
-        and not values["data.parts"]
-        and not any(k.startswith("data.parts.") for k in values)
-    ):
+    if values["data.source"] == "blend" and not any(name.startswith("data.parts.") for name in values):
         raise UserError(
             "data=blend needs its parts: add data.parts.NAME.path=... for each, and data.parts.NAME.weight=..."
         )

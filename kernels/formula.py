@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 
 FUNCTIONS = {  # name: number of arguments
@@ -27,6 +28,7 @@ CONSTANTS = {"pi": 3.141592653589793}
 PRE_ACTIVATIONS = ("x", "gate", "up")
 COMPARISONS = ("<", "<=", ">", ">=")
 LONGEST = 1000  # characters: the longest known arm has 70
+MOST_OPERATIONS = 200  # of two arguments: a sum of them is a tree as deep, which every backend walks
 DEEPEST = 50  # nested brackets, so that the parser cannot run out of stack
 
 _TOKEN = re.compile(
@@ -119,7 +121,7 @@ class _Parser:
 
     def __init__(self, text: str, parameters: tuple[str, ...]) -> None:
         self.text, self.parameters = text, parameters
-        self.position = self.depth = 0
+        self.position = self.depth = self.operations = 0
         self.symbols: dict[str, int] = {}  # name -> where it first stands
         self.advance()
 
@@ -156,6 +158,9 @@ class _Parser:
         return node
 
     def binary(self, sign: str, left: Node, right: Node, place: int) -> Node:
+        self.operations += 1
+        if self.operations > MOST_OPERATIONS:
+            raise self.error(f"more than {MOST_OPERATIONS} operations", place)
         return Node(sign, "", (self.value(left), self.value(right)), place)
 
     def expression(self) -> Node:
@@ -203,6 +208,8 @@ class _Parser:
     def atom(self) -> Node:
         word, place = self.word, self.place
         if self.kind == "number":
+            if math.isinf(float(word)):
+                raise self.error(f"the number {word} is too large", place)
             self.advance()
             return Node("number", float(word), (), place)
         if self.take("("):

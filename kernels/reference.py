@@ -59,17 +59,19 @@ class Activation:
             values = {"gate": pre[..., 0, :], "up": pre[..., 1, :], **learned}
         else:
             values = {"x": pre, **learned}
-        return _evaluate(self.formula.tree, values)
+        return _evaluate(self.formula.tree, values, pre.dtype).to(pre.dtype)
 
     def __repr__(self) -> str:
         return f"Activation({self.formula.text!r}, backend='reference')"
 
 
-def _evaluate(node: Node, values: dict[str, Tensor]) -> Tensor:
+def _evaluate(node: Node, values: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     if node.kind == "number":
         # Without dimensions, so that it takes part in every operation and decides no dtype.
         return torch.tensor(float(node.value), dtype=torch.float64)
     if node.kind == "symbol":
         return values[str(node.value)]
     function = _FUNCTIONS[str(node.value)] if node.kind == "call" else _OPERATORS[node.kind]
-    return function(*(_evaluate(argument, values) for argument in node.arguments))
+    result = function(*(_evaluate(argument, values, dtype) for argument in node.arguments))
+    # A choice between two numbers has the condition's shape and the numbers' dtype.
+    return result.to(dtype) if node.value == "where" and result.ndim else result

@@ -25,16 +25,13 @@ class Ranks:
 
 
 # Where each launcher says it: rank, world size, local rank, processes on this node. The first that is complete counts.
+_OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 _LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
     "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-    "mpirun": (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
+    "mpirun": _OPEN_MPI,
+    "a hand": ("RANK", "WORLD_SIZE", "LOCAL_RANK", None),  # one process a node, then
 }
 
 
@@ -70,13 +67,14 @@ def find_ranks(environment: MutableMapping[str, str] = os.environ, local_rank: i
         # Inside `sbatch` or `salloc`, but not under `srun`, SLURM_NTASKS is set and there is still one process only.
         if launcher == "srun" and "SLURM_STEP_ID" not in environment:
             continue
-        if not all(name in environment for name in (rank, world, local)):
+        if not all(name in environment for name in (rank, world, local, per_node) if name):
             continue
-        here = environment.get(per_node, "1").split("(")[0].split(",")[0]
+        here = environment[per_node].split("(")[0].split(",")[0] if per_node else "1"  # SLURM writes "4(x2),3"
         try:
             ranks = Ranks(*(int(environment[name]) for name in (rank, world, local)), int(here))
         except ValueError as error:
-            raise UserError(f"{launcher} set {rank}, {world} and {local} to what is not a number") from error
+            names = ", ".join(filter(None, (rank, world, local, per_node)))
+            raise UserError(f"{launcher} set one of {names} to what is not a number") from error
         if not 0 <= ranks.rank < ranks.world_size or not ranks.local_rank >= 0:
             raise UserError(f"{rank}={ranks.rank} does not fit {world}={ranks.world_size}")
         if local_rank is not None and local_rank != ranks.local_rank:
@@ -92,7 +90,8 @@ def export(ranks: Ranks, environment: MutableMapping[str, str] = os.environ) -> 
     environment.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
     environment.setdefault("LOCAL_SIZE", str(ranks.local_world_size))
     environment.setdefault("LOCAL_WORLD_SIZE", str(ranks.local_world_size))
-    environment.setdefault("MASTER_ADDR", _first_node(environment))
+    if "MASTER_ADDR" not in environment:
+        environment["MASTER_ADDR"] = _first_node(environment)
     # SLURM's job number makes a port that two jobs on one node do not share.
     environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "9500")) % 20000))
 
@@ -101,5 +100,8 @@ def _first_node(environment: MutableMapping[str, str]) -> str:
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     if not nodes or environment.get("SLURM_STEP_NUM_NODES", "1") == "1":
         return "127.0.0.1"
-    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return listed.stdout.split()[0]
+    try:
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return listed.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(f"scontrol does not say which nodes {nodes} are: set MASTER_ADDR to the first one") from error
