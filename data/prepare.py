@@ -106,7 +106,7 @@ def _complete(folder: Path) -> bool:
 def _locked(folder: Path, report: Report) -> Iterator[None]:
     path = folder.with_name(f".{folder.name}.lock")
     with say_why("lock", path):
-        lock = open(path, "a")  # noqa: SIM115
+        lock = open(path, "a")
     with lock:  # closing it lets go of the lock, and so does the end of this process, however it comes
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
