@@ -1,0 +1,305 @@
+"""From words to a typed configuration: what composes, what is refused and with which sentence, and how a run is named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conf.errors import UserError
+from conf.load import FOLDER, choices, find_run, flatten, from_yaml, keys, load, to_dict, to_yaml
+from conf.schema import GROUPS, Config
+from conf.validate import validate
+
+# What a choice needs beside its name.
+NEEDS = {
+    "ffn=custom": ["ffn.formula=x*sigmoid(1.702*x)"],
+    "data=text": ["data.path=notes"],
+    "data=jsonl": ["data.path=notes"],
+    "data=parquet": ["data.path=notes"],
+    "data=hf": ["data.path=notes"],
+    "data=blend": ["data.parts.code.path=src", "data.parts.code.source=text"],
+    "tokenizer=huggingface": ["tokenizer.path=tokenizer.json"],
+}
+ALL_CHOICES = [f"{group}={choice}" for group in GROUPS for choice in choices(group)]
+
+
+def refusal(*argv: str) -> str:
+    """Return the sentence with which these words are refused."""
+    with pytest.raises(UserError) as caught:
+        validate(load(list(argv)), 1)
+    return str(caught.value)
+
+
+def read_back(config: Config, path: Path) -> Config:
+    path.write_text(to_yaml(config), encoding="utf-8")
+    return from_yaml(path)
+
+
+@pytest.mark.parametrize("choice", ALL_CHOICES)
+def test_every_choice_of_every_group_composes_validates_and_reads_back(choice, tmp_path):
+    config = load([choice, *NEEDS.get(choice, [])])
+    validate(config, 1)
+    assert read_back(config, tmp_path / "config.yaml") == config
+    group, _, name = choice.partition("=")
+    values = flatten(to_dict(config))
+    raw = yaml.safe_load((FOLDER / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    # A preset is a whole recipe, set over the other groups; a choice of another group sets its own keys.
+    expected = flatten(raw if group == "model" else {group: raw})
+    typed = {word.partition("=")[0] for word in NEEDS.get(choice, [])}
+    found = {key: values[key] for key in expected if key not in typed and expected[key] not in ({}, "???")}
+    assert found == {key: expected[key] for key in found}
+    assert len(found) >= 1
+
+
+def test_the_groups_are_the_folders():
+    assert sorted(GROUPS) == sorted(path.name for path in FOLDER.iterdir() if list(path.glob("*.yaml")))
+
+
+@pytest.mark.parametrize("group", ["ffn", "model", "data", "tokenizer", "optim", "schedule", "precision", "logger"])
+def test_a_choice_is_called_what_its_file_is_called(group):
+    for choice in choices(group):
+        raw = yaml.safe_load((FOLDER / group / f"{choice}.yaml").read_text(encoding="utf-8"))
+        assert (raw[group] if group == "model" else raw)["name"] == choice
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["ffn=swigluu"], "unknown ffn 'swigluu': did you mean 'swiglu'?"),
+        (["model=nanno"], "unknown model 'nanno': did you mean 'nano'?"),
+        (["zero=4"], "unknown zero '4': choose from 0, 1, 2, 3, offload"),
+        (["ffn="], "unknown ffn ''"),
+        (["ffn=relu,silu"], "unknown ffn 'relu,silu'"),
+        (["optim.lrr=1"], "unknown key 'optim.lrr': did you mean 'optim.lr'?"),
+        (["stepz=1"], "unknown key 'stepz': did you mean 'steps'?"),
+        (["modle=nano"], "unknown key 'modle': did you mean 'model'?"),
+        (["lr=1e-3"], "unknown key 'lr': did you mean 'optim.lr'?"),
+        (["vocab_size=64"], "did you mean 'model.vocab_size' or 'tokenizer.vocab_size'?"),
+        (["hydra.run.dir=x"], "unknown key 'hydra.run.dir'"),
+        (["ffn@model=relu"], "unknown key 'ffn@model'"),
+        (["--multirun"], "unknown option '--multirun'"),
+        (["-m"], "unknown option '-m'"),
+        (["steps"], "'steps' is not an override"),
+        (["~steps"], "'~steps' is not an override"),
+        ([""], "'' is not an override"),
+    ],
+)
+def test_what_is_unknown_is_named_with_what_is_near(words, near):
+    assert near in refusal(*words)
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("steps=abc", "steps=abc: expected a whole number"),
+        ("steps=1.5", "steps=1.5: expected a whole number"),
+        ("steps=1e-3", "expected a whole number"),
+        ("steps=", "steps=: expected a whole number"),
+        ("optim.lr=fast", "optim.lr=fast: expected a number"),
+        ("model.qk_norm=maybe", "model.qk_norm=maybe: expected true or false"),
+        ("steps=1,2", "steps=1,2 gives several values"),
+        ("steps=[1", "cannot read 'steps=[1'"),
+        ("model.d_model=null", "model.d_model"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_its_key(word, sentence):
+    found = refusal(word)
+    assert sentence in found
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"), [("1e6", 10**6), ("1E6", 10**6), ("1.5e3", 1500), (".5e1", 5), ("1e+4", 10**4), ("4096", 4096)]
+)
+def test_a_whole_number_may_be_typed_with_an_exponent(typed, value):
+    assert load([f"tokens={typed}"]).tokens == value
+
+
+def test_one_length_is_typed_and_wins_over_the_presets():
+    assert "both steps and tokens" in refusal("steps=5", "tokens=1e6")
+    assert "both steps and tokens" in refusal("+tokens=1e6", "steps=5")
+    for preset in choices("model"):
+        by_tokens = load([f"model={preset}", "tokens=1e9"])
+        assert validate(by_tokens, 1).steps == 10**9 // (by_tokens.global_batch_size * by_tokens.sequence_length)
+        assert validate(load([f"model={preset}", "steps=7"]), 1).steps == 7
+        assert validate(load([f"model={preset}"]), 1).steps > 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x*sigmoid(1.702*x)",
+        "where(x > 0, x, 0.25*x)",
+        "max(x, 0)",
+        "(x)",
+        "a b",
+        "it's",
+        'say "x"',
+        "a=b",
+        "a,b",
+        "{a}",
+        "{a: 1}",
+        "x#y",
+        "*.txt",
+        "~/x/../y",
+        "1",
+        "null ",
+        "true",
+        "été/漢字",
+        "back\\slash",
+        "ends\\",
+        "odd\\'quote",
+        "two\\\\",
+    ],
+)
+def test_formulas_and_paths_are_taken_as_typed(text):
+    assert load([f"data.path={text}"]).data.path == text
+    assert load(["ffn=custom", f"ffn.formula={text}"]).ffn.formula == text
+
+
+def test_quotes_that_are_typed_and_lists_are_read():
+    assert load(["data.path='a b'"]).data.path == "a b"
+    assert load(['data.path="a b"']).data.path == "a b"
+    assert load(["data.path=[a,'b c']"]).data.path == ["a", "b c"]
+    assert load(["data.path=null"]).data.path is None
+
+
+def test_a_value_too_long_to_parse_is_refused():
+    assert "1,000,000 characters" in refusal("ffn.formula=" + "x" * 10**6)
+
+
+def test_an_interpolation_of_nothing_is_one_sentence():
+    found = refusal("data.path=${nothing}")
+    assert "'nothing' not found" in found
+    assert "\n" not in found
+
+
+def test_the_parts_of_a_blend_are_the_users_own():
+    config = load(["data=blend", "data.parts.code.path=src/", "data.parts.code.weight=0.3", "data.parts.web.path=w"])
+    assert config.data.parts == {"code": {"path": "src/", "weight": 0.3}, "web": {"path": "w"}}
+    validate(config, 1)
+
+
+def test_awkward_values_read_back_equal(tmp_path):
+    words = ["prompts=['a: b','# c','d\\n','null']", "model.n_kv_heads=2", "optim.lr=1e-9", "data.path='1'", "run=yes"]
+    config = load(words)
+    assert config.prompts == ["a: b", "# c", "d\\n", "null"]
+    assert read_back(config, tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "text", ["steps: many\n", "stepz: 1\n", "a: [", "- 1\n- 2\n", "just words\n", "model: 3\n", "\x00", "a: b: c"]
+)
+def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(str(path))) as caught:
+        from_yaml(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="does not exist"):
+        from_yaml(tmp_path / "missing.yaml")
+    path.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(UserError, match="is not a configuration"):
+        from_yaml(path)
+
+
+def test_a_run_is_found_by_name_and_by_path(tmp_path):
+    run = tmp_path / "runs" / "first"
+    run.mkdir(parents=True)
+    with pytest.raises(UserError, match="it is empty"):
+        find_run("first", str(tmp_path / "runs"))
+    (run / "config.yaml").write_text("{}")
+    assert find_run("first", str(tmp_path / "runs")) == run
+    assert find_run(str(run), "elsewhere") == run
+    with pytest.raises(UserError, match="there are first"):
+        find_run("frist", str(tmp_path / "runs"))
+
+
+# ---- the name of a run
+
+DISTINCT = [
+    [],
+    ["ffn=relu"],
+    ["steps=7"],
+    ["tokens=70000"],
+    ["seed=1"],
+    ["seed=-1"],
+    ["data_seed=1"],
+    ["optim.lr=0.01"],
+    ["optim.matrix_lr=0.01"],
+    ["optim=muon"],
+    ["model.vocab_size=8192"],
+    ["tokenizer.vocab_size=8192"],
+    ["ffn=custom", "ffn.formula=x*2"],
+    ["ffn=custom", "ffn.formula=x/2"],
+    ["ffn=custom", "ffn.formula=x+2"],
+    ["data=text", "data.path=a/b"],
+    ["data=text", "data.path=a_b"],
+    ["data=text", "data.path=é"],
+    ["data=text", "data.path=ü"],
+    ["data=jsonl", "data.path=a_b"],
+    ["data=blend", "data.parts.a.path=x"],
+    ["data=blend", "data.parts.a.path=y"],
+    ["data=blend", "data.parts.b.path=x"],
+    ["schedule=linear"],
+    ["precision=fp32"],
+    ["model.qk_norm=true"],
+    ["model.tie_embeddings=true"],
+    ["prompts=[a,b]"],
+    ["prompts=[a_b]"],
+]
+
+
+def test_the_name_of_a_run_tells_commands_apart():
+    names = [load(words).run for words in DISTINCT]
+    assert len(set(names)) == len(names), sorted(names)
+    assert all(re.fullmatch(r"[A-Za-z0-9._+-]{1,80}", name) for name in names), names
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ffn=reglu", "seed=3", "optim.lr=0.001", "data=text", "data.path=a/b"],
+        ["ffn=custom", "ffn.formula=gate*up*2", "schedule=wsd", "tokens=1e7"],
+    ],
+)
+def test_the_name_does_not_depend_on_the_order_of_the_words(words):
+    assert load(words).run == load(words[::-1]).run == load(words[2:] + words[:2]).run
+
+
+def test_the_name_is_the_same_for_the_same_values_however_they_are_typed():
+    same = [["tokens=1000000"], ["tokens=1e6"], ["+tokens=1.0e6"], ["tokens=5000", "tokens=1e6"]]
+    assert len({load(words).run for words in same}) == 1
+    assert load(["optim.lr=1e-3"]).run == load(["optim.lr=0.001"]).run
+    assert load(["seed=1", "seed=2"]).run == load(["seed=2"]).run != load(["seed=2", "seed=1"]).run
+    quoted = ["ffn=custom", "ffn.formula='x*2'"]
+    assert load(quoted).run == load(["ffn=custom", "ffn.formula=x*2"]).run
+    assert load(["run=mine", "seed=1"]).run == "mine"
+
+
+def test_what_does_not_change_what_is_learned_does_not_change_the_name():
+    free = [
+        "zero=2",
+        "parallel.timeout_minutes=5",
+        "logger=none",
+        "micro_batch_size=4",
+        "runs=elsewhere",
+        "data.workers=1",
+    ]
+    assert {load([word]).run for word in free} == {load([]).run}
+
+
+def test_a_long_command_still_has_a_short_name_of_its_own():
+    long = [f"ffn.formula=x+{'+'.join(f'{i}*x' for i in range(last))}" for last in (90, 91)]
+    names = {load(["ffn=custom", text, "seed=1", "optim.lr=0.012345678"]).run for text in long}
+    assert len(names) == 2
+    assert all(len(name) <= 80 for name in names)
+
+
+def test_the_keys_are_complete_and_unique():
+    names = [name for name, _, _ in keys()]
+    assert len(set(names)) == len(names)
+    assert set(names) == set(flatten(to_dict(load([]))))

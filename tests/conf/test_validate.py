@@ -1,0 +1,211 @@
+"""Every rule by which values must fit together, each shown to refuse what breaks it and to let its neighbour pass."""
+
+from __future__ import annotations
+
+import copy
+import math
+import typing
+from typing import Any
+
+import pytest
+
+from conf.errors import UserError
+from conf.load import keys
+from conf.schema import Config
+from conf.validate import NOT_LEARNED, Batch, differences, validate
+from kernels import BACKENDS as KERNEL_BACKENDS
+from model.attention import BACKENDS as ATTENTION_BACKENDS
+
+
+def changed(values: dict[str, Any] | None = None, of: Config | None = None) -> Config:
+    """Return a copy of a configuration (by default one that validates) with other values of some dotted keys."""
+    config = copy.deepcopy(of or Config(run="name", steps=10))
+    for name, value in (values or {}).items():
+        *groups, last = name.split(".")
+        owner = config
+        for group in groups:
+            owner = getattr(owner, group)
+        assert hasattr(owner, last), name
+        setattr(owner, last, value)
+    return config
+
+
+def refusal(values: dict[str, Any], world_size: int = 1) -> str:
+    with pytest.raises(UserError) as caught:
+        validate(changed(values), world_size)
+    return str(caught.value)
+
+
+NUMBERS = {name: kind for name, kind, _ in keys() if kind in (int, float, typing.Optional[int], typing.Optional[float])}
+ANY_NUMBER = {"seed", "data_seed"}
+MAY_BE_ZERO = {
+    *ANY_NUMBER,
+    *("eval_every", "save_every", "sample_every", "model.z_loss", "optim.weight_decay", "optim.clip", "data.workers"),
+    *("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2", "optim.momentum"),
+    "zero.stage",
+}
+AT_MOST_ONE = {"schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2", "optim.momentum"}
+
+
+@pytest.mark.parametrize("name", sorted(NUMBERS))
+def test_every_number_has_its_range(name):
+    """A key that is new in the schema fails here until it has a rule, or stands in one of the sets above."""
+    if name not in ANY_NUMBER:
+        assert name in refusal({name: -1})
+    if name not in MAY_BE_ZERO:
+        assert name in refusal({name: 0})
+    elif name != "zero.stage":
+        validate(changed({name: 0}), 1)
+    if name in AT_MOST_ONE:
+        assert f"{name}=1.5 must lie between 0 and 1" in refusal({name: 1.5})
+    if NUMBERS[name] in (float, typing.Optional[float]):
+        assert f"{name}=nan is not a finite number" in refusal({name: math.nan})
+        assert f"{name}=inf is not a finite number" in refusal({name: math.inf})
+
+
+NAMES = {
+    "ffn.backend": KERNEL_BACKENDS,
+    "model.attention": ATTENTION_BACKENDS,
+    "optim.name": ("adamw", "muon"),
+    "schedule.name": ("cosine", "linear", "wsd"),
+    "precision.name": ("auto", "bf16", "fp32"),
+    "precision.reduce": ("fp32", "bf16"),
+    "tokenizer.kind": ("sentencepiece", "huggingface"),
+    "data.source": ("stdlib", "text", "jsonl", "parquet", "hf", "blend"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_a_name_is_one_of_those_that_the_rooms_know(name):
+    needs = {"data.path": "x", "tokenizer.path": "x", "optim.clip": 0.0, "data.parts": {"a": {"path": "x"}}}
+    for choice in NAMES[name]:
+        validate(changed(needs | {name: choice}), 1)
+    assert f"unknown {name} 'nonsense': " in refusal({name: "nonsense"})
+    assert f"did you mean {NAMES[name][-1]!r}?" in refusal({name: NAMES[name][-1] + "x"})
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"run": ""}, "run='' cannot name a folder"),
+        ({"run": ".."}, "run='..' cannot name a folder"),
+        ({"run": "a/b"}, "run='a/b' cannot name a folder"),
+        ({"run": "é" * 128}, "has more than 200 bytes"),
+        ({"prompts": "abc"}, "prompts=abc must be a list of texts"),
+        ({"prompts": [1]}, "prompts=[1] must be a list of texts"),
+        ({"logger.tags": "abc"}, "logger.tags=abc must be a list of texts"),
+        ({"data.held_out": 0.6}, "data.held_out=0.6 must be a share above 0 and at most 0.5"),
+        ({"data.source": "text"}, "data=text needs to know where the text is"),
+        ({"data.source": "hf"}, "data=hf needs to know where the text is"),
+        ({"data.source": "blend"}, "data=blend needs its parts"),
+        ({"tokenizer.kind": "huggingface"}, "tokenizer=huggingface needs tokenizer.path"),
+        ({"ffn.formula": ""}, "ffn=custom needs its formula"),
+        ({"model.n_heads": 7}, "model.n_heads=7 does not divide model.d_model=256"),
+        ({"model.n_kv_heads": 3}, "model.n_kv_heads=3 does not divide model.n_heads=4"),
+        ({"model.n_kv_heads": 8}, "model.n_kv_heads=8 does not divide model.n_heads=4"),
+        ({"model.d_model": 12}, "the head dimension (d_model / n_heads) must be even"),
+        ({"model.head_dim": 33}, "the head dimension (d_model / n_heads) must be even"),
+        ({"parallel.tensor": 2}, "parallel.tensor=2"),
+        ({"parallel.context": 2}, "parallel.context=2"),
+        ({"zero.stage": 4}, "zero.stage=4: ZeRO has the stages 0, 1, 2 and 3"),
+        ({"zero.stage": 0, "precision.name": "bf16"}, "zero=0 with precision=bf16 is wrong in DeepSpeed"),
+        ({"zero.offload_parameters": True, "zero.stage": 2}, "zero.offload_parameters=true needs zero=3"),
+        ({"zero.offload_optimizer": True, "zero.stage": 0}, "zero.offload_optimizer=true needs zero=1, 2 or 3"),
+        ({"optim.name": "muon"}, "optim=muon with optim.clip > 0"),
+        ({"optim.name": "muon", "optim.clip": 0.0, "zero.stage": 3}, "optim=muon runs with zero=1 or zero=2"),
+        ({"optim.name": "muon", "optim.clip": 0.0, "zero.stage": 0}, "optim=muon runs with zero=1 or zero=2"),
+        ({"optim.name": "muon", "optim.clip": 0.0, "zero.offload_optimizer": True}, "without offload"),
+        ({"schedule.name": "wsd", "schedule.warmup": 0.5, "schedule.decay": 0.6}, "take more than the whole run"),
+        ({"steps": None}, "say how long to train"),
+        ({"steps": None, "tokens": 4095}, "tokens=4095 is less than one step of 4096 tokens"),
+        ({"micro_batch_size": 3}, "8 sequences a rank, which micro_batch_size=3 does not divide"),
+    ],
+)
+def test_what_does_not_fit_is_refused(values, sentence):
+    assert sentence in refusal(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"run": "a" * 200},
+        {"data.held_out": 0.5},
+        {"model.n_heads": 7, "model.head_dim": 32},
+        {"model.n_kv_heads": 1},
+        {"zero.stage": 0, "precision.name": "fp32"},
+        {"zero.stage": 0, "precision.name": "auto"},
+        {"zero.stage": 1, "precision.name": "bf16"},
+        {"zero.stage": 3, "zero.offload_parameters": True, "zero.offload_optimizer": True},
+        {"zero.stage": 1, "zero.offload_optimizer": True},
+        {"optim.name": "muon", "optim.clip": 0.0, "zero.stage": 1},
+        {"optim.name": "muon", "optim.clip": 0.0, "zero.stage": 2},
+        {"schedule.name": "wsd", "schedule.warmup": 0.5, "schedule.decay": 0.5},
+        {"schedule.name": "cosine", "schedule.warmup": 0.5, "schedule.decay": 0.6},
+        {"steps": None, "tokens": 4096},
+    ],
+)
+def test_what_just_fits_passes(values):
+    validate(changed(values), 1)
+
+
+def test_a_formula_is_refused_with_a_caret_under_the_place():
+    sentence, shown, caret = refusal({"ffn.formula": "x * sigmiod(x)"}).split("\n")
+    assert sentence.startswith("ffn.formula is refused: unknown function 'sigmiod': did you mean 'sigmoid'?")
+    assert shown[caret.index("^") :].startswith("sigmiod")
+
+
+@pytest.mark.parametrize(
+    ("total", "micro", "world", "expected"),
+    [
+        (8, None, 1, Batch(8, 8, 1, 1, 10, 4096)),
+        (8, None, 4, Batch(2, 8, 4, 1, 10, 4096)),
+        (8, 1, 4, Batch(1, 8, 4, 2, 10, 4096)),
+        (12, 2, 3, Batch(2, 12, 3, 2, 10, 6144)),
+    ],
+)
+def test_the_arithmetic_of_a_batch(total, micro, world, expected):
+    batch = validate(changed({"global_batch_size": total, "micro_batch_size": micro}), world)
+    assert batch == expected
+    assert batch.micro_batch * batch.data_parallel * batch.accumulation == total
+    assert batch.tokens == 10 * total * 512
+
+
+@pytest.mark.parametrize("world", [3, 5, 16])
+def test_a_batch_that_ranks_cannot_share_is_refused(world):
+    assert f"global_batch_size=8 cannot be shared evenly by {world} ranks" in refusal({}, world)
+
+
+def test_tokens_are_rounded_down_to_whole_steps_and_steps_win():
+    assert validate(changed({"steps": None, "tokens": 3 * 4096 + 4095}), 1).steps == 3
+    assert validate(changed({"steps": 2, "tokens": 10**6}), 1).steps == 2
+
+
+FREE = {
+    *("run", "runs", "resume", "steps", "tokens", "eval_every", "eval_tokens", "save_every", "keep_last", "log_every"),
+    *("sample_every", "sample_tokens", "prompts", "micro_batch_size", "data.prepared", "data.workers", "ffn.backend"),
+    *("model.activation_checkpointing", "model.attention"),
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kind, _ in keys()])
+def test_a_run_goes_on_only_with_what_does_not_change_what_is_learned(name, kind):
+    before = changed()
+    *groups, last = name.split(".")
+    old = getattr(getattr(before, groups[0]) if groups else before, last)
+    new = not old if kind is bool else (old or 0) + 1 if name in NUMBERS else f"{old}x"
+    found = differences(before, changed({name: new}, before))
+    free = name in FREE or groups[:1] in (["logger"], ["zero"], ["parallel"])
+    assert found == ([] if free else [f"{name}: {old} -> {new}"])
+
+
+def test_the_free_keys_exist():
+    names = {name for name, _, _ in keys()} | {name.partition(".")[0] for name, _, _ in keys()}
+    assert set(NOT_LEARNED) <= names
+
+
+def test_differences_see_the_parts_of_a_blend():
+    one, two = ({"data.parts": {"a": {"path": "x", "weight": weight}}} for weight in (1, 2))
+    assert differences(changed(one), changed(two)) == ["data.parts.a.weight: 1 -> 2"]
+    assert len(differences(changed(), changed(one))) >= 1
+    assert differences(changed(one), changed(one)) == []
