@@ -58,8 +58,10 @@ def find_device(ranks: Ranks) -> torch.device:
         torch.cuda.set_device(ranks.local_rank)
         return torch.device("cuda", ranks.local_rank)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it had to guess
-    cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 10**6, _physical_cores())
-    torch.set_num_threads(max(1, cores // ranks.local_world_size))
+    # torchrun sets OMP_NUM_THREADS=1 for everybody; anyone else who set it meant it.
+    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 10**6, _physical_cores())
+        torch.set_num_threads(max(1, cores // ranks.local_world_size))
     # Gradients that fade below 1e-38 would otherwise slow the arithmetic down by an order of magnitude.
     torch.set_flush_denormal(True)
     return torch.device("cpu")

@@ -1,0 +1,176 @@
+"""Tokens a second of training, beside Hugging Face's LlamaForCausalLM: `python -m bench.train`.
+
+    rounds=3    how often each contender runs          steps=24    steps a run; the first quarter warms up
+    out=FILE    where the figures go (JSON)            and any override of train.py: model=... sequence_length=...
+
+Contenders, each in a process of its own, one after the other, round after round, so that what disturbs the machine disturbs all:
+
+    ours          `python train.py` itself: DeepSpeed ZeRO-1, bf16 with fp32 master weights, data loading, metrics
+    hf            transformers' model of the same shape, bf16, in a plain loop: forward, backward, clip, fused AdamW
+    hf+allocator  the same, with the memory allocator set as `train.py` sets it (training/machine.py: keep_freed_memory)
+
+The speed of a run is the median over its steps; what is reported is the median over the rounds, with the range.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from conf.files import atomic_write
+from conf.load import load, run_command
+from conf.validate import validate
+
+CONTENDERS = ("ours", "hf", "hf+allocator")
+_FIXED = ["logger=none", "eval_every=0", "save_every=0", "eval_tokens=1", "prompts=[]", "log_every=1"]
+
+
+def main(argv: list[str]) -> None:
+    if any(word in ("-h", "--help") for word in argv):
+        print(__doc__)
+        return
+    if argv[:1] == ["--contender"]:  # one run of one of Hugging Face's, in a process of its own
+        _measure_hf(argv[1], argv[2:])
+        return
+    options, overrides = {"rounds": "3", "steps": "24", "out": "bench/results/cpu-train.json"}, []
+    for word in argv:
+        name, _, value = word.partition("=")
+        if name in options:
+            options[name] = value
+        else:
+            overrides.append(word)
+    if not options["rounds"].isdigit() or not options["steps"].isdigit() or int(options["steps"]) < 8:
+        raise UserError("rounds=N and steps=N are whole numbers, and at least 8 steps are needed")
+    steps = int(options["steps"])
+    config = load(overrides)
+    validate(config, 1)
+    runs: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for number in range(int(options["rounds"])):
+        for name in CONTENDERS:
+            seconds = _ours(overrides, steps) if name == "ours" else _hf(name, overrides, steps)
+            speed = config.global_batch_size * config.sequence_length / statistics.median(seconds[steps // 4 :])
+            runs[name].append(speed)
+            print(f"round {number + 1}  {name:<14}{speed:>9,.0f} tokens/s", flush=True)
+    figures = _report(runs)
+    result = {
+        "machine": _machine(),
+        "overrides": overrides,
+        "steps": steps,
+        "tokens_per_second": runs,
+        "ratios": figures,
+    }
+    Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(options["out"]) as file:
+        json.dump(result, file, indent=2)
+        file.write("\n")
+    print(f"written to {options['out']}")
+
+
+def _report(runs: dict[str, list[float]]) -> dict[str, Any]:
+    """Print and return each contender's speed, and how many times faster ours is, round by round."""
+    figures = {}
+    print()
+    for name, speeds in runs.items():
+        line = f"{name:<14}{statistics.median(speeds):>9,.0f} tokens/s  ({min(speeds):,.0f} to {max(speeds):,.0f})"
+        if name != "ours":
+            ratios = [mine / theirs for mine, theirs in zip(runs["ours"], speeds, strict=True)]
+            figures[name] = {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
+            line += f"   ours is {statistics.median(ratios):.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(line)
+    return figures
+
+
+def _ours(overrides: list[str], steps: int) -> list[float]:
+    """Train for `steps` steps with the real command; return the seconds of each step, from the run's own metrics."""
+    with tempfile.TemporaryDirectory() as folder:
+        mine = [word for word in overrides if word.partition("=")[0] not in ("steps", "tokens")]
+        command = [sys.executable, "train.py", *mine, *_FIXED, f"steps={steps}", "run=bench", f"runs={folder}"]
+        _run(command)
+        metrics = Path(folder, "bench", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        config = load(overrides)
+        tokens = config.global_batch_size * config.sequence_length
+        return [tokens / r["tokens_per_second"] for r in map(json.loads, metrics) if r["kind"] == "train"]
+
+
+def _hf(name: str, overrides: list[str], steps: int) -> list[float]:
+    return json.loads(_run([sys.executable, "-m", "bench.train", "--contender", name, str(steps), *overrides]))
+
+
+def _run(command: list[str]) -> str:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise UserError(f"{' '.join(command[:4])} failed:\n{done.stderr[-2000:]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def _measure_hf(name: str, arguments: list[str]) -> None:
+    """Train Hugging Face's model and print the seconds of each step as JSON."""
+    if name == "hf+allocator":
+        from training.machine import keep_freed_memory
+
+        keep_freed_memory()
+    import time
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from data.batches import BatchStream, open_dataset
+    from data.prepare import prepare
+    from model.accounting import shape_of
+
+    steps, config = int(arguments[0]), load(arguments[1:])
+    dataset = open_dataset(prepare(config.data, config.tokenizer))
+    stream = BatchStream(dataset, config.sequence_length, config.data_seed)
+    shape = shape_of(config, dataset.vocab_size)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.d_model,
+            intermediate_size=shape.d_ff,
+            num_hidden_layers=shape.n_layers,
+            num_attention_heads=shape.n_heads,
+            num_key_value_heads=shape.n_kv_heads,
+            head_dim=shape.head_dim,
+            max_position_embeddings=config.sequence_length,
+            tie_word_embeddings=shape.tied,
+            use_cache=False,
+        )
+    ).to(torch.bfloat16)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, weight_decay=0.1, fused=True)
+    seconds = []
+    for step in range(steps):
+        start = time.perf_counter()
+        rows = torch.from_numpy(stream.samples(step * config.global_batch_size, config.global_batch_size))[:, :-1]
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps(seconds))
+
+
+def _machine() -> str:
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores"
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+if __name__ == "__main__":
+    run_command(main)
