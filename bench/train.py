@@ -3,7 +3,8 @@
     rounds=3    how often each contender runs          steps=24    steps a run; the first quarter warms up
     out=FILE    where the figures go (JSON)            and any override of train.py: model=... sequence_length=...
 
-Contenders, each in a process of its own, one after the other, round after round, so that what disturbs the machine disturbs all:
+Contenders, each in a process of its own, one after the other, round after round: what disturbs the machine disturbs all.
+
 
     ours          `python train.py` itself: DeepSpeed ZeRO-1, bf16 with fp32 master weights, data loading, metrics
     hf            transformers' model of the same shape, bf16, in a plain loop: forward, backward, clip, fused AdamW

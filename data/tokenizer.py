@@ -215,7 +215,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
     sentencepiece = need("sentencepiece", "training a tokenizer")
     # Line ends are part of a document, so they must reach the trainer: it is given an iterator, not a file.
     model = io.BytesIO()
-    sentences = (text.replace(UNKNOWN, "").replace("\0", "") for text in texts)
+    sentences = (text.replace(UNKNOWN, "") for text in texts)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sentences, model_writer=model, vocab_size=vocab_size, **TRAINER

@@ -144,7 +144,13 @@ def test_killed_and_resumed_is_the_same_as_uninterrupted(corpus, tmp_path, pytho
         file.write(b"\xff")
     encoded = []
     encode = data.pool.encode_group
-    monkeypatch.setattr(data.pool, "encode_group", lambda *a: encoded.append(a[2].number) or encode(*a))
+
+    def watch(folder, tokenizer, group):
+        assert not list(folder.glob(".*tmp"))  # room is made first, it may be what the disk lacks
+        encoded.append(group.number)
+        return encode(folder, tokenizer, group)
+
+    monkeypatch.setattr(data.pool, "encode_group", watch)
     monkeypatch.setattr(data.prepare, "run_apart", None)  # the tokenizer is not trained again
     assert prepare(config, tokenizer) == folder
     assert encoded[0] == 1
@@ -156,6 +162,15 @@ def test_killed_and_resumed_is_the_same_as_uninterrupted(corpus, tmp_path, pytho
     monkeypatch.undo()
     monkeypatch.setattr(data.prepare, "MEGABYTE", 8 << 10)
     assert content(prepare(replace(config, prepared=str(tmp_path / "whole")), tokenizer)) == content(folder)
+
+
+def test_a_resume_with_shards_of_another_size_leaves_nothing_of_the_old(corpus, tmp_path):
+    config, tokenizer = corpus
+    folder = prepare(config, tokenizer)
+    (folder / INDEX).unlink()
+    larger = replace(config, shard_megabytes=4)
+    assert prepare(larger, tokenizer) == folder
+    assert content(folder) == content(prepare(replace(larger, prepared=str(tmp_path / "fresh")), tokenizer))
 
 
 DIE_AFTER_TWO = """
@@ -257,8 +272,16 @@ def test_a_folder_that_cannot_be_written_is_named(corpus, monkeypatch, tmp_path)
         prepare(config, tokenizer)
 
 
-def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, python):
-    kill = """
+def test_an_interrupt_does_not_wait_for_what_a_worker_is_doing(python):
+    code = "import signal, time, data.pool; signal.signal(signal.SIGALRM, signal.default_int_handler)\n"
+    process = python(code + "signal.alarm(2); data.pool.run_apart(time.sleep, 600)")
+    _, complaint = process.communicate(timeout=60)
+    assert complaint.rstrip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.parametrize("with_signal", ["SIGKILL", "SIGINT"])
+def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, python, with_signal):
+    kill = f"""
         import multiprocessing
         config.workers = 2
         class Report(data.progress.Report):
@@ -266,18 +289,19 @@ def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, python):
                 self.stage = stage
             def share(self, done):
                 for child in multiprocessing.active_children() if "tokenizing" in self.stage else []:
-                    child.kill()
+                    os.kill(child.pid, signal.{with_signal})
         data.prepare.Report = Report
         from conf.errors import UserError
         try:
             data.prepare.prepare(config, tokenizer)
         except UserError as error:
-            raise SystemExit(f"said: {error}")
+            raise SystemExit(f"said: {{error}}")
     """
     process = python(script(corpus, kill))
     _, complaint = process.communicate(timeout=60)
     assert complaint.startswith("said: a worker process died")
     assert "lower data.workers" in complaint
+    assert complaint.count("\n") == 1
 
 
 def test_bad_settings_are_refused_before_anything_is_written(corpus, tmp_path):

@@ -89,6 +89,12 @@ def test_pieces_hold_indentation_and_training_is_deterministic_and_silent(traine
     assert (trained.vocab_size, trained.exact) == (330, True)
 
 
+def test_documents_with_the_trainers_own_symbols_are_learned_from_too():
+    odd = train_sentencepiece([f"\u2585{text}\0" for text in sample()], 330)
+    assert len(odd.encode("    return self value")) <= 10
+    assert odd.decode(odd.encode("\u2585 \0")) == "\u2585 \0"
+
+
 def test_save_and_load(trained, tmp_path):
     path = trained.save(tmp_path)
     for where in (path, tmp_path, str(path)):
