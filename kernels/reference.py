@@ -18,7 +18,7 @@ from kernels.formula import Formula, Node
 _OPERATORS: dict[str, Callable[..., Tensor]] = {
     "+": operator.add,
     "-": operator.sub,
-    "*": operator.mul,
+    "*": lambda a, b: a * b if a.ndim else b * a,  # torch rounds a number on the left to bf16, on the right it does not
     "/": operator.truediv,
     "**": operator.pow,
     "<": operator.lt,

@@ -1,0 +1,196 @@
+"""The grammar: what is a formula, what is refused, and that the caret stands under the place."""
+
+from __future__ import annotations
+
+import pytest
+
+from kernels.formula import CONSTANTS, DEEPEST, FUNCTIONS, LONGEST, MOST_OPERATIONS, FormulaError, Node, parse
+
+
+def shown(node: Node) -> str:
+    """Write a tree with every bracket."""
+    if node.kind in ("number", "symbol"):
+        return f"{node.value:g}" if node.kind == "number" else str(node.value)
+    arguments = [shown(argument) for argument in node.arguments]
+    if node.kind in ("call", "negate"):
+        return f"{node.value or '-'}({', '.join(arguments)})"
+    return f"({arguments[0]}{node.kind}{arguments[1]})"
+
+
+@pytest.mark.parametrize(
+    ("text", "tree"),
+    [
+        ("x", "x"),
+        ("  x\n\t", "x"),
+        ("gate*up", "(gate*up)"),
+        ("x + 2 * x", "(x+(2*x))"),
+        ("x - 1 - 2", "((x-1)-2)"),
+        ("x / 2 / 3", "((x/2)/3)"),
+        ("x / 2 * 3", "((x/2)*3)"),
+        ("(x - 1) * 2", "((x-1)*2)"),
+        ("-x ** 2", "-((x**2))"),
+        ("(-x) ** 2", "(-(x)**2)"),
+        ("x ** 2 ** 3", "(x**(2**3))"),
+        ("2 ** -x", "(2**-(x))"),
+        ("-x * x", "(-(x)*x)"),
+        ("x - -x", "(x--(x))"),
+        ("--x", "x"),
+        ("+-+x", "-(x)"),
+        ("1.5e-3*x", "(0.0015*x)"),
+        (".5*x + 2.*x + 1E3", "(((0.5*x)+(2*x))+1000)"),
+        ("pi * x", "(3.14159*x)"),
+        ("where(x > 0, x, -x)", "where((x>0), x, -(x))"),
+        ("where(x <= 1 + x, 1, 0) * x", "(where((x<=(1+x)), 1, 0)*x)"),
+        ("max(x, 0) + min(0, x) + clip(x, -1, 1)", "((max(x, 0)+min(0, x))+clip(x, -(1), 1))"),
+        ("silu(gate) * up", "(silu(gate)*up)"),
+        ("where(gate < up, gate, up)", "where((gate<up), gate, up)"),
+    ],
+)
+def test_a_formula_is_read_with_the_precedence_of_python(text, tree):
+    assert shown(parse(text).tree) == tree
+
+
+@pytest.mark.parametrize(
+    ("text", "symbols", "gated", "matrices"),
+    [
+        ("relu(x)**2", {"x"}, False, 2),
+        ("silu(gate)*up", {"gate", "up"}, True, 3),
+        ("where(gate>0,up,0)", {"gate", "up"}, True, 3),
+    ],
+)
+def test_its_symbols_say_how_many_matrices_a_layer_has(text, symbols, gated, matrices):
+    formula = parse(text)
+    assert (formula.symbols, formula.gated, formula.matrices, formula.text) == (symbols, gated, matrices, text)
+
+
+def test_parameters_are_known_by_name():
+    assert parse("where(x > 0, x, slope * x)", ("slope", "unused")).symbols == {"x", "slope"}
+    for name in ("x", "gate", "silu", "pi", "2a", "a b", ""):
+        with pytest.raises(FormulaError, match="a parameter cannot be named"):
+            parse("x", (name,))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "caret"),  # the caret is marked in the text by what follows it
+    [
+        ("", "expected a number, a name or a bracket, found 'end of the formula'", ""),
+        ("   ", "expected a number, a name or a bracket", ""),
+        ("x +", "found 'end of the formula'", ""),
+        ("x * * x", "expected a number, a name or a bracket, found '*'", "* x"),
+        ("x^2", "the character '^' is not part of a formula", "^2"),
+        ("x; x", "the character ';'", "; x"),
+        ("x.real", "the character '.'", ".real"),
+        ("x[0]", "the character '['", "[0]"),
+        ("x if 1", "unexpected 'if'", "if 1"),
+        ("x == 1", "the character '='", "== 1"),
+        ("'x'", 'the character "\'"', "'x'"),
+        ("x\x00", "is not part of a formula", "\x00"),
+        ("2 x", "unexpected 'x'", "x"),
+        ("2x", "unexpected 'x'", "x"),
+        ("x)", "unexpected ')'", ")"),
+        ("(x", "expected ')' to close the bracket opened at character 1, found 'end of the formula'", ""),
+        ("x*()", "expected a number, a name or a bracket, found ')'", ")"),
+        ("silu(x", "expected ')' to close silu(", ""),
+        ("silu x", "expected '(' after silu, found 'x'", "x"),
+        ("silu()", "expected a number, a name or a bracket, found ')'", ")"),
+        ("x + silu(x, x)", "silu takes 1 argument(s), 2 were given", "silu(x, x)"),
+        ("max(x)", "max takes 2 argument(s), 1 were given", "max(x)"),
+        ("where(x > 0, x)", "where takes 3 argument(s), 2 were given", "where"),
+        ("clip(x, 0)", "clip takes 3 argument(s), 2 were given", "clip"),
+        ("x * sigmiod(x)", "unknown function 'sigmiod': did you mean 'sigmoid'?", "sigmiod(x)"),
+        ("eval(x)", "unknown function 'eval'", "eval(x)"),
+        ("__import__(x)", "unknown function '__import__'", "__import__"),
+        ("gat * up", "unknown symbol 'gat': did you mean 'gate'?", "gat * up"),
+        ("x * slope", "unknown symbol 'slope': known are x, gate, up, pi", "slope"),
+        ("x * lambda", "unknown symbol 'lambda'", "lambda"),
+        ("x * \u0663", "the character '\u0663'", "\u0663"),
+        ("é * x", "the character 'é'", "é * x"),
+        ("1e999 * x", "the number 1e999 is too large", "1e999"),
+        ("x > 0", "a comparison has no value of its own", "> 0"),
+        ("(x > 0) * x", "a comparison can only be the first argument of where", "> 0"),
+        ("-(x > 0)", "a comparison can only be the first argument of where", "> 0"),
+        ("relu(x > 0)", "a comparison can only be the first argument of where", "> 0"),
+        ("where(x > 0, x < 1, x)", "a comparison can only be the first argument of where", "< 1"),
+        ("where(x, x, x)", "the first argument of where must be a comparison", "x, x, x"),
+        ("where(0 < x < 1, x, 0)", "expected ')' to close where(, found '<'", "< 1"),
+        ("x * gate", "cannot stand beside gate or up", "gate"),
+        ("up + x", "cannot stand beside gate or up", "up + x"),
+        ("silu(gate)", "a gated formula uses gate and up, and up is missing", "silu"),
+        ("2 * up", "a gated formula uses gate and up, and gate is missing", "2 * up"),
+        ("2 + pi", "uses no pre-activation", "2 + pi"),
+    ],
+)  # fmt: skip
+def test_what_is_no_formula_is_refused_with_a_caret_under_the_place(text, reason, caret):
+    with pytest.raises(FormulaError) as caught:
+        parse(text)
+    sentence, formula, pointer = str(caught.value).split("\n")
+    assert reason in sentence
+    assert text[caught.value.place :].startswith(caret)
+    assert bool(text[caught.value.place :].strip()) == bool(caret)
+    assert formula[len(pointer) - 1 :].startswith(caret)
+    assert pointer.strip() == "^"
+
+
+def test_the_caret_stands_right_in_a_long_formula():
+    text = " + ".join(["x"] * 80) + " + y" + " + x" * 80
+    with pytest.raises(FormulaError) as caught:
+        parse(text)
+    _, formula, pointer = str(caught.value).split("\n")
+    assert text[caught.value.place] == formula[pointer.index("^")] == "y"
+    assert len(formula) < 120
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x" * 10**6,
+        "x+" * 500_000,
+        "(" * 10**6,
+        "-" * 10**6 + "x",
+        " " * 10**6 + "x",
+        "1" * 10**6,
+        "(" * 499 + "x" + ")" * 499,
+        "silu(" * 166 + "x" + ")" * 166,
+        "-(" * 333 + "x" + ")" * 333,
+        "x**-" * 240 + "x",
+        "x" + "+x" * 499,
+        "x" + "-x" * 499,
+        "x" + "*x" * 499,
+        "where(x>0," * 90 + "x",
+        "max(x," * 160 + "x",
+        "(" * 999,
+    ],
+    ids=lambda text: f"{text[:6]}..({len(text)})",
+)
+def test_what_is_too_long_or_too_deep_is_refused_not_crashed_on(text):
+    with pytest.raises(FormulaError) as caught:
+        parse(text)
+    assert len(str(caught.value)) < 500
+
+
+def test_the_limits_are_where_they_are_said_to_be():
+    parse("x" + " " * (LONGEST - 1))
+    parse("(" * (DEEPEST - 1) + "x" + ")" * (DEEPEST - 1))
+    parse("-" * (LONGEST - 1) + "x")
+    parse("x" + "+x" * MOST_OPERATIONS)
+    for text in ("x" + " " * LONGEST, "(" * DEEPEST + "x" + ")" * DEEPEST, "x" + "+x" * (MOST_OPERATIONS + 1)):
+        with pytest.raises(FormulaError):
+            parse(text)
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_every_function_takes_its_number_of_arguments(name):
+    first = "x > 0" if name == "where" else "x"
+    for given in range(1, 5):
+        call = f"{name}({', '.join([first, *['x'] * (given - 1)])})"
+        if given == FUNCTIONS[name]:
+            assert len(parse(call).tree.arguments) == given
+        else:
+            with pytest.raises(FormulaError, match=f"{name} takes {FUNCTIONS[name]} argument"):
+                parse(call)
+    with pytest.raises(FormulaError, match=rf"expected '\(' after {name}"):
+        parse(f"{name} * x")
+
+
+def test_constants_are_numbers():
+    assert {name: parse(f"{name} * x").tree.arguments[0].value for name in CONSTANTS} == {"pi": 3.141592653589793}

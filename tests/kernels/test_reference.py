@@ -1,0 +1,238 @@
+"""What formulas compute: every arm and every function against an independent formula in float64, gradients, dtypes, layout."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from kernels import BACKENDS, FormulaError, activation
+from kernels.formula import FUNCTIONS
+
+FFN = Path(__file__).parents[2] / "conf" / "ffn"
+erf = np.vectorize(math.erf)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def normal_cdf(x: np.ndarray) -> np.ndarray:
+    return (1 + erf(x / math.sqrt(2))) / 2
+
+
+# Each arm from its paper, by hand.
+ARMS = {
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "gelu": lambda x: x * normal_cdf(x),
+    "silu": lambda x: x * sigmoid(x),
+    "glu": lambda gate, up: sigmoid(gate) * up,
+    "bilinear": lambda gate, up: gate * up,
+    "reglu": lambda gate, up: np.maximum(gate, 0) * up,
+    "geglu": lambda gate, up: gate * normal_cdf(gate) * up,
+    "swiglu": lambda gate, up: gate * sigmoid(gate) * up,
+}
+
+# Each function of the grammar as (formula, the same by hand); its points are `POINTS`, or their absolute values.
+FUNCTIONS_BY_HAND = {
+    "abs": ("abs(x)", np.abs),
+    "sign": ("sign(x)", np.sign),
+    "sqrt": ("sqrt(abs(x))", lambda x: np.abs(x) ** 0.5),
+    "exp": ("exp(x)", np.exp),
+    "expm1": ("expm1(x)", np.expm1),
+    "log": ("log(abs(x) + 1e-3)", lambda x: np.log(np.abs(x) + 1e-3)),
+    "log1p": ("log1p(abs(x))", lambda x: np.log1p(np.abs(x))),
+    "sigmoid": ("sigmoid(x)", sigmoid),
+    "tanh": ("tanh(x)", np.tanh),
+    "sin": ("sin(x)", np.sin),
+    "cos": ("cos(x)", np.cos),
+    "atan": ("atan(x)", np.arctan),
+    "erf": ("erf(x)", erf),
+    "softplus": ("softplus(x)", lambda x: np.logaddexp(x, 0)),
+    "relu": ("relu(x)", lambda x: np.where(x > 0, x, 0)),
+    "silu": ("silu(x)", lambda x: x / (1 + np.exp(-x))),
+    "gelu": ("gelu(x)", lambda x: x * normal_cdf(x)),
+    "gelu_tanh": (
+        "gelu_tanh(x)",
+        lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    ),
+    "max": ("max(x, 1 - x)", lambda x: np.maximum(x, 1 - x)),
+    "min": ("min(x, 0.5)", lambda x: np.minimum(x, 0.5)),
+    "where": ("where(x > 0.25, x, 0.25 * x)", lambda x: x * (0.25 + 0.75 * (x > 0.25))),
+    "clip": ("clip(x, -1, 2)", lambda x: np.clip(x, -1, 2)),
+}
+OPERATORS = {
+    "x + 2 * x - x / 4": lambda x: 2.75 * x,
+    "x ** 3 - -x ** 2": lambda x: x**3 + x**2,
+    "abs(x) ** 0.5": lambda x: np.abs(x) ** 0.5,
+    "2 ** x": lambda x: 2.0**x,
+    "pi * x": lambda x: np.pi * x,
+    "where(x < 0, 1, 2) * where(x <= 0, 1, 2)": lambda x: (2.0 - (x < 0)) * (2.0 - (x <= 0)),
+    "where(x > 0, 1, 2) * where(x >= 0, 1, 2)": lambda x: (2.0 - (x > 0)) * (2.0 - (x >= 0)),
+    "x*sigmoid(1.702*x)": lambda x: x / (1 + np.exp(-1.702 * x)),
+}
+POINTS = torch.cat((torch.linspace(-30, 30, 601, dtype=torch.float64), torch.tensor([0.0, 1e-30, -1e-30, 1e-8, -1e-8])))
+# A few roundings of float64 each in the two ways to compute it, and the cancellation of 1 + erf(x) in the formula by hand.
+TOLERANCE = {"rtol": 1e-13, "atol": 1e-14}
+
+
+def formula_of(arm: str) -> str:
+    return yaml.safe_load((FFN / f"{arm}.yaml").read_text(encoding="utf-8"))["formula"]
+
+
+def test_every_arm_has_its_formula_by_hand():
+    assert set(ARMS) == {path.stem for path in FFN.glob("*.yaml")} - {"custom"}
+
+
+def pre_activations(arm: str, dtype: torch.dtype = torch.float64, rows: int = 5) -> Tensor:
+    """Return (rows, d_ff), or (rows, 2, d_ff) for a gated arm."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (rows, 2, 64) if ARMS[arm].__code__.co_argcount == 2 else (rows, 64)
+    return (4 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def by_hand(arm: str, pre: Tensor) -> Tensor:
+    parts = pre.double().numpy()
+    return torch.from_numpy(ARMS[arm](parts[:, 0], parts[:, 1]) if parts.ndim == 3 else ARMS[arm](parts))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_is_what_its_paper_says_gate_first(arm, backend):
+    pre = pre_activations(arm)
+    h = activation(formula_of(arm), backend=backend)(pre)
+    torch.testing.assert_close(h, by_hand(arm, pre), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_every_function_of_the_grammar(name):
+    formula, expected = FUNCTIONS_BY_HAND[name]
+    torch.testing.assert_close(activation(formula)(POINTS), torch.from_numpy(expected(POINTS.numpy())), **TOLERANCE)
+
+
+@pytest.mark.parametrize("formula", OPERATORS)
+def test_every_operator(formula):
+    expected = OPERATORS[formula](POINTS.numpy())
+    torch.testing.assert_close(activation(formula)(POINTS), torch.from_numpy(expected), **TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_gradients_of_every_arm(arm, backend):
+    pre = pre_activations(arm, rows=2).requires_grad_()
+    assert torch.autograd.gradcheck(activation(formula_of(arm), backend=backend), pre)
+
+
+@pytest.mark.parametrize("formula", [formula for formula, _ in FUNCTIONS_BY_HAND.values()])
+def test_the_gradient_of_every_function(formula):
+    points = torch.linspace(-2.9, 3.1, 16, dtype=torch.float64, requires_grad=True)  # away from kinks and steps
+    if formula == "sign(x)":
+        assert activation("sign(x) + 0*x")(points).sum().isfinite()
+        return
+    assert torch.autograd.gradcheck(activation(formula), points)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "formula",
+    [
+        *(formula for formula, _ in FUNCTIONS_BY_HAND.values()),
+        *OPERATORS,
+        "where(x > 0, 1, 0)",
+        "where(1 > 0, x, 2)",
+        "where(where(x > 0, 1, 0) > 0, 1, 0.01) * x",
+        "exp(1) * sqrt(2 / pi) * x",
+    ],
+)
+def test_the_dtype_and_the_shape_are_kept(formula, dtype):
+    pre = torch.randn(3, 4, dtype=dtype)
+    h = activation(formula)(pre)
+    assert (h.dtype, h.shape) == (dtype, pre.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("arm", ARMS)
+def test_low_precision_errs_no_more_than_torch_does(arm, dtype):
+    """Against float64, no worse than the same operations written out in torch."""
+    plain = {
+        "relu": torch.relu,
+        "relu2": lambda x: torch.relu(x) ** 2,
+        "gelu": torch.nn.functional.gelu,
+        "silu": torch.nn.functional.silu,
+        "glu": torch.sigmoid,
+        "bilinear": lambda gate: gate,
+        "reglu": torch.relu,
+        "geglu": torch.nn.functional.gelu,
+        "swiglu": torch.nn.functional.silu,
+    }[arm]
+    pre = pre_activations(arm, dtype, rows=64)
+    written_out = plain(pre[:, 0]) * pre[:, 1] if pre.ndim == 3 else plain(pre)
+    exact = by_hand(arm, pre)
+    error = (activation(formula_of(arm))(pre).double() - exact).norm()
+    assert error <= 1.1 * (written_out.double() - exact).norm()
+
+
+def test_a_number_is_not_rounded_to_the_dtype_of_the_pre_activations():
+    """1.702 in bf16 is 1.703: the slope would be another one."""
+    pre = torch.linspace(1, 2, 129).bfloat16()
+    expected = (1.702 * pre.float()).bfloat16()
+    assert torch.equal(activation("1.702 * x")(pre), expected)
+    assert torch.equal(activation("x * 1.702")(pre), expected)
+    assert not torch.equal(torch.tensor(1.702, dtype=torch.bfloat16) * pre, expected)
+
+
+def test_learned_parameters_broadcast_and_get_gradients():
+    prelu = activation("where(x > 0, x, slope * x)", parameters={"slope": None})
+    pre = torch.tensor([[-2.0, 3.0], [-4.0, -5.0]], dtype=torch.float64, requires_grad=True)
+    slope = torch.tensor([0.25, 0.5], dtype=torch.float64, requires_grad=True)
+    h = prelu(pre, slope=slope)
+    assert h.tolist() == [[-0.5, 3.0], [-1.0, -2.5]]
+    h.sum().backward()
+    assert slope.grad.tolist() == [-6.0, -5.0]
+    assert pre.grad.tolist() == [[0.25, 1.0], [0.25, 0.5]]
+    single = prelu(pre.detach().bfloat16(), slope=slope.detach().float())
+    assert single.dtype == torch.bfloat16
+
+
+def test_any_number_of_leading_dimensions():
+    pre = torch.randn(2, 3, 5, 2, 7, dtype=torch.float64)
+    h = activation("silu(gate) * up")(pre)
+    assert h.shape == (2, 3, 5, 7)
+    assert torch.equal(h[1, 2, 4], activation("silu(gate) * up")(pre[1, 2, 4]))
+    assert activation("relu(x)")(torch.randn(7)).shape == (7,)
+    assert activation("relu(x)")(torch.randn(0, 7)).shape == (0, 7)
+
+
+def test_a_gated_arm_refuses_what_is_no_pair():
+    for shape in [(7,), (3, 7), (2, 3, 7), (2, 1, 7)]:
+        with pytest.raises(ValueError, match=re.escape(str(shape))):
+            activation("gate * up")(torch.randn(shape))
+
+
+def test_what_is_wrong_is_refused_when_it_is_asked_for():
+    with pytest.raises(ValueError, match="unknown kernel backend 'cuda': choose from auto, reference"):
+        activation("x", backend="cuda")
+    with pytest.raises(FormulaError):
+        activation("x * slope")
+    assert "silu(gate) * up" in repr(activation("silu(gate) * up"))
+
+
+def test_the_largest_formula_computes():
+    x = torch.randn(4, dtype=torch.float64)
+    torch.testing.assert_close(activation("x" + "+x" * 200)(x), 201 * x, rtol=200 * 2.0**-53, atol=0)
+
+
+@pytest.mark.parametrize("formula", ["silu(x)", "gelu(x)", "softplus(x)", "sigmoid(x)", "tanh(x)", "relu(x)**2"])
+def test_extreme_pre_activations_stay_finite(formula):
+    pre = torch.tensor([-1e4, -300.0, 300.0, 1e4], requires_grad=True)
+    h = activation(formula)(pre)
+    h.sum().backward()
+    assert h.isfinite().all()
+    assert pre.grad.isfinite().all()
