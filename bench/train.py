@@ -5,7 +5,6 @@
 
 Contenders, each in a process of its own, one after the other, round after round: what disturbs the machine disturbs all.
 
-
     ours          `python train.py` itself: DeepSpeed ZeRO-1, bf16 with fp32 master weights, data loading, metrics
     hf            transformers' model of the same shape, bf16, in a plain loop: forward, backward, clip, fused AdamW
     hf+allocator  the same, with the memory allocator set as `train.py` sets it (training/machine.py: keep_freed_memory)

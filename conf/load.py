@@ -75,8 +75,8 @@ def load(argv: list[str], program: str = "train.py") -> Config:
 
         print_help(program)
         raise SystemExit(0)
-    show = [word for word in argv if word == "--cfg"]
-    overrides = [_prepare(word, program) for word in argv if word != "--cfg"]
+    show = "--cfg" in argv  # Hydra's own spelling is `--cfg job`
+    overrides = [_prepare(word, program) for word in argv if word not in (("--cfg", "job") if show else ())]
     _refuse_two_lengths(overrides)
     config = _compose(overrides)
     # A length that was typed wins over the preset's, whichever of the two that is.

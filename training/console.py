@@ -42,6 +42,8 @@ class Console:
 
     def __init__(self, speaks: bool = True) -> None:
         self.out = RichConsole(quiet=not speaks, highlight=False)
+        if not self.out.is_terminal:
+            self.out = RichConsole(quiet=not speaks, highlight=False, width=120)  # a log file has no width of its own
         self._progress: Progress | None = None
         self._task = None
 
