@@ -1,0 +1,44 @@
+"""bench.train: its arithmetic, its refusals, and (slow) one whole round on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.train import CONTENDERS, _report, main
+from conf.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    runs = {"ours": [100.0, 300.0, 200.0], "hf": [50.0, 100.0, 200.0], "hf+allocator": [100.0, 100.0, 100.0]}
+    figures = _report(runs)
+    assert figures["hf"] == {"median": 2.0, "range": [1.0, 3.0]}
+    assert figures["hf+allocator"] == {"median": 2.0, "range": [1.0, 3.0]}
+
+
+@pytest.mark.parametrize("words", [["steps=4"], ["rounds=x"], ["ffn=swigluu"]])
+def test_bad_input_is_refused(words: list[str]) -> None:
+    with pytest.raises(UserError):
+        main(words)
+
+
+@pytest.mark.slow
+def test_a_round_on_a_tiny_model(tmp_path: Path) -> None:
+    corpus = tmp_path / "text"
+    corpus.mkdir()
+    for number in range(40):
+        (corpus / f"{number}.txt").write_text(f"document {number}: " + "the quick brown fox jumps over the dog. " * 60)
+    out = tmp_path / "figures.json"
+    words = ["rounds=1", "steps=8", f"out={out}", "data=text", f"data.path={corpus}", f"data.prepared={tmp_path}"]
+    words += ["tokenizer.vocab_size=320", "model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.d_ff=64"]
+    words += ["model.head_dim=16", "sequence_length=32", "global_batch_size=2", "tokens=1000"]
+    subprocess.run([sys.executable, "-m", "bench.train", *words], cwd=ROOT, check=True, timeout=600)
+    figures = json.loads(out.read_text())
+    assert set(figures["tokens_per_second"]) == set(CONTENDERS)
+    assert all(len(speeds) == 1 and speeds[0] > 0 for speeds in figures["tokens_per_second"].values())
