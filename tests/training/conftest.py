@@ -1,0 +1,89 @@
+"""The corpus and the ranks that tests of training share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.tiny import TINY, Pool, overrides, shared_corpus
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder with a corpus, prepared by the first test that needs it."""
+    return shared_corpus(tmp_path_factory)
+
+
+def _pool(world: int, factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    pool = Pool(world, factory.mktemp("ranks"))
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
+def one_rank(tmp_path_factory) -> Iterator[Pool]:
+    """One process that is the only rank of its group."""
+    yield from _pool(1, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory) -> Iterator[Pool]:
+    """Two processes joined by gloo."""
+    yield from _pool(2, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def no_group(tmp_path_factory) -> Iterator[Pool]:
+    """A process that no launcher started, and that has joined nobody."""
+    yield from _pool(0, tmp_path_factory)
+
+
+@pytest.fixture(params=[1, 2], ids=["1 rank", "2 ranks"])
+def ranks(request) -> Pool:
+    """One rank, then two."""
+    return request.getfixturevalue("one_rank" if request.param == 1 else "two_ranks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A short training: what each rank saw of 10 steps, the command line, and its checkpoints."""
+
+    seen: list[dict[str, Any]]
+    words: list[str]
+    middle: Path  # after step 5
+    end: Path  # after step 10
+
+    @property
+    def losses(self) -> list[float]:
+        return self.seen[0]["losses"]
+
+    @property
+    def norms(self) -> list[float]:
+        return self.seen[0]["norms"]
+
+    @property
+    def order(self) -> int:
+        """The hash of all samples, over all ranks."""
+        return sum(rank["hash"] for rank in self.seen) % 2**64
+
+
+@pytest.fixture(scope="session")
+def trained(corpus, one_rank, two_ranks, tmp_path_factory) -> Callable[..., Trained]:
+    """The function that trains 10 steps on `world` ranks, once for the same arguments."""
+    folder = tmp_path_factory.mktemp("trained")
+
+    @functools.cache
+    def train(world: int, zero: str, precision: str = "fp32", accumulation: int = 1) -> Trained:
+        micro = TINY["global_batch_size"] // world // accumulation
+        words = overrides(corpus, zero=zero, precision=precision, micro_batch_size=micro, optim__clip=0.5)
+        path = folder / f"{world}-{zero}-{precision}-{accumulation}"
+        steps = [["train", 5], ["save", str(path)], ["train", 5], ["save", str(path)], ["evaluate"]]
+        seen = (one_rank if world == 1 else two_ranks).run("script", words=words, steps=steps)
+        return Trained(seen, words, path / "step_00000005", path / "step_00000010")
+
+    return train

@@ -1,0 +1,123 @@
+"""ZeRO changes where numbers are kept, not what is learned: every stage on every number of ranks follows plain PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from conf.load import load
+from data.batches import BatchStream, open_dataset, sample_hash
+from data.prepare import prepare
+from model.accounting import shape_of
+from model.decoder import Decoder
+from model.initialise import initialise
+from model.weights import CheckpointReader, from_disk
+from training.schedule import rate
+
+STEPS = 10
+# Sums of fp32 numbers in another order: a few units in the last place (6e-8 each), carried through 10 steps.
+FP32 = 1e-5
+
+
+@dataclasses.dataclass
+class Plain:
+    """What a loop of plain PyTorch saw: no DeepSpeed, one process, the whole batch at once."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+    order: int
+
+
+@pytest.fixture(scope="session")
+def plain(trained):
+    """The function that trains as plain PyTorch does, in a dtype."""
+
+    @functools.cache
+    def train(dtype: torch.dtype) -> Plain:
+        config = load(trained(1, "0").words)
+        dataset = open_dataset(prepare(config.data, config.tokenizer))
+        shape = shape_of(config, dataset.vocab_size)
+        model = Decoder(shape, config.model, config.ffn, "sdpa").to(dtype)
+        initialise(model, shape, config.seed)
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim == 1]
+        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+        stream = BatchStream(dataset, config.sequence_length, config.data_seed)
+        result = Plain([], [], dict(model.named_parameters()), 0)
+        for step in range(STEPS):
+            rows = stream.samples(8 * step, 8)
+            tokens = torch.from_numpy(rows)
+            logits = model(tokens[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            result.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * rate(config.schedule, step, config.steps)
+            optimizer.step()
+            optimizer.zero_grad()
+            result.losses.append(float(loss))
+            result.order = (result.order + sample_hash(8 * step, rows)) % 2**64
+        return result
+
+    return train
+
+
+def worst(a: list[float], b: list[float]) -> float:
+    """Return the largest relative difference."""
+    assert len(a) == len(b) == STEPS
+    return float(np.max(np.abs(np.array(a) / np.array(b) - 1)))
+
+
+def error(trained_weights: CheckpointReader, plain_weights: dict[str, Tensor]) -> float:
+    """Return the root of the summed squares of all differences."""
+    squares = [
+        (from_disk(name, whole.shape, trained_weights).double() - whole.detach().double()).square().sum()
+        for name, whole in plain_weights.items()
+    ]
+    return float(torch.stack(squares).sum().sqrt())
+
+
+CASES = [(1, zero, 1) for zero in ("0", "1", "2", "3")]
+CASES += [(2, zero, accumulation) for zero in ("0", "1", "2", "3", "offload") for accumulation in (1, 2)]
+
+
+@pytest.mark.parametrize(("world", "zero", "accumulation"), CASES)
+def test_fp32_follows_plain_pytorch(trained, plain, world, zero, accumulation):
+    run, reference, exact = trained(world, zero, "fp32", accumulation), plain(torch.float32), plain(torch.float64)
+    assert min(reference.norms) > 0.5, "clipping is not active"
+    assert worst(run.losses, reference.losses) < FP32
+    assert worst(run.norms, reference.norms) < FP32
+    # In the weights Adam turns rounding into steps where a gradient is almost 0, as it does for plain fp32.
+    noise = sum(
+        float((p.detach().double() - exact.weights[name].detach()).square().sum())
+        for name, p in reference.weights.items()
+    ) ** 0.5  # fmt: skip
+    assert error(CheckpointReader(run.end), exact.weights) < 3 * noise
+    assert all(rank["applied"] == [True] * STEPS for rank in run.seen)
+    assert run.order == reference.order
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("zero", ["1", "2", "3"])
+def test_bf16_on_two_ranks_is_within_the_noise_of_bf16(trained, plain, zero, accumulation):
+    one, two = trained(1, zero, "bf16"), trained(2, zero, "bf16", accumulation)
+    for name in ("losses", "norms"):
+        reference = getattr(plain(torch.float32), name)
+        noise = worst(getattr(one, name), reference)
+        assert 1e-5 < noise < 0.02  # it is bf16 (8 bits), and it learns the same
+        assert worst(getattr(two, name), getattr(one, name)) < 2 * noise  # both have it
+    assert two.order == one.order
+
+
+def test_every_rank_reports_the_same(trained):
+    first, second = trained(2, "2").seen
+    assert first["losses"] == second["losses"]
+    assert first["norms"] == second["norms"]
+    assert first["hash"] != second["hash"]  # each took its own half

@@ -1,0 +1,33 @@
+"""A gradient that is not finite is reported, and changes nothing, on any rank of any stage."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from model.weights import CheckpointReader
+from tests.training.tiny import overrides
+
+CASES = [("0", "fp32", 1), ("1", "fp32", 2), ("2", "fp32", 1), ("3", "fp32", 1)]
+CASES += [("1", "bf16", 1), ("1", "bf16", 2), ("2", "bf16", 1), ("3", "bf16", 2)]
+
+
+@pytest.mark.parametrize(("zero", "precision", "accumulation"), CASES)
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
+    corpus, two_ranks, tmp_path, zero, precision, accumulation
+):
+    words = overrides(corpus, zero=zero, precision=precision, micro_batch_size=4 // accumulation)
+    # One element, on one rank: first NaN on the last, then infinity on the first.
+    steps = [["train", 2], ["save", tmp_path], ["poison", "layers.0.ffn.down", 1, math.nan], ["save", tmp_path]]
+    steps += [["poison", "embedding.weight", 0, math.inf], ["save", tmp_path], ["train", 1], ["save", tmp_path]]
+    for rank in two_ranks.run("script", words=words, steps=steps):
+        assert rank["applied"] == [True, True, False, False, True]
+        assert [math.isfinite(norm) for norm in rank["norms"]] == rank["applied"]
+        assert all(math.isfinite(loss) for loss in rank["losses"])
+    before, nan, inf, later = (CheckpointReader(tmp_path / f"step_{step:08d}") for step in (2, 3, 4, 5))
+    for name in before._files:
+        for skipped in (nan, inf):
+            assert skipped.tensor(name).equal(before.tensor(name)), name
+    assert not later.tensor("norm.weight").equal(before.tensor("norm.weight"))
+    assert [reader.state["optimizer_steps"] for reader in (before, nan, inf, later)] == [2, 2, 2, 3]

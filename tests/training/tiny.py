@@ -1,0 +1,162 @@
+"""A tiny corpus, the overrides of a tiny model, and ranks that stay alive between tests, so that starting them is paid once."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import random
+import select
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 240  # seconds until a process that should have answered is taken for hung
+TINY = {
+    # Odd sizes: under two ranks the halves of norms, of `ffn.down` and of the whole model do not divide evenly.
+    "model.d_model": 33,
+    "model.n_layers": 2,
+    "model.n_heads": 4,
+    "model.n_kv_heads": 2,
+    "model.head_dim": 8,
+    "model.d_ff": 45,
+    "tokenizer.vocab_size": 384,
+    "sequence_length": 32,
+    "global_batch_size": 8,
+    "steps": 12,
+    "eval_every": 4,
+    "save_every": 4,
+    "sample_tokens": 4,
+    "prompts": "['ab']",
+    "optim.lr": 0.01,
+    "schedule.warmup": 0.2,
+    "precision": "fp32",
+    "logger": "none",
+    "data.workers": 1,
+    "data.held_out": 0.1,
+}
+
+
+def write_corpus(folder: Path, files: int = 40, seed: int = 0) -> Path:
+    """Write text files of made-up words, of which the frequent ones can be learned in a few steps."""
+    folder.mkdir(parents=True)
+    chance = random.Random(seed)
+    words = ["".join(chance.choices("abcdefghijklmnoprstuvwyz", k=chance.randint(2, 7))) for _ in range(200)]
+    for number in range(files):
+        lines = [" ".join(chance.choices(words, range(200, 0, -1), k=8)) for _ in range(chance.randint(10, 40))]
+        (folder / f"{number:03d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def shared_corpus(factory: pytest.TempPathFactory) -> Path:
+    """Return the folder with `corpus/` and `prepared/` that all tests of training share; made by the first who asks."""
+    folder = factory.getbasetemp() / "training"
+    if not folder.exists():
+        write_corpus(folder / "corpus")
+    return folder
+
+
+def overrides(folder: Path, runs: Path | str = "", **changes: Any) -> list[str]:
+    """Return the command line of a tiny run; `changes` replace or add keys, with `__` for a dot and None to leave one out."""
+    words: dict[str, Any] = {"data": "text", "data.path": folder / "corpus", "data.prepared": folder / "prepared"}
+    words |= TINY | ({"runs": runs} if runs else {}) | {key.replace("__", "."): v for key, v in changes.items()}
+    chosen = sorted((item for item in words.items() if item[1] is not None), key=lambda item: "." in item[0])
+    return [f"{key}={value}" for key, value in chosen]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a subprocess: one thread, no launcher's variables, no network."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    kept = {k: v for k, v in kept.items() if not k.startswith(("WANDB_", "MASTER_", "TORCHELASTIC_"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
+    fixed = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
+    return kept | fixed | {"DS_ACCELERATOR": "cpu", "WANDB_MODE": "offline", "COLUMNS": "200"} | more
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Pool:
+    """Processes of `worker.py` that answer one job after the other: `world` ranks, or one process of no group (world 0)."""
+
+    def __init__(self, world: int, folder: Path) -> None:
+        self.world, self.folder = world, folder
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def run(self, job: str, **arguments: Any) -> list[Any]:
+        """Let every rank do a job together, and return what each answered. A job that raises fails the test."""
+        if not self._processes:
+            self._start()
+        for process in self._processes:
+            process.stdin.write(json.dumps({"job": job} | arguments, default=str) + "\n")
+            process.stdin.flush()
+        answers = [self._answer(rank) for rank in range(len(self._processes))]
+        broken = [answer["error"] for answer in answers if "error" in answer]
+        if broken:
+            self.stop()  # the ranks no longer agree on where they are
+            pytest.fail(f"{job} raised on {len(broken)} of {len(answers)} ranks:\n{broken[0]}", pytrace=False)
+        return [answer["result"] for answer in answers]
+
+    def _start(self) -> None:
+        port = str(free_port())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for rank in range(max(1, self.world)):
+            variables = {"RANK": rank, "WORLD_SIZE": self.world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": self.world}
+            launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if self.world else {}
+            launched |= {name: str(value) for name, value in variables.items()} if self.world else {}
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, Path(__file__).with_name("worker.py"), str(self.folder / f"{self.world}-{rank}.log")],
+                    cwd=ROOT,
+                    env=environment(**launched),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    bufsize=1,
+                )
+            )
+
+    def _answer(self, rank: int) -> dict[str, Any]:
+        stream = self._processes[rank].stdout
+        ready, _, _ = select.select([stream], [], [], PATIENCE)
+        line = stream.readline() if ready else ""
+        if not line:
+            log = (self.folder / f"{self.world}-{rank}.log").read_text(errors="replace")[-3000:]
+            self.stop()
+            pytest.fail(f"rank {rank} {'ended' if ready else 'hangs'}; its log ends with\n{log}", pytrace=False)
+        return json.loads(line)
+
+    def stop(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait(timeout=PATIENCE)
+            process.stdin.close()
+            process.stdout.close()
+        self._processes = []
+
+
+Result = collections.namedtuple("Result", "status out err")
+
+
+def command(*words: str, timeout: float = PATIENCE, **variables: str) -> Result:
+    """Run a command in the project's folder to its end."""
+    ended = subprocess.run(
+        [str(word) for word in words], cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=timeout
+    )
+    return Result(ended.returncode, ended.stdout, ended.stderr)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder by its relative name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,0 +1,208 @@
+"""One rank that does the jobs it reads from its standard input, one JSON object a line, and answers each with another."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import io
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from conf.errors import UserError
+from conf.load import load, run_command
+from conf.validate import validate
+from data.batches import BatchStream, open_dataset, sample_hash
+from data.prepare import prepare
+from launch.ranks import find_ranks
+from model.accounting import shape_of
+from model.attention import choose
+from training import checkpoint, machine
+from training.engine import Engine, start_process_group
+from training.evaluation import evaluate
+from training.schedule import rate
+
+RANKS = find_ranks()
+
+
+class Trainer:
+    """What training/loop.py does around an engine, without its files: `do` takes one word of a script."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.config = load(words)
+        self.batch = validate(self.config, RANKS.world_size)
+        device = machine.find_device(RANKS)
+        dtype = machine.find_dtype(self.config, device)
+        attention = choose(self.config.model.attention, device, dtype, self.config.sequence_length)
+        self.dataset = open_dataset(prepare(self.config.data, self.config.tokenizer))
+        self.stream = BatchStream(self.dataset, self.config.sequence_length, self.config.data_seed)
+        shape = shape_of(self.config, self.dataset.vocab_size)
+        self.engine = Engine(self.config, self.batch, shape, device, dtype, attention, None)
+        self.step, self.hash = 0, 0
+        self.seen: dict[str, list[Any]] = {"losses": [], "norms": [], "applied": [], "evaluations": [], "values": []}
+
+    def do(self, verb: str, *arguments: Any) -> None:
+        getattr(self, verb)(*arguments)
+
+    def train(self, steps: int) -> None:
+        """Take steps, and note the mean loss over ranks, the norm, and whether the step was applied."""
+        share = self.batch.global_batch // RANKS.world_size
+        for _ in range(steps):
+            first = self.step * self.batch.global_batch + RANKS.rank * share
+            rows = self.stream.samples(first, share)
+            self.hash = (self.hash + sample_hash(first, rows)) % 2**64
+            at = rate(self.config.schedule, self.step, self.batch.steps)
+            loss, norm, applied = self.engine.train_step(torch.from_numpy(rows), at)
+            dist.all_reduce(loss)
+            self.step += 1
+            self.seen["losses"].append(float(loss) / RANKS.world_size)
+            self.seen["norms"].append(float(norm))
+            self.seen["applied"].append(applied)
+
+    def poison(self, name: str, rank: int, value: float) -> None:
+        """Take one step in which a gradient of `rank` has an element that is not finite."""
+
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            gradient = gradient.clone()
+            if RANKS.rank == rank:
+                gradient.view(-1)[0] = value
+            return gradient
+
+        hook = dict(self.engine.module.named_parameters())[name].register_hook(spoil)
+        self.train(1)
+        hook.remove()
+
+    def save(self, folder: str) -> None:
+        checkpoint.save(self.engine, Path(folder), {"step": self.step})
+
+    def load(self, folder: str) -> None:
+        self.step = checkpoint.load(self.engine, Path(folder))["step"]
+
+    def evaluate(self, tokens: int | None = None) -> None:
+        held_out = evaluate(self.engine, self.dataset, self.config.sequence_length, tokens)
+        self.seen["evaluations"].append([held_out.loss, held_out.tokens])
+
+    def look(self, expression: str) -> None:
+        """Note the value of an expression about the engine."""
+        names = {"engine": self.engine, "deepspeed": self.engine.deepspeed, "torch": torch, "optimizer": self.engine.optimizer}
+        self.seen["values"].append(eval(expression, names | {"inner": checkpoint._inner(self.engine)}))
+
+
+def script(words: list[str], steps: list[list[Any]]) -> dict[str, Any]:
+    """Build an engine and do with it what the steps say."""
+    trainer = Trainer(words)
+    for step in steps:
+        trainer.do(*step)
+    result = trainer.seen | {"hash": trainer.hash}
+    trainer.engine.deepspeed.destroy()
+    del trainer
+    gc.collect()
+    dist.barrier()
+    return result
+
+
+def failing_save(words: list[str], folder: str, faults: list[str]) -> list[Any]:
+    """Save, train on, and try to save under each fault; return what each raised, and what is in the folder."""
+    trainer = Trainer(words)
+    trainer.train(1)
+    trainer.save(folder)
+    seen = []
+    for fault in faults:
+        trainer.train(1)
+        try:
+            with FAULTS[fault]() if RANKS.rank == 0 else contextlib.nullcontext():
+                trainer.save(folder)
+            seen.append(["", sorted(os.listdir(folder))])
+        except OSError as error:
+            seen.append([str(error), sorted(os.listdir(folder))])
+        dist.barrier()
+    trainer.train(1)
+    trainer.save(folder)
+    trainer.engine.deepspeed.destroy()
+    return [*seen, [trainer.seen["losses"], sorted(os.listdir(folder))]]
+
+
+def command(module: str, words: list[str], fault: str | None = None) -> dict[str, Any]:
+    """Run a command line program as `python -m module words` would, under a fault; return its status and what it said."""
+    import importlib
+
+    main = importlib.import_module(module).main
+    variables, before = dict(os.environ), sys.argv
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    sys.argv = [module, *words]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            with FAULTS[fault]() if fault else contextlib.nullcontext():
+                run_command(main)
+    except SystemExit as error:
+        status = error.code
+    except BaseException:
+        status = traceback.format_exc()
+    finally:
+        sys.argv = before
+        os.environ.clear()
+        os.environ.update(variables)
+    return {"status": status, "out": out.getvalue(), "err": err.getvalue(), "joined": dist.is_initialized()}
+
+
+def _raise(number: int) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@contextlib.contextmanager
+def _broken_text(number: int, ending: str) -> Iterator[None]:
+    whole = Path.write_text
+
+    def write(path: Path, *arguments: Any, **named: Any) -> int:
+        if path.name.endswith(ending):
+            raise OSError(number, os.strerror(number))
+        return whole(path, *arguments, **named)
+
+    with mock.patch.object(Path, "write_text", write):
+        yield
+
+
+# What a file system may answer, where.
+FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "tensors on a full disk": lambda: mock.patch("training.checkpoint.save_file", _raise(errno.ENOSPC)),
+    "manifest on a full disk": lambda: _broken_text(errno.ENOSPC, "manifest.json"),
+    "rename refused": lambda: mock.patch("os.replace", _raise(errno.ENOSPC)),
+    "folder refused": lambda: mock.patch.object(Path, "mkdir", _raise(errno.EACCES)),
+    "read-only": lambda: mock.patch.object(Path, "mkdir", _raise(errno.EROFS)),
+    "full disk": lambda: mock.patch("os.replace", _raise(errno.ENOSPC)),
+}
+JOBS = {"script": script, "failing_save": failing_save, "command": command}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)  # what DeepSpeed prints must not be taken for an answer
+    os.dup2(log, 2)
+    if "RANK" in os.environ:
+        start_process_group(RANKS, machine.find_device(RANKS), 2.0)
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        try:
+            answer = {"result": JOBS[arguments.pop("job")](**arguments)}
+        except (Exception, UserError):
+            answer = {"error": traceback.format_exc()}
+        answers.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    np.seterr(all="ignore")
+    main()
