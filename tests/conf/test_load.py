@@ -47,6 +47,7 @@ def test_every_choice_of_every_group_composes_validates_and_reads_back(choice, t
     values = flatten(to_dict(config))
     raw = yaml.safe_load((FOLDER / group / f"{name}.yaml").read_text(encoding="utf-8"))
     # A preset is a whole recipe, set over the other groups; a choice of another group sets its own keys.
+    raw.pop("defaults", None)  # which choices of other groups it takes
     expected = flatten(raw if group == "model" else {group: raw})
     typed = {word.partition("=")[0] for word in NEEDS.get(choice, [])}
     found = {key: values[key] for key in expected if key not in typed and expected[key] not in ({}, "???")}
@@ -63,6 +64,15 @@ def test_a_choice_is_called_what_its_file_is_called(group):
     for choice in choices(group):
         raw = yaml.safe_load((FOLDER / group / f"{choice}.yaml").read_text(encoding="utf-8"))
         assert (raw[group] if group == "model" else raw)["name"] == choice
+
+
+def test_what_is_typed_wins_over_a_preset():
+    words = ["zero=2", "optim=muon", "optim.lr=0.5", "schedule=wsd", "sequence_length=64", "model.n_layers=1"]
+    for preset in choices("model"):
+        config = load([*words[:3], f"model={preset}", *words[3:]])
+        assert (config.zero.stage, config.optim.name, config.optim.lr) == (2, "muon", 0.5)
+        assert (config.schedule.name, config.sequence_length, config.model.n_layers) == ("wsd", 64, 1)
+        assert config.model.name == preset
 
 
 @pytest.mark.parametrize(
@@ -121,7 +131,7 @@ def test_a_whole_number_may_be_typed_with_an_exponent(typed, value):
 def test_one_length_is_typed_and_wins_over_the_presets():
     assert "both steps and tokens" in refusal("steps=5", "tokens=1e6")
     assert "both steps and tokens" in refusal("+tokens=1e6", "steps=5")
-    for preset in choices("model"):
+    for preset in (choices("model")[0], "nano"):  # one that is given in tokens, one in steps
         by_tokens = load([f"model={preset}", "tokens=1e9"])
         assert validate(by_tokens, 1).steps == 10**9 // (by_tokens.global_batch_size * by_tokens.sequence_length)
         assert validate(load([f"model={preset}", "steps=7"]), 1).steps == 7

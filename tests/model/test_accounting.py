@@ -1,0 +1,139 @@
+"""Parameters and FLOPs counted from the configuration, against the decoder itself and what torch counts while it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from conf.load import choices, load
+from conf.schema import Config
+from kernels import parse
+from model.accounting import default_d_ff, ffn_parameters_per_layer, flops_per_token, parameters, shape_of
+
+SHAPES = {
+    "grouped": {},
+    "multi-head": {"n_kv_heads": None},
+    "tied": {"tie_embeddings": True},
+    "qk-norm": {"qk_norm": True},
+    "wide heads": {"head_dim": 12},
+    "all": {"tie_embeddings": True, "qk_norm": True, "head_dim": 6, "n_kv_heads": 1, "n_layers": 3, "d_ff": 40},
+}
+
+
+def part_of(name: str) -> str:
+    for part, mark in (("norms", "norm.weight"), ("embedding", "embedding."), ("output", "head."), ("ffn", ".ffn.")):
+        if mark in name:
+            return part
+    return "attention"
+
+
+def check_parameters(decoder: torch.nn.Module) -> None:
+    counted = Counter()
+    for name, parameter in decoder.named_parameters():
+        counted[part_of(name)] += parameter.numel()
+    predicted = parameters(decoder.shape)
+    assert {part: count for part, count in predicted.items() if count} == dict(counted)
+    assert sum(predicted.values()) == sum(parameter.numel() for parameter in decoder.parameters())
+    assert ffn_parameters_per_layer(decoder.shape) * decoder.shape.n_layers == predicted["ffn"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parameters_are_those_of_the_decoder(build, shape):
+    check_parameters(build(**SHAPES[shape]))
+
+
+def test_parameters_are_those_of_the_decoder_for_every_arm(build, arm):
+    check_parameters(build(arm))
+    check_parameters(build(arm, **SHAPES["all"]))
+
+
+def flops_of(operators: tuple[str, ...], run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if str(op) in operators)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("arm", ["swiglu", "relu2"])
+def test_flops_are_those_that_torch_counts(build, arm, shape):
+    """Projections are `mm` and must agree exactly, forward and backward. Attention is another operator.
+
+    There the conventions differ: a kernel computes blocks, or the whole square, and torch counts what it computes; this
+    project counts the causal half, which the next test checks.
+    """
+    decoder, tokens = build(arm, **SHAPES[shape]), torch.zeros(2, 16, dtype=torch.int64)
+    predicted = flops_per_token(decoder.shape, 16)
+    scores = flops_per_token(decoder.shape, 16)["attention"] - 6 * parameters(decoder.shape)["attention"]
+    projections = (sum(predicted.values()) - scores) * tokens.numel()
+    forward = flops_of(("aten.mm", "aten.addmm"), lambda: decoder(tokens))
+    both = flops_of(("aten.mm", "aten.addmm"), lambda: decoder(tokens).sum().backward())
+    assert (forward, both) == (projections // 3, projections)
+
+
+def test_attention_counts_what_a_causal_token_sees(build):
+    shape, length = build().shape, 37
+    forward = 0
+    for position in range(length):
+        seen = position + 1
+        scores = mixed = 2 * shape.head_dim * seen  # a multiply-add is two
+        forward += shape.n_layers * shape.n_heads * (scores + mixed)
+    found = flops_per_token(shape, length)["attention"] - 6 * parameters(shape)["attention"]
+    assert found * length == 3 * forward
+
+
+def test_the_output_costs_the_same_tied_or_not(build):
+    tied, own = (flops_per_token(build(tie_embeddings=tie).shape, 16) for tie in (True, False))
+    assert tied == own
+    assert tied["output"] == 6 * 64 * 32
+
+
+@pytest.mark.parametrize(("formula", "width"), [("silu(gate)*up", 688), ("relu(x)**2", 1032)])
+def test_an_ungated_arm_is_half_as_wide_again(formula, width):
+    assert default_d_ff(688, parse(formula)) == width
+
+
+def test_arms_of_a_preset_have_the_same_parameters():
+    for preset in choices("model"):
+        totals = {
+            sum(parameters(shape_of(load([f"model={preset}", f"ffn={arm}"]))).values()) for arm in ("glu", "silu")
+        }
+        assert len(totals) == 1, preset
+
+
+def test_the_shape_resolves_every_null():
+    config = Config()
+    config.model = dataclasses.replace(config.model, d_model=96, n_heads=6)
+    shape = shape_of(config, 1000)
+    assert (shape.n_kv_heads, shape.head_dim, shape.d_ff, shape.vocab_size) == (6, 16, 688, 1024)
+    assert shape_of(config).vocab_size == 4096
+    assert shape_of(config, 1024).vocab_size == 1024
+    config.model = dataclasses.replace(config.model, n_kv_heads=2, head_dim=8, d_ff=100, vocab_size=1001)
+    shape = shape_of(config, 1000)
+    assert (shape.n_kv_heads, shape.head_dim, shape.d_ff, shape.vocab_size) == (2, 8, 100, 1001)
+
+
+# Of the published models, as counted from their weights.
+PUBLISHED = {
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+    "llama_1b": 1_100_048_384,  # TinyLlama
+    "llama_3b": 3_212_749_824,  # Llama 3.2
+}
+
+
+@pytest.mark.parametrize("preset", choices("model"))
+def test_a_preset_has_the_parameters_that_its_name_says(preset):
+    total = sum(parameters(shape_of(load([f"model={preset}"]))).values())
+    if preset in PUBLISHED:
+        assert total == PUBLISHED[preset]
+    number = preset.rpartition("_")[2]
+    if number != preset:
+        said = float(number[:-1]) * {"m": 1e6, "b": 1e9}[number[-1]]
+        assert abs(total / said - 1) < 0.11  # a name rounds 1.1 to 1

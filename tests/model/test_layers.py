@@ -1,0 +1,63 @@
+"""RMSNorm and rotary positions against their formulas, written with other operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.layers import RMSNorm, Rotary
+
+
+def test_rms_norm():
+    norm = RMSNorm(24, eps=0.01).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(-1, 2, 24))
+    x = torch.randn(3, 5, 24, dtype=torch.float64)
+    expected = torch.stack([row / (sum(v * v for v in row) / 24 + 0.01) ** 0.5 * norm.weight for row in x.view(-1, 24)])
+    torch.testing.assert_close(norm(x), expected.view(3, 5, 24), rtol=1e-13, atol=1e-13)
+
+
+def rotated(x: torch.Tensor, theta: float, start: int) -> torch.Tensor:
+    """Rotate pairs of channels (i, i + E/2) as complex numbers."""
+    half = x.shape[-1] // 2
+    pairs = torch.complex(x[..., :half], x[..., half:])
+    angles = torch.outer(
+        torch.arange(start, start + x.shape[1]).double(), theta ** -(torch.arange(half).double() / half)
+    )
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)[None, :, None]
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+@pytest.mark.parametrize("start", [0, 1, 17])
+@pytest.mark.parametrize("theta", [10000.0, 500.0])
+def test_rotary_positions_are_complex_rotations(theta, start):
+    x = torch.randn(2, 11, 3, 12, dtype=torch.float64)
+    found = Rotary(12, theta)(x, start)
+    torch.testing.assert_close(found, rotated(x, theta, start), rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradient_of_the_rotation():
+    rotary = Rotary(6, 100.0)
+    x = torch.randn(1, 4, 2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rotary(x, 3), x)
+
+
+def test_only_the_distance_of_two_positions_counts():
+    rotary = Rotary(12, 10000.0)
+    q, k = torch.randn(2, 1, 1, 1, 12, dtype=torch.float64)
+    scores = [(rotary(q, start + 5) * rotary(k, start)).sum().item() for start in (0, 3, 900)]
+    assert max(scores) - min(scores) < 1e-11 < abs(scores[0] - (q * k).sum().item())
+
+
+def test_tables_grow_and_keep_to_their_dtype():
+    rotary = Rotary(12, 10000.0)
+    x = torch.randn(1, 50, 1, 12, dtype=torch.float64)
+    short, long, again = rotary(x[:, :4]), rotary(x), rotary(x[:, :4])
+    assert torch.equal(short, again)
+    assert torch.equal(long[:, :4], short)
+    for dtype in (torch.float32, torch.bfloat16):
+        # The tables are made in float64: what is left is the rounding of the tables, of x and of the two products.
+        found = rotary(x.to(dtype))
+        assert found.dtype == dtype
+        assert (found.double() - long).abs().max() <= 4 * torch.finfo(dtype).eps * x.abs().max()
+    assert not list(rotary.state_dict())
