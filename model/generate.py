@@ -8,6 +8,7 @@ runs=FOLDER       where the runs are                  seed=0           of the ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def generate(
         else:
             if 0 < top_k < len(logits):
                 logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-            token = int(torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=generator))
+            logits = (logits - logits.max()) / temperature  # the largest is 0, whatever the temperature
+            token = int(torch.multinomial(torch.softmax(logits, 0), 1, generator=generator))
         if token == tokenizer.eos_id:
             break
         written.append(token)
@@ -102,8 +104,8 @@ def _options(argv: list[str]) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"{name}={value}: expected {'a whole number' if kind is int else 'a number'}") from error
     for name in ("tokens", "temperature", "top_k"):
-        if options[name] < 0:
-            raise UserError(f"{name}={options[name]} must not be negative")
+        if not 0 <= options[name] < math.inf:
+            raise UserError(f"{name}={options[name]} must be a number that is not negative")
     return options
 
 

@@ -74,8 +74,11 @@ class CheckpointReader:
 
 
 def checkpoints(folder: Path) -> Iterator[Path]:
-    """Yield the complete checkpoints in `folder`, newest first. A name without the prefix `step_` was never finished."""
-    yield from sorted((path for path in folder.glob("step_*") if path.is_dir()), reverse=True)
+    """Yield the complete checkpoints in `folder`, newest first: the folders `step_N`. One of another name was never finished."""
+    steps = {path: path.name.removeprefix("step_") for path in folder.glob("step_*") if path.is_dir()}
+    yield from sorted(
+        (path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]), reverse=True
+    )
 
 
 def file_hash(path: Path) -> str:
@@ -91,15 +94,16 @@ def damage(folder: Path) -> str:
     """Return what is wrong with a checkpoint's files, or "" if each has the size and hash of the manifest."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        files = [(name, entry["bytes"], entry["blake2b"]) for name, entry in manifest["files"].items()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return "manifest.json is missing or unreadable"
-    for name, expected in manifest["files"].items():
+    for name, size, digest in files:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
-        if file_hash(path) != expected["blake2b"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if file_hash(path) != digest:
             return f"{name} does not have the contents that were saved"
     return ""
 
