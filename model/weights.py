@@ -72,9 +72,13 @@ class CheckpointReader:
             raise UserError(f"{self.folder} is a checkpoint of another model: it holds no {name}")
         return self._files[name].get_tensor(name)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor by name, without reading one."""
+        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+
 
 def checkpoints(folder: Path) -> Iterator[Path]:
-    """Yield the complete checkpoints in `folder`, newest first: the folders `step_N`. One of another name was never finished."""
+    """Yield the complete checkpoints in `folder`, newest first: folders `step_N`. One of another name was never finished."""
     steps = {path: path.name.removeprefix("step_") for path in folder.glob("step_*") if path.is_dir()}
     yield from sorted(
         (path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]), reverse=True
@@ -117,6 +121,29 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
             return path, passed_over
         passed_over.append(f"checkpoint {path} is damaged and was passed over: {wrong}")
     return None, passed_over
+
+
+def check_shapes(model: nn.Module, stored: CheckpointReader) -> None:
+    """Compare the parameters of `model` (which may be on the meta device) with a checkpoint's, in both directions.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    parts = [part for name, parameter in model.named_parameters() for part in to_disk(name, parameter).items()]
+    expected, found = {name: tuple(part.shape) for name, part in parts}, stored.shapes()
+    for name, shape in expected.items():
+        if name not in found:
+            raise UserError(f"{stored.folder} is a checkpoint of another model: it holds no {name}")
+        if found[name] != shape:
+            raise UserError(
+                f"{stored.folder} is a checkpoint of another shape: {name} is {found[name]} there and {shape} here"
+            )
+    # Optimizer state is stored under a parameter's name and one word more.
+    foreign = sorted(name for name in found if name not in expected and name.rpartition(".")[0] not in expected)
+    if foreign:
+        raise UserError(
+            f"{stored.folder} is a checkpoint of another model: it holds {foreign[0]}, which this one has not"
+        )
 
 
 def load_weights(model: nn.Module, folder: Path) -> dict[str, Any]:
