@@ -57,7 +57,8 @@ class Activation:
         if self.formula.gated:
             if pre.ndim < 2 or pre.shape[-2] != 2:
                 raise ValueError(f"a gated formula takes pre-activations (..., 2, d_ff), not {tuple(pre.shape)}")
-            values = {"gate": pre[..., 0, :], "up": pre[..., 1, :], **learned}
+            gate, up = pre.unbind(-2)  # whose backward stacks the two gradients; that of indexing would add two padded ones
+            values = {"gate": gate, "up": up, **learned}
         else:
             values = {"x": pre, **learned}
         return _evaluate(self.formula.tree, values, pre.dtype).to(pre.dtype)

@@ -19,7 +19,33 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.is_cuda:  # one fused kernel there; on a CPU it is a dozen passes over copies in fp32
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight in few passes: the mean is taken in fp32, the products are in the dtype of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        precise = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        # dx = s w g - x s^3 mean(w g x) and dw = sum over rows of s g x: both reductions are of g x, as matrix products.
+        precise = torch.promote_types(x.dtype, torch.float32)
+        product = (grad * x).flatten(0, -2)
+        grad_weight = torch.mm(scale.view(1, -1), product).flatten()
+        mean = torch.mm(product, weight.unsqueeze(1)).view_as(scale).to(precise) / x.shape[-1]
+        coefficient = (mean * scale.to(precise) ** 3).to(x.dtype)
+        return (grad * weight).mul_(scale).addcmul_(x, coefficient, value=-1), grad_weight, None
 
 
 class Rotary(nn.Module):

@@ -48,6 +48,33 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, ignore_index, differentiate)
 
 
+def _turn_into_gradient(
+    logits: Tensor, buffer: Tensor, index: Tensor, kept: Tensor, z_loss: float, differentiate: bool
+) -> tuple[Tensor, Tensor | float]:
+    """Overwrite logits (c, V) by the gradient of the summed loss with respect to them, and return the sums.
+
+    Args:
+        buffer: (at least c, V) in the precise dtype, overwritten.
+        index, kept: (c, 1) the targets, and which of them count. Rows that do not count get a gradient all the same.
+        differentiate: False only sums, and leaves the logits alone.
+
+    Returns:
+        The sum of nats, and of squares of the log-sum-exp (0 without z-loss), over the rows that count.
+    """
+    p = torch.softmax(logits, -1, dtype=buffer.dtype, out=buffer[: logits.shape[0]])
+    # From the likeliest word, whose probability is at least 1 / V: the log of the target's own may underflow.
+    lse = logits.amax(-1, keepdim=True).to(p.dtype) - p.amax(-1, keepdim=True).log()  # (c, 1)
+    nats = ((lse - logits.gather(1, index).to(p.dtype)) * kept).sum()
+    squares = (lse.square() * kept).sum() if z_loss else 0.0
+    if not differentiate:
+        return nats, squares
+    if z_loss:
+        p *= 1 + 2 * z_loss * lse
+    p.scatter_add_(1, index, p.new_full((1, 1), -1.0).expand_as(index))
+    logits.copy_(p)
+    return nats, squares
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -67,35 +94,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = valid.sum().clamp_(min=1)
         nats = torch.zeros((), dtype=precise, device=hidden.device)
         squares = torch.zeros_like(nats)
-        rows = max(1, min(tokens, max(_CHUNK_ROWS, _CHUNK_ELEMENTS // words)))
+        rows = min(tokens, max(_CHUNK_ROWS, _CHUNK_ELEMENTS // words))
         logits_buffer = states.new_empty(rows, words)
         softmax_buffer = states.new_empty(rows, words, dtype=precise)
         for start in range(0, tokens, rows):
             chunk = slice(start, min(start + rows, tokens))
-            kept = valid[chunk]
-            index = targets[chunk].where(kept, 0).unsqueeze(1)  # (c, 1)
-            x = states[chunk]
+            x, kept = states[chunk], valid[chunk].unsqueeze(1)  # (c, d), (c, 1)
+            index = targets[chunk].unsqueeze(1).where(kept, 0)
             logits = torch.mm(x, weight.t(), out=logits_buffer[: x.shape[0]])
-            p = torch.softmax(logits, -1, dtype=precise, out=softmax_buffer[: x.shape[0]])
-            # From the likeliest word, whose probability is at least 1 / V: the log of the target's own may underflow.
-            lse = logits.amax(-1, keepdim=True).to(precise) - p.amax(-1, keepdim=True).log()  # (c, 1)
-            nats += ((lse - logits.gather(1, index).to(precise)).squeeze(1) * kept).sum()
-            if z_loss:
-                squares += (lse.square().squeeze(1) * kept).sum()
-            if not (want_hidden or want_weight):
-                continue
-            # d objective / d logits, times count: applied to the small gradients instead.
-            if z_loss:
-                p *= 1 + 2 * z_loss * lse
-            p.scatter_add_(1, index, p.new_full((1, 1), -1.0).expand_as(index))
-            grad_logits = p if p.dtype == logits.dtype else logits.copy_(p)
+            sums = _turn_into_gradient(logits, softmax_buffer, index, kept, z_loss, differentiate)
+            nats, squares = nats + sums[0], squares + sums[1]
             # Tokens that do not count are masked on the small side of each product, not in the logits.
-            mask = kept.unsqueeze(1).to(x.dtype)
+            mask = kept.to(x.dtype)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+                torch.mm(logits, weight, out=grad_hidden[chunk])
                 grad_hidden[chunk] *= mask
             if grad_weight is not None:
-                grad_weight += torch.mm(grad_logits.t(), x * mask)
+                grad_weight += torch.mm(logits.t(), x * mask)
 
         if grad_hidden is not None:
             grad_hidden = (grad_hidden / count).view_as(hidden)
