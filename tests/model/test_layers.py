@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from model.layers import RMSNorm, Rotary
 
@@ -17,7 +18,37 @@ def test_rms_norm():
     torch.testing.assert_close(norm(x), expected.view(3, 5, 24), rtol=1e-13, atol=1e-13)
 
 
-def rotated(x: torch.Tensor, theta: float, start: int) -> torch.Tensor:
+def test_the_gradients_of_rms_norm():
+    norm = RMSNorm(6, eps=0.01).double()
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.linspace(-1, 2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *both: torch.func.functional_call(norm, {"weight": both[1]}, both[0]), (x, weight)
+    )
+
+
+def norm_results(x: Tensor, weight: Tensor, grad: Tensor, dtype: torch.dtype, written_out: bool) -> list[Tensor]:
+    """Return the norm of x and its two gradients, computed in `dtype` by our module or by plain operations."""
+    norm = RMSNorm(x.shape[-1], eps=1e-5)
+    norm.weight = torch.nn.Parameter(weight.to(dtype))
+    x = x.to(dtype, copy=True).requires_grad_()
+    y = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight if written_out else norm(x)
+    y.backward(grad.to(dtype))
+    return [each.detach().double() for each in (y, x.grad, norm.weight.grad)]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_errs_as_plain_operations_do(dtype, scale):
+    x, grad = (torch.randn(64, 96).bfloat16().double() for _ in range(2))
+    weight = (1 + 0.3 * torch.randn(96)).bfloat16().double()
+    exact = norm_results(scale * x, weight, grad, torch.float64, True)
+    ours, plain = (norm_results(scale * x, weight, grad, dtype, written_out) for written_out in (False, True))
+    for found, other, expected, name in zip(ours, plain, exact, ("y", "dx", "dw"), strict=True):
+        assert (found - expected).norm() <= 2 * (other - expected).norm(), name
+
+
+def rotated(x: Tensor, theta: float, start: int) -> Tensor:
     """Rotate pairs of channels (i, i + E/2) as complex numbers."""
     half = x.shape[-1] // 2
     pairs = torch.complex(x[..., :half], x[..., half:])
