@@ -53,6 +53,8 @@ def save(engine: Engine, folder: Path, state: dict[str, Any]) -> Path:
     path = folder / f"step_{state['step']:08d}"
     is_writer = dist.get_rank() == 0
     failure: OSError | None = None
+    if not _inner(engine).state:  # no step was applied yet
+        _make_optimizer_state(engine, 0)
     _link(engine)
     with contextlib.ExitStack() as stack:
         writer = None

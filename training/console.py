@@ -29,7 +29,7 @@ def human(number: float) -> str:
 
 def duration(seconds: float) -> str:
     """Return seconds as 4.2s, 3m 20s or 2h 05m."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f}s"
     minutes, seconds = divmod(round(seconds), 60)
     if minutes < 60:

@@ -43,7 +43,8 @@ def deepspeed_config(config: Config, batch: Batch, dtype: torch.dtype) -> dict[s
         "train_batch_size": batch.global_batch,
         "train_micro_batch_size_per_gpu": batch.micro_batch,
         "gradient_accumulation_steps": batch.accumulation,
-        "gradient_clipping": config.optim.clip,  # written even when 0: unset means 1.0 to DeepSpeed
+        # Written even when 0: unset means 1.0 to DeepSpeed. Stage 0 is clipped in `_norm_without_zero`.
+        "gradient_clipping": config.optim.clip if zero.stage else 0.0,
         "bf16": {"enabled": bf16},
         "communication_data_type": config.precision.reduce if bf16 else "fp32",
         "steps_per_print": 10**9,
@@ -164,12 +165,14 @@ class Engine:
         return total / self.batch.accumulation, norm, applied
 
     def _norm_without_zero(self) -> Tensor:
-        """Stage 0 in fp32 neither reports the norm nor skips a step that is not finite: both are made good here."""
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        """Stage 0 in fp32 neither reports the norm nor skips a step that is not finite: both are made good, then it clips."""
+        parameters = list(self.module.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not torch.isfinite(norm):
-            for parameter in self.module.parameters():
+            for parameter in parameters:
                 parameter.grad = None  # AdamW leaves a parameter without a gradient alone
+        elif self.config.optim.clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, norm)
         return norm
 
     @torch.no_grad()

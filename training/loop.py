@@ -28,8 +28,9 @@ from data.prepare import prepare
 from launch.ranks import Ranks
 from model.accounting import Shape, flops_per_token, parameters, shape_of
 from model.attention import choose
+from model.decoder import Decoder
 from model.generate import generate
-from model.weights import CheckpointReader, newest_intact
+from model.weights import CheckpointReader, check_shapes, newest_intact
 from training import machine
 from training.console import Console, duration
 from training.evaluation import HeldOut, evaluate
@@ -67,8 +68,10 @@ def train(config: Config, ranks: Ranks) -> int:
         for sentence in passed_over:
             console.warn(sentence)
         if resumed:
-            _check_checkpoint(resumed, dataset, shape)
-            if CheckpointReader(resumed).state["step"] >= batch.steps:
+            _check_checkpoint(resumed, dataset, shape, config)
+            # One killed between its last checkpoint and its summary still has to be summed up.
+            done = CheckpointReader(resumed).state["step"] >= batch.steps
+            if done and folder.read_summary().get("status") == "finished":
                 return _already_finished(console, folder, batch)
         run = _Run(config, batch, ranks, device, dtype, attention, folder, dataset, stream, shape, console)
         return run.go(resumed, started)
@@ -101,7 +104,8 @@ class _Run:
         self.flops = sum(flops_per_token(shape, config.sequence_length).values())
         self.trained_seconds = 0.0  # wall-clock of this run, earlier sittings included
         self.last_eval: HeldOut | None = None
-        self.save_failed = ""
+        self.last_sample = ""
+        self.save_failed = ""  # why the newest checkpoint could not be saved, the same on every rank
 
     def go(self, resumed: Path | None, started: float) -> int:
         from training.engine import Engine, send_deepspeed_log_to, start_process_group
@@ -140,6 +144,8 @@ class _Run:
         config, batch = self.config, self.batch
         per_rank = batch.global_batch // self.ranks.world_size
         self.console.start(self.step, batch.steps)
+        if self.step >= batch.steps and self.last_eval is None:
+            self._evaluate(None)
         skipped = 0
         clock, clock_step, clock_pause = time.perf_counter(), self.step, 0.0
         with StopRequest() as stop:
@@ -174,9 +180,8 @@ class _Run:
                 self._periodic(last, bool(signal_name))
                 clock_pause += time.perf_counter() - pause
                 if signal_name and not last:
-                    self.console.say(
-                        f"{signal_name}: stopped after step {self.step}; the same command goes on from here"
-                    )
+                    from_here = "" if self.save_failed else "; the same command goes on from here"
+                    self.console.say(f"{signal_name}: stopped after step {self.step}{from_here}")
                     return "stopped"
         return "finished"
 
@@ -242,6 +247,9 @@ class _Run:
             self.console.warn(f"the checkpoint of step {self.step} could not be saved: {error}")
             with contextlib.suppress(OSError):
                 self._event("save_failed", reason=str(error))
+        told = [self.save_failed]
+        dist.broadcast_object_list(told, src=0)
+        self.save_failed = told[0]
 
     def _resume(self, path: Path) -> None:
         from training import checkpoint
@@ -250,12 +258,14 @@ class _Run:
         self.step = state["step"]
         self.batches_hash = state["batches_hash"] if self.ranks.rank == 0 else 0
         self.trained_seconds = state["wall_seconds"]
+        if state["eval_loss"] is not None:
+            self.last_eval = HeldOut(state["eval_loss"], self.dataset.held_out.tokens)
 
     def _finish(self, status: str) -> int:
         """Write the summary, close the mirrors, and tell the end; return the exit status."""
-        if status == "finished" and self.save_failed:
-            status = "failed"
-        if status != "failed":
+        together = status != "failed"  # an exception may be this rank's alone: no collective is safe after it
+        if together:
+            status = "failed" if self.save_failed else status
             dist.barrier()
         counts = parameters(self.shape)
         final = self.last_eval if status == "finished" else None
@@ -267,7 +277,7 @@ class _Run:
             "parameters": sum(counts.values()),
             "ffn_parameters": counts["ffn"],
             "flops_per_token": self.flops,
-            "data_order_hash": f"{self._whole_hash():016x}" if status != "failed" else None,
+            "data_order_hash": f"{self._whole_hash():016x}" if together else None,
             "config_hash": config_hash(self.config),
             "steps": self.step,
             "tokens": self.step * self.batch.tokens_per_step,
@@ -279,7 +289,7 @@ class _Run:
             self.mirrors.finish(summary)
             if status == "finished":
                 self._tell_end(summary)
-        if status != "failed":
+        if together:
             dist.barrier()
             dist.destroy_process_group()
         return 1 if status == "failed" else 0
@@ -377,15 +387,11 @@ def _shape(config: Config, dataset: Dataset) -> Shape:
     return shape_of(config, dataset.vocab_size)
 
 
-def _check_checkpoint(path: Path, dataset: Dataset, shape: Shape) -> None:
+def _check_checkpoint(path: Path, dataset: Dataset, shape: Shape, config: Config) -> None:
     """Refuse a checkpoint of another model or of other text, before the ranks join."""
     reader = CheckpointReader(path)
-    for name, rows in (("embedding.weight", shape.vocab_size), ("layers.0.ffn.down", shape.d_model)):
-        found = reader.tensor(name).shape
-        if found[0] != rows:
-            raise UserError(
-                f"{path} is a checkpoint of another shape: {name} has {found[0]} rows there and {rows} here"
-            )
+    with torch.device("meta"):
+        check_shapes(Decoder(shape, config.model, config.ffn, "sdpa"), reader)
     if reader.state["tokenizer_hash"] != dataset.tokenizer.hash:
         raise UserError(f"{path} was trained with another tokenizer than the one in {dataset.folder}")
     if reader.state["corpus_hash"] != dataset.corpus_hash:

@@ -54,7 +54,8 @@ class RunFolder:
                 f"another process is training in {self.path}: wait for it, or give this run a name (run=NAME)"
             ) from error
         written = self.path / "config.yaml"
-        if written.exists():
+        # A command that was refused before its first step leaves no metrics: its corrected version may take the folder.
+        if written.exists() and (self.path / "metrics.jsonl").exists():
             if not config.resume:
                 raise UserError(f"{self.path} holds a run and resume=false: give this run another name (run=NAME)")
             changed = differences(from_yaml(written), config)

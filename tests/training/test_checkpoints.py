@@ -76,7 +76,7 @@ def test_a_failing_save_leaves_earlier_checkpoints_and_training_alone(trained, t
     assert [damage(path) for path in checkpoints(tmp_path / "ck")] == ["", ""]
 
 
-def test_a_checkpoint_before_the_first_applied_step(corpus, trained, two_ranks, tmp_path):
+def test_a_checkpoint_before_the_first_applied_step(trained, two_ranks, tmp_path):
     for zero in ("0", "1", "2", "3"):
         words = trained(2, zero).words
         folder = tmp_path / zero

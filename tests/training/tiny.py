@@ -99,12 +99,26 @@ class Pool:
         for process in self._processes:
             process.stdin.write(json.dumps({"job": job} | arguments, default=str) + "\n")
             process.stdin.flush()
-        answers = [self._answer(rank) for rank in range(len(self._processes))]
-        broken = [answer["error"] for answer in answers if "error" in answer]
-        if broken:
-            self.stop()  # the ranks no longer agree on where they are
-            pytest.fail(f"{job} raised on {len(broken)} of {len(answers)} ranks:\n{broken[0]}", pytrace=False)
-        return [answer["result"] for answer in answers]
+        answers: dict[int, dict[str, Any]] = {}
+        streams = {process.stdout: rank for rank, process in enumerate(self._processes)}
+        while streams:
+            ready, _, _ = select.select(list(streams), [], [], PATIENCE)
+            if not ready:
+                self._fail(job, min(streams.values()), "hangs")
+            for stream in ready:
+                rank, line = streams.pop(stream), stream.readline()
+                if not line:
+                    self._fail(job, rank, "ended")
+                answers[rank] = json.loads(line)
+                if "error" in answers[rank]:  # the others may wait for this one for ever
+                    self.stop()
+                    pytest.fail(f"{job} raised on rank {rank}:\n{answers[rank]['error']}", pytrace=False)
+        return [answers[rank]["result"] for rank in sorted(answers)]
+
+    def _fail(self, job: str, rank: int, how: str) -> None:
+        log = (self.folder / f"{self.world}-{rank}.log").read_text(errors="replace")[-3000:]
+        self.stop()
+        pytest.fail(f"in {job} rank {rank} {how}; its log ends with\n{log}", pytrace=False)
 
     def _start(self) -> None:
         port = str(free_port())
@@ -115,7 +129,11 @@ class Pool:
             launched |= {name: str(value) for name, value in variables.items()} if self.world else {}
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, Path(__file__).with_name("worker.py"), str(self.folder / f"{self.world}-{rank}.log")],
+                    [
+                        sys.executable,
+                        Path(__file__).with_name("worker.py"),
+                        str(self.folder / f"{self.world}-{rank}.log"),
+                    ],
                     cwd=ROOT,
                     env=environment(**launched),
                     stdin=subprocess.PIPE,
@@ -124,16 +142,6 @@ class Pool:
                     bufsize=1,
                 )
             )
-
-    def _answer(self, rank: int) -> dict[str, Any]:
-        stream = self._processes[rank].stdout
-        ready, _, _ = select.select([stream], [], [], PATIENCE)
-        line = stream.readline() if ready else ""
-        if not line:
-            log = (self.folder / f"{self.world}-{rank}.log").read_text(errors="replace")[-3000:]
-            self.stop()
-            pytest.fail(f"rank {rank} {'ended' if ready else 'hangs'}; its log ends with\n{log}", pytrace=False)
-        return json.loads(line)
 
     def stop(self) -> None:
         """End the processes."""
@@ -152,7 +160,12 @@ Result = collections.namedtuple("Result", "status out err")
 def command(*words: str, timeout: float = PATIENCE, **variables: str) -> Result:
     """Run a command in the project's folder to its end."""
     ended = subprocess.run(
-        [str(word) for word in words], cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=timeout
+        [str(word) for word in words],
+        cwd=ROOT,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     return Result(ended.returncode, ended.stdout, ended.stderr)
 

@@ -84,6 +84,7 @@ class Trainer:
 
     def save(self, folder: str) -> None:
         checkpoint.save(self.engine, Path(folder), {"step": self.step})
+        dist.barrier()  # the others may go on to read it
 
     def load(self, folder: str) -> None:
         self.step = checkpoint.load(self.engine, Path(folder))["step"]
@@ -94,7 +95,12 @@ class Trainer:
 
     def look(self, expression: str) -> None:
         """Note the value of an expression about the engine."""
-        names = {"engine": self.engine, "deepspeed": self.engine.deepspeed, "torch": torch, "optimizer": self.engine.optimizer}
+        names = {
+            "engine": self.engine,
+            "deepspeed": self.engine.deepspeed,
+            "torch": torch,
+            "optimizer": self.engine.optimizer,
+        }
         self.seen["values"].append(eval(expression, names | {"inner": checkpoint._inner(self.engine)}))
 
 

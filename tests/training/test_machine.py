@@ -1,0 +1,94 @@
+"""Devices, dtypes and memory: what is chosen when nobody says, and that freed memory stays."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conf.errors import UserError
+from conf.schema import Config
+from launch.ranks import Ranks
+from tests.training.tiny import PATIENCE, ROOT, environment
+from training import machine
+
+
+def dtype_of(precision: str, stage: int, fast: bool, monkeypatch) -> torch.dtype:
+    monkeypatch.setattr(machine, "_cpu_has_bf16", lambda: fast)
+    config = Config()
+    config.precision.name, config.zero.stage = precision, stage
+    return machine.find_dtype(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_auto_is_bf16_where_the_machine_multiplies_it(stage, monkeypatch):
+    assert dtype_of("auto", stage, True, monkeypatch) == torch.bfloat16
+    assert dtype_of("auto", stage, False, monkeypatch) == torch.float32
+
+
+def test_auto_is_fp32_at_stage_0(monkeypatch):
+    assert dtype_of("auto", 0, True, monkeypatch) == torch.float32
+
+
+def test_what_was_asked_for_is_taken(monkeypatch):
+    assert dtype_of("fp32", 1, True, monkeypatch) == torch.float32
+    assert dtype_of("bf16", 1, False, monkeypatch) == torch.bfloat16
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    with pytest.raises(UserError, match=r"rank 3 is number 2 on its node, which has 2 GPU\(s\)"):
+        machine.find_device(Ranks(3, 4, 2, 4))
+
+
+@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12)])
+def test_peaks_are_the_data_sheets(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert machine.peak_flops(torch.device("cuda"), torch.bfloat16) == (peak, f"{name}, dense bf16 of its data sheet")
+
+
+def test_the_peak_of_a_cpu_is_measured():
+    peak, where = machine.peak_flops(torch.device("cpu"), torch.float32)
+    assert 1e8 < peak < 1e15
+    assert where == "measured, float32 product of 1024 x 1024 matrices"
+
+
+def test_memory_is_that_of_this_process():
+    assert 0.05 < machine.memory_gib(torch.device("cpu")) < 1024
+
+
+FAULTS = """
+import resource, sys
+from training.machine import keep_freed_memory
+kept = sys.argv[1] == "keep" and keep_freed_memory()
+import torch
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24)
+before = faults()
+for _ in range(20):
+    torch.ones(2**24)  # 64 MB
+print(kept, faults() - before)
+"""
+
+
+def page_faults(word: str) -> tuple[bool, int]:
+    words = [sys.executable, "-c", FAULTS, word]
+    said = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE).stdout
+    return said.split()[0] == "True", int(said.split()[1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
+def test_freed_memory_is_kept():
+    (_, without), (kept, with_it) = page_faults("leave"), page_faults("keep")
+    assert kept
+    assert without >= 20 * 2**26 / 2**21  # at least one fault a huge page
+    assert with_it * 10 < without
+
+
+def test_a_library_without_these_settings_is_no_error(monkeypatch):
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: object())
+    assert machine.keep_freed_memory() is False

@@ -1,0 +1,56 @@
+"""A signal is noted, agreed on, and leaves no handler behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch.distributed as dist
+
+from training import signals
+from training.signals import StopRequest
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_signal_is_noted_and_handlers_are_restored(number):
+    before = [signal.getsignal(each) for each in NUMBERS]
+    with StopRequest() as stop:
+        assert stop.agreed() == ""
+        os.kill(os.getpid(), number)
+        assert stop.agreed() == signal.Signals(number).name
+    assert [signal.getsignal(each) for each in NUMBERS] == before
+
+
+def test_handlers_are_restored_after_an_exception():
+    before = [signal.getsignal(each) for each in NUMBERS]
+    with pytest.raises(RuntimeError), StopRequest():
+        raise RuntimeError
+    assert [signal.getsignal(each) for each in NUMBERS] == before
+
+
+def test_the_first_signal_names_the_stop():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.agreed() == "SIGTERM"
+
+
+def test_the_second_ctrl_c_interrupts_unless_it_is_the_launchers_copy(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        now = 100.5
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.agreed() == "SIGINT"
+        now = 101.5
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
