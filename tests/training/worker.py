@@ -158,7 +158,19 @@ def command(module: str, words: list[str], fault: str | None = None) -> dict[str
         sys.argv = before
         os.environ.clear()
         os.environ.update(variables)
-    return {"status": status, "out": out.getvalue(), "err": err.getvalue(), "joined": dist.is_initialized()}
+    joined = dist.is_initialized()
+    _forget_groups()
+    return {"status": status, "out": out.getvalue(), "err": err.getvalue(), "joined": joined}
+
+
+def _forget_groups() -> None:
+    """Leave what a training that did not end well has joined; DeepSpeed keeps groups for the life of the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    groups = sys.modules.get("deepspeed.utils.groups")
+    for name, value in list(vars(groups).items()) if groups else ():
+        if isinstance(value, dist.ProcessGroup):
+            setattr(groups, name, None)
 
 
 def _raise(number: int) -> Callable[..., Any]:
