@@ -57,7 +57,9 @@ class Activation:
         if self.formula.gated:
             if pre.ndim < 2 or pre.shape[-2] != 2:
                 raise ValueError(f"a gated formula takes pre-activations (..., 2, d_ff), not {tuple(pre.shape)}")
-            gate, up = pre.unbind(-2)  # whose backward stacks the two gradients; that of indexing would add two padded ones
+            gate, up = pre.unbind(
+                -2
+            )  # whose backward stacks the two gradients; that of indexing would add two padded ones
             values = {"gate": gate, "up": up, **learned}
         else:
             values = {"x": pre, **learned}
@@ -74,6 +76,8 @@ def _evaluate(node: Node, values: dict[str, Tensor], dtype: torch.dtype) -> Tens
     if node.kind == "symbol":
         return values[str(node.value)]
     function = _FUNCTIONS[str(node.value)] if node.kind == "call" else _OPERATORS[node.kind]
-    result = function(*(_evaluate(argument, values, dtype) for argument in node.arguments))
-    # A choice between two numbers has the condition's shape and the numbers' dtype.
-    return result.to(dtype) if node.value == "where" and result.ndim else result
+    arguments = [_evaluate(argument, values, dtype) for argument in node.arguments]
+    if node.value == "where" and arguments[0].ndim and not arguments[1].ndim + arguments[2].ndim:
+        # A choice between two numbers has the condition's shape, so their dtype would decide that of the result.
+        arguments[1:] = [number.to(torch.promote_types(dtype, torch.float32)) for number in arguments[1:]]
+    return function(*arguments)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment, timeout=60
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment, timeout=300
     )
 
 
@@ -89,7 +89,7 @@ def test_a_closed_pipe_is_no_error():
     )
     writer.stdout.close()
     assert writer.stderr.read() == ""
-    assert writer.wait(timeout=60) == 0
+    assert writer.wait(timeout=300) == 0
 
 
 def test_suggestions_are_near_misses_only():

@@ -188,6 +188,19 @@ def test_a_number_is_not_rounded_to_the_dtype_of_the_pre_activations():
     assert not torch.equal(torch.tensor(1.702, dtype=torch.bfloat16) * pre, expected)
 
 
+def test_a_choice_between_numbers_neither_rounds_them_nor_computes_in_float64():
+    class Dtypes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            assert not (out.ndim and out.dtype == torch.float64), function
+            return out
+
+    pre = -torch.linspace(1, 2, 129).bfloat16()
+    with Dtypes():
+        h = activation("where(x > 0, 1, 0.01) * x")(pre)
+    assert torch.equal(h, (0.01 * pre.float()).bfloat16())
+
+
 def test_learned_parameters_broadcast_and_get_gradients():
     prelu = activation("where(x > 0, x, slope * x)", parameters={"slope": None})
     pre = torch.tensor([[-2.0, 3.0], [-4.0, -5.0]], dtype=torch.float64, requires_grad=True)
@@ -197,8 +210,8 @@ def test_learned_parameters_broadcast_and_get_gradients():
     h.sum().backward()
     assert slope.grad.tolist() == [-6.0, -5.0]
     assert pre.grad.tolist() == [[0.25, 1.0], [0.25, 0.5]]
-    single = prelu(pre.detach().bfloat16(), slope=slope.detach().float())
-    assert single.dtype == torch.bfloat16
+    low = activation("slope * x", parameters={"slope": None})(pre.detach().bfloat16(), slope=slope.detach().float())
+    assert low.dtype == torch.bfloat16
 
 
 def test_any_number_of_leading_dimensions():
