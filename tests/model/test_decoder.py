@@ -145,15 +145,20 @@ def assert_equal_but_for_rounding(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("backend", ["sdpa", "blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_errs_as_transformers_does(build, tokens, arm, dtype, backend):
-    decoder = build(arm, backend=backend)
-    with torch.no_grad():
-        exact, (_, exact_loss) = decoder(tokens), decoder(tokens[:, :-1], tokens[:, 1:])
-        theirs = same_in_transformers(decoder, arm).to(dtype)(tokens).logits
-        ours, (_, loss) = decoder.to(dtype)(tokens), decoder(tokens[:, :-1], tokens[:, 1:])
-    # The rounded weights are part of either error.
-    assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm()
-    # The gradient of a token's loss has a 1-norm of at most 2.
-    assert abs(loss - exact_loss) <= 2 * (ours - exact).abs().max()
+    """Over four models: the error of a single one is a matter of luck."""
+    our_error = their_error = 0.0
+    for seed in range(4):
+        decoder = build(arm, backend=backend, seed=seed)
+        with torch.no_grad():
+            exact, (_, exact_loss) = decoder(tokens), decoder(tokens[:, :-1], tokens[:, 1:])
+            theirs = same_in_transformers(decoder, arm).to(dtype)(tokens).logits
+            ours, (_, loss) = decoder.to(dtype)(tokens), decoder(tokens[:, :-1], tokens[:, 1:])
+        # The rounded weights are part of either error.
+        our_error += (ours - exact).square().sum().item()
+        their_error += (theirs - exact).square().sum().item()
+        # The gradient of a token's loss has a 1-norm of at most 2.
+        assert abs(loss - exact_loss) <= 2 * (ours - exact).abs().max()
+    assert our_error <= 1.2**2 * their_error
 
 
 def test_the_feed_forward_layer_of_every_arm(build, arm):
