@@ -1,0 +1,338 @@
+"""The command line, end to end: any launcher, any interruption, the same result."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from model.weights import CheckpointReader, checkpoints, newest_intact
+from tests.training.tiny import (
+    PATIENCE,
+    ROOT,
+    Result,
+    command,
+    contents,
+    environment,
+    free_port,
+    overrides,
+    shared_corpus,
+)
+
+TRAIN = ROOT / "train.py"
+STEPS = 60
+FP32 = 1e-5  # sums in another order, as in training/test_parity.py
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """The corpus that all tests of training share."""
+    return shared_corpus(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def no_compiler(tmp_path_factory) -> dict[str, str]:
+    """An environment in which every compiler fails, and tells that it was asked."""
+    folder = tmp_path_factory.mktemp("compilers")
+    for name in ("c++", "g++", "gcc", "cc", "clang", "clang++", "ninja", "nvcc"):
+        (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "{folder}/asked"\nexit 1\n')
+        (folder / name).chmod(0o755)
+    path = environment()["PATH"]
+    return {"PATH": f"{folder}{os.pathsep}{path}", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+
+
+def words_of(corpus: Path, runs: Path, name: str, **changes) -> list[str]:
+    settings = {"steps": STEPS, "save_every": 4, "eval_every": 20, "run": name} | changes
+    return [str(TRAIN), *overrides(corpus, runs, **settings)]
+
+
+def metrics(run: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run, "train")]
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def final(run: Path) -> CheckpointReader:
+    path, damaged = newest_intact(run / "checkpoints")
+    assert damaged == []
+    assert path.name == f"step_{STEPS:08d}"
+    return CheckpointReader(path)
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Assert that two runs came to the same end, bit for bit."""
+    for key in ("status", "final_eval_loss", "bits_per_byte", "data_order_hash", "config_hash", "steps", "tokens"):
+        assert summary(run)[key] == summary(other)[key], key
+    assert losses(run) == losses(other)
+    first, second = final(run), final(other)
+    assert first.shapes() == second.shapes()
+    assert all(torch.equal(first.tensor(name), second.tensor(name)) for name in first.shapes())
+
+
+class Started:
+    """A command whose output can be read to a certain line: it cannot get far ahead, since its pipe holds one page."""
+
+    def __init__(self, *words: str, **variables: str) -> None:
+        self.process = subprocess.Popen(
+            [str(word) for word in words], cwd=ROOT, env=environment(**variables),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, bufsize=0,
+        )  # fmt: skip
+        # About 40 lines of steps; the test acts long before the last of 60.
+        fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+        self.out = b""
+
+    def until(self, text: str) -> None:
+        """Read up to the line that begins with `text`."""
+        while True:
+            line = self.process.stdout.readline()
+            self.out += line
+            assert line, self.process.stderr.read().decode()
+            if line.startswith(text.encode()):
+                return
+
+    def end(self) -> Result:
+        """Read the rest and wait."""
+        out, err = self.process.communicate(timeout=PATIENCE)
+        return Result(self.process.returncode, (self.out + out).decode(), err.decode())
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """The folder of all runs."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def whole(corpus, runs, no_compiler) -> tuple[Path, Result]:
+    """A run by plain python that nothing interrupted, on a machine without a compiler."""
+    result = command(sys.executable, *words_of(corpus, runs, "whole"), **no_compiler)
+    assert result.status == 0, result.err
+    return runs / "whole", result
+
+
+def test_nothing_is_compiled(whole, no_compiler):
+    asked = Path(no_compiler["TORCH_EXTENSIONS_DIR"]).with_name("asked")
+    assert not asked.exists(), asked.read_text()
+    assert not list(Path(no_compiler["TORCH_EXTENSIONS_DIR"]).rglob("*.so"))
+
+
+def test_a_step_is_a_line_and_the_end_is_told(whole):
+    run, result = whole
+    steps = [line for line in result.out.splitlines() if line.startswith("step ")]
+    assert [int(line.split()[1].split("/")[0]) for line in steps] == list(range(1, STEPS + 1))
+    assert "finished in" in result.out
+    assert f"python -m model.generate run=whole runs={run.parent} prompt='import '" in result.out
+
+
+def test_the_run_folder_has_what_is_promised(whole):
+    run, _ = whole
+    expected = {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "samples.txt", "tokenizer"}
+    assert expected <= {path.name for path in run.iterdir()}
+    train, evaluated = metrics(run, "train"), metrics(run, "eval")
+    assert [line["step"] for line in train] == list(range(1, STEPS + 1))
+    assert [line["tokens"] for line in train] == [256 * step for step in range(1, STEPS + 1)]
+    assert [line["step"] for line in evaluated] == [20, 40, 60]
+    figures = {"kind", "step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "mfu", "memory_gib"}
+    assert all(line.keys() == figures for line in train)
+    assert all({"loss", "bits_per_byte", "perplexity"} <= line.keys() for line in evaluated)
+    events = [line["event"] for line in metrics(run, "event")]
+    assert events[:2] == ["started", "first_step"]
+    assert events.count("saved") == STEPS / 4
+    ended = summary(run)
+    promised = (
+        "status final_eval_loss bits_per_byte parameters ffn_parameters flops_per_token data_order_hash config_hash"
+    )
+    assert {*promised.split(), "tokens", "wall_seconds"} <= ended.keys()
+    assert ended["status"] == "finished"
+    assert ended["final_eval_loss"] == evaluated[-1]["loss"]
+    assert ended["tokens"] == 256 * STEPS
+    weights = final(run).shapes()
+    sizes = {name: torch.Size(shape).numel() for name, shape in weights.items() if not name.endswith(("avg", "avg_sq"))}
+    assert ended["parameters"] == sum(sizes.values())
+    assert ended["ffn_parameters"] == sum(size for name, size in sizes.items() if ".ffn." in name)
+    assert losses(run)[-1] < losses(run)[0] - 0.5  # it learns
+
+
+def test_checkpoints_kept_are_the_last_two_and_the_best(whole):
+    run, _ = whole
+    evaluated = {line["step"]: line["loss"] for line in metrics(run, "eval")}
+    best = min(evaluated, key=evaluated.__getitem__)
+    kept = {int(path.name.removeprefix("step_")) for path in checkpoints(run / "checkpoints")}
+    assert kept == {STEPS, STEPS - 4, best}
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_a_finished_run_is_left_as_it_is(whole, corpus):
+    run, _ = whole
+    before = contents(run)
+    result = command(sys.executable, *words_of(corpus, run.parent, "whole"))
+    assert (result.status, result.err) == (0, "")
+    assert f"has finished its {STEPS} steps: there is nothing to do" in result.out
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(whole, corpus, runs, number):
+    name = signal.Signals(number).name
+    words = words_of(corpus, runs, name)
+    started = Started(sys.executable, *words)
+    started.until("step  6/60")
+    started.process.send_signal(number)
+    result = started.end()
+    run = runs / name
+    if number == signal.SIGKILL:
+        assert result.status == -number
+        assert not (run / "summary.json").exists()
+    else:
+        assert result.status == 0, result.err
+        done = summary(run)["steps"]
+        assert summary(run)["status"] == "stopped"
+        assert 6 <= done < STEPS
+        assert f"{name}: stopped after step {done}; the same command goes on from here" in result.out
+        newest, _ = newest_intact(run / "checkpoints")
+        assert newest.name == f"step_{done:08d}"
+        assert metrics(run, "train")[-1]["step"] == done
+    result = command(sys.executable, *words)
+    assert result.status == 0, result.err
+    assert "going on with" in result.out
+    assert_same_run(run, whole[0])
+    assert [line["step"] for line in metrics(run, "train")] == list(range(1, STEPS + 1))
+    every = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert every == sorted(every)
+
+
+def test_killed_between_its_last_checkpoint_and_its_summary(whole, corpus):
+    run, _ = whole
+    before, ended = contents(run), summary(run)
+    (run / "summary.json").unlink()
+    result = command(sys.executable, *words_of(corpus, run.parent, "whole"))
+    assert result.status == 0, result.err
+    assert {key: value for key, value in summary(run).items() if key != "wall_seconds"} == {
+        key: value for key, value in ended.items() if key != "wall_seconds"
+    }
+    assert [line["step"] for line in metrics(run, "train")] == list(range(1, STEPS + 1))
+    for name, data in before.items():  # for the tests that come after this one
+        (run / name).write_bytes(data)
+
+
+def launched(launcher: str) -> list[str]:
+    port = f"--master_port={free_port()}"
+    return (
+        ["deepspeed", "--num_gpus", "2", port]
+        if launcher == "deepspeed"
+        else ["torchrun", "--nproc_per_node", "2", port]
+    )
+
+
+@pytest.fixture(scope="session")
+def by_deepspeed(corpus, runs, no_compiler) -> tuple[Path, Result]:
+    """A run by the deepspeed launcher that nothing interrupted."""
+    result = command(*launched("deepspeed"), *words_of(corpus, runs, "deepspeed", zero=2), **no_compiler)
+    assert result.status == 0, result.out + result.err
+    return runs / "deepspeed", result
+
+
+def assert_close(a: list[float], b: list[float]) -> None:
+    # Rounding differs from the first step, and 60 steps of training carry it on: bound the first 10 tightly.
+    assert a[:10] == pytest.approx(b[:10], rel=FP32)
+    assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_the_deepspeed_launcher_trains_the_same(whole, by_deepspeed):
+    run, result = by_deepspeed
+    assert_close(losses(run), losses(whole[0]))
+    assert summary(run)["data_order_hash"] == summary(whole[0])["data_order_hash"]
+    assert summary(run)["final_eval_loss"] == pytest.approx(summary(whole[0])["final_eval_loss"], rel=1e-3)
+    # One rank speaks.
+    steps = [line for line in result.out.splitlines() if line.startswith("step ")]
+    assert len(steps) == len(set(steps)) == STEPS
+    assert result.out.count("finished in") == 1
+
+
+def members(started: Started) -> Iterator[psutil.Process]:
+    """Yield the launcher and every process below it."""
+    launcher = psutil.Process(started.process.pid)
+    yield launcher
+    yield from launcher.children(recursive=True)
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_stopped_launcher_leaves_a_checkpoint_and_no_process(by_deepspeed, corpus, runs, launcher):
+    words = words_of(corpus, runs, f"stopped-{launcher}", zero=2)
+    started = Started(*launched(launcher), *words)
+    started.until("step  6/60")
+    family = list(members(started))
+    if launcher == "torchrun":
+        started.process.send_signal(signal.SIGTERM)
+    else:  # Ctrl-C, which a terminal sends to all; `deepspeed` itself does not pass a SIGTERM on to its ranks
+        os.killpg(started.process.pid, signal.SIGINT)
+    result = started.end()
+    run = runs / f"stopped-{launcher}"
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE)
+    assert alive == []
+    here = [p for p in psutil.process_iter(["cmdline"]) if f"run={run.name}" in " ".join(p.info["cmdline"] or ())]
+    assert here == []
+    done = summary(run)["steps"]
+    assert summary(run)["status"] == "stopped", result.out + result.err
+    assert newest_intact(run / "checkpoints")[0].name == f"step_{done:08d}"
+    if launcher == "deepspeed":  # and the other launcher goes on with it
+        result = command(*launched("torchrun"), *words)
+        assert result.status == 0, result.out + result.err
+        assert_same_run(run, by_deepspeed[0])
+
+
+def test_a_run_that_diverges_fails(corpus, runs):
+    # A rate that overflows the weights: no later step has a finite gradient.
+    words = words_of(corpus, runs, "diverged", optim__lr="1e38", schedule__warmup=0, eval_every=0, save_every=0)
+    result = command(sys.executable, *words)
+    run = runs / "diverged"
+    assert result.status == 1
+    assert "20 steps in a row had no finite gradient: the run has diverged" in result.err
+    assert summary(run)["status"] == "failed"
+    assert summary(run)["final_eval_loss"] is None
+    skipped = [line["step"] for line in metrics(run, "event") if line["event"] == "skipped_step"]
+    assert len(skipped) == 20
+    assert result.out.count("had a gradient that is not finite and was skipped") == 20
+    assert not list(checkpoints(run / "checkpoints"))
+
+
+@pytest.mark.parametrize("steps", ["4", "6"])
+def test_a_generated_text_is_a_function_of_the_seed(whole, steps):
+    run, _ = whole
+    words = [sys.executable, "-m", "model.generate", f"run={run}", "prompt=ab", f"tokens={steps}"]
+    first, second = command(*words), command(*words)
+    assert first == second
+    assert first.status == 0
+    assert first.out.startswith("ab")
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("run=nowhere", "error: there is no run 'nowhere' in "),
+        ("temprature=1", "error: unknown option 'temprature': did you mean 'temperature'?"),
+        ("step=59", "has no checkpoint of step 59: there are "),
+    ],
+)
+def test_generation_refuses_in_one_sentence(whole, option, said):
+    run, _ = whole
+    result = command(sys.executable, "-m", "model.generate", "run=whole", f"runs={run.parent}", option)
+    assert (result.status, result.out) == (2, "")
+    assert said in result.err
+    assert result.err.count("\n") == 1

@@ -1,0 +1,194 @@
+"""W&B and TensorBoard mirror a run, keep its identity, and can never stop it."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+from conf.load import load
+from tests.training.tiny import overrides
+from training.loggers import Mirrors, wandb_mode
+
+RECORD = {"kind": "train", "step": 3, "tokens": 768, "loss": 2.5, "lr": 0.01, "event": "text is not mirrored"}
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A run whose mirrors are both on."""
+    return load(overrides(tmp_path, run="r", logger="all", logger__tags="[a,b]", logger__group="g"))
+
+
+class FakeRun:
+    """A run of a W&B that keeps what it is told."""
+
+    url = "https://example.org/r"
+
+    def __init__(self, **settings) -> None:
+        self.settings, self.logged, self.metrics, self.summary, self.ended = settings, [], {}, {}, None
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.metrics[name] = step_metric
+
+    def log(self, record: dict) -> None:
+        self.logged.append(record)
+
+    def finish(self, exit_code: int) -> None:
+        self.ended = exit_code
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A module in W&B's place; `runs` are those that were started."""
+    module = types.ModuleType("wandb")
+    module.runs = []
+
+    def init(**settings) -> FakeRun:
+        module.runs.append(FakeRun(**settings))
+        return module.runs[-1]
+
+    module.init, module.Settings = init, lambda **settings: settings
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return module
+
+
+def only(config, which: str):
+    config.logger.wandb, config.logger.tensorboard = which == "wandb", which == "tensorboard"
+    return config
+
+
+def test_a_resumed_run_keeps_its_id(config, wandb, tmp_path):
+    for _ in range(2):
+        Mirrors(only(config, "wandb"), tmp_path, pytest.fail).finish({})
+    first, second = wandb.runs
+    assert first.settings == second.settings
+    assert first.settings["id"] == (tmp_path / "wandb_id").read_text()
+    assert len(first.settings["id"]) == 8
+    expected = {"resume": "allow", "mode": "offline", "dir": str(tmp_path), "project": "ffn", "group": "g", "name": "r"}
+    assert expected.items() <= first.settings.items()
+    assert first.settings["tags"] == ["a", "b"]
+    assert first.settings["config"]["model"]["d_model"] == 33
+
+
+def test_figures_go_over_tokens_under_their_kind(config, wandb, tmp_path):
+    mirrors = Mirrors(only(config, "wandb"), tmp_path, pytest.fail)
+    mirrors.log(RECORD)
+    mirrors.finish({"status": "finished", "final_eval_loss": 2.0})
+    (run,) = wandb.runs
+    (logged,) = run.logged
+    assert {"train/loss": 2.5, "train/lr": 0.01, "tokens": 768, "step": 3}.items() <= logged.items()
+    assert not any("event" in key for key in logged)
+    assert run.metrics == {"tokens": None, "*": "tokens"}
+    assert run.summary["final_eval_loss"] == 2.0
+    assert run.ended == 0
+
+
+def test_a_failed_run_is_marked_as_one(config, wandb, tmp_path):
+    Mirrors(only(config, "wandb"), tmp_path, pytest.fail).finish({"status": "failed"})
+    assert wandb.runs[0].ended == 1
+
+
+def test_a_wandb_that_does_not_start_is_said_once(config, wandb, tmp_path):
+    said = []
+
+    def init(**_):
+        raise RuntimeError("no network")
+
+    wandb.init = init
+    mirrors = Mirrors(only(config, "wandb"), tmp_path, said.append)
+    mirrors.log(RECORD)
+    mirrors.finish({})
+    assert said == ["W&B is off: RuntimeError: no network"]
+    assert mirrors.notes == []
+
+
+@pytest.mark.parametrize("call", ["log", "finish"])
+def test_a_wandb_that_breaks_later_is_said_once(config, wandb, tmp_path, monkeypatch, call):
+    said = []
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(FakeRun, call, fail)
+    mirrors = Mirrors(only(config, "wandb"), tmp_path, said.append)
+    mirrors.log(RECORD)
+    mirrors.log(RECORD)
+    mirrors.finish({})
+    assert said == ["W&B is off from here on: OSError: disk full"]
+
+
+def test_one_broken_mirror_leaves_the_other(config, wandb, tmp_path):
+    said = []
+    wandb.init = lambda **_: 1 / 0
+    mirrors = Mirrors(config, tmp_path, said.append)
+    mirrors.log(RECORD)
+    mirrors.finish({})
+    assert len(said) == 1
+    assert len(mirrors.notes) == 1
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_tensorboard_has_the_figures(config, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    mirrors = Mirrors(only(config, "tensorboard"), tmp_path, pytest.fail)
+    mirrors.log(RECORD)
+    mirrors.finish({})
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (point,) = events.Scalars("train/loss")
+    assert (point.step, point.value) == (3, 2.5)
+    assert "train/event" not in events.Tags()["scalars"]
+
+
+def test_the_real_wandb_writes_offline_under_one_id(config, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for _ in range(2):
+        mirrors = Mirrors(only(config, "wandb"), tmp_path, pytest.fail)
+        mirrors.log(RECORD)
+        mirrors.finish({"status": "finished"})
+    name = (tmp_path / "wandb_id").read_text()
+    folders = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(folders) == len(list((tmp_path / "wandb").glob(f"offline-run-*/run-{name}.wandb"))) == 2
+    assert mirrors.notes == [f"W&B: offline; `wandb sync {tmp_path}/wandb/offline-run-*` uploads it"]
+
+
+def test_no_mirror_is_no_work(config, tmp_path):
+    mirrors = Mirrors(only(config, "none"), tmp_path, pytest.fail)
+    mirrors.log(RECORD)
+    mirrors.finish({})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def logged_out(monkeypatch, tmp_path):
+    """A user who never logged in to W&B."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return tmp_path / "netrc"
+
+
+def test_offline_unless_logged_in(logged_out):
+    assert wandb_mode() == "offline"
+    logged_out.write_text("machine elsewhere.org login me password x\n")
+    assert wandb_mode() == "offline"
+    logged_out.write_text("machine api.wandb.ai login user password x\n")
+    assert wandb_mode() == "online"
+    logged_out.write_text("this is no netrc\n")
+    assert wandb_mode() == "offline"
+
+
+def test_a_server_of_ones_own(logged_out, monkeypatch):
+    logged_out.write_text("machine wandb.example.org login user password x\n")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080/")
+    assert wandb_mode() == "online"
+
+
+@pytest.mark.usefixtures("logged_out")
+def test_a_key_means_online_and_the_mode_that_is_set_wins(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_mode() == "disabled"

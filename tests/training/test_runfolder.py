@@ -1,0 +1,101 @@
+"""The files of a run: metrics without doubles, a summary that is always whole, and a lock."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+
+import pytest
+
+from conf.errors import UserError
+from conf.load import from_yaml, load
+from tests.training.tiny import overrides
+from training.runfolder import RunFolder
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A configuration whose runs are in tmp_path."""
+    return load(overrides(tmp_path, tmp_path / "runs", run="r"))
+
+
+@pytest.fixture
+def folder(config):
+    """The run folder, claimed."""
+    folder = RunFolder(config)
+    folder.claim(config)
+    yield folder
+    folder.close()
+
+
+def steps(folder: RunFolder) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rewinding_drops_later_lines_and_half_of_one(folder):
+    for step in (0, 1, 2, 2, 3, 4):
+        folder.append_metrics({"kind": "train", "step": step})
+    folder.close()
+    with open(folder.path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')
+    folder.rewind_metrics(2)
+    assert steps(folder) == [0, 1, 2, 2]
+    folder.append_metrics({"kind": "train", "step": 3})
+    assert steps(folder) == [0, 1, 2, 2, 3]
+
+
+def test_a_line_is_in_the_file_when_append_returns(folder):
+    folder.append_metrics({"kind": "train", "step": 1})
+    assert steps(folder) == [1]
+
+
+def test_config_yaml_is_the_whole_configuration(folder, config):
+    assert from_yaml(folder.path / "config.yaml") == config
+
+
+def test_the_lock_is_let_go(folder, config):
+    with pytest.raises(UserError, match="another process is training in"):
+        RunFolder(config).claim(config)
+    folder.close()
+    again = RunFolder(config)
+    again.claim(config)
+    again.close()
+
+
+def test_what_was_begun_goes_on_only_with_the_same_settings(folder, config):
+    folder.append_metrics({"kind": "event", "step": 0})
+    folder.close()
+    config.optim.lr = 0.5
+    with pytest.raises(UserError, match=r"other settings \(optim.lr: 0.01 -> 0.5\)"):
+        RunFolder(config).claim(config)
+    config.optim.lr = 0.01
+    config.steps = 99  # where to stop is not what is learned
+    again = RunFolder(config)
+    again.claim(config)
+    again.close()
+    assert from_yaml(folder.path / "config.yaml").steps == 99
+
+
+def test_a_summary_that_cannot_be_written_leaves_the_one_before(folder, monkeypatch):
+    folder.write_summary({"status": "stopped"})
+    monkeypatch.setattr(os, "fsync", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        folder.write_summary({"status": "finished"})
+    assert folder.read_summary() == {"status": "stopped"}
+    assert not list(folder.path.glob(".summary*"))
+
+
+def test_no_summary_reads_as_empty(folder):
+    assert folder.read_summary() == {}
+
+
+def test_what_libraries_print_goes_to_a_file(folder, capfd):
+    with folder.quiet():
+        os.write(1, b"from a library\n")
+        subprocess.run(["echo", "from a process"], check=True)
+    os.write(1, b"afterwards\n")
+    assert capfd.readouterr().out == "afterwards\n"
+    said = (folder.path / "deepspeed.log").read_text()
+    assert "from a library" in said
+    assert "from a process" in said
