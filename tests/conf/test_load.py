@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
-import yaml
+from omegaconf import OmegaConf
 
+import conf.load
 from conf.errors import UserError
 from conf.load import FOLDER, choices, find_run, flatten, from_yaml, keys, load, to_dict, to_yaml
 from conf.schema import GROUPS, Config
@@ -45,7 +47,7 @@ def test_every_choice_of_every_group_composes_validates_and_reads_back(choice, t
     assert read_back(config, tmp_path / "config.yaml") == config
     group, _, name = choice.partition("=")
     values = flatten(to_dict(config))
-    raw = yaml.safe_load((FOLDER / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    raw = OmegaConf.to_container(OmegaConf.load(FOLDER / group / f"{name}.yaml"))
     # A preset is a whole recipe, set over the other groups; a choice of another group sets its own keys.
     raw.pop("defaults", None)  # which choices of other groups it takes
     expected = flatten(raw if group == "model" else {group: raw})
@@ -62,7 +64,7 @@ def test_the_groups_are_the_folders():
 @pytest.mark.parametrize("group", ["ffn", "model", "data", "tokenizer", "optim", "schedule", "precision", "logger"])
 def test_a_choice_is_called_what_its_file_is_called(group):
     for choice in choices(group):
-        raw = yaml.safe_load((FOLDER / group / f"{choice}.yaml").read_text(encoding="utf-8"))
+        raw = OmegaConf.to_container(OmegaConf.load(FOLDER / group / f"{choice}.yaml"))
         assert (raw[group] if group == "model" else raw)["name"] == choice
 
 
@@ -128,14 +130,17 @@ def test_a_whole_number_may_be_typed_with_an_exponent(typed, value):
     assert load([f"tokens={typed}"]).tokens == value
 
 
-def test_one_length_is_typed_and_wins_over_the_presets():
+def test_one_length_is_typed_and_wins_over_the_presets(tmp_path, monkeypatch):
     assert "both steps and tokens" in refusal("steps=5", "tokens=1e6")
     assert "both steps and tokens" in refusal("+tokens=1e6", "steps=5")
-    for preset in (choices("model")[0], "nano"):  # one that is given in tokens, one in steps
-        by_tokens = load([f"model={preset}", "tokens=1e9"])
+    # Beside the presets there are, one that is given in steps.
+    folder = shutil.copytree(FOLDER, tmp_path / "conf")
+    (folder / "model" / "short.yaml").write_text("# @package _global_\nmodel: {name: short}\nsteps: 30\n")
+    monkeypatch.setattr(conf.load, "FOLDER", folder)
+    for preset in ("nano", "short"):
+        by_tokens, by_steps = load([f"model={preset}", "tokens=1e9"]), load([f"model={preset}", "steps=7"])
         assert validate(by_tokens, 1).steps == 10**9 // (by_tokens.global_batch_size * by_tokens.sequence_length)
-        assert validate(load([f"model={preset}", "steps=7"]), 1).steps == 7
-        assert validate(load([f"model={preset}"]), 1).steps > 0
+        assert (validate(by_steps, 1).steps, by_tokens.steps, by_steps.tokens) == (7, None, None)
 
 
 @pytest.mark.parametrize(
