@@ -104,8 +104,9 @@ def test_a_wandb_that_does_not_start_is_said_once(config, wandb, tmp_path):
     assert mirrors.notes == []
 
 
+@pytest.mark.usefixtures("wandb")
 @pytest.mark.parametrize("call", ["log", "finish"])
-def test_a_wandb_that_breaks_later_is_said_once(config, wandb, tmp_path, monkeypatch, call):
+def test_a_wandb_that_breaks_later_is_said_once(config, tmp_path, monkeypatch, call):
     said = []
 
     def fail(*_, **__):

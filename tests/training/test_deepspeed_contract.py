@@ -1,0 +1,151 @@
+"""What is relied on in DeepSpeed without being promised: after an upgrade, the name of a test says what changed."""
+
+from __future__ import annotations
+
+import inspect
+
+import deepspeed
+import deepspeed.ops
+import deepspeed.ops.op_builder.cpu
+import pytest
+import torch
+from deepspeed.comm.torch import build_shm_op
+from deepspeed.launcher import launch
+from deepspeed.runtime.config import get_gradient_clipping
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from packaging.version import Version
+
+from conf.load import load
+from conf.validate import validate
+from tests.training.tiny import overrides
+from training.engine import deepspeed_config
+
+
+def test_the_version_is_in_the_range_that_was_tried():
+    assert Version("0.19.8") <= Version(deepspeed.__version__.partition("+")[0]) < Version("0.20")
+
+
+def look(pool, corpus, expressions: list[str], before: tuple = (), **changes) -> list:
+    steps = [*before, *(["look", expression] for expression in expressions)]
+    return pool.run("script", words=overrides(corpus, **changes), steps=steps)[0]["values"]
+
+
+def test_the_op_that_is_built_at_start_up_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
+    assert deepspeed.ops.op_builder.cpu.ShareMemCommBuilder.NAME == "deepspeed_shm_comm"
+    assert build_shm_op() is None  # with True it would start a compiler
+
+
+def test_clipping_is_on_when_it_is_not_written_and_off_when_it_is_0():
+    assert get_gradient_clipping({}) == 1.0
+    assert get_gradient_clipping({"gradient_clipping": 0.0}) == 0.0
+
+
+def test_every_setting_that_would_change_training_is_written(corpus):
+    for zero, precision in (("1", "bf16"), ("0", "fp32")):
+        config = load(overrides(corpus, zero=zero, precision=precision, optim__clip=0.7))
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        settings = deepspeed_config(config, validate(config, 2), dtype)
+        assert settings["gradient_clipping"] == (0.7 if zero == "1" else 0.0)  # stage 0 is clipped by the engine
+        assert settings["communication_data_type"] == "fp32"
+        assert settings["bf16"] == {"enabled": precision == "bf16"}
+        assert settings["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_the_settings_arrive(corpus, one_rank):
+    values = look(
+        one_rank, corpus,
+        ["deepspeed.gradient_clipping()", "str(deepspeed.communication_data_type)", "deepspeed.zero_optimization_stage()",
+         "deepspeed.gradient_accumulation_steps()", "deepspeed.steps_per_print()"],
+        zero=2, precision="bf16", micro_batch_size=4, optim__clip=0.7,
+    )  # fmt: skip
+    assert values == [0.7, "torch.float32", 2, 2, 10**9]
+
+
+WRAPPER = "type(optimizer).__name__"
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "wrapper"),
+    [
+        ("0", "fp32", "AdamW"),
+        ("1", "fp32", "DeepSpeedZeroOptimizer"),
+        ("1", "bf16", "DeepSpeedZeroOptimizer"),
+        ("2", "bf16", "DeepSpeedZeroOptimizer"),
+        ("3", "bf16", "DeepSpeedZeroOptimizer_Stage3"),
+    ],
+)
+def test_the_optimizer_that_wraps_ours(corpus, one_rank, zero, precision, wrapper):
+    kept = "inner is (optimizer if engine.stage == 0 else optimizer.optimizer), type(inner).__name__"
+    values = look(one_rank, corpus, [WRAPPER, kept], zero=zero, precision=precision)
+    assert values == [wrapper, [True, "AdamW"]]
+
+
+def test_bf16_with_fp32_accumulation_at_stage_1_is_another_wrapper(corpus, one_rank):
+    values = look(one_rank, corpus, [WRAPPER], zero=1, precision="bf16", micro_batch_size=4)
+    assert values == ["BF16_Optimizer"]
+
+
+@pytest.mark.parametrize(("zero", "accumulation"), [("1", 1), ("2", 1), ("1", 2)])
+def test_states_of_later_groups_are_linked_only_when_told(corpus, one_rank, zero, accumulation):
+    """Stage 1 and 2: the flag is set in the first step; setting it back and asking again links every group."""
+    found = "[k for k in ('exp_avg',) for p in engine.module.parameters() if k not in p._hp_mapping.optim_fragment]"
+    values = look(
+        one_rank, corpus,
+        ["optimizer._hp_optimizer_states_linked", f"len({found})",
+         "[setattr(optimizer, '_hp_optimizer_states_linked', False), optimizer._lazy_init_hp_params_optimizer_state()]",
+         "optimizer._hp_optimizer_states_linked", f"len({found})"],
+        before=(["train", 1],), zero=zero, precision="bf16", micro_batch_size=8 // accumulation,
+    )  # fmt: skip
+    assert values[0] is True
+    assert values[3:] == [True, 0]
+
+
+def test_stage_3_keeps_flat_masters_and_partitions_with_padding(corpus, two_ranks):
+    name = "dict(engine.module.named_parameters())"
+    values = look(
+        two_ranks, corpus,
+        ["[flat.dtype is torch.float32 for flat in optimizer.fp32_partitioned_groups_flat]",
+         f"list({name}['layers.0.ffn.down'].ds_shape)", f"{name}['layers.0.ffn.down'].ds_tensor.numel()",
+         f"[p.ds_tensor.numel() - -(-p.ds_numel // 2) for p in {name}.values()]"],
+        zero=3, precision="bf16",
+    )  # fmt: skip
+    assert values[0] == [True, True]
+    assert values[1:3] == [[33, 45], 743]  # 1485 elements in two halves: the second has one of padding
+    assert set(values[3]) == {0}
+
+
+def test_a_skipped_step_is_counted_and_the_norm_reported(corpus, one_rank):
+    poison = ["poison", "norm.weight", 0, float("nan")]
+    for zero in ("1", "2", "3"):
+        values = look(
+            one_rank, corpus, ["deepspeed.skipped_steps", "float(deepspeed.get_global_grad_norm()) > 0"],
+            before=(["train", 1], poison, ["train", 1]), zero=zero,
+        )  # fmt: skip
+        assert values == [1, True]
+
+
+def test_stage_0_in_fp32_neither_skips_nor_reports(corpus, one_rank):
+    values = look(
+        one_rank, corpus, ["deepspeed.skipped_steps", "deepspeed.get_global_grad_norm()"],
+        before=(["train", 1], ["poison", "norm.weight", 0, float("nan")]), zero=0,
+    )  # fmt: skip
+    assert values == [0, None]  # or else the engine's own accounts of both are no longer needed
+
+
+def test_the_documented_access_is_there():
+    names = ("get_full_fp32_param", "get_full_optimizer_state", "set_full_fp32_param", "set_full_optimizer_state")
+    names += ("set_local_fp32_param", "set_local_optimizer_state")
+    assert all(callable(getattr(deepspeed.utils, f"safe_{name}")) for name in names)
+
+
+def test_the_launcher_appends_its_local_rank():
+    assert "--local_rank=" in inspect.getsource(launch.main)  # launch/ranks.py takes it off
+
+
+def test_private_names_of_the_wrappers():
+    for wrapper in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+        assert issubclass(wrapper, deepspeed.runtime.base_optimizer.ZeROOptimizer)
+    assert callable(DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state)
