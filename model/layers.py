@@ -63,12 +63,14 @@ class Rotary(nn.Module):
         """Return (cos, sin), each (length, 1, head_dim), the sine with the sign of the half it multiplies."""
         cos, sin = self._tables.get((device, dtype), (None, None))
         if cos is None or cos.shape[0] < length:
-            steps = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
-            angles = torch.outer(
-                torch.arange(length, dtype=torch.float64), self.theta**-steps
-            )  # (length, head_dim / 2)
-            cos = torch.cat((angles.cos(), angles.cos()), -1).unsqueeze(1).to(device, dtype)
-            sin = torch.cat((-angles.sin(), angles.sin()), -1).unsqueeze(1).to(device, dtype)
+            # A power of two, so that generation token by token does not make them anew each time; and never as tensors of
+            # inference mode, which a later training step could not save.
+            with torch.inference_mode(False), torch.no_grad():
+                positions = torch.arange(1 << (length - 1).bit_length(), dtype=torch.float64)
+                steps = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+                angles = torch.outer(positions, self.theta**-steps)  # (length, head_dim / 2)
+                cos = torch.cat((angles.cos(), angles.cos()), -1).unsqueeze(1).to(device, dtype)
+                sin = torch.cat((-angles.sin(), angles.sin()), -1).unsqueeze(1).to(device, dtype)
             self._tables[device, dtype] = cos, sin
         return cos[:length], sin[:length]
 

@@ -94,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = valid.sum().clamp_(min=1)
         nats = torch.zeros((), dtype=precise, device=hidden.device)
         squares = torch.zeros_like(nats)
-        rows = min(tokens, max(_CHUNK_ROWS, _CHUNK_ELEMENTS // words))
+        rows = max(1, min(tokens, max(_CHUNK_ROWS, _CHUNK_ELEMENTS // words)))
         logits_buffer = states.new_empty(rows, words)
         softmax_buffer = states.new_empty(rows, words, dtype=precise)
         for start in range(0, tokens, rows):

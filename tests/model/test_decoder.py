@@ -277,7 +277,6 @@ def test_a_tied_head_is_the_embedding(build):
     assert names == {"head.weight"}
 
 
-@pytest.mark.xfail(reason="rotary tables made in inference mode cannot be saved for backward", strict=True)
 def test_training_after_inference_mode(build, tokens):
     """What inference leaves behind (rotary tables) must not stop a gradient."""
     decoder = build()
