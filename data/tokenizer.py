@@ -26,7 +26,6 @@ from data.files import need
 TRAINER: dict[str, Any] = {
     "model_type": "bpe",  # trains in seconds where unigram takes minutes, and gives no more tokens on code
     "split_by_whitespace": False,  # a piece may hold spaces inside: indentation, "in range", ":\n"
-    "split_by_unicode_script": False,  # a piece may join letters and signs: "):\n", "self."
     "max_sentencepiece_length": 16,  # characters
     "byte_fallback": True,  # 256 byte pieces: any character has tokens
     "character_coverage": 0.9999,  # the rarest characters go to the byte pieces rather than take a piece each
