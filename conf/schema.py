@@ -89,15 +89,13 @@ class TokenizerConfig:
 class OptimConfig:
     """`optim=`: the optimizer."""
 
-    name: str = key("adamw", "adamw | muon")
+    name: str = key("adamw", "adamw")
     lr: float = key(3e-4, "peak learning rate")
     beta1: float = key(0.9, "decay of the first moment")
     beta2: float = key(0.95, "decay of the second moment")
     eps: float = key(1e-8, "epsilon of AdamW")
     weight_decay: float = key(0.1, "decoupled weight decay, of matrices only (never of norms)")
     clip: float = key(1.0, "largest norm of the whole gradient; 0 is off")
-    matrix_lr: float = key(0.02, "muon: peak learning rate of the hidden matrices (lr is for everything else)")
-    momentum: float = key(0.95, "muon: momentum")
 
 
 @dataclass

@@ -18,7 +18,7 @@ from kernels.formula import FormulaError, parse
 _CHOICES = {
     "ffn.backend": ("auto", "reference"),
     "model.attention": ("auto", "flash", "sdpa", "flex", "blocks"),
-    "optim.name": ("adamw", "muon"),
+    "optim.name": ("adamw",),
     "schedule.name": ("cosine", "linear", "wsd"),
     "precision.name": ("auto", "bf16", "fp32"),
     "precision.reduce": ("fp32", "bf16"),
@@ -28,7 +28,7 @@ _CHOICES = {
 _POSITIVE = (
     *("sequence_length", "global_batch_size", "keep_last", "log_every", "sample_tokens"),
     *("model.d_model", "model.n_layers", "model.n_heads", "model.d_ff_gated", "model.rope_theta", "model.norm_eps"),
-    *("optim.lr", "optim.eps", "optim.matrix_lr", "zero.bucket_elements", "parallel.timeout_minutes"),
+    *("optim.lr", "optim.eps", "zero.bucket_elements", "parallel.timeout_minutes"),
     *("parallel.tensor", "parallel.context", "tokenizer.train_megabytes", "data.shard_megabytes"),
     "tokenizer.vocab_size",
 )
@@ -49,7 +49,7 @@ _NOT_NEGATIVE = (
     *("eval_every", "save_every", "sample_every", "model.z_loss", "optim.weight_decay", "optim.clip", "data.workers"),
 )
 LONGEST_NAME = 200  # bytes of a run's name; file systems take 255
-_SHARES = ("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2", "optim.momentum")
+_SHARES = ("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2")
 # A run may go on with other values of these: they change what is written or where it is computed, not what is learned.
 NOT_LEARNED = (
     *NOT_IN_NAME,
@@ -157,7 +157,7 @@ def _check_model(config: Config) -> None:
 
 
 def _check_optimizer(config: Config) -> None:
-    zero, optim, schedule = config.zero, config.optim, config.schedule
+    zero, schedule = config.zero, config.schedule
     if zero.stage not in (0, 1, 2, 3):
         raise UserError(f"zero.stage={zero.stage}: ZeRO has the stages 0, 1, 2 and 3")
     if zero.stage == 0 and config.precision.name == "bf16":
@@ -169,13 +169,6 @@ def _check_optimizer(config: Config) -> None:
         raise UserError("zero.offload_parameters=true needs zero=3: only stage 3 partitions parameters")
     if zero.offload_optimizer and zero.stage == 0:
         raise UserError("zero.offload_optimizer=true needs zero=1, 2 or 3: stage 0 leaves the optimizer alone")
-    if optim.name == "muon":
-        if optim.clip:
-            raise UserError(
-                "optim=muon with optim.clip > 0: DeepSpeed would clip the orthogonalised update; set optim.clip=0"
-            )
-        if zero.stage not in (1, 2) or zero.offload_optimizer:
-            raise UserError("optim=muon runs with zero=1 or zero=2, without offload")
     if schedule.name == "wsd" and schedule.warmup + schedule.decay > 1:
         raise UserError(
             f"schedule.warmup={schedule.warmup} and schedule.decay={schedule.decay} take more than the whole run"

@@ -71,19 +71,6 @@ def deepspeed_config(config: Config, batch: Batch, dtype: torch.dtype) -> dict[s
     if bf16 and batch.accumulation > 1:
         # Micro-batches are summed in fp32: a bf16 sum of many loses the small ones.
         result["data_types"] = {"grad_accum_dtype": "fp32"}
-    if config.optim.name == "muon":
-        optim = config.optim
-        result["optimizer"] = {
-            "type": "Muon",
-            "params": {
-                "muon_lr": optim.matrix_lr,
-                "adam_lr": optim.lr,
-                "momentum": optim.momentum,
-                "betas": [optim.beta1, optim.beta2],
-                "eps": optim.eps,
-                "weight_decay": optim.weight_decay,
-            },
-        }
     return result
 
 
@@ -120,16 +107,12 @@ class Engine:
         initialise(self.module, shape, config.seed, config.model.init_std, gather)
         if not partitioned:
             self.module.to(device)
-        optimizer = None
-        if config.optim.name == "adamw":
-            optim = config.optim
-            groups = parameter_groups(self.module, optim.weight_decay)
-            betas = (optim.beta1, optim.beta2)
-            optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+        optim = config.optim
+        groups, betas = parameter_groups(self.module, optim.weight_decay), (optim.beta1, optim.beta2)
+        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module,
             optimizer=optimizer,
-            model_parameters=None if optimizer else [p for p in self.module.parameters() if p.requires_grad],
             config=settings,
             dist_init_required=False,
         )

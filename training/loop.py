@@ -366,6 +366,7 @@ class _Run:
         return [
             ("data", f"{corpus}, {self.bytes_per_token:.2f} bytes a token"),
             ("machine", f"{machine.describe(self.device)} x {self.ranks.world_size}, {dtype}{masters}, {stage}"),
+            ("optimizer", f"{config.optim.name}, peak rate {config.optim.lr:g}, {config.schedule.name}"),
             ("attention", self.attention),
             ("peak", f"{self.peak / 1e12:.3g} TFLOP/s a rank ({peak_from})"),
             ("expected time", f"about {duration(expected)} at 40% of peak"),

@@ -69,10 +69,10 @@ def test_a_choice_is_called_what_its_file_is_called(group):
 
 
 def test_what_is_typed_wins_over_a_preset():
-    words = ["zero=2", "optim=muon", "optim.lr=0.5", "schedule=wsd", "sequence_length=64", "model.n_layers=1"]
+    words = ["zero=2", "optim=adamw", "optim.lr=0.5", "schedule=wsd", "sequence_length=64", "model.n_layers=1"]
     for preset in choices("model"):
         config = load([*words[:3], f"model={preset}", *words[3:]])
-        assert (config.zero.stage, config.optim.name, config.optim.lr) == (2, "muon", 0.5)
+        assert (config.zero.stage, config.optim.name, config.optim.lr) == (2, "adamw", 0.5)
         assert (config.schedule.name, config.sequence_length, config.model.n_layers) == ("wsd", 64, 1)
         assert config.model.name == preset
 
@@ -244,8 +244,6 @@ DISTINCT = [
     ["seed=-1"],
     ["data_seed=1"],
     ["optim.lr=0.01"],
-    ["optim.matrix_lr=0.01"],
-    ["optim=muon"],
     ["model.vocab_size=8192"],
     ["tokenizer.vocab_size=8192"],
     ["ffn=custom", "ffn.formula=x*2"],
