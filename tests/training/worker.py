@@ -83,8 +83,10 @@ class Trainer:
         hook.remove()
 
     def save(self, folder: str) -> None:
-        checkpoint.save(self.engine, Path(folder), {"step": self.step})
-        dist.barrier()  # the others may go on to read it
+        try:
+            checkpoint.save(self.engine, Path(folder), {"step": self.step})
+        finally:
+            dist.barrier()  # then the others may read it
 
     def load(self, folder: str) -> None:
         self.step = checkpoint.load(self.engine, Path(folder))["step"]
