@@ -230,6 +230,7 @@ def test_killed_between_its_last_checkpoint_and_its_summary(whole, corpus):
         key: value for key, value in ended.items() if key != "wall_seconds"
     }
     assert [line["step"] for line in metrics(run, "train")] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in metrics(run, "eval")] == [20, 40, 60]  # it was measured already
     for name, data in before.items():  # for the tests that come after this one
         (run / name).write_bytes(data)
 

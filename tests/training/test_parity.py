@@ -62,7 +62,7 @@ def plain(trained):
                 group["lr"] = 0.01 * rate(config.schedule, step, config.steps)
             optimizer.step()
             optimizer.zero_grad()
-            result.losses.append(float(loss))
+            result.losses.append(float(loss.detach()))
             result.order = (result.order + sample_hash(8 * step, rows)) % 2**64
         return result
 
