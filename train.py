@@ -9,8 +9,10 @@ from conf.load import load, run_command
 
 
 def main(argv: list[str]) -> int:
+    from launch.launchers import Launchers
     from launch.ranks import export, find_ranks, take_local_rank
 
+    launchers = Launchers()
     argv, local_rank = take_local_rank(argv)
     ranks = find_ranks(local_rank=local_rank)
     export(ranks)
@@ -20,7 +22,7 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     from training.loop import train
 
-    return train(config, ranks)
+    return train(config, ranks, launchers)
 
 
 if __name__ == "__main__":

@@ -220,6 +220,19 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(whole, corpus, ru
     assert every == sorted(every)
 
 
+def test_an_evaluation_that_a_stop_left_out_is_made_up_for(corpus, runs):
+    words = words_of(corpus, runs, "made-up", steps=30, eval_every=1, save_every=0)
+    started = Started(sys.executable, *words)
+    started.until("step  6/30")
+    started.process.send_signal(signal.SIGTERM)
+    assert started.end().status == 0
+    run = runs / "made-up"
+    done = summary(run)["steps"]
+    assert [line["step"] for line in metrics(run, "eval")] == list(range(1, done))
+    assert command(sys.executable, *words).status == 0
+    assert [line["step"] for line in metrics(run, "eval")] == list(range(1, 31))
+
+
 def test_killed_between_its_last_checkpoint_and_its_summary(whole, corpus):
     run, _ = whole
     before, ended = contents(run), summary(run)
@@ -276,18 +289,20 @@ def members(started: Started) -> Iterator[psutil.Process]:
     yield from launcher.children(recursive=True)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_a_stopped_launcher_leaves_a_checkpoint_and_no_process(by_deepspeed, corpus, runs, launcher):
-    words = words_of(corpus, runs, f"stopped-{launcher}", zero=2)
+@pytest.mark.parametrize(
+    ("launcher", "how"), [("deepspeed", "Ctrl-C"), ("deepspeed", "SIGTERM"), ("torchrun", "SIGTERM")]
+)
+def test_a_stopped_launcher_leaves_a_checkpoint_and_no_process(by_deepspeed, corpus, runs, launcher, how):
+    words = words_of(corpus, runs, f"{how}-{launcher}", zero=2)
     started = Started(*launched(launcher), *words)
     started.until("step  6/60")
     family = list(members(started))
-    if launcher == "torchrun":
+    if how == "SIGTERM":  # `deepspeed` dies of it at once and passes nothing on: the ranks see that it has ended
         started.process.send_signal(signal.SIGTERM)
-    else:  # Ctrl-C, which a terminal sends to all; `deepspeed` itself does not pass a SIGTERM on to its ranks
+    else:  # a terminal sends Ctrl-C to all
         os.killpg(started.process.pid, signal.SIGINT)
     result = started.end()
-    run = runs / f"stopped-{launcher}"
+    run = runs / f"{how}-{launcher}"
     _, alive = psutil.wait_procs(family, timeout=PATIENCE)
     assert alive == []
     here = [p for p in psutil.process_iter(["cmdline"]) if f"run={run.name}" in " ".join(p.info["cmdline"] or ())]
@@ -295,7 +310,7 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_no_process(by_deepspeed, cor
     done = summary(run)["steps"]
     assert summary(run)["status"] == "stopped", result.out + result.err
     assert newest_intact(run / "checkpoints")[0].name == f"step_{done:08d}"
-    if launcher == "deepspeed":  # and the other launcher goes on with it
+    if (launcher, how) == ("deepspeed", "SIGTERM"):  # and the other launcher goes on with it
         result = command(*launched("torchrun"), *words)
         assert result.status == 0, result.out + result.err
         assert_same_run(run, by_deepspeed[0])

@@ -6,7 +6,6 @@ the same step, and all take part in every save and evaluation.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -25,16 +24,17 @@ from conf.schema import Config
 from conf.validate import NOT_LEARNED, Batch, validate
 from data.batches import BatchStream, Dataset, open_dataset, sample_hash
 from data.prepare import prepare
+from launch.launchers import Launchers
 from launch.ranks import Ranks
-from model.accounting import Shape, flops_per_token, parameters, shape_of
+from model.accounting import Shape, parameters, shape_of
 from model.attention import choose
 from model.decoder import Decoder
 from model.generate import generate
 from model.weights import CheckpointReader, check_shapes, newest_intact
 from training import machine
-from training.console import Console, duration
+from training.console import Console
 from training.evaluation import HeldOut, evaluate
-from training.loggers import Mirrors
+from training.report import Report, held_out_line
 from training.runfolder import RunFolder
 from training.schedule import rate
 from training.signals import StopRequest
@@ -42,7 +42,7 @@ from training.signals import StopRequest
 MOST_SKIPPED = 20  # steps in a row without a finite gradient: the run has diverged
 
 
-def train(config: Config, ranks: Ranks) -> int:
+def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
     """Train, and return the exit status: 0 when the run finished or was stopped by a signal and saved, 1 when it failed.
 
     Raises:
@@ -62,7 +62,6 @@ def train(config: Config, ranks: Ranks) -> int:
         folder.claim(config)
     try:
         dataset = open_dataset(prepare(config.data, config.tokenizer, show=ranks.rank == 0))
-        stream = BatchStream(dataset, config.sequence_length, config.data_seed)
         shape = _shape(config, dataset)
         resumed, passed_over = newest_intact(folder.checkpoints)
         for sentence in passed_over:
@@ -73,95 +72,103 @@ def train(config: Config, ranks: Ranks) -> int:
             done = CheckpointReader(resumed).state["step"] >= batch.steps
             if done and folder.read_summary().get("status") == "finished":
                 return _already_finished(console, folder, batch)
-        run = _Run(config, batch, ranks, device, dtype, attention, folder, dataset, stream, shape, console)
-        return run.go(resumed, started)
+        report = Report(config, batch, shape, dataset, folder, console, speaks=ranks.rank == 0)
+        run = _Run(config, batch, ranks, folder, dataset, report)
+        run.build(shape, device, dtype, attention)
+        if resumed:
+            run.resume(resumed)
+        if ranks.rank == 0:
+            _copy_tokenizer(dataset, folder.path)
+        report.open()
+        peak, peak_from = machine.peak_flops(device, dtype)
+        if resumed:
+            console.say(f"going on with {folder.path} after step {run.step} of {batch.steps}")
+        else:
+            console.summary(
+                config, shape, batch, report.rows(device, dtype, attention, peak, peak_from, ranks.world_size)
+            )
+        event = "resumed" if resumed else "started"
+        report.event(event, world_size=ranks.world_size, wall_seconds=run.trained_seconds)
+        return run.go(peak, launchers, started)
     finally:
         console.stop()
         folder.close()
 
 
 class _Run:
-    """The state of a run while it trains. `step` steps are done, and `batches_hash` is the hash of their samples."""
+    """The state of a run while it trains. `step` steps are done, and `batches_hash` is the hash of this rank's samples."""
 
     def __init__(
-        self,
-        config: Config,
-        batch: Batch,
-        ranks: Ranks,
-        device: torch.device,
-        dtype: torch.dtype,
-        attention: str,
-        folder: RunFolder,
-        dataset: Dataset,
-        stream: BatchStream,
-        shape: Shape,
-        console: Console,
+        self, config: Config, batch: Batch, ranks: Ranks, folder: RunFolder, dataset: Dataset, report: Report
     ) -> None:
-        self.config, self.batch, self.ranks, self.device, self.dtype = config, batch, ranks, device, dtype
-        self.attention, self.folder, self.dataset, self.stream, self.shape = attention, folder, dataset, stream, shape
-        self.console, self.step, self.batches_hash = console, 0, 0
-        self.bytes_per_token = dataset.held_out_bytes / max(1, dataset.held_out.tokens)
-        self.flops = sum(flops_per_token(shape, config.sequence_length).values())
-        self.trained_seconds = 0.0  # wall-clock of this run, earlier sittings included
+        self.config, self.batch, self.ranks = config, batch, ranks
+        self.folder, self.dataset, self.report, self.console = folder, dataset, report, report.console
+        self.stream = BatchStream(dataset, config.sequence_length, config.data_seed)
+        self.step, self.batches_hash = 0, 0
+        self.trained_seconds = 0.0  # wall-clock of this run's earlier sittings
         self.last_eval: HeldOut | None = None
-        self.last_sample = ""
+        self.evaluation_missed = False  # the sitting before stopped at a step whose evaluation was due
         self.save_failed = ""  # why the newest checkpoint could not be saved, the same on every rank
 
-    def go(self, resumed: Path | None, started: float) -> int:
+    def build(self, shape: Shape, device: torch.device, dtype: torch.dtype, attention: str) -> None:
+        """Join the ranks and make the engine."""
         from training.engine import Engine, send_deepspeed_log_to, start_process_group
 
-        start_process_group(self.ranks, self.device, self.config.parallel.timeout_minutes)
+        self.shape = shape
+        start_process_group(self.ranks, device, self.config.parallel.timeout_minutes)
         document_start = self.dataset.eos_id if self.config.model.mask_documents else None
-        arguments = (self.device, self.dtype, self.attention, document_start)
         with self.folder.quiet():
-            self.engine = Engine(self.config, self.batch, self.shape, *arguments)
+            self.engine = Engine(self.config, self.batch, shape, device, dtype, attention, document_start)
             send_deepspeed_log_to(self.folder.path / "deepspeed.log")
-        if resumed:
-            self._resume(resumed)
-        if self.ranks.rank == 0:
-            self.folder.rewind_metrics(self.step)
-            _copy_tokenizer(self.dataset, self.folder.path)
-        self.peak, peak_from = machine.peak_flops(self.device, self.dtype)
-        self.mirrors = self._mirrors()
-        if not resumed:
-            self.console.summary(self.config, self.shape, self.batch, self._rows(peak_from))
-        else:
-            self.console.say(f"going on with {self.folder.path} after step {self.step} of {self.batch.steps}")
-        self._event(
-            "resumed" if resumed else "started", world_size=self.ranks.world_size, wall_seconds=self.trained_seconds
-        )
+
+    def resume(self, path: Path) -> None:
+        """Take up weights, optimizer and counters from a checkpoint."""
+        from training import checkpoint
+
+        state = checkpoint.load(self.engine, path)
+        self.step = self.report.step = state["step"]
+        self.batches_hash = state["batches_hash"] if self.ranks.rank == 0 else 0
+        self.trained_seconds = state["wall_seconds"]
+        self.evaluation_missed = state["evaluation_missed"]
+        if state["eval_loss"] is not None:
+            self.last_eval = HeldOut(state["eval_loss"], self.dataset.held_out.tokens)
+
+    def go(self, peak: float, launchers: Launchers, launched: float) -> int:
+        """Train to the end, or to a signal, and sum up; return the exit status."""
         self.started = time.monotonic()
         try:
-            status = self._train(started)
+            status = self._train(peak, launchers, launched)
         except BaseException:
             self._finish("failed")
             raise
         self.console.stop()
         return self._finish(status)
 
-    def _train(self, launched: float) -> str:
+    def _train(self, peak: float, launchers: Launchers, launched: float) -> str:
         """Train to the last step, or to a signal; return the status."""
-        config, batch = self.config, self.batch
-        per_rank = batch.global_batch // self.ranks.world_size
+        config, batch, world_size = self.config, self.batch, self.ranks.world_size
+        per_rank = batch.global_batch // world_size
         self.console.start(self.step, batch.steps)
         if self.step >= batch.steps and self.last_eval is None:
             self._evaluate(None)
+        elif self.evaluation_missed:
+            self._evaluate(config.eval_tokens)
         skipped = 0
         clock, clock_step, clock_pause = time.perf_counter(), self.step, 0.0
-        with StopRequest() as stop:
+        with StopRequest(launchers) as stop:
             while self.step < batch.steps:
                 first = self.step * batch.global_batch + self.ranks.rank * per_rank
                 rows = self.stream.samples(first, per_rank)
                 self.batches_hash = (self.batches_hash + sample_hash(first, rows)) % 2**64
-                tokens = torch.from_numpy(rows).to(self.device)
+                tokens = torch.from_numpy(rows).to(self.engine.device)
                 share = rate(config.schedule, self.step, batch.steps)
                 loss, norm, applied = self.engine.train_step(tokens, share)
-                self.step += 1
-                if self.step == clock_step + 1 and clock_step == 0:
-                    self._event("first_step", seconds_since_start=time.monotonic() - launched)
+                self.step = self.report.step = self.step + 1
+                if self.step == 1:
+                    self.report.event("first_step", seconds_since_start=time.monotonic() - launched)
                 skipped = 0 if applied else skipped + 1
                 if not applied:
-                    self._event("skipped_step", grad_norm=float(norm))
+                    self.report.event("skipped_step", grad_norm=float(norm))
                     self.console.warn(f"step {self.step} had a gradient that is not finite and was skipped")
                     if skipped >= MOST_SKIPPED:
                         raise RuntimeError(
@@ -172,24 +179,26 @@ class _Run:
                     dist.all_reduce(loss)
                     seconds = time.perf_counter() - clock - clock_pause
                     speed = (self.step - clock_step) * batch.tokens_per_step / max(seconds, 1e-9)
-                    self._log_step(float(loss) / self.ranks.world_size, float(norm), share, speed)
+                    lr, memory = config.optim.lr * share, machine.memory_gib(self.engine.device)
+                    self.report.train(float(loss) / world_size, float(norm), lr, speed, peak * world_size, memory)
                     clock, clock_step, clock_pause = time.perf_counter(), self.step, 0.0
                 self.console.advance(self.step)
                 pause = time.perf_counter()
-                signal_name = stop.agreed()
-                self._periodic(last, bool(signal_name))
+                reason = stop.agreed()
+                self._periodic(last, bool(reason))
                 clock_pause += time.perf_counter() - pause
-                if signal_name and not last:
+                if reason and not last:
                     from_here = "" if self.save_failed else "; the same command goes on from here"
-                    self.console.say(f"{signal_name}: stopped after step {self.step}{from_here}")
+                    self.console.say(f"{reason}: stopped after step {self.step}{from_here}")
                     return "stopped"
         return "finished"
 
     def _periodic(self, last: bool, stopping: bool) -> None:
         """Evaluate, sample and save where this step asks for it. A run that is stopping saves at once, and no more."""
         config = self.config
-        due = lambda every: every and self.step % every == 0  # noqa: E731
+        due = lambda every: bool(every) and self.step % every == 0  # noqa: E731
         held_out = None
+        self.evaluation_missed = due(config.eval_every) and stopping and not last
         if last or (due(config.eval_every) and not stopping):
             held_out = self._evaluate(None if last else config.eval_tokens)
         if (last or due(config.sample_every)) and not stopping:
@@ -199,27 +208,16 @@ class _Run:
 
     def _evaluate(self, tokens: int | None) -> HeldOut:
         held_out = self.last_eval = evaluate(self.engine, self.dataset, self.config.sequence_length, tokens)
-        bits = held_out.bits_per_byte(self.bytes_per_token)
-        figures = {"loss": held_out.loss, "perplexity": held_out.perplexity, "bits_per_byte": bits}
-        self._log({"kind": "eval", **self._where(), **figures, "held_out_tokens": held_out.tokens})
-        part = "" if held_out.tokens == self.dataset.held_out.tokens else f" (on {held_out.tokens} tokens)"
-        self.console.say(
-            f"held-out: loss {held_out.loss:.4f} nats a token, perplexity {held_out.perplexity:.2f}, "
-            f"{bits:.4f} bits a byte{part}"
-        )
+        self.report.held_out(held_out)
         return held_out
 
     def _sample(self) -> None:
-        config = self.config
         texts = []
-        for prompt in config.prompts:
-            arguments = (self.dataset.tokenizer, self.shape.n_layers, prompt, config.sample_tokens)
+        for prompt in self.config.prompts:
+            arguments = (self.dataset.tokenizer, self.shape.n_layers, prompt, self.config.sample_tokens)
             with torch.no_grad():
-                texts.append(generate(self.engine.logits, *arguments, device=self.device))
-        if self.ranks.rank == 0 and texts:
-            rule = "-" * 80
-            self.folder.append_samples("".join(f"{rule}\nstep {self.step}\n{rule}\n{text}\n" for text in texts))
-        self.last_sample = texts[-1] if texts else ""
+                texts.append(generate(self.engine.logits, *arguments, device=self.engine.device))
+        self.report.samples(texts)
 
     def _save(self, held_out: HeldOut | None) -> None:
         from training import checkpoint
@@ -228,38 +226,29 @@ class _Run:
         state = {
             "step": self.step,
             "samples": self.step * self.batch.global_batch,
-            "tokens": self.step * self.batch.tokens_per_step,
+            "tokens": self.report.tokens,
             "batches_hash": self._whole_hash(),
             "corpus_hash": self.dataset.corpus_hash,
             "tokenizer_hash": self.dataset.tokenizer.hash,
             "eval_loss": held_out.loss if whole else None,
+            "evaluation_missed": self.evaluation_missed,
             "wall_seconds": self._wall(),
         }
         start = time.perf_counter()
-        self.save_failed = ""
+        failure = ""
         try:
             path = checkpoint.save(self.engine, self.folder.checkpoints, state)
-            if self.ranks.rank == 0:
-                checkpoint.prune(self.folder.checkpoints, self.config.keep_last)
-            self._event("saved", path=path.name, seconds=time.perf_counter() - start)
+            self.report.event("saved", path=path.name, seconds=time.perf_counter() - start)
         except OSError as error:  # rank 0 only; the run goes on, what was saved before is untouched
-            self.save_failed = str(error)
-            self.console.warn(f"the checkpoint of step {self.step} could not be saved: {error}")
-            with contextlib.suppress(OSError):
-                self._event("save_failed", reason=str(error))
-        told = [self.save_failed]
-        dist.broadcast_object_list(told, src=0)
-        self.save_failed = told[0]
-
-    def _resume(self, path: Path) -> None:
-        from training import checkpoint
-
-        state = checkpoint.load(self.engine, path)
-        self.step = state["step"]
-        self.batches_hash = state["batches_hash"] if self.ranks.rank == 0 else 0
-        self.trained_seconds = state["wall_seconds"]
-        if state["eval_loss"] is not None:
-            self.last_eval = HeldOut(state["eval_loss"], self.dataset.held_out.tokens)
+            failure = str(error)
+            self.console.warn(f"the checkpoint of step {self.step} could not be saved: {failure}")
+            self.report.event("save_failed", reason=failure)
+        self.save_failed = self._from_rank_0(failure)
+        if self.ranks.rank == 0 and not self.save_failed:
+            try:
+                checkpoint.prune(self.folder.checkpoints, self.config.keep_last)
+            except OSError as error:
+                self.console.warn(f"older checkpoints could not be removed: {error}")
 
     def _finish(self, status: str) -> int:
         """Write the summary, close the mirrors, and tell the end; return the exit status."""
@@ -272,70 +261,25 @@ class _Run:
         summary = {
             "status": status,
             "final_eval_loss": final.loss if final else None,
-            "bits_per_byte": final.bits_per_byte(self.bytes_per_token) if final else None,
+            "bits_per_byte": final.bits_per_byte(self.report.bytes_per_token) if final else None,
             "xz_bits_per_byte": self.dataset.xz_bits_per_byte,
             "parameters": sum(counts.values()),
             "ffn_parameters": counts["ffn"],
-            "flops_per_token": self.flops,
+            "flops_per_token": self.report.flops_per_token,
             "data_order_hash": f"{self._whole_hash():016x}" if together else None,
             "config_hash": config_hash(self.config),
             "steps": self.step,
-            "tokens": self.step * self.batch.tokens_per_step,
+            "tokens": self.report.tokens,
             "wall_seconds": self._wall(),
         }
-        if self.ranks.rank == 0:
-            with contextlib.suppress(OSError) if status == "failed" else contextlib.nullcontext():
-                self.folder.write_summary(summary)
-            self.mirrors.finish(summary)
-            if status == "finished":
-                self._tell_end(summary)
+        written = self.report.close(summary)
+        if self.ranks.rank == 0 and status == "finished":
+            self.report.end(summary)
         if together:
+            written = self._from_rank_0(written)
             dist.barrier()
             dist.destroy_process_group()
-        return 1 if status == "failed" else 0
-
-    def _tell_end(self, summary: dict[str, Any]) -> None:
-        console, config, path = self.console, self.config, self.folder.path
-        console.say("")
-        console.say(f"finished in {duration(summary['wall_seconds'])} after {summary['tokens']:,} tokens")
-        held_out = (
-            f"held-out text: {summary['bits_per_byte']:.4f} bits a byte ({summary['final_eval_loss']:.4f} nats a token)"
-        )
-        xz = self.dataset.xz_bits_per_byte
-        console.say(held_out + (f"; xz -9 on the same text: {xz:.4f}" if xz else ""))
-        if self.last_sample:
-            console.say(f"a sample:\n{self.last_sample}\n")
-        console.say(f"everything is in {path}/: config.yaml metrics.jsonl summary.json checkpoints/ samples.txt")
-        for note in self.mirrors.notes:
-            console.say(note)
-        runs = "" if config.runs == "runs" else f" runs={config.runs}"
-        console.say("go on with")
-        console.say(f"  python -m model.generate run={config.run}{runs} prompt='import '")
-        console.say("  deepspeed train.py ffn=relu2          # another arm, the same FFN parameters")
-        console.say("  python train.py --help")
-
-    def _log_step(self, loss: float, norm: float, share: float, tokens_per_second: float) -> None:
-        figures = {
-            "loss": loss,
-            "lr": self.config.optim.lr * share,
-            "grad_norm": norm,
-            "tokens_per_second": tokens_per_second,
-            "mfu": tokens_per_second * self.flops / (self.peak * self.ranks.world_size),
-            "memory_gib": machine.memory_gib(self.device),
-        }
-        self._log({"kind": "train", **self._where(), **figures})
-        self.console.step(self.step, self.batch.steps, figures)
-
-    def _event(self, event: str, **details: Any) -> None:
-        self._log({"kind": "event", **self._where(), "event": event, **details})
-
-    def _log(self, record: dict[str, Any]) -> None:
-        if self.ranks.rank == 0:
-            self.folder.append_metrics(record)
-            self.mirrors.log(record)
-
-    def _where(self) -> dict[str, int]:
-        return {"step": self.step, "tokens": self.step * self.batch.tokens_per_step}
+        return 1 if status == "failed" or not written else 0
 
     def _wall(self) -> float:
         return self.trained_seconds + time.monotonic() - self.started
@@ -346,31 +290,11 @@ class _Run:
         dist.all_gather_object(parts, self.batches_hash)
         return sum(parts) % 2**64  # type: ignore[arg-type]
 
-    def _mirrors(self) -> Mirrors:
-        if self.ranks.rank != 0:
-            quiet = Config()
-            quiet.logger.wandb = quiet.logger.tensorboard = False
-            return Mirrors(quiet, self.folder.path, lambda _: None)
-        return Mirrors(self.config, self.folder.path, self.console.warn)
-
-    def _rows(self, peak_from: str) -> list[tuple[str, str]]:
-        dataset, config = self.dataset, self.config
-        tokens = sum(part.train.tokens for part in dataset.parts)
-        epochs = self.batch.tokens / max(1, tokens)
-        held_out = dataset.held_out.tokens
-        corpus = f"{config.data.name}: {tokens:,} tokens to train on ({epochs:.1f} epochs), {held_out:,} held out"
-        stage = f"ZeRO stage {config.zero.stage}"
-        dtype = str(self.dtype).removeprefix("torch.")
-        masters = " with fp32 master weights" if self.dtype == torch.bfloat16 else ""
-        expected = self.batch.tokens * self.flops / (0.4 * self.peak * self.ranks.world_size)
-        return [
-            ("data", f"{corpus}, {self.bytes_per_token:.2f} bytes a token"),
-            ("machine", f"{machine.describe(self.device)} x {self.ranks.world_size}, {dtype}{masters}, {stage}"),
-            ("optimizer", f"{config.optim.name}, peak rate {config.optim.lr:g}, {config.schedule.name}"),
-            ("attention", self.attention),
-            ("peak", f"{self.peak / 1e12:.3g} TFLOP/s a rank ({peak_from})"),
-            ("expected time", f"about {duration(expected)} at 40% of peak"),
-        ]
+    def _from_rank_0(self, value: Any) -> Any:
+        """Return what rank 0 passed. Collective."""
+        told = [value]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
 
 
 def config_hash(config: Config) -> str:
@@ -405,9 +329,7 @@ def _already_finished(console: Console, folder: RunFolder, batch: Batch) -> int:
     summary = folder.read_summary()
     console.say(f"{folder.path} has finished its {batch.steps} steps: there is nothing to do")
     if summary.get("bits_per_byte"):
-        console.say(
-            f"held-out text: {summary['bits_per_byte']:.4f} bits a byte ({summary['final_eval_loss']:.4f} nats a token)"
-        )
+        console.say(held_out_line(summary))
     console.say("give another one a name (run=NAME), or override something: python train.py --help")
     return 0
 

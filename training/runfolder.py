@@ -11,6 +11,7 @@ runs/<name>/config.yaml      the configuration, every key resolved
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -32,7 +33,8 @@ class RunFolder:
     def __init__(self, config: Config) -> None:
         self.path = Path(config.runs) / str(config.run)
         self._lock: IO[str] | None = None
-        self._metrics: IO[str] | None = None
+        self._metrics: IO[bytes] | None = None
+        self._unwritten: list[str] = []  # lines of metrics.jsonl that a full disk refused
 
     @property
     def checkpoints(self) -> Path:
@@ -66,25 +68,47 @@ class RunFolder:
         with say_why("write to the run folder", self.path), atomic_write(written) as file:
             file.write(to_yaml(config))
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop the lines after `step`, and a half-written last one: a resumed run trains those steps again."""
+    def rewind(self, step: int) -> None:
+        """Drop the summary, the metrics after `step`, and a half-written last line: a resumed run writes them again."""
         path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-        with atomic_write(path) as file:
-            file.writelines(line + "\n" for line in kept)
+        with say_why("write to the run folder", self.path):
+            (self.path / "summary.json").unlink(missing_ok=True)
+            if not path.exists():
+                return
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+            with atomic_write(path) as file:
+                file.writelines(line + "\n" for line in kept)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl; it is in the kernel's hands before this returns."""
+        """Add one line to metrics.jsonl; it is in the kernel's hands before this returns.
+
+        Raises:
+            OSError: it cannot be written now. The line is kept, and goes before the next one.
+        """
+        self._unwritten.append(json.dumps(record, allow_nan=True) + "\n")
+        self.write_metrics()
+
+    def write_metrics(self) -> None:
+        """Write the lines of metrics.jsonl that could not be written before; OSError as above."""
         if self._metrics is None:
-            self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
-        self._metrics.write(json.dumps(record, allow_nan=True) + "\n")
-        self._metrics.flush()
+            self._metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
+        while self._unwritten:
+            line = self._unwritten[0].encode()
+            size = self._metrics.seek(0, os.SEEK_END)
+            try:
+                written = self._metrics.write(line)
+                if written < len(line):  # the first part fitted: the second call says why the rest does not
+                    written += self._metrics.write(line[written:])
+                if written < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._metrics.name)
+            except OSError:
+                self._metrics.truncate(size)  # no half line stays
+                raise
+            self._unwritten.pop(0)
 
     def append_samples(self, text: str) -> None:
         """Add a sample to samples.txt."""
@@ -107,7 +131,6 @@ class RunFolder:
     def close(self) -> None:
         """Sync metrics.jsonl and release the lock."""
         if self._metrics is not None:
-            self._metrics.flush()
             os.fsync(self._metrics.fileno())
             self._metrics.close()
             self._metrics = None

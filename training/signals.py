@@ -13,14 +13,22 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from launch.launchers import Launchers
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_REASONS = ("", "the launcher has ended", *(number.name for number in _SIGNALS))
 
 
 class StopRequest:
-    """Notes SIGINT (Ctrl-C), SIGTERM and SIGUSR1 while it is entered; a second Ctrl-C interrupts at once."""
+    """Notes SIGINT (Ctrl-C), SIGTERM and SIGUSR1 while it is entered; a second Ctrl-C interrupts at once.
 
-    def __init__(self) -> None:
-        self.name = ""  # of the signal that this rank received
+    Args:
+        launchers: those that started this rank; their end is a request too.
+    """
+
+    def __init__(self, launchers: Launchers) -> None:
+        self.reason = ""  # why this rank wants to stop: one of _REASONS
+        self._launchers = launchers
         self._when = 0.0
         self._before: dict[int, object] = {}
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
@@ -35,15 +43,18 @@ class StopRequest:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         # A launcher passes Ctrl-C on, so the same key press may arrive twice: only a later one is a person's second.
-        if self.name == "SIGINT" and number == signal.SIGINT and time.monotonic() - self._when > 1.0:
+        if self.reason == "SIGINT" and number == signal.SIGINT and time.monotonic() - self._when > 1.0:
             raise KeyboardInterrupt
-        if not self.name:
-            self.name, self._when = signal.Signals(number).name, time.monotonic()
+        if not self.reason:
+            self.reason, self._when = signal.Signals(number).name, time.monotonic()
 
     def agreed(self) -> str:
-        """Return the name of the signal that some rank received, or "" (the same on every rank)."""
+        """Return why to stop: the name of the signal that some rank received, or else that some rank's launcher has
+        ended, or "" (the same on every rank)."""
+        if not self.reason and self._launchers.gone():
+            self.reason = _REASONS[1]
         if self._group is None:
-            return self.name
-        number = torch.tensor([signal.Signals[self.name].value if self.name else 0])
-        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
-        return signal.Signals(int(number)).name if number else ""
+            return self.reason
+        index = torch.tensor([_REASONS.index(self.reason)])
+        dist.all_reduce(index, op=dist.ReduceOp.MAX, group=self._group)
+        return _REASONS[int(index)]

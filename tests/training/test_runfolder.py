@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 
 import pytest
@@ -39,7 +40,7 @@ def test_rewinding_drops_later_lines_and_half_of_one(folder):
     folder.close()
     with open(folder.path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')
-    folder.rewind_metrics(2)
+    folder.rewind(2)
     assert steps(folder) == [0, 1, 2, 2]
     folder.append_metrics({"kind": "train", "step": 3})
     assert steps(folder) == [0, 1, 2, 2, 3]
@@ -48,6 +49,30 @@ def test_rewinding_drops_later_lines_and_half_of_one(folder):
 def test_a_line_is_in_the_file_when_append_returns(folder):
     folder.append_metrics({"kind": "train", "step": 1})
     assert steps(folder) == [1]
+
+
+def test_a_line_that_the_disk_refuses_comes_later_and_whole(folder):
+    record = {"kind": "train", "step": 1, "text": "x" * 100}
+    folder.append_metrics(record)
+    path = folder.path / "metrics.jsonl"
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # the second line fits in part
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
+        for step in (2, 3):
+            with pytest.raises(OSError, match="File too large"):
+                folder.append_metrics(record | {"step": step})
+            assert path.read_bytes() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    folder.append_metrics(record | {"step": 4})
+    assert steps(folder) == [1, 2, 3, 4]
+
+
+def test_a_run_that_goes_on_has_no_summary(folder):
+    folder.write_summary({"status": "stopped"})
+    folder.rewind(0)
+    assert folder.read_summary() == {}
 
 
 def test_config_yaml_is_the_whole_configuration(folder, config):

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch.distributed as dist
 
+from launch.launchers import Launchers
 from training import signals
 from training.signals import StopRequest
 
@@ -22,7 +23,7 @@ def _alone(monkeypatch):
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_is_noted_and_handlers_are_restored(number):
     before = [signal.getsignal(each) for each in NUMBERS]
-    with StopRequest() as stop:
+    with StopRequest(Launchers()) as stop:
         assert stop.agreed() == ""
         os.kill(os.getpid(), number)
         assert stop.agreed() == signal.Signals(number).name
@@ -31,13 +32,13 @@ def test_a_signal_is_noted_and_handlers_are_restored(number):
 
 def test_handlers_are_restored_after_an_exception():
     before = [signal.getsignal(each) for each in NUMBERS]
-    with pytest.raises(RuntimeError), StopRequest():
+    with pytest.raises(RuntimeError), StopRequest(Launchers()):
         raise RuntimeError
     assert [signal.getsignal(each) for each in NUMBERS] == before
 
 
 def test_the_first_signal_names_the_stop():
-    with StopRequest() as stop:
+    with StopRequest(Launchers()) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.agreed() == "SIGTERM"
@@ -46,7 +47,7 @@ def test_the_first_signal_names_the_stop():
 def test_the_second_ctrl_c_interrupts_unless_it_is_the_launchers_copy(monkeypatch):
     now = 100.0
     monkeypatch.setattr(signals.time, "monotonic", lambda: now)
-    with StopRequest() as stop:
+    with StopRequest(Launchers()) as stop:
         os.kill(os.getpid(), signal.SIGINT)
         now = 100.5
         os.kill(os.getpid(), signal.SIGINT)
@@ -54,3 +55,16 @@ def test_the_second_ctrl_c_interrupts_unless_it_is_the_launchers_copy(monkeypatc
         now = 101.5
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_launcher_that_has_ended_is_a_request_and_a_signal_comes_first(monkeypatch):
+    ended = False
+    launchers = Launchers()
+    monkeypatch.setattr(launchers, "gone", lambda: ended)
+    with StopRequest(launchers) as stop:
+        assert stop.agreed() == ""
+        ended = True
+        assert stop.agreed() == "the launcher has ended"
+    with StopRequest(launchers) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed() == "SIGTERM"
