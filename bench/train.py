@@ -122,6 +122,7 @@ def _measure_hf(name: str, arguments: list[str]) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from bench.huggingface import widths
     from data.batches import BatchStream, open_dataset
     from data.prepare import prepare
     from model.accounting import shape_of
@@ -130,20 +131,8 @@ def _measure_hf(name: str, arguments: list[str]) -> None:
     dataset = open_dataset(prepare(config.data, config.tokenizer))
     stream = BatchStream(dataset, config.sequence_length, config.data_seed)
     shape = shape_of(config, dataset.vocab_size)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.d_model,
-            intermediate_size=shape.d_ff,
-            num_hidden_layers=shape.n_layers,
-            num_attention_heads=shape.n_heads,
-            num_key_value_heads=shape.n_kv_heads,
-            head_dim=shape.head_dim,
-            max_position_embeddings=config.sequence_length,
-            tie_word_embeddings=shape.tied,
-            use_cache=False,
-        )
-    ).to(torch.bfloat16)
+    settings = LlamaConfig(**widths(shape), max_position_embeddings=config.sequence_length, use_cache=False)
+    model = LlamaForCausalLM(settings).to(torch.bfloat16)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, weight_decay=0.1, fused=True)
     seconds = []

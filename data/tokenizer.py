@@ -10,6 +10,7 @@ Which text it is trained on is decided in `prepare.py`.
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import io
 import os
@@ -49,7 +50,7 @@ FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 PROBE = "  a  b\t\r\n\x00</s> \u00e9e\u0301\ufb01\u3000\U0001f600 \n   def"  # changed by whatever normalises
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """What both kinds share. `load_tokenizer` and `train_sentencepiece` make one.
 
     Attributes:
@@ -72,13 +73,13 @@ class Tokenizer:
         """Return the ids of a text, without any begin or end token."""
         return self.encode_batch([text])[0]
 
+    @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode several texts."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of some ids. Bytes that are no UTF-8 (a cut character) become U+FFFD."""
-        raise NotImplementedError
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the model file into `folder` as tokenizer.model or tokenizer.json and return its path."""

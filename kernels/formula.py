@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Callable
 
 FUNCTIONS = {  # name: number of arguments
     **dict.fromkeys(
@@ -174,16 +175,15 @@ class _Parser:
         return left
 
     def sum(self) -> Node:
-        left, place = self.product(), self.place
-        while sign := self.take("+", "-"):
-            left = self.binary(sign, left, self.product(), place)
-            place = self.place
-        return left
+        return self.from_left(self.product, "+", "-")
 
     def product(self) -> Node:
-        left, place = self.unary(), self.place
-        while sign := self.take("*", "/"):
-            left = self.binary(sign, left, self.unary(), place)
+        return self.from_left(self.unary, "*", "/")
+
+    def from_left(self, operand: Callable[[], Node], *signs: str) -> Node:
+        left, place = operand(), self.place
+        while sign := self.take(*signs):
+            left = self.binary(sign, left, operand(), place)
             place = self.place
         return left
 

@@ -11,6 +11,7 @@ from transformers.models.arcee.modeling_arcee import ArceeRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from bench.huggingface import widths
 from model.decoder import Decoder
 
 # What transformers calls the elementwise part of each arm.
@@ -33,17 +34,10 @@ def same_in_transformers(decoder: Decoder, arm: str) -> torch.nn.Module:
     gated = shape.ffn_matrices == 3
     kind = Qwen3ForCausalLM if shape.qk_norm else LlamaForCausalLM if gated else ArceeForCausalLM
     settings = {LlamaForCausalLM: LlamaConfig, ArceeForCausalLM: ArceeConfig, Qwen3ForCausalLM: Qwen3Config}[kind](
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.d_model,
-        intermediate_size=shape.d_ff,
-        num_hidden_layers=shape.n_layers,
-        num_attention_heads=shape.n_heads,
-        num_key_value_heads=shape.n_kv_heads,
-        head_dim=shape.head_dim,
+        **widths(shape),
         hidden_act=HF_ACTIVATION[arm],
         rms_norm_eps=decoder.norm.eps,
         rope_parameters={"rope_type": "default", "rope_theta": decoder.layers[0].attention.rotary.theta},
-        tie_word_embeddings=shape.tied,
         attn_implementation="sdpa",
     )
     model = kind(settings).double()
