@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -30,27 +32,28 @@ def report(tmp_path):
     folder.close()
 
 
-@pytest.fixture
-def full_disk():
-    """Return a function that lets no file grow any more (beyond `size`), until the test ends or it is called without one."""
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Let no file of this process grow beyond 10 bytes. It ends inside the test: pytest's own output may be a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    limit = lambda size=before[0]: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # noqa: E731
-    yield limit
-    limit()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def steps(report: Report) -> list[int]:
     return [json.loads(line)["step"] for line in (report.folder.path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_lines_wait_for_room_and_the_warning_comes_once(report, full_disk, capsys):
+def test_lines_wait_for_room_and_the_warning_comes_once(report, capsys):
     report.event("started")
-    full_disk(10)
-    for report.step in (1, 2, 3):
-        report.event("saved")
-    report.samples(["a text that does not fit"])
+    with full_disk():
+        for report.step in (1, 2, 3):
+            report.event("saved")
+        report.samples(["a text that does not fit"])
     assert steps(report) == [0]
-    full_disk()
     report.step = 4
     report.event("saved")
     assert steps(report) == [0, 1, 2, 3, 4]
@@ -59,18 +62,18 @@ def test_lines_wait_for_room_and_the_warning_comes_once(report, full_disk, capsy
     assert out.count("warning: samples.txt could not be written") == 1
 
 
-def test_lines_that_still_wait_are_written_at_the_end(report, full_disk):
-    full_disk(10)
-    report.event("started")
-    full_disk()
+def test_lines_that_still_wait_are_written_at_the_end(report):
+    with full_disk():
+        report.event("started")
+    assert steps(report) == []
     assert report.close({"status": "finished"})
     assert steps(report) == [0]
     assert report.folder.read_summary() == {"status": "finished"}
 
 
-def test_an_end_that_cannot_be_written_is_told(report, full_disk, capsys):
-    full_disk(10)
-    assert not report.close({"status": "finished"})
+def test_an_end_that_cannot_be_written_is_told(report, capsys):
+    with full_disk():
+        assert not report.close({"status": "finished"})
     assert "warning: the end of the run could not be written" in capsys.readouterr().out
     assert report.folder.read_summary() == {}
 
