@@ -198,7 +198,9 @@ def test_workers_end_with_a_killed_parent(corpus, python):
 @pytest.mark.parametrize("whom", ["kill(os.getpid()", "killpg(os.getpgid(0)"], ids=["the process", "Ctrl-C"])
 def test_an_interrupt_ends_cleanly_and_leaves_what_is_finished(corpus, python, whom):
     command = script(corpus, DIE_AFTER_TWO.format(call=f"{whom}, signal.SIGINT)")).splitlines()
-    command[-1] = f"from conf.load import run_command\nrun_command(lambda argv: {command[-1]})"
+    # A shell's background job, such as these tests may be, is born deaf to Ctrl-C.
+    hears = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    command[-1] = f"from conf.load import run_command\n{hears}\nrun_command(lambda argv: {command[-1]})"
     process = python("\n".join(command))
     _, complaint = process.communicate(timeout=60)
     assert (process.returncode, complaint) == (130, "interrupted\n")
