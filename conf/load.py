@@ -23,7 +23,7 @@ from conf.errors import UserError, unknown
 from conf.schema import GROUPS, Config
 
 FOLDER = Path(__file__).resolve().parent
-FREE_FORM = ("data.parts",)  # dictionaries whose keys are the user's own
+FREE_FORM = ("data.parts", "ffn.parameters")  # dictionaries whose keys are the user's own
 PLAIN_TEXT = (
     "ffn.formula",
     "data.path",
@@ -216,7 +216,7 @@ def _prepare(word: str, program: str) -> str:
             raise unknown(key, value, choices(key))
         return f"{key}='{value}'"  # quoted: a bare `zero=1` would reach Hydra as a number
     if any(key == name or key.startswith(name + ".") for name in FREE_FORM):
-        return f"+{key}={value}"
+        return f"++{key}={value}"
     known = {name: kind for name, kind, _ in keys()}
     if key not in known:
         inside = [name for name in known if name.endswith("." + key)]

@@ -24,7 +24,10 @@ class FFNConfig:
 
     name: str = key("swiglu", "name of the arm, used in the name of the run")
     formula: str = key("silu(gate) * up", "of x (ungated, 2 matrices), or of gate and up (gated, 3 matrices)")
-    backend: str = key("auto", "what computes it: auto | reference")
+    parameters: Any = key(
+        {}, "of the formula, by name: a number is fixed, {init: 0.25, share: layer | channel} is learned"
+    )
+    backend: str = key("auto", "what computes it: auto | reference | c")
 
 
 @dataclass

@@ -16,7 +16,7 @@ from conf.schema import Config
 from kernels.formula import FormulaError, parse
 
 _CHOICES = {
-    "ffn.backend": ("auto", "reference"),
+    "ffn.backend": ("auto", "reference", "c"),
     "model.attention": ("auto", "flash", "sdpa", "flex", "blocks"),
     "optim.name": ("adamw",),
     "schedule.name": ("cosine", "linear", "wsd"),
@@ -135,7 +135,7 @@ def _check_formula(config: Config) -> None:
     if not config.ffn.formula:
         raise UserError("ffn=custom needs its formula: add ffn.formula='x*sigmoid(1.702*x)', or one of gate and up")
     try:
-        parse(config.ffn.formula)
+        parse(config.ffn.formula, config.ffn.parameters)
     except FormulaError as error:
         raise UserError(f"ffn.formula is refused: {error}") from error
 

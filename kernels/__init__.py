@@ -4,37 +4,39 @@
     f = activation("silu(gate) * up")
     h = f(pre)                       # pre (..., 2, d_ff), gate first -> h (..., d_ff)
 
-What lives here: the grammar of formulas (`formula.py`, which does not need torch) and the backends that compute them
-(`reference.py`: plain torch operations, any floating dtype, any device). What does not: layers, configuration, training.
+What lives here: the grammar of formulas (`formula.py`, which does not need torch), their derivatives and the programs that
+backends print (`symbolic.py`, `program.py`), what is refused because it cannot be computed safely (`safety.py`), and the
+backends: plain torch (`reference.py`) and C (`c.py`). What does not: layers, configuration, training.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kernels.formula import Formula, FormulaError, parse
+from kernels.formula import Formula, FormulaError, Learned, parse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from kernels.reference import Activation
+    from kernels.elementwise import Activation
 
-__all__ = ["BACKENDS", "Formula", "FormulaError", "activation", "parse"]
+__all__ = ["BACKENDS", "Formula", "FormulaError", "Learned", "activation", "parse"]
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "c")
 
 
-def activation(formula: str, parameters: Mapping[str, object] | None = None, backend: str = "auto") -> Activation:
+def activation(formula: str, parameters: Mapping[str, Any] | None = None, backend: str = "auto") -> Activation:
     """Return the function of pre-activations that `formula` describes.
 
     Args:
         formula: of `x` (ungated), or of `gate` and `up` (gated), and of `parameters` by name.
-        parameters: the names that the caller will pass as keyword tensors, broadcastable to (..., d_ff).
-        backend: one of `BACKENDS`; "auto" is the fastest that this build has.
+        parameters: a number for each one that is fixed, {init: ..., share: layer | channel} for each one that is learned.
+        backend: one of `BACKENDS`; "auto" is the fastest that the tensor's device and dtype have.
 
     Returns:
         A callable: `f(pre, **learned) -> h`, with `pre` (..., d_ff), or (..., 2, d_ff) for a gated formula (gate first),
-        and `h` (..., d_ff) of the same dtype. Differentiable in `pre` and in the parameters.
+        a keyword for each learned parameter, of shape (1,) or (d_ff,), and `h` (..., d_ff) of the dtype of `pre`.
+        Differentiable in `pre` and in the learned parameters.
 
     Raises:
         FormulaError: the formula is refused; the message points at the place.
@@ -42,6 +44,9 @@ def activation(formula: str, parameters: Mapping[str, object] | None = None, bac
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown kernel backend {backend!r}: choose from {', '.join(BACKENDS)}")
-    from kernels.reference import Activation
+    parsed = parse(formula, parameters)
+    from kernels.elementwise import Activation
+    from kernels.safety import check_domains
 
-    return Activation(parse(formula, tuple(parameters or ())))
+    check_domains(parsed)
+    return Activation(parsed, backend)

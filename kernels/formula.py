@@ -16,7 +16,8 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 FUNCTIONS = {  # name: number of arguments
     **dict.fromkeys(
@@ -62,12 +63,25 @@ class Node:
 
 
 @dataclasses.dataclass(frozen=True)
+class Learned:
+    """A learned parameter of a formula: its value at the start, and whether a layer has one of it or each channel its own."""
+
+    init: float
+    share: str = "layer"  # or "channel"
+
+
+@dataclasses.dataclass(frozen=True)
 class Formula:
-    """A checked formula. `symbols` are the pre-activations and parameters that it uses."""
+    """A checked formula. `symbols` are the pre-activations and parameters that it uses.
+
+    `learned` has the parameters that training changes, in the order in which they were given; `fixed` those that are numbers.
+    """
 
     text: str
     tree: Node
     symbols: frozenset[str]
+    learned: dict[str, Learned] = dataclasses.field(default_factory=dict)
+    fixed: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def gated(self) -> bool:
@@ -75,27 +89,31 @@ class Formula:
         return "x" not in self.symbols
 
     @property
+    def pre_activations(self) -> tuple[str, ...]:
+        """The names of the pre-activations: ("x",) or ("gate", "up")."""
+        return ("gate", "up") if self.gated else ("x",)
+
+    @property
     def matrices(self) -> int:
         """Matrices of d_model x d_ff in a layer with this formula."""
         return 3 if self.gated else 2
 
 
-def parse(text: str, parameters: tuple[str, ...] = ()) -> Formula:
+def parse(text: str, parameters: Mapping[str, Any] | None = None) -> Formula:
     """Parse and check `text`.
 
     Args:
         text: the formula, at most `LONGEST` characters.
-        parameters: names that it may use beside the pre-activations `x`, or `gate` and `up`.
+        parameters: names that it may use beside the pre-activations `x`, or `gate` and `up`. A number is fixed; a mapping
+            {init: 0.25, share: layer} is learned, one for the layer or (share: channel) one for each of the d_ff channels.
 
     Raises:
         FormulaError: what is wrong and where.
     """
     if len(text) > LONGEST:
         raise FormulaError(f"the formula has {len(text):,} characters; at most {LONGEST:,} are read", text, LONGEST)
-    for name in parameters:
-        if name in PRE_ACTIVATIONS or name in FUNCTIONS or name in CONSTANTS or not name.isidentifier():
-            raise FormulaError(f"a parameter cannot be named {name!r}: that name is taken or is no name", text, 0)
-    parser = _Parser(text, parameters)
+    given = {name: _parameter(text, name, value) for name, value in (parameters or {}).items()}
+    parser = _Parser(text, tuple(given))
     tree = parser.expression()
     if parser.kind != "end":
         raise parser.error(f"unexpected {parser.word!r}")
@@ -114,7 +132,32 @@ def parse(text: str, parameters: tuple[str, ...] = ()) -> Formula:
         raise FormulaError(
             f"a gated formula uses gate and up, and {missing} is missing: write an ungated one of x", text, 0
         )
-    return Formula(text, tree, symbols)
+    for name in given:
+        if name not in symbols:
+            raise FormulaError(f"the parameter {name!r} does not stand in the formula", text, 0)
+    learned = {name: value for name, value in given.items() if isinstance(value, Learned)}
+    fixed = {name: value for name, value in given.items() if isinstance(value, float)}
+    return Formula(text, tree, symbols, learned, fixed)
+
+
+def _parameter(text: str, name: str, value: Any) -> float | Learned:
+    """Check one entry of `parameters`."""
+    found = re.search(rf"\b{re.escape(str(name))}\b", text)
+    place = found.start() if found else 0
+    if not isinstance(name, str) or not (name.isascii() and name.isidentifier()):
+        raise FormulaError(f"a parameter cannot be named {name!r}: that is no name", text, place)
+    if name in PRE_ACTIVATIONS or name in FUNCTIONS or name in CONSTANTS or name == "dh":
+        raise FormulaError(f"a parameter cannot be named {name!r}: that name is taken", text, place)
+    settings = {"init": value, "share": None} if not isinstance(value, Mapping) else {"share": "layer", **value}
+    if settings.keys() != {"init", "share"}:
+        said = ", ".join(map(str, value)) or "nothing"
+        raise FormulaError(f"the learned parameter {name!r} takes init and share, and {said} was given", text, place)
+    number, share = settings["init"], settings["share"]
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+        raise FormulaError(f"the parameter {name!r} must be a finite number, not {number!r}", text, place)
+    if share not in (None, "layer", "channel"):
+        raise FormulaError(f"the parameter {name!r} is shared by layer or by channel, not {share!r}", text, place)
+    return Learned(float(number), share) if share else float(number)
 
 
 class _Parser:

@@ -1,83 +1,101 @@
-"""The reference backend: a formula evaluated with plain torch operations, differentiated by autograd.
+"""The reference backend: a formula's programs run with plain torch operations.
 
-Any floating dtype (float64 included) and any device. It is what every other backend is judged against.
+Any floating dtype and any device. It computes in fp32 at least and rounds once, as the fused backends do; in float64 it is what
+all of them are judged against.
 """
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.formula import Formula, Node
+from kernels.program import Program, run
+from kernels.symbolic import Compiled
 
-_OPERATORS: dict[str, Callable[..., Tensor]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": lambda a, b: a * b if a.ndim else b * a,  # torch rounds a number on the left to bf16, on the right it does not
-    "/": operator.truediv,
-    "**": operator.pow,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-    "negate": operator.neg,
-}
+_BLOCK = 1 << 16  # elements: what a block's intermediate results need stays in a core's cache
 
 
-_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+def forward(compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
+    """Return h (..., F) of pre (..., F), or (..., 2, F) if gated; `learned` in the formula's order, (1,) or (F,) each."""
+    names = compiled.formula.pre_activations
+    rows = _rows(pre, len(names))
+    h = torch.empty((rows.shape[0], rows.shape[-1]), dtype=pre.dtype, device=pre.device)
+    for block in _blocks(rows):
+        h[block] = _run(compiled.forward, compiled, rows[block], learned)["h"]
+    return h.view(_h_shape(pre, len(names)))
+
+
+def backward(
+    compiled: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Return the gradient of pre, h again if asked, and the gradients of the learned parameters (fp32 or wider)."""
+    names = compiled.formula.pre_activations
+    rows, dh = _rows(pre, len(names)), dh.reshape(-1, dh.shape[-1])
+    dpre = torch.empty(rows.shape, dtype=pre.dtype, device=pre.device)
+    h = torch.empty_like(dh) if with_h else None
+    wide = _wide(pre.dtype)
+    dlearned = [torch.zeros(tensor.shape, dtype=wide, device=pre.device) for tensor in learned]
+    program = compiled.backward_with_h if with_h else compiled.backward
+    for block in _blocks(rows):
+        results = _run(program, compiled, rows[block], learned, dh[block].to(wide))
+        for i, name in enumerate(names):
+            dpre[block].select(1, i).copy_(results[f"d{name}"])
+        if h is not None:
+            h[block] = results["h"]
+        for total, name in zip(dlearned, compiled.formula.learned, strict=True):
+            partial = torch.broadcast_to(results[f"d{name}"], dh[block].shape)
+            total += partial.sum(0) if total.numel() > 1 else partial.sum()
+    return dpre.view(pre.shape), None if h is None else h.view(_h_shape(pre, len(names))), dlearned
+
+
+def _run(
+    program: Program, compiled: Compiled, rows: Tensor, learned: Sequence[Tensor], dh: Tensor | None = None
+) -> dict:
+    wide = _wide(rows.dtype)
+    values: dict[str, Any] = {
+        name: rows.select(1, i).to(wide) for i, name in enumerate(compiled.formula.pre_activations)
+    }
+    values |= {name: tensor.to(wide) for name, tensor in zip(compiled.formula.learned, learned, strict=True)}
+    values["dh"] = dh
+    number = lambda value: torch.tensor(value, dtype=wide, device=rows.device)  # noqa: E731
+    return run(program, {**_OPERATIONS, "number": number}, values)
+
+
+def _rows(pre: Tensor, count: int) -> Tensor:
+    """View pre as (rows, pre-activations, F)."""
+    return pre.reshape(math.prod(pre.shape[: -1 if count == 1 else -2]), count, pre.shape[-1])
+
+
+def _blocks(rows: Tensor) -> list[slice]:
+    """Cut the rows into blocks: of a size that stays in the cache on a CPU, one on other devices."""
+    count = rows.shape[0]
+    size = max(1, _BLOCK // max(1, rows.shape[-1])) if rows.device.type == "cpu" else max(1, count)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _h_shape(pre: Tensor, count: int) -> torch.Size:
+    return pre.shape if count == 1 else pre.shape[:-2] + pre.shape[-1:]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+_OPERATIONS: dict[str, Callable[..., Tensor]] = {
     **{
         name: getattr(torch, name)
-        for name in ("abs", "sign", "sqrt", "exp", "expm1", "log", "log1p", "sigmoid", "tanh")
+        for name in ("add", "sub", "mul", "div", "neg", "abs", "sign", "sqrt", "exp", "expm1")
     },
-    **{name: getattr(torch, name) for name in ("sin", "cos", "atan", "erf", "where")},
-    "softplus": functools.partial(F.softplus, threshold=40.0),  # linear above; torch's own 20 errs by 2e-9 there
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "max": torch.maximum,
-    "min": torch.minimum,
-    "clip": torch.clamp,
+    **{
+        name: getattr(torch, name)
+        for name in ("log", "log1p", "sigmoid", "tanh", "sin", "cos", "atan", "erf", "gt", "ge")
+    },
+    "softplus": lambda x: F.softplus(x, threshold=40.0),  # linear above; torch's own 20 errs by 2e-9 there
+    **{"max": torch.maximum, "min": torch.minimum, "select": torch.where},
+    "keep_nan": lambda value, source: torch.where(torch.isnan(source), source, value),
 }
-
-
-class Activation:
-    """`h = f(pre, **learned)`; see `kernels.activation`."""
-
-    def __init__(self, formula: Formula) -> None:
-        self.formula = formula
-
-    def __call__(self, pre: Tensor, **learned: Tensor) -> Tensor:
-        """Compute h (..., d_ff) of `pre`, which is (..., d_ff), or (..., 2, d_ff) for a gated formula (gate first)."""
-        if self.formula.gated:
-            if pre.ndim < 2 or pre.shape[-2] != 2:
-                raise ValueError(f"a gated formula takes pre-activations (..., 2, d_ff), not {tuple(pre.shape)}")
-            gate, up = pre.unbind(
-                -2
-            )  # whose backward stacks the two gradients; that of indexing would add two padded ones
-            values = {"gate": gate, "up": up, **learned}
-        else:
-            values = {"x": pre, **learned}
-        return _evaluate(self.formula.tree, values, pre.dtype).to(pre.dtype)
-
-    def __repr__(self) -> str:
-        return f"Activation({self.formula.text!r}, backend='reference')"
-
-
-def _evaluate(node: Node, values: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    if node.kind == "number":
-        # Without dimensions, so that it takes part in every operation and decides no dtype.
-        return torch.tensor(float(node.value), dtype=torch.float64)
-    if node.kind == "symbol":
-        return values[str(node.value)]
-    function = _FUNCTIONS[str(node.value)] if node.kind == "call" else _OPERATORS[node.kind]
-    arguments = [_evaluate(argument, values, dtype) for argument in node.arguments]
-    if node.value == "where" and arguments[0].ndim and not arguments[1].ndim + arguments[2].ndim:
-        # A choice between two numbers has the condition's shape, so their dtype would decide that of the result.
-        arguments[1:] = [number.to(torch.promote_types(dtype, torch.float32)) for number in arguments[1:]]
-    return function(*arguments)

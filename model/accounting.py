@@ -38,7 +38,7 @@ def shape_of(config: Config, tokenizer_size: int | None = None) -> Shape:
         config: the run's configuration.
         tokenizer_size: pieces of the tokenizer; None before it exists, then `tokenizer.vocab_size` stands for it.
     """
-    model, formula = config.model, parse(config.ffn.formula)
+    model, formula = config.model, parse(config.ffn.formula, config.ffn.parameters)
     pieces = config.tokenizer.vocab_size if tokenizer_size is None else tokenizer_size
     return Shape(
         d_model=model.d_model,

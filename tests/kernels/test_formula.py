@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from kernels.formula import CONSTANTS, DEEPEST, FUNCTIONS, LONGEST, MOST_OPERATIONS, FormulaError, Node, parse
+from kernels.formula import CONSTANTS, DEEPEST, FUNCTIONS, LONGEST, MOST_OPERATIONS, FormulaError, Learned, Node, parse
 
 
 def shown(node: Node) -> str:
@@ -64,10 +66,39 @@ def test_its_symbols_say_how_many_matrices_a_layer_has(text, symbols, gated, mat
 
 
 def test_parameters_are_known_by_name():
-    assert parse("where(x > 0, x, slope * x)", ("slope", "unused")).symbols == {"x", "slope"}
-    for name in ("x", "gate", "silu", "pi", "2a", "a b", ""):
-        with pytest.raises(FormulaError, match="a parameter cannot be named"):
-            parse("x", (name,))
+    formula = parse("where(x > 0, a*x, slope * x)", {"slope": {"init": 0.25}, "a": 2})
+    assert formula.symbols == {"x", "slope", "a"}
+    assert (formula.learned, formula.fixed) == ({"slope": Learned(0.25, "layer")}, {"a": 2.0})
+    assert parse("b * x", {"b": {"init": 1, "share": "channel"}}).learned == {"b": Learned(1.0, "channel")}
+
+
+@pytest.mark.parametrize(
+    ("text", "parameters", "reason", "place"),
+    [
+        ("x", {"x": 1}, "a parameter cannot be named 'x': that name is taken", 0),
+        ("up*gate", {"gate": 1}, "that name is taken", 3),
+        ("x*silu(x)", {"silu": 1}, "that name is taken", 2),
+        ("x*pi", {"pi": 3}, "that name is taken", 2),
+        ("x", {"dh": 3}, "that name is taken", 0),
+        ("x", {"2a": 3}, "that is no name", 0),
+        ("x", {"": 3}, "that is no name", 0),
+        ("x", {"é": 3}, "that is no name", 0),
+        ("x", {3: 3}, "that is no name", 0),
+        ("x + b*x", {"b": "1"}, "the parameter 'b' must be a finite number, not '1'", 4),
+        ("x + b*x", {"b": True}, "must be a finite number, not True", 4),
+        ("x + b*x", {"b": None}, "must be a finite number, not None", 4),
+        ("x + b*x", {"b": float("nan")}, "must be a finite number, not nan", 4),
+        ("x + b*x", {"b": {"init": "one"}}, "must be a finite number, not 'one'", 4),
+        ("x + b*x", {"b": {"init": 1, "share": "row"}}, "is shared by layer or by channel, not 'row'", 4),
+        ("x + b*x", {"b": {"share": "layer"}}, "takes init and share, and share was given", 4),
+        ("x + b*x", {"b": {"init": 1, "decay": 0}}, "takes init and share, and init, decay was given", 4),
+        ("x", {"b": 1}, "the parameter 'b' does not stand in the formula", 0),
+    ],
+)
+def test_what_is_no_parameter_is_refused(text, parameters, reason, place):
+    with pytest.raises(FormulaError, match=re.escape(reason)) as caught:
+        parse(text, parameters)
+    assert caught.value.place == place
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,115 @@
+"""The differentiable function that a formula describes, over whichever backend computes it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import ops, reference
+from kernels.formula import Formula
+from kernels.symbolic import Compiled, compile_formula
+
+
+class Activation:
+    """`h = f(pre, **learned)`; see `kernels.activation`."""
+
+    def __init__(self, formula: Formula, backend: str) -> None:
+        self.formula, self.backend = formula, backend
+        learned = {name: {"init": p.init, "share": p.share} for name, p in formula.learned.items()}
+        self.key = ops.key_of(formula.text, {**formula.fixed, **learned}, backend)
+
+    @functools.cached_property
+    def compiled(self) -> Compiled:
+        return compile_formula(self.formula)
+
+    def __call__(self, pre: Tensor, **learned: Tensor) -> Tensor:
+        """Compute h (..., d_ff) of `pre`, which is (..., d_ff), or (..., 2, d_ff) for a gated formula (gate first)."""
+        self.check(pre)
+        if learned.keys() != self.formula.learned.keys():
+            raise TypeError(f"{self!r} takes {list(self.formula.learned)} as keywords, not {list(learned)}")
+        if not _plain(pre):
+            return torch.ops.formula_ffn.forward(pre, [learned[name] for name in self.formula.learned], self.key)
+        return _Elementwise.apply(self, pre, *(learned[name] for name in self.formula.learned))
+
+    def check(self, pre: Tensor) -> None:
+        """Refuse pre-activations of another shape or kind than the formula's.
+
+        Raises:
+            ValueError: a gated formula without an axis of 2.
+            TypeError: not a floating dtype.
+        """
+        if self.formula.gated and (pre.ndim < 2 or pre.shape[-2] != 2):
+            raise ValueError(f"a gated formula takes pre-activations (..., 2, d_ff), not {tuple(pre.shape)}")
+        if not pre.is_floating_point():
+            raise TypeError(f"pre-activations are floating-point numbers, not {pre.dtype}")
+
+    def forward(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
+        """Compute h without recording a gradient; `learned` in the formula's order."""
+        if _plain(pre):
+            return self.compute(pre, learned)
+        return torch.ops.formula_ffn.forward(pre, list(learned), self.key)
+
+    def backward(
+        self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool = False
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Compute the gradients of `pre` and of `learned` from that of h, all in one pass.
+
+        Returns:
+            The gradient of `pre` in one packed buffer, h again if asked for, and the gradient of each learned parameter.
+        """
+        if _plain(pre):
+            return self.compute_backward(pre, dh, learned, with_h)
+        dpre, *rest = torch.ops.formula_ffn.backward(pre, dh, list(learned), self.key, with_h)
+        return dpre, rest.pop(0) if with_h else None, rest
+
+    def compute(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
+        """`forward`, by the backend itself."""
+        return self._backend(pre).forward(self.compiled, pre.contiguous(), learned)
+
+    def compute_backward(
+        self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """`backward`, by the backend itself."""
+        return self._backend(pre).backward(self.compiled, pre.contiguous(), dh.contiguous(), learned, with_h)
+
+    def _backend(self, pre: Tensor) -> ModuleType | Any:
+        if self.backend != "reference":
+            from kernels import c
+
+            if c.serves(pre):
+                library = c.library(self.compiled)
+                if library is not None:
+                    return library
+            elif self.backend == "c":
+                raise ValueError(f"the C backend computes fp32 and bf16 on a CPU, not {pre.dtype} on {pre.device.type}")
+        return reference
+
+    def __repr__(self) -> str:
+        return f"Activation({self.formula.text!r}, backend={self.backend!r})"
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor has data of its own here and now: not while torch.compile traces, and no FakeTensor or DTensor."""
+    return not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+class _Elementwise(torch.autograd.Function):
+    """The activation alone: keeps the pre-activations, and computes all gradients from them in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: Activation, pre: Tensor, *learned: Tensor) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(pre, *learned)
+        return activation.forward(pre, learned)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        pre, *learned = ctx.saved_tensors
+        dpre, _, dlearned = ctx.activation.backward(pre, dh, learned)
+        return None, dpre, *(d.to(p.dtype) for d, p in zip(dlearned, learned, strict=True))

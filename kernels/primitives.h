@@ -1,0 +1,227 @@
+// The functions of the grammar in 32-bit arithmetic, as straight-line code that a compiler can vectorise: no branch, no call,
+// no table. Polynomials are minimax fits (relative error of the fit below 2^-27); tests hold every function to its error in ulp.
+// NaN comes out as NaN: -ffinite-math-only and its like must never be given.
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#define LANES 16
+#elif defined __AVX__
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+typedef float f32;
+typedef uint16_t bf16;
+typedef float V __attribute__((vector_size(4 * LANES)));
+typedef int32_t I __attribute__((vector_size(4 * LANES)));
+typedef uint32_t U __attribute__((vector_size(4 * LANES)));
+typedef uint16_t H __attribute__((vector_size(2 * LANES)));
+
+#define PRAGMA(text) _Pragma(#text)
+#ifdef _OPENMP
+#define PARALLEL_FOR(work) PRAGMA(omp parallel for schedule(static) if ((work) > 1 << 15))
+#else
+#define PARALLEL_FOR(work)
+#endif
+
+// Tiles of a row, in an order that any number of threads can share.
+#define TILE_WIDTH 4096
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE V number(float x) { return x - (V){}; }
+INLINE V k_select(I condition, V a, V b) { return (V)(((I)a & condition) | ((I)b & ~condition)); }
+INLINE V copysign_(V a, V b) { return (V)(((I)a & 0x7fffffff) | ((I)b & (I)(number(-0.0f)))); }
+
+INLINE V load_f32(const f32 *p) {
+    V x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+INLINE void store_f32(f32 *p, V x) { memcpy(p, &x, sizeof x); }
+INLINE void add_f32(f32 *p, V x) { store_f32(p, load_f32(p) + x); }
+INLINE V load_bf16(const bf16 *p) {
+    H h;
+    memcpy(&h, p, sizeof h);
+    return (V)(__builtin_convertvector(h, U) << 16);
+}
+INLINE void store_bf16(bf16 *p, V x) {  // to the nearest, ties to even; a NaN stays one
+#ifdef __AVX512BF16__
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)x);
+#else
+    const U u = (U)x, rounded = u + 0x7fff + ((u >> 16) & 1);
+    const H h = __builtin_convertvector((U)k_select(x != x, (V)(u | 0x400000), (V)rounded) >> 16, H);
+#endif
+    memcpy(p, &h, sizeof h);
+}
+INLINE float sum(V x) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+}
+
+static inline void add_up(float *total, const float *partial, int64_t size, int64_t blocks, int64_t space) {
+    for (int64_t i = 0; i < size; i++) {
+        double s = 0;
+        for (int64_t block = 0; block < blocks; block++) s += partial[block * space + i];
+        total[i] = s;
+    }
+}
+
+INLINE V k_max(V a, V b) { return k_select((a > b) | (a != a), a, b); }
+INLINE V k_min(V a, V b) { return k_select((a < b) | (a != a), a, b); }
+INLINE V k_keep_nan(V value, V source) { return k_select(source != source, source, value); }
+INLINE V k_abs(V x) { return (V)((I)x & 0x7fffffff); }
+INLINE V k_sign(V x) { return k_select(x > 0.0f, number(1.0f), k_select(x < 0.0f, number(-1.0f), x)); }
+INLINE V k_sqrt(V x) {
+#ifdef __AVX512F__
+    return (V)_mm512_sqrt_ps((__m512)x);
+#else
+    for (int i = 0; i < LANES; i++) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+}
+
+// x = n ln 2 + r with |r| <= ln 2 / 2; adding 1.5 * 2^23 rounds to the nearest integer, which then stands in the low bits.
+#define ROUND 12582912.0f
+INLINE V reduce_exp(V x, V *n) {
+    *n = (x * 0x1.715476p+0f + ROUND) - ROUND;
+    return (x - *n * 0x1.62e4p-1f) - *n * 0x1.7f7d1cp-20f;
+}
+INLINE V expm1_reduced(V r) {
+    V p = number(0.000198458773f);
+    p = p * r + 0.00139406277f;
+    p = p * r + 0.00833338965f;
+    p = p * r + 0.0416663624f;
+    p = p * r + 0.166666657f;
+    p = p * r + 0.5f;
+    return r * r * p + r;
+}
+INLINE V scale(V x, V n) {  // x * 2^n, for n from -300 to 300
+#ifdef __AVX512F__
+    return (V)_mm512_scalef_ps((__m512)x, (__m512)n);
+#else
+    const I whole = __builtin_convertvector(n, I), half = whole >> 1;
+    return x * (V)((half + 127) << 23) * (V)((whole - half + 127) << 23);
+#endif
+}
+INLINE V bounded(V x, float low, float high) {  // NaN stays
+    return k_select(x > high, number(high), k_select(x < low, number(low), x));
+}
+
+INLINE V k_exp(V x) {
+    V n;
+    const V p = expm1_reduced(reduce_exp(bounded(x, -104.0f, 89.0f), &n)) + 1.0f;
+    return scale(p, n);
+}
+INLINE V k_expm1(V x) {
+    V n;
+    const V p = expm1_reduced(reduce_exp(bounded(x, -20.0f, 89.0f), &n));
+    const V half = scale(number(0.5f), n);
+    return 2.0f * (half * p + (half - 0.5f));
+}
+INLINE V k_sigmoid(V x) { return 1.0f / (1.0f + k_exp(-x)); }
+
+INLINE V log_of(V x, V correction) {  // log(x) + correction / x, for x > 0 that is no denormal
+    const I u = (I)x - 0x3f3504f3;  // mantissas from sqrt(1/2) to sqrt(2)
+    const V n = __builtin_convertvector(u >> 23, V);
+    const V f = (V)((u & 0x7fffff) + 0x3f3504f3) - 1.0f;
+    V p = f * 0.0672498196f - 0.11676006f;
+    p = p * f + 0.119009674f;
+    p = p * f - 0.124073468f;
+    p = p * f + 0.142176807f;
+    p = p * f - 0.166676879f;
+    p = p * f + 0.200022206f;
+    p = p * f - 0.250000268f;
+    p = p * f + 0.333333105f;
+    p = p * f - 0.5f;
+    const V low = f * f * p + (n * 0x1.7f7d1cp-20f + correction / x);
+    return n * 0x1.62e4p-1f + (f + low);
+}
+INLINE V log_edges(V x, V y) {  // 0, negative, infinite or NaN: not what log_of makes of it
+    const V edge = k_select(x == 0.0f, number(-__builtin_inff()), k_select(x < 0.0f, number(__builtin_nanf("")), x));
+    return k_select((x > 0.0f) & (x < __builtin_inff()), y, edge);
+}
+INLINE V k_log(V x) {
+    const I small = x < 0x1p-126f;
+    const V y = log_of(k_select(small, x * 0x1p25f, x), number(0.0f));
+    return log_edges(x, k_select(small, y - 25 * 0x1.62e43p-1f, y));
+}
+INLINE V k_log1p(V x) {
+    const V u = 1.0f + x;
+    return k_select(k_abs(x) < 0x1p-24f, x, log_edges(u, log_of(u, x - (u - 1.0f))));
+}
+INLINE V k_softplus(V x) {
+    const V z = k_exp(-k_abs(x)), u = 1.0f + z;
+    return k_select(x < 0.0f, number(0.0f), x) + k_select(z < 0x1p-24f, z, log_of(u, z - (u - 1.0f)));
+}
+
+INLINE V k_tanh(V x) {
+    const V s = x * x, a = k_abs(x);
+    V p = s * -0.00566696795f + 0.0206061676f;
+    p = p * s - 0.0537300035f;
+    p = p * s + 0.133313313f;
+    p = p * s - 0.333332777f;
+    const V large = copysign_(1.0f - 2.0f / (k_exp(2.0f * a) + 1.0f), x);
+    return k_select(a < 0.625f, s * x * p + x, large);
+}
+
+INLINE V k_erf(V x) {
+    const V a = k_abs(x), s = x * x, t = k_select(a > 4.0f, number(4.0f), a);  // erf(4) rounds to 1
+    V p = s * 8.1850907e-05f - 0.000809770252f;
+    p = p * s + 0.0051969518f;
+    p = p * s - 0.0268577058f;
+    p = p * s + 0.112836637f;
+    p = p * s - 0.376126319f;
+    p = p * s + 0.128379166f;
+    V q = t * 1.07633605e-05f - 0.000318061473f;  // -log(1 - erf(t)) / t
+    q = q * t + 0.00362292561f;
+    q = q * t - 0.0237201992f;
+    q = q * t + 0.106187627f;
+    q = q * t + 0.635181487f;
+    q = q * t + 1.12864101f;
+    const V large = copysign_(1.0f - k_exp(-q * t), x);
+    return k_select(x != x, x, k_select(a < 0.95f, p * x + x, large));
+}
+
+INLINE V k_atan(V x) {
+    const V a = k_abs(x), z = k_select(a > 1.0f, 1.0f / a, a), s = z * z;
+    V p = s * 0.00111377181f - 0.00731787179f;
+    p = p * s + 0.0225396883f;
+    p = p * s - 0.0446897298f;
+    p = p * s + 0.0674158186f;
+    p = p * s - 0.0881108493f;
+    p = p * s + 0.110582218f;
+    p = p * s - 0.142798334f;
+    p = p * s + 0.19999671f;
+    p = p * s - 0.333333284f;
+    const V y = s * z * p + z;
+    return copysign_(k_select(a > 1.0f, 0x1.921fb6p+0f - y - 0x1.777a5cp-25f, y), x);
+}
+
+// x = n pi / 2 + r, right for |x| up to 100,000.
+INLINE V reduce_circle(V x, I *n) {
+    const V t = x * 0x1.45f306p-1f + ROUND, whole = t - ROUND;
+    *n = (I)t;
+    return ((x - whole * 0x1.92p+0f) - whole * 0x1.fb4p-12f) - whole * 0x1.4442d2p-24f;
+}
+INLINE V circle(V r, I n) {
+    const V s = r * r;
+    const V sine = s * r * ((s * -0.00019515217f + 0.0083321603f) * s - 0.166666552f) + r;
+    const V cosine = s * s * ((s * 2.44383773e-05f - 0.00138873665f) * s + 0.0416666456f) + (1.0f - 0.5f * s);
+    const V y = k_select((n & 1) != 0, cosine, sine);
+    return k_select((n & 2) != 0, -y, y);
+}
+INLINE V k_sin(V x) {
+    I n;
+    const V r = reduce_circle(x, &n);
+    return circle(r, n);
+}
+INLINE V k_cos(V x) {
+    I n;
+    const V r = reduce_circle(x, &n);
+    return circle(r, n + 1);
+}
