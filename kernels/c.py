@@ -39,6 +39,8 @@ _PRINTED = {
     **{"gt": "{} > {}", "ge": "{} >= {}"},
 }
 
+_SHORT = ("div", "exp", "expm1", "sigmoid", "tanh", "erf")  # have a shorter form that is exact enough for bf16
+
 
 def serves(pre: Tensor) -> bool:
     """Whether tensors of this kind can be computed here."""
@@ -131,11 +133,13 @@ def source(compiled: Compiled) -> str:
 _PRIMITIVES = Path(__file__).with_name("primitives.h")
 
 
-def _body(program: Program, indent: str) -> str:
+def _body(program: Program, dtype: str, indent: str) -> str:
     lines = []
     for line in program.lines:
         printed = [_argument(argument) for argument in line.arguments]
-        if line.operation in _PRINTED:
+        if dtype == "bf16" and line.operation in _SHORT:
+            text = f"k_{line.operation}_bf16({', '.join(printed)})"
+        elif line.operation in _PRINTED:
             text = _PRINTED[line.operation].format(*printed)
         else:
             text = f"k_{line.operation}({', '.join(printed)})"
@@ -210,7 +214,7 @@ static void {name}_tile({", ".join(loop_arguments)}, int64_t n) {{
     for (int64_t c = 0; c < n; c += LANES) {{
 {"".join(f"        const V {s.name} = load_{s.dtype}(r_{s.name} + c);" + chr(10) for s in reads if s.name in program.used)}\
 {"".join(f"        const V {n} = number(p_{n});" + chr(10) for n in scalars if n in program.used)}\
-{_body(program, "        ")}\
+{_body(program, dtype, "        ")}\
 {"".join(f"        store_{s.dtype}(w_{s.name} + c, {_argument(program.outputs[s.name])});" + chr(10) for s in writes)}\
 {"".join(f"        add_f32(w_{s.name} + c, {_argument(program.outputs[s.name])});" + chr(10) for s in totals)}\
 {"".join(f"        sum_{n} += {_argument(program.outputs[f'd{n}'])};" + chr(10) for n in scalars if n in learned)}\

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -77,17 +76,23 @@ class Activation:
         """`backward`, by the backend itself."""
         return self._backend(pre).backward(self.compiled, pre.contiguous(), dh.contiguous(), learned, with_h)
 
-    def _backend(self, pre: Tensor) -> ModuleType | Any:
-        if self.backend != "reference":
-            from kernels import c
+    def _backend(self, pre: Tensor) -> Any:
+        """Return what computes tensors like `pre`: something with the two functions of `reference`."""
+        if self.backend == "reference":
+            return reference
+        from kernels import c
 
-            if c.serves(pre):
-                library = c.library(self.compiled)
-                if library is not None:
-                    return library
-            elif self.backend == "c":
-                raise ValueError(f"the C backend computes fp32 and bf16 on a CPU, not {pre.dtype} on {pre.device.type}")
+        if c.serves(pre):
+            return self._library or reference
+        if self.backend == "c":
+            raise ValueError(f"the C backend computes fp32 and bf16 on a CPU, not {pre.dtype} on {pre.device.type}")
         return reference
+
+    @functools.cached_property
+    def _library(self) -> Any:
+        from kernels import c
+
+        return c.library(self.compiled)
 
     def __repr__(self) -> str:
         return f"Activation({self.formula.text!r}, backend={self.backend!r})"

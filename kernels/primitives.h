@@ -44,6 +44,9 @@ INLINE V load_f32(const f32 *p) {
 INLINE void store_f32(f32 *p, V x) { memcpy(p, &x, sizeof x); }
 INLINE void add_f32(f32 *p, V x) { store_f32(p, load_f32(p) + x); }
 INLINE V load_bf16(const bf16 *p) {
+#ifdef __AVX512F__
+    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#endif
     H h;
     memcpy(&h, p, sizeof h);
     return (V)(__builtin_convertvector(h, U) << 16);
@@ -109,7 +112,11 @@ INLINE V scale(V x, V n) {  // x * 2^n, for n from -300 to 300
 #endif
 }
 INLINE V bounded(V x, float low, float high) {  // NaN stays
+#ifdef __AVX512F__
+    return (V)_mm512_max_ps((__m512)number(low), _mm512_min_ps((__m512)number(high), (__m512)x));
+#else
     return k_select(x > high, number(high), k_select(x < low, number(low), x));
+#endif
 }
 
 INLINE V k_exp(V x) {
@@ -124,6 +131,45 @@ INLINE V k_expm1(V x) {
     return 2.0f * (half * p + (half - 0.5f));
 }
 INLINE V k_sigmoid(V x) { return 1.0f / (1.0f + k_exp(-x)); }
+
+// For tensors in bf16 an error of 2^-17 is as good as none.
+INLINE V k_div_bf16(V a, V b) {
+#ifdef __AVX512F__
+    const __m512 r = _mm512_rcp14_ps((__m512)b), e = _mm512_fnmadd_ps((__m512)b, r, (__m512)number(1.0f));
+    const __mmask16 usual = _mm512_cmp_ps_mask(e, e, _CMP_ORD_Q);  // not 1 / 0, and not 1 / inf
+    return a * (V)_mm512_mask_fmadd_ps(r, usual, e, r);
+#else
+    return a / b;
+#endif
+}
+INLINE V exp_reduced_bf16(V r) {
+    const V p = (r * 0.0412776582f + 0.16753532f) * r + 0.5000512f;
+    return r * r * p + r;
+}
+INLINE V k_exp_bf16(V x) {
+    V n;
+    const V p = exp_reduced_bf16(reduce_exp(bounded(x, -104.0f, 89.0f), &n)) + 1.0f;
+    return scale(p, n);
+}
+INLINE V k_expm1_bf16(V x) {
+    V n;
+    const V p = exp_reduced_bf16(reduce_exp(bounded(x, -20.0f, 89.0f), &n));
+    const V half = scale(number(0.5f), n);
+    return 2.0f * (half * p + (half - 0.5f));
+}
+INLINE V k_sigmoid_bf16(V x) { return k_div_bf16(number(1.0f), 1.0f + k_exp_bf16(-x)); }
+INLINE V k_tanh_bf16(V x) {
+    const V e = k_expm1_bf16(2.0f * x);  // bounded: at 20 tanh has long been 1
+    return k_div_bf16(e, e + 2.0f);
+}
+INLINE V k_erf_bf16(V x) {
+    const V t = bounded(k_abs(x), 0.0f, 4.0f);
+    V q = t * 0.00207670848f - 0.0206537917f;
+    q = q * t + 0.103235126f;
+    q = q * t + 0.636570096f;
+    q = q * t + 1.12837994f;
+    return copysign_(k_expm1_bf16(-q * t), x);
+}
 
 INLINE V log_of(V x, V correction) {  // log(x) + correction / x, for x > 0 that is no denormal
     const I u = (I)x - 0x3f3504f3;  // mantissas from sqrt(1/2) to sqrt(2)
@@ -170,21 +216,16 @@ INLINE V k_tanh(V x) {
 }
 
 INLINE V k_erf(V x) {
-    const V a = k_abs(x), s = x * x, t = k_select(a > 4.0f, number(4.0f), a);  // erf(4) rounds to 1
-    V p = s * 8.1850907e-05f - 0.000809770252f;
-    p = p * s + 0.0051969518f;
-    p = p * s - 0.0268577058f;
-    p = p * s + 0.112836637f;
-    p = p * s - 0.376126319f;
-    p = p * s + 0.128379166f;
-    V q = t * 1.07633605e-05f - 0.000318061473f;  // -log(1 - erf(t)) / t
-    q = q * t + 0.00362292561f;
-    q = q * t - 0.0237201992f;
-    q = q * t + 0.106187627f;
-    q = q * t + 0.635181487f;
-    q = q * t + 1.12864101f;
-    const V large = copysign_(1.0f - k_exp(-q * t), x);
-    return k_select(x != x, x, k_select(a < 0.95f, p * x + x, large));
+    const V t = bounded(k_abs(x), 0.0f, 4.0f);  // erf(4) rounds to 1
+    V q = t * -9.25634868e-06f + 0.000117641976f;  // -log(1 - erf(t)) / t
+    q = q * t - 0.000632839219f;
+    q = q * t + 0.00166703155f;
+    q = q * t - 0.000160399795f;
+    q = q * t - 0.0191530623f;
+    q = q * t + 0.102777831f;
+    q = q * t + 0.636619389f;
+    q = q * t + 1.12837923f;
+    return copysign_(k_expm1(-q * t), x);
 }
 
 INLINE V k_atan(V x) {
