@@ -27,6 +27,15 @@ class FFNConfig:
     parameters: Any = key(
         {}, "of the formula, by name: a number is fixed, {init: 0.25, share: layer | channel} is learned"
     )
+    save: str = key(
+        "packed", "kept for backward beside the layer's input: packed (pre-activations) | everything | input"
+    )
+    init_scale: Optional[float] = key(
+        None, "of the initial down projection; null: what gives every arm the initial output of swiglu"
+    )
+    per_layer: Any = key(
+        {}, "other arms for some layers: {0: relu2, layers_4_7: {arm: geglu}, last: {parameters: {limit: 5}}}"
+    )
     backend: str = key("auto", "what computes it: auto | reference | c")
 
 

@@ -45,8 +45,8 @@ def activation(formula: str, parameters: Mapping[str, Any] | None = None, backen
     if backend not in BACKENDS:
         raise ValueError(f"unknown kernel backend {backend!r}: choose from {', '.join(BACKENDS)}")
     parsed = parse(formula, parameters)
+    from kernels.domains import check_domains
     from kernels.elementwise import Activation
-    from kernels.safety import check_domains
 
     check_domains(parsed)
     return Activation(parsed, backend)

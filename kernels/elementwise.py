@@ -47,6 +47,16 @@ class Activation:
         if not pre.is_floating_point():
             raise TypeError(f"pre-activations are floating-point numbers, not {pre.dtype}")
 
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Differentiate the formula and build its kernels now, not at the first call.
+
+        Raises:
+            FormulaError: it overflows where its value is moderate.
+            ValueError: the backend cannot compute this dtype on this device.
+        """
+        assert self.compiled
+        self._backend(torch.empty(0, dtype=dtype, device=device))
+
     def forward(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """Compute h without recording a gradient; `learned` in the formula's order."""
         if _plain(pre):
