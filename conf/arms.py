@@ -12,8 +12,8 @@ from conf.errors import UserError, unknown
 from conf.load import FOLDER, choices
 from conf.schema import Config, FFNConfig
 
-_OF_AN_ARM = ("name", "formula", "parameters", "init_scale")  # what conf/ffn/<arm>.yaml says
-_CHANGEABLE = ("arm", "formula", "parameters", "init_scale", "save")
+_OF_AN_ARM = ("name", "formula", "parameters", "init_scale", "from_output")  # what conf/ffn/<arm>.yaml says
+_CHANGEABLE = ("arm", "formula", "parameters", "from_output", "init_scale", "save")
 
 
 def layer_arms(config: Config) -> list[FFNConfig]:
@@ -65,7 +65,7 @@ def _changed(base: FFNConfig, change: Any, key: str) -> FFNConfig:
     if "arm" in change:
         base = dataclasses.replace(base, **_arm(str(change.pop("arm"))))
     if "formula" in change:
-        base = dataclasses.replace(base, name="custom", parameters={})
+        base = dataclasses.replace(base, name="custom", parameters={}, from_output="")
     if isinstance(change.get("parameters"), dict):
         change["parameters"] = {**base.parameters, **change["parameters"]}
     return dataclasses.replace(base, **change)
@@ -75,4 +75,9 @@ def _arm(name: str) -> dict[str, Any]:
     if name not in choices("ffn"):
         raise unknown("arm", name, choices("ffn"))
     stored: Any = OmegaConf.to_container(OmegaConf.load(FOLDER / "ffn" / f"{name}.yaml"))
-    return {"parameters": {}, "init_scale": None, **{key: stored[key] for key in _OF_AN_ARM if key in stored}}
+    return {
+        "parameters": {},
+        "init_scale": None,
+        "from_output": "",
+        **{key: stored[key] for key in _OF_AN_ARM if key in stored},
+    }

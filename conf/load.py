@@ -26,6 +26,7 @@ FOLDER = Path(__file__).resolve().parent
 FREE_FORM = ("data.parts", "ffn.parameters", "ffn.per_layer")  # dictionaries whose keys are the user's own
 PLAIN_TEXT = (
     "ffn.formula",
+    "ffn.from_output",
     "data.path",
     "tokenizer.path",
     "run",

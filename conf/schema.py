@@ -27,8 +27,9 @@ class FFNConfig:
     parameters: Any = key(
         {}, "of the formula, by name: a number is fixed, {init: 0.25, share: layer | channel} is learned"
     )
+    from_output: str = key("", "the derivative as a formula of the output h, where it is one: for save=output")
     save: str = key(
-        "packed", "kept for backward beside the layer's input: packed (pre-activations) | everything | input"
+        "packed", "kept for backward beside the layer's input: packed (pre-activations) | output | everything | input"
     )
     init_scale: Optional[float] = key(
         None, "of the initial down projection; null: what gives every arm the initial output of swiglu"

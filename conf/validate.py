@@ -18,7 +18,7 @@ from kernels.domains import check_domains
 from kernels.formula import FormulaError, parse
 
 _CHOICES = {
-    "ffn.save": ("packed", "everything", "input"),
+    "ffn.save": ("packed", "output", "everything", "input"),
     "ffn.backend": ("auto", "reference", "c"),
     "model.attention": ("auto", "flash", "sdpa", "flex", "blocks"),
     "optim.name": ("adamw",),
@@ -152,10 +152,15 @@ def _check_formulas(config: Config) -> None:
         if arm.init_scale is not None and not 0 <= arm.init_scale < math.inf:
             raise UserError(f"ffn.init_scale={arm.init_scale} must be a finite number that is not negative")
         try:
-            formula = parse(arm.formula, arm.parameters)
+            formula = parse(arm.formula, arm.parameters, arm.from_output)
             check_domains(formula)
         except FormulaError as error:
             raise UserError(f"{key} is refused: {error}") from error
+        if arm.save == "output" and not arm.from_output:
+            raise UserError(
+                f"ffn.save=output: the derivative of ffn={arm.name} is not known as a function of its output "
+                "(ffn.from_output says it, as a formula of h); ffn.save=packed keeps as little for ungated arms"
+            )
 
 
 def _check_model(config: Config) -> None:

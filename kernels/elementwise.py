@@ -76,6 +76,10 @@ class Activation:
         dpre, *rest = torch.ops.formula_ffn.backward(pre, dh, list(learned), self.key, with_h)
         return dpre, rest.pop(0) if with_h else None, rest
 
+    def backward_from_output(self, h: Tensor, dh: Tensor) -> Tensor:
+        """Compute the gradient of the pre-activation from the output; for formulas that were given `from_output`."""
+        return self._backend(h).backward_from_output(self.compiled, h.contiguous(), dh.contiguous())
+
     def compute(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """`forward`, by the backend itself."""
         return self._backend(pre).forward(self.compiled, pre.contiguous(), learned)

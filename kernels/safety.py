@@ -57,6 +57,26 @@ def _check_points(
             )
 
 
+def check_from_output(formula: Formula, forward: Program, backward: Program, from_output: Program) -> None:
+    """Refuse a derivative of the output that is not the derivative: compared on the grid, in 64-bit arithmetic.
+
+    Raises:
+        FormulaError: says where it differs.
+    """
+    x = np.concatenate([np.linspace(-10, 10, 401), np.array(_GRID)])
+    with np.errstate(all="ignore"):
+        (h,) = run(forward, NUMPY, {"x": x}).values()
+        (slope,) = run(backward, NUMPY, {"x": x, "dh": np.float64(1)}).values()
+        (found,) = run(from_output, NUMPY, {from_output.inputs[0]: h, "dh": np.float64(1)}).values()
+    found, slope = np.broadcast_to(found, x.shape), np.broadcast_to(slope, x.shape)
+    wrong = ~(np.abs(found - slope) <= 1e-5 * (1 + np.abs(slope)))
+    if wrong.any():
+        index = int(np.flatnonzero(wrong)[0])
+        what = f"at x = {x[index]:g} it gives {found[index]:g}, and the derivative is {slope[index]:g}"
+        assert formula.from_output is not None
+        raise FormulaError(f"from_output is not the derivative of {formula.text}: {what}", formula.from_output[0], 0)
+
+
 def loses_nan(formula: Formula, forward: Program) -> list[str]:
     """Return the pre-activations whose NaN the program would turn into a number, as where(x > 0, 1, 0) does."""
     lost = []

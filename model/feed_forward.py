@@ -4,6 +4,7 @@ Autograd would keep what every operation has read: four times the hidden width f
 and `ffn.save` says what it keeps between forward and backward, beside the layer's input and the weights:
 
     packed      the pre-activations, as the up projection wrote them; h is computed again from them (the default)
+    output      h, where the derivative is a function of it (`from_output` of the arm): nothing is computed again
     everything  the pre-activations and h: nothing is computed again
     input       nothing: the up projection is computed again too
 
@@ -39,7 +40,7 @@ def check_arms(shapes: Sequence[FFNShape], device: torch.device, dtype: torch.dt
     for shape in shapes[:1] + tuple(b for a, b in itertools.pairwise(shapes) if a.arm != b.arm):
         arm = shape.arm
         try:
-            function = activation(arm.formula, arm.parameters, arm.backend)
+            function = activation(arm.formula, arm.parameters, arm.backend, arm.from_output)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 function.prepare(device, dtype)
@@ -58,7 +59,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, arm: FFNConfig, width: int, d_model: int) -> None:
         super().__init__()
-        self.activation = activation(arm.formula, arm.parameters, arm.backend)
+        self.activation = activation(arm.formula, arm.parameters, arm.backend, arm.from_output)
         formula = self.activation.formula
         self.gated, self.save, self.init_scale = formula.gated, arm.save, arm.init_scale
         self.up = nn.Parameter(torch.empty((2, width, d_model) if self.gated else (width, d_model)))  # gate first
@@ -97,7 +98,7 @@ class _FeedForward(torch.autograd.Function):
         pre = _project(x, up)
         h = activation.forward(pre, learned)
         ctx.activation, ctx.save = activation, save
-        kept = {"packed": (pre,), "everything": (pre, h), "input": ()}[save]
+        kept = {"packed": (pre,), "output": (h,), "everything": (pre, h), "input": ()}[save]
         ctx.save_for_backward(x, up, down, *learned, *kept)
         ctx.learned = len(learned)
         return F.linear(h, down)
@@ -107,13 +108,16 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, up, down, *rest = ctx.saved_tensors
         learned, kept = rest[: ctx.learned], rest[ctx.learned :]
-        pre = kept[0] if kept else _project(x, up)
-        h = kept[1] if len(kept) > 1 else None
+        h = kept[-1] if ctx.save in ("output", "everything") else None
         flat = gradient.reshape(-1, gradient.shape[-1])
         dh = (flat @ down).view(*gradient.shape[:-1], down.shape[1])
         need_down = ctx.needs_input_grad[4]
-        dpre, again, dlearned = ctx.activation.backward(pre, dh, learned, with_h=h is None and need_down)
-        h = again if h is None else h
+        if ctx.save == "output":
+            dpre, dlearned = ctx.activation.backward_from_output(h, dh), []
+        else:
+            pre = kept[0] if kept else _project(x, up)
+            dpre, again, dlearned = ctx.activation.backward(pre, dh, learned, with_h=h is None and need_down)
+            h = again if h is None else h
         d_down = flat.T @ h.reshape(len(flat), -1) if need_down else None
         packed = dpre.reshape(len(flat), -1)
         d_up = (packed.T @ x.reshape(len(flat), -1)).view(up.shape) if ctx.needs_input_grad[3] else None

@@ -66,7 +66,7 @@ def test_every_number_has_its_range(name):
 
 NAMES = {
     "ffn.backend": KERNEL_BACKENDS,
-    "ffn.save": ("packed", "everything", "input"),
+    "ffn.save": ("packed", "output", "everything", "input"),
     "model.attention": ATTENTION_BACKENDS,
     "optim.name": ("adamw",),
     "schedule.name": ("cosine", "linear", "wsd"),
@@ -79,7 +79,14 @@ NAMES = {
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_a_name_is_one_of_those_that_the_rooms_know(name):
-    needs = {"data.path": "x", "tokenizer.path": "x", "optim.clip": 0.0, "data.parts": {"a": {"path": "x"}}}
+    needs = {
+        "ffn.formula": "tanh(x)",
+        "ffn.from_output": "1 - h**2",
+        "data.path": "x",
+        "tokenizer.path": "x",
+        "optim.clip": 0.0,
+        "data.parts": {"a": {"path": "x"}},
+    }
     for choice in NAMES[name]:
         validate(changed(needs | {name: choice}), 1)
     assert f"unknown {name} 'nonsense': " in refusal({name: "nonsense"})

@@ -285,3 +285,33 @@ def test_extreme_pre_activations_stay_finite(formula):
     h.sum().backward()
     assert h.isfinite().all()
     assert pre.grad.isfinite().all()
+
+
+OUTPUT_ARMS = [path.stem for path in sorted(FFN.glob("*.yaml")) if "from_output" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("arm", OUTPUT_ARMS)
+def test_the_gradient_from_the_output_is_the_gradient(arm):
+    stored = yaml.safe_load((FFN / f"{arm}.yaml").read_text(encoding="utf-8"))
+    function = activation(stored["formula"], stored.get("parameters"), from_output=stored["from_output"])
+    pre = pre_activations(arm)
+    dh = torch.randn(pre.shape, dtype=torch.float64)
+    expected, _, _ = function.backward(pre, dh, [])
+    found = function.backward_from_output(function.forward(pre, []), dh)
+    # 1 - h^2 of an h near 1 keeps the absolute precision of h, not the relative one.
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("formula", "from_output", "reason"),
+    [
+        ("tanh(x)", "1 - h", "is not the derivative of tanh(x): at x = -10 it gives 2"),
+        ("gelu(x)", "h", "is not the derivative of gelu(x)"),
+        ("tanh(x)", "1 - x", "is a formula of h and of fixed parameters alone"),
+        ("tanh(x)", "1 - k", "unknown symbol 'k'"),
+        ("gate * up", "h", "is for ungated formulas that learn nothing"),
+    ],
+)
+def test_a_derivative_of_the_output_that_is_none_is_refused(formula, from_output, reason):
+    with pytest.raises(FormulaError, match=re.escape(reason)):
+        assert activation(formula, from_output=from_output).compiled

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,14 +40,15 @@ def written_out(ffn: FeedForward, x: Tensor) -> Tensor:
 
 ARMS = {
     "swiglu": {"formula": "silu(gate) * up"},
-    "relu2": {"formula": "relu(x)**2"},
+    "relu2": {"formula": "relu(x)**2", "from_output": "2*sqrt(h)"},
     "prelu": {"formula": "where(x > 0, x, slope * x)", "parameters": {"slope": {"init": 0.25, "share": "channel"}}},
     "swish": {"formula": "x * sigmoid(beta * x)", "parameters": {"beta": {"init": 1.5}}},
 }
 
 
-@pytest.mark.parametrize("save", ["packed", "everything", "input"])
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize(
+    ("arm", "save"), [("relu2", "output"), *itertools.product(ARMS, ["packed", "everything", "input"])]
+)
 def test_the_gradients_are_those_of_the_layer_written_out(arm, save):
     ffn = layer(save=save, **ARMS[arm])
     x = torch.randn(2, TOKENS, D, dtype=torch.float64, requires_grad=True)
@@ -112,6 +115,7 @@ def saved_bytes(function, x: Tensor, weights: list[Tensor]) -> int:
         ("swiglu", "everything", 3),
         ("swiglu", "input", 0),
         ("relu2", "packed", 1),
+        ("relu2", "output", 1),
         ("relu2", "everything", 2),
         ("relu2", "input", 0),
     ],
