@@ -217,15 +217,15 @@ INLINE V k_tanh(V x) {
 
 INLINE V k_erf(V x) {
     const V t = bounded(k_abs(x), 0.0f, 4.0f);  // erf(4) rounds to 1
-    V q = t * -9.25634868e-06f + 0.000117641976f;  // -log(1 - erf(t)) / t
-    q = q * t - 0.000632839219f;
-    q = q * t + 0.00166703155f;
-    q = q * t - 0.000160399795f;
-    q = q * t - 0.0191530623f;
-    q = q * t + 0.102777831f;
-    q = q * t + 0.636619389f;
-    q = q * t + 1.12837923f;
-    return copysign_(k_expm1(-q * t), x);
+    V q = t * -9.3410863e-06f + 0.000118428878f;  // (-log(1 - erf(t)) / t - 2 / sqrt(pi)) / t
+    q = q * t - 0.000635767879f;
+    q = q * t + 0.00167265185f;
+    q = q * t - 0.000166357931f;
+    q = q * t - 0.0191495959f;
+    q = q * t + 0.102776803f;
+    q = q * t + 0.636619508f;
+    q = q * t - 0x1.f7ac92p-25f;  // 2 / sqrt(pi) in two parts: near 0 it is all there is, and its rounding would show
+    return copysign_(k_expm1(-(q * t + t * 0x1.20dd76p+0f)), x);
 }
 
 INLINE V k_atan(V x) {
@@ -247,7 +247,8 @@ INLINE V k_atan(V x) {
 INLINE V reduce_circle(V x, I *n) {
     const V t = x * 0x1.45f306p-1f + ROUND, whole = t - ROUND;
     *n = (I)t;
-    return ((x - whole * 0x1.92p+0f) - whole * 0x1.fb4p-12f) - whole * 0x1.4442d2p-24f;
+    const V r = ((x - whole * 0x1.92p+0f) - whole * 0x1.fb4p-12f) - whole * 0x1.4442d2p-24f;
+    return r + whole * 0x1.ee59dap-50f;
 }
 INLINE V circle(V r, I n) {
     const V s = r * r;
