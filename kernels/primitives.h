@@ -159,7 +159,7 @@ INLINE V k_expm1_bf16(V x) {
 }
 INLINE V k_sigmoid_bf16(V x) { return k_div_bf16(number(1.0f), 1.0f + k_exp_bf16(-x)); }
 INLINE V k_tanh_bf16(V x) {
-    const V e = k_expm1_bf16(2.0f * x);  // bounded: at 20 tanh has long been 1
+    const V e = k_expm1_bf16(bounded(2.0f * x, -20.0f, 20.0f));  // there tanh has long been 1; inf / inf would be NaN
     return k_div_bf16(e, e + 2.0f);
 }
 INLINE V k_erf_bf16(V x) {

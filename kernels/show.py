@@ -138,7 +138,7 @@ def written(expression: sympy.Expr) -> str:
         def _print_power(self, node: Any) -> str:
             return f"({self._print(node.args[0])})**{self._print(node.args[1])}"
 
-    long = [number for number in expression.atoms(sympy.Rational) if number.q > 10]
+    long = [number for number in expression.atoms(sympy.Rational) if number.q > 4]
     with distribute(False):
         short = {n: sympy.sign(n) * sympy.Symbol(f"{abs(float(n)):.6g}", positive=True) for n in long}
         return Printer().doprint(expression.xreplace(short))
