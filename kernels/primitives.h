@@ -239,8 +239,9 @@ INLINE V k_atan(V x) {
     p = p * s - 0.142798334f;
     p = p * s + 0.19999671f;
     p = p * s - 0.333333284f;
-    const V y = s * z * p + z;
-    return copysign_(k_select(a > 1.0f, 0x1.921fb6p+0f - y - 0x1.777a5cp-25f, y), x);
+    // pi / 2 - y beyond 1; the low part of pi / 2 goes where it is not rounded at the size of the result.
+    const V y = (s * z * p + k_select(a > 1.0f, number(0x1.777a5cp-25f), number(0.0f))) + z;
+    return copysign_(k_select(a > 1.0f, 0x1.921fb6p+0f - y, y), x);
 }
 
 // x = n pi / 2 + r, right for |x| up to 100,000.

@@ -82,9 +82,10 @@ def test_a_parameter_of_a_layer_and_one_of_each_channel_are_different_kernels():
         assert_is_right(function, *inputs(function, 5, 7))
 
 
+@pytest.mark.parametrize("backend", ["c", "reference"])
 @pytest.mark.parametrize("which", ALL)
-def test_no_rows_and_no_columns(which):
-    function = activation(*which, backend="c")
+def test_no_rows_and_no_columns(which, backend):
+    function = activation(*which, backend=backend)
     for rows, width in ((0, 8), (3, 0), (0, 0)):
         h, dpre, again, *dlearned = everything(function, *inputs(function, rows, width))
         assert (h.shape, again.shape, dpre.shape[-1]) == ((rows, width), (rows, width), width)
