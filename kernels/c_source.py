@@ -22,7 +22,15 @@ _OPERATORS = {
     **{"add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "neg": "-{}"},
     **{"gt": "{} > {}", "ge": "{} >= {}"},
 }
-_SHORT = ("div", "exp", "expm1", "sigmoid", "tanh", "erf")  # have a shorter form that is exact enough for bf16
+_SHORT = (
+    "div",
+    "exp",
+    "expm1",
+    "sigmoid",
+    "complement",
+    "tanh",
+    "erf",
+)  # have a shorter form that is exact enough for bf16
 
 
 def source(compiled: Compiled) -> str:
@@ -44,8 +52,9 @@ def source(compiled: Compiled) -> str:
 
 
 def body(program: Program, dtype: str = "f32") -> str:
-    """Return the lines of a program, for one vector of elements."""
-    return _lines(_line(line, dtype) for line in program.lines)
+    """Return the lines of a program, for one vector of elements, and its results under their names."""
+    results = (f"{name} = {_argument(value)};" for name, value in program.outputs.items())
+    return _lines([*(_line(line, dtype) for line in program.lines), *results])
 
 
 @dataclasses.dataclass(frozen=True)

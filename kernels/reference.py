@@ -35,7 +35,8 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Return the gradient of pre, h again if asked, and the gradients of the learned parameters (fp32 or wider)."""
     names = compiled.formula.pre_activations
-    rows, dh = _rows(pre, len(names)), dh.reshape(-1, dh.shape[-1])
+    rows = _rows(pre, len(names))
+    dh = dh.reshape(rows.shape[0], rows.shape[-1])  # no -1: a width may be 0
     dpre = torch.empty(rows.shape, dtype=pre.dtype, device=pre.device)
     h = torch.empty_like(dh) if with_h else None
     wide = _wide(pre.dtype)
@@ -110,5 +111,6 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     },
     "softplus": lambda x: F.softplus(x, threshold=40.0),  # linear above; torch's own 20 errs by 2e-9 there
     **{"max": torch.maximum, "min": torch.minimum, "select": torch.where},
+    "complement": lambda _, u: torch.sigmoid(-u),
     "keep_nan": lambda value, source: torch.where(torch.isnan(source), source, value),
 }

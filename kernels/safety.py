@@ -126,6 +126,7 @@ NUMPY: dict[str, Callable[..., Any]] = {
     },
     **{"atan": np.arctan, "erf": _erf, "softplus": _softplus, "sigmoid": lambda x: 1 / (1 + np.exp(-x))},
     "keep_nan": lambda value, source: np.where(np.isnan(source), source, value),
+    "complement": lambda _, u: 1 / (1 + np.exp(u)),
 }
 _TREE = {  # the same, by the names of the grammar
     **{name: NUMPY[name] for name in ("abs", "sign", "sqrt", "exp", "expm1", "log", "log1p", "sigmoid", "tanh", "sin")},
@@ -153,6 +154,7 @@ def _mpmath() -> dict[str, Callable[..., Any]]:
         **{"div": lambda a, b: mpmath.mpf(a) / b if b else mpmath.nan, "neg": lambda a: -a, "abs": abs},
         **{"gt": lambda a, b: a > b, "ge": lambda a, b: a >= b, "select": lambda c, a, b: a if c else b},
         **{"max": max, "min": min, "keep_nan": lambda a, _: a},
+        "complement": lambda _, u: 1 / (1 + mpmath.exp(u)),
         "log": lambda a: mpmath.log(a) if a else -mpmath.inf,
         "sigmoid": lambda a: 1 / (1 + mpmath.exp(-a)),
         "softplus": lambda a: mpmath.log1p(mpmath.exp(a)),

@@ -54,7 +54,13 @@ class sqrt(Primitive):
 
 
 class sigmoid(Primitive):
-    slope = staticmethod(lambda u: sigmoid(u) * (1 - sigmoid(u)))
+    slope = staticmethod(lambda u: sigmoid(u) * complement(u))
+
+
+class complement(Primitive):
+    """1 - sigmoid(u), without the cancellation that the difference has for a large u."""
+
+    slope = staticmethod(lambda u: -sigmoid(u) * complement(u))
 
 
 class tanh(Primitive):
@@ -256,11 +262,8 @@ class Compiled:
 
 def compile_formula(formula: Formula) -> Compiled:
     """Differentiate a formula and lower it to programs."""
-    key = (
-        formula.text,
-        *map(tuple, (formula.fixed.items(), formula.learned)),
-        formula.from_output and formula.from_output[0],
-    )
+    from_output = formula.from_output and formula.from_output[0]
+    key = (formula.text, *map(tuple, (formula.fixed.items(), formula.learned.items())), from_output)
     if key not in _compiled:
         _compiled[key] = _compile(formula)
     return _compiled[key]
