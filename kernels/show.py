@@ -132,6 +132,9 @@ def written(expression: sympy.Expr) -> str:
             a, b, c, d = map(self._print, node.args)
             return f"where({a} >= {b}, {c}, {d})"
 
+        def _print_complement(self, node: Any) -> str:
+            return f"(1 - sigmoid({self._print(node.args[0])}))"
+
         def _print_step(self, node: Any) -> str:
             return f"where({self._print(node.args[0])} > 0, 1, 0)"
 
