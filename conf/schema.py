@@ -27,7 +27,7 @@ class FFNConfig:
     parameters: Any = key(
         {}, "of the formula, by name: a number is fixed, {init: 0.25, share: layer | channel} is learned"
     )
-    backend: str = key("auto", "what computes it: auto | reference | c")
+    backend: str = key("auto", "what computes it: auto | reference | c | triton")
 
 
 @dataclass

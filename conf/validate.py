@@ -16,7 +16,7 @@ from conf.schema import Config
 from kernels.formula import FormulaError, parse
 
 _CHOICES = {
-    "ffn.backend": ("auto", "reference", "c"),
+    "ffn.backend": ("auto", "reference", "c", "triton"),
     "model.attention": ("auto", "flash", "sdpa", "flex", "blocks"),
     "optim.name": ("adamw",),
     "schedule.name": ("cosine", "linear", "wsd"),

@@ -20,7 +20,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.cache import folder
 from kernels.program import Argument, Program
 from kernels.symbolic import Compiled
 
@@ -298,25 +298,12 @@ def build(text: str) -> ctypes.CDLL:
         raise FileNotFoundError("there is no C compiler (cc, gcc or clang)")
     identity = "\n".join((text, compiler, _version(compiler), _cpu(), *_FLAGS))
     name = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-    folder = _cache()
-    path = folder / f"{name}.so"
-    with _locked(folder / f"{name}.lock"):
+    kept = folder()
+    path = kept / f"{name}.so"
+    with _locked(kept / f"{name}.lock"):
         if not _intact(path):
             _compile(compiler, text, path)
     return ctypes.CDLL(str(path))
-
-
-@functools.lru_cache(maxsize=1)
-def _cache() -> Path:
-    """Return the folder of built libraries: the user's cache, or one of this process where that cannot be written."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(home, "formula-ffn", "kernels")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="formula-ffn-kernels-"))
 
 
 @contextlib.contextmanager
