@@ -251,7 +251,7 @@ class Compiled:
 
 def compile_formula(formula: Formula) -> Compiled:
     """Differentiate a formula and lower it to programs."""
-    key = (formula.text, tuple(formula.fixed.items()), tuple(formula.learned))
+    key = (formula.text, tuple(formula.fixed.items()), tuple(formula.learned.items()))
     if key not in _compiled:
         _compiled[key] = _compile(formula)
     return _compiled[key]

@@ -90,8 +90,8 @@ def expm1(x, PRECISE: tl.constexpr):
         half = power_of_two(n - 1)
         result = 2.0 * (half * expm1_reduced(r) + (half - 0.5))  # half: 2**128 is no fp32
     else:
-        series = x * (((x * 0.0416666667 + 0.166666667) * x + 0.5) * x + 1.0)
-        result = tl.where(tl.abs(x) < 0.0625, series, tl.exp(x) - 1.0)
+        series = x * ((x * 0.166666667 + 0.5) * x + 1.0)  # the next term is x**3 / 24 of it
+        result = tl.where(tl.abs(x) < 0.015625, series, tl.exp(x) - 1.0)
     return result
 
 
@@ -152,8 +152,8 @@ def softplus(x, PRECISE: tl.constexpr):
         f = tl.where(large, z * 0.5 - 0.5, z)
         y = f * f * log1p_reduced(f) + f + tl.where(large, 0.6931471805599453, 0.0)
     else:
-        series = z * (((z * -0.25 + 0.333333333) * z - 0.5) * z + 1.0)
-        y = tl.where(z < 0.0625, series, tl.log(1.0 + z))
+        series = z * ((z * 0.333333333 - 0.5) * z + 1.0)  # the next term is z**3 / 4 of it
+        y = tl.where(z < 0.03125, series, tl.log(1.0 + z))
     return maximum(x, 0.0) + y
 
 
@@ -168,8 +168,8 @@ def tanh(x, PRECISE: tl.constexpr):
         large = with_sign(1.0 - 2.0 / (exp(2.0 * tl.abs(x), True) + 1.0), x)
         result = tl.where(tl.abs(x) < 0.625, s * x * p + x, large)
     else:
-        series = x * ((s * 0.133333333 - 0.333333333) * s + 1.0)
-        result = tl.where(tl.abs(x) < 0.125, series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+        series = x * (s * -0.333333333 + 1.0)  # the next term is 2 / 15 x**4 of it
+        result = tl.where(tl.abs(x) < 0.03125, series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
     return result
 
 
@@ -191,7 +191,7 @@ def erf(x, PRECISE: tl.constexpr):
         q = q * t + 0.103235126
         q = q * t + 0.636570096
         q = q * t + 1.12837994
-        series = x * (x * x * -0.376126389 + 1.12837917)
+        series = x * (x * x * -0.376126389 + 1.12837917)  # the next term is x**4 / 10 of it
         result = tl.where(t < 0.0625, series, with_sign(1.0 - tl.exp(q * t * -1.0), x))
     return result
 
