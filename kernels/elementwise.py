@@ -87,6 +87,7 @@ class Activation:
                 return self._kernels
             if self.backend == "triton":
                 raise triton_backend.refusal(pre)
+            triton_backend.warn_if_missing()
         from kernels import c
 
         if c.serves(pre):

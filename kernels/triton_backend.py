@@ -20,6 +20,7 @@ import importlib.util
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -67,6 +68,16 @@ def refusal(pre: Tensor) -> Exception:
     if interpreted():
         return ValueError(f"under TRITON_INTERPRET=1 the Triton backend computes float32, not {kind}")
     return ValueError(f"the Triton backend computes float32, bfloat16 and float16 on an NVIDIA GPU, not {kind}")
+
+
+@functools.lru_cache(maxsize=1)
+def warn_if_missing() -> None:
+    """Say once a process that a GPU is used without Triton."""
+    if not installed():
+        warnings.warn(
+            "no Triton kernels, the slower reference backend computes the activation instead: pip install triton",
+            stacklevel=2,
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------- running

@@ -342,6 +342,10 @@ def test_without_triton_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(triton_backend, "installed", lambda: False)
     with pytest.raises(ImportError, match="needs the package triton, which is not installed: pip install triton"):
         activation("relu(x)", backend="triton")(torch.zeros(3))
+    triton_backend.warn_if_missing.cache_clear()
+    with pytest.warns(UserWarning, match="the slower reference backend computes the activation instead"):
+        triton_backend.warn_if_missing()
+    triton_backend.warn_if_missing.cache_clear()
 
 
 def test_a_damaged_file_is_written_again(tmp_path, monkeypatch):
