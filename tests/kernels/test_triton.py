@@ -234,8 +234,8 @@ def check_through_activation(name: str) -> None:
         torch.testing.assert_close(triton, plain, rtol=1e-5, atol=1e-5)
 
 
-def check_far_offsets() -> None:
-    """The last row of tensors of more than 2**31 elements, which are nowhere but at their ends."""
+def check_far_offsets() -> str | None:
+    """The last row of tensors of more than 2**31 elements, which hold memory nowhere but at their ends."""
     import mmap
 
     from triton.runtime import interpreter
@@ -258,6 +258,7 @@ def check_far_offsets() -> None:
         del interpreter.range
     assert torch.equal(h[-1], pre[-1].relu())
     assert not h[:2].any()
+    return None
 
 
 def check_refusals() -> None:
@@ -321,7 +322,8 @@ def test_inputs_of_any_layout_and_of_no_rows(interpreter, name):
 
 
 def test_offsets_beyond_32_bits(interpreter):
-    interpreter.submit(check_far_offsets).result()
+    if reason := interpreter.submit(check_far_offsets).result():
+        pytest.skip(reason)
 
 
 def test_what_the_interpreter_cannot_compute_is_refused(interpreter):
