@@ -19,37 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.formulas import formulas
 from kernels import activation, triton_backend
+from kernels.eager import plain
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ((8192, 5632), (16384, 2816), (32768, 8192))  # tokens, d_ff
 ODD_WIDTHS = (1, 7, 8, 127, 1030, 5624)
 ROUNDS, CALLS = 15, 4  # a round times each method in turn, so many calls at once
-
-# What somebody would write in torch: functions of the pre-activations, then of the learned parameters.
-EAGER: dict[str, Callable[..., Tensor]] = {
-    "bilinear": lambda gate, up: gate * up,
-    "geglu": lambda gate, up: F.gelu(gate) * up,
-    "gelu": F.gelu,
-    "glu": lambda gate, up: torch.sigmoid(gate) * up,
-    "reglu": lambda gate, up: F.relu(gate) * up,
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "silu": F.silu,
-    "swiglu": lambda gate, up: F.silu(gate) * up,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "xielu": lambda x, ap, an: (
-        torch.where(x > 0, F.softplus(ap) * x**2, F.softplus(an) * (torch.expm1(x) - x)) + 0.5 * x
-    ),
-    "situ": lambda gate, up: 4 * torch.tanh(gate / 4) * torch.sigmoid(gate) * 25 * torch.tanh(up / 25),
-    "mish": F.mish,
-    "prelu": lambda x, slope: torch.where(x > 0, x, slope * x),
-    "prelu_channel": lambda x, slope: torch.where(x > 0, x, slope * x),
-}
 
 
 @dataclasses.dataclass
@@ -80,12 +59,8 @@ class Case:
     def function(self) -> Any:
         return activation(*formulas()[self.name], "triton")
 
-    @property
-    def parts(self) -> int:
-        return self.pre.ndim - 1
-
     def eager(self, pre: Tensor, **learned: Tensor) -> Tensor:
-        return EAGER[self.name](*(pre.unbind(-2) if self.parts == 2 else [pre]), *learned.values())
+        return plain(self.function.formula)(pre, **learned)
 
     def double(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return h, the gradient of pre and those of the learned parameters in float64."""
@@ -128,16 +103,16 @@ def check(case: Case) -> dict[str, Any]:
     alone, _, repeated = case.function.backward(case.pre, case.dh, values)
     pre = case.pre.clone().requires_grad_()
     learned = {name: value.to(pre.dtype).requires_grad_() for name, value in case.learned.items()}
-    plain = case.eager(pre, **learned)
-    plain_dpre = torch.autograd.grad(plain, pre, case.dh)[0]
+    eager = case.eager(pre, **learned)
+    eager_dpre = torch.autograd.grad(eager, pre, case.dh)[0]
     return {
         "formula": case.name,
         "dtype": str(pre.dtype).removeprefix("torch."),
         "shape": list(pre.shape),
         "h": error(ours, h),
-        "h_eager": error(plain, h),
+        "h_eager": error(eager, h),
         "dpre": error(ours_dpre, dpre),
-        "dpre_eager": error(plain_dpre, dpre),
+        "dpre_eager": error(eager_dpre, dpre),
         "learned": max((error(a, b) for a, b in zip(ours_dlearned, dlearned, strict=True)), default=0.0),
         "not_finite": sum(int((~each.isfinite()).sum()) for each in (ours, ours_dpre, *ours_dlearned)),
         # The same numbers from both kernels of backward and from forward, but for how the compiler fuses products and sums.

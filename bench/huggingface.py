@@ -12,7 +12,7 @@ def widths(shape: Shape) -> dict[str, Any]:
     return {
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.d_model,
-        "intermediate_size": shape.d_ff,
+        "intermediate_size": shape.ffn[0].d_ff,
         "num_hidden_layers": shape.n_layers,
         "num_attention_heads": shape.n_heads,
         "num_key_value_heads": shape.n_kv_heads,

@@ -34,7 +34,7 @@ class Kernel:
     name: str  # forward, backward or backward_with_h
     registers: int  # a thread
     spilled: int  # bytes of local memory a thread
-    loads: int  # bits of the narrowest load from global memory, but for parameters of the layer; 128 is the widest there is
+    loads: int  # bits of the narrowest load from global memory, but for parameters of the layer; 128 is the widest; 0: none
     stores: int
     budget: float  # instructions an element
     instructions: float  # an element
@@ -108,7 +108,7 @@ def _read(name: str, cubin: bytes, compiled: Compiled, dtype: torch.dtype) -> Ke
         name,
         registers=int(resources["REG"]),
         spilled=int(resources["STACK"]) + int(resources["LOCAL"]),
-        loads=_bits(body, "LDG")[scalars],
+        loads=next(iter(_bits(body, "LDG")[scalars:]), 0),
         stores=_bits(body, "STG")[0],
         budget=moved * dtype.itemsize * BUDGET,
         instructions=len(body) / elements,

@@ -23,9 +23,10 @@ from conf.errors import UserError, unknown
 from conf.schema import GROUPS, Config
 
 FOLDER = Path(__file__).resolve().parent
-FREE_FORM = ("data.parts", "ffn.parameters")  # dictionaries whose keys are the user's own
+FREE_FORM = ("data.parts", "ffn.parameters", "ffn.per_layer")  # dictionaries whose keys are the user's own
 PLAIN_TEXT = (
     "ffn.formula",
+    "ffn.from_output",
     "data.path",
     "tokenizer.path",
     "run",

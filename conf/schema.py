@@ -27,6 +27,16 @@ class FFNConfig:
     parameters: Any = key(
         {}, "of the formula, by name: a number is fixed, {init: 0.25, share: layer | channel} is learned"
     )
+    from_output: str = key("", "the derivative as a formula of the output h, where it is one: for save=output")
+    save: str = key(
+        "packed", "kept for backward beside the layer's input: packed (pre-activations) | output | everything | input"
+    )
+    init_scale: Optional[float] = key(
+        None, "of the initial down projection; null: what gives every arm the initial output of swiglu"
+    )
+    per_layer: Any = key(
+        {}, "other arms for some layers: {0: relu2, layers_4_7: {arm: geglu}, last: {parameters: {limit: 5}}}"
+    )
     backend: str = key("auto", "what computes it: auto | reference | c | triton")
 
 

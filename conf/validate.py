@@ -10,12 +10,15 @@ import dataclasses
 import math
 from typing import Any
 
+from conf.arms import layer_arms
 from conf.errors import UserError, unknown
 from conf.load import NOT_IN_NAME, flatten, to_dict
 from conf.schema import Config
+from kernels.domains import check_domains
 from kernels.formula import FormulaError, parse
 
 _CHOICES = {
+    "ffn.save": ("packed", "output", "everything", "input"),
     "ffn.backend": ("auto", "reference", "c", "triton"),
     "model.attention": ("auto", "flash", "sdpa", "flex", "blocks"),
     "optim.name": ("adamw",),
@@ -54,7 +57,15 @@ _SHARES = ("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1",
 NOT_LEARNED = (
     *NOT_IN_NAME,
     *("steps", "tokens", "eval_every", "eval_tokens", "save_every", "keep_last", "log_every"),
-    *("sample_every", "sample_tokens", "prompts", "model.activation_checkpointing", "model.attention", "ffn.backend"),
+    *(
+        "sample_every",
+        "sample_tokens",
+        "prompts",
+        "model.activation_checkpointing",
+        "model.attention",
+        "ffn.backend",
+        "ffn.save",
+    ),
 )
 
 
@@ -83,7 +94,7 @@ def validate(config: Config, world_size: int) -> Batch:
     """
     values = flatten(to_dict(config))
     _check_values(values)
-    _check_formula(config)
+    _check_formulas(config)
     _check_model(config)
     _check_optimizer(config)
     return _check_batch(config, world_size)
@@ -131,13 +142,25 @@ def _check_values(values: dict[str, Any]) -> None:
         raise UserError("tokenizer=huggingface needs tokenizer.path=tokenizer.json")
 
 
-def _check_formula(config: Config) -> None:
+def _check_formulas(config: Config) -> None:
     if not config.ffn.formula:
         raise UserError("ffn=custom needs its formula: add ffn.formula='x*sigmoid(1.702*x)', or one of gate and up")
-    try:
-        parse(config.ffn.formula, config.ffn.parameters)
-    except FormulaError as error:
-        raise UserError(f"ffn.formula is refused: {error}") from error
+    for index, arm in enumerate(layer_arms(config)):
+        key = "ffn.formula" if arm == dataclasses.replace(config.ffn, per_layer={}) else f"the arm of layer {index}"
+        if not isinstance(arm.parameters, dict):
+            raise UserError(f"ffn.parameters={arm.parameters!r} must map names to numbers, or to {{init: 0.25}}")
+        if arm.init_scale is not None and not 0 <= arm.init_scale < math.inf:
+            raise UserError(f"ffn.init_scale={arm.init_scale} must be a finite number that is not negative")
+        try:
+            formula = parse(arm.formula, arm.parameters, arm.from_output)
+            check_domains(formula)
+        except FormulaError as error:
+            raise UserError(f"{key} is refused: {error}") from error
+        if arm.save == "output" and not arm.from_output:
+            raise UserError(
+                f"ffn.save=output: the derivative of ffn={arm.name} is not known as a function of its output "
+                "(ffn.from_output says it, as a formula of h); ffn.save=packed keeps as little for ungated arms"
+            )
 
 
 def _check_model(config: Config) -> None:

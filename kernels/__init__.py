@@ -26,13 +26,16 @@ __all__ = ["BACKENDS", "Formula", "FormulaError", "Learned", "activation", "pars
 BACKENDS = ("auto", "reference", "c", "triton")
 
 
-def activation(formula: str, parameters: Mapping[str, Any] | None = None, backend: str = "auto") -> Activation:
+def activation(
+    formula: str, parameters: Mapping[str, Any] | None = None, backend: str = "auto", from_output: str = ""
+) -> Activation:
     """Return the function of pre-activations that `formula` describes.
 
     Args:
         formula: of `x` (ungated), or of `gate` and `up` (gated), and of `parameters` by name.
         parameters: a number for each one that is fixed, {init: ..., share: layer | channel} for each one that is learned.
         backend: one of `BACKENDS`; "auto" is the fastest that the tensor's device and dtype have.
+        from_output: the derivative as a formula of the output `h`, if it is one; checked against the derivative.
 
     Returns:
         A callable: `f(pre, **learned) -> h`, with `pre` (..., d_ff), or (..., 2, d_ff) for a gated formula (gate first),
@@ -45,9 +48,9 @@ def activation(formula: str, parameters: Mapping[str, Any] | None = None, backen
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown kernel backend {backend!r}: choose from {', '.join(BACKENDS)}")
-    parsed = parse(formula, parameters)
+    parsed = parse(formula, parameters, from_output)
+    from kernels.domains import check_domains
     from kernels.elementwise import Activation
-    from kernels.safety import check_domains
 
     check_domains(parsed)
     return Activation(parsed, backend)

@@ -47,6 +47,16 @@ class Activation:
         if not pre.is_floating_point():
             raise TypeError(f"pre-activations are floating-point numbers, not {pre.dtype}")
 
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Differentiate the formula and build its kernels now, not at the first call.
+
+        Raises:
+            FormulaError: it overflows where its value is moderate.
+            ValueError: the backend cannot compute this dtype on this device.
+        """
+        assert self.compiled
+        self._backend(torch.empty(0, dtype=dtype, device=device))
+
     def forward(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """Compute h without recording a gradient; `learned` in the formula's order."""
         if _plain(pre):
@@ -65,6 +75,10 @@ class Activation:
             return self.compute_backward(pre, dh, learned, with_h)
         dpre, *rest = torch.ops.formula_ffn.backward(pre, dh, list(learned), self.key, with_h)
         return dpre, rest.pop(0) if with_h else None, rest
+
+    def backward_from_output(self, h: Tensor, dh: Tensor) -> Tensor:
+        """Compute the gradient of the pre-activation from the output; for formulas that were given `from_output`."""
+        return self._backend(h).backward_from_output(self.compiled, h.contiguous(), dh.contiguous())
 
     def compute(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """`forward`, by the backend itself."""

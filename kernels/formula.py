@@ -82,6 +82,7 @@ class Formula:
     symbols: frozenset[str]
     learned: dict[str, Learned] = dataclasses.field(default_factory=dict)
     fixed: dict[str, float] = dataclasses.field(default_factory=dict)
+    from_output: tuple[str, Node] | None = None  # text and tree of the derivative as a function of h
 
     @property
     def gated(self) -> bool:
@@ -99,13 +100,14 @@ class Formula:
         return 3 if self.gated else 2
 
 
-def parse(text: str, parameters: Mapping[str, Any] | None = None) -> Formula:
+def parse(text: str, parameters: Mapping[str, Any] | None = None, from_output: str = "") -> Formula:
     """Parse and check `text`.
 
     Args:
         text: the formula, at most `LONGEST` characters.
         parameters: names that it may use beside the pre-activations `x`, or `gate` and `up`. A number is fixed; a mapping
             {init: 0.25, share: layer} is learned, one for the layer or (share: channel) one for each of the d_ff channels.
+        from_output: the derivative written as a formula of the output `h`, where it is one: "2*sqrt(h)" for relu(x)**2.
 
     Raises:
         FormulaError: what is wrong and where.
@@ -137,7 +139,23 @@ def parse(text: str, parameters: Mapping[str, Any] | None = None) -> Formula:
             raise FormulaError(f"the parameter {name!r} does not stand in the formula", text, 0)
     learned = {name: value for name, value in given.items() if isinstance(value, Learned)}
     fixed = {name: value for name, value in given.items() if isinstance(value, float)}
-    return Formula(text, tree, symbols, learned, fixed)
+    derivative = None
+    if from_output:
+        if "x" not in symbols or learned:
+            reason = (
+                "from_output is for ungated formulas that learn nothing: others need their pre-activations in backward"
+            )
+            raise FormulaError(reason, from_output, 0)
+        derivative = from_output, _parse_from_output(from_output, tuple(fixed))
+    return Formula(text, tree, symbols, learned, fixed, derivative)
+
+
+def _parse_from_output(text: str, fixed: tuple[str, ...]) -> Node:
+    parser = _Parser(text, ("h", *fixed))
+    tree = parser.expression()
+    if parser.kind != "end" or tree.is_condition or set(PRE_ACTIVATIONS) & set(parser.symbols):
+        raise FormulaError("from_output is a formula of h and of fixed parameters alone", text, parser.place)
+    return tree
 
 
 def _parameter(text: str, name: str, value: Any) -> float | Learned:

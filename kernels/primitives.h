@@ -132,6 +132,8 @@ INLINE V k_expm1(V x) {
 }
 INLINE V k_sigmoid(V x) { return 1.0f / (1.0f + k_exp(-x)); }
 
+INLINE V k_complement(V s, V u) { return k_select(u > 0.0f, k_exp(-u) * s, 1.0f - s); }  // 1 - s, s = sigmoid(u)
+
 // For tensors in bf16 an error of 2^-17 is as good as none.
 INLINE V k_div_bf16(V a, V b) {
 #ifdef __AVX512F__
@@ -158,8 +160,9 @@ INLINE V k_expm1_bf16(V x) {
     return 2.0f * (half * p + (half - 0.5f));
 }
 INLINE V k_sigmoid_bf16(V x) { return k_div_bf16(number(1.0f), 1.0f + k_exp_bf16(-x)); }
+INLINE V k_complement_bf16(V s, V u) { return 1.0f - s; }
 INLINE V k_tanh_bf16(V x) {
-    const V e = k_expm1_bf16(2.0f * x);  // bounded: at 20 tanh has long been 1
+    const V e = k_expm1_bf16(bounded(2.0f * x, -20.0f, 20.0f));  // there tanh has long been 1; inf / inf would be NaN
     return k_div_bf16(e, e + 2.0f);
 }
 INLINE V k_erf_bf16(V x) {
@@ -217,15 +220,15 @@ INLINE V k_tanh(V x) {
 
 INLINE V k_erf(V x) {
     const V t = bounded(k_abs(x), 0.0f, 4.0f);  // erf(4) rounds to 1
-    V q = t * -9.25634868e-06f + 0.000117641976f;  // -log(1 - erf(t)) / t
-    q = q * t - 0.000632839219f;
-    q = q * t + 0.00166703155f;
-    q = q * t - 0.000160399795f;
-    q = q * t - 0.0191530623f;
-    q = q * t + 0.102777831f;
-    q = q * t + 0.636619389f;
-    q = q * t + 1.12837923f;
-    return copysign_(k_expm1(-q * t), x);
+    V q = t * -9.3410863e-06f + 0.000118428878f;  // (-log(1 - erf(t)) / t - 2 / sqrt(pi)) / t
+    q = q * t - 0.000635767879f;
+    q = q * t + 0.00167265185f;
+    q = q * t - 0.000166357931f;
+    q = q * t - 0.0191495959f;
+    q = q * t + 0.102776803f;
+    q = q * t + 0.636619508f;
+    q = q * t - 0x1.f7ac92p-25f;  // 2 / sqrt(pi) in two parts: near 0 it is all there is, and its rounding would show
+    return copysign_(k_expm1(-(q * t + t * 0x1.20dd76p+0f)), x);
 }
 
 INLINE V k_atan(V x) {
@@ -239,15 +242,17 @@ INLINE V k_atan(V x) {
     p = p * s - 0.142798334f;
     p = p * s + 0.19999671f;
     p = p * s - 0.333333284f;
-    const V y = s * z * p + z;
-    return copysign_(k_select(a > 1.0f, 0x1.921fb6p+0f - y - 0x1.777a5cp-25f, y), x);
+    // pi / 2 - y beyond 1; the low part of pi / 2 goes where it is not rounded at the size of the result.
+    const V y = (s * z * p + k_select(a > 1.0f, number(0x1.777a5cp-25f), number(0.0f))) + z;
+    return copysign_(k_select(a > 1.0f, 0x1.921fb6p+0f - y, y), x);
 }
 
 // x = n pi / 2 + r, right for |x| up to 100,000.
 INLINE V reduce_circle(V x, I *n) {
     const V t = x * 0x1.45f306p-1f + ROUND, whole = t - ROUND;
     *n = (I)t;
-    return ((x - whole * 0x1.92p+0f) - whole * 0x1.fb4p-12f) - whole * 0x1.4442d2p-24f;
+    const V r = ((x - whole * 0x1.92p+0f) - whole * 0x1.fb4p-12f) - whole * 0x1.4442d2p-24f;
+    return r + whole * 0x1.ee59dap-50f;
 }
 INLINE V circle(V r, I n) {
     const V s = r * r;

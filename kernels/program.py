@@ -18,9 +18,10 @@ from kernels.formula import PRE_ACTIVATIONS
 Argument = str | float  # the name of an input or of a line, or a number
 
 # What a backend must be able to print, with the number of arguments. gt and ge give a condition, which only `select` takes;
-# max and min give NaN where one argument is NaN; keep_nan(a, b) is b where b is NaN, else a.
+# max and min give NaN where one argument is NaN; keep_nan(a, b) is b where b is NaN, else a;
+# complement(s, u) is 1 - s where s = sigmoid(u), from whichever of the two it is more exact.
 OPERATIONS = {
-    **dict.fromkeys(("add", "sub", "mul", "div", "max", "min", "gt", "ge", "keep_nan"), 2),
+    **dict.fromkeys(("add", "sub", "mul", "div", "max", "min", "gt", "ge", "keep_nan", "complement"), 2),
     **dict.fromkeys(("neg", "abs", "sign", "sqrt", "exp", "expm1", "log", "log1p"), 1),
     **dict.fromkeys(("sigmoid", "tanh", "sin", "cos", "atan", "erf", "softplus"), 1),
     "select": 3,
@@ -71,9 +72,12 @@ class Lowering:
         shared, reduced = sympy.cse(list(expressions.values()), symbols=sympy.numbered_symbols("_s"), order="none")
         # How often each node is used: one that is used once may be folded into its user.
         self._uses: Counter[sympy.Basic] = Counter()
+        self._sigmoids: set[sympy.Basic] = set()  # arguments whose sigmoid is needed anyway
         for whole in (*(value for _, value in shared), *reduced):
             for node in sympy.preorder_traversal(whole):
                 self._uses.update(node.args)
+                if type(node).__name__ == "complement":
+                    self._sigmoids.add(node.args[0])
         self._uses.update(reduced)
         for symbol, value in shared:
             self._done[symbol] = self.lower(value)
@@ -103,6 +107,9 @@ class Lowering:
             return self._line("select", self._line(name.removeprefix("where_"), left, right), then, otherwise)
         if name == "step":
             return self._line("select", self._line("gt", self.lower(node.args[0]), 0.0), 1.0, 0.0)
+        if name == "complement":
+            argument = self.lower(node.args[0])
+            return self._line("complement", self._line("sigmoid", argument), argument)
         if name == "relu":
             return self._line("max", self.lower(node.args[0]), 0.0)
         if name == "power":  # of a base that is not negative, to an exponent that is no integer
@@ -151,7 +158,8 @@ class Lowering:
         """Tell whether a * sigmoid(b) is better a / (1 + exp(-b)): a rounding less, where nothing else needs the sigmoid."""
         others = [other for other in product.args if other != factor and not other.is_Rational]
         varies = any(str(symbol) in PRE_ACTIVATIONS for symbol in factor.free_symbols)
-        return type(factor).__name__ == "sigmoid" and self._uses[factor] == 1 and varies and bool(others)
+        needed = self._uses[factor] > 1 or (factor.args[:1] and factor.args[0] in self._sigmoids)
+        return type(factor).__name__ == "sigmoid" and not needed and varies and bool(others)
 
     def _line_of_product(self, number: float, factors: list[Argument], divisors: list[Argument]) -> Argument:
         total: Argument | None = None

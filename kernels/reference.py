@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.program import Program, run
-from kernels.symbolic import Compiled
+from kernels.symbolic import OUTPUT, Compiled
 
 _BLOCK = 1 << 16  # elements: what a block's intermediate results need stays in a core's cache
 
@@ -35,7 +35,8 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Return the gradient of pre, h again if asked, and the gradients of the learned parameters (fp32 or wider)."""
     names = compiled.formula.pre_activations
-    rows, dh = _rows(pre, len(names)), dh.reshape(-1, dh.shape[-1])
+    rows = _rows(pre, len(names))
+    dh = dh.reshape(rows.shape[0], rows.shape[-1])  # no -1: a width may be 0
     dpre = torch.empty(rows.shape, dtype=pre.dtype, device=pre.device)
     h = torch.empty_like(dh) if with_h else None
     wide = _wide(pre.dtype)
@@ -51,6 +52,19 @@ def backward(
             partial = torch.broadcast_to(results[f"d{name}"], dh[block].shape)
             total += partial.sum(0) if total.numel() > 1 else partial.sum()
     return dpre.view(pre.shape), None if h is None else h.view(_h_shape(pre, len(names))), dlearned
+
+
+def backward_from_output(compiled: Compiled, h: Tensor, dh: Tensor) -> Tensor:
+    """Return the gradient of the pre-activation of an ungated formula from its output alone (`Compiled.from_output`)."""
+    assert compiled.from_output is not None
+    wide = _wide(h.dtype)
+    rows, gradients, dpre = h.reshape(-1, h.shape[-1]), dh.reshape(-1, dh.shape[-1]), torch.empty_like(h)
+    number = lambda value: torch.tensor(value, dtype=wide, device=h.device)  # noqa: E731
+    for block in _blocks(rows):
+        values = {OUTPUT: rows[block].to(wide), "dh": gradients[block].to(wide)}
+        results = run(compiled.from_output, {**_OPERATIONS, "number": number}, values)
+        dpre.view(rows.shape)[block] = results[f"d{OUTPUT}"]
+    return dpre
 
 
 def _run(
@@ -97,5 +111,6 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     },
     "softplus": lambda x: F.softplus(x, threshold=40.0),  # linear above; torch's own 20 errs by 2e-9 there
     **{"max": torch.maximum, "min": torch.minimum, "select": torch.where},
+    "complement": lambda _, u: torch.sigmoid(-u),
     "keep_nan": lambda value, source: torch.where(torch.isnan(source), source, value),
 }

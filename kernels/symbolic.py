@@ -15,7 +15,7 @@ from sympy.core.parameters import distribute
 
 from kernels.formula import Formula, Node
 from kernels.program import Lowering, Program, keep_nan
-from kernels.safety import check_overflow, loses_nan
+from kernels.safety import check_from_output, check_overflow, loses_nan
 
 
 class Primitive(sympy.Function):
@@ -54,7 +54,13 @@ class sqrt(Primitive):
 
 
 class sigmoid(Primitive):
-    slope = staticmethod(lambda u: sigmoid(u) * (1 - sigmoid(u)))
+    slope = staticmethod(lambda u: sigmoid(u) * complement(u))
+
+
+class complement(Primitive):
+    """1 - sigmoid(u), without the cancellation that the difference has for a large u."""
+
+    slope = staticmethod(lambda u: -sigmoid(u) * complement(u))
 
 
 class tanh(Primitive):
@@ -230,6 +236,9 @@ def _without_double_steps(expression: sympy.Expr) -> sympy.Expr:
     return expression.replace(lambda node: node.is_Mul, once)
 
 
+OUTPUT = "y"  # what a formula's output is called where the gradient is computed from it
+
+
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """A formula's programs, and the expressions they came from.
@@ -238,6 +247,7 @@ class Compiled:
         forward: inputs: pre-activations, then learned parameters. Output "h".
         backward: inputs: those and "dh". Outputs "d" + name for each pre-activation and each learned parameter.
         backward_with_h: the same and "h".
+        from_output: inputs `OUTPUT` and "dh". Output "d" + `OUTPUT`, the gradient of the pre-activation; None: h is not enough.
         expression: h. `slopes` has its derivative for each of those names.
     """
 
@@ -247,11 +257,13 @@ class Compiled:
     forward: Program
     backward: Program
     backward_with_h: Program
+    from_output: Program | None
 
 
 def compile_formula(formula: Formula) -> Compiled:
     """Differentiate a formula and lower it to programs."""
-    key = (formula.text, tuple(formula.fixed.items()), tuple(formula.learned.items()))
+    from_output = formula.from_output and formula.from_output[0]
+    key = (formula.text, *map(tuple, (formula.fixed.items(), formula.learned.items())), from_output)
     if key not in _compiled:
         _compiled[key] = _compile(formula)
     return _compiled[key]
@@ -273,4 +285,11 @@ def _compile(formula: Formula) -> Compiled:
         check_overflow(formula, {"the formula": forward, "its derivative": backward})
         keep = loses_nan(formula, forward)
         both = Lowering(inputs, gradients | {"h": expression}).program()
-        return Compiled(formula, expression, slopes, keep_nan(forward, keep), backward, keep_nan(both, keep))
+        from_output = None
+        if formula.from_output is not None:
+            h, y = sympy.Symbol("h", real=True), sympy.Symbol(OUTPUT, real=True)
+            slope = to_sympy(formula.from_output[1], formula).subs(h, y)
+            from_output = Lowering((OUTPUT, "dh"), {f"d{OUTPUT}": dh * slope}).program()
+            check_from_output(formula, forward, backward, from_output)
+        programs = keep_nan(forward, keep), backward, keep_nan(both, keep), from_output
+        return Compiled(formula, expression, slopes, *programs)

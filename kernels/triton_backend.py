@@ -32,7 +32,7 @@ from torch import Tensor
 
 from kernels.cache import folder
 from kernels.program import Argument, Line, Program
-from kernels.symbolic import Compiled
+from kernels.symbolic import OUTPUT, Compiled
 
 TILE = 1024  # columns a program: 128 threads with 8 each, which in 16 bits is one load
 WARPS = 4
@@ -121,6 +121,13 @@ class Kernels:
         self._launch(kernel, blocks, width, [*tensors, *sums], rows, share)
         return dpre, h, [_total(s, p) for s, p in zip(sums, learned, strict=True)]
 
+    def backward_from_output(self, _: Compiled, h: Tensor, dh: Tensor) -> Tensor:
+        """See `reference.backward_from_output`."""
+        dpre = torch.empty_like(h)
+        if h.numel():
+            self._launch(self.module.from_output, h.numel() // h.shape[-1], h.shape[-1], [h, dh, dpre])
+        return dpre
+
     def _launch(self, kernel: Any, programs: int, width: int, tensors: list[Tensor], *rows: int) -> None:
         unit = unit_of(width)
         with torch.cuda.device(tensors[0].device) if tensors[0].is_cuda else contextlib.nullcontext():
@@ -150,15 +157,15 @@ def _total(sums: Tensor, parameter: Tensor) -> Tensor:
     return (sums.sum(0) if sums.shape[1] == parameter.numel() else sums.sum()).view(parameter.shape)
 
 
-_kernels: dict[tuple, Kernels] = {}
+_kernels: dict[str, Kernels] = {}
 
 
 def kernels(compiled: Compiled) -> Kernels:
     """Return the kernels of a formula, printed and imported at the first call."""
-    key = (compiled.formula.text, *compiled.formula.fixed.items(), *compiled.formula.learned.items())
-    if key not in _kernels:
-        _kernels[key] = Kernels(compiled)
-    return _kernels[key]
+    text = source(compiled)
+    if text not in _kernels:
+        _kernels[text] = Kernels(compiled)
+    return _kernels[text]
 
 
 # ---------------------------------------------------------------------------------------------------------------- printing
@@ -166,7 +173,15 @@ def kernels(compiled: Compiled) -> Kernels:
 _OPERATORS = {"add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "neg": "{} * -1.0"}
 _OPERATORS |= {"gt": "{} > {}", "ge": "{} >= {}", "select": "tl.where({}, {}, {})"}
 _OPERATORS |= {"abs": "tl.abs({})", "sqrt": "tl.sqrt_rn({})", "max": "fn.maximum({}, {})", "min": "fn.minimum({}, {})"}
-_TWO_FORMS = ("exp", "expm1", "sigmoid", "tanh", "erf", "softplus")  # one for fp32 tensors, a shorter one for 16 bits
+_TWO_FORMS = (
+    "exp",
+    "expm1",
+    "sigmoid",
+    "complement",
+    "tanh",
+    "erf",
+    "softplus",
+)  # one for fp32 tensors, a shorter one for 16 bits
 
 
 def source(compiled: Compiled) -> str:
@@ -182,7 +197,8 @@ from kernels import triton_primitives as fn
 
 {_backward(compiled, with_h=False)}
 
-{_backward(compiled, with_h=True)}"""
+{_backward(compiled, with_h=True)}
+{_from_output(compiled)}"""
 
 
 _HEAD = """@triton.jit(do_not_specialize=[{numbers}])
@@ -276,6 +292,21 @@ def _backward(compiled: Compiled, with_h: bool) -> str:
     ]
     head = _head(name, pointers, ["rows", "share", "width"])
     return head + _indented(before, 1) + _indented(row, 2) + _indented(after, 1)
+
+
+def _from_output(compiled: Compiled) -> str:
+    """Print the kernel that computes the gradient from h, which it calls `pre`; nothing where h is not enough."""
+    program = compiled.from_output
+    if program is None:
+        return ""
+    body = [
+        "row = tl.program_id(0).to(tl.int64)",
+        f"v_{OUTPUT} = tl.load(pre + row * width + column, mask=inside).to(tl.float32)",
+        "v_dh = tl.load(dh + row * width + column, mask=inside).to(tl.float32)",
+        *_lines(program),
+        _store("dpre + row * width + column", program.outputs[f"d{OUTPUT}"], program),
+    ]
+    return "\n" + _head("from_output", ["pre", "dh", "dpre"], ["width"]) + _indented(body, 1)
 
 
 def _indented(lines: Iterable[str], levels: int) -> str:

@@ -101,6 +101,12 @@ def sigmoid(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def complement(s, u, PRECISE: tl.constexpr):
+    """Return 1 - s of s = sigmoid(u); the compiler has the exp from there."""
+    return tl.where(u > 0.0, exp(u * -1.0, PRECISE) * s, 1.0 - s)
+
+
+@triton.jit
 def log1p_reduced(f):
     """Return (log(1 + f) - f) / f**2 for 1 + f between sqrt(1/2) and sqrt(2)."""
     p = f * 0.0672498196 - 0.11676006

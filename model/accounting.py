@@ -9,10 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 
-from conf.schema import Config
+from conf.arms import layer_arms
+from conf.schema import Config, FFNConfig
 from kernels.formula import Formula, parse
 
 VOCABULARY_MULTIPLE = 64  # rows of the embedding: GEMM tiles, and later vocabulary-parallel slices, divide it
+
+
+@dataclasses.dataclass(frozen=True)
+class FFNShape:
+    """One feed-forward layer with every choice resolved."""
+
+    arm: FFNConfig
+    d_ff: int
+    matrices: int  # 3 for a gated arm, 2 for an ungated one
+    learned: int  # numbers that the formula learns
+
+    def parameters(self, d_model: int) -> int:
+        """Return the parameters of the layer."""
+        return self.matrices * d_model * self.d_ff + self.learned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +39,7 @@ class Shape:
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    d_ff: int
-    ffn_matrices: int  # 3 for a gated arm, 2 for an ungated one
+    ffn: tuple[FFNShape, ...]  # of every layer
     vocab_size: int  # rows of the embedding, the tokenizer's rounded up
     tied: bool
     qk_norm: bool
@@ -38,7 +52,7 @@ def shape_of(config: Config, tokenizer_size: int | None = None) -> Shape:
         config: the run's configuration.
         tokenizer_size: pieces of the tokenizer; None before it exists, then `tokenizer.vocab_size` stands for it.
     """
-    model, formula = config.model, parse(config.ffn.formula, config.ffn.parameters)
+    model = config.model
     pieces = config.tokenizer.vocab_size if tokenizer_size is None else tokenizer_size
     return Shape(
         d_model=model.d_model,
@@ -46,12 +60,18 @@ def shape_of(config: Config, tokenizer_size: int | None = None) -> Shape:
         n_heads=model.n_heads,
         n_kv_heads=model.n_kv_heads or model.n_heads,
         head_dim=model.head_dim or model.d_model // model.n_heads,
-        d_ff=model.d_ff or default_d_ff(model.d_ff_gated, formula),
-        ffn_matrices=formula.matrices,
+        ffn=tuple(_ffn_shape(arm, config) for arm in layer_arms(config)),
         vocab_size=model.vocab_size or -(-pieces // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
         tied=model.tie_embeddings,
         qk_norm=model.qk_norm,
     )
+
+
+def _ffn_shape(arm: FFNConfig, config: Config) -> FFNShape:
+    formula = parse(arm.formula, arm.parameters)
+    width = config.model.d_ff or default_d_ff(config.model.d_ff_gated, formula)
+    learned = sum(width if p.share == "channel" else 1 for p in formula.learned.values())
+    return FFNShape(arm, width, formula.matrices, learned)
 
 
 def default_d_ff(d_ff_gated: int, formula: Formula) -> int:
@@ -68,15 +88,10 @@ def parameters(shape: Shape) -> dict[str, int]:
     return {
         "embedding": embedding,
         "attention": shape.n_layers * attention,
-        "ffn": shape.n_layers * ffn_parameters_per_layer(shape),
+        "ffn": sum(layer.parameters(shape.d_model) for layer in shape.ffn),
         "norms": shape.n_layers * norms + shape.d_model,
         "output": 0 if shape.tied else embedding,
     }
-
-
-def ffn_parameters_per_layer(shape: Shape) -> int:
-    """Return the parameters of one feed-forward layer."""
-    return shape.ffn_matrices * shape.d_model * shape.d_ff
 
 
 def flops_per_token(shape: Shape, sequence_length: int) -> dict[str, int]:
@@ -86,7 +101,7 @@ def flops_per_token(shape: Shape, sequence_length: int) -> dict[str, int]:
     scores = shape.n_layers * 2 * shape.n_heads * shape.head_dim * (sequence_length + 1)
     forward = {
         "attention": 2 * by_part["attention"] + scores,
-        "ffn": 2 * by_part["ffn"],
+        "ffn": sum(2 * layer.matrices * shape.d_model * layer.d_ff for layer in shape.ffn),
         "output": 2 * shape.vocab_size * shape.d_model,
     }
     return {part: 3 * flops for part, flops in forward.items()}

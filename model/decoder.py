@@ -3,7 +3,7 @@
 Notable in it:
 - pre-norm RMSNorm, rotary positions, grouped-query attention, no biases; optional QK-norm, tied or untied head
 - q, k and v are one matrix, gate and up are one parameter (2, d_ff, d_model): one GEMM each
-- the feed-forward arm is a formula (`kernels.activation`): no branch on its name stands anywhere
+- the feed-forward arm of each layer is a formula (`feed_forward.py`): no branch on its name stands anywhere
 - the training loss comes out of `Head`, fused with the output projection: the full logits never exist
 - weights come from `initialise.py`, how training is partitioned over ranks is `training/`'s affair
 
@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from conf.schema import FFNConfig, ModelConfig
-from kernels import activation
+from conf.schema import ModelConfig
 from model.accounting import Shape
 from model.attention import attend, attend_cached
+from model.feed_forward import FeedForward
 from model.layers import RMSNorm, Rotary
 from model.loss import linear_cross_entropy
 
@@ -60,34 +60,15 @@ class Attention(nn.Module):
         return F.linear(mixed.flatten(2), self.out)
 
 
-class FeedForward(nn.Module):
-    """The arm under study: D -> F (once, or twice if gated) -> the formula -> D."""
-
-    def __init__(self, shape: Shape, config: FFNConfig) -> None:
-        super().__init__()
-        self.activation = activation(config.formula, backend=config.backend)
-        self.gated = shape.ffn_matrices == 3
-        wide = (2, shape.d_ff, shape.d_model) if self.gated else (shape.d_ff, shape.d_model)  # gate first, then up
-        self.up = nn.Parameter(torch.empty(wide))
-        self.down = nn.Parameter(torch.empty(shape.d_model, shape.d_ff))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, S, D) -> (B, S, D)."""
-        pre = F.linear(x, self.up.flatten(0, -2))  # B S F, or B S 2F
-        if self.gated:
-            pre = pre.unflatten(-1, (2, -1))  # B S 2 F
-        return F.linear(self.activation(pre), self.down)
-
-
 class Layer(nn.Module):
     """Attention and feed-forward, each on a normalised copy of the residual stream."""
 
-    def __init__(self, shape: Shape, model: ModelConfig, ffn: FFNConfig, rotary: Rotary, backend: str) -> None:
+    def __init__(self, shape: Shape, index: int, model: ModelConfig, rotary: Rotary, backend: str) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(shape.d_model, model.norm_eps)
         self.attention = Attention(shape, model, rotary, backend)
         self.ffn_norm = RMSNorm(shape.d_model, model.norm_eps)
-        self.ffn = FeedForward(shape, ffn)
+        self.ffn = FeedForward(shape.ffn[index].arm, shape.ffn[index].d_ff, shape.d_model)
 
     def forward(self, x: Tensor, documents: Tensor | None, cache: Cache | None = None, layer: int = 0) -> Tensor:
         x = x + self.attention(self.attention_norm(x), documents, cache, layer)
@@ -125,20 +106,18 @@ class Decoder(nn.Module):
 
     Args:
         shape: the resolved sizes.
-        model, ffn: their groups of the configuration.
+        model: its group of the configuration.
         backend: of attention, as `attention.choose` returned it.
         document_start: token that begins a document in packed sequences, or None to let attention cross documents.
     """
 
-    def __init__(
-        self, shape: Shape, model: ModelConfig, ffn: FFNConfig, backend: str, document_start: int | None = None
-    ) -> None:
+    def __init__(self, shape: Shape, model: ModelConfig, backend: str, document_start: int | None = None) -> None:
         super().__init__()
         self.shape, self.document_start = shape, document_start
         self.recompute = model.activation_checkpointing
         rotary = Rotary(shape.head_dim, model.rope_theta)
         self.embedding = Embedding(shape)
-        self.layers = nn.ModuleList(Layer(shape, model, ffn, rotary, backend) for _ in range(shape.n_layers))
+        self.layers = nn.ModuleList(Layer(shape, index, model, rotary, backend) for index in range(shape.n_layers))
         self.norm = RMSNorm(shape.d_model, model.norm_eps)
         own = None if shape.tied else nn.Parameter(torch.empty(shape.vocab_size, shape.d_model))
         self.head = Head(self.embedding.weight if own is None else own, model.z_loss)

@@ -88,7 +88,7 @@ def load_run(run: Path, step: int = -1) -> tuple[Decoder, Tokenizer, dict[str, A
     shape = shape_of(config, tokenizer.vocab_size)
     document_start = tokenizer.eos_id if config.model.mask_documents else None
     # Attention over the cache needs no backend of its own; "sdpa" runs anywhere.
-    model = Decoder(shape, config.model, config.ffn, "sdpa", document_start)
+    model = Decoder(shape, config.model, "sdpa", document_start)
     return model.eval(), tokenizer, load_weights(model, folder)
 
 

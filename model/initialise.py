@@ -2,7 +2,8 @@
 
 So they are the same whatever the number of ranks or the ZeRO stage, and everything outside the FFN is the same for every
 arm. Matrices are normal; the two that write into the residual stream (attention.out, ffn.down) are scaled by
-1 / sqrt(2 n_layers), so that its variance does not grow with depth (GPT-2, Radford 2019). Norms start at 1.
+1 / sqrt(2 n_layers), so that its variance does not grow with depth (GPT-2, Radford 2019), and ffn.down also by its arm's
+`down_scale`. Norms start at 1, what a formula learns where the formula says.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from model.accounting import Shape
+from model.feed_forward import FeedForward
 
 
 def initialise(
@@ -33,16 +35,29 @@ def initialise(
         gather: a context in which a parameter that ZeRO-3 has partitioned is whole and may be written.
     """
     std = shape.d_model**-0.5 if init_std is None else init_std
+    constants, scales = _of_the_arms(model)
     for name, parameter in model.named_parameters():
         with gather(parameter), torch.no_grad():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
+            if name.endswith("norm.weight") or name in constants:
+                parameter.fill_(constants.get(name, 1.0))
                 continue
             residual = name.endswith(("attention.out", "ffn.down"))
             scale = std / math.sqrt(2 * shape.n_layers) if residual else std
+            scale *= scales.get(name, 1.0)
             generator = torch.Generator().manual_seed(_seed_of(name, seed))
             fresh = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, scale, generator=generator)
             parameter.copy_(fresh)
+
+
+def _of_the_arms(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
+    """Return what the formulas say of parameters, by name: the start of each learned one, and the scale of each ffn.down."""
+    constants, scales = {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, FeedForward):
+            scales[f"{name}.down"] = module.down_scale
+            learned = module.activation.formula.learned
+            constants |= {f"{name}.learned.{each}": parameter.init for each, parameter in learned.items()}
+    return constants, scales
 
 
 def _seed_of(name: str, seed: int) -> int:

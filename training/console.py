@@ -15,7 +15,7 @@ from rich.table import Table
 
 from conf.schema import Config
 from conf.validate import Batch
-from model.accounting import Shape, ffn_parameters_per_layer, flops_per_token, parameters
+from model.accounting import FFNShape, Shape, flops_per_token, parameters
 
 
 def human(number: float) -> str:
@@ -35,6 +35,20 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes}m {seconds:02d}s"
     return f"{minutes // 60}h {minutes % 60:02d}m"
+
+
+def _runs_of_layers(shape: Shape) -> list[tuple[str, FFNShape]]:
+    """Return the arms from the first layer to the last, neighbours that are equal as one: ("layers 0-3  ", arm)."""
+    runs: list[tuple[list[int], FFNShape]] = []
+    for index, ffn in enumerate(shape.ffn):
+        if runs and runs[-1][1] == ffn:
+            runs[-1][0].append(index)
+        else:
+            runs.append(([index], ffn))
+    if len(runs) == 1:
+        return [("", runs[0][1])]
+    names = [f"layer {i[0]}" if len(i) == 1 else f"layers {i[0]}-{i[-1]}" for i, _ in runs]
+    return [(f"{name}  ", ffn) for name, (_, ffn) in zip(names, runs, strict=True)]
 
 
 class Console:
@@ -61,15 +75,16 @@ class Console:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         table.add_column(style="bold")
         table.add_column(overflow="fold")
-        arm = "gated, 3 matrices" if shape.ffn_matrices == 3 else "ungated, 2 matrices"
         heads = f"{shape.n_heads} heads of {shape.head_dim}"
         if shape.n_kv_heads != shape.n_heads:
             heads += f", {shape.n_kv_heads} of keys and values"
         table.add_row("run", escape(str(config.run)))
-        table.add_row("ffn", escape(f"{config.ffn.name}: {config.ffn.formula}   ({arm}, d_ff {shape.d_ff})"))
-        gated = ffn_parameters_per_layer(shape) - 3 * shape.d_model * config.model.d_ff_gated
-        if gated:
-            share = gated / (3 * shape.d_model * config.model.d_ff_gated)
+        for layers, ffn in _runs_of_layers(shape):
+            arm = f"{'gated' if ffn.matrices == 3 else 'ungated'}, {ffn.matrices} matrices, d_ff {ffn.d_ff}"
+            table.add_row("ffn", escape(f"{layers}{ffn.arm.name}: {ffn.arm.formula}   ({arm})"))
+        gated = 3 * shape.d_model * config.model.d_ff_gated * shape.n_layers
+        if counts["ffn"] != gated:
+            share = counts["ffn"] / gated - 1
             table.add_row("", f"FFN parameters differ from the preset's gated arm by {share:+.2%}")
         width = f"{config.model.name}: {shape.n_layers} layers, d_model {shape.d_model}, {heads}"
         table.add_row("model", f"{width}, vocabulary {shape.vocab_size}")

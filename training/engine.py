@@ -102,7 +102,7 @@ class Engine:
         settings = deepspeed_config(config, batch, dtype)
         partitioned = config.zero.stage == 3
         with _whole_model(deepspeed, settings, partitioned):
-            self.module = Decoder(shape, config.model, config.ffn, attention, document_start)
+            self.module = Decoder(shape, config.model, attention, document_start)
         gather = (lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0)) if partitioned else _as_it_is
         initialise(self.module, shape, config.seed, config.model.init_std, gather)
         if not partitioned:

@@ -29,6 +29,7 @@ from launch.ranks import Ranks
 from model.accounting import Shape, parameters, shape_of
 from model.attention import choose
 from model.decoder import Decoder
+from model.feed_forward import check_arms
 from model.generate import generate
 from model.weights import CheckpointReader, check_shapes, newest_intact
 from training import machine
@@ -63,6 +64,8 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
     try:
         dataset = open_dataset(prepare(config.data, config.tokenizer, show=ranks.rank == 0))
         shape = _shape(config, dataset)
+        for sentence in check_arms(shape.ffn, device, dtype):
+            console.warn(sentence)
         resumed, passed_over = newest_intact(folder.checkpoints)
         for sentence in passed_over:
             console.warn(sentence)
@@ -316,7 +319,7 @@ def _check_checkpoint(path: Path, dataset: Dataset, shape: Shape, config: Config
     """Refuse a checkpoint of another model or of other text, before the ranks join."""
     reader = CheckpointReader(path)
     with torch.device("meta"):
-        check_shapes(Decoder(shape, config.model, config.ffn, "sdpa"), reader)
+        check_shapes(Decoder(shape, config.model, "sdpa"), reader)
     if reader.state["tokenizer_hash"] != dataset.tokenizer.hash:
         raise UserError(f"{path} was trained with another tokenizer than the one in {dataset.folder}")
     if reader.state["corpus_hash"] != dataset.corpus_hash:

@@ -39,6 +39,7 @@ def refusal(values: dict[str, Any], world_size: int = 1) -> str:
 NUMBERS = {name: kind for name, kind, _ in keys() if kind in (int, float, typing.Optional[int], typing.Optional[float])}
 ANY_NUMBER = {"seed", "data_seed"}
 MAY_BE_ZERO = {
+    "ffn.init_scale",
     *ANY_NUMBER,
     *("eval_every", "save_every", "sample_every", "model.z_loss", "optim.weight_decay", "optim.clip", "data.workers"),
     *("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2"),
@@ -65,6 +66,7 @@ def test_every_number_has_its_range(name):
 
 NAMES = {
     "ffn.backend": KERNEL_BACKENDS,
+    "ffn.save": ("packed", "output", "everything", "input"),
     "model.attention": ATTENTION_BACKENDS,
     "optim.name": ("adamw",),
     "schedule.name": ("cosine", "linear", "wsd"),
@@ -77,7 +79,14 @@ NAMES = {
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_a_name_is_one_of_those_that_the_rooms_know(name):
-    needs = {"data.path": "x", "tokenizer.path": "x", "optim.clip": 0.0, "data.parts": {"a": {"path": "x"}}}
+    needs = {
+        "ffn.formula": "tanh(x)",
+        "ffn.from_output": "1 - h**2",
+        "data.path": "x",
+        "tokenizer.path": "x",
+        "optim.clip": 0.0,
+        "data.parts": {"a": {"path": "x"}},
+    }
     for choice in NAMES[name]:
         validate(changed(needs | {name: choice}), 1)
     assert f"unknown {name} 'nonsense': " in refusal({name: "nonsense"})
@@ -178,7 +187,7 @@ def test_tokens_are_rounded_down_to_whole_steps_and_steps_win():
 FREE = {
     *("run", "runs", "resume", "steps", "tokens", "eval_every", "eval_tokens", "save_every", "keep_last", "log_every"),
     *("sample_every", "sample_tokens", "prompts", "micro_batch_size", "data.prepared", "data.workers", "ffn.backend"),
-    *("model.activation_checkpointing", "model.attention"),
+    *("model.activation_checkpointing", "model.attention", "ffn.save"),
 }
 
 

@@ -101,7 +101,10 @@ def bounded(program: Program, inputs: dict[str, Tensor], eps: float) -> dict[str
             return lambda a, _: a
         return lambda *arguments: arguments[0].map(name, *arguments[1:])
 
-    table = {name: operation(name) for name in _OPERATIONS} | {"number": exact}
+    def number(value: float) -> Bounded:
+        return Bounded(exact(value).value, eps * exact(value).value.abs(), eps)
+
+    table = {name: operation(name) for name in _OPERATIONS} | {"number": number}
     results = run(program, table, {name: exact(value.double()) for name, value in inputs.items()})
     return {name: (result.value, result.error) for name, result in results.items()}
 
@@ -298,7 +301,7 @@ def test_every_width(interpreter, name, width):
     interpreter.submit(check, name, width).result()
 
 
-@pytest.mark.parametrize("name", ["swiglu", "gelu", "situ", "mish", "xielu", "softplus(gate) * up + erf(up)"])
+@pytest.mark.parametrize("name", ["swiglu", "gelu", "situ_glu", "mish", "xielu", "softplus(gate) * up + erf(up)"])
 def test_the_short_forms_for_16_bits(interpreter, name):
     """With fp32 tensors, so that what they round is all there is: their error is at most 2**-17."""
     fp32 = "PRECISE: tl.constexpr = pre.dtype.element_ty == tl.float32"
@@ -366,12 +369,13 @@ def check_machine_code(name: str) -> None:
 
     for kernel in offline(compile_formula(parse(*FORMULAS[name]))):
         assert not kernel.spilled, kernel
-        assert (kernel.loads, kernel.stores) == (128, 128), kernel
+        assert kernel.loads in (128, 0), kernel  # 0: nothing is read for a gradient that is 0 everywhere
+        assert kernel.stores == 128, kernel
         if not name.startswith(OVER_BUDGET):
             assert kernel.fits, kernel
 
 
-OVER_BUDGET = ("mish", "situ")  # two functions one in the other, three of them: bench/results/sm90.md
+OVER_BUDGET = ("mish", "situ_glu", "smooth_relu2", "softplus")  # by how much: bench/results/sm90.md
 QUICK = ("swiglu", "gelu", "prelu_channel")
 
 

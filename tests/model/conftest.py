@@ -13,14 +13,14 @@ import yaml
 from safetensors.torch import save_file
 
 from conf.load import FOLDER
-from conf.schema import Config
+from conf.schema import Config, FFNConfig
 from model.accounting import shape_of
 from model.decoder import Decoder
 from model.initialise import initialise
 from model.weights import file_hash, to_disk
 
-FORMULAS = {
-    path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))["formula"]
+ARMS = {
+    path.stem: {"parameters": {}, **yaml.safe_load(path.read_text(encoding="utf-8"))}
     for path in sorted((FOLDER / "ffn").glob("*.yaml"))
     if path.stem != "custom"
 }
@@ -38,7 +38,7 @@ TINY = {
 def config_of(arm: str = "swiglu", **model: Any) -> Config:
     """Return the configuration of a tiny decoder with an arm of conf/ffn; `model` are other values of its group."""
     config = Config(run="tiny", steps=1)
-    config.ffn.formula = FORMULAS[arm]
+    config.ffn = FFNConfig(**ARMS[arm])
     for name, value in (TINY | model).items():
         assert hasattr(config.model, name), name
         setattr(config.model, name, value)
@@ -56,7 +56,7 @@ def build_decoder(
     """Return an initialised decoder, the norms moved off 1 so that a forgotten one shows."""
     config = config_of(arm, **model)
     shape = shape_of(config)
-    decoder = Decoder(shape, config.model, config.ffn, backend, document_start)
+    decoder = Decoder(shape, config.model, backend, document_start)
     initialise(decoder, shape, seed, config.model.init_std)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def write_checkpoint() -> Callable[..., Path]:
     return write_checkpoint_of
 
 
-@pytest.fixture(scope="session", params=list(FORMULAS))
+@pytest.fixture(scope="session", params=list(ARMS))
 def arm(request: pytest.FixtureRequest) -> str:
     """Every arm of conf/ffn."""
     return request.param

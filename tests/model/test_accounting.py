@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conf.load import choices, load
 from conf.schema import Config
 from kernels import parse
-from model.accounting import default_d_ff, ffn_parameters_per_layer, flops_per_token, parameters, shape_of
+from model.accounting import default_d_ff, flops_per_token, parameters, shape_of
 
 SHAPES = {
     "grouped": {},
@@ -39,7 +39,7 @@ def check_parameters(decoder: torch.nn.Module) -> None:
     predicted = parameters(decoder.shape)
     assert {part: count for part, count in predicted.items() if count} == dict(counted)
     assert sum(predicted.values()) == sum(parameter.numel() for parameter in decoder.parameters())
-    assert ffn_parameters_per_layer(decoder.shape) * decoder.shape.n_layers == predicted["ffn"]
+    assert decoder.shape.ffn[0].parameters(decoder.shape.d_model) * decoder.shape.n_layers == predicted["ffn"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -106,12 +106,12 @@ def test_the_shape_resolves_every_null():
     config = Config()
     config.model = dataclasses.replace(config.model, d_model=96, n_heads=6)
     shape = shape_of(config, 1000)
-    assert (shape.n_kv_heads, shape.head_dim, shape.d_ff, shape.vocab_size) == (6, 16, 688, 1024)
+    assert (shape.n_kv_heads, shape.head_dim, shape.ffn[0].d_ff, shape.vocab_size) == (6, 16, 688, 1024)
     assert shape_of(config).vocab_size == 4096
     assert shape_of(config, 1024).vocab_size == 1024
     config.model = dataclasses.replace(config.model, n_kv_heads=2, head_dim=8, d_ff=100, vocab_size=1001)
     shape = shape_of(config, 1000)
-    assert (shape.n_kv_heads, shape.head_dim, shape.d_ff, shape.vocab_size) == (2, 8, 100, 1001)
+    assert (shape.n_kv_heads, shape.head_dim, shape.ffn[0].d_ff, shape.vocab_size) == (2, 8, 100, 1001)
 
 
 # Of the published models, as counted from their weights.

@@ -14,7 +14,7 @@ from model.initialise import initialise
 
 def weights(config, seed: int = 0, init_std: float | None = None) -> dict[str, torch.Tensor]:
     shape = shape_of(config)
-    decoder = Decoder(shape, config.model, config.ffn, "sdpa")
+    decoder = Decoder(shape, config.model, "sdpa")
     initialise(decoder, shape, seed, init_std)
     return {name: parameter.detach() for name, parameter in decoder.named_parameters()}
 
@@ -82,7 +82,7 @@ def test_the_scales_are_those_that_are_promised(tiny_config, init_std):
 def test_bf16_weights_are_the_fp32_ones_rounded(tiny_config):
     config = tiny_config()
     shape = shape_of(config)
-    decoder = Decoder(shape, config.model, config.ffn, "sdpa").bfloat16()
+    decoder = Decoder(shape, config.model, "sdpa").bfloat16()
     initialise(decoder, shape, 0)
     exact = weights(config)
     assert all(torch.equal(parameter, exact[name].bfloat16()) for name, parameter in decoder.named_parameters())
@@ -91,7 +91,7 @@ def test_bf16_weights_are_the_fp32_ones_rounded(tiny_config):
 def test_each_parameter_is_gathered_once_and_written_inside(tiny_config):
     config = tiny_config()
     shape = shape_of(config)
-    decoder = Decoder(shape, config.model, config.ffn, "sdpa")
+    decoder = Decoder(shape, config.model, "sdpa")
     gathered = []
 
     @contextlib.contextmanager

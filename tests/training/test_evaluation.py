@@ -23,7 +23,7 @@ def plain(trained):
     run = trained(1, "1")
     config = load(run.words)
     dataset = open_dataset(prepare(config.data, config.tokenizer))
-    model = Decoder(shape_of(config, dataset.vocab_size), config.model, config.ffn, "sdpa")
+    model = Decoder(shape_of(config, dataset.vocab_size), config.model, "sdpa")
     load_weights(model, run.end)
     model.double()
     tokens, length = dataset.held_out.tokens, config.sequence_length

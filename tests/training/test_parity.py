@@ -43,7 +43,7 @@ def plain(trained):
         config = load(trained(1, "0").words)
         dataset = open_dataset(prepare(config.data, config.tokenizer))
         shape = shape_of(config, dataset.vocab_size)
-        model = Decoder(shape, config.model, config.ffn, "sdpa").to(dtype)
+        model = Decoder(shape, config.model, "sdpa").to(dtype)
         initialise(model, shape, config.seed)
         decayed = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim == 1]

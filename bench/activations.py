@@ -1,0 +1,271 @@
+"""Speed of the activations on a CPU, beside eager PyTorch and torch.compile: `python -m bench.activations`.
+
+    arms=NAME,...                 some only                     shapes=1024x5632,4096x2816   rows x d_ff
+    dtypes=bf16,fp32              rounds=15                     compile=1                    0 leaves torch.compile out
+    out=bench/results/cpu-activations   two files: .json and .md
+
+Contenders run in one process, in turn, under the allocator settings of `train.py`. A ratio is taken round by
+round: how many times longer the other one took. The share of bandwidth is that of a copy, in the same rounds: bytes that
+a fused kernel must move (forward 4 an element ungated and 6 gated in bf16, backward 6 and 10; a copy reads and writes).
+torch.compile gets its forward without gradients, and its training graph, as separate functions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError, unknown
+from conf.files import atomic_write
+from conf.load import run_command
+
+ARMS = ("relu", "relu2", "silu", "gelu", "gelu_tanh", "swiglu", "geglu", "reglu", "xielu", "situ_glu")
+_DEFAULTS = {
+    **{"arms": ",".join(ARMS), "shapes": "1024x5632,4096x2816", "dtypes": "bf16,fp32", "rounds": "15", "compile": "1"},
+    "out": "bench/results/cpu-activations",
+}
+_WARM_UP = 3
+
+
+def main(argv: list[str]) -> None:
+    if any(word in ("-h", "--help") for word in argv):
+        print(__doc__)
+        return
+    if argv == ["--build-one"]:  # a child: build the kernels whose sources come on standard input
+        _build_one()
+        return
+    if argv[:1] == ["--measure"]:  # a child, with the settings that Inductor and the allocator need from the start
+        _measure(json.loads(argv[1]))
+        return
+    options = dict(_DEFAULTS)
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name not in options or not equals:
+            raise unknown("option", name, options)
+        options[name] = value
+    plan = _plan(options)
+    build = _build_times()
+    print(
+        f"cold build of {build['kernels']} formulas: {build['parallel']:.1f} s in parallel, {build['singly']:.1f} s singly"
+    )
+    environment = {**os.environ, "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
+    command = [sys.executable, "-m", "bench.activations", "--measure", json.dumps(plan)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    rows = []
+    assert child.stdout is not None
+    for line in child.stdout:
+        rows.append(json.loads(line))
+        print(_line(rows[-1]), flush=True)
+    if child.wait():
+        raise UserError("the measurement failed: what it said stands above")
+    from bench.train import _machine
+
+    result = {"machine": _machine(), "plan": plan, "build_seconds": build, "rows": rows}
+    Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(options["out"] + ".json") as file:
+        json.dump(result, file, indent=2)
+        file.write("\n")
+    with atomic_write(options["out"] + ".md") as file:
+        file.write(_markdown(result))
+    print(f"written to {options['out']}.json and .md")
+
+
+def _plan(options: dict[str, str]) -> dict[str, Any]:
+    """Check the options."""
+    arms, dtypes = options["arms"].split(","), options["dtypes"].split(",")
+    for name in arms:
+        if name not in ARMS:
+            raise unknown("arm", name, ARMS)
+    for name in dtypes:
+        if name not in ("bf16", "fp32"):
+            raise unknown("dtype", name, ("bf16", "fp32"))
+    if not options["rounds"].isdigit() or not int(options["rounds"]):
+        raise UserError(f"rounds={options['rounds']}: a whole number of at least 1 is needed")
+    if options["compile"] not in ("0", "1"):
+        raise UserError(f"compile={options['compile']}: 0 or 1 is needed")
+    shapes = [shape.split("x") for shape in options["shapes"].split(",")]
+    if not all(len(shape) == 2 and all(part.isdigit() and int(part) for part in shape) for shape in shapes):
+        raise UserError(f"shapes={options['shapes']}: write rows x d_ff, such as 1024x5632,4096x2816")
+    sizes = [[int(part) for part in shape] for shape in shapes]
+    rounds, compiled = int(options["rounds"]), options["compile"] == "1"
+    return {"arms": arms, "dtypes": dtypes, "shapes": sizes, "rounds": rounds, "compile": compiled}
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
+
+
+def _measure(plan: dict[str, Any]) -> None:
+    """Print one line of JSON for each arm, shape and dtype."""
+    from training.machine import keep_freed_memory
+
+    keep_freed_memory()
+    for rows, width in plan["shapes"]:
+        for dtype in plan["dtypes"]:
+            for arm in plan["arms"]:
+                figures = _one(arm, rows, width, dtype, plan["rounds"], plan["compile"])
+                print(json.dumps(figures), flush=True)
+
+
+def _one(arm: str, rows: int, width: int, dtype_name: str, rounds: int, compiled: bool) -> dict[str, Any]:
+    import torch
+
+    from bench.conformance import catalogue
+    from kernels import activation
+    from kernels.eager import plain
+    from kernels.properties import bytes_moved
+
+    torch._dynamo.reset()  # each arm its own count of recompilations
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name]
+    ours = activation(*catalogue()[arm])
+    eager, formula = plain(ours.formula), ours.formula
+    pre = torch.randn((rows, 2, width) if formula.gated else (rows, width)).to(dtype).requires_grad_()
+    dh = torch.randn(rows, width).to(dtype)
+    fp32 = {n: torch.full((1,), p.init, requires_grad=True) for n, p in formula.learned.items()}
+    low = {n: value.detach().to(dtype).requires_grad_() for n, value in fp32.items()}
+    contenders: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] = {
+        "ours": (ours, ours, fp32),
+        "eager": (eager, eager, low),
+    }
+    if compiled:
+
+        def again(pre: Any, **learned: Any) -> Any:  # another function, so that its graph is compiled apart
+            return eager(pre, **learned)
+
+        contenders["compile"] = (torch.compile(eager, dynamic=False), torch.compile(again, dynamic=False), low)
+
+    def forward(f: Callable[..., Any], learned: dict[str, Any]) -> Callable[[], Any]:
+        return lambda: f(pre, **learned)
+
+    def backward(f: Callable[..., Any], learned: dict[str, Any]) -> Callable[[], Any]:
+        h = f(pre, **learned)
+        return lambda: torch.autograd.grad(h, [pre, *learned.values()], dh, retain_graph=True)
+
+    moved = bytes_moved(formula, dtype.itemsize)
+    result: dict[str, Any] = {"arm": arm, "rows": rows, "d_ff": width, "dtype": dtype_name}
+    for name, make in (("forward", forward), ("backward", backward)):
+        calls = {key: make(f if name == "forward" else g, learned) for key, (f, g, learned) in contenders.items()}
+        size = rows * width * moved[name] // 2
+        source = torch.ones(size, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        calls["copy"] = lambda target=target, source=source: target.copy_(source)
+        with torch.set_grad_enabled(name == "backward"):
+            result[name] = _compare(calls, rounds)
+    return result
+
+
+def _compare(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
+    """Run the contenders in turn; return medians in ms, and how many times longer than ours each took (median and range)."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + _WARM_UP):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if number >= _WARM_UP:
+                seconds[name].append(time.perf_counter() - start)
+    figures: dict[str, Any] = {f"{name}_ms": 1e3 * statistics.median(times) for name, times in seconds.items()}
+    for name, times in seconds.items():
+        if name != "ours":
+            ratios = [other / mine for mine, other in zip(seconds["ours"], times, strict=True)]
+            figures[name] = {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
+    return figures  # "copy" is the share of the copy's bandwidth: the same bytes, in the time of a copy over ours
+
+
+# -------------------------------------------------------------------------------------------------------------- building
+
+
+def _build_times() -> dict[str, Any]:
+    """Return the seconds that all formulas of the catalogue take to compile, with no cache: on all cores, and one by one."""
+    from bench.conformance import catalogue
+    from kernels import c_source, parse
+    from kernels.symbolic import compile_formula
+
+    sources = [c_source.source(compile_formula(parse(*arm))) for arm in catalogue().values()]
+    workers = len(os.sched_getaffinity(0))
+    return {
+        "kernels": len(sources),
+        "cores": workers,
+        "parallel": _build(sources, workers),
+        "singly": _build(sources, 1),
+    }
+
+
+def _build(sources: list[str], workers: int) -> float:
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, "-m", "bench.activations", "--build-one"]
+        given = json.dumps({"sources": sources, "workers": workers})
+        environment = {**os.environ, "XDG_CACHE_HOME": cache}
+        done = subprocess.run(command, input=given, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise UserError(f"the kernels could not be built:\n{done.stderr[-2000:]}")
+    return float(done.stdout)
+
+
+def _build_one() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from kernels import c_build
+
+    given = json.load(sys.stdin)
+    start = time.perf_counter()
+    with ThreadPoolExecutor(given["workers"]) as pool:
+        list(pool.map(c_build.build, given["sources"]))
+    print(time.perf_counter() - start)
+
+
+# ------------------------------------------------------------------------------------------------------------- reporting
+
+
+def _line(row: dict[str, Any]) -> str:
+    words = [f"{row['rows']}x{row['d_ff']} {row['dtype']} {row['arm']:<10}"]
+    for name in ("forward", "backward"):
+        part = row[name]
+        others = "  ".join(f"{key} {part[key]['median']:.2f}x" for key in ("eager", "compile") if key in part)
+        words.append(f"{name} {part['ours_ms']:.2f} ms  {others}  copy {part['copy']['median']:.0%}")
+    return " | ".join(words)
+
+
+def _markdown(result: dict[str, Any]) -> str:
+    build = result["build_seconds"]
+    lines = [
+        "# Activations on a CPU",
+        "",
+        f"Written by `python -m bench.activations`. {result['machine']}; {result['plan']['rounds']} rounds, in turn.",
+        "Ratios: how many times longer than ours, the median over the rounds and the range. Copy: our share of the bandwidth",
+        "of a copy of the bytes that a fused kernel must move.",
+        "",
+        f"Cold build of the {build['kernels']} formulas of the catalogue: {build['parallel']:.1f} s on {build['cores']} cores, "
+        f"{build['singly']:.1f} s one by one.",
+    ]
+
+    def of(part: dict[str, Any], key: str, percent: bool = False) -> str:
+        if key not in part:
+            return "-"
+        values = (part[key]["median"], *part[key]["range"])
+        median, low, high = (f"{value:.0%}" if percent else f"{value:.2f}" for value in values)
+        return f"{median} ({low} to {high})"
+
+    for name in ("forward", "backward"):
+        lines += [
+            "",
+            f"## {name.capitalize()}",
+            "",
+            "| arm | shape | dtype | ours, ms | eager | torch.compile | copy |",
+        ]
+        lines.append("|---|---|---|---|---|---|---|")
+        for row in result["rows"]:
+            part, shape = row[name], f"{row['rows']}x{row['d_ff']}"
+            figures = f"{part['ours_ms']:.2f} | {of(part, 'eager')} | {of(part, 'compile')} | {of(part, 'copy', True)}"
+            lines.append(f"| {row['arm']} | {shape} | {row['dtype']} | {figures} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,330 @@
+"""How far every arm errs from the truth, beside plain torch: `python -m bench.conformance`.
+
+    out=bench/results/conformance.md   where the report goes          seed=N    the inputs' seed (default: a new one each run)
+    arms=NAME,...                      some arms only                 rows=256  rows of 1024 pre-activations
+    large=1                            more than 2^31 elements too (needs 14 GB of memory)
+
+Exit status 1, and a list on standard error, if an error is more than 1.1 times that of plain torch in the same dtype, or an
+edge case fails. What the figures are stands in the report itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError, unknown
+from conf.files import atomic_write
+from conf.load import FOLDER, choices, run_command
+
+CAP = 1.1
+WIDTHS = (1, 7, 8, 127, 5632)
+BEYOND = {  # arms that conf/ffn does not have
+    "gelu_tanh": ("gelu_tanh(x)", {}),
+    "xielu": (
+        "where(x>0, softplus(ap)*x**2, softplus(an)*(expm1(x)-x)) + 0.5*x",
+        {"ap": {"init": 0.2}, "an": {"init": 0.2}},
+    ),
+    "situ_glu": ("b1*tanh(gate/b1)*sigmoid(gate)*b2*tanh(up/b2)", {"b1": 4.0, "b2": 25.0}),
+    "mish": ("x*tanh(softplus(x))", {}),
+    "prelu": ("where(x>0, x, slope*x)", {"slope": {"init": 0.25}}),
+    "tanh_log": ("tanh(gate)*log(1+up**2)", {}),
+    "maxout": ("max(gate, up)", {}),
+    "x_atan": ("x*atan(x)", {}),
+}
+_HEAD = """# Conformance of the kernels
+
+Written by `python -m bench.conformance` with seed {seed}. {machine}.
+
+Each figure compares a result with the same formula in float64, differentiated by autograd, on the same inputs:
+{rows} x 1024 pre-activations from N(0, 2²), a gradient of h from N(0, 1), and learned parameters, all rounded to the dtype
+first (where gate and up came out equal, up was moved: the derivative of a maximum is a convention there).
+
+- *error* is the root mean square of (result - exact) over the root mean square of the exact values.
+- *plain torch* is the error of the formula written out in torch operations in that dtype (F.silu, F.gelu, ... where torch
+  has one).
+- *ratio* is the first over the second; 1.00 where both are exact. At most {cap} is allowed, for h and for every gradient.
+- *max* is the largest |result - exact| / max(|exact|, RMS), in units of the dtype's eps (2^-23 fp32, 2^-7 bf16).
+- A learned parameter's gradient is one number, the sum over all elements: its ratio compares two single errors, so it is also
+  allowed an error of one eps of the dtype that it is stored in.
+"""
+_EDGES = """
+## Edge cases
+
+NaN: comes out as NaN. inf: comes out as NaN, as inf, or as the formula's limit. 1e4: finite, h and gradients, wherever the
+exact value is a number of the dtype, for |pre-activation| up to 10,000. widths {widths}, non-contiguous and zero-stride
+inputs: the same numbers as in a contiguous tensor of width 5632, up to twice the column *max* above, or one eps.
+empty: 0 rows and 0 columns.
+"""
+
+
+def main(argv: list[str]) -> int:
+    if any(word in ("-h", "--help") for word in argv):
+        print(__doc__)
+        return 0
+    options = {"out": "bench/results/conformance.md", "seed": "", "arms": "", "rows": "256", "large": "0"}
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name not in options or not equals:
+            raise unknown("option", name, options)
+        options[name] = value
+    for name in ("seed", "rows", "large"):
+        if options[name] and not options[name].isdigit():
+            raise UserError(f"{name}={options[name]}: a whole number is needed")
+    arms = catalogue()
+    for name in filter(None, options["arms"].split(",")):
+        if name not in arms:
+            raise unknown("arm", name, arms)
+    wanted = options["arms"].split(",") if options["arms"] else list(arms)
+    seed, rows = int(options["seed"] or secrets.randbelow(1 << 31)), int(options["rows"] or 256)
+    lines, failures = report({name: arms[name] for name in wanted}, seed, rows)
+    lines += ["", "## More than 2^31 elements", ""]
+    if options["large"] not in ("", "0"):
+        said = large()
+        failures += [said] if "FAILED" in said else []
+        lines.append(said)
+    else:
+        lines.append("Not run (large=1 runs it).")
+    lines += ["", f"{len(failures)} failures." if failures else "Nothing failed.", *(f"- {f}" for f in failures)]
+    Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(options["out"]) as file:
+        file.write("\n".join(lines) + "\n")
+    print(f"seed {seed}; written to {options['out']}")
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def catalogue() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return {arm: (formula, parameters)}: all of conf/ffn that have a formula of their own, and those of `BEYOND`."""
+    from omegaconf import OmegaConf
+
+    arms = {}
+    for name in choices("ffn"):
+        settings: Any = OmegaConf.to_container(OmegaConf.load(FOLDER / "ffn" / f"{name}.yaml"))
+        if settings["formula"]:
+            arms[name] = (settings["formula"], dict(settings.get("parameters") or {}))
+    return {**{name: arm for name, arm in BEYOND.items() if name not in arms}, **arms}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One arm in one dtype with its inputs, the truth, and what plain torch makes of it."""
+
+    function: Callable[..., Any]
+    plain: Callable[..., Any]
+    pre: Any
+    dh: Any
+    learned: dict[str, Any]
+
+    def of(self, f: Callable[..., Any], dtype: Any = None, pre: Any = None, dh: Any = None) -> dict[str, Any]:
+        """Return h and all gradients as `f` computes them, in float64: {"h": ..., "dx": ..., ...}."""
+        import torch
+
+        pre = self.pre if pre is None else pre
+        dh = self.dh[: pre.shape[0], : pre.shape[-1]] if dh is None else dh
+        cast = (lambda t: t.to(dtype)) if dtype else (lambda t: t)
+        leaf = cast(pre).detach().requires_grad_()
+        learned = {name: cast(value).detach().requires_grad_() for name, value in self.learned.items()}
+        h = f(leaf, **learned)
+        given = (
+            torch.autograd.grad(h, [leaf, *learned.values()], cast(dh), allow_unused=True) if h.requires_grad else None
+        )
+        gradients = given or [None] * (1 + len(learned))
+        dpre = torch.zeros_like(leaf) if gradients[0] is None else gradients[0]
+        gated = leaf.ndim == 3
+        split = {"dgate": dpre[:, 0], "dup": dpre[:, 1]} if gated else {"dx": dpre}
+        split |= {f"d{name}": value for name, value in zip(learned, gradients[1:], strict=True)}
+        return {"h": h.detach().double(), **{name: value.double() for name, value in split.items()}}
+
+
+def case_of(
+    formula: str, parameters: dict[str, Any], backend: str, dtype: Any, seed: int, rows: int, device: str
+) -> Case:
+    """Draw the inputs of one arm."""
+    import torch
+
+    from kernels import activation
+    from kernels.eager import plain
+
+    function = activation(formula, parameters, backend)
+    generator = torch.Generator().manual_seed(seed)
+    pre = 2 * torch.randn((rows, 2, 1024) if function.formula.gated else (rows, 1024), generator=generator)
+    pre = pre.to(dtype)
+    if function.formula.gated:
+        pre[:, 1] += (pre[:, 0] == pre[:, 1]).to(dtype)
+    dh = torch.randn((rows, 1024), generator=generator).to(dtype)
+    # Plain code keeps a parameter in the dtype of the model; the kernels take the same number.
+    learned = {n: torch.full((1,), p.init).to(dtype).float() for n, p in function.formula.learned.items()}
+    learned = {name: value.to(device) for name, value in learned.items()}
+    return Case(function, plain(function.formula), pre.to(device), dh.to(device), learned)
+
+
+def error(result: Any, exact: Any, eps: float) -> tuple[float, float]:
+    """Return (root mean square error over the exact values' root mean square, largest error in eps)."""
+    rms = float(exact.square().mean().sqrt())
+    if rms == 0:
+        return (0.0, 0.0) if not result.any() else (math.inf, math.inf)
+    difference = (result - exact).abs()
+    return float(difference.square().mean().sqrt()) / rms, float((difference / exact.abs().clamp(min=rms)).max()) / eps
+
+
+def report(arms: dict[str, tuple[str, dict[str, Any]]], seed: int, rows: int) -> tuple[list[str], list[str]]:
+    """Measure; return the report's lines and the failures."""
+    import torch
+
+    from bench.train import _machine
+
+    lines = _HEAD.format(seed=seed, rows=rows, cap=CAP, machine=_machine()).splitlines()
+    head = "| arm | dtype | backend | of | error | plain torch | ratio | max | plain max |"
+    lines += ["", "## Errors", "", head, "|---|---|---|---|---|---|---|---|---|"]
+    edges, failures, worst = [], [], 0.0
+    for name, (formula, parameters) in arms.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            for backend, device in backends():
+                kind = "fp32" if dtype == torch.float32 else "bf16"
+                case = case_of(formula, parameters, backend, dtype, seed, rows, device)
+                exact, written = case.of(case.plain, torch.float64), case.of(case.plain, dtype)
+                eps = torch.finfo(dtype).eps
+                for of, ours in case.of(case.function).items():
+                    (mine, most), (theirs, their_most) = error(ours, exact[of], eps), error(written[of], exact[of], eps)
+                    ratio = mine / theirs if theirs else (1.0 if mine == 0 else math.inf)
+                    single = ours.numel() == 1
+                    stored = torch.finfo(torch.float32).eps if single else 0.0
+                    failed = not (ratio <= CAP or (single and mine <= stored))
+                    worst = max(worst, ratio if not single else 0.0)
+                    mark = " **over**" if failed else ""
+                    lines.append(
+                        f"| {name} | {kind} | {backend} | {of} | {mine:.3g} | {theirs:.3g} | {ratio:.3f}{mark} "
+                        f"| {most:.2f} | {their_most:.2f} |"
+                    )
+                    if failed:
+                        figures = f"error {mine:.4g}, plain torch {theirs:.4g}, ratio {ratio:.3f}"
+                        failures.append(f"{name} {kind} {backend} {of}: {figures}")
+                found = dict(edge_cases(case, dtype))
+                edges.append(f"| {name} | {kind} | {backend} | {' | '.join(found.values())} |")
+                failures += [
+                    f"{name} {kind} {backend}, {check}: {said}" for check, said in found.items() if said != "ok"
+                ]
+    lines += ["", f"The largest ratio of h or of a pre-activation's gradient is {worst:.3f}."]
+    lines += _EDGES.format(widths=", ".join(map(str, WIDTHS))).splitlines()
+    columns = ("NaN", "inf", "1e4", "widths", "strides", "empty")
+    lines += ["", f"| arm | dtype | backend | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|", *edges]
+    return lines, failures
+
+
+def backends() -> list[tuple[str, str]]:
+    """Return (backend, device) of all that this machine can run."""
+    import torch
+
+    from kernels import BACKENDS
+
+    found = [("reference", "cpu"), ("c", "cpu")]
+    return found + ([("triton", "cuda")] if "triton" in BACKENDS and torch.cuda.is_available() else [])
+
+
+def edge_cases(case: Case, dtype: Any) -> Iterator[tuple[str, str]]:
+    """Yield (check, "ok" or what failed)."""
+    import itertools
+
+    import torch
+
+    gated, device = case.pre.ndim == 3, case.pre.device
+    arrange = lambda values: torch.tensor(values, dtype=torch.float64, device=device)  # noqa: E731
+
+    def points(values: tuple[float, ...]) -> Any:
+        table = arrange(list(itertools.product(values, repeat=2 if gated else 1)))
+        return table.T[None].contiguous() if gated else table.T.contiguous()
+
+    learned = case.learned
+    nan, inf = math.nan, math.inf
+    pre = points((nan, 1.0, -1.0))
+    pre = pre[:, :, pre.isnan().any(1)[0]] if gated else pre[:, pre.isnan()[0]]
+    yield "NaN", "ok" if case.function(pre.to(dtype), **learned).isnan().all() else "a NaN vanished"
+    pre = points((inf, -inf, 1.0, -1.0))
+    h = case.function(pre.to(dtype), **learned).double()
+    limit = case.plain(pre.clamp(-1e15, 1e15), **learned)
+    fine = ~h.isfinite() | ((h - limit).abs() <= 1e-2 * limit.abs().clamp(min=1))
+    yield "inf", "ok" if fine.all() else f"{h[~fine][0]} for {limit[~fine][0]}"
+    steps = tuple(
+        s * m for m in (1e-30, 1e-3, 0.5, 3.0, 20.0, 44.0, 88.0, 89.0, 104.0, 300.0, 1e3, 1e4) for s in (1, -1)
+    )
+    pre = points(steps).to(dtype)
+    ones = torch.ones_like(pre[:, 0] if gated else pre)
+    found, exact = case.of(case.function, pre=pre, dh=ones), case.of(case.plain, torch.float64, pre=pre, dh=ones)
+    bad = [of for of in found if not (found[of].isfinite() | (exact[of].abs() > 0.99 * torch.finfo(dtype).max)).all()]
+    yield "1e4", "ok" if not bad else f"not finite: {', '.join(bad)}"
+
+    # Two results that err by so much from the truth differ by twice that at most; and by a rounding where they err by nothing.
+    truth, eps = case.of(case.plain, torch.float64), torch.finfo(dtype).eps
+    sizes = {of: float(value.square().mean().sqrt()) or 1.0 for of, value in truth.items()}
+    limits = {of: max(1.0, 2 * error(value, truth[of], eps)[1]) for of, value in case.of(case.function).items()}
+
+    def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+        elements = [of for of in one if one[of].numel() == one["h"].numel()]  # sums have another order of their own
+        return all(
+            ((one[of] - other[of]).abs() <= limits[of] * eps * other[of].abs().clamp(min=sizes[of])).all()
+            for of in elements
+        )
+
+    wide = torch.cat([case.pre[:4]] * 6, -1)[..., : WIDTHS[-1]].contiguous()
+    dh = torch.cat([case.dh[:4]] * 6, -1)[..., : WIDTHS[-1]].contiguous()
+    whole = case.of(case.function, pre=wide, dh=dh)
+    wrong = []
+    for width in WIDTHS:
+        cut = case.of(case.function, pre=wide[..., :width].contiguous(), dh=dh[:, :width].contiguous())
+        if not same(cut, {of: v if v.numel() == 1 else v[:, :width] for of, v in whole.items()}):
+            wrong.append(str(width))
+    yield "widths", "ok" if not wrong else f"other numbers at width {', '.join(wrong)}"
+    spread = torch.full((*wide.shape[:-1], 2 * wide.shape[-1]), nan, dtype=dtype, device=device)
+    spread[..., ::2] = wide
+    fine = same(case.of(case.function, pre=spread[..., ::2], dh=dh.t().contiguous().t()), whole)
+    one = wide[:1].expand(wide.shape)
+    flat = torch.ones(1, dtype=dtype, device=device).expand(dh.shape)
+    fine &= same(case.of(case.function, pre=one, dh=flat), case.of(case.function, pre=one.clone(), dh=flat.clone()))
+    yield "strides", "ok" if fine else "other numbers"
+    shapes = [wide[:0], wide[..., :0]]
+    fine = all(case.of(case.function, pre=p, dh=dh[: p.shape[0], : p.shape[-1]])["h"].numel() == 0 for p in shapes)
+    yield "empty", "ok" if fine else "a shape that is not empty"
+
+
+def large() -> str:
+    """ReLU of 2^31 + 8 elements in bf16, forward and backward, in one row and in many: every element is checked."""
+    import psutil
+    import torch
+
+    from kernels import activation
+
+    size, chunk = (1 << 31) + 8, 1 << 27
+    if psutil.virtual_memory().available < 14e9:
+        return "Not run: it needs 14 GB of memory."
+    function = activation("relu(x)", backend="c")
+    pattern = torch.randn(chunk, generator=torch.Generator().manual_seed(0)).bfloat16()
+    pieces = [(start, min(start + chunk, size)) for start in range(0, size, chunk)]
+    pre, wrong = torch.empty(size, dtype=torch.bfloat16), []
+    for number, (start, stop) in enumerate(
+        pieces
+    ):  # each piece is another, so that an index that wraps finds other numbers
+        torch.mul(pattern[: stop - start], number + 1, out=pre[start:stop])
+    for shape in ((1, size), (136, size // 136)):
+        h = function.forward(pre.view(shape), []).view(-1)
+        for start, stop in pieces:
+            if not torch.equal(h[start:stop], torch.relu(pre[start:stop])):
+                wrong.append(f"h at {start:,} of {shape}")
+        dpre = function.backward(pre.view(shape), h.view(shape), [])[0].view(-1)  # relu(x) * [x > 0] is relu(x)
+        for start, stop in pieces:
+            if not torch.equal(dpre[start:stop], h[start:stop]):
+                wrong.append(f"the gradient at {start:,} of {shape}")
+        assert h[-8:].any(), "the last elements show nothing"
+        del h, dpre
+    what = f"ReLU of {size:,} bf16 elements through the C backend, as one row and as 136"
+    return f"FAILED: {what}: {'; '.join(wrong)}" if wrong else f"{what}, forward and backward: every element is right."
+
+
+if __name__ == "__main__":
+    run_command(main)

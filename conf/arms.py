@@ -1,0 +1,83 @@
+"""Which arm each layer has: `ffn`, changed for some layers by `ffn.per_layer`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from conf.errors import UserError, unknown
+from conf.load import FOLDER, choices
+from conf.schema import Config, FFNConfig
+
+_OF_AN_ARM = ("name", "formula", "parameters", "init_scale", "from_output")  # what conf/ffn/<arm>.yaml says
+_CHANGEABLE = ("arm", "formula", "parameters", "from_output", "init_scale", "save")
+
+
+def layer_arms(config: Config) -> list[FFNConfig]:
+    """Return the arm of every layer.
+
+    `ffn.per_layer` maps layers (3, last, layers_4_7) to the name of an arm of conf/ffn, or to what differs:
+    {arm: ..., formula: ..., parameters: {...}, init_scale: ..., save: ...}.
+
+    Raises:
+        UserError: a layer that does not exist or is named twice, an unknown arm or key.
+    """
+    base = dataclasses.replace(config.ffn, per_layer={})
+    arms: list[FFNConfig] = [base] * config.model.n_layers
+    changed: dict[int, Any] = {}
+    if not isinstance(config.ffn.per_layer, dict):
+        raise UserError(
+            f"ffn.per_layer={config.ffn.per_layer!r} must map layers to arms, such as ffn.per_layer.0=relu2"
+        )
+    for layers, change in config.ffn.per_layer.items():
+        for index in _layers(str(layers), len(arms)):
+            if index in changed:
+                raise UserError(f"ffn.per_layer names layer {index} twice: {changed[index]} and {layers}")
+            changed[index] = layers
+            arms[index] = _changed(base, change, f"ffn.per_layer.{layers}")
+    return arms
+
+
+def _layers(text: str, count: int) -> range:
+    match = re.fullmatch(r"([0-9]+|last)", text) or re.fullmatch(r"layers_([0-9]+)_([0-9]+|last)", text)
+    if not match:
+        raise UserError(
+            f"ffn.per_layer.{text}: a layer is a number (0 is the first), last, or a range such as layers_4_7"
+        )
+    first, last = (count - 1 if word == "last" else int(word) for word in (match[1], match[match.lastindex or 1]))
+    if not first <= last < count:
+        raise UserError(f"ffn.per_layer.{text}: the model has layers 0 to {count - 1}")
+    return range(first, last + 1)
+
+
+def _changed(base: FFNConfig, change: Any, key: str) -> FFNConfig:
+    if isinstance(change, str):
+        change = {"arm": change}
+    if not isinstance(change, dict) or not change:
+        raise UserError(f"{key}={change!r} must be the name of an arm, or what differs: {{parameters: {{...}}}}")
+    for name in change:
+        if name not in _CHANGEABLE:
+            raise unknown(f"key of {key}", str(name), list(_CHANGEABLE))
+    change = dict(change)
+    if "arm" in change:
+        base = dataclasses.replace(base, **_arm(str(change.pop("arm"))))
+    if "formula" in change:
+        base = dataclasses.replace(base, name="custom", parameters={}, from_output="")
+    if isinstance(change.get("parameters"), dict):
+        change["parameters"] = {**base.parameters, **change["parameters"]}
+    return dataclasses.replace(base, **change)
+
+
+def _arm(name: str) -> dict[str, Any]:
+    if name not in choices("ffn"):
+        raise unknown("arm", name, choices("ffn"))
+    stored: Any = OmegaConf.to_container(OmegaConf.load(FOLDER / "ffn" / f"{name}.yaml"))
+    return {
+        "parameters": {},
+        "init_scale": None,
+        "from_output": "",
+        **{key: stored[key] for key in _OF_AN_ARM if key in stored},
+    }

@@ -1,0 +1,96 @@
+"""C source to a loaded library: the machine's own compiler, and a cache that survives whatever happens to it.
+
+Libraries are kept by a hash of source, compiler and CPU. A damaged one is built again, two processes that need the same one
+build it once, and where the cache cannot be written a temporary folder serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from kernels.cache import folder as _cache
+
+_FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-x", "c", "-std=gnu11")
+
+
+def build(text: str) -> ctypes.CDLL:
+    """Compile C source, or find what an earlier process compiled, and load it.
+
+    Raises:
+        OSError: no compiler, or it failed.
+    """
+    compiler = (
+        shutil.which(os.environ.get("CC", "")) or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    )
+    if compiler is None:
+        raise FileNotFoundError("there is no C compiler (cc, gcc or clang)")
+    identity = "\n".join((text, compiler, _version(compiler), _cpu(), *_FLAGS))
+    name = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+    folder = _cache()
+    path = folder / f"{name}.so"
+    with _locked(folder / f"{name}.lock"):
+        if not _intact(path):
+            _compile(compiler, text, path)
+    return ctypes.CDLL(str(path))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed
+        yield
+
+
+def _intact(path: Path) -> bool:
+    """Whether a library is the one that was written: loading half of one can end the process."""
+    with contextlib.suppress(OSError):
+        return path.with_suffix(".sum").read_text(encoding="utf-8") == _sum(path)
+    return False
+
+
+def _sum(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _compile(compiler: str, text: str, path: Path) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    command = [compiler, *_FLAGS, "-", "-o", str(partial), "-lm"]
+    try:
+        done = subprocess.run([*command[:1], "-fopenmp", *command[1:]], input=text, capture_output=True, text=True)
+        if done.returncode:  # a compiler without OpenMP still gives kernels, for one thread
+            done = subprocess.run(command, input=text, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["it said nothing"]
+            raise OSError(f"{compiler} failed: {said[0]}")
+        checksum = path.with_suffix(".sum")
+        checksum.unlink(missing_ok=True)
+        os.replace(partial, path)
+        checksum.write_text(_sum(path), encoding="utf-8")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@functools.lru_cache(maxsize=4)
+def _version(compiler: str) -> str:
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+    return done.stdout
+
+
+@functools.lru_cache(maxsize=1)
+def _cpu() -> str:
+    """Return what `-march=native` depends on."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("flags", "Features")):
+                return platform.machine() + line
+    return platform.machine() + platform.processor()

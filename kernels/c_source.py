@@ -1,0 +1,195 @@
+"""Formulas printed as C: one template for every kernel of every formula.
+
+A kernel is two functions. The loop runs over one tile of a row in whole vectors, reading and writing a few streams of elements;
+the driver cuts rows x width into tiles. The last few elements of a row go through the same loop by way of padded copies, in
+which pre-activations and gradients are 0. With learned parameters, rows are cut into blocks with sums of their own, which are
+added up in their order at the end: no result depends on the number of threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+from kernels.program import Argument, Line, Program
+from kernels.symbolic import OUTPUT, Compiled
+
+DTYPES = ("f32", "bf16")
+_BLOCKS = 64  # of rows
+_PRIMITIVES = Path(__file__).with_name("primitives.h")
+_OPERATORS = {
+    **{"add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "neg": "-{}"},
+    **{"gt": "{} > {}", "ge": "{} >= {}"},
+}
+_SHORT = (
+    "div",
+    "exp",
+    "expm1",
+    "sigmoid",
+    "complement",
+    "tanh",
+    "erf",
+)  # have a shorter form that is exact enough for bf16
+
+
+def source(compiled: Compiled) -> str:
+    """Return the C source of a formula: forward_T, backward_T, backward_h_T [, from_output_T] for every T of `DTYPES`.
+
+    Each returns 0, or 1 without memory, and takes pointers to pre, [dh, dpre], [h], each learned parameter (float), [its
+    gradient (float)], and then int64 rows and width.
+    """
+    parts = [f"// {' '.join(compiled.formula.text.split())}", _PRIMITIVES.read_text(encoding="utf-8")]
+    for dtype in DTYPES:
+        parts += [
+            _Kernel(compiled, compiled.forward, dtype, f"forward_{dtype}").text(),
+            _Kernel(compiled, compiled.backward, dtype, f"backward_{dtype}").text(),
+            _Kernel(compiled, compiled.backward_with_h, dtype, f"backward_h_{dtype}").text(),
+        ]
+        if compiled.from_output is not None:
+            parts.append(_Kernel(compiled, compiled.from_output, dtype, f"from_output_{dtype}", pre=(OUTPUT,)).text())
+    return "\n".join(parts)
+
+
+def body(program: Program, dtype: str = "f32") -> str:
+    """Return the lines of a program, for one vector of elements, and its results under their names."""
+    results = (f"{name} = {_argument(value)};" for name, value in program.outputs.items())
+    return _lines([*(_line(line, dtype) for line in program.lines), *results])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stream:
+    """What a loop reads or writes element by element: its name in the program, its type, and where a tile of it begins."""
+
+    name: str
+    dtype: str
+    address: str
+
+
+class _Kernel:
+    """One kernel of a formula."""
+
+    def __init__(
+        self, compiled: Compiled, program: Program, dtype: str, name: str, pre: tuple[str, ...] | None = None
+    ) -> None:
+        self.program, self.dtype, self.name = program, dtype, name
+        self.backward = "dh" in program.inputs
+        pre, learned = pre or compiled.formula.pre_activations, compiled.formula.learned
+        rows = lambda array, i=0, of=1: f"{array} + (row * {of} + {i}) * width + first"  # noqa: E731
+        self.reads = [_Stream(n, dtype, rows("pre", i, len(pre))) for i, n in enumerate(pre)]
+        self.writes = []
+        if self.backward:
+            self.reads.append(_Stream("dh", dtype, rows("dh")))
+            self.writes = [_Stream(f"d{n}", dtype, rows("dpre", i, len(pre))) for i, n in enumerate(pre)]
+        if "h" in program.outputs:
+            self.writes.append(_Stream("h", dtype, rows("h")))
+        self.learned = list(learned)
+        self.scalars = [n for n, p in learned.items() if p.share == "layer"]
+        self.reads += [_Stream(n, "f32", f"p_{n} + first") for n in learned if n not in self.scalars]
+        # Sums over the rows of a block, one after the other in its memory `mine`.
+        self.sizes = {n: "1" if n in self.scalars else "width" for n in learned} if self.backward else {}
+        self.offsets = {n: " + ".join(list(self.sizes.values())[:i]) or "0" for i, n in enumerate(self.sizes)}
+        self.sums = [
+            _Stream(f"d{n}", "f32", f"mine + {self.offsets[n]} + first") for n in self.sizes if n not in self.scalars
+        ]
+        self.totals = [n for n in self.sizes if n in self.scalars]
+
+    def text(self) -> str:
+        return f"{self.loop()}\n{self.driver()}"
+
+    def value(self, output: str) -> str:
+        return _argument(self.program.outputs[output])
+
+    def loop(self) -> str:
+        """Return the function that runs over `n` elements, a multiple of LANES."""
+        arguments = [f"const {s.dtype} *restrict r_{s.name}" for s in self.reads]
+        arguments += [f"{s.dtype} *restrict w_{s.name}" for s in (*self.writes, *self.sums)]
+        arguments += [f"const float p_{n}" for n in self.scalars] + [f"float *restrict s_{n}" for n in self.totals]
+        used = self.program.used
+        inside = [f"const V {s.name} = load_{s.dtype}(r_{s.name} + c);" for s in self.reads if s.name in used]
+        inside += [f"const V {n} = number(p_{n});" for n in self.scalars if n in used]
+        inside += [_line(line, self.dtype) for line in self.program.lines]
+        inside += [f"store_{s.dtype}(w_{s.name} + c, {self.value(s.name)});" for s in self.writes]
+        inside += [f"add_f32(w_{s.name} + c, {self.value(s.name)});" for s in self.sums]
+        inside += [f"sum_{n} += {self.value(f'd{n}')};" for n in self.totals]
+        return (
+            f"static void {self.name}_tile({', '.join(arguments)}, int64_t n) {{\n"
+            + _lines((f"V sum_{n} = {{}};" for n in self.totals), 1)
+            + "    for (int64_t c = 0; c < n; c += LANES) {\n"
+            + _lines(inside, 2)
+            + "    }\n"
+            + _lines((f"*s_{n} += sum(sum_{n});" for n in self.totals), 1)
+            + "}\n"
+        )
+
+    def tile(self) -> str:
+        """Return the lines that do tile `tile` of row `row`."""
+        streams = (*self.reads, *self.writes, *self.sums)
+        scalars = [f"p_{n}[0]" for n in self.scalars] + [f"mine + {self.offsets[n]}" for n in self.totals]
+        lines = [
+            "const int64_t first = tile * TILE_WIDTH, size = width - first < TILE_WIDTH ? width - first : TILE_WIDTH;",
+            "const int64_t whole = size / LANES * LANES, rest = size - whole;",
+            f"{self.name}_tile({', '.join([s.address for s in streams] + scalars)}, whole);",
+            "if (!rest) continue;",
+            *(f"{s.dtype} b_{s.name}[LANES] = {{0}};" for s in streams),
+            *(f"memcpy(b_{s.name}, {s.address} + whole, rest * sizeof({s.dtype}));" for s in (*self.reads, *self.sums)),
+            f"{self.name}_tile({', '.join([f'b_{s.name}' for s in streams] + scalars)}, LANES);",
+            *(
+                f"memcpy({s.address} + whole, b_{s.name}, rest * sizeof({s.dtype}));"
+                for s in (*self.writes, *self.sums)
+            ),
+        ]
+        return _lines(lines, 2)
+
+    def driver(self) -> str:
+        """Return the function that is called."""
+        arguments = [f"const {self.dtype} *restrict pre"]
+        arguments += [f"const {self.dtype} *restrict dh", f"{self.dtype} *restrict dpre"] if self.backward else []
+        arguments += [f"{self.dtype} *restrict h"] if "h" in self.program.outputs else []
+        arguments += [f"const float *restrict p_{n}" for n in self.learned]
+        arguments += [f"float *restrict d_{n}" for n in self.sizes]
+        head = f"int {self.name}({', '.join(arguments)}, int64_t rows, int64_t width) {{\n"
+        head += "    const int64_t across = (width + TILE_WIDTH - 1) / TILE_WIDTH;\n"
+        if not self.sizes:
+            return (
+                head
+                + "    PARALLEL_FOR(rows * width)\n"
+                + "    for (int64_t work = 0; work < rows * across; work++) {\n"
+                + "        const int64_t row = work / across, tile = work % across;\n"
+                + self.tile()
+                + "    }\n    return 0;\n}\n"
+            )
+        block = [
+            f"const int64_t blocks = rows < {_BLOCKS} ? rows : {_BLOCKS}, space = {' + '.join(self.sizes.values())};",
+            "float *const partial = calloc(blocks * space, sizeof(float));",
+            "if (!partial) return 1;",
+            "PARALLEL_FOR(rows * width)",
+            "for (int64_t block = 0; block < blocks; block++) {",
+            "    float *const mine = partial + block * space;",
+            "    for (int64_t row = rows * block / blocks; row < rows * (block + 1) / blocks; row++)",
+            "    for (int64_t tile = 0; tile < across; tile++) {",
+        ]
+        add_up = [
+            f"add_up(d_{n}, partial + {self.offsets[n]}, {size}, blocks, space);" for n, size in self.sizes.items()
+        ]
+        end = _lines(["    }", "}", *add_up, "free(partial);", "return 0;"], 1)
+        return head + _lines(block, 1) + self.tile() + end + "}\n"
+
+
+def _line(line: Line, dtype: str) -> str:
+    printed = [_argument(argument) for argument in line.arguments]
+    if dtype == "bf16" and line.operation in _SHORT:
+        text = f"k_{line.operation}_bf16({', '.join(printed)})"
+    elif line.operation in _OPERATORS:
+        text = _OPERATORS[line.operation].format(*printed)
+    else:
+        text = f"k_{line.operation}({', '.join(printed)})"
+    return f"const {'I' if line.operation in ('gt', 'ge') else 'V'} {line.name} = {text};"
+
+
+def _argument(argument: Argument) -> str:
+    return argument if isinstance(argument, str) else f"number({float(argument).hex()}f)"
+
+
+def _lines(lines: Iterable[str], depth: int = 0) -> str:
+    return "".join(f"{'    ' * depth}{line}\n" for line in lines)

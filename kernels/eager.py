@@ -1,0 +1,84 @@
+"""A formula as it is written by hand in plain torch: one operation after the other, in the dtype of the tensors.
+
+What the fused kernels are compared with, in error, speed and memory; no backend. Differentiation is autograd's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.formula import Formula, Node
+
+Value = Any  # a Tensor, or a number
+
+
+def plain(formula: Formula) -> Callable[..., Tensor]:
+    """Return `f(pre, **learned) -> h`, with `pre` (..., d_ff), or (..., 2, d_ff) for a gated formula (gate first)."""
+
+    def h(pre: Tensor, **learned: Tensor) -> Tensor:
+        values: dict[str, Value] = {**formula.fixed, **{name: value.to(pre.dtype) for name, value in learned.items()}}
+        if formula.gated:
+            values |= {"gate": pre[..., 0, :], "up": pre[..., 1, :]}
+        else:
+            values["x"] = pre
+        return _value(formula.tree, values, pre.dtype)
+
+    return h
+
+
+def _value(node: Node, values: Mapping[str, Value], dtype: torch.dtype) -> Value:
+    if node.kind == "number":
+        return node.value
+    if node.kind == "symbol":
+        return values[str(node.value)]
+    arguments = [_value(argument, values, dtype) for argument in node.arguments]
+    if node.value == "where":
+        return _where(dtype, *arguments)
+    function = _FUNCTIONS[str(node.value)] if node.kind == "call" else _OPERATORS[node.kind]
+    if node.kind == "call" and not any(isinstance(argument, Tensor) for argument in arguments):
+        arguments = [torch.tensor(argument, dtype=torch.float64) for argument in arguments]
+        return float(function(*arguments))
+    return function(*arguments)
+
+
+def _pair(name: str, a: Value, b: Value) -> Tensor:
+    """torch.maximum and torch.minimum take tensors, clamp takes a number."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return getattr(torch, name + "imum")(a, b)
+    tensor, bound = (a, b) if isinstance(a, Tensor) else (b, a)
+    if name == "max":
+        return F.relu(tensor) if bound == 0 else tensor.clamp(min=bound)
+    return tensor.clamp(max=bound)
+
+
+def _clip(x: Tensor, low: Value, high: Value) -> Tensor:
+    return _pair("min", _pair("max", x, low), high)
+
+
+def _where(dtype: torch.dtype, condition: Value, then: Value, otherwise: Value) -> Value:
+    if not isinstance(condition, Tensor):
+        return then if condition else otherwise
+    if not isinstance(then, Tensor) and not isinstance(otherwise, Tensor):  # of numbers, torch.where makes fp32
+        return torch.where(condition, then, otherwise).to(dtype)
+    return torch.where(condition, then, otherwise)
+
+
+_OPERATORS: dict[str, Callable[..., Value]] = {
+    **{"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a / b},
+    **{"**": lambda a, b: a**b, "negate": lambda a: -a},
+    **{"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b},
+}
+_FUNCTIONS: dict[str, Callable[..., Value]] = {
+    **{name: getattr(torch, name) for name in ("abs", "sign", "sqrt", "exp", "expm1", "log", "log1p", "sigmoid")},
+    **{name: getattr(torch, name) for name in ("tanh", "sin", "cos", "atan", "erf")},
+    **{"softplus": F.softplus, "relu": F.relu, "silu": F.silu, "gelu": F.gelu},
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    **{"max": functools.partial(_pair, "max"), "min": functools.partial(_pair, "min")},
+    "clip": _clip,
+}

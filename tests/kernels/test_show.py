@@ -1,0 +1,167 @@
+"""kernels.show: the figures it prints against known values, its refusals, its files."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.formula import FormulaError, parse
+from kernels.properties import Properties, bytes_moved, cost, properties, saved_by_eager
+from kernels.show import _Refused, main, written
+from kernels.symbolic import compile_formula
+
+ROOT = Path(__file__).parents[2]
+
+
+def of(formula: str, **parameters: object) -> Properties:
+    return properties(compile_formula(parse(formula, parameters)))
+
+
+def test_relu():
+    relu = of("relu(x)")
+    curve = relu.curves["x"]
+    assert (relu.at_zero, relu.low, relu.high, relu.true_glu, relu.warnings) == (0.0, 0.0, 10.0, None, [])
+    assert (curve.jump, curve.kink, curve.kink_at, curve.monotone, curve.steepest) == (0.0, 1.0, 0.0, "rising", 1.0)
+    assert curve.dead == [(-10.0, 0.0)]
+    assert curve.saturated == pytest.approx(0.5, abs=1e-3)
+    # of half a normal distribution: mean 1 / sqrt(2 pi), second moment 1/2
+    assert relu.mean == pytest.approx(1 / math.sqrt(2 * math.pi), abs=1e-6)
+    assert relu.rms == pytest.approx(math.sqrt(0.5), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("formula", "ratio"),
+    [("sigmoid(x)", 2.40), ("where(x > 0, x, 0.01*x)", 0.67), ("gelu(x)", 0.48), ("silu(x)", 0.37)],
+)
+def test_the_mean_over_the_std_is_the_published_one(formula, ratio):
+    found = of(formula)
+    assert found.mean / found.std == pytest.approx(ratio, abs=0.01)
+
+
+def test_smooth_curves_have_no_kink_and_no_dead_region():
+    for formula in ("silu(x)", "gelu(x)", "tanh(x)", "sin(20*x)"):
+        curve = of(formula).curves["x"]
+        assert (curve.jump, curve.kink, curve.dead) == (0.0, 0.0, [])
+    assert of("silu(x)").curves["x"].argmin == pytest.approx(-1.27846, abs=1e-4)
+    assert of("silu(x)").low == pytest.approx(-0.278465, abs=1e-6)
+    assert of("silu(x)").curves["x"].monotone == "neither"
+
+
+def test_kinks_and_jumps_are_found_between_the_points_of_the_grid():
+    kink = of("where(x > 0.12345678, 2*x - 0.12345678, x)").curves["x"]
+    assert kink.jump == 0.0
+    assert (kink.kink, kink.kink_at) == pytest.approx((1.0, 0.12345678), abs=1e-8)
+    jump = of("where(x > 0.3, x + 0.5, x)")
+    assert (jump.curves["x"].jump, jump.curves["x"].jump_at) == pytest.approx((0.5, 0.3), abs=1e-8)
+    assert any("jumps by 0.5" in warning for warning in jump.warnings)
+
+
+def test_threshold_is_warned_of():
+    found = of("where(x >= 0, 1, 0)")
+    assert "the gradient is 0 everywhere: nothing below this activation can learn" in found.warnings
+    assert found.curves["x"].saturated == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("formula", "true_glu"),
+    [("silu(gate)*up", True), ("gate*up", True), ("max(gate, up)", False), ("silu(gate)*(up + 1)", False)],
+)
+def test_a_true_glu_is_told_from_others(formula, true_glu):
+    found = of(formula)
+    assert found.true_glu is true_glu
+    assert ("not a true GLU: h is not proportional to up" in found.warnings) is not true_glu
+
+
+def test_dead_regions_of_a_gate_hold_for_every_up():
+    assert of("relu(gate)*up").curves["gate"].dead == [(-10.0, 0.0)]
+    assert of("gate*up").curves["gate"].dead == []
+    assert of("max(gate, up)").curves["gate"].kink_at == pytest.approx(1.0)
+
+
+def test_bytes_and_operations():
+    ungated, gated = parse("silu(x)"), parse("silu(gate)*up")
+    assert bytes_moved(ungated) == {"forward": 4, "backward": 6, "backward with h": 8}
+    assert bytes_moved(gated) == {"forward": 6, "backward": 10, "backward with h": 12}
+    assert saved_by_eager(gated) == (6, 8)  # gate and up, silu(gate); and h
+    assert saved_by_eager(ungated) == (2, 4)
+    assert saved_by_eager(parse("relu(x)")) == (0, 2)  # from its output
+    operations = cost(compile_formula(parse("where(x > 0, x, exp(-x) / 3)")).forward)
+    assert operations == {"compare or select": 2, "add or multiply": 2, "transcendental": 1}
+
+
+def test_expressions_are_written_in_the_grammar():
+    compiled = compile_formula(parse("where(x >= 0, relu(x), 0.044715*x)"))
+    assert written(compiled.expression) == "where(x >= 0, relu(x), 0.044715*x)"
+    assert written(compiled.slopes["x"]) == "where(x >= 0, where(x > 0, 1, 0), 0.044715)"
+
+
+def test_what_it_prints(capsys):
+    main(["where(x > 0, x, slope*x)", "slope=learned:0.25:channel"])
+    said = capsys.readouterr().out
+    assert "slope (learned, starts at 0.25, one a channel)" in said
+    assert "dh/dslope    = where(x > 0, 0, x)" in said
+    assert "ungated: 2 matrices" in said
+    assert "0.75 at 0" in said
+    assert "k_select" in said
+    assert "PARALLEL_FOR" not in said
+    main(["gate*up*b", "b=2", "--c"])
+    said = capsys.readouterr().out
+    assert "b = 2" in said
+    assert "PARALLEL_FOR" in said
+    main(["--help"])
+    assert "learned:0.25:channel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["x", "y*x"], "one formula is needed"),
+        (["--c"], "one formula is needed"),
+        (["x", "--d"], "unknown option '--d'"),
+        (["x", "--plot"], "--plot needs the name of a file"),
+        (["x", "--plot=a.gif"], "must end in .png, .pdf, .svg"),
+        (["x", "--plot=nowhere/a.png"], "there is no folder nowhere"),
+        (["b*x", "b=two"], "write b=1.702, b=learned:0.25 or b=learned:0.25:channel"),
+        (["b*x", "b=learned"], "b=learned is no parameter"),
+    ],
+)
+def test_bad_words_are_one_sentence(words, reason):
+    with pytest.raises(_Refused, match=reason):
+        main(words)
+
+
+def test_a_share_that_is_none_is_refused_by_the_grammar():
+    with pytest.raises(FormulaError, match="shared by layer or by channel, not 'row'"):
+        main(["b*x", "b=learned:1:row"])
+
+
+def test_a_refused_formula_is_status_2_and_needs_no_torch():
+    code = "import sys; sys.argv[1:] = ['x*sulu(x)']; sys.modules['torch'] = None; from kernels.show import run; run()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown function 'sulu': did you mean 'silu'?")
+    assert done.stderr.endswith("\n  x*sulu(x)\n    ^\n")
+    domain = code.replace("x*sulu(x)", "1/x")
+    done = subprocess.run([sys.executable, "-c", domain], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "the division can hit zero" in done.stderr
+
+
+@pytest.mark.parametrize("formula", ["silu(gate)*up", "relu(x)**2"])
+def test_a_plot_is_written_whole(formula, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "curve.png"
+    main([formula, "--plot", str(out)])
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [out]
+    assert f"written to {out}" in capsys.readouterr().out
+
+
+def test_without_matplotlib_a_plot_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(_Refused, match="needs matplotlib, which is not installed"):
+        main(["x", f"--plot={tmp_path}/a.png"])
