@@ -26,8 +26,11 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	@$(PIP) install -c requirements.lock -e .
 	@touch $@
 
+# A torch for CUDA brings the Triton that it was built with; one without takes the version that the lock names.
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "setup: installing what the tests need"
+	@$(BIN)/python -c 'import triton' 2>/dev/null || \
+		$(PIP) install "$$(sed -n 's/^# \(triton==[0-9.]*\).*/\1/p' requirements.lock); platform_system == 'Linux'"
 	@$(PIP) install -c requirements.lock -e '.[test]'
 	@touch $@
 

@@ -37,7 +37,7 @@ class FFNConfig:
     per_layer: Any = key(
         {}, "other arms for some layers: {0: relu2, layers_4_7: {arm: geglu}, last: {parameters: {limit: 5}}}"
     )
-    backend: str = key("auto", "what computes it: auto | reference | c")
+    backend: str = key("auto", "what computes it: auto | reference | c | triton")
 
 
 @dataclass

@@ -19,7 +19,7 @@ from kernels.formula import FormulaError, parse
 
 _CHOICES = {
     "ffn.save": ("packed", "output", "everything", "input"),
-    "ffn.backend": ("auto", "reference", "c"),
+    "ffn.backend": ("auto", "reference", "c", "triton"),
     "model.attention": ("auto", "flash", "sdpa", "flex", "blocks"),
     "optim.name": ("adamw",),
     "schedule.name": ("cosine", "linear", "wsd"),

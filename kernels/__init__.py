@@ -6,7 +6,8 @@
 
 What lives here: the grammar of formulas (`formula.py`, which does not need torch), their derivatives and the programs that
 backends print (`symbolic.py`, `program.py`), what is refused because it cannot be computed safely (`safety.py`), and the
-backends: plain torch (`reference.py`) and C (`c.py`). What does not: layers, configuration, training.
+backends: plain torch (`reference.py`), C (`c.py`) and Triton (`triton_backend.py`). What does not: layers, configuration,
+training.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "Formula", "FormulaError", "Learned", "activation", "parse"]
 
-BACKENDS = ("auto", "reference", "c")
+BACKENDS = ("auto", "reference", "c", "triton")
 
 
 def activation(

@@ -15,9 +15,10 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from kernels.cache import folder as _cache
 
 _FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-x", "c", "-std=gnu11")
 
@@ -41,19 +42,6 @@ def build(text: str) -> ctypes.CDLL:
         if not _intact(path):
             _compile(compiler, text, path)
     return ctypes.CDLL(str(path))
-
-
-@functools.lru_cache(maxsize=1)
-def _cache() -> Path:
-    """Return the folder of built libraries: the user's cache, or one of this process where that cannot be written."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(home, "formula-ffn", "kernels")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="formula-ffn-kernels-"))
 
 
 @contextlib.contextmanager

@@ -94,6 +94,14 @@ class Activation:
         """Return what computes tensors like `pre`: something with the two functions of `reference`."""
         if self.backend == "reference":
             return reference
+        if self.backend == "triton" or (self.backend == "auto" and pre.is_cuda):
+            from kernels import triton_backend
+
+            if triton_backend.serves(pre):
+                return self._kernels
+            if self.backend == "triton":
+                raise triton_backend.refusal(pre)
+            triton_backend.warn_if_missing()
         from kernels import c
 
         if c.serves(pre):
@@ -107,6 +115,12 @@ class Activation:
         from kernels import c
 
         return c.library(self.compiled)
+
+    @functools.cached_property
+    def _kernels(self) -> Any:
+        from kernels import triton_backend
+
+        return triton_backend.kernels(self.compiled)
 
     def __repr__(self) -> str:
         return f"Activation({self.formula.text!r}, backend={self.backend!r})"

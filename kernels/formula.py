@@ -164,7 +164,7 @@ def _parameter(text: str, name: str, value: Any) -> float | Learned:
     place = found.start() if found else 0
     if not isinstance(name, str) or not (name.isascii() and name.isidentifier()):
         raise FormulaError(f"a parameter cannot be named {name!r}: that is no name", text, place)
-    if name in PRE_ACTIVATIONS or name in FUNCTIONS or name in CONSTANTS or name == "dh":
+    if name in PRE_ACTIVATIONS or name in FUNCTIONS or name in CONSTANTS or re.fullmatch(r"dh|t[0-9]+", name):
         raise FormulaError(f"a parameter cannot be named {name!r}: that name is taken", text, place)
     settings = {"init": value, "share": None} if not isinstance(value, Mapping) else {"share": "layer", **value}
     if settings.keys() != {"init", "share"}:

@@ -80,6 +80,7 @@ def test_parameters_are_known_by_name():
         ("x*silu(x)", {"silu": 1}, "that name is taken", 2),
         ("x*pi", {"pi": 3}, "that name is taken", 2),
         ("x", {"dh": 3}, "that name is taken", 0),
+        ("t0*x", {"t0": 3}, "that name is taken", 0),  # by a line of the program
         ("x", {"2a": 3}, "that is no name", 0),
         ("x", {"": 3}, "that is no name", 0),
         ("x", {"é": 3}, "that is no name", 0),

@@ -250,6 +250,15 @@ def test_learned_parameters_broadcast_and_get_gradients():
     assert low.dtype == torch.bfloat16
 
 
+def test_formulas_that_differ_in_their_parameters_alone_are_not_mistaken_for_each_other():
+    text = "where(x > 0, x, slope * x)"
+    for share, size in (("layer", 1), ("channel", 3)):
+        slope = torch.full((size,), 0.25, requires_grad=True)
+        prelu = activation(text, {"slope": {"init": 0.25, "share": share}})
+        prelu(-torch.ones(2, 3), slope=slope).sum().backward()
+        assert slope.grad.tolist() == [-6.0 / size] * size
+
+
 def test_any_number_of_leading_dimensions():
     pre = torch.randn(2, 3, 5, 2, 7, dtype=torch.float64)
     h = activation("silu(gate) * up")(pre)
@@ -266,7 +275,7 @@ def test_a_gated_arm_refuses_what_is_no_pair():
 
 
 def test_what_is_wrong_is_refused_when_it_is_asked_for():
-    with pytest.raises(ValueError, match="unknown kernel backend 'cuda': choose from auto, reference, c"):
+    with pytest.raises(ValueError, match="unknown kernel backend 'cuda': choose from auto, reference, c, triton"):
         activation("x", backend="cuda")
     with pytest.raises(FormulaError):
         activation("x * slope")

@@ -1,0 +1,25 @@
+"""The formulas that kernels are measured on: every arm of conf/ffn, and what no arm has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_ARMS = Path(__file__).parents[1] / "conf" / "ffn"
+
+# Name: (formula, parameters): a parameter of each channel, which no arm has.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "prelu_channel": ("where(x>0,x,slope*x)", {"slope": {"init": 0.25, "share": "channel"}}),
+}
+
+
+def formulas() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return {name: (formula, parameters)}, arms first."""
+    found = {}
+    for path in sorted(_ARMS.glob("*.yaml")):
+        arm = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if arm["formula"]:  # custom has none
+            found[arm["name"]] = (arm["formula"], arm.get("parameters") or {})
+    return found | OTHERS

@@ -1,0 +1,7 @@
+#!/bin/bash
+# Check and time the Triton kernels on this machine's GPU: bash bench/gpu.sh [--minutes 8] [--formulas swiglu gelu ...]
+# Results: bench/results/<gpu>-elementwise.json and .md. Ends with 1 if a check failed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+exec "${PYTHON:-python3}" -m bench.gpu "$@"

@@ -1,0 +1,21 @@
+"""Where built kernels are kept between processes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+
+@functools.lru_cache(maxsize=1)
+def folder() -> Path:
+    """Return the folder of built kernels: the user's cache, or one of this process where that cannot be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    path = Path(home, "formula-ffn", "kernels")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="formula-ffn-kernels-"))

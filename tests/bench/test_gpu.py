@@ -1,0 +1,99 @@
+"""The script for GPUs, as far as it runs without one: arithmetic, the page, and a dry run in the interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+ROW = {
+    **{"formula": "swiglu", "dtype": "bfloat16", "shape": [8, 2, 16], "h": 2e-3, "h_eager": 2e-3, "dpre": 2e-3},
+    **{"dpre_eager": 2e-3, "learned": 0.0, "not_finite": 0, "kernels_differ": 0.0, "repeats": True},
+}
+TIMES = {
+    **{"formula": "swiglu", "rows": 8, "d_ff": 16, "forward_bytes": 600, "backward_bytes": 1000, "copy_bytes": 600},
+    "forward": {"copy": [1e-6, 1e-6, 2e-6], "triton": [2e-6, 1e-6, 3e-6]},
+    "backward": {"copy": [1e-6, 1e-6, 2e-6], "triton": [2e-6, 1e-6, 3e-6]},
+    "saved_bytes": {"triton": 3 * 2**20},
+}
+RECORD = {
+    **{"device": "a GPU", "torch": "1", "triton": "2", "checks": [ROW], "times": [TIMES], "left_out": ["tea"]},
+    "extremes": [{"formula": "swiglu", "dtype": "bfloat16", "nan_kept": True, "finite_lost": 0}],
+    "far": [{"formula": "swiglu", "elements": 2**31, "error": 2e-3}],
+    "tiles": [{"formula": "swiglu", "seconds": {"forward 512": [1e-6, 1e-6, 1e-6]}}],
+}
+
+
+def test_shares_are_of_the_bandwidth_of_the_copy():
+    text = gpu.page(RECORD)
+    # 600 bytes in 2 µs where the copy moves 600 in 1; backward moves 1000.
+    assert "| swiglu | 8 x 16 | forward | triton | 2 (1 to 3) | 50% | 3 |" in text
+    assert "| swiglu | 8 x 16 | backward | triton | 2 (1 to 3) | 83% | 3 |" in text
+    assert "| swiglu | 8 x 16 | forward | copy | 1 (1 to 2) | 100% |  |" in text
+    assert text.endswith("## Left out\n\ntea\n")
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "said"),
+    [
+        ("checks", {"h": 5e-3}, "the error of h is 0.005, plain torch's 0.002"),
+        ("checks", {"dpre": float("nan")}, "the error of dpre is nan"),
+        ("checks", {"not_finite": 3}, "3 numbers are not finite"),
+        ("checks", {"repeats": False}, "sums repeat: False"),
+        ("extremes", {"nan_kept": False}, "a NaN became a number"),
+        ("extremes", {"finite_lost": 2}, "2 finite numbers were lost"),
+        ("far", {"error": float("nan")}, "beyond 2**31 elements: error nan"),
+    ],
+)
+def test_what_is_wrong_is_said(section, change, said):
+    assert gpu.verdict(RECORD) == []
+    (sentence,) = gpu.verdict({**RECORD, section: [RECORD[section][0] | change]})
+    assert said in sentence
+
+
+def test_a_tensor_that_is_saved_twice_is_counted_once():
+    x = torch.ones(1000, requires_grad=True)
+    _, saved = gpu.saved_bytes(lambda: x * x)
+    assert saved == 4000
+
+
+def test_when_the_minutes_are_over_nothing_new_is_begun():
+    options = gpu.arguments(["--tiny", "--no-compile", "--formulas", "relu"])
+    minutes = gpu.Minutes(-1.0)
+    assert list(gpu.collect(options, CPU, minutes)) == []
+    assert "check of relu, width 1" in minutes.left_out
+    assert "times of relu, 2 x 48" in minutes.left_out
+
+
+def test_without_a_gpu_it_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    with pytest.raises(SystemExit, match="no GPU is visible to torch"):
+        gpu.main([])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_a_dry_run_in_the_interpreter(tmp_path):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "bench" / "gpu.sh"), "--tiny", "--no-compile", "--formulas", "swiglu", "xielu"]
+    done = subprocess.run(
+        [*command, "--results", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert "every check passed" in done.stdout
+    record = json.loads((tmp_path / "the-interpreter-elementwise.json").read_text(encoding="utf-8"))
+    assert {row["formula"] for row in record["times"]} == {"swiglu", "xielu"}
+    assert [row["saved_bytes"]["triton"] for row in record["times"]] == [2 * 2 * 48 * 4, 2 * 48 * 4 + 2 * 4]
+    assert (tmp_path / "the-interpreter-elementwise.md").read_text(encoding="utf-8") == gpu.page(record)

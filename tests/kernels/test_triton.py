@@ -1,0 +1,417 @@
+"""The Triton backend without a GPU: every formula in Triton's interpreter, and what the compiler makes of it for Hopper.
+
+The interpreter replaces the compiler for a whole process, so what is interpreted runs in a process of its own, one for all.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import importlib.util
+import math
+import multiprocessing
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.formulas import formulas
+from kernels import activation, parse, reference, triton_backend
+from kernels.program import Program, run
+from kernels.symbolic import Compiled, compile_formula
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+FORMULAS = formulas()
+# What no formula above uses; and the oddest names, constants and outputs.
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    formula: (formula, {})
+    for formula in (
+        "log(x*x + 1e-3) + log1p(abs(x))",
+        "sin(x) + cos(2*x)",
+        "atan(x) * sign(x)",
+        "sqrt(x*x + 0.01)",
+        "max(x, 1 - x) * min(x, 0.5) + clip(x, -1, 2)",
+        "exp(min(x, 3)) + expm1(min(2*x, 1))",
+        "softplus(gate) * up + erf(up)",
+        "where(x >= 0.5, 1, 0) * x + where(x <= -1, x, 2)",
+        "where(1 > 0, x, 2) * exp(1) * sqrt(2 / pi)",
+        "(x * x + 1) ** (0.01 * x) + abs(x) ** 1.5",
+        "where(x > 0, 1, 0)",
+        *(
+            f"{name}(x)"
+            for name in ("sign", "tanh", "erf", "sin", "cos", "atan", "sigmoid", "softplus", "silu", "gelu")
+        ),
+    )
+}
+MORE["odd names"] = ("width*x + lambda*h + tl*row", {"width": 0.5, **{n: {"init": 1.5} for n in ("lambda", "h", "tl")}})
+MORE["odd names"][1]["row"] = {"init": 2.0, "share": "channel"}
+ALL = FORMULAS | MORE
+WIDTHS = (1, 7, 8, 127, 1030)
+ROWS = 3
+
+
+# ------------------------------------------------------------------------------------------- the error that fp32 allows
+
+
+@dataclasses.dataclass
+class Bounded:
+    """A float64 value, and the largest error that relative roundings of `eps` can have made on the way, to first order."""
+
+    value: Tensor
+    error: Tensor
+    eps: float
+
+    def map(self, name: str, *others: Bounded) -> Bounded:
+        """Apply an operation: the errors of its arguments, each by its slope, and its own: a rounding, or a function's."""
+        values = [each.value.detach().requires_grad_() for each in (self, *others)]
+        result = torch.as_tensor(_OPERATIONS[name](*values))
+        slopes = torch.autograd.grad(result.sum(), values, allow_unused=True) if result.requires_grad else [None] * 3
+        error = (1 if name in _ROUNDED_ONCE else 6) * self.eps * result.detach().abs()  # a function: 3 ulp
+        for each, slope in zip((self, *others), slopes, strict=False):
+            if slope is not None:  # an infinite slope times no error is no error
+                error = error + torch.nan_to_num(slope.abs() * each.error, nan=0.0)
+        return Bounded(result.detach(), error, self.eps)
+
+
+_OPERATIONS = reference._OPERATIONS
+_ROUNDED_ONCE = ("add", "sub", "mul", "div", "max", "min", "neg", "abs", "sign", "sqrt")
+
+
+def bounded(program: Program, inputs: dict[str, Tensor], eps: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """Run a program in float64; return (value, bound of its error) for each output."""
+
+    def exact(value: Any) -> Bounded:
+        return Bounded(torch.as_tensor(value, dtype=torch.float64), torch.zeros((), dtype=torch.float64), eps)
+
+    def operation(name: str) -> Callable[..., Any]:
+        if name in ("gt", "ge"):
+            return lambda a, b: _OPERATIONS[name](a.value, b.value)
+        if name == "select":
+
+            def select(condition: Tensor, a: Bounded, b: Bounded) -> Bounded:
+                return Bounded(torch.where(condition, a.value, b.value), torch.where(condition, a.error, b.error), eps)
+
+            return select
+        if name == "keep_nan":
+            return lambda a, _: a
+        return lambda *arguments: arguments[0].map(name, *arguments[1:])
+
+    def number(value: float) -> Bounded:
+        return Bounded(exact(value).value, eps * exact(value).value.abs(), eps)
+
+    table = {name: operation(name) for name in _OPERATIONS} | {"number": number}
+    results = run(program, table, {name: exact(value.double()) for name, value in inputs.items()})
+    return {name: (result.value, result.error) for name, result in results.items()}
+
+
+SMALLEST = 1e-30  # below it the exponents of fp32 end: exp(100) is infinite there, and 1 / exp(100) is 0
+
+
+def assert_within(computed: Tensor, value: Tensor, error: Tensor, what: str) -> None:
+    allowed = torch.nan_to_num(error, nan=0.0, posinf=math.inf) + SMALLEST
+    off = ((computed.double() - value).abs() / allowed).expand(computed.shape)
+    worst = off.flatten().argmax()
+    assert off.max() <= 1, f"{what}: {computed.flatten()[worst]:.9g}, {off.max():.1f} times the error that fp32 allows"
+
+
+# ------------------------------------------------------------------------------------------ in the interpreter's process
+
+
+def tensors(name: str, width: int, rows: int = ROWS) -> tuple[Compiled, Tensor, Tensor, list[Tensor]]:
+    """Return a formula's programs, pre-activations with extremes among them, dh, and learned parameters."""
+    compiled = compile_formula(parse(*ALL[name]))
+    generator = torch.Generator().manual_seed(width)
+    gated = compiled.formula.gated
+    pre = 3 * torch.randn((rows, 2, width) if gated else (rows, width), generator=generator)
+    extremes = torch.tensor([0.0, 1e-20, -1e-20, 1e-4, -1e-4, 0.01, -0.01, 20.0, -20.0, 90.0, -90.0, 300.0, -300.0])
+    if width > 100:
+        pre[..., : len(extremes)] = extremes
+        pre[0, ..., -len(extremes) :] = extremes
+    learned = [
+        p.init + 0.1 * torch.rand(width if p.share == "channel" else 1, generator=generator)
+        for p in compiled.formula.learned.values()
+    ]
+    return compiled, pre, torch.randn(rows, width, generator=generator), learned
+
+
+class Poisoned:
+    """While it is entered, new tensors hold NaN and lie between NaNs, which must be there still at the end."""
+
+    EDGE = 64
+
+    def __enter__(self) -> Poisoned:
+        self.empty, self.empty_like, self.all = torch.empty, torch.empty_like, []
+        torch.empty = self.new
+        torch.empty_like = lambda tensor: self.new(tensor.shape, dtype=tensor.dtype)
+        return self
+
+    def new(self, shape: Any, dtype: torch.dtype, device: Any = None) -> Tensor:  # noqa: ARG002
+        size = math.prod(shape)
+        whole = torch.full((size + 2 * self.EDGE,), math.nan, dtype=dtype)
+        self.all.append(whole)
+        return whole[self.EDGE : self.EDGE + size].view(shape)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        return self.new(tensor.shape, tensor.dtype).copy_(tensor)
+
+    def __exit__(self, *_: object) -> None:
+        torch.empty, torch.empty_like = self.empty, self.empty_like
+        for whole in self.all:
+            assert whole[: self.EDGE].isnan().all(), "written before the beginning"
+            assert whole[-self.EDGE :].isnan().all(), "written behind the end"
+
+
+def check(name: str, width: int, kernels: Any = None, eps: float = 2.0**-24) -> None:
+    """Run all kernels of a formula and hold them to the error that their programs can make."""
+    compiled, pre, dh, learned = tensors(name, width)
+    kernels = kernels or triton_backend.kernels(compiled)
+    names = compiled.formula.pre_activations
+    inputs = dict(zip(names, pre.unbind(1) if len(names) == 2 else [pre], strict=True), dh=dh)
+    inputs |= dict(zip(compiled.formula.learned, learned, strict=True))
+    with Poisoned() as poisoned:
+        pre, dh, learned = poisoned.copy(pre), poisoned.copy(dh), [poisoned.copy(each) for each in learned]
+        h = kernels.forward(compiled, pre, learned)
+        alone, none, totals = kernels.backward(compiled, pre, dh, learned, False)
+        dpre, again, same_totals = kernels.backward(compiled, pre, dh, learned, True)
+    assert none is None
+    expected = bounded(compiled.backward_with_h, inputs, eps)
+    assert_within(h, *expected["h"], "h")
+    assert_within(again, *expected["h"], "h, in backward")
+    for both in (alone, dpre):
+        parts = both.unbind(1) if len(names) == 2 else [both]
+        for each, part in zip(names, parts, strict=True):
+            assert_within(part, *expected[f"d{each}"], f"d{each}")
+    for parameter, total, same in zip(compiled.formula.learned.items(), totals, same_totals, strict=True):
+        assert (total.dtype, same.dtype) == (torch.float32, torch.float32)
+        value, error = (each.expand(dh.shape) for each in expected[f"d{parameter[0]}"])
+        axes = (0,) if parameter[1].share == "channel" else (0, 1)
+        # A sum of n terms rounds each of them n - 1 times at most.
+        error = torch.nan_to_num(error) + dh.numel() * eps * value.abs()
+        for each in (total, same):
+            assert_within(each, value.sum(axes), error.sum(axes), f"d{parameter[0]}")
+
+
+def check_changed(name: str, width: int, old: str, new: str, eps: float = 2.0**-24) -> None:
+    """`check`, of kernels with something else in their source."""
+    compiled = compile_formula(parse(*ALL[name]))
+    text = triton_backend.source(compiled)
+    assert old in text
+    kernels = triton_backend.Kernels(compiled)
+    kernels.module = triton_backend.load(text.replace(old, new))
+    check(name, width, kernels, eps)
+
+
+def check_nan(name: str) -> None:
+    compiled, pre, dh, learned = tensors(name, 130)
+    kernels = triton_backend.kernels(compiled)
+    for index in range(len(compiled.formula.pre_activations)):
+        holed = pre.clone()
+        holed.view(ROWS, -1, 130)[:, index, 5] = math.nan
+        for h in (kernels.forward(compiled, holed, learned), kernels.backward(compiled, holed, dh, learned, True)[1]):
+            assert h[:, 5].isnan().all(), "a NaN has become a number"
+            assert h[:, 6:].isfinite().all(), "a NaN has spread"
+
+
+def check_through_activation(name: str) -> None:
+    """Inputs that are no dense tensors, through the public function, beside the reference backend."""
+    formula, parameters = ALL[name]
+    compiled, pre, _, values = tensors(name, 24, rows=6)
+    results = []
+    for backend in ("triton", "reference"):
+        function = activation(formula, parameters, backend)
+        learned = {n: v.clone().requires_grad_() for n, v in zip(compiled.formula.learned, values, strict=True)}
+        wide = torch.cat((pre, pre), -1).requires_grad_()
+        h = function(wide[..., ::2].unflatten(0, (2, 3)).transpose(0, 1), **learned)  # of no dense layout
+        h.sum().backward()  # its gradient has strides of 0
+        results.append([h.detach(), wide.grad, *(each.grad for each in learned.values())])
+        empty = function(pre[:0].requires_grad_(), **learned)
+        assert empty.shape == (0, 24)
+        empty.sum().backward()
+    for triton, plain in zip(*results, strict=True):
+        # That the numbers are right is tested above; here it is where they lie.
+        torch.testing.assert_close(triton, plain, rtol=1e-5, atol=1e-5)
+
+
+def check_far_offsets() -> str | None:
+    """The last row of tensors of more than 2**31 elements, which hold memory nowhere but at their ends."""
+    import mmap
+
+    from triton.runtime import interpreter
+
+    width, rows = 1024, 2**21 + 1
+    far = []
+    for _ in range(2):
+        reserved = mmap.mmap(
+            -1, 4 * rows * width, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+        )  # MAP_NORESERVE
+        far.append(torch.frombuffer(reserved, dtype=torch.float32).view(rows, width))
+    pre, h = far
+    pre[-1] = torch.arange(width) - 512.0
+    compiled = compile_formula(parse("relu(x)"))
+    interpreter.range = lambda count: range(count - 1, count)  # of the grid only the last program
+    try:
+        kernels = triton_backend.kernels(compiled)
+        kernels._launch(kernels.module.forward, rows, width, [pre, h])
+    finally:
+        del interpreter.range
+    assert torch.equal(h[-1], pre[-1].relu())
+    assert not h[:2].any()
+    return None
+
+
+def check_refusals() -> None:
+    function = activation("relu(x)", backend="triton")
+    with pytest.raises(
+        ValueError, match="under TRITON_INTERPRET=1 the Triton backend computes float32, not bfloat16 on cpu"
+    ):
+        function(torch.zeros(3, dtype=torch.bfloat16))
+
+
+# ------------------------------------------------------------------------------------------------------------ interpreted
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[concurrent.futures.Executor]:
+    """A process in which kernels are interpreted, with a cache of its own."""
+    before = {name: os.environ.get(name) for name in ("TRITON_INTERPRET", "XDG_CACHE_HOME", "OMP_NUM_THREADS")}
+    os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("c"))}
+    executor = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    try:
+        executor.submit(int).result()  # it has started, with these variables
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_formula_in_fp32(interpreter, name):
+    interpreter.submit(check, name, 1030).result()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", ["swiglu", "xielu", "prelu_channel"])
+def test_every_width(interpreter, name, width):
+    interpreter.submit(check, name, width).result()
+
+
+@pytest.mark.parametrize("name", ["swiglu", "gelu", "situ_glu", "mish", "xielu", "softplus(gate) * up + erf(up)"])
+def test_the_short_forms_for_16_bits(interpreter, name):
+    """With fp32 tensors, so that what they round is all there is: their error is at most 2**-17."""
+    fp32 = "PRECISE: tl.constexpr = pre.dtype.element_ty == tl.float32"
+    interpreter.submit(check_changed, name, 1030, fp32, "PRECISE: tl.constexpr = False", 2.0**-17 / 6).result()
+
+
+@pytest.mark.parametrize("name", ["xielu", "prelu_channel"])
+def test_what_is_loaded_outside_of_a_row_goes_into_no_sum(interpreter, name):
+    """A GPU leaves it undefined, and the interpreter would make it 0."""
+    interpreter.submit(check_changed, name, 127, "mask=inside).to", "mask=inside, other=float('nan')).to").result()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_nan_comes_out_a_nan(interpreter, name):
+    interpreter.submit(check_nan, name).result()
+
+
+@pytest.mark.parametrize("name", ["swiglu", "gelu", "xielu", "prelu_channel"])
+def test_inputs_of_any_layout_and_of_no_rows(interpreter, name):
+    interpreter.submit(check_through_activation, name).result()
+
+
+def test_offsets_beyond_32_bits(interpreter):
+    if reason := interpreter.submit(check_far_offsets).result():
+        pytest.skip(reason)
+
+
+def test_what_the_interpreter_cannot_compute_is_refused(interpreter):
+    interpreter.submit(check_refusals).result()
+
+
+# --------------------------------------------------------------------------------------------------------------- compiled
+
+
+def test_without_a_gpu_it_refuses_by_name_and_auto_takes_another():
+    function = activation("relu(x)", backend="triton")
+    with pytest.raises(ValueError, match="float32, bfloat16 and float16 on an NVIDIA GPU, not float32 on cpu"):
+        function(torch.zeros(3))
+    assert activation("relu(x)")(torch.ones(3)).tolist() == [1, 1, 1]
+
+
+def test_without_triton_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(triton_backend, "installed", lambda: False)
+    with pytest.raises(ImportError, match="needs the package triton, which is not installed: pip install triton"):
+        activation("relu(x)", backend="triton")(torch.zeros(3))
+    triton_backend.warn_if_missing.cache_clear()
+    with pytest.warns(UserWarning, match="the slower reference backend computes the activation instead"):
+        triton_backend.warn_if_missing()
+    triton_backend.warn_if_missing.cache_clear()
+
+
+def test_a_damaged_file_is_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton_backend, "folder", lambda: tmp_path)
+    text = triton_backend.source(compile_formula(parse("relu(x)")))
+    triton_backend.load.__wrapped__(text)
+    (path,) = tmp_path.glob("*.py")
+    path.write_text("half of", encoding="utf-8")
+    assert triton_backend.load.__wrapped__(text).forward
+    assert path.read_text(encoding="utf-8") == text
+    assert [each.name for each in tmp_path.iterdir() if each.suffix != ".pyc" and each.is_file()] == [path.name]
+
+
+def check_machine_code(name: str) -> None:
+    from bench.sm90 import offline
+
+    for kernel in offline(compile_formula(parse(*FORMULAS[name]))):
+        assert not kernel.spilled, kernel
+        assert kernel.loads in (128, 0), kernel  # 0: nothing is read for a gradient that is 0 everywhere
+        assert kernel.stores == 128, kernel
+        if not name.startswith(OVER_BUDGET):
+            assert kernel.fits, kernel
+
+
+OVER_BUDGET = ("mish", "situ_glu", "smooth_relu2", "softplus")  # by how much: bench/results/sm90.md
+QUICK = ("swiglu", "gelu", "prelu_channel")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FORMULAS])
+def test_machine_code_for_hopper(name):
+    """No spills, 128 bits a load and store where 8 divides d_ff, and no more instructions than the memory leaves time for."""
+    check_machine_code(name)
+
+
+def test_rows_of_odd_widths_are_not_read_128_bits_at_once():
+    from bench.sm90 import offline
+
+    assert {kernel.loads for kernel in offline(compile_formula(parse("x")), width_is_multiple_of_8=False)} == {16}
+
+
+def test_the_page_has_what_the_compiler_says_now():
+    """Of one formula: the file is made by `python -m bench.sm90`."""
+    from bench.sm90 import RESULT, table
+
+    row = next(line for line in table(["swiglu"]).splitlines() if "| forward |" in line)
+    assert row in RESULT.read_text(encoding="utf-8")
+
+
+def test_machine_code_is_counted_without_padding_and_in_the_loop():
+    from bench.sm90 import _bits, _hot, instructions
+
+    code = """
+        /*0000*/                   S2R R0, SR_TID.X ;   /* 0x0 */
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
+        /*0030*/               @P1 BRA 0x10 ;
+        /*0040*/                   EXIT ;
+        /*0050*/                   BRA 0x50;
+        /*0060*/                   NOP;
+    """
+    assert [at for at, _ in instructions(code)] == [0, 0x10, 0x20, 0x30, 0x40]
+    assert len(_hot(instructions(code))) == 3
+    assert _bits(_hot(instructions(code)), "LDG") == [16, 128]
+    assert re.search("PRECISE", triton_backend.source(compile_formula(parse("x"))))
