@@ -117,14 +117,14 @@ def _measure(plan: dict[str, Any]) -> None:
 def _one(arm: str, rows: int, width: int, dtype_name: str, rounds: int, compiled: bool) -> dict[str, Any]:
     import torch
 
-    from bench.conformance import catalogue
+    from bench.formulas import formulas
     from kernels import activation
     from kernels.eager import plain
     from kernels.properties import bytes_moved
 
     torch._dynamo.reset()  # each arm its own count of recompilations
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name]
-    ours = activation(*catalogue()[arm])
+    ours = activation(*formulas()[arm])
     eager, formula = plain(ours.formula), ours.formula
     pre = torch.randn((rows, 2, width) if formula.gated else (rows, width)).to(dtype).requires_grad_()
     dh = torch.randn(rows, width).to(dtype)
@@ -183,11 +183,11 @@ def _compare(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]
 
 def _build_times() -> dict[str, Any]:
     """Return the seconds that all formulas of the catalogue take to compile, with no cache: on all cores, and one by one."""
-    from bench.conformance import catalogue
+    from bench.formulas import formulas
     from kernels import c_source, parse
     from kernels.symbolic import compile_formula
 
-    sources = [c_source.source(compile_formula(parse(*arm))) for arm in catalogue().values()]
+    sources = [c_source.source(compile_formula(parse(*arm))) for arm in formulas().values()]
     workers = len(os.sched_getaffinity(0))
     return {
         "kernels": len(sources),

@@ -9,9 +9,11 @@ import yaml
 
 _ARMS = Path(__file__).parents[1] / "conf" / "ffn"
 
-# Name: (formula, parameters): a parameter of each channel, which no arm has.
+# Name: (formula, parameters).
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "prelu_channel": ("where(x>0,x,slope*x)", {"slope": {"init": 0.25, "share": "channel"}}),
+    "tanh_log": ("tanh(gate)*log(1+up**2)", {}),
+    "x_atan": ("x*atan(x)", {}),
 }
 
 

@@ -78,17 +78,46 @@ class Activation:
 
     def backward_from_output(self, h: Tensor, dh: Tensor) -> Tensor:
         """Compute the gradient of the pre-activation from the output; for formulas that were given `from_output`."""
+        self._check_memory(h, dh, ())
         return self._backend(h).backward_from_output(self.compiled, h.contiguous(), dh.contiguous())
 
     def compute(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """`forward`, by the backend itself."""
+        self.check(pre)
+        self._check_memory(pre[..., 0, :] if self.formula.gated else pre, None, learned)
         return self._backend(pre).forward(self.compiled, pre.contiguous(), learned)
 
     def compute_backward(
         self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """`backward`, by the backend itself."""
+        self.check(pre)
+        self._check_memory(pre[..., 0, :] if self.formula.gated else pre, dh, learned)
         return self._backend(pre).backward(self.compiled, pre.contiguous(), dh.contiguous(), learned, with_h)
+
+    def _check_memory(self, h: Tensor, dh: Tensor | None, learned: Sequence[Tensor]) -> None:
+        """Refuse what would let a kernel read or write beyond a tensor, or take its bytes for another type.
+
+        Args:
+            h: the output, or anything of its shape, dtype and device.
+
+        Raises:
+            ValueError: a gradient or a learned parameter does not fit.
+        """
+        if dh is not None and (dh.shape, dh.dtype, dh.device) != (h.shape, h.dtype, h.device):
+            raise ValueError(
+                f"the gradient of h is {tuple(dh.shape)} {dh.dtype} on {dh.device}, "
+                f"and h is {tuple(h.shape)} {h.dtype} on {h.device}"
+            )
+        if len(learned) != len(self.formula.learned):
+            raise ValueError(f"{self!r} learns {list(self.formula.learned)}, and {len(learned)} tensors were given")
+        for (name, parameter), tensor in zip(self.formula.learned.items(), learned, strict=True):
+            size = h.shape[-1] if parameter.share == "channel" else 1
+            if tuple(tensor.shape) != (size,) or tensor.device != h.device:
+                raise ValueError(
+                    f"the parameter {name!r}, one a {parameter.share}, is ({size},) on {h.device}, "
+                    f"not {tuple(tensor.shape)} on {tensor.device}"
+                )
 
     def _backend(self, pre: Tensor) -> Any:
         """Return what computes tensors like `pre`: something with the two functions of `reference`."""

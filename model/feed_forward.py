@@ -46,7 +46,7 @@ def check_arms(shapes: Sequence[FFNShape], device: torch.device, dtype: torch.dt
                 function.prepare(device, dtype)
         except FormulaError as error:
             raise UserError(f"ffn.formula is refused: {error}") from error
-        except ValueError as error:
+        except (ValueError, ImportError) as error:  # not what it computes, or not installed
             raise UserError(f"ffn.backend={arm.backend}: {error}") from error
         said += [str(warning.message) for warning in caught]
         if all(slope == 0 for slope in function.compiled.slopes.values()):

@@ -8,12 +8,12 @@ import pytest
 
 from bench import activations
 from bench.activations import ARMS, _compare, _plan, main
-from bench.conformance import catalogue
+from bench.formulas import formulas
 from conf.errors import UserError
 
 
 def test_every_arm_has_a_formula():
-    assert set(ARMS) <= set(catalogue())
+    assert set(ARMS) <= set(formulas())
 
 
 def test_contenders_run_in_turn_and_warm_up_first():

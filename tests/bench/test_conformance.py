@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bench import conformance
-from bench.conformance import catalogue, error, main
+from bench.conformance import error, main
+from bench.formulas import formulas
 from conf.errors import UserError
 from kernels import reference
 
@@ -23,7 +24,7 @@ def test_the_error_is_relative_to_the_root_mean_square():
 
 
 def test_the_catalogue_has_the_arms_of_conf_and_those_that_it_has_not():
-    arms = catalogue()
+    arms = formulas()
     assert {"relu", "swiglu", "xielu", "situ_glu", "maxout"} <= set(arms)
     assert "custom" not in arms
 

@@ -324,3 +324,27 @@ def test_the_gradient_from_the_output_is_the_gradient(arm):
 def test_a_derivative_of_the_output_that_is_none_is_refused(formula, from_output, reason):
     with pytest.raises(FormulaError, match=re.escape(reason)):
         assert activation(formula, from_output=from_output).compiled
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(
+    ("share", "shape", "dh", "reason"),
+    [
+        ("channel", (1,), (3, 8), "the parameter 'b', one a channel, is (8,) on cpu, not (1,) on cpu"),
+        ("channel", (7,), (3, 8), "the parameter 'b', one a channel, is (8,) on cpu, not (7,) on cpu"),
+        ("layer", (8,), (3, 8), "the parameter 'b', one a layer, is (1,) on cpu, not (8,) on cpu"),
+        ("layer", (), (3, 8), "the parameter 'b', one a layer, is (1,) on cpu, not () on cpu"),
+        ("layer", (1,), (3, 7), "the gradient of h is (3, 7) torch.float32 on cpu, and h is (3, 8)"),
+    ],
+)
+def test_what_a_kernel_would_reach_beyond_is_refused(share, shape, dh, reason, backend):
+    function = activation("b * x", {"b": {"init": 1.0, "share": share}}, backend)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        function.backward(torch.ones(3, 8), torch.ones(dh), [torch.ones(shape)])
+    if dh == (3, 8):
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            function(torch.ones(3, 8), b=torch.ones(shape))
+    with pytest.raises(ValueError, match=r"torch\.float64"):
+        function.backward(torch.ones(3, 8), torch.ones(3, 8, dtype=torch.float64), [torch.ones(1)])
+    with pytest.raises(ValueError, match="and 0 tensors were given"):
+        function.forward(torch.ones(3, 8), [])
