@@ -9,6 +9,7 @@ added up in their order at the end: no result depends on the number of threads.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,8 +54,8 @@ def source(compiled: Compiled) -> str:
 
 def body(program: Program, dtype: str = "f32") -> str:
     """Return the lines of a program, for one vector of elements, and its results under their names."""
-    results = (f"{name} = {_argument(value)};" for name, value in program.outputs.items())
-    return _lines([*(_line(line, dtype) for line in program.lines), *results])
+    results = (f"{name} = {_argument(value, '')};" for name, value in program.outputs.items())
+    return _lines([*(_line(line, dtype, "") for line in program.lines), *results])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +107,8 @@ class _Kernel:
         arguments += [f"{s.dtype} *restrict w_{s.name}" for s in (*self.writes, *self.sums)]
         arguments += [f"const float p_{n}" for n in self.scalars] + [f"float *restrict s_{n}" for n in self.totals]
         used = self.program.used
-        inside = [f"const V {s.name} = load_{s.dtype}(r_{s.name} + c);" for s in self.reads if s.name in used]
-        inside += [f"const V {n} = number(p_{n});" for n in self.scalars if n in used]
+        inside = [f"const V v_{s.name} = load_{s.dtype}(r_{s.name} + c);" for s in self.reads if s.name in used]
+        inside += [f"const V v_{n} = number(p_{n});" for n in self.scalars if n in used]
         inside += [_line(line, self.dtype) for line in self.program.lines]
         inside += [f"store_{s.dtype}(w_{s.name} + c, {self.value(s.name)});" for s in self.writes]
         inside += [f"add_f32(w_{s.name} + c, {self.value(s.name)});" for s in self.sums]
@@ -124,20 +125,22 @@ class _Kernel:
 
     def tile(self) -> str:
         """Return the lines that do tile `tile` of row `row`."""
-        streams = (*self.reads, *self.writes, *self.sums)
+        outputs = (*self.writes, *self.sums)
+        buffers = [*((f"b_r_{s.name}", s) for s in self.reads), *((f"b_w_{s.name}", s) for s in outputs)]
         scalars = [f"p_{n}[0]" for n in self.scalars] + [f"mine + {self.offsets[n]}" for n in self.totals]
+        in_place = ", ".join([s.address for _, s in buffers] + scalars)
+        padded = ", ".join([buffer for buffer, _ in buffers] + scalars)
+        copies_in = [(buffer, s) for buffer, s in buffers if s not in self.writes]
+        copies_out = [(buffer, s) for buffer, s in buffers if s in outputs]
         lines = [
             "const int64_t first = tile * TILE_WIDTH, size = width - first < TILE_WIDTH ? width - first : TILE_WIDTH;",
             "const int64_t whole = size / LANES * LANES, rest = size - whole;",
-            f"{self.name}_tile({', '.join([s.address for s in streams] + scalars)}, whole);",
+            f"{self.name}_tile({in_place}, whole);",
             "if (!rest) continue;",
-            *(f"{s.dtype} b_{s.name}[LANES] = {{0}};" for s in streams),
-            *(f"memcpy(b_{s.name}, {s.address} + whole, rest * sizeof({s.dtype}));" for s in (*self.reads, *self.sums)),
-            f"{self.name}_tile({', '.join([f'b_{s.name}' for s in streams] + scalars)}, LANES);",
-            *(
-                f"memcpy({s.address} + whole, b_{s.name}, rest * sizeof({s.dtype}));"
-                for s in (*self.writes, *self.sums)
-            ),
+            *(f"{s.dtype} {buffer}[LANES] = {{0}};" for buffer, s in buffers),
+            *(f"memcpy({buffer}, {s.address} + whole, rest * sizeof({s.dtype}));" for buffer, s in copies_in),
+            f"{self.name}_tile({padded}, LANES);",
+            *(f"memcpy({s.address} + whole, {buffer}, rest * sizeof({s.dtype}));" for buffer, s in copies_out),
         ]
         return _lines(lines, 2)
 
@@ -176,8 +179,8 @@ class _Kernel:
         return head + _lines(block, 1) + self.tile() + end + "}\n"
 
 
-def _line(line: Line, dtype: str) -> str:
-    printed = [_argument(argument) for argument in line.arguments]
+def _line(line: Line, dtype: str, prefix: str = "v_") -> str:
+    printed = [_argument(argument, prefix) for argument in line.arguments]
     if dtype == "bf16" and line.operation in _SHORT:
         text = f"k_{line.operation}_bf16({', '.join(printed)})"
     elif line.operation in _OPERATORS:
@@ -187,8 +190,11 @@ def _line(line: Line, dtype: str) -> str:
     return f"const {'I' if line.operation in ('gt', 'ge') else 'V'} {line.name} = {text};"
 
 
-def _argument(argument: Argument) -> str:
-    return argument if isinstance(argument, str) else f"number({float(argument).hex()}f)"
+def _argument(argument: Argument, prefix: str = "v_") -> str:
+    """Print a number, a line's name, or an input's with a prefix: its name is the user's, and may be a word of C."""
+    if not isinstance(argument, str):
+        return f"number({float(argument).hex()}f)"
+    return argument if re.fullmatch(r"t[0-9]+", argument) else prefix + argument
 
 
 def _lines(lines: Iterable[str], depth: int = 0) -> str:

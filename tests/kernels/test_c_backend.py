@@ -82,6 +82,38 @@ def test_a_parameter_of_a_layer_and_one_of_each_channel_are_different_kernels():
         assert_is_right(function, *inputs(function, 5, 7))
 
 
+def test_any_name_is_a_parameters():
+    """Words of C and names of the template among them."""
+    names = ("c", "n", "int", "V", "width", "row", "h", "sum", "mine", "number", "first", "dx")
+    text = "x" + "".join(f" + {name}*x" for name in names)
+    shares = dict.fromkeys(names, "layer") | dict.fromkeys(("n", "row", "h", "dx"), "channel")
+    function = activation(text, {name: {"init": 0.5, "share": share} for name, share in shares.items()}, backend="c")
+    assert c.library(function.compiled) is not None
+    assert_is_right(function, *inputs(function, 5, 19))
+
+
+OUTPUT_ARMS = [
+    ("relu(x)**2", "2*sqrt(h)"),
+    ("tanh(x)", "1 - h**2"),
+    ("where(x > 0, x, expm1(x))", "where(h > 0, 1, h + 1)"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("formula", "derivative"), OUTPUT_ARMS)
+def test_the_gradient_from_the_output(formula, derivative, dtype):
+    function = activation(formula, backend="c", from_output=derivative)
+    for width in (1, 17, 4097):
+        h = function.forward(torch.randn(3, width).to(dtype), [])
+        dh = torch.randn(3, width).to(dtype)
+        exact = reference.backward_from_output(function.compiled, h.double(), dh.double())
+        found = function.backward_from_output(h, dh)
+        # The rounding of the result, and 8 of fp32 on the way; 1 - h^2 cancels to what fp32 knows of 1.
+        eps, fp32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+        slack = 8 * fp32 * dh.abs().max().item()
+        torch.testing.assert_close(found.double(), exact, rtol=eps, atol=slack)
+
+
 @pytest.mark.parametrize("backend", ["c", "reference"])
 @pytest.mark.parametrize("which", ALL)
 def test_no_rows_and_no_columns(which, backend):

@@ -22,7 +22,7 @@ from torch import Tensor
 from bench.formulas import formulas
 from kernels import activation, parse, reference, triton_backend
 from kernels.program import Program, run
-from kernels.symbolic import Compiled, compile_formula
+from kernels.symbolic import OUTPUT, Compiled, compile_formula
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -196,6 +196,19 @@ def check(name: str, width: int, kernels: Any = None, eps: float = 2.0**-24) -> 
             assert_within(each, value.sum(axes), error.sum(axes), f"d{parameter[0]}")
 
 
+def check_from_output(formula: str, derivative: str, width: int) -> None:
+    """The gradient computed from the output, held to the error that its program can make."""
+    compiled = compile_formula(parse(formula, from_output=derivative))
+    assert compiled.from_output is not None
+    generator = torch.Generator().manual_seed(width)
+    h = reference.forward(compiled, 2 * torch.randn(ROWS, width, generator=generator), [])
+    dh = torch.randn(ROWS, width, generator=generator)
+    with Poisoned() as poisoned:
+        found = triton_backend.kernels(compiled).backward_from_output(compiled, poisoned.copy(h), poisoned.copy(dh))
+    expected = bounded(compiled.from_output, {OUTPUT: h, "dh": dh}, 2.0**-24)
+    assert_within(found, *expected[f"d{OUTPUT}"], "dx")
+
+
 def check_changed(name: str, width: int, old: str, new: str, eps: float = 2.0**-24) -> None:
     """`check`, of kernels with something else in their source."""
     compiled = compile_formula(parse(*ALL[name]))
@@ -293,6 +306,14 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[concurrent
 @pytest.mark.parametrize("name", ALL)
 def test_every_formula_in_fp32(interpreter, name):
     interpreter.submit(check, name, 1030).result()
+
+
+@pytest.mark.parametrize("width", [7, 1030])
+@pytest.mark.parametrize(
+    ("formula", "derivative"), [("relu(x)**2", "2*sqrt(h)"), ("tanh(x)", "1 - h**2"), ("softplus(x)", "-expm1(-h)")]
+)
+def test_the_gradient_from_the_output(interpreter, formula, derivative, width):
+    interpreter.submit(check_from_output, formula, derivative, width).result()
 
 
 @pytest.mark.parametrize("width", WIDTHS)
