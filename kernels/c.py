@@ -18,6 +18,7 @@ from kernels.c_source import source
 from kernels.symbolic import Compiled
 
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_libraries: dict[Compiled, Library] = {}
 _compiler_failed = False  # a process that found no compiler is told so once, and asks no more
 
 
@@ -29,10 +30,12 @@ def serves(pre: Tensor) -> bool:
 def library(compiled: Compiled) -> Library | None:
     """Return the kernels of a formula, built if need be; None (and one warning a process) where no compiler works."""
     global _compiler_failed
+    if compiled in _libraries:
+        return _libraries[compiled]
     if _compiler_failed:
         return None
     try:
-        return Library(compiled)
+        return _libraries.setdefault(compiled, Library(compiled))
     except OSError as error:
         _compiler_failed = True
         message = f"no C kernels, the slower reference backend computes the activation instead: {error}"

@@ -13,25 +13,15 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from kernels.program import Argument, Line, Program
+from kernels.program import INFIX, Argument, Line, Program
 from kernels.symbolic import OUTPUT, Compiled
 
 DTYPES = ("f32", "bf16")
 _BLOCKS = 64  # of rows
 _PRIMITIVES = Path(__file__).with_name("primitives.h")
-_OPERATORS = {
-    **{"add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "neg": "-{}"},
-    **{"gt": "{} > {}", "ge": "{} >= {}"},
-}
-_SHORT = (
-    "div",
-    "exp",
-    "expm1",
-    "sigmoid",
-    "complement",
-    "tanh",
-    "erf",
-)  # have a shorter form that is exact enough for bf16
+_OPERATORS = INFIX | {"neg": "-{}"}
+# These have a shorter form that is exact enough for bf16.
+_SHORT = ("div", "exp", "expm1", "sigmoid", "complement", "tanh", "erf")
 
 
 def source(compiled: Compiled) -> str:

@@ -127,29 +127,17 @@ class Activation:
             from kernels import triton_backend
 
             if triton_backend.serves(pre):
-                return self._kernels
+                return triton_backend.kernels(self.compiled)
             if self.backend == "triton":
                 raise triton_backend.refusal(pre)
             triton_backend.warn_if_missing()
         from kernels import c
 
         if c.serves(pre):
-            return self._library or reference
+            return c.library(self.compiled) or reference
         if self.backend == "c":
             raise ValueError(f"the C backend computes fp32 and bf16 on a CPU, not {pre.dtype} on {pre.device.type}")
         return reference
-
-    @functools.cached_property
-    def _library(self) -> Any:
-        from kernels import c
-
-        return c.library(self.compiled)
-
-    @functools.cached_property
-    def _kernels(self) -> Any:
-        from kernels import triton_backend
-
-        return triton_backend.kernels(self.compiled)
 
     def __repr__(self) -> str:
         return f"Activation({self.formula.text!r}, backend={self.backend!r})"

@@ -26,6 +26,8 @@ OPERATIONS = {
     **dict.fromkeys(("sigmoid", "tanh", "sin", "cos", "atan", "erf", "softplus"), 1),
     "select": 3,
 }
+# How C and Python both write some of them.
+INFIX = {"add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "gt": "{} > {}", "ge": "{} >= {}"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,18 +11,24 @@ import numpy as np
 from kernels.formula import Formula
 from kernels.program import run
 from kernels.safety import NUMPY
-from kernels.symbolic import compile_formula
+from kernels.symbolic import Compiled, compile_formula
 
 _NODES = 180  # a dimension: kinks and steps leave an error of about 1e-3
 
 
 def gaussian_rms(formula: Formula) -> float:
     """Return the root mean square of h when every pre-activation is standard normal and independent."""
+    return _rms(compile_formula(formula))
+
+
+@functools.lru_cache(maxsize=256)
+def _rms(compiled: Compiled) -> float:
+    formula = compiled.formula
     nodes, weights = _quadrature(len(formula.pre_activations))
     values = dict(zip(formula.pre_activations, nodes, strict=True))
     values |= {name: np.float64(p.init) for name, p in formula.learned.items()}
     with np.errstate(all="ignore"):
-        h = run(compile_formula(formula).forward, NUMPY, values)["h"]
+        h = run(compiled.forward, NUMPY, values)["h"]
     return float(np.sqrt(np.sum(weights * np.square(h))))
 
 

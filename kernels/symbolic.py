@@ -239,9 +239,9 @@ def _without_double_steps(expression: sympy.Expr) -> sympy.Expr:
 OUTPUT = "y"  # what a formula's output is called where the gradient is computed from it
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Compiled:
-    """A formula's programs, and the expressions they came from.
+    """A formula's programs, and the expressions they came from. There is one a formula, so it can be a key.
 
     Attributes:
         forward: inputs: pre-activations, then learned parameters. Output "h".

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from kernels.cache import folder
-from kernels.program import Argument, Line, Program
+from kernels.program import INFIX, Argument, Line, Program
 from kernels.symbolic import OUTPUT, Compiled
 
 TILE = 1024  # columns a program: 128 threads with 8 each, which in 16 bits is one load
@@ -157,31 +157,22 @@ def _total(sums: Tensor, parameter: Tensor) -> Tensor:
     return (sums.sum(0) if sums.shape[1] == parameter.numel() else sums.sum()).view(parameter.shape)
 
 
-_kernels: dict[str, Kernels] = {}
+_kernels: dict[Compiled, Kernels] = {}
 
 
 def kernels(compiled: Compiled) -> Kernels:
     """Return the kernels of a formula, printed and imported at the first call."""
-    text = source(compiled)
-    if text not in _kernels:
-        _kernels[text] = Kernels(compiled)
-    return _kernels[text]
+    if compiled not in _kernels:
+        _kernels[compiled] = Kernels(compiled)
+    return _kernels[compiled]
 
 
 # ---------------------------------------------------------------------------------------------------------------- printing
 
-_OPERATORS = {"add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "neg": "{} * -1.0"}
-_OPERATORS |= {"gt": "{} > {}", "ge": "{} >= {}", "select": "tl.where({}, {}, {})"}
+_OPERATORS = INFIX | {"neg": "{} * -1.0", "select": "tl.where({}, {}, {})"}
 _OPERATORS |= {"abs": "tl.abs({})", "sqrt": "tl.sqrt_rn({})", "max": "fn.maximum({}, {})", "min": "fn.minimum({}, {})"}
-_TWO_FORMS = (
-    "exp",
-    "expm1",
-    "sigmoid",
-    "complement",
-    "tanh",
-    "erf",
-    "softplus",
-)  # one for fp32 tensors, a shorter one for 16 bits
+# One form for fp32 tensors, a shorter one for 16 bits.
+_TWO_FORMS = ("exp", "expm1", "sigmoid", "complement", "tanh", "erf", "softplus")
 
 
 def source(compiled: Compiled) -> str:
