@@ -11,7 +11,9 @@ import dataclasses
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,29 +61,62 @@ def offline(
         ImportError: Triton is not installed.
         RuntimeError: kernels are interpreted in this process (TRITON_INTERPRET).
     """
+    module, found = triton_backend.load(triton_backend.source(compiled)), []
+    constants = {"UNIT": 8 if width_is_multiple_of_8 else 1, "TILE": triton_backend.TILE}
+    for name in ("forward", "backward", "backward_with_h"):
+        function = getattr(module, name)
+        kinds = {argument: _kind(argument, dtype) for argument in function.arg_names}
+        found.append(_read(name, machine_code(function, kinds, constants, triton_backend.WARPS), compiled, dtype))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """What the compiler made of a kernel."""
+
+    registers: int  # a thread
+    spilled: int  # bytes of local memory a thread
+    text: str
+
+    def bits(self, kind: str) -> list[int]:
+        """Return the widths of the accesses of a kind (LDG, STG) in what runs for every tile, the narrowest first."""
+        return _bits(_hot(instructions(self.text)), kind)
+
+
+def machine_code(
+    function: Any, kinds: dict[str, str], constants: dict[str, int | bool], warps: int, divisible: Iterable[str] = ()
+) -> Code:
+    """Compile one kernel for sm_90.
+
+    Args:
+        function: the kernel.
+        kinds: of each argument the type, as Triton writes it.
+        constants: values of the arguments of the type "constexpr".
+        warps: of a program.
+        divisible: names of the numbers that 16 divides, which the launcher sees; pointers are taken to be.
+
+    Raises:
+        ImportError: Triton is not installed.
+        RuntimeError: kernels are interpreted in this process (TRITON_INTERPRET).
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     if triton_backend.interpreted():
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler: unset it")
-    module, found = triton_backend.load(triton_backend.source(compiled)), []
-    for name in ("forward", "backward", "backward_with_h"):
-        function = getattr(module, name)
-        kinds = {argument: _kind(argument, dtype) for argument in function.arg_names}
-        code = triton.compile(
-            ASTSource(
-                fn=function,
-                signature=kinds,
-                constexprs={"UNIT": 8 if width_is_multiple_of_8 else 1, "TILE": triton_backend.TILE},
-                # What the launcher says of every tensor that torch has allocated: it begins on 16 bytes.
-                attrs={(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind[0] == "*"},
-            ),
-            target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": triton_backend.WARPS},
-        )
-        found.append(_read(name, code.asm["cubin"], compiled, dtype))
-    return found
+    # What the launcher says of every tensor that torch has allocated: it begins on 16 bytes.
+    known = [i for i, (name, kind) in enumerate(kinds.items()) if kind[0] == "*" or name in divisible]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in known}
+    source = ASTSource(fn=function, signature=kinds, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        text = _cuobjdump("--dump-sass", file.name)
+    resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return Code(resources["REG"], resources["STACK"] + resources["LOCAL"], text)
 
 
 def _kind(argument: str, dtype: torch.dtype) -> str:
@@ -92,24 +127,18 @@ def _kind(argument: str, dtype: torch.dtype) -> str:
     return "*fp32" if argument.startswith(("at_", "sums_")) else "i32"
 
 
-def _read(name: str, cubin: bytes, compiled: Compiled, dtype: torch.dtype) -> Kernel:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _cuobjdump("--dump-resource-usage", file.name)
-        code = _cuobjdump("--dump-sass", file.name)
-    resources = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
-    body = _hot(instructions(code))
+def _read(name: str, code: Code, compiled: Compiled, dtype: torch.dtype) -> Kernel:
+    body = _hot(instructions(code.text))
     pre = len(compiled.formula.pre_activations)
     moved = {"forward": pre + 1, "backward": 2 * pre + 1, "backward_with_h": 2 * pre + 2}[name]  # tensors
     scalars = sum(learned.share == "layer" for learned in compiled.formula.learned.values()) if name == "forward" else 0
     elements = triton_backend.TILE // (32 * triton_backend.WARPS)
     return Kernel(
         name,
-        registers=int(resources["REG"]),
-        spilled=int(resources["STACK"]) + int(resources["LOCAL"]),
-        loads=next(iter(_bits(body, "LDG")[scalars:]), 0),
-        stores=_bits(body, "STG")[0],
+        registers=code.registers,
+        spilled=code.spilled,
+        loads=next(iter(code.bits("LDG")[scalars:]), 0),
+        stores=code.bits("STG")[0],
         budget=moved * dtype.itemsize * BUDGET,
         instructions=len(body) / elements,
         function_unit=sum("MUFU" in line for line in body) / elements,

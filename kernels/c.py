@@ -1,57 +1,81 @@
 """The C backend: fp32 and bf16 tensors on a CPU, fp32 inside, one rounding at the store.
 
 The kernels of a formula are printed (`c_source.py`), compiled once by the machine's own compiler (`c_build.py`), and called
-through ctypes. Every function of the grammar is inlined vector arithmetic (`primitives.h`).
+through ctypes; `load_file` does so with an operation that is written by hand. Every function of the grammar is inlined vector
+arithmetic (`primitives.h`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kernels.c_build import build
-from kernels.c_source import source
+from kernels.c_source import DTYPES, PRIMITIVES, source
 from kernels.symbolic import Compiled
 
-_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _libraries: dict[Compiled, Library] = {}
 _compiler_failed = False  # a process that found no compiler is told so once, and asks no more
 
 
 def serves(pre: Tensor) -> bool:
     """Whether tensors of this kind can be computed here."""
-    return pre.device.type == "cpu" and pre.dtype in _DTYPES
+    return pre.device.type == "cpu" and pre.dtype in NAMES
 
 
 def library(compiled: Compiled) -> Library | None:
-    """Return the kernels of a formula, built if need be; None (and one warning a process) where no compiler works."""
+    """Return the kernels of a formula, built if need be; None where no compiler works."""
+    if compiled not in _libraries:
+        built = load(source(compiled))
+        if built is None:
+            return None
+        _libraries.setdefault(compiled, Library(compiled, built))
+    return _libraries[compiled]
+
+
+def load_file(name: str, signatures: Mapping[str, Sequence[type]]) -> ctypes.CDLL | None:
+    """Return the functions of a C file of this folder; None where no compiler works.
+
+    The file stands once for each dtype, whose name replaces the word DTYPE in it.
+
+    Args:
+        name: of the file.
+        signatures: for each function the types of its arguments; it is called `<function>_<dtype>` and returns an int.
+    """
+    template = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    parts = [PRIMITIVES.read_text(encoding="utf-8"), *(template.replace("DTYPE", dtype) for dtype in DTYPES)]
+    built = load("\n".join(parts))
+    if built is not None:
+        for function, types in signatures.items():
+            for dtype in DTYPES:
+                getattr(built, f"{function}_{dtype}").argtypes = types
+    return built
+
+
+def load(text: str) -> ctypes.CDLL | None:
+    """Return a library built from C source; None (and one warning a process) where no compiler works."""
     global _compiler_failed
-    if compiled in _libraries:
-        return _libraries[compiled]
     if _compiler_failed:
         return None
     try:
-        return _libraries.setdefault(compiled, Library(compiled))
+        return build(text)
     except OSError as error:
         _compiler_failed = True
-        message = f"no C kernels, the slower reference backend computes the activation instead: {error}"
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(f"no C kernels, slower plain PyTorch computes instead: {error}", stacklevel=2)
         return None
 
 
 class Library:
-    """The kernels of one formula.
+    """The kernels of one formula."""
 
-    Raises:
-        OSError: they cannot be built.
-    """
-
-    def __init__(self, compiled: Compiled) -> None:
-        self.built = build(source(compiled))
+    def __init__(self, compiled: Compiled, built: ctypes.CDLL) -> None:
+        self.built = built
         self.matrices = len(compiled.formula.pre_activations)
         # Rows mean nothing to an ungated formula that learns nothing: one long row has one end.
         self.flat = self.matrices == 1 and not compiled.formula.learned
@@ -85,7 +109,7 @@ class Library:
         width = like.numel() if self.flat else like.shape[-1]
         addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
         sizes = ctypes.c_int64(like.numel() // width), ctypes.c_int64(width)
-        if getattr(self.built, f"{name}_{_DTYPES[like.dtype]}")(*addresses, *sizes):
+        if getattr(self.built, f"{name}_{NAMES[like.dtype]}")(*addresses, *sizes):
             raise MemoryError("no memory for the partial sums of the learned parameters")
 
 

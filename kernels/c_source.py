@@ -18,7 +18,7 @@ from kernels.symbolic import OUTPUT, Compiled
 
 DTYPES = ("f32", "bf16")
 _BLOCKS = 64  # of rows
-_PRIMITIVES = Path(__file__).with_name("primitives.h")
+PRIMITIVES = Path(__file__).with_name("primitives.h")
 _OPERATORS = INFIX | {"neg": "-{}"}
 # These have a shorter form that is exact enough for bf16.
 _SHORT = ("div", "exp", "expm1", "sigmoid", "complement", "tanh", "erf")
@@ -30,7 +30,7 @@ def source(compiled: Compiled) -> str:
     Each returns 0, or 1 without memory, and takes pointers to pre, [dh, dpre], [h], each learned parameter (float), [its
     gradient (float)], and then int64 rows and width.
     """
-    parts = [f"// {' '.join(compiled.formula.text.split())}", _PRIMITIVES.read_text(encoding="utf-8")]
+    parts = [f"// {' '.join(compiled.formula.text.split())}", PRIMITIVES.read_text(encoding="utf-8")]
     for dtype in DTYPES:
         parts += [
             _Kernel(compiled, compiled.forward, dtype, f"forward_{dtype}").text(),

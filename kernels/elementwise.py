@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels import ops, reference
 from kernels.formula import Formula
 from kernels.symbolic import Compiled, compile_formula
+from kernels.tensors import is_plain
 
 
 class Activation:
@@ -31,7 +32,7 @@ class Activation:
         self.check(pre)
         if learned.keys() != self.formula.learned.keys():
             raise TypeError(f"{self!r} takes {list(self.formula.learned)} as keywords, not {list(learned)}")
-        if not _plain(pre):
+        if not is_plain(pre):
             return torch.ops.formula_ffn.forward(pre, [learned[name] for name in self.formula.learned], self.key)
         return _Elementwise.apply(self, pre, *(learned[name] for name in self.formula.learned))
 
@@ -59,7 +60,7 @@ class Activation:
 
     def forward(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """Compute h without recording a gradient; `learned` in the formula's order."""
-        if _plain(pre):
+        if is_plain(pre):
             return self.compute(pre, learned)
         return torch.ops.formula_ffn.forward(pre, list(learned), self.key)
 
@@ -71,7 +72,7 @@ class Activation:
         Returns:
             The gradient of `pre` in one packed buffer, h again if asked for, and the gradient of each learned parameter.
         """
-        if _plain(pre):
+        if is_plain(pre):
             return self.compute_backward(pre, dh, learned, with_h)
         dpre, *rest = torch.ops.formula_ffn.backward(pre, dh, list(learned), self.key, with_h)
         return dpre, rest.pop(0) if with_h else None, rest
@@ -141,11 +142,6 @@ class Activation:
 
     def __repr__(self) -> str:
         return f"Activation({self.formula.text!r}, backend={self.backend!r})"
-
-
-def _plain(tensor: Tensor) -> bool:
-    """Whether a tensor has data of its own here and now: not while torch.compile traces, and no FakeTensor or DTensor."""
-    return not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 class _Elementwise(torch.autograd.Function):

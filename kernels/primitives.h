@@ -19,6 +19,7 @@ typedef float V __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef uint16_t H __attribute__((vector_size(2 * LANES)));
+typedef double D __attribute__((vector_size(8 * LANES)));
 
 #define PRAGMA(text) _Pragma(#text)
 #ifdef _OPENMP
@@ -60,6 +61,21 @@ INLINE void store_bf16(bf16 *p, V x) {  // to the nearest, ties to even; a NaN s
 #endif
     memcpy(p, &h, sizeof h);
 }
+// The first n <= LANES elements, behind which there may be no memory: 0 is loaded there, and nothing stored.
+#define PARTS(T)                                                    \
+    INLINE V load_part_##T(const T *p, int64_t n) {                 \
+        if (n == LANES) return load_##T(p);                         \
+        T part[LANES] = {0};                                        \
+        memcpy(part, p, n * sizeof(T));                             \
+        return load_##T(part);                                      \
+    }                                                               \
+    INLINE void store_part_##T(T *p, V x, int64_t n) {              \
+        T part[LANES];                                              \
+        store_##T(n == LANES ? p : part, x);                        \
+        if (n < LANES) memcpy(p, part, n * sizeof(T));              \
+    }
+PARTS(f32)
+PARTS(bf16)
 INLINE float sum(V x) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += x[i];

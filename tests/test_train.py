@@ -151,7 +151,7 @@ def test_without_a_compiler_it_trains_all_the_same(whole, corpus, runs, tmp_path
     words = words_of(corpus, runs, "no-compiler", steps=3, eval_every=0, save_every=0)
     result = command(*launched("torchrun"), *words, **watched(tmp_path / "bin", work=False))
     assert result.status == 0, result.err
-    sentence = "warning: no C kernels, the slower reference backend computes the activation instead: "
+    sentence = "warning: no C kernels, slower plain PyTorch computes instead: "
     assert result.out.count(sentence) == 1
     # Other roundings of the activation and of a sum over two ranks, three steps on.
     assert losses(runs / "no-compiler")[0] == pytest.approx(losses(whole[0])[0], rel=FP32)

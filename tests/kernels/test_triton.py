@@ -5,18 +5,16 @@ The interpreter replaces the compiler for a whole process, so what is interprete
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import importlib.util
 import math
-import multiprocessing
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from poisoned import Poisoned
 from torch import Tensor
 
 from bench.formulas import formulas
@@ -139,33 +137,6 @@ def tensors(name: str, width: int, rows: int = ROWS) -> tuple[Compiled, Tensor, 
     return compiled, pre, torch.randn(rows, width, generator=generator), learned
 
 
-class Poisoned:
-    """While it is entered, new tensors hold NaN and lie between NaNs, which must be there still at the end."""
-
-    EDGE = 64
-
-    def __enter__(self) -> Poisoned:
-        self.empty, self.empty_like, self.all = torch.empty, torch.empty_like, []
-        torch.empty = self.new
-        torch.empty_like = lambda tensor: self.new(tensor.shape, dtype=tensor.dtype)
-        return self
-
-    def new(self, shape: Any, dtype: torch.dtype, device: Any = None) -> Tensor:  # noqa: ARG002
-        size = math.prod(shape)
-        whole = torch.full((size + 2 * self.EDGE,), math.nan, dtype=dtype)
-        self.all.append(whole)
-        return whole[self.EDGE : self.EDGE + size].view(shape)
-
-    def copy(self, tensor: Tensor) -> Tensor:
-        return self.new(tensor.shape, tensor.dtype).copy_(tensor)
-
-    def __exit__(self, *_: object) -> None:
-        torch.empty, torch.empty_like = self.empty, self.empty_like
-        for whole in self.all:
-            assert whole[: self.EDGE].isnan().all(), "written before the beginning"
-            assert whole[-self.EDGE :].isnan().all(), "written behind the end"
-
-
 def check(name: str, width: int, kernels: Any = None, eps: float = 2.0**-24) -> None:
     """Run all kernels of a formula and hold them to the error that their programs can make."""
     compiled, pre, dh, learned = tensors(name, width)
@@ -286,21 +257,6 @@ def check_refusals() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ interpreted
-
-
-@pytest.fixture(scope="module")
-def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[concurrent.futures.Executor]:
-    """A process in which kernels are interpreted, with a cache of its own."""
-    before = {name: os.environ.get(name) for name in ("TRITON_INTERPRET", "XDG_CACHE_HOME", "OMP_NUM_THREADS")}
-    os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("c"))}
-    executor = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    try:
-        executor.submit(int).result()  # it has started, with these variables
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-        yield executor
-    finally:
-        executor.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("name", ALL)
