@@ -1,0 +1,102 @@
+"""The rotation of queries and keys by their positions, in the half-split layout: channels i and i + E/2 are a pair.
+
+One pass each way, on a CPU in C (`rotary.c`) and on an NVIDIA GPU in Triton (`rotary_triton.py`): fp32 inside, one rounding at
+each store. Everything else takes plain PyTorch. What does not live here: the angles, which are the model's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels import c
+from kernels.tensors import is_plain
+
+# (x, cos, sin, turned) -> x rotated; `turned` is 1, or -1 for the rotation back.
+Backend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate every pair (a, b) of channels (i, i + E/2) to (a cos - b sin, b cos + a sin), by the angle of position and i.
+
+    Su 2021, arXiv 2104.09864. Differentiable once, in q and k.
+
+    Args:
+        q, k: (B, S, heads, E) of any strides, slices of a packed tensor among them; their numbers of heads may differ.
+        cos, sin: (S, E/2), in fp32, or in fp64 for fp64 heads.
+
+    Raises:
+        ValueError: the tensors do not fit together.
+    """
+    _, length, _, width = q.shape
+    table = torch.Size((length, width // 2)), torch.promote_types(q.dtype, torch.float32), q.device
+    fits = all((t.shape, t.dtype, t.device) == table for t in (cos, sin)) and width % 2 == 0
+    if not fits or (k.shape[1], k.shape[3], k.dtype, k.device) != (length, width, q.dtype, q.device):
+        given = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (q, k, cos, sin))
+        raise ValueError(f"q, k, cos and sin of a rotation do not fit together: {given}")
+    if not is_plain(q):
+        return _plain(q, cos, sin, 1), _plain(k, cos, sin, 1)
+    return _Rotate.apply(_backend(q), q, k, cos, sin)
+
+
+def _backend(x: Tensor) -> Backend:
+    """Return what computes tensors like x."""
+    if x.is_cuda:
+        from kernels import triton_backend
+
+        if triton_backend.serves(x):
+            from kernels import rotary_triton
+
+            return rotary_triton.rotate
+    return _c if c.serves(x) and _library() else _plain
+
+
+# ---------------------------------------------------------------------------------------------------------- plain PyTorch
+
+
+def _plain(x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
+    along = torch.cat((cos, cos), -1).to(x.dtype).unsqueeze(1)  # (S, 1, E)
+    across = torch.cat((-sin, sin), -1).to(x.dtype).unsqueeze(1)
+    return (x * along).addcmul_(x.roll(x.shape[-1] // 2, -1), across, value=turned)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- C
+
+
+@functools.lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    return c.load_file("rotary.c", {"rotate": [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 7 + [ctypes.c_float]})
+
+
+def _c(x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype)
+    addresses = (tensor.data_ptr() for tensor in (x, y, cos.contiguous(), sin.contiguous()))
+    rotated = getattr(_library(), f"rotate_{c.NAMES[x.dtype]}")
+    rotated(*addresses, *x.shape[:3], x.shape[3] // 2, *x.stride()[:3], turned)
+    return y
+
+
+# ------------------------------------------------------------------------------------------------------------- the function
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.backend = backend
+        ctx.save_for_backward(cos, sin)
+        return backend(q, cos, sin, 1), backend(k, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return None, ctx.backend(dq, cos, sin, -1), ctx.backend(dk, cos, sin, -1), None, None
