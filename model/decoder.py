@@ -3,6 +3,7 @@
 Notable in it:
 - pre-norm RMSNorm, rotary positions, grouped-query attention, no biases; optional QK-norm, tied or untied head
 - q, k and v are one matrix, gate and up are one parameter (2, d_ff, d_model): one GEMM each
+- the residual stream is passed on beside what is to be added to it: the next norm adds and normalises in one pass
 - the feed-forward arm of each layer is a formula (`feed_forward.py`): no branch on its name stands anywhere
 - the training loss comes out of `Head`, fused with the output projection: the full logits never exist
 - weights come from `initialise.py`, how training is partitioned over ranks is `training/`'s affair
@@ -44,12 +45,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, documents: Tensor | None, cache: Cache | None = None, layer: int = 0) -> Tensor:
         """x (B, S, D) -> (B, S, D). With a cache, x holds the newest tokens only."""
         heads = F.linear(x, self.qkv).unflatten(-1, (-1, self.head_dim))  # B S H+2K E
-        qk, v = heads.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=2)
+        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)
         if self.q_norm is not None:
-            q, k = qk.split((self.n_heads, self.n_kv_heads), dim=2)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+            (q, _), (k, _) = self.q_norm(q), self.k_norm(k)
         start = cache[layer][0].shape[1] if cache and cache[layer] else 0
-        q, k = self.rotary(qk, start).split((self.n_heads, self.n_kv_heads), dim=2)
+        q, k = self.rotary(q, k, start)
         if cache is None:
             mixed = attend(q, k, v, self.backend, documents)
         else:
@@ -61,7 +61,10 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each on a normalised copy of the residual stream."""
+    """Attention and feed-forward, each on a normalised copy of the residual stream.
+
+    What a block computes is added to the stream by the norm that follows, in one pass; so a layer takes and returns both.
+    """
 
     def __init__(self, shape: Shape, index: int, model: ModelConfig, rotary: Rotary, backend: str) -> None:
         super().__init__()
@@ -70,9 +73,14 @@ class Layer(nn.Module):
         self.ffn_norm = RMSNorm(shape.d_model, model.norm_eps)
         self.ffn = FeedForward(shape.ffn[index].arm, shape.ffn[index].d_ff, shape.d_model)
 
-    def forward(self, x: Tensor, documents: Tensor | None, cache: Cache | None = None, layer: int = 0) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), documents, cache, layer)
-        return x + self.ffn(self.ffn_norm(x))
+    def forward(
+        self, x: Tensor, stream: Tensor | None, documents: Tensor | None, cache: Cache | None = None, layer: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, S, D), to be added to the stream (B, S, D), or to begin it -> the next x, and the stream without it."""
+        x, stream = self.attention_norm(x, stream)
+        x = self.attention(x, documents, cache, layer)
+        x, stream = self.ffn_norm(x, stream)
+        return self.ffn(x), stream
 
 
 class Embedding(nn.Module):
@@ -135,10 +143,12 @@ class Decoder(nn.Module):
         documents = None
         if self.document_start is not None and cache is None:
             documents = (tokens == self.document_start).cumsum(1)
-        x = self.embedding(tokens)
+        x, stream = self.embedding(tokens), None
         for index, layer in enumerate(self.layers):
             if self.recompute and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, documents, use_reentrant=False)
+                x = x if stream is None else x + stream  # one tensor a layer is kept, not two
+                x, stream = checkpoint(layer, x, None, documents, use_reentrant=False)
             else:
-                x = layer(x, documents, cache, index)
-        return self.head(self.norm(x), targets)
+                x, stream = layer(x, stream, documents, cache, index)
+        x, _ = self.norm(x, stream)
+        return self.head(x, targets)

@@ -226,6 +226,19 @@ def test_recomputing_a_layer_changes_nothing_but_the_memory(build, tokens, monke
     assert len(calls) == 1
 
 
+def test_recomputing_keeps_one_tensor_a_layer(build, tokens):
+    """The stream and what is to be added to it would be two."""
+    kept = []
+    for n_layers in (2, 5):
+        decoder = build(activation_checkpointing=True, n_layers=n_layers)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            decoder(tokens[:, :-1], tokens[:, 1:])
+        states = {x.data_ptr() for x in kept if x.shape == (2, 22, 32)}
+        kept.clear()
+        # Beside the layers' inputs: what the last norm read, and the gradient that the head has computed.
+        assert len(states) == n_layers + 2
+
+
 def test_every_parameter_gets_a_gradient(build, tokens, arm):
     decoder = build(arm, qk_norm=True)
     decoder(tokens[:, :-1], tokens[:, 1:])[0].backward()

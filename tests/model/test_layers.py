@@ -15,7 +15,18 @@ def test_rms_norm():
         norm.weight.copy_(torch.linspace(-1, 2, 24))
     x = torch.randn(3, 5, 24, dtype=torch.float64)
     expected = torch.stack([row / (sum(v * v for v in row) / 24 + 0.01) ** 0.5 * norm.weight for row in x.view(-1, 24)])
-    torch.testing.assert_close(norm(x), expected.view(3, 5, 24), rtol=1e-13, atol=1e-13)
+    y, s = norm(x)
+    torch.testing.assert_close(y, expected.view(3, 5, 24), rtol=1e-13, atol=1e-13)
+    assert s is x
+
+
+def test_a_norm_adds_to_the_stream_before_it():
+    norm = RMSNorm(24, eps=0.01).double()
+    torch.nn.init.normal_(norm.weight)
+    x, residual = torch.randn(2, 3, 5, 24, dtype=torch.float64)
+    y, s = norm(x, residual)
+    assert torch.equal(s, x + residual)
+    assert torch.equal(y, norm(s)[0])
 
 
 def test_the_gradients_of_rms_norm():
@@ -23,7 +34,7 @@ def test_the_gradients_of_rms_norm():
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.linspace(-1, 2, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda *both: torch.func.functional_call(norm, {"weight": both[1]}, both[0]), (x, weight)
+        lambda *both: torch.func.functional_call(norm, {"weight": both[1]}, both[0])[0], (x, weight)
     )
 
 
@@ -32,7 +43,7 @@ def norm_results(x: Tensor, weight: Tensor, grad: Tensor, dtype: torch.dtype, wr
     norm = RMSNorm(x.shape[-1], eps=1e-5)
     norm.weight = torch.nn.Parameter(weight.to(dtype))
     x = x.to(dtype, copy=True).requires_grad_()
-    y = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight if written_out else norm(x)
+    y = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight if written_out else norm(x)[0]
     y.backward(grad.to(dtype))
     return [each.detach().double() for each in (y, x.grad, norm.weight.grad)]
 
@@ -63,32 +74,33 @@ def rotated(x: Tensor, theta: float, start: int) -> Tensor:
 @pytest.mark.parametrize("theta", [10000.0, 500.0])
 def test_rotary_positions_are_complex_rotations(theta, start):
     x = torch.randn(2, 11, 3, 12, dtype=torch.float64)
-    found = Rotary(12, theta)(x, start)
-    torch.testing.assert_close(found, rotated(x, theta, start), rtol=1e-12, atol=1e-12)
+    for found in Rotary(12, theta)(x, x, start):
+        torch.testing.assert_close(found, rotated(x, theta, start), rtol=1e-12, atol=1e-12)
 
 
 def test_the_gradient_of_the_rotation():
     rotary = Rotary(6, 100.0)
-    x = torch.randn(1, 4, 2, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: rotary(x, 3), x)
+    q = torch.randn(1, 4, 2, 6, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(1, 4, 1, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q, k: rotary(q, k, 3), (q, k))
 
 
 def test_only_the_distance_of_two_positions_counts():
     rotary = Rotary(12, 10000.0)
     q, k = torch.randn(2, 1, 1, 1, 12, dtype=torch.float64)
-    scores = [(rotary(q, start + 5) * rotary(k, start)).sum().item() for start in (0, 3, 900)]
+    scores = [(rotary(q, k, start + 5)[0] * rotary(q, k, start)[1]).sum().item() for start in (0, 3, 900)]
     assert max(scores) - min(scores) < 1e-11 < abs(scores[0] - (q * k).sum().item())
 
 
 def test_tables_grow_and_keep_to_their_dtype():
     rotary = Rotary(12, 10000.0)
     x = torch.randn(1, 50, 1, 12, dtype=torch.float64)
-    short, long, again = rotary(x[:, :4]), rotary(x), rotary(x[:, :4])
+    short, long, again = (rotary(some, some)[0] for some in (x[:, :4], x, x[:, :4]))
     assert torch.equal(short, again)
     assert torch.equal(long[:, :4], short)
     for dtype in (torch.float32, torch.bfloat16):
         # The tables are made in float64: what is left is the rounding of the tables, of x and of the two products.
-        found = rotary(x.to(dtype))
+        found, _ = rotary(x.to(dtype), x.to(dtype))
         assert found.dtype == dtype
         assert (found.double() - long).abs().max() <= 4 * torch.finfo(dtype).eps * x.abs().max()
     assert not list(rotary.state_dict())
