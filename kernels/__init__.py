@@ -6,8 +6,8 @@
 
 What lives here: the grammar of formulas (`formula.py`, which does not need torch), their derivatives and the programs that
 backends print (`symbolic.py`, `program.py`), what is refused because it cannot be computed safely (`safety.py`), and the
-backends: plain torch (`reference.py`), C (`c.py`) and Triton (`triton_backend.py`). What does not: layers, configuration,
-training.
+backends: plain torch (`reference.py`), C (`c.py`) and Triton (`triton_backend.py`). Beside it two operations written by hand,
+for the same machines: `norm.py` and `rotary.py`. What does not live here: layers, configuration, training.
 """
 
 from __future__ import annotations

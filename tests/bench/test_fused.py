@@ -1,0 +1,24 @@
+"""bench.fused: one small table, and its refusals."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.fused import main
+from conf.errors import UserError
+
+
+def test_a_line_for_each_dtype(capsys):
+    main(["only=norm of heads 8x", "rounds=1"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| norm of heads 8x256x3x64", dtype] for dtype in ("bfloat16", "float32")
+    ]
+    # No error beyond plain PyTorch's.
+    assert all(0 < float(line.split("|")[5]) <= 1 for line in lines)
+
+
+@pytest.mark.parametrize("word", ["rounds=0", "rounds", "speed=1"])
+def test_bad_options_are_refused(word):
+    with pytest.raises(UserError):
+        main([word])
