@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 import subprocess
 import tempfile
@@ -33,7 +34,7 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 class Kernel:
     """One kernel in machine code."""
 
-    name: str  # forward, backward or backward_with_h
+    name: str  # forward, backward, backward_with_h or statistics
     registers: int  # a thread
     spilled: int  # bytes of local memory a thread
     loads: int  # bits of the narrowest load from global memory, but for parameters of the layer; 128 is the widest; 0: none
@@ -63,9 +64,10 @@ def offline(
     """
     module, found = triton_backend.load(triton_backend.source(compiled)), []
     constants = {"UNIT": 8 if width_is_multiple_of_8 else 1, "TILE": triton_backend.TILE}
-    for name in ("forward", "backward", "backward_with_h"):
-        function = getattr(module, name)
-        kinds = {argument: _kind(argument, dtype) for argument in function.arg_names}
+    functions = [getattr(module, name) for name in ("forward", "backward", "backward_with_h")]
+    functions.append(triton_backend.load(triton_backend.source_with_statistics(compiled)).statistics)
+    for function in functions:
+        name, kinds = function.__name__, {argument: _kind(argument, dtype) for argument in function.arg_names}
         found.append(_read(name, machine_code(function, kinds, constants, triton_backend.WARPS), compiled, dtype))
     return found
 
@@ -124,13 +126,14 @@ def _kind(argument: str, dtype: torch.dtype) -> str:
         return "constexpr"
     if argument in ("pre", "h", "dh", "dpre"):
         return f"*{_NAMES[dtype]}"
-    return "*fp32" if argument.startswith(("at_", "sums_")) else "i32"
+    return "*fp32" if argument.startswith(("at_", "sums_", "totals", "active")) else "i32"
 
 
 def _read(name: str, code: Code, compiled: Compiled, dtype: torch.dtype) -> Kernel:
     body = _hot(instructions(code.text))
     pre = len(compiled.formula.pre_activations)
-    moved = {"forward": pre + 1, "backward": 2 * pre + 1, "backward_with_h": 2 * pre + 2}[name]  # tensors
+    # Tensors. One that runs every `telemetry_every` steps may take its time.
+    moved = {"forward": pre + 1, "backward": 2 * pre + 1, "backward_with_h": 2 * pre + 2}.get(name, math.inf)
     scalars = sum(learned.share == "layer" for learned in compiled.formula.learned.values()) if name == "forward" else 0
     elements = triton_backend.TILE // (32 * triton_backend.WARPS)
     return Kernel(
@@ -212,7 +215,8 @@ _PAGE = """# The Triton kernels in machine code for Hopper
 
 Made by `python -m bench.sm90` with Triton {version}, without a GPU: bf16, d_ff % 8 == 0, tiles of {tile} columns.
 The budget is what an H200 can issue while the element's bytes move, at 4.3 TB/s. An instruction of the function unit (exp2,
-log2, 1/x) occupies it for the time of 8 others. No time was measured.
+log2, 1/x) occupies it for the time of 8 others. `statistics` is the forward that tells of itself; it runs every
+`telemetry_every` steps and has no budget. No time was measured.
 
 {table}"""
 

@@ -8,6 +8,7 @@ arithmetic (`primitives.h`).
 from __future__ import annotations
 
 import ctypes
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels import reference
 from kernels.c_build import build
-from kernels.c_source import DTYPES, PRIMITIVES, source
+from kernels.c_source import DTYPES, PRIMITIVES, source, source_with_statistics
 from kernels.symbolic import Compiled
+from kernels.telemetry import Seen, sums_of
 
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _libraries: dict[Compiled, Library] = {}
@@ -75,7 +78,7 @@ class Library:
     """The kernels of one formula."""
 
     def __init__(self, compiled: Compiled, built: ctypes.CDLL) -> None:
-        self.built = built
+        self.compiled, self.built = compiled, built
         self.matrices = len(compiled.formula.pre_activations)
         # Rows mean nothing to an ungated formula that learns nothing: one long row has one end.
         self.flat = self.matrices == 1 and not compiled.formula.learned
@@ -85,6 +88,25 @@ class Library:
         h = torch.empty(pre.shape if self.matrices == 1 else (*pre.shape[:-2], pre.shape[-1]), dtype=pre.dtype)
         self._call("forward", (pre, h, *_values(learned)), h)
         return h
+
+    @functools.cached_property
+    def built_with_statistics(self) -> ctypes.CDLL | None:
+        """The variant that tells of itself, built when it is first asked for; None where no compiler is left."""
+        return load(source_with_statistics(self.compiled))
+
+    def forward_with_statistics(
+        self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]
+    ) -> tuple[Tensor, Seen]:
+        """See `reference.forward_with_statistics`."""
+        if self.built_with_statistics is None:
+            h = self.forward(compiled, pre, learned)
+            return h, reference.statistics(compiled, pre, h, learned)
+        h = torch.empty(pre.shape if self.matrices == 1 else (*pre.shape[:-2], pre.shape[-1]), dtype=pre.dtype)
+        sums, active = torch.zeros(len(sums_of(compiled)) + 1), torch.zeros(pre.shape[-1])
+        if h.numel():
+            tensors = (pre, h, *_values(learned), *sums.split(1), active)
+            _run(self.built_with_statistics, "statistics", tensors, h, h.shape[-1])
+        return h, Seen(sums[:-1], sums[-1], active, h.numel())
 
     def backward(
         self, _: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool
@@ -104,13 +126,15 @@ class Library:
 
     def _call(self, name: str, tensors: Sequence[Tensor], like: Tensor) -> None:
         """Run a kernel over the rows of `like`."""
-        if not like.numel():
-            return
-        width = like.numel() if self.flat else like.shape[-1]
-        addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
-        sizes = ctypes.c_int64(like.numel() // width), ctypes.c_int64(width)
-        if getattr(self.built, f"{name}_{NAMES[like.dtype]}")(*addresses, *sizes):
-            raise MemoryError("no memory for the partial sums of the learned parameters")
+        if like.numel():
+            _run(self.built, name, tensors, like, like.numel() if self.flat else like.shape[-1])
+
+
+def _run(built: ctypes.CDLL, name: str, tensors: Sequence[Tensor], like: Tensor, width: int) -> None:
+    addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
+    sizes = ctypes.c_int64(like.numel() // width), ctypes.c_int64(width)
+    if getattr(built, f"{name}_{NAMES[like.dtype]}")(*addresses, *sizes):
+        raise MemoryError("no memory for the partial sums of a kernel")
 
 
 def _values(learned: Sequence[Tensor]) -> list[Tensor]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from kernels.program import INFIX, Argument, Line, Program
 from kernels.symbolic import OUTPUT, Compiled
+from kernels.telemetry import ACTIVE, PEAK, STORED, statistics_program
 
 DTYPES = ("f32", "bf16")
 _BLOCKS = 64  # of rows
@@ -42,6 +44,20 @@ def source(compiled: Compiled) -> str:
     return "\n".join(parts)
 
 
+def source_with_statistics(compiled: Compiled) -> str:
+    """Return the C source of statistics_T for every T of `DTYPES`: the forward kernel that also tells of h and the slopes.
+
+    Each tile goes through the loop of forward_T, the same to the last bit, and then, still in the cache, through one that adds
+    up. Takes pointers to pre, h, each learned parameter, each sum of `statistics_program` (float), and then rows and width.
+    """
+    parts = [f"// {' '.join(compiled.formula.text.split())}", _PRIMITIVES.read_text(encoding="utf-8")]
+    for dtype in DTYPES:
+        forward = _Kernel(compiled, compiled.forward, dtype, f"forward_{dtype}")
+        program = statistics_program(compiled)
+        parts += [forward.loop(), _Kernel(compiled, program, dtype, f"statistics_{dtype}", before=forward).text()]
+    return "\n".join(parts)
+
+
 def body(program: Program, dtype: str = "f32") -> str:
     """Return the lines of a program, for one vector of elements, and its results under their names."""
     results = (f"{name} = {_argument(value, '')};" for name, value in program.outputs.items())
@@ -58,12 +74,23 @@ class _Stream:
 
 
 class _Kernel:
-    """One kernel of a formula."""
+    """One kernel of a formula.
+
+    Args:
+        pre: names of the pre-activations, if not the formula's.
+        before: the kernel that every tile goes through first, and whose h this one reads.
+    """
 
     def __init__(
-        self, compiled: Compiled, program: Program, dtype: str, name: str, pre: tuple[str, ...] | None = None
+        self,
+        compiled: Compiled,
+        program: Program,
+        dtype: str,
+        name: str,
+        pre: tuple[str, ...] | None = None,
+        before: _Kernel | None = None,
     ) -> None:
-        self.program, self.dtype, self.name = program, dtype, name
+        self.program, self.dtype, self.name, self.before = program, dtype, name, before
         self.backward = "dh" in program.inputs
         pre, learned = pre or compiled.formula.pre_activations, compiled.formula.learned
         rows = lambda array, i=0, of=1: f"{array} + (row * {of} + {i}) * width + first"  # noqa: E731
@@ -72,18 +99,21 @@ class _Kernel:
         if self.backward:
             self.reads.append(_Stream("dh", dtype, rows("dh")))
             self.writes = [_Stream(f"d{n}", dtype, rows("dpre", i, len(pre))) for i, n in enumerate(pre)]
+        if before:
+            self.reads.append(_Stream(STORED, dtype, rows("h")))
         if "h" in program.outputs:
             self.writes.append(_Stream("h", dtype, rows("h")))
         self.learned = list(learned)
         self.scalars = [n for n, p in learned.items() if p.share == "layer"]
         self.reads += [_Stream(n, "f32", f"p_{n} + first") for n in learned if n not in self.scalars]
-        # Sums over the rows of a block, one after the other in its memory `mine`.
-        self.sizes = {n: "1" if n in self.scalars else "width" for n in learned} if self.backward else {}
-        self.offsets = {n: " + ".join(list(self.sizes.values())[:i]) or "0" for i, n in enumerate(self.sizes)}
-        self.sums = [
-            _Stream(f"d{n}", "f32", f"mine + {self.offsets[n]} + first") for n in self.sizes if n not in self.scalars
-        ]
-        self.totals = [n for n in self.sizes if n in self.scalars]
+        # Outputs that are added up over the rows of a block, one after the other in its memory `mine`: 1, or one a column.
+        self.sizes = {f"d{n}": "1" if n in self.scalars else "width" for n in learned} if self.backward else {}
+        if before:
+            self.sizes = {n: "width" if n == ACTIVE else "1" for n in program.outputs}
+        sizes = list(self.sizes.values())
+        self.offsets = {n: _sum(sizes[:i]) for i, n in enumerate(self.sizes)}
+        self.totals = [n for n, size in self.sizes.items() if size == "1"]
+        self.sums = [_Stream(n, "f32", f"mine + {self.offsets[n]} + first") for n in self.sizes if n not in self.totals]
 
     def text(self) -> str:
         return f"{self.loop()}\n{self.driver()}"
@@ -92,7 +122,7 @@ class _Kernel:
         return _argument(self.program.outputs[output])
 
     def loop(self) -> str:
-        """Return the function that runs over `n` elements, a multiple of LANES."""
+        """Return the function that runs over `n` elements, or over up to LANES in padded memory."""
         arguments = [f"const {s.dtype} *restrict r_{s.name}" for s in self.reads]
         arguments += [f"{s.dtype} *restrict w_{s.name}" for s in (*self.writes, *self.sums)]
         arguments += [f"const float p_{n}" for n in self.scalars] + [f"float *restrict s_{n}" for n in self.totals]
@@ -102,19 +132,29 @@ class _Kernel:
         inside += [_line(line, self.dtype) for line in self.program.lines]
         inside += [f"store_{s.dtype}(w_{s.name} + c, {self.value(s.name)});" for s in self.writes]
         inside += [f"add_f32(w_{s.name} + c, {self.value(s.name)});" for s in self.sums]
-        inside += [f"sum_{n} += {self.value(f'd{n}')};" for n in self.totals]
+        # What stands beyond the end must not count, whatever a formula makes of 0.
+        inside += ["const I counts = lanes_below(n - c);"] if self.totals else []
+        for n in self.totals:
+            value = f"k_select(counts, {self.value(n)}, number(0))"
+            inside.append(f"sum_{n} = k_max(sum_{n}, {value});" if n == PEAK else f"sum_{n} += {value};")
         return (
             f"static void {self.name}_tile({', '.join(arguments)}, int64_t n) {{\n"
             + _lines((f"V sum_{n} = {{}};" for n in self.totals), 1)
             + "    for (int64_t c = 0; c < n; c += LANES) {\n"
             + _lines(inside, 2)
             + "    }\n"
-            + _lines((f"*s_{n} += sum(sum_{n});" for n in self.totals), 1)
+            + _lines(
+                (
+                    f"*s_{n} = larger(*s_{n}, largest(sum_{n}));" if n == PEAK else f"*s_{n} += sum(sum_{n});"
+                    for n in self.totals
+                ),
+                1,
+            )
             + "}\n"
         )
 
-    def tile(self) -> str:
-        """Return the lines that do tile `tile` of row `row`."""
+    def tile(self) -> list[str]:
+        """Return the lines that do the tile of row `row` that begins at `first`: `whole` vectors, and a rest."""
         outputs = (*self.writes, *self.sums)
         buffers = [*((f"b_r_{s.name}", s) for s in self.reads), *((f"b_w_{s.name}", s) for s in outputs)]
         scalars = [f"p_{n}[0]" for n in self.scalars] + [f"mine + {self.offsets[n]}" for n in self.totals]
@@ -122,38 +162,42 @@ class _Kernel:
         padded = ", ".join([buffer for buffer, _ in buffers] + scalars)
         copies_in = [(buffer, s) for buffer, s in buffers if s not in self.writes]
         copies_out = [(buffer, s) for buffer, s in buffers if s in outputs]
-        lines = [
-            "const int64_t first = tile * TILE_WIDTH, size = width - first < TILE_WIDTH ? width - first : TILE_WIDTH;",
-            "const int64_t whole = size / LANES * LANES, rest = size - whole;",
+        own = [
             f"{self.name}_tile({in_place}, whole);",
-            "if (!rest) continue;",
-            *(f"{s.dtype} {buffer}[LANES] = {{0}};" for buffer, s in buffers),
-            *(f"memcpy({buffer}, {s.address} + whole, rest * sizeof({s.dtype}));" for buffer, s in copies_in),
-            f"{self.name}_tile({padded}, LANES);",
-            *(f"memcpy({s.address} + whole, {buffer}, rest * sizeof({s.dtype}));" for buffer, s in copies_out),
+            "if (rest) {",
+            *(f"    {s.dtype} {buffer}[LANES] = {{0}};" for buffer, s in buffers),
+            *(f"    memcpy({buffer}, {s.address} + whole, rest * sizeof({s.dtype}));" for buffer, s in copies_in),
+            f"    {self.name}_tile({padded}, rest);",
+            *(f"    memcpy({s.address} + whole, {buffer}, rest * sizeof({s.dtype}));" for buffer, s in copies_out),
+            "}",
         ]
-        return _lines(lines, 2)
+        return (self.before.tile() if self.before else []) + own
 
     def driver(self) -> str:
         """Return the function that is called."""
         arguments = [f"const {self.dtype} *restrict pre"]
         arguments += [f"const {self.dtype} *restrict dh", f"{self.dtype} *restrict dpre"] if self.backward else []
-        arguments += [f"{self.dtype} *restrict h"] if "h" in self.program.outputs else []
+        arguments += [f"{self.dtype} *restrict h"] if self.before or "h" in self.program.outputs else []
         arguments += [f"const float *restrict p_{n}" for n in self.learned]
         arguments += [f"float *restrict d_{n}" for n in self.sizes]
         head = f"int {self.name}({', '.join(arguments)}, int64_t rows, int64_t width) {{\n"
         head += "    const int64_t across = (width + TILE_WIDTH - 1) / TILE_WIDTH;\n"
+        tile = [
+            "const int64_t first = tile * TILE_WIDTH, size = width - first < TILE_WIDTH ? width - first : TILE_WIDTH;",
+            "const int64_t whole = size / LANES * LANES, rest = size - whole;",
+            *self.tile(),
+        ]
         if not self.sizes:
             return (
                 head
                 + "    PARALLEL_FOR(rows * width)\n"
                 + "    for (int64_t work = 0; work < rows * across; work++) {\n"
                 + "        const int64_t row = work / across, tile = work % across;\n"
-                + self.tile()
+                + _lines(tile, 2)
                 + "    }\n    return 0;\n}\n"
             )
         block = [
-            f"const int64_t blocks = rows < {_BLOCKS} ? rows : {_BLOCKS}, space = {' + '.join(self.sizes.values())};",
+            f"const int64_t blocks = rows < {_BLOCKS} ? rows : {_BLOCKS}, space = {_sum(self.sizes.values())};",
             "float *const partial = calloc(blocks * space, sizeof(float));",
             "if (!partial) return 1;",
             "PARALLEL_FOR(rows * width)",
@@ -163,10 +207,17 @@ class _Kernel:
             "    for (int64_t tile = 0; tile < across; tile++) {",
         ]
         add_up = [
-            f"add_up(d_{n}, partial + {self.offsets[n]}, {size}, blocks, space);" for n, size in self.sizes.items()
+            f"{'keep_largest' if n == PEAK else 'add_up'}(d_{n}, partial + {self.offsets[n]}, {size}, blocks, space);"
+            for n, size in self.sizes.items()
         ]
         end = _lines(["    }", "}", *add_up, "free(partial);", "return 0;"], 1)
-        return head + _lines(block, 1) + self.tile() + end + "}\n"
+        return head + _lines(block, 1) + _lines(tile, 2) + end + "}\n"
+
+
+def _sum(sizes: Iterable[str]) -> str:
+    """Print the sum of sizes, which are "1" or "width"."""
+    counts = Counter(sizes)
+    return f"{counts['width']} * width + {counts['1']}"
 
 
 def _line(line: Line, dtype: str, prefix: str = "v_") -> str:

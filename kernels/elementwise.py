@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels import ops, reference
 from kernels.formula import Formula
 from kernels.symbolic import Compiled, compile_formula
+from kernels.telemetry import Seen
 from kernels.tensors import is_plain
 
 
@@ -64,6 +65,17 @@ class Activation:
             return self.compute(pre, learned)
         return torch.ops.formula_ffn.forward(pre, list(learned), self.key)
 
+    def forward_with_statistics(self, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, Seen]:
+        """`forward`, the same to the last bit, and what the kernel saw on the way: see `kernels/telemetry.py`.
+
+        Raises:
+            TypeError: tensors that torch.compile traces, or that have no data of their own.
+        """
+        if not is_plain(pre):
+            raise TypeError("statistics are taken in eager mode, of plain tensors")
+        self._check_forward(pre, learned)
+        return self._backend(pre).forward_with_statistics(self.compiled, pre.contiguous(), learned)
+
     def backward(
         self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool = False
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
@@ -84,8 +96,7 @@ class Activation:
 
     def compute(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """`forward`, by the backend itself."""
-        self.check(pre)
-        self._check_memory(pre[..., 0, :] if self.formula.gated else pre, None, learned)
+        self._check_forward(pre, learned)
         return self._backend(pre).forward(self.compiled, pre.contiguous(), learned)
 
     def compute_backward(
@@ -95,6 +106,10 @@ class Activation:
         self.check(pre)
         self._check_memory(pre[..., 0, :] if self.formula.gated else pre, dh, learned)
         return self._backend(pre).backward(self.compiled, pre.contiguous(), dh.contiguous(), learned, with_h)
+
+    def _check_forward(self, pre: Tensor, learned: Sequence[Tensor]) -> None:
+        self.check(pre)
+        self._check_memory(pre[..., 0, :] if self.formula.gated else pre, None, learned)
 
     def _check_memory(self, h: Tensor, dh: Tensor | None, learned: Sequence[Tensor]) -> None:
         """Refuse what would let a kernel read or write beyond a tensor, or take its bytes for another type.

@@ -76,6 +76,17 @@ INLINE void store_bf16(bf16 *p, V x) {  // to the nearest, ties to even; a NaN s
     }
 PARTS(f32)
 PARTS(bf16)
+INLINE I lanes_below(int64_t n) {
+    I lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    return lane < (int32_t)n;
+}
+INLINE float larger(float a, float b) { return a > b || a != a ? a : b; }
+INLINE float largest(V x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = larger(most, x[i]);
+    return most;
+}
 INLINE float sum(V x) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += x[i];
@@ -87,6 +98,13 @@ static inline void add_up(float *total, const float *partial, int64_t size, int6
         double s = 0;
         for (int64_t block = 0; block < blocks; block++) s += partial[block * space + i];
         total[i] = s;
+    }
+}
+
+static inline void keep_largest(float *total, const float *partial, int64_t size, int64_t blocks, int64_t space) {
+    for (int64_t i = 0; i < size; i++) {
+        total[i] = partial[i];
+        for (int64_t block = 1; block < blocks; block++) total[i] = larger(total[i], partial[block * space + i]);
     }
 }
 

@@ -19,9 +19,9 @@ from kernels.eager import plain
 from kernels.formula import Formula
 from kernels.program import Program
 from kernels.symbolic import Compiled
+from kernels.telemetry import SATURATED
 
 REACH = 10.0
-SATURATED = 0.01  # a slope smaller than this hardly learns
 _STEP = 1 / 1024
 _COST = {
     **dict.fromkeys(("add", "sub", "mul", "neg"), "add or multiply"),

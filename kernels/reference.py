@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.program import Program, run
 from kernels.symbolic import OUTPUT, Compiled
+from kernels.telemetry import STORED, Seen, statistics_program
 
 _BLOCK = 1 << 16  # elements: what a block's intermediate results need stays in a core's cache
 
@@ -28,6 +29,28 @@ def forward(compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> Tenso
     for block in _blocks(rows):
         h[block] = _run(compiled.forward, compiled, rows[block], learned)["h"]
     return h.view(_h_shape(pre, len(names)))
+
+
+def forward_with_statistics(compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, Seen]:
+    """Return h, and what can be seen of it and of the slopes there (`kernels/telemetry.py`)."""
+    h = forward(compiled, pre, learned)
+    return h, statistics(compiled, pre, h, learned)
+
+
+def statistics(compiled: Compiled, pre: Tensor, h: Tensor, learned: Sequence[Tensor]) -> Seen:
+    """Return what can be seen of an h that was computed."""
+    rows = _rows(pre, len(compiled.formula.pre_activations))
+    flat = h.reshape(rows.shape[0], rows.shape[-1])
+    wide, program = _wide(pre.dtype), statistics_program(compiled)
+    sums = torch.zeros(len(program.outputs) - 2, dtype=wide, device=pre.device)
+    peak, active = sums.new_zeros(()), sums.new_zeros(pre.shape[-1])
+    for block in _blocks(rows) if h.numel() else ():
+        results = _run(program, compiled, rows[block], learned, **{STORED: flat[block].to(wide)})
+        *added, peaks, actives = (torch.broadcast_to(value, flat[block].shape) for value in results.values())
+        sums += torch.stack([values.sum() for values in added])
+        peak = torch.maximum(peak, peaks.max())
+        active += actives.sum(0)
+    return Seen(sums, peak, active, h.numel())
 
 
 def backward(
@@ -43,7 +66,7 @@ def backward(
     dlearned = [torch.zeros(tensor.shape, dtype=wide, device=pre.device) for tensor in learned]
     program = compiled.backward_with_h if with_h else compiled.backward
     for block in _blocks(rows):
-        results = _run(program, compiled, rows[block], learned, dh[block].to(wide))
+        results = _run(program, compiled, rows[block], learned, dh=dh[block].to(wide))
         for i, name in enumerate(names):
             dpre[block].select(1, i).copy_(results[f"d{name}"])
         if h is not None:
@@ -67,15 +90,12 @@ def backward_from_output(compiled: Compiled, h: Tensor, dh: Tensor) -> Tensor:
     return dpre
 
 
-def _run(
-    program: Program, compiled: Compiled, rows: Tensor, learned: Sequence[Tensor], dh: Tensor | None = None
-) -> dict:
+def _run(program: Program, compiled: Compiled, rows: Tensor, learned: Sequence[Tensor], **more: Tensor) -> dict:
     wide = _wide(rows.dtype)
     values: dict[str, Any] = {
         name: rows.select(1, i).to(wide) for i, name in enumerate(compiled.formula.pre_activations)
     }
-    values |= {name: tensor.to(wide) for name, tensor in zip(compiled.formula.learned, learned, strict=True)}
-    values["dh"] = dh
+    values |= {name: tensor.to(wide) for name, tensor in zip(compiled.formula.learned, learned, strict=True)} | more
     number = lambda value: torch.tensor(value, dtype=wide, device=rows.device)  # noqa: E731
     return run(program, {**_OPERATIONS, "number": number}, values)
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from kernels.cache import folder
 from kernels.program import INFIX, Argument, Line, Program
 from kernels.symbolic import OUTPUT, Compiled
+from kernels.telemetry import STORED, Seen, statistics_program, sums_of
 
 TILE = 1024  # columns a program: 128 threads with 8 each, which in 16 bits is one load
 WARPS = 4
@@ -87,9 +88,14 @@ class Kernels:
     """The kernels of one formula."""
 
     def __init__(self, compiled: Compiled) -> None:
-        self.module = load(source(compiled))
+        self.compiled, self.module = compiled, load(source(compiled))
         self.pre = len(compiled.formula.pre_activations)
         self.shares = [learned.share for learned in compiled.formula.learned.values()]
+
+    @functools.cached_property
+    def module_with_statistics(self) -> ModuleType:
+        """The variant of the forward kernel that tells of itself, printed when it is first asked for."""
+        return load(source_with_statistics(self.compiled))
 
     def forward(self, _: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """See `reference.forward`."""
@@ -98,6 +104,23 @@ class Kernels:
         if h.numel():
             self._launch(self.module.forward, h.numel() // width, width, [pre, h, *_detached(learned)])
         return h
+
+    def forward_with_statistics(
+        self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]
+    ) -> tuple[Tensor, Seen]:
+        """See `reference.forward_with_statistics`."""
+        width, count = pre.shape[-1], len(sums_of(compiled)) + 1
+        h = torch.empty(pre.shape if self.pre == 1 else (*pre.shape[:-2], width), dtype=pre.dtype, device=pre.device)
+        if not h.numel():
+            nothing = torch.zeros(count, device=pre.device)
+            return h, Seen(nothing[:-1], nothing[-1], torch.zeros(width, device=pre.device), 0)
+        rows = h.numel() // width
+        share, blocks = _blocks(rows)
+        totals = torch.empty((count, blocks, _tiles(width)), dtype=torch.float32, device=pre.device)
+        active = torch.empty((blocks, width), dtype=torch.float32, device=pre.device)
+        tensors = [pre, h, *_detached(learned), totals, active]
+        self._launch(self.module_with_statistics.statistics, blocks, width, tensors, rows, share)
+        return h, Seen(totals[:-1].sum((1, 2)), totals[-1].amax(), active.sum(0), h.numel())
 
     def backward(
         self, _: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool
@@ -112,8 +135,7 @@ class Kernels:
         if not learned:
             self._launch(kernel, rows, width, tensors)
             return dpre, h, []
-        share = math.ceil(rows / _SUMS)  # rows that one program adds up
-        blocks = math.ceil(rows / share)
+        share, blocks = _blocks(rows)
         sums = [
             torch.empty((blocks, width if kind == "channel" else _tiles(width)), dtype=torch.float32, device=pre.device)
             for kind in self.shares
@@ -149,6 +171,12 @@ def _tiles(width: int) -> int:
     return math.ceil(width / _tile(width))
 
 
+def _blocks(rows: int) -> tuple[int, int]:
+    """Return how many rows one program adds up, and how many programs that takes."""
+    share = math.ceil(rows / _SUMS)
+    return share, math.ceil(rows / share)
+
+
 def _detached(learned: Iterable[Tensor]) -> list[Tensor]:
     return [tensor.detach().contiguous() for tensor in learned]
 
@@ -177,12 +205,7 @@ _TWO_FORMS = ("exp", "expm1", "sigmoid", "complement", "tanh", "erf", "softplus"
 
 def source(compiled: Compiled) -> str:
     """Return the Python source of a formula's kernels: `forward`, `backward`, `backward_with_h`."""
-    return f"""# {" ".join(compiled.formula.text.split())}
-import triton
-import triton.language as tl
-
-from kernels import triton_primitives as fn
-
+    return f"""{_imports(compiled)}
 
 {_forward(compiled)}
 
@@ -190,6 +213,20 @@ from kernels import triton_primitives as fn
 
 {_backward(compiled, with_h=True)}
 {_from_output(compiled)}"""
+
+
+def source_with_statistics(compiled: Compiled) -> str:
+    """Return the Python source of `statistics`: the forward kernel that also tells of h and the slopes."""
+    return f"{_imports(compiled)}\n\n{_statistics(compiled)}"
+
+
+def _imports(compiled: Compiled) -> str:
+    return f"""# {" ".join(compiled.formula.text.split())}
+import triton
+import triton.language as tl
+
+from kernels import triton_primitives as fn
+"""
 
 
 _HEAD = """@triton.jit(do_not_specialize=[{numbers}])
@@ -206,21 +243,21 @@ def _head(name: str, pointers: Iterable[str], numbers: Sequence[str]) -> str:
     return _HEAD.format(name=name, pointers=", ".join(pointers), numbers=quoted, numbers_bare=", ".join(numbers))
 
 
-def _load_learned(compiled: Compiled, program: Program) -> list[str]:
-    lines = []
+def _load_learned(compiled: Compiled, *programs: Program) -> list[str]:
+    lines, used = [], frozenset().union(*(program.used for program in programs))
     for name, parameter in compiled.formula.learned.items():
-        if name in program.used:
+        if name in used:
             place = f"at_{name} + column, mask=inside" if parameter.share == "channel" else f"at_{name}"
             lines.append(f"v_{name} = tl.load({place}).to(tl.float32)")
     return lines
 
 
-def _load_pre(compiled: Compiled, program: Program) -> list[str]:
-    names = compiled.formula.pre_activations
+def _load_pre(compiled: Compiled, *programs: Program) -> list[str]:
+    names, used = compiled.formula.pre_activations, frozenset().union(*(program.used for program in programs))
     return [
         f"v_{name} = tl.load({_pre_at('pre', len(names), i)}, mask=inside).to(tl.float32)"
         for i, name in enumerate(names)
-        if name in program.used
+        if name in used
     ]
 
 
@@ -242,6 +279,50 @@ def _forward(compiled: Compiled) -> str:
         _store("h + row * width + column", compiled.forward.outputs["h"], compiled.forward),
     ]
     return _head("forward", pointers, ["width"]) + _indented(body, 1)
+
+
+def _statistics(compiled: Compiled) -> str:
+    """Print the forward kernel in which a program walks a block of rows and adds up what `statistics_program` says."""
+    program, learned = statistics_program(compiled), compiled.formula.learned
+    *sums, peak, active = program.outputs
+    pointers = ["pre", "h", *(f"at_{name}" for name in learned), "totals", "active"]
+    before = [
+        *_load_learned(compiled, program, compiled.forward),
+        *(f"sum_{name} = tl.full((), 0.0, tl.float32)" for name in (*sums, peak)),
+        "units = tl.zeros((TILE,), tl.float32)",
+        *_WALK,
+    ]
+    counted = lambda name: f"tl.where(inside, {_argument(program.outputs[name], program)}, 0.0)"  # noqa: E731
+    row = [
+        *_load_pre(compiled, program, compiled.forward),
+        *_lines(compiled.forward),
+        f"stored = {_rounded(compiled)}",
+        "tl.store(h + row * width + column, stored, mask=inside)",
+        f"v_{STORED} = stored.to(tl.float32)",
+        *_lines(program),
+        *(f"sum_{name} += tl.sum({counted(name)})" for name in sums),
+        f"sum_{peak} = tl.maximum(sum_{peak}, tl.max({counted(peak)}))",
+        f"units += {counted(active)}",
+        "row += 1",
+    ]
+    place = "({} * tl.num_programs(0).to(tl.int64) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)"
+    after = [f"tl.store(totals + {place.format(i)}, sum_{name})" for i, name in enumerate((*sums, peak))]
+    after.append("tl.store(active + tl.program_id(0).to(tl.int64) * width + column, units, mask=inside)")
+    head = _head("statistics", pointers, ["rows", "share", "width"])
+    return head + _indented(before, 1) + _indented(row, 2) + _indented(after, 1)
+
+
+def _rounded(compiled: Compiled) -> str:
+    """Print h as a vector of the output's type; a formula may be a number."""
+    return f"tl.where(inside, {_argument(compiled.forward.outputs['h'], compiled.forward)}, 0.0).to(h.dtype.element_ty)"
+
+
+# A program that walks a block of rows.
+_WALK = (
+    "row = tl.program_id(0).to(tl.int64) * share",
+    "last = tl.minimum(row + share, rows)",
+    "while row < last:",  # the interpreter has no range of what is not known beforehand
+)
 
 
 def _backward(compiled: Compiled, with_h: bool) -> str:
@@ -271,9 +352,7 @@ def _backward(compiled: Compiled, with_h: bool) -> str:
     before = [
         *_load_learned(compiled, program),
         *(f"sum_{name} = tl.zeros((TILE,), tl.float32)" for name in learned),
-        "row = tl.program_id(0).to(tl.int64) * share",
-        "last = tl.minimum(row + share, rows)",
-        "while row < last:",  # the interpreter has no range of what is not known beforehand
+        *_WALK,
     ]
     after = [
         f"tl.store(sums_{name} + tl.program_id(0).to(tl.int64) * width + column, sum_{name}, mask=inside)"

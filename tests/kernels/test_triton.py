@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import math
 import re
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from bench.formulas import formulas
 from kernels import activation, parse, reference, triton_backend
 from kernels.program import Program, run
 from kernels.symbolic import OUTPUT, Compiled, compile_formula
+from tests.kernels.test_telemetry import assert_seen, inputs
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -190,6 +192,25 @@ def check_changed(name: str, width: int, old: str, new: str, eps: float = 2.0**-
     check(name, width, kernels, eps)
 
 
+def check_statistics(name: str, width: int, old: str = "", new: str = "") -> None:
+    """The forward kernel that tells of itself, with something else in its source if asked: the same h, the right figures."""
+    compiled = compile_formula(parse(*ALL[name]))
+    function = activation(*ALL[name], backend="triton")
+    pre, learned = inputs(function, 5, width, torch.float32)
+    kernels = triton_backend.Kernels(compiled)
+    if old:
+        text = triton_backend.source_with_statistics(compiled)
+        assert old in text
+        kernels.module_with_statistics = triton_backend.load(text.replace(old, new))
+    with Poisoned() as poisoned:
+        pre, learned = poisoned.copy(pre), [poisoned.copy(each) for each in learned]
+        h = kernels.forward(compiled, pre, learned)
+        with unittest.mock.patch.object(triton_backend, "_SUMS", 2):  # a program walks three rows, another the last two
+            same, seen = kernels.forward_with_statistics(compiled, pre, learned)
+    assert torch.equal(h, same)
+    assert_seen(function, pre, learned, h, seen)
+
+
 def check_nan(name: str) -> None:
     compiled, pre, dh, learned = tensors(name, 130)
     kernels = triton_backend.kernels(compiled)
@@ -283,6 +304,22 @@ def test_the_short_forms_for_16_bits(interpreter, name):
     """With fp32 tensors, so that what they round is all there is: their error is at most 2**-17."""
     fp32 = "PRECISE: tl.constexpr = pre.dtype.element_ty == tl.float32"
     interpreter.submit(check_changed, name, 1030, fp32, "PRECISE: tl.constexpr = False", 2.0**-17 / 6).result()
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_statistics_from_inside_the_forward_kernel(interpreter, name):
+    interpreter.submit(check_statistics, name, 127).result()
+
+
+@pytest.mark.parametrize("width", [1, 8, 1030])
+def test_statistics_of_every_width(interpreter, width):
+    interpreter.submit(check_statistics, "swiglu", width).result()
+
+
+@pytest.mark.parametrize("name", ["swiglu", "xielu", "prelu_channel"])
+def test_what_is_loaded_outside_of_a_row_is_in_no_statistic(interpreter, name):
+    nan = "mask=inside, other=float('nan')).to"
+    interpreter.submit(check_statistics, name, 127, "mask=inside).to", nan).result()
 
 
 @pytest.mark.parametrize("name", ["xielu", "prelu_channel"])

@@ -1,0 +1,172 @@
+"""What a forward kernel can tell of the activations that it computes, while it computes them.
+
+A second variant of the forward kernel computes the same h, bit for bit, and beside it adds up what this page defines. The
+`Statistics` of a layer collect that over calls; sums of several ranks are added, and `figures` turns them into shares, means
+and moments. When to do it, and what becomes of the figures, is the caller's affair.
+
+Slopes are derivatives of the formula, so every figure is defined for every formula: the *gate* of a gated formula is what
+multiplies `up`, dh/dup, which is silu(gate) for silu(gate) * up; its slope is the derivative of that by `gate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import sympy
+import torch
+from sympy.core.parameters import distribute
+from torch import Tensor
+
+from kernels.program import Line, Lowering, Program
+from kernels.symbolic import Compiled, abs, max, where_ge, where_gt
+
+SATURATED = 0.01  # a slope smaller than this hardly learns
+STORED = "0h"  # h as an input: "h" may be the name of a parameter, and no name begins with a digit
+PEAK, ACTIVE = "peak", "active"
+
+
+@functools.lru_cache(maxsize=256)
+def statistics_program(compiled: Compiled) -> Program:
+    """Return the program of what one element adds to the statistics.
+
+    Inputs: the pre-activations and learned parameters, and `STORED`, h as it was rounded. Outputs: all but the last two are
+    added up over all elements; `PEAK` is |h|, of which the largest is kept; `ACTIVE`, added up over the tokens of each unit, is
+    1 unless h and all its slopes are exactly 0. Its lines have other names than those of `compiled.forward`.
+    """
+    with distribute(False):  # as in `compile_formula`: 0.5 * (1 + erf(x)) must stay one
+        return _renumbered(_lowered(compiled), len(compiled.forward.lines))
+
+
+def _lowered(compiled: Compiled) -> Program:
+    formula, h = compiled.formula, _symbol(STORED)
+    slopes = [compiled.slopes[name] for name in formula.pre_activations]
+    outputs = {
+        "zero": where_ge(0, abs(h), 1, 0),
+        "saturated": sum((_flat(slope) for slope in slopes), sympy.Integer(0)),
+        "slope": sum((abs(slope) for slope in slopes), sympy.Integer(0)),
+        **{f"h{power}": h**power for power in range(1, 5)},
+    }
+    if formula.gated:
+        gate, up = (_symbol(name) for name in formula.pre_activations)
+        opening = compiled.slopes["up"]
+        outputs |= {"open": opening, "open2": opening**2, "flat": _flat(opening.diff(gate))}
+        outputs |= {"gate": gate, "gate2": gate**2, "up": up, "up2": up**2, "gate_up": gate * up}
+    largest = functools.reduce(max, (abs(slope) for slope in slopes), abs(h))
+    outputs |= {PEAK: abs(h), ACTIVE: where_ge(0, largest, 0, 1)}
+    return Lowering((*formula.pre_activations, *formula.learned, STORED), outputs).program()
+
+
+def sums_of(compiled: Compiled) -> tuple[str, ...]:
+    """Return the names of what is added up over all elements, in order."""
+    return tuple(name for name in statistics_program(compiled).outputs if name not in (PEAK, ACTIVE))
+
+
+def _symbol(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, real=True)
+
+
+def _flat(slope: sympy.Expr) -> sympy.Expr:
+    return where_gt(sympy.Rational(1, round(1 / SATURATED)), abs(slope), 1, 0)
+
+
+def _renumbered(program: Program, first: int) -> Program:
+    """Return the program with lines named from t`first` on."""
+    names = {line.name: f"t{first + i}" for i, line in enumerate(program.lines)}
+    new = lambda argument: names.get(argument, argument)  # noqa: E731
+    lines = tuple(Line(names[n.name], n.operation, tuple(map(new, n.arguments))) for n in program.lines)
+    return Program(program.inputs, lines, {name: new(value) for name, value in program.outputs.items()})
+
+
+@dataclasses.dataclass
+class Seen:
+    """What one call of a kernel saw.
+
+    Attributes:
+        sums: (number of sums,) fp32 or wider, in the order of `sums_of`.
+        peak: () the largest |h|.
+        active: (d_ff,) tokens for which each unit was active.
+        elements: of h.
+    """
+
+    sums: Tensor
+    peak: Tensor
+    active: Tensor
+    elements: int
+
+
+class Statistics:
+    """The statistics of one layer, over the calls that were added.
+
+    `sums` (K + 1,) ends with the number of elements; `peak` (1,) and `active` (d_ff,) are as in `Seen`; fp64, on the device.
+    """
+
+    def __init__(self, compiled: Compiled, width: int, device: torch.device) -> None:
+        self.names = sums_of(compiled)
+        self.pre_activations = len(compiled.formula.pre_activations)
+        wide = {"dtype": torch.float64, "device": device}
+        self.sums = torch.zeros(len(self.names) + 1, **wide)
+        self.peak, self.active = torch.zeros(1, **wide), torch.zeros(width, **wide)
+
+    def add(self, seen: Seen) -> None:
+        """Take in one call."""
+        self.sums[:-1] += seen.sums
+        self.sums[-1] += seen.elements
+        torch.maximum(self.peak, seen.peak.double(), out=self.peak)
+        self.active += seen.active
+
+
+def figures(names: Sequence[str], pre_activations: int, sums: Sequence[float], peak: float) -> dict[str, float]:
+    """Return what the sums of a layer mean.
+
+    Args:
+        names, pre_activations: of its `Statistics`.
+        sums, peak: as there, over all ranks.
+
+    Returns:
+        zeros: share of h that is exactly 0.
+        saturated: share of pre-activations at which |slope| < `SATURATED`; of a gated formula, both kinds count.
+        slope: mean |slope|.
+        mean, rms, max: of h; max of |h|.
+        mean_over_std: of h; far from 0, all gradients of a unit's weights tend to have one sign (zigzag).
+        kurtosis: of h about its mean, 3 for a normal distribution.
+        gate_mean, gate_std: of the gate; gate_saturated: share of it whose slope is smaller than `SATURATED`.
+        gate_up_correlation: of the two pre-activations.
+        What is not defined (of no elements, or of a constant) is NaN.
+    """
+    count = sums[-1]
+    mean = {name: total / count if count else math.nan for name, total in zip(names, sums, strict=False)}
+    first, second, third, fourth = (mean[f"h{power}"] for power in range(1, 5))
+    variance = _not_negative(second - first**2)
+    central = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
+    result = {
+        "zeros": mean["zero"],
+        "saturated": mean["saturated"] / pre_activations,
+        "slope": mean["slope"] / pre_activations,
+        "mean": first,
+        "rms": math.sqrt(_not_negative(second)),
+        "max": peak if first == first else math.nan,  # a device's maximum may pass over a NaN, a sum does not
+        "mean_over_std": _ratio(first, math.sqrt(variance)),
+        "kurtosis": _ratio(central, variance**2),
+    }
+    if "gate" in mean:
+        spread = math.sqrt(_not_negative(mean["gate2"] - mean["gate"] ** 2))
+        spread *= math.sqrt(_not_negative(mean["up2"] - mean["up"] ** 2))
+        result |= {
+            "gate_mean": mean["open"],
+            "gate_std": math.sqrt(_not_negative(mean["open2"] - mean["open"] ** 2)),
+            "gate_saturated": mean["flat"],
+            "gate_up_correlation": _ratio(mean["gate_up"] - mean["gate"] * mean["up"], spread),
+        }
+    return result
+
+
+def _not_negative(value: float) -> float:
+    """Return a variance, which rounding may have made negative; NaN and infinity stay."""
+    return 0.0 if value < 0 else value
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else math.nan
