@@ -66,9 +66,9 @@ def main(argv: list[str]) -> None:
         print(_line(rows[-1]), flush=True)
     if child.wait():
         raise UserError("the measurement failed: what it said stands above")
-    from bench.train import _machine
+    from bench.train import machine
 
-    result = {"machine": _machine(), "plan": plan, "build_seconds": build, "rows": rows}
+    result = {"machine": machine(), "plan": plan, "build_seconds": build, "rows": rows}
     Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(options["out"] + ".json") as file:
         json.dump(result, file, indent=2)

@@ -156,9 +156,9 @@ def report(arms: dict[str, tuple[str, dict[str, Any]]], seed: int, rows: int) ->
     """Measure; return the report's lines and the failures."""
     import torch
 
-    from bench.train import _machine
+    from bench.train import machine
 
-    lines = _HEAD.format(seed=seed, rows=rows, cap=CAP, machine=_machine()).splitlines()
+    lines = _HEAD.format(seed=seed, rows=rows, cap=CAP, machine=machine()).splitlines()
     head = "| arm | dtype | backend | of | error | plain torch | ratio | max | plain max |"
     lines += ["", "## Errors", "", head, "|---|---|---|---|---|---|---|---|---|"]
     edges, failures, worst = [], [], 0.0

@@ -54,13 +54,13 @@ def main(argv: list[str]) -> None:
     runs: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for number in range(int(options["rounds"])):
         for name in CONTENDERS:
-            seconds = _ours(overrides, steps) if name == "ours" else _hf(name, overrides, steps)
+            seconds = seconds_of_steps(overrides, steps) if name == "ours" else _hf(name, overrides, steps)
             speed = config.global_batch_size * config.sequence_length / statistics.median(seconds[steps // 4 :])
             runs[name].append(speed)
             print(f"round {number + 1}  {name:<14}{speed:>9,.0f} tokens/s", flush=True)
     figures = _report(runs)
     result = {
-        "machine": _machine(),
+        "machine": machine(),
         "overrides": overrides,
         "steps": steps,
         "tokens_per_second": runs,
@@ -87,7 +87,7 @@ def _report(runs: dict[str, list[float]]) -> dict[str, Any]:
     return figures
 
 
-def _ours(overrides: list[str], steps: int) -> list[float]:
+def seconds_of_steps(overrides: list[str], steps: int) -> list[float]:
     """Train for `steps` steps with the real command; return the seconds of each step, from the run's own metrics."""
     with tempfile.TemporaryDirectory() as folder:
         mine = [word for word in overrides if word.partition("=")[0] not in ("steps", "tokens")]
@@ -149,7 +149,7 @@ def _measure_hf(name: str, arguments: list[str]) -> None:
     print(json.dumps(seconds))
 
 
-def _machine() -> str:
+def machine() -> str:
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores"
 

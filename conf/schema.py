@@ -186,6 +186,8 @@ class Config:
     save_every: int = key(100, "steps between checkpoints; 0: only at the end")
     keep_last: int = key(2, "newest checkpoints kept, beside the best one")
     log_every: int = key(1, "steps between lines of metrics.jsonl and of the console")
+    telemetry_every: int = key(50, "steps between looks into the layers (telemetry lines of metrics.jsonl); 0: none")
+    telemetry_window: int = key(1_000_000, "tokens looked at without seeing a unit active before it is called dead")
     deterministic: bool = key(False, "refuse operations whose result may differ between runs")
     ffn: FFNConfig = field(default_factory=FFNConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

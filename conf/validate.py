@@ -29,7 +29,7 @@ _CHOICES = {
     "data.source": ("stdlib", "text", "jsonl", "parquet", "hf", "blend"),
 }
 _POSITIVE = (
-    *("sequence_length", "global_batch_size", "keep_last", "log_every", "sample_tokens"),
+    *("sequence_length", "global_batch_size", "keep_last", "log_every", "sample_tokens", "telemetry_window"),
     *("model.d_model", "model.n_layers", "model.n_heads", "model.d_ff_gated", "model.rope_theta", "model.norm_eps"),
     *("optim.lr", "optim.eps", "zero.bucket_elements", "parallel.timeout_minutes"),
     *("parallel.tensor", "parallel.context", "tokenizer.train_megabytes", "data.shard_megabytes"),
@@ -49,7 +49,16 @@ _POSITIVE_OR_NULL = (
     "model.init_std",
 )
 _NOT_NEGATIVE = (
-    *("eval_every", "save_every", "sample_every", "model.z_loss", "optim.weight_decay", "optim.clip", "data.workers"),
+    *(
+        "eval_every",
+        "save_every",
+        "sample_every",
+        "telemetry_every",
+        "model.z_loss",
+        "optim.weight_decay",
+        "optim.clip",
+        "data.workers",
+    ),
 )
 LONGEST_NAME = 200  # bytes of a run's name; file systems take 255
 _SHARES = ("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2")
@@ -61,6 +70,8 @@ NOT_LEARNED = (
         "sample_every",
         "sample_tokens",
         "prompts",
+        "telemetry_every",
+        "telemetry_window",
         "model.activation_checkpointing",
         "model.attention",
         "ffn.backend",

@@ -49,15 +49,20 @@ class Activation:
         if not pre.is_floating_point():
             raise TypeError(f"pre-activations are floating-point numbers, not {pre.dtype}")
 
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Differentiate the formula and build its kernels now, not at the first call.
+    def prepare(self, device: torch.device, dtype: torch.dtype, statistics: bool = False) -> None:
+        """Differentiate the formula and build its kernels now, not at the first call; those with statistics if asked.
 
         Raises:
             FormulaError: it overflows where its value is moderate.
             ValueError: the backend cannot compute this dtype on this device.
         """
         assert self.compiled
-        self._backend(torch.empty(0, dtype=dtype, device=device))
+        nothing = torch.empty((0, 2, 0) if self.formula.gated else (0, 0), dtype=dtype, device=device)
+        backend = self._backend(nothing)
+        if statistics:
+            sizes = (0 if parameter.share == "channel" else 1 for parameter in self.formula.learned.values())
+            learned = [torch.zeros(size, device=device) for size in sizes]
+            backend.forward_with_statistics(self.compiled, nothing, learned)
 
     def forward(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """Compute h without recording a gradient; `learned` in the formula's order."""

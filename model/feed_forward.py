@@ -14,6 +14,7 @@ Shapes: D d_model, F d_ff; leading dimensions are any.
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -27,14 +28,22 @@ from conf.schema import FFNConfig
 from kernels import FormulaError, activation
 from kernels.elementwise import Activation
 from kernels.statistics import gaussian_rms
+from kernels.telemetry import Statistics
 from model.accounting import FFNShape
 
 
-def check_arms(shapes: Sequence[FFNShape], device: torch.device, dtype: torch.dtype) -> list[str]:
+def check_arms(
+    shapes: Sequence[FFNShape], device: torch.device, dtype: torch.dtype, statistics: bool = False
+) -> list[str]:
     """Differentiate and build every arm, and return sentences that a user should read before training with it.
 
+    Args:
+        shapes: one a layer.
+        device, dtype: of the pre-activations.
+        statistics: whether the kernels that tell of themselves are going to be used.
+
     Raises:
-        UserError: a formula that overflows where its value is moderate.
+        UserError: a formula that overflows where its value is moderate, or whose initial scale is not known.
     """
     said = []
     for shape in shapes[:1] + tuple(b for a, b in itertools.pairwise(shapes) if a.arm != b.arm):
@@ -43,12 +52,18 @@ def check_arms(shapes: Sequence[FFNShape], device: torch.device, dtype: torch.dt
             function = activation(arm.formula, arm.parameters, arm.backend, arm.from_output)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                function.prepare(device, dtype)
+                function.prepare(device, dtype, statistics)
         except FormulaError as error:
             raise UserError(f"ffn.formula is refused: {error}") from error
         except (ValueError, ImportError) as error:  # not what it computes, or not installed
             raise UserError(f"ffn.backend={arm.backend}: {error}") from error
         said += [str(warning.message) for warning in caught]
+        size = gaussian_rms(function.formula)
+        if arm.init_scale is None and not 0 < size < math.inf:
+            raise UserError(
+                f"ffn={arm.name}: for normal pre-activations the root mean square of {arm.formula} is {size:g}, so the "
+                "scale of the initial down projection cannot be derived: give ffn.init_scale"
+            )
         if all(slope == 0 for slope in function.compiled.slopes.values()):
             said.append(f"ffn={arm.name}: the gradient of {arm.formula} is 0 everywhere, so ffn.up learns nothing")
     return said
@@ -62,6 +77,8 @@ class FeedForward(nn.Module):
         self.activation = activation(arm.formula, arm.parameters, arm.backend, arm.from_output)
         formula = self.activation.formula
         self.gated, self.save, self.init_scale = formula.gated, arm.save, arm.init_scale
+        self.d_ff = width
+        self.statistics: Statistics | None = None  # where it is set, forward tells it what it sees
         self.up = nn.Parameter(torch.empty((2, width, d_model) if self.gated else (width, d_model)))  # gate first
         self.down = nn.Parameter(torch.empty(d_model, width))
         self.learned = nn.ParameterDict(
@@ -74,7 +91,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
         learned = [self.learned[name] for name in self.activation.formula.learned]
-        return _FeedForward.apply(self.activation, self.save, x, self.up, self.down, *learned)
+        return _FeedForward.apply(self.activation, self.save, self.statistics, x, self.up, self.down, *learned)
 
     @property
     def down_scale(self) -> float:
@@ -93,10 +110,21 @@ class FeedForward(nn.Module):
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, activation: Activation, save: str, x: Tensor, up: Tensor, down: Tensor, *learned: Tensor
+        ctx: Any,
+        activation: Activation,
+        save: str,
+        statistics: Statistics | None,
+        x: Tensor,
+        up: Tensor,
+        down: Tensor,
+        *learned: Tensor,
     ) -> Tensor:
         pre = _project(x, up)
-        h = activation.forward(pre, learned)
+        if statistics is None:
+            h = activation.forward(pre, learned)
+        else:
+            h, seen = activation.forward_with_statistics(pre, learned)
+            statistics.add(seen)
         ctx.activation, ctx.save = activation, save
         kept = {"packed": (pre,), "output": (h,), "everything": (pre, h), "input": ()}[save]
         ctx.save_for_backward(x, up, down, *learned, *kept)
@@ -111,7 +139,7 @@ class _FeedForward(torch.autograd.Function):
         h = kept[-1] if ctx.save in ("output", "everything") else None
         flat = gradient.reshape(-1, gradient.shape[-1])
         dh = (flat @ down).view(*gradient.shape[:-1], down.shape[1])
-        need_down = ctx.needs_input_grad[4]
+        need_down = ctx.needs_input_grad[5]
         if ctx.save == "output":
             dpre, dlearned = ctx.activation.backward_from_output(h, dh), []
         else:
@@ -120,9 +148,9 @@ class _FeedForward(torch.autograd.Function):
             h = again if h is None else h
         d_down = flat.T @ h.reshape(len(flat), -1) if need_down else None
         packed = dpre.reshape(len(flat), -1)
-        d_up = (packed.T @ x.reshape(len(flat), -1)).view(up.shape) if ctx.needs_input_grad[3] else None
-        d_x = (packed @ up.flatten(0, -2)).view(x.shape) if ctx.needs_input_grad[2] else None
-        return None, None, d_x, d_up, d_down, *_cast(dlearned, learned)
+        d_up = (packed.T @ x.reshape(len(flat), -1)).view(up.shape) if ctx.needs_input_grad[4] else None
+        d_x = (packed @ up.flatten(0, -2)).view(x.shape) if ctx.needs_input_grad[3] else None
+        return None, None, None, d_x, d_up, d_down, *_cast(dlearned, learned)
 
 
 def _project(x: Tensor, up: Tensor) -> Tensor:

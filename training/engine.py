@@ -8,11 +8,12 @@ tests/training/test_deepspeed_contract.py, so that an upgrade fails loudly.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -84,6 +85,26 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class GradientPiece:
+    """A rank's part of a parameter's gradient: the elements from `start` on of the flattened tensor of `shape`."""
+
+    name: str
+    shape: torch.Size
+    start: int
+    values: Tensor  # (elements,)
+
+
+class Observer(Protocol):
+    """Who looks at a step while it is taken, and changes nothing."""
+
+    def forward(self) -> contextlib.AbstractContextManager[None]:
+        """Be entered around each forward pass."""
+
+    def backward(self, pieces: Iterator[GradientPiece]) -> None:
+        """Be given the gradient of the whole batch, before it is clipped."""
+
+
 class Engine:
     """The model, its optimizer and ZeRO. `train_step` is one optimizer step; `evaluate` gives a loss."""
 
@@ -119,12 +140,15 @@ class Engine:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.stage = config.zero.stage
 
-    def train_step(self, tokens: Tensor, rate: float) -> tuple[Tensor, Tensor | float, bool]:
+    def train_step(
+        self, tokens: Tensor, rate: float, observer: Observer | None = None
+    ) -> tuple[Tensor, Tensor | float, bool]:
         """Take one optimizer step.
 
         Args:
             tokens: (sequences of this rank, S + 1) int64 on the device.
             rate: the share of the peak learning rate.
+            observer: who looks at this step.
 
         Returns:
             This rank's mean loss (a detached fp32 scalar on the device), the gradient norm of the whole model before
@@ -134,9 +158,12 @@ class Engine:
             group["lr"] = peak * rate
         skipped, norm, total = self.deepspeed.skipped_steps, None, torch.zeros((), device=self.device)
         for micro in tokens.split(self.batch.micro_batch):
-            objective, nats = self.deepspeed(micro[:, :-1], micro[:, 1:])
+            with observer.forward() if observer else contextlib.nullcontext():
+                objective, nats = self.deepspeed(micro[:, :-1], micro[:, 1:])
             self.deepspeed.backward(objective)
             total += nats
+            if observer and self.deepspeed.is_gradient_accumulation_boundary():
+                observer.backward(self._gradient_pieces())
             if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
                 norm = self._norm_without_zero()
             self.deepspeed.step()
@@ -157,6 +184,27 @@ class Engine:
         elif self.config.optim.clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, norm)
         return norm
+
+    def _gradient_pieces(self) -> Iterator[GradientPiece]:
+        """Yield this rank's share of the whole batch's gradient, which exists between backward and step.
+
+        The pieces of all ranks together are the gradient of every parameter, once.
+        """
+        from deepspeed.utils import safe_get_local_grad
+
+        rank, world = dist.get_rank(), dist.get_world_size()
+        for name, parameter in self.module.named_parameters():
+            if self.stage == 0:  # every rank has it all
+                size = -(-parameter.numel() // world)
+                start = min(rank * size, parameter.numel())
+                yield GradientPiece(name, parameter.shape, start, parameter.grad.flatten()[start : start + size])
+            elif self.stage == 3:
+                part = safe_get_local_grad(parameter)
+                start = min(rank * part.numel(), parameter.ds_numel)
+                yield GradientPiece(name, parameter.ds_shape, start, part.flatten()[: parameter.ds_numel - start])
+            elif (mapping := parameter._hp_mapping) is not None:
+                part = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+                yield GradientPiece(name, parameter.shape, mapping.lp_fragment_address.start, part)
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:

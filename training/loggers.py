@@ -5,7 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,15 @@ class Mirrors:
         return [mirror.note for mirror in self._mirrors.values()]
 
 
+def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a line under their names; a figure of each layer under name/layer_0, name/layer_1 and so on."""
+    for name, value in record.items():
+        if isinstance(value, (int, float)):
+            yield name, value
+        elif isinstance(value, list):
+            yield from ((f"{name}/layer_{i}", v) for i, v in enumerate(value) if isinstance(v, (int, float)))
+
+
 def wandb_mode() -> str:
     """Return "online" when logged in, else "offline"; `WANDB_MODE` decides where it is set. Asks nobody over the network."""
     if os.environ.get("WANDB_MODE"):
@@ -108,7 +117,7 @@ class _Wandb:
 
     def log(self, record: dict[str, Any]) -> None:
         kind = record["kind"]
-        figures = {f"{kind}/{name}": value for name, value in record.items() if isinstance(value, (int, float))}
+        figures = {f"{kind}/{name}": value for name, value in _scalars(record)}
         self.run.log({**figures, "tokens": record["tokens"], "step": record["step"]})
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -130,8 +139,8 @@ class _TensorBoard:
         self.note = f"TensorBoard: `tensorboard --logdir {folder / 'tensorboard'}`"
 
     def log(self, record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if name not in ("kind", "step") and isinstance(value, (int, float)):
+        for name, value in _scalars(record):
+            if name != "step":
                 self.writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def finish(self, summary: dict[str, Any]) -> None:  # noqa: ARG002 (the mirrors share one interface)

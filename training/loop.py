@@ -6,6 +6,7 @@ the same step, and all take part in every save and evaluation.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -64,7 +65,7 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
     try:
         dataset = open_dataset(prepare(config.data, config.tokenizer, show=ranks.rank == 0))
         shape = _shape(config, dataset)
-        for sentence in check_arms(shape.ffn, device, dtype):
+        for sentence in check_arms(shape.ffn, device, dtype, statistics=bool(config.telemetry_every)):
             console.warn(sentence)
         resumed, passed_over = newest_intact(folder.checkpoints)
         for sentence in passed_over:
@@ -116,6 +117,7 @@ class _Run:
     def build(self, shape: Shape, device: torch.device, dtype: torch.dtype, attention: str) -> None:
         """Join the ranks and make the engine."""
         from training.engine import Engine, send_deepspeed_log_to, start_process_group
+        from training.telemetry import Telemetry
 
         self.shape = shape
         start_process_group(self.ranks, device, self.config.parallel.timeout_minutes)
@@ -123,6 +125,7 @@ class _Run:
         with self.folder.quiet():
             self.engine = Engine(self.config, self.batch, shape, device, dtype, attention, document_start)
             send_deepspeed_log_to(self.folder.path / "deepspeed.log")
+        self.telemetry = Telemetry(self.engine, self.config.telemetry_every, self.config.telemetry_window)
 
     def resume(self, path: Path) -> None:
         """Take up weights, optimizer and counters from a checkpoint."""
@@ -165,8 +168,10 @@ class _Run:
                 self.batches_hash = (self.batches_hash + sample_hash(first, rows)) % 2**64
                 tokens = torch.from_numpy(rows).to(self.engine.device)
                 share = rate(config.schedule, self.step, batch.steps)
-                loss, norm, applied = self.engine.train_step(tokens, share)
+                loss, norm, applied = self.engine.train_step(tokens, share, self.telemetry.of(self.step + 1))
+                self._tell()  # of a step before, by now reduced
                 self.step = self.report.step = self.step + 1
+                self.telemetry.reduce(self.step, batch.tokens_per_step)
                 if self.step == 1:
                     self.report.event("first_step", seconds_since_start=time.monotonic() - launched)
                 skipped = 0 if applied else skipped + 1
@@ -210,9 +215,16 @@ class _Run:
             self._save(held_out)
 
     def _evaluate(self, tokens: int | None) -> HeldOut:
-        held_out = self.last_eval = evaluate(self.engine, self.dataset, self.config.sequence_length, tokens)
-        self.report.held_out(held_out)
+        # All of it, then all units can be judged by it.
+        with self.telemetry.dead_units() if tokens is None else contextlib.nullcontext([]) as dead:
+            held_out = self.last_eval = evaluate(self.engine, self.dataset, self.config.sequence_length, tokens)
+        self.report.held_out(held_out, dead)
         return held_out
+
+    def _tell(self) -> None:
+        """Report what was seen inside the layers, if a look at them is not told of yet."""
+        if (seen := self.telemetry.finished()) is not None:
+            self.report.telemetry(*seen)
 
     def _sample(self) -> None:
         texts = []
@@ -225,6 +237,7 @@ class _Run:
     def _save(self, held_out: HeldOut | None) -> None:
         from training import checkpoint
 
+        self._tell()  # a run that goes on from here would not
         whole = held_out is not None and held_out.tokens == self.dataset.held_out.tokens
         state = {
             "step": self.step,

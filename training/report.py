@@ -81,16 +81,20 @@ class Report:
         self._line("train", **figures)
         self.console.step(self.step, self.batch.steps, figures)
 
-    def held_out(self, held_out: HeldOut) -> None:
-        """Tell of an evaluation."""
+    def held_out(self, held_out: HeldOut, dead: list[float | None]) -> None:
+        """Tell of an evaluation; `dead` has each layer's share of units that none of it made active, or is empty."""
         bits = held_out.bits_per_byte(self.bytes_per_token)
         figures = {"loss": held_out.loss, "perplexity": held_out.perplexity, "bits_per_byte": bits}
-        self._line("eval", **figures, held_out_tokens=held_out.tokens)
+        self._line("eval", **figures, held_out_tokens=held_out.tokens, **({"dead": dead} if dead else {}))
         part = "" if held_out.tokens == self.dataset.held_out.tokens else f" (on {held_out.tokens} tokens)"
         self.console.say(
             f"held-out: loss {held_out.loss:.4f} nats a token, perplexity {held_out.perplexity:.2f}, "
             f"{bits:.4f} bits a byte{part}"
         )
+
+    def telemetry(self, step: int, figures: dict[str, Any]) -> None:
+        """Tell what was seen inside the layers in a step that may be an earlier one."""
+        self._line("telemetry", step=step, tokens=step * self.batch.tokens_per_step, **figures)
 
     def samples(self, texts: list[str]) -> None:
         """Add texts that the model wrote to samples.txt."""
@@ -158,7 +162,7 @@ class Report:
     def _line(self, kind: str, **figures: Any) -> None:
         if not self.speaks:
             return
-        record = {"kind": kind, "step": self.step, "tokens": self.tokens, **figures}
+        record = {"kind": kind, "step": self.step, "tokens": self.tokens} | figures
         try:
             self.folder.append_metrics(record)
             self._unwritten = False

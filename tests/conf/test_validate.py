@@ -41,7 +41,16 @@ ANY_NUMBER = {"seed", "data_seed"}
 MAY_BE_ZERO = {
     "ffn.init_scale",
     *ANY_NUMBER,
-    *("eval_every", "save_every", "sample_every", "model.z_loss", "optim.weight_decay", "optim.clip", "data.workers"),
+    *(
+        "eval_every",
+        "save_every",
+        "sample_every",
+        "telemetry_every",
+        "model.z_loss",
+        "optim.weight_decay",
+        "optim.clip",
+        "data.workers",
+    ),
     *("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2"),
     "zero.stage",
 }
@@ -186,6 +195,7 @@ def test_tokens_are_rounded_down_to_whole_steps_and_steps_win():
 
 FREE = {
     *("run", "runs", "resume", "steps", "tokens", "eval_every", "eval_tokens", "save_every", "keep_last", "log_every"),
+    *("telemetry_every", "telemetry_window"),
     *("sample_every", "sample_tokens", "prompts", "micro_batch_size", "data.prepared", "data.workers", "ffn.backend"),
     *("model.activation_checkpointing", "model.attention", "ffn.save"),
 }

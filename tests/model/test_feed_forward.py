@@ -183,6 +183,14 @@ def test_a_formula_that_overflows_is_refused():
         check_arms((shape,), *CPU)
 
 
+def test_an_arm_that_gives_nothing_to_derive_its_scale_from_is_refused():
+    never = FFNConfig(name="custom", formula="relu(x - 100)")
+    with pytest.raises(UserError, match=r"the root mean square of relu.x - 100. is 0, .* give ffn.init_scale"):
+        check_arms((FFNShape(never, 8, 2, 0),), *CPU)
+    never.init_scale = 1.0
+    assert check_arms((FFNShape(never, 8, 2, 0),), *CPU) == []
+
+
 def test_a_backend_that_cannot_serve_is_refused():
     shape = FFNShape(FFNConfig(backend="c"), 8, 3, 0)
     with pytest.raises(

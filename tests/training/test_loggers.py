@@ -85,6 +85,18 @@ def test_figures_go_over_tokens_under_their_kind(config, wandb, tmp_path):
     assert run.ended == 0
 
 
+def test_a_figure_of_each_layer_has_a_curve_each(config, wandb, tmp_path):
+    mirrors = Mirrors(only(config, "wandb"), tmp_path, pytest.fail)
+    mirrors.log({"kind": "telemetry", "step": 3, "tokens": 768, "dead": [0.0, None, 0.5], "window_tokens": 768})
+    (logged,) = wandb.runs[0].logged
+    assert logged == {
+        "telemetry/dead/layer_0": 0.0,
+        "telemetry/dead/layer_2": 0.5,
+        "telemetry/window_tokens": 768,
+        **{name: value for name, value in logged.items() if name.rpartition("/")[2] in ("step", "tokens")},
+    }
+
+
 def test_a_failed_run_is_marked_as_one(config, wandb, tmp_path):
     Mirrors(only(config, "wandb"), tmp_path, pytest.fail).finish({"status": "failed"})
     assert wandb.runs[0].ended == 1

@@ -40,6 +40,7 @@ TINY = {
     "schedule.warmup": 0.2,
     "precision": "fp32",
     "logger": "none",
+    "telemetry_every": 5,
     "data.workers": 1,
     "data.held_out": 0.1,
 }

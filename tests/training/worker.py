@@ -28,9 +28,10 @@ from launch.ranks import find_ranks
 from model.accounting import shape_of
 from model.attention import choose
 from training import checkpoint, machine
-from training.engine import Engine, start_process_group
+from training.engine import Engine, GradientPiece, start_process_group
 from training.evaluation import evaluate
 from training.schedule import rate
+from training.telemetry import Telemetry
 
 RANKS = find_ranks()
 
@@ -49,7 +50,9 @@ class Trainer:
         shape = shape_of(self.config, self.dataset.vocab_size)
         self.engine = Engine(self.config, self.batch, shape, device, dtype, attention, None)
         self.step, self.hash = 0, 0
-        self.seen: dict[str, list[Any]] = {"losses": [], "norms": [], "applied": [], "evaluations": [], "values": []}
+        self.telemetry = Telemetry(self.engine, self.config.telemetry_every, self.config.telemetry_window)
+        names = ("losses", "norms", "applied", "evaluations", "values", "telemetry")
+        self.seen: dict[str, list[Any]] = {name: [] for name in names}
 
     def do(self, verb: str, *arguments: Any) -> None:
         getattr(self, verb)(*arguments)
@@ -62,9 +65,13 @@ class Trainer:
             rows = self.stream.samples(first, share)
             self.hash = (self.hash + sample_hash(first, rows)) % 2**64
             at = rate(self.config.schedule, self.step, self.batch.steps)
-            loss, norm, applied = self.engine.train_step(torch.from_numpy(rows), at)
+            observer = self.telemetry.of(self.step + 1)
+            loss, norm, applied = self.engine.train_step(torch.from_numpy(rows), at, observer)
             dist.all_reduce(loss)
             self.step += 1
+            self.telemetry.reduce(self.step, self.batch.tokens_per_step)
+            if (looked := self.telemetry.finished()) is not None:
+                self.seen["telemetry"].append(looked)
             self.seen["losses"].append(float(loss) / RANKS.world_size)
             self.seen["norms"].append(float(norm))
             self.seen["applied"].append(applied)
@@ -82,6 +89,23 @@ class Trainer:
         self.train(1)
         hook.remove()
 
+    def add_up_pieces(self) -> None:
+        """Take one step, and note the sum of the squares of all ranks' pieces of its gradient."""
+        squares = torch.zeros(1, dtype=torch.float64)
+
+        class Sum:
+            forward = staticmethod(contextlib.nullcontext)
+
+            def backward(self, pieces: Iterator[GradientPiece]) -> None:
+                for piece in pieces:
+                    squares.add_(piece.values.double().square().sum())
+
+        telemetry, self.telemetry = self.telemetry, mock.Mock(of=lambda _: Sum(), finished=lambda: None)
+        self.train(1)
+        self.telemetry = telemetry
+        dist.all_reduce(squares)
+        self.seen["values"].append(float(squares))
+
     def save(self, folder: str) -> None:
         try:
             checkpoint.save(self.engine, Path(folder), {"step": self.step})
@@ -92,8 +116,9 @@ class Trainer:
         self.step = checkpoint.load(self.engine, Path(folder))["step"]
 
     def evaluate(self, tokens: int | None = None) -> None:
-        held_out = evaluate(self.engine, self.dataset, self.config.sequence_length, tokens)
-        self.seen["evaluations"].append([held_out.loss, held_out.tokens])
+        with self.telemetry.dead_units() as dead:
+            held_out = evaluate(self.engine, self.dataset, self.config.sequence_length, tokens)
+        self.seen["evaluations"].append([held_out.loss, held_out.tokens, *([dead] if dead else [])])
 
     def look(self, expression: str) -> None:
         """Note the value of an expression about the engine."""

@@ -1,0 +1,193 @@
+"""Telemetry of a run: the same figures whatever ranks, ZeRO and accumulation do, and the same training with and without it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from bench.formulas import formulas
+from kernels import activation
+from tests.training.tiny import command, overrides
+from training.engine import GradientPiece
+from training.telemetry import Window, add_signs
+
+# Sums of fp32 numbers in another order, as in test_parity.py.
+FP32 = 1e-5
+STEPS = 3
+
+
+def looks(pool, corpus, **changes) -> tuple[list[float], list[dict]]:
+    """Return the losses, and the figures of each step."""
+    words = overrides(corpus, **{"telemetry_every": 1} | changes)
+    seen = pool.run("script", words=words, steps=[["train", STEPS]])
+    assert all(each["telemetry"] == seen[0]["telemetry"] for each in seen), "ranks were told different figures"
+    assert [step for step, _ in seen[0]["telemetry"]] == list(range(1, len(seen[0]["telemetry"]) + 1))
+    return seen[0]["losses"], [figures for _, figures in seen[0]["telemetry"]]
+
+
+@pytest.fixture(scope="module")
+def reference(one_rank, corpus):
+    """The figures of one rank without ZeRO, of two layers of which the second is ungated."""
+    return looks(one_rank, corpus, zero="0", **MIXED)
+
+
+MIXED = {"ffn": "reglu", "ffn__per_layer": "{last: relu2}"}
+EXACT = ("dead", "revived", "window_tokens")
+
+
+def assert_same(found: list[dict], expected: list[dict]) -> None:
+    assert len(found) == len(expected) == STEPS
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            for a, b in zip(*(v if isinstance(v, list) else [v] for v in (one[name], other[name])), strict=True):
+                if name in EXACT or a is None or b is None:
+                    assert a == b, name
+                else:
+                    # Counts may differ by a pre-activation at a threshold; a mean near 0 is a difference of large sums.
+                    assert a == pytest.approx(b, rel=100 * FP32, abs=1e-4), name
+
+
+@pytest.mark.parametrize("zero", ["1", "2", "3"])
+def test_zero_shows_the_same(one_rank, corpus, reference, zero):
+    losses, figures = looks(one_rank, corpus, zero=zero, **MIXED)
+    assert losses == pytest.approx(reference[0], rel=FP32)
+    assert_same(figures, reference[1])
+
+
+@pytest.mark.parametrize("zero", ["0", "1", "2", "3"])
+def test_two_ranks_show_what_one_sees(two_ranks, corpus, reference, zero):
+    assert_same(looks(two_ranks, corpus, zero=zero, **MIXED)[1], reference[1])
+
+
+def test_micro_batches_add_up(two_ranks, corpus, reference):
+    assert_same(looks(two_ranks, corpus, zero="2", micro_batch_size=2, **MIXED)[1], reference[1])
+
+
+def test_a_layer_that_is_computed_again_is_not_counted_again(one_rank, corpus, reference):
+    _, figures = looks(one_rank, corpus, zero="1", model__activation_checkpointing=True, **MIXED)
+    assert_same(figures, reference[1])
+
+
+def test_what_is_shown_of_a_gated_and_of_an_ungated_layer(reference):
+    first = reference[1][0]
+    assert all(len(value) == 2 for value in first.values() if isinstance(value, list))
+    assert first["gate_mean"][0] > 0
+    assert first["gate_mean"][1] is None
+    assert first["zeros"] == pytest.approx(
+        [0.5, 0.5], abs=0.1
+    )  # nothing is learned yet: pre-activations are about normal
+    assert first["gradient_first_over_last"] == pytest.approx(
+        first["gradient_norm"][0] / first["gradient_norm"][1], rel=1e-5
+    )
+    assert all(0 < value < 1 for value in first["sign_agreement"])
+
+
+@pytest.mark.parametrize("zero", ["0", "1", "2", "3"])
+def test_the_pieces_are_the_whole_gradient_once(two_ranks, corpus, zero):
+    words = overrides(corpus, zero=zero, micro_batch_size=2)
+    for seen in two_ranks.run("script", words=words, steps=[["add_up_pieces"]]):
+        assert math.sqrt(seen["values"][0]) == pytest.approx(seen["norms"][0], rel=FP32)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_is_the_same_with_and_without(two_ranks, corpus, precision):
+    with_it, figures = looks(two_ranks, corpus, precision=precision)
+    without, none = looks(two_ranks, corpus, precision=precision, telemetry_every=0)
+    assert with_it == without
+    assert (len(figures), none) == (STEPS, [])
+
+
+def test_only_every_so_many_steps(one_rank, corpus):
+    words = overrides(corpus, telemetry_every=2)
+    seen = one_rank.run("script", words=words, steps=[["train", 5]])[0]["telemetry"]
+    assert [step for step, _ in seen] == [2, 4]
+    assert [figures["window_tokens"] for _, figures in seen] == [256, 512]
+
+
+def test_the_held_out_text_judges_every_unit(two_ranks, corpus):
+    words = overrides(corpus, telemetry_every=1, ffn="custom", ffn__formula="'max(x-100, 0)'", ffn__init_scale=1)
+    seen = two_ranks.run("script", words=words, steps=[["evaluate"]])
+    assert [each["evaluations"][0][2] for each in seen] == [[1.0, 1.0]] * 2
+    words = overrides(corpus, telemetry_every=1, ffn="relu")
+    seen = two_ranks.run("script", words=words, steps=[["evaluate"]])
+    assert [each["evaluations"][0][2] for each in seen] == [[0.0, 0.0]] * 2
+
+
+def test_the_lines_of_a_run(corpus, tmp_path):
+    words = overrides(corpus, runs=tmp_path, run="r", telemetry_every=4, steps=10, save_every=5, eval_every=0)
+    ended = command("python", "train.py", *words)
+    assert ended.status == 0, ended.err
+    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    looked = [line for line in lines if line["kind"] == "telemetry"]
+    tokens = 8 * 32
+    assert [(line["step"], line["tokens"]) for line in looked] == [(4, 4 * tokens), (8, 8 * tokens)]
+    assert {"zeros", "saturated", "kurtosis", "dead", "gate_mean", "gradient_norm", "sign_agreement"} <= looked[
+        0
+    ].keys()
+    places = {(line["kind"], line.get("event"), line["step"]): place for place, line in enumerate(lines)}
+    # A run that went on from the checkpoint of step 5 would not write the line of step 4 again.
+    assert places["telemetry", None, 4] < places["event", "saved", 5]
+    assert [line for line in lines if line["kind"] == "eval"][-1]["dead"] == [0.0, 0.0]
+
+
+# ------------------------------------------------------------------------------------------------------------ definitions
+
+
+def test_a_unit_is_dead_when_a_whole_window_has_passed_without_it():
+    window = Window(300)
+    units = lambda *active: [torch.tensor(active, dtype=torch.float64)]  # noqa: E731
+    seen = [window.figures(each, 100) for each in (units(1, 0, 3, 1), units(1, 0, 0, 1), units(1, 0, 0, 1))]
+    assert [each["dead"] for each in seen] == [[0.25]] * 3  # the second, in all there is to see
+    assert [each["window_tokens"] for each in seen] == [100, 200, 300]
+    assert [each["revived"] for each in seen] == [[None], [0.0], [0.0]]
+    fourth = window.figures(units(1, 0, 0, 1), 100)  # 300 tokens since the third was active
+    assert (fourth["dead"], fourth["window_tokens"]) == ([0.5], 300)
+    fifth = window.figures(units(0, 2, 0, 1), 100)
+    assert (fifth["dead"], fifth["revived"]) == ([0.25], [0.25])
+
+
+@pytest.mark.parametrize("cuts", [[0, 35], [0, 3, 35], [0, 7, 14, 35], [0, 1, 2, 20, 34, 35]])
+def test_signs_of_pieces_are_signs_of_the_whole(cuts):
+    gradient = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    gradient[2, 3] = 0
+    totals = torch.zeros(5, dtype=torch.float64)
+    for start, end in itertools.pairwise(cuts):
+        add_signs(totals, GradientPiece("w", gradient.shape, start, gradient.flatten()[start:end]))
+    assert torch.equal(totals, gradient.sign().sum(1).double())
+
+
+def expected_agreement(mean_over_std: float, units: int = 256) -> float:
+    """Return E|mean of the signs of `units` gradients| where every h has this mean over std, for normal gradients of outputs.
+
+    Given an output's gradients over tokens, the sum of h's mean times them is normal, and each sign is positive with the
+    probability that noise of h's own does not turn it.
+    """
+    count = torch.arange(units + 1, dtype=torch.float64)
+    ways = torch.lgamma(torch.tensor(units + 1.0).double()) - torch.lgamma(count + 1) - torch.lgamma(units - count + 1)
+    z = torch.arange(-8, 8, 1 / 64, dtype=torch.float64)
+    weight = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) / 64
+    positive = torch.special.ndtr(mean_over_std * z)[:, None].clamp(1e-300, 1 - 1e-16)
+    chance = torch.exp(ways + count * positive.log() + (units - count) * torch.log1p(-positive))
+    return float((weight[:, None] * chance * (2 * count / units - 1).abs()).sum())
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "relu", "leaky_relu", "gelu", "silu", "relu2", "tanh", "glu", "swiglu"])
+def test_known_sign_agreement_for_normal_pre_activations(name):
+    """4096 tokens, 256 units: published as 0.76 for sigmoid, 0.38 for ReLU, 0.05 for tanh and the gated ones."""
+    function = activation(*formulas()[name])
+    total, outputs = 0.0, 4096
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        shape = (4096, 2, 256) if function.formula.gated else (4096, 256)
+        h = function.forward(torch.randn(shape, generator=generator), [])
+        gradient = torch.randn(outputs, 4096, generator=generator) @ h
+        signs = torch.zeros(outputs, dtype=torch.float64)
+        add_signs(signs, GradientPiece("down", gradient.shape, 0, gradient.flatten()))
+        total += float(signs.abs().mean() / 256)
+    ratio = {"sigmoid": 2.3957, "relu": 0.6830, "leaky_relu": 0.6737, "gelu": 0.4809, "silu": 0.3700, "relu2": 0.4472}
+    assert total / 6 == pytest.approx(expected_agreement(ratio.get(name, 0.0)), rel=0.02)
