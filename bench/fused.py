@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conf.errors import UserError, unknown
-from conf.load import run_command
 from kernels import norm, rotary
 from training.machine import keep_freed_memory
 
@@ -65,8 +64,10 @@ def cases(device: str) -> list[tuple[str, Callable[..., Any], Callable[..., Any]
     return found
 
 
-def compare(name: str, ours: Any, plain: Any, given: list[Tensor], leaves: int, dtype: torch.dtype, rounds: int) -> str:
-    """Return a line of the table."""
+def compare(
+    name: str, ours: Any, plain: Any, given: list[Tensor], leaves: int, dtype: torch.dtype, rounds: int
+) -> dict[str, Any]:
+    """Return a case's figures: of each pass the ratio (median, least, most), and our error as a share of plain PyTorch's."""
     tables = [each.to(torch.promote_types(dtype, torch.float32)) for each in given[leaves:]]
     inputs = [each.to(dtype).detach().requires_grad_() for each in given[:leaves]]
     exact = [each.detach().double().requires_grad_() for each in inputs]
@@ -87,7 +88,7 @@ def compare(name: str, ours: Any, plain: Any, given: list[Tensor], leaves: int, 
         ).norm()
         for key, each in outputs.items()
     }
-    figures = []
+    figures: dict[str, Any] = {"operation": name, "dtype": str(dtype).removeprefix("torch.")}
     for backward in (False, True):
         seconds: dict[str, list[float]] = {"ours": [], "plain": []}
         for number in range(rounds + _WARM_UP):
@@ -104,8 +105,17 @@ def compare(name: str, ours: Any, plain: Any, given: list[Tensor], leaves: int, 
                 if number >= _WARM_UP:
                     seconds[key].append(time.perf_counter() - start)
         ratios = [b / a for a, b in zip(seconds["ours"], seconds["plain"], strict=True)]
-        figures.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    return f"| {name} | {str(dtype)[6:]} | {' | '.join(figures)} | {errors['ours'] / errors['plain']:.2f} |"
+        figures["backward" if backward else "forward"] = statistics.median(ratios), min(ratios), max(ratios)
+    return figures | {"error": float(errors["ours"] / errors["plain"])}
+
+
+HEAD = "| | dtype | forward | backward | error |\n|---|---|---|---|---|"
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a case's figures as a line of the table."""
+    ratios = ("{:.2f} ({:.2f} to {:.2f})".format(*row[way]) for way in ("forward", "backward"))
+    return f"| {row['operation']} | {row['dtype']} | {' | '.join(ratios)} | {row['error']:.2f} |"
 
 
 def main(argv: list[str]) -> None:
@@ -121,12 +131,14 @@ def main(argv: list[str]) -> None:
     if not options["rounds"].isdigit() or not int(options["rounds"]):
         raise UserError(f"rounds={options['rounds']}: a whole number of at least 1 is needed")
     keep_freed_memory()
-    print("| | dtype | forward | backward | error |\n|---|---|---|---|---|")
+    print(HEAD)
     for case in cases(options["device"]):
         for dtype in (torch.bfloat16, torch.float32):
             if options["only"] in case[0]:
-                print(compare(*case, dtype, int(options["rounds"])), flush=True)
+                print(line(compare(*case, dtype, int(options["rounds"]))), flush=True)
 
 
 if __name__ == "__main__":
+    from conf.load import run_command  # here, since bench/gpu.sh needs the rest where there is no Hydra
+
     run_command(main)

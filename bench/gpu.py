@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import fused
 from bench.formulas import formulas
-from kernels import activation, triton_backend
+from kernels import activation, reference, triton_backend
 from kernels.eager import plain
 
 RESULTS = Path(__file__).parent / "results"
@@ -118,7 +119,20 @@ def check(case: Case) -> dict[str, Any]:
         # The same numbers from both kernels of backward and from forward, but for how the compiler fuses products and sums.
         "kernels_differ": max(error(again, ours.double()), error(alone, ours_dpre.double())),
         "repeats": all(torch.equal(a, b) for a, b in zip(ours_dlearned, repeated, strict=True)),
+        "told": told(case, ours),
     }
+
+
+def told(case: Case, h: Tensor) -> dict[str, float]:
+    """Return how far the kernel with statistics is off: its h from the plain kernel's, and its figures from float64's."""
+    values = list(case.learned.values())
+    same, seen = case.function.forward_with_statistics(case.pre, values)
+    exact = reference.statistics(
+        case.function.compiled, case.pre.double(), same.double(), [value.double() for value in values]
+    )
+    sums = (seen.sums.double() - exact.sums).abs() / exact.sums.abs().clamp_min(1e-3 * exact.elements)
+    units = (seen.active.double() - exact.active).abs().sum() / exact.elements if exact.elements else exact.active.sum()
+    return {"h": error(same, h.double()), "figures": max(float(sums.max()), float(units))}
 
 
 def check_extremes(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -283,14 +297,17 @@ def page(record: dict[str, Any]) -> str:
         "",
         "Norm of the error over the norm of the float64 result, and in brackets plain torch in the same dtype.",
         "",
-        "| formula | dtype | shape | h | gradient of pre | of learned | not finite | sums repeat |",
-        "|---|---|---|---|---|---|---|---|",
+        "Told: how far the forward kernel that tells of itself is off, its h from the other's, and its worst figure.",
+        "",
+        "| formula | dtype | shape | h | gradient of pre | of learned | not finite | sums repeat | told |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in record["checks"]:
         lines.append(
             f"| {row['formula']} | {row['dtype']} | {' x '.join(map(str, row['shape']))} "
             f"| {row['h']:.2g} ({row['h_eager']:.2g}) | {row['dpre']:.2g} ({row['dpre_eager']:.2g}) "
-            f"| {row['learned']:.2g} | {row['not_finite']} | {row['repeats']} |"
+            f"| {row['learned']:.2g} | {row['not_finite']} | {row['repeats']} "
+            f"| {row['told']['h']:.2g}, {row['told']['figures']:.2g} |"
         )
     lines += [
         "",
@@ -322,6 +339,8 @@ def page(record: dict[str, Any]) -> str:
                     f"| {row['formula']} | {row['rows']} x {row['d_ff']} | {direction} | {method} | {median * 1e6:.0f} "
                     f"({least * 1e6:.0f} to {most * 1e6:.0f}) | {moved / median / copy:.0%} | {saved} |"
                 )
+    lines += ["", "## RMSNorm and rotation", "", "Times of plain PyTorch over ours, and our error over its.", ""]
+    lines += [fused.HEAD, *map(fused.line, record["fused"])]
     if record["tiles"]:
         lines += ["", "## Columns of a tile", "", "| formula | pass and columns | µs |", "|---|---|---|"]
     for row in record["tiles"]:
@@ -348,6 +367,9 @@ def verdict(record: dict[str, Any]) -> list[str]:
                 failed.append(
                     f"{where}: the error of {what} is {row[what]:.2g}, plain torch's {row[f'{what}_eager']:.2g}"
                 )
+        # What rounds a sum or turns a slope over a threshold: small, where anything wrong is large.
+        if not row["told"]["h"] <= rounding[row["dtype"]] or not row["told"]["figures"] < 0.02:
+            failed.append(f"{where}: the kernel with statistics is off: {row['told']}")
         if row["not_finite"] or not row["repeats"]:
             failed.append(f"{where}: {row['not_finite']} numbers are not finite, sums repeat: {row['repeats']}")
     failed += [
@@ -360,6 +382,11 @@ def verdict(record: dict[str, Any]) -> list[str]:
     ]
     failed += [
         f"{r['formula']} beyond 2**31 elements: error {r['error']:.2g}" for r in record["far"] if not r["error"] < 0.01
+    ]
+    failed += [
+        f"{r['operation']} in {r['dtype']}: {r['error']:.2f} times the error of plain PyTorch"
+        for r in record["fused"]
+        if not r["error"] <= 1.1
     ]
     return failed
 
@@ -397,6 +424,10 @@ def collect(
             yield "far", check_far(name, device)
             torch.cuda.empty_cache()
     rounds = 1 if options.tiny else ROUNDS
+    for case in fused.cases(device.type)[: 1 if options.tiny else None]:
+        for dtype in dtypes[:1] if options.tiny else (torch.bfloat16, torch.float32):
+            if minutes.allow(f"{case[0]}, {dtype}"):
+                yield "fused", fused.compare(*case, dtype, rounds)
     for rows, width in [(2, 48)] if options.tiny else SHAPES:
         compiled = not options.no_compile and (rows, width) == SHAPES[0]  # it takes ten times as long as all else
         if not compiled:
@@ -418,13 +449,13 @@ def main(given: list[str] | None = None) -> int:
     device = torch.device("cpu" if triton_backend.interpreted() else "cuda")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "the interpreter"
     record: dict[str, Any] = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
-    record |= {section: [] for section in ("checks", "extremes", "far", "times", "tiles")}
+    record |= {section: [] for section in ("checks", "extremes", "far", "fused", "times", "tiles")}
     minutes = Minutes(60 * options.minutes)
     record["left_out"] = minutes.left_out
     path = options.results / f"{name.lower().removeprefix('nvidia ').replace(' ', '-')}-elementwise.json"
     for section, row in collect(options, device, minutes):
         record[section].append(row)
-        print(section, row["formula"], f"{time.monotonic() - minutes.began:.0f} s", flush=True)
+        print(section, row.get("formula") or row["operation"], f"{time.monotonic() - minutes.began:.0f} s", flush=True)
         path.write_text(
             json.dumps(record, indent=1) + "\n", encoding="utf-8"
         )  # each time: a run that is cut off keeps it

@@ -50,7 +50,7 @@ def source_with_statistics(compiled: Compiled) -> str:
     Each tile goes through the loop of forward_T, the same to the last bit, and then, still in the cache, through one that adds
     up. Takes pointers to pre, h, each learned parameter, each sum of `statistics_program` (float), and then rows and width.
     """
-    parts = [f"// {' '.join(compiled.formula.text.split())}", _PRIMITIVES.read_text(encoding="utf-8")]
+    parts = [f"// {' '.join(compiled.formula.text.split())}", PRIMITIVES.read_text(encoding="utf-8")]
     for dtype in DTYPES:
         forward = _Kernel(compiled, compiled.forward, dtype, f"forward_{dtype}")
         program = statistics_program(compiled)

@@ -19,6 +19,7 @@ CPU = torch.device("cpu")
 ROW = {
     **{"formula": "swiglu", "dtype": "bfloat16", "shape": [8, 2, 16], "h": 2e-3, "h_eager": 2e-3, "dpre": 2e-3},
     **{"dpre_eager": 2e-3, "learned": 0.0, "not_finite": 0, "kernels_differ": 0.0, "repeats": True},
+    "told": {"h": 0.0, "figures": 1e-4},
 }
 TIMES = {
     **{"formula": "swiglu", "rows": 8, "d_ff": 16, "forward_bytes": 600, "backward_bytes": 1000, "copy_bytes": 600},
@@ -30,6 +31,9 @@ RECORD = {
     **{"device": "a GPU", "torch": "1", "triton": "2", "checks": [ROW], "times": [TIMES], "left_out": ["tea"]},
     "extremes": [{"formula": "swiglu", "dtype": "bfloat16", "nan_kept": True, "finite_lost": 0}],
     "far": [{"formula": "swiglu", "elements": 2**31, "error": 2e-3}],
+    "fused": [
+        {"operation": "norm 8x16", "dtype": "bfloat16", "forward": (2, 1, 3), "backward": (2, 1, 3), "error": 1.0}
+    ],
     "tiles": [{"formula": "swiglu", "seconds": {"forward 512": [1e-6, 1e-6, 1e-6]}}],
 }
 
@@ -50,6 +54,9 @@ def test_shares_are_of_the_bandwidth_of_the_copy():
         ("checks", {"dpre": float("nan")}, "the error of dpre is nan"),
         ("checks", {"not_finite": 3}, "3 numbers are not finite"),
         ("checks", {"repeats": False}, "sums repeat: False"),
+        ("checks", {"told": {"h": 0.1, "figures": 0.0}}, "the kernel with statistics is off"),
+        ("checks", {"told": {"h": 0.0, "figures": float("nan")}}, "the kernel with statistics is off"),
+        ("fused", {"error": 1.2}, "norm 8x16 in bfloat16: 1.20 times the error of plain PyTorch"),
         ("extremes", {"nan_kept": False}, "a NaN became a number"),
         ("extremes", {"finite_lost": 2}, "2 finite numbers were lost"),
         ("far", {"error": float("nan")}, "beyond 2**31 elements: error nan"),
