@@ -164,9 +164,15 @@ INLINE V k_expm1(V x) {
     const V half = scale(number(0.5f), n);
     return 2.0f * (half * p + (half - 0.5f));
 }
-INLINE V k_sigmoid(V x) { return 1.0f / (1.0f + k_exp(-x)); }
-
-INLINE V k_complement(V s, V u) { return k_select(u > 0.0f, k_exp(-u) * s, 1.0f - s); }  // 1 - s, s = sigmoid(u)
+// sigmoid(-|x|), at most 1/2. For a positive x sigmoid is 1 minus this, rounded below 1, where numbers lie twice as dense as above 1:
+// there 1 / (1 + exp(-x)) rounds its divisor, which was most of the error of silu and gelu_tanh.
+INLINE V tail(V x) {
+    const V z = k_exp(-k_abs(x));
+    return z / (1.0f + z);
+}
+INLINE V k_sigmoid(V x) { return k_select(x > 0.0f, 1.0f - tail(x), tail(x)); }
+INLINE V k_complement(V s, V u) { return k_select(u > 0.0f, tail(u), 1.0f - s); }  // 1 - s, s = sigmoid(u)
+INLINE V k_mul_sigmoid(V a, V b) { return a * k_sigmoid(b); }
 
 // For tensors in bf16 an error of 2^-17 is as good as none.
 INLINE V k_div_bf16(V a, V b) {
@@ -195,10 +201,12 @@ INLINE V k_expm1_bf16(V x) {
 }
 INLINE V k_sigmoid_bf16(V x) { return k_div_bf16(number(1.0f), 1.0f + k_exp_bf16(-x)); }
 INLINE V k_complement_bf16(V s, V u) { return 1.0f - s; }
+INLINE V k_mul_sigmoid_bf16(V a, V b) { return k_div_bf16(a, 1.0f + k_exp_bf16(-b)); }
 INLINE V k_tanh_bf16(V x) {
     const V e = k_expm1_bf16(bounded(2.0f * x, -20.0f, 20.0f));  // there tanh has long been 1; inf / inf would be NaN
     return k_div_bf16(e, e + 2.0f);
 }
+INLINE V k_sech2_bf16(V t, V u) { return 1.0f - t * t; }
 INLINE V k_erf_bf16(V x) {
     const V t = bounded(k_abs(x), 0.0f, 4.0f);
     V q = t * 0.00207670848f - 0.0206537917f;
@@ -243,13 +251,19 @@ INLINE V k_softplus(V x) {
 }
 
 INLINE V k_tanh(V x) {
-    const V s = x * x, a = k_abs(x);
-    V p = s * -0.00566696795f + 0.0206061676f;
-    p = p * s - 0.0537300035f;
-    p = p * s + 0.133313313f;
-    p = p * s - 0.333332777f;
-    const V large = copysign_(1.0f - 2.0f / (k_exp(2.0f * a) + 1.0f), x);
-    return k_select(a < 0.625f, s * x * p + x, large);
+    const V s = x * x;
+    V p = s * -0.000358410674f + 0.002301272f;
+    p = p * s - 0.00794606376f;
+    p = p * s + 0.0214866996f;
+    p = p * s - 0.0538798496f;
+    p = p * s + 0.133323461f;
+    p = p * s - 0.333332956f;
+    const V large = copysign_(1.0f - 2.0f * tail(2.0f * x), x);
+    return k_select(s < 1.0f, s * x * p + x, large);
+}
+INLINE V k_sech2(V t, V u) {  // 1 - t * t, t = tanh(u); for a large u the rounding of t would be most of that
+    const V c = tail(2.0f * u), square = t * t;
+    return k_select(square < 0.25f, 1.0f - square, 4.0f * c * (1.0f - c));
 }
 
 INLINE V k_erf(V x) {

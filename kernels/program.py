@@ -19,9 +19,11 @@ Argument = str | float  # the name of an input or of a line, or a number
 
 # What a backend must be able to print, with the number of arguments. gt and ge give a condition, which only `select` takes;
 # max and min give NaN where one argument is NaN; keep_nan(a, b) is b where b is NaN, else a;
-# complement(s, u) is 1 - s where s = sigmoid(u), from whichever of the two it is more exact.
+# complement(s, u) is 1 - s where s = sigmoid(u), and sech2(t, u) is 1 - t**2 where t = tanh(u), from whichever of the two it is
+# more exact; mul_sigmoid(a, b) is a * sigmoid(b), where nothing else needs the sigmoid.
 OPERATIONS = {
-    **dict.fromkeys(("add", "sub", "mul", "div", "max", "min", "gt", "ge", "keep_nan", "complement"), 2),
+    **dict.fromkeys(("add", "sub", "mul", "div", "max", "min", "gt", "ge", "keep_nan"), 2),
+    **dict.fromkeys(("complement", "sech2", "mul_sigmoid"), 2),
     **dict.fromkeys(("neg", "abs", "sign", "sqrt", "exp", "expm1", "log", "log1p"), 1),
     **dict.fromkeys(("sigmoid", "tanh", "sin", "cos", "atan", "erf", "softplus"), 1),
     "select": 3,
@@ -109,9 +111,9 @@ class Lowering:
             return self._line("select", self._line(name.removeprefix("where_"), left, right), then, otherwise)
         if name == "step":
             return self._line("select", self._line("gt", self.lower(node.args[0]), 0.0), 1.0, 0.0)
-        if name == "complement":
+        if name in ("complement", "sech2"):
             argument = self.lower(node.args[0])
-            return self._line("complement", self._line("sigmoid", argument), argument)
+            return self._line(name, self._line("sigmoid" if name == "complement" else "tanh", argument), argument)
         if name == "relu":
             return self._line("max", self.lower(node.args[0]), 0.0)
         if name == "power":  # of a base that is not negative, to an exponent that is no integer
@@ -143,27 +145,30 @@ class Lowering:
         return total
 
     def _product(self, node: sympy.Mul | sympy.Pow) -> Argument:
-        number, factors, divisors = 1.0, [], []
+        number, factors, divisors, gates = 1.0, [], [], []
         for factor in sympy.Mul.make_args(node):
             base, exponent = factor.as_base_exp()
             if factor.is_Rational:
                 number *= float(factor)
             elif self._folds(factor, node):
-                divisors.append(self._line("add", self._line("exp", self.lower(-factor.args[0])), 1.0))
+                gates.append(self.lower(factor.args[0]))
             elif exponent.is_Integer:
                 (factors if exponent > 0 else divisors).append(self._power(base, abs(int(exponent))))
             else:
                 raise AssertionError(f"{factor} has an exponent that is no integer")
-        return self._line_of_product(number, factors, divisors)
+        return self._line_of_product(number, factors, divisors, gates)
 
     def _folds(self, factor: sympy.Basic, product: sympy.Basic) -> bool:
-        """Tell whether a * sigmoid(b) is better a / (1 + exp(-b)): a rounding less, where nothing else needs the sigmoid."""
+        """Tell whether a * sigmoid(b) may be one operation, shorter than two: nothing else needs the sigmoid."""
         others = [other for other in product.args if other != factor and not other.is_Rational]
         varies = any(str(symbol) in PRE_ACTIVATIONS for symbol in factor.free_symbols)
         needed = self._uses[factor] > 1 or (factor.args[:1] and factor.args[0] in self._sigmoids)
         return type(factor).__name__ == "sigmoid" and not needed and varies and bool(others)
 
-    def _line_of_product(self, number: float, factors: list[Argument], divisors: list[Argument]) -> Argument:
+    def _line_of_product(
+        self, number: float, factors: list[Argument], divisors: list[Argument], gates: list[Argument]
+    ) -> Argument:
+        """Return the product of numbers, factors, reciprocals, and sigmoids of `gates`."""
         total: Argument | None = None
         for value in factors:
             total = value if total is None else self._line("mul", total, value)
@@ -172,8 +177,12 @@ class Lowering:
             for value in divisors[1:]:
                 divisor = self._line("mul", divisor, value)
             if total is None:
-                return self._line("div", number, divisor)
-            total = self._line("div", total, divisor)
+                total, number = self._line("div", number, divisor), 1.0
+            else:
+                total = self._line("div", total, divisor)
+        for gate in gates:
+            total, number = (number, 1.0) if total is None else (total, number)
+            total = self._line("mul_sigmoid", total, gate)
         assert total is not None
         if number == -1.0:
             return self._line("neg", total)

@@ -127,6 +127,8 @@ NUMPY: dict[str, Callable[..., Any]] = {
     **{"atan": np.arctan, "erf": _erf, "softplus": _softplus, "sigmoid": lambda x: 1 / (1 + np.exp(-x))},
     "keep_nan": lambda value, source: np.where(np.isnan(source), source, value),
     "complement": lambda _, u: 1 / (1 + np.exp(u)),
+    "sech2": lambda _, u: 1 / np.cosh(u) ** 2,
+    "mul_sigmoid": lambda a, b: a / (1 + np.exp(-b)),
 }
 _TREE = {  # the same, by the names of the grammar
     **{name: NUMPY[name] for name in ("abs", "sign", "sqrt", "exp", "expm1", "log", "log1p", "sigmoid", "tanh", "sin")},
@@ -155,6 +157,8 @@ def _mpmath() -> dict[str, Callable[..., Any]]:
         **{"gt": lambda a, b: a > b, "ge": lambda a, b: a >= b, "select": lambda c, a, b: a if c else b},
         **{"max": max, "min": min, "keep_nan": lambda a, _: a},
         "complement": lambda _, u: 1 / (1 + mpmath.exp(u)),
+        "sech2": lambda _, u: mpmath.sech(u) ** 2,
+        "mul_sigmoid": lambda a, b: a / (1 + mpmath.exp(-b)),
         "log": lambda a: mpmath.log(a) if a else -mpmath.inf,
         "sigmoid": lambda a: 1 / (1 + mpmath.exp(-a)),
         "softplus": lambda a: mpmath.log1p(mpmath.exp(a)),

@@ -64,7 +64,13 @@ class complement(Primitive):
 
 
 class tanh(Primitive):
-    slope = staticmethod(lambda u: 1 - tanh(u) ** 2)
+    slope = staticmethod(lambda u: sech2(u))
+
+
+class sech2(Primitive):
+    """1 - tanh(u)**2, without the cancellation that the difference has for a large u."""
+
+    slope = staticmethod(lambda u: -2 * tanh(u) * sech2(u))
 
 
 class softplus(Primitive):

@@ -96,14 +96,39 @@ def expm1(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def tail(x):
+    """Return sigmoid(-|x|), at most 1/2; `primitives.h` says what for."""
+    z = exp(tl.abs(x) * -1.0, True)
+    return z / (1.0 + z)
+
+
+@triton.jit
 def sigmoid(x, PRECISE: tl.constexpr):
-    return 1.0 / (1.0 + exp(x * -1.0, PRECISE))
+    if PRECISE:
+        result = tl.where(x > 0.0, 1.0 - tail(x), tail(x))
+    else:
+        result = 1.0 / (1.0 + exp(x * -1.0, False))
+    return result
 
 
 @triton.jit
 def complement(s, u, PRECISE: tl.constexpr):
     """Return 1 - s of s = sigmoid(u); the compiler has the exp from there."""
-    return tl.where(u > 0.0, exp(u * -1.0, PRECISE) * s, 1.0 - s)
+    if PRECISE:
+        result = tl.where(u > 0.0, tail(u), 1.0 - s)
+    else:
+        result = tl.where(u > 0.0, exp(u * -1.0, False) * s, 1.0 - s)
+    return result
+
+
+@triton.jit
+def mul_sigmoid(a, b, PRECISE: tl.constexpr):
+    """Return a * sigmoid(b)."""
+    if PRECISE:
+        result = a * sigmoid(b, True)
+    else:
+        result = a / (1.0 + exp(b * -1.0, False))
+    return result
 
 
 @triton.jit
@@ -167,15 +192,28 @@ def softplus(x, PRECISE: tl.constexpr):
 def tanh(x, PRECISE: tl.constexpr):
     s = x * x
     if PRECISE:
-        p = s * -0.00566696795 + 0.0206061676
-        p = p * s - 0.0537300035
-        p = p * s + 0.133313313
-        p = p * s - 0.333332777
-        large = with_sign(1.0 - 2.0 / (exp(2.0 * tl.abs(x), True) + 1.0), x)
-        result = tl.where(tl.abs(x) < 0.625, s * x * p + x, large)
+        p = s * -0.000358410674 + 0.002301272
+        p = p * s - 0.00794606376
+        p = p * s + 0.0214866996
+        p = p * s - 0.0538798496
+        p = p * s + 0.133323461
+        p = p * s - 0.333332956
+        large = with_sign(1.0 - 2.0 * tail(2.0 * x), x)
+        result = tl.where(s < 1.0, s * x * p + x, large)
     else:
         series = x * (s * -0.333333333 + 1.0)  # the next term is 2 / 15 x**4 of it
         result = tl.where(tl.abs(x) < 0.03125, series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+    return result
+
+
+@triton.jit
+def sech2(t, u, PRECISE: tl.constexpr):
+    """Return 1 - t * t of t = tanh(u)."""
+    if PRECISE:
+        c = tail(2.0 * u)
+        result = tl.where(t * t < 0.25, 1.0 - t * t, 4.0 * c * (1.0 - c))
+    else:
+        result = 1.0 - t * t
     return result
 
 
