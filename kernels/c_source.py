@@ -112,6 +112,7 @@ class _Kernel:
             self.sizes = {n: "width" if n == ACTIVE else "1" for n in program.outputs}
         sizes = list(self.sizes.values())
         self.offsets = {n: _sum(sizes[:i]) for i, n in enumerate(self.sizes)}
+        self.sum_of = "bf16" if before else dtype  # statistics need no more digits than that
         self.totals = [n for n, size in self.sizes.items() if size == "1"]
         self.sums = [_Stream(n, "f32", f"mine + {self.offsets[n]} + first") for n in self.sizes if n not in self.totals]
 
@@ -125,7 +126,7 @@ class _Kernel:
         """Return the function that runs over `n` elements, or over up to LANES in padded memory."""
         arguments = [f"const {s.dtype} *restrict r_{s.name}" for s in self.reads]
         arguments += [f"{s.dtype} *restrict w_{s.name}" for s in (*self.writes, *self.sums)]
-        arguments += [f"const float p_{n}" for n in self.scalars] + [f"float *restrict s_{n}" for n in self.totals]
+        arguments += [f"const float p_{n}" for n in self.scalars] + [f"double *restrict s_{n}" for n in self.totals]
         used = self.program.used
         inside = [f"const V v_{s.name} = load_{s.dtype}(r_{s.name} + c);" for s in self.reads if s.name in used]
         inside += [f"const V v_{n} = number(p_{n});" for n in self.scalars if n in used]
@@ -136,16 +137,17 @@ class _Kernel:
         inside += ["const I counts = lanes_below(n - c);"] if self.totals else []
         for n in self.totals:
             value = f"k_select(counts, {self.value(n)}, number(0))"
-            inside.append(f"sum_{n} = k_max(sum_{n}, {value});" if n == PEAK else f"sum_{n} += {value};")
+            keep = f"sum_{n}.high = k_max(sum_{n}.high, {value});"
+            inside.append(keep if n == PEAK else f"accumulate_{self.sum_of}(&sum_{n}, {value});")
         return (
             f"static void {self.name}_tile({', '.join(arguments)}, int64_t n) {{\n"
-            + _lines((f"V sum_{n} = {{}};" for n in self.totals), 1)
+            + _lines((f"Sum sum_{n} = {{}};" for n in self.totals), 1)
             + "    for (int64_t c = 0; c < n; c += LANES) {\n"
             + _lines(inside, 2)
             + "    }\n"
             + _lines(
                 (
-                    f"*s_{n} = larger(*s_{n}, largest(sum_{n}));" if n == PEAK else f"*s_{n} += sum(sum_{n});"
+                    f"*s_{n} = larger(*s_{n}, largest(sum_{n}.high));" if n == PEAK else f"*s_{n} += whole_of(sum_{n});"
                     for n in self.totals
                 ),
                 1,
@@ -157,7 +159,7 @@ class _Kernel:
         """Return the lines that do the tile of row `row` that begins at `first`: `whole` vectors, and a rest."""
         outputs = (*self.writes, *self.sums)
         buffers = [*((f"b_r_{s.name}", s) for s in self.reads), *((f"b_w_{s.name}", s) for s in outputs)]
-        scalars = [f"p_{n}[0]" for n in self.scalars] + [f"mine + {self.offsets[n]}" for n in self.totals]
+        scalars = [f"p_{n}[0]" for n in self.scalars] + [f"&total_{n}" for n in self.totals]
         in_place = ", ".join([s.address for _, s in buffers] + scalars)
         padded = ", ".join([buffer for buffer, _ in buffers] + scalars)
         copies_in = [(buffer, s) for buffer, s in buffers if s not in self.writes]
@@ -203,6 +205,7 @@ class _Kernel:
             "PARALLEL_FOR(rows * width)",
             "for (int64_t block = 0; block < blocks; block++) {",
             "    float *const mine = partial + block * space;",
+            *(f"    double total_{n} = 0;" for n in self.totals),
             "    for (int64_t row = rows * block / blocks; row < rows * (block + 1) / blocks; row++)",
             "    for (int64_t tile = 0; tile < across; tile++) {",
         ]
@@ -210,7 +213,8 @@ class _Kernel:
             f"{'keep_largest' if n == PEAK else 'add_up'}(d_{n}, partial + {self.offsets[n]}, {size}, blocks, space);"
             for n, size in self.sizes.items()
         ]
-        end = _lines(["    }", "}", *add_up, "free(partial);", "return 0;"], 1)
+        block_end = [f"    mine[{self.offsets[n]}] = total_{n};" for n in self.totals]
+        end = _lines(["    }", *block_end, "}", *add_up, "free(partial);", "return 0;"], 1)
         return head + _lines(block, 1) + _lines(tile, 2) + end + "}\n"
 
 

@@ -92,6 +92,21 @@ INLINE float sum(V x) {
     for (int i = 0; i < LANES; i++) total += x[i];
     return total;
 }
+// A sum with what its roundings dropped (Knuth's TwoSum): a tile's thousands of terms cancel, and those errors would not.
+typedef struct {
+    V high, low;
+} Sum;
+INLINE void accumulate_f32(Sum *s, V x) {
+    const V high = s->high + x, added = high - s->high;
+    s->low += (s->high - (high - added)) + (x - added);
+    s->high = high;
+}
+INLINE void accumulate_bf16(Sum *s, V x) { s->high += x; }  // what the terms were made of has 8 bits
+INLINE double whole_of(Sum s) {
+    double total = 0;
+    for (int i = 0; i < LANES; i++) total += (double)s.high[i] + s.low[i];
+    return total;
+}
 
 static inline void add_up(float *total, const float *partial, int64_t size, int64_t blocks, int64_t space) {
     for (int64_t i = 0; i < size; i++) {

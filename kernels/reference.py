@@ -63,7 +63,8 @@ def backward(
     dpre = torch.empty(rows.shape, dtype=pre.dtype, device=pre.device)
     h = torch.empty_like(dh) if with_h else None
     wide = _wide(pre.dtype)
-    dlearned = [torch.zeros(tensor.shape, dtype=wide, device=pre.device) for tensor in learned]
+    widest = wide if pre.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    dlearned = [torch.zeros(tensor.shape, dtype=widest, device=pre.device) for tensor in learned]
     program = compiled.backward_with_h if with_h else compiled.backward
     for block in _blocks(rows):
         results = _run(program, compiled, rows[block], learned, dh=dh[block].to(wide))
@@ -73,7 +74,8 @@ def backward(
             h[block] = results["h"]
         for total, name in zip(dlearned, compiled.formula.learned, strict=True):
             partial = torch.broadcast_to(results[f"d{name}"], dh[block].shape)
-            total += partial.sum(0) if total.numel() > 1 else partial.sum()
+            total += partial.sum(0, dtype=widest) if total.numel() > 1 else partial.sum(dtype=widest)
+    dlearned = [total.to(wide) for total in dlearned]
     return dpre.view(pre.shape), None if h is None else h.view(_h_shape(pre, len(names))), dlearned
 
 
