@@ -167,6 +167,13 @@ INLINE V bounded(V x, float low, float high) {  // NaN stays
     return k_select(x > high, number(high), k_select(x < low, number(low), x));
 #endif
 }
+INLINE V at_most(V x, float high) {  // NaN stays
+#ifdef __AVX512F__
+    return (V)_mm512_min_ps((__m512)number(high), (__m512)x);
+#else
+    return k_select(x > high, number(high), x);
+#endif
+}
 
 INLINE V k_exp(V x) {
     V n;
@@ -199,36 +206,64 @@ INLINE V k_div_bf16(V a, V b) {
     return a / b;
 #endif
 }
-INLINE V exp_reduced_bf16(V r) {
-    const V p = (r * 0.0412776582f + 0.16753532f) * r + 0.5000512f;
-    return r * r * p + r;
+// x in 2^x: so that the reduction is one instruction where there is AVX-512, and takes any x.
+#define LOG2_E 1.44269504f
+INLINE V split(V x, V *n) {  // x = n + r with |r| <= 1/2
+#ifdef __AVX512DQ__
+    const V r = (V)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    *n = x - r;
+    return r;
+#else
+    x = bounded(x, -280.0f, 280.0f);
+    *n = (x + ROUND) - ROUND;
+    return x - *n;
+#endif
 }
-INLINE V k_exp_bf16(V x) {
+INLINE V k_exp2_bf16(V x) {
     V n;
-    const V p = exp_reduced_bf16(reduce_exp(bounded(x, -104.0f, 89.0f), &n)) + 1.0f;
-    return scale(p, n);
+    const V r = split(x, &n);
+    return scale((((r * 0.00958285f + 0.0559064299f) * r + 0.240240991f) * r + 0.693124175f) * r + 1.0f, n);
 }
+INLINE V exp2m1_reduced_bf16(V r) {  // 2^r - 1, exact to the first order near 0
+    return (((r * 0.00960505164f + 0.0557803918f) * r + 0.240234448f) * r + 0.693147181f) * r;
+}
+INLINE V one_minus_exp2_bf16(V x) {  // for x <= 0
+    V n;
+    const V p = exp2m1_reduced_bf16(split(x, &n)), whole = scale(number(1.0f), n);
+    return (1.0f - whole) - whole * p;
+}
+INLINE V with_sign(V magnitude, V x) { return (V)((I)magnitude | ((I)x & (I)number(-0.0f))); }  // of a magnitude >= 0
+INLINE V k_exp_bf16(V x) { return k_exp2_bf16(x * LOG2_E); }
 INLINE V k_expm1_bf16(V x) {
     V n;
-    const V p = exp_reduced_bf16(reduce_exp(bounded(x, -20.0f, 89.0f), &n));
-    const V half = scale(number(0.5f), n);
-    return 2.0f * (half * p + (half - 0.5f));
+    const V p = exp2m1_reduced_bf16(split(at_most(x, 89.0f) * LOG2_E, &n)), half = scale(number(0.5f), n);
+    return 2.0f * (half * p + (half - 0.5f));  // half: 2^128 is no number
 }
-INLINE V k_sigmoid_bf16(V x) { return k_div_bf16(number(1.0f), 1.0f + k_exp_bf16(-x)); }
+INLINE V k_sigmoid_bf16(V x) { return k_div_bf16(number(1.0f), 1.0f + k_exp2_bf16(x * -LOG2_E)); }
 INLINE V k_complement_bf16(V s, V u) { return 1.0f - s; }
-INLINE V k_mul_sigmoid_bf16(V a, V b) { return k_div_bf16(a, 1.0f + k_exp_bf16(-b)); }
+INLINE V k_mul_sigmoid_bf16(V a, V b) { return k_div_bf16(a, 1.0f + k_exp2_bf16(b * -LOG2_E)); }
 INLINE V k_tanh_bf16(V x) {
-    const V e = k_expm1_bf16(bounded(2.0f * x, -20.0f, 20.0f));  // there tanh has long been 1; inf / inf would be NaN
-    return k_div_bf16(e, e + 2.0f);
+    const V u = one_minus_exp2_bf16(k_abs(x) * (-2 * LOG2_E));  // 1 - exp(-2|x|)
+    return with_sign(k_div_bf16(u, 2.0f - u), x);
 }
 INLINE V k_sech2_bf16(V t, V u) { return 1.0f - t * t; }
 INLINE V k_erf_bf16(V x) {
-    const V t = bounded(k_abs(x), 0.0f, 4.0f);
-    V q = t * 0.00207670848f - 0.0206537917f;
-    q = q * t + 0.103235126f;
-    q = q * t + 0.636570096f;
-    q = q * t + 1.12837994f;
-    return copysign_(k_expm1_bf16(-q * t), x);
+    const V t = at_most(k_abs(x), 4.0f);  // erf(4) rounds to 1
+    V q = t * -0.00297434638f + 0.0297340809f;  // log2(1 - erf(t)) / t, exact at 0
+    q = q * t - 0.14888044f;
+    q = q * t - 0.918393411f;
+    q = q * t - 1.62790703f;
+    return with_sign(one_minus_exp2_bf16(q * t), x);
+}
+INLINE V k_softplus_bf16(V x) {
+    const V z = k_exp2_bf16(k_abs(x) * -LOG2_E);
+    V p = z * 0.0141409907f - 0.0664017019f;  // log1p(z) / z for z <= 1
+    p = p * z + 0.149223754f;
+    p = p * z - 0.235038535f;
+    p = p * z + 0.331094471f;
+    p = p * z - 0.499869654f;
+    p = p * z + 0.999998731f;
+    return k_select(x < 0.0f, number(0.0f), x) + p * z;
 }
 
 INLINE V log_of(V x, V correction) {  // log(x) + correction / x, for x > 0 that is no denormal
