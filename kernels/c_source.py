@@ -23,7 +23,19 @@ _BLOCKS = 64  # of rows
 PRIMITIVES = Path(__file__).with_name("primitives.h")
 _OPERATORS = INFIX | {"neg": "-{}"}
 # These have a shorter form that is exact enough for bf16.
-_SHORT = ("div", "exp", "expm1", "sigmoid", "complement", "mul_sigmoid", "tanh", "sech2", "erf", "softplus")
+_SHORT = (
+    "div",
+    "exp",
+    "expm1",
+    "sigmoid",
+    "complement",
+    "mul_sigmoid",
+    "tanh",
+    "sech2",
+    "erf",
+    "normal_cdf",
+    "softplus",
+)
 
 
 def source(compiled: Compiled) -> str:

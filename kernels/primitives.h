@@ -196,6 +196,25 @@ INLINE V k_sigmoid(V x) { return k_select(x > 0.0f, 1.0f - tail(x), tail(x)); }
 INLINE V k_complement(V s, V u) { return k_select(u > 0.0f, tail(u), 1.0f - s); }  // 1 - s, s = sigmoid(u)
 INLINE V k_mul_sigmoid(V a, V b) { return a * k_sigmoid(b); }
 
+// normal_cdf(x) of tail = normal_cdf(-|x|), which beyond 5.7 is nothing beside 1.
+INLINE V from_tail(V tail, V x) {
+    const V kept = (V)((I)tail & ~(k_abs(x) >= 5.7f));  // a NaN stays
+    return k_select(x > 0.0f, 1.0f - kept, kept);
+}
+INLINE V k_normal_cdf(V x) {
+    const V t = at_most(k_abs(x), 5.75f);
+    V q = t * 1.68024403e-08f - 5.15258307e-07f;  // -log(2 normal_cdf(-t)) / t
+    q = q * t + 6.76684795e-06f;
+    q = q * t - 4.83074582e-05f;
+    q = q * t + 0.000178474875f;
+    q = q * t + 2.9952882e-05f;
+    q = q * t - 0.00484908326f;
+    q = q * t + 0.0363702998f;
+    q = q * t + 0.318301618f;
+    q = q * t + 0.79788518f;
+    return from_tail(0.5f * k_exp(-q * t), x);
+}
+
 // For tensors in bf16 an error of 2^-17 is as good as none.
 INLINE V k_div_bf16(V a, V b) {
 #ifdef __AVX512F__
@@ -254,6 +273,16 @@ INLINE V k_erf_bf16(V x) {
     q = q * t - 0.918393411f;
     q = q * t - 1.62790703f;
     return with_sign(one_minus_exp2_bf16(q * t), x);
+}
+INLINE V k_normal_cdf_bf16(V x) {
+    const V t = k_abs(x);
+    V q = t * -1.45180911e-06f + 5.45330586e-05f;  // (log2(normal_cdf(-t)) + 1) / t
+    q = q * t - 0.000880064908f;
+    q = q * t + 0.00833231770f;
+    q = q * t - 0.0536528155f;
+    q = q * t - 0.458715439f;
+    q = q * t - 1.15117407f;
+    return from_tail(k_exp2_bf16(q * t - 1.0f), x);
 }
 INLINE V k_softplus_bf16(V x) {
     const V z = k_exp2_bf16(k_abs(x) * -LOG2_E);

@@ -25,7 +25,7 @@ OPERATIONS = {
     **dict.fromkeys(("add", "sub", "mul", "div", "max", "min", "gt", "ge", "keep_nan"), 2),
     **dict.fromkeys(("complement", "sech2", "mul_sigmoid"), 2),
     **dict.fromkeys(("neg", "abs", "sign", "sqrt", "exp", "expm1", "log", "log1p"), 1),
-    **dict.fromkeys(("sigmoid", "tanh", "sin", "cos", "atan", "erf", "softplus"), 1),
+    **dict.fromkeys(("sigmoid", "tanh", "sin", "cos", "atan", "erf", "normal_cdf", "softplus"), 1),
     "select": 3,
 }
 # How C and Python both write some of them.
@@ -114,12 +114,26 @@ class Lowering:
         if name in ("complement", "sech2"):
             argument = self.lower(node.args[0])
             return self._line(name, self._line("sigmoid" if name == "complement" else "tanh", argument), argument)
+        if name.startswith("tanh_softplus"):
+            return self._tanh_softplus(self.lower(node.args[0]), slope=name.endswith("slope"))
         if name == "relu":
             return self._line("max", self.lower(node.args[0]), 0.0)
         if name == "power":  # of a base that is not negative, to an exponent that is no integer
             base, exponent = (self.lower(argument) for argument in node.args)
             return self._line("exp", self._line("mul", self._line("log", base), exponent))
         return self._line(name, *(self.lower(argument) for argument in node.args))
+
+    def _tanh_softplus(self, u: Argument, slope: bool) -> Argument:
+        """Lower n / (n + 2), n = e (e + 2), e = exp(u), or its derivative; where u > 0, over e^2, for e would overflow."""
+        z = self._line("exp", self._line("neg", self._line("abs", u)))
+        positive, square, twice = self._line("gt", u, 0.0), self._line("mul", z, z), self._line("mul", z, 2.0)
+        above = self._line("select", positive, self._line("add", twice, 1.0), self._line("add", square, twice))
+        two = self._line("select", positive, self._line("mul", square, 2.0), 2.0)
+        below = self._line("add", above, two)
+        if not slope:
+            return self._line("div", above, below)
+        half = self._line("mul", self._line("select", positive, square, z), self._line("add", z, 1.0))
+        return self._line("div", self._line("mul", half, 4.0), self._line("mul", below, below))
 
     def _line(self, operation: str, *arguments: Argument) -> str:
         assert len(arguments) == OPERATIONS[operation], (operation, arguments)

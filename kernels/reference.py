@@ -138,6 +138,7 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     },
     "softplus": lambda x: F.softplus(x, threshold=40.0),  # linear above; torch's own 20 errs by 2e-9 there
     **{"max": torch.maximum, "min": torch.minimum, "select": torch.where},
+    "normal_cdf": torch.special.ndtr,
     "complement": lambda _, u: torch.sigmoid(-u),
     "sech2": lambda t, u: torch.where(t.abs() < 0.5, 1 - t * t, 4 * (tail := _tail(2 * u)) * (1 - tail)),
     "mul_sigmoid": lambda a, b: a * torch.where(b > 0, 1 - (tail := _tail(b)), tail),

@@ -116,6 +116,10 @@ def _erf(x: Any) -> Any:
     return np.vectorize(math.erf, otypes=[np.float32])(x)
 
 
+def _normal_cdf(x: Any) -> Any:
+    return np.vectorize(lambda value: math.erfc(-value * math.sqrt(0.5)) / 2, otypes=[np.float32])(x)
+
+
 NUMPY: dict[str, Callable[..., Any]] = {
     "number": np.float32,
     **{"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "neg": np.negative},
@@ -124,7 +128,13 @@ NUMPY: dict[str, Callable[..., Any]] = {
         name: getattr(np, name)
         for name in ("abs", "sign", "sqrt", "exp", "expm1", "log", "log1p", "tanh", "sin", "cos")
     },
-    **{"atan": np.arctan, "erf": _erf, "softplus": _softplus, "sigmoid": lambda x: 1 / (1 + np.exp(-x))},
+    **{
+        "atan": np.arctan,
+        "erf": _erf,
+        "normal_cdf": _normal_cdf,
+        "softplus": _softplus,
+        "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    },
     "keep_nan": lambda value, source: np.where(np.isnan(source), source, value),
     "complement": lambda _, u: 1 / (1 + np.exp(u)),
     "sech2": lambda _, u: 1 / np.cosh(u) ** 2,
@@ -162,4 +172,5 @@ def _mpmath() -> dict[str, Callable[..., Any]]:
         "log": lambda a: mpmath.log(a) if a else -mpmath.inf,
         "sigmoid": lambda a: 1 / (1 + mpmath.exp(-a)),
         "softplus": lambda a: mpmath.log1p(mpmath.exp(a)),
+        "normal_cdf": mpmath.ncdf,
     }

@@ -138,6 +138,9 @@ def written(expression: sympy.Expr) -> str:
         def _print_sech2(self, node: Any) -> str:
             return f"(1 - tanh({self._print(node.args[0])})**2)"
 
+        def _print_tanh_softplus(self, node: Any) -> str:
+            return f"tanh(softplus({self._print(node.args[0])}))"
+
         def _print_step(self, node: Any) -> str:
             return f"where({self._print(node.args[0])} > 0, 1, 0)"
 

@@ -81,6 +81,24 @@ class erf(Primitive):
     slope = staticmethod(lambda u: sympy.Rational(2 / math.sqrt(math.pi)) * exp(-(u**2)))
 
 
+class normal_cdf(Primitive):
+    """The share of normal numbers below u, (1 + erf(u / sqrt(2))) / 2, without the cancellation that the sum has for u << 0."""
+
+    slope = staticmethod(lambda u: number(1 / math.sqrt(2 * math.pi)) * exp(-(u**2) / 2))
+
+
+class tanh_softplus(Primitive):
+    """tanh(softplus(u)), of one exponential and one division: with n = exp(u) (exp(u) + 2) it is n / (n + 2)."""
+
+    slope = staticmethod(lambda u: tanh_softplus_slope(u))
+
+
+class tanh_softplus_slope(Primitive):
+    """Its derivative, 4 exp(u) (exp(u) + 1) / (n + 2)^2."""
+
+    slope = staticmethod(lambda u: tanh_softplus_slope(u) * (complement(u) - 2 * tanh_softplus(u) * sigmoid(u)))
+
+
 class sin(Primitive):
     slope = staticmethod(lambda u: cos(u))
 
@@ -166,7 +184,7 @@ def number(value: float) -> sympy.Rational:
 
 _MACROS = {  # functions of the grammar that are formulas of others
     "silu": lambda u: u * sigmoid(u),
-    "gelu": lambda u: u * (1 + erf(u * number(math.sqrt(0.5)))) * sympy.Rational(1, 2),
+    "gelu": lambda u: u * normal_cdf(u),
     "gelu_tanh": lambda u: u * sigmoid(number(math.sqrt(8 / math.pi)) * (u + number(0.044715) * u**3)),
     "clip": lambda u, low, high: min(max(u, low), high),
 }
@@ -203,6 +221,8 @@ def _call(name: str, arguments: list[sympy.Expr]) -> sympy.Expr:
         return max(*arguments)
     if name == "log" and (power_of_e := _one_plus_exp(arguments[0])) is not None:
         return softplus(power_of_e)  # log(1 + exp(u)) overflows, softplus does not
+    if name == "tanh" and isinstance(arguments[0], softplus):
+        return tanh_softplus(*arguments[0].args)
     return (_MACROS.get(name) or _PRIMITIVES[name])(*arguments)
 
 

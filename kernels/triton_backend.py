@@ -198,9 +198,22 @@ def kernels(compiled: Compiled) -> Kernels:
 # ---------------------------------------------------------------------------------------------------------------- printing
 
 _OPERATORS = INFIX | {"neg": "{} * -1.0", "select": "tl.where({}, {}, {})"}
-_OPERATORS |= {"abs": "tl.abs({})", "sqrt": "tl.sqrt_rn({})", "max": "fn.maximum({}, {})", "min": "fn.minimum({}, {})"}
+_OPERATORS |= {"abs": "tl.abs({})", "max": "fn.maximum({}, {})", "min": "fn.minimum({}, {})"}
 # One form for fp32 tensors, a shorter one for 16 bits.
-_TWO_FORMS = ("exp", "expm1", "sigmoid", "complement", "mul_sigmoid", "tanh", "sech2", "erf", "softplus")
+_TWO_FORMS = (
+    "exp",
+    "expm1",
+    "log",
+    "sigmoid",
+    "complement",
+    "mul_sigmoid",
+    "tanh",
+    "sech2",
+    "atan",
+    "erf",
+    "normal_cdf",
+)
+_TWO_FORMS += ("softplus", "sqrt")
 
 
 def source(compiled: Compiled) -> str:

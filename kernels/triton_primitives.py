@@ -163,10 +163,14 @@ def log_edges(x, y):
 
 
 @triton.jit
-def log(x):
-    small = x < 1.1754943508222875e-38
-    y = log_of(tl.where(small, x * 33554432.0, x), 0.0)
-    return log_edges(x, tl.where(small, y - 17.32867956161499, y))  # 25 ln 2
+def log(x, PRECISE: tl.constexpr):
+    if PRECISE:
+        small = x < 1.1754943508222875e-38
+        y = log_of(tl.where(small, x * 33554432.0, x), 0.0)
+        result = log_edges(x, tl.where(small, y - 17.32867956161499, y))  # 25 ln 2
+    else:
+        result = tl.log2(x) * 0.6931471805599453
+    return result
 
 
 @triton.jit
@@ -183,8 +187,13 @@ def softplus(x, PRECISE: tl.constexpr):
         f = tl.where(large, z * 0.5 - 0.5, z)
         y = f * f * log1p_reduced(f) + f + tl.where(large, 0.6931471805599453, 0.0)
     else:
-        series = z * ((z * 0.333333333 - 0.5) * z + 1.0)  # the next term is z**3 / 4 of it
-        y = tl.where(z < 0.03125, series, tl.log(1.0 + z))
+        p = z * 0.0141409907 - 0.0664017019  # log1p(z) / z for z <= 1
+        p = p * z + 0.149223754
+        p = p * z - 0.235038535
+        p = p * z + 0.331094471
+        p = p * z - 0.499869654
+        p = p * z + 0.999998731
+        y = p * z
     return maximum(x, 0.0) + y
 
 
@@ -241,19 +250,60 @@ def erf(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def atan(x):
+def normal_cdf(x, PRECISE: tl.constexpr):
+    t = minimum(tl.abs(x), 5.75)
+    if PRECISE:
+        q = t * 1.68024403e-08 - 5.15258307e-07  # -log(2 normal_cdf(-t)) / t
+        q = q * t + 6.76684795e-06
+        q = q * t - 4.83074582e-05
+        q = q * t + 0.000178474875
+        q = q * t + 2.9952882e-05
+        q = q * t - 0.00484908326
+        q = q * t + 0.0363702998
+        q = q * t + 0.318301618
+        q = q * t + 0.79788518
+        tail_ = 0.5 * exp(q * t * -1.0, True)
+    else:
+        q = t * -1.45180911e-06 + 5.45330586e-05  # (log2(normal_cdf(-t)) + 1) / t
+        q = q * t - 0.000880064908
+        q = q * t + 0.00833231770
+        q = q * t - 0.0536528155
+        q = q * t - 0.458715439
+        q = q * t - 1.15117407
+        tail_ = tl.exp2(q * t - 1.0)
+    kept = tl.where(t < 5.7, tail_, tail_ * 0.0)  # beyond it is nothing beside 1; a NaN stays
+    return tl.where(x > 0.0, 1.0 - kept, kept)
+
+
+@triton.jit
+def sqrt(x, PRECISE: tl.constexpr):
+    if PRECISE:
+        result = tl.sqrt_rn(x)
+    else:
+        result = tl.sqrt(x)
+    return result
+
+
+@triton.jit
+def atan(x, PRECISE: tl.constexpr):
     a = tl.abs(x)
     z = tl.where(a > 1.0, 1.0 / a, a)
     s = z * z
-    p = s * 0.00111377181 - 0.00731787179
-    p = p * s + 0.0225396883
-    p = p * s - 0.0446897298
-    p = p * s + 0.0674158186
-    p = p * s - 0.0881108493
-    p = p * s + 0.110582218
-    p = p * s - 0.142798334
-    p = p * s + 0.19999671
-    p = p * s - 0.333333284
+    if PRECISE:
+        p = s * 0.00111377181 - 0.00731787179
+        p = p * s + 0.0225396883
+        p = p * s - 0.0446897298
+        p = p * s + 0.0674158186
+        p = p * s - 0.0881108493
+        p = p * s + 0.110582218
+        p = p * s - 0.142798334
+        p = p * s + 0.19999671
+        p = p * s - 0.333333284
+    else:
+        p = s * -0.0139550939 + 0.0587702394
+        p = p * s - 0.122515
+        p = p * s + 0.196183085
+        p = p * s - 0.333088994
     y = s * z * p + z
     return with_sign(tl.where(a > 1.0, 1.5707963705062866 - y - 4.371138828673793e-08, y), x)
 

@@ -72,6 +72,9 @@ class Bounded:
         result = torch.as_tensor(_OPERATIONS[name](*values))
         slopes = torch.autograd.grad(result.sum(), values, allow_unused=True) if result.requires_grad else [None] * 3
         error = (1 if name in _ROUNDED_ONCE else 6) * self.eps * result.detach().abs()  # a function: 3 ulp
+        if name == "normal_cdf":  # exp(-s): a rounding of s counts s times; and nothing is left of it beyond 5.7
+            left = result.detach().clamp(min=SMALLEST)
+            error = error - 6 * self.eps * left * left.log() + torch.where(values[0] < -5.7, left, 0.0)
         for each, slope in zip((self, *others), slopes, strict=False):
             if slope is not None:  # an infinite slope times no error is no error
                 error = error + torch.nan_to_num(slope.abs() * each.error, nan=0.0)
@@ -385,11 +388,11 @@ def check_machine_code(name: str) -> None:
         assert not kernel.spilled, kernel
         assert kernel.loads in (128, 0), kernel  # 0: nothing is read for a gradient that is 0 everywhere
         assert kernel.stores == 128, kernel
-        if not name.startswith(OVER_BUDGET):
-            assert kernel.fits, kernel
+        assert kernel.fits == ((name, kernel.name) not in OVER_BUDGET), kernel
 
 
-OVER_BUDGET = ("mish", "situ_glu", "smooth_relu2", "softplus")  # by how much: bench/results/sm90.md
+# By how much: bench/results/sm90.md.
+OVER_BUDGET = {("situ_glu", "forward"), ("smooth_relu2", "backward"), ("tanh_log", "forward"), ("x_atan", "forward")}
 QUICK = ("swiglu", "gelu", "prelu_channel")
 
 
