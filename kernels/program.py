@@ -127,13 +127,14 @@ class Lowering:
         """Lower n / (n + 2), n = e (e + 2), e = exp(u), or its derivative; where u > 0, over e^2, for e would overflow."""
         z = self._line("exp", self._line("neg", self._line("abs", u)))
         positive, square, twice = self._line("gt", u, 0.0), self._line("mul", z, z), self._line("mul", z, 2.0)
-        above = self._line("select", positive, self._line("add", twice, 1.0), self._line("add", square, twice))
-        two = self._line("select", positive, self._line("mul", square, 2.0), 2.0)
-        below = self._line("add", above, two)
-        if not slope:
-            return self._line("div", above, below)
-        half = self._line("mul", self._line("select", positive, square, z), self._line("add", z, 1.0))
-        return self._line("div", self._line("mul", half, 4.0), self._line("mul", below, below))
+        # n, or where u > 0 the 2 of 1 - 2 / (n + 2): what is near 1 is rounded once, below it.
+        above = self._line("select", positive, self._line("mul", square, 2.0), self._line("add", square, twice))
+        below = self._line("add", above, self._line("select", positive, self._line("add", twice, 1.0), 2.0))
+        if slope:
+            half = self._line("mul", self._line("select", positive, square, z), self._line("add", z, 1.0))
+            return self._line("div", self._line("mul", half, 4.0), self._line("mul", below, below))
+        share = self._line("div", above, below)
+        return self._line("select", positive, self._line("sub", 1.0, share), share)
 
     def _line(self, operation: str, *arguments: Argument) -> str:
         assert len(arguments) == OPERATIONS[operation], (operation, arguments)
