@@ -6,11 +6,14 @@ computes it chunk by chunk, reduces it to the (small) gradients of the hidden st
 and of the weight, and drops the chunk.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from kernels.cross_entropy import cross_entropy_, serves
 
 # Elements of one chunk of logits, and its least number of rows: with few rows the
 # product for the weight gradient spends its time on reading and writing the result.
@@ -48,31 +51,21 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, ignore_index, differentiate)
 
 
-def _turn_into_gradient(
-    logits: Tensor, buffer: Tensor, index: Tensor, kept: Tensor, z_loss: float, differentiate: bool
-) -> tuple[Tensor, Tensor | float]:
-    """Overwrite logits (c, V) by the gradient of the summed loss with respect to them, and return the sums.
-
-    Args:
-        buffer: (at least c, V) in the precise dtype, overwritten.
-        index, kept: (c, 1) the targets, and which of them count. Rows that do not count get a gradient all the same.
-        differentiate: False only sums, and leaves the logits alone.
-
-    Returns:
-        The sum of nats, and of squares of the log-sum-exp (0 without z-loss), over the rows that count.
-    """
+def _plain_cross_entropy_(
+    logits: Tensor, index: Tensor, z_loss: float, differentiate: bool, buffer: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`kernels.cross_entropy.cross_entropy_` in plain PyTorch; `buffer` (at least c, V) has the precise dtype."""
+    index = index.unsqueeze(1)
     p = torch.softmax(logits, -1, dtype=buffer.dtype, out=buffer[: logits.shape[0]])
     # From the likeliest word, whose probability is at least 1 / V: the log of the target's own may underflow.
     lse = logits.amax(-1, keepdim=True).to(p.dtype) - p.amax(-1, keepdim=True).log()  # (c, 1)
-    nats = ((lse - logits.gather(1, index).to(p.dtype)) * kept).sum()
-    squares = (lse.square() * kept).sum() if z_loss else 0.0
-    if not differentiate:
-        return nats, squares
-    if z_loss:
-        p *= 1 + 2 * z_loss * lse
-    p.scatter_add_(1, index, p.new_full((1, 1), -1.0).expand_as(index))
-    logits.copy_(p)
-    return nats, squares
+    nats = lse - logits.gather(1, index).to(p.dtype)
+    if differentiate:
+        if z_loss:
+            p *= 1 + 2 * z_loss * lse
+        p.scatter_add_(1, index, p.new_full((1, 1), -1.0).expand_as(index))
+        logits.copy_(p)
+    return nats.squeeze(1), lse.squeeze(1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -96,16 +89,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         squares = torch.zeros_like(nats)
         rows = max(1, min(tokens, max(_CHUNK_ROWS, _CHUNK_ELEMENTS // words)))
         logits_buffer = states.new_empty(rows, words)
-        softmax_buffer = states.new_empty(rows, words, dtype=precise)
+        rows_of = cross_entropy_
+        if not serves(logits_buffer):
+            rows_of = functools.partial(_plain_cross_entropy_, buffer=states.new_empty(rows, words, dtype=precise))
         for start in range(0, tokens, rows):
             chunk = slice(start, min(start + rows, tokens))
-            x, kept = states[chunk], valid[chunk].unsqueeze(1)  # (c, d), (c, 1)
-            index = targets[chunk].unsqueeze(1).where(kept, 0)
+            x, kept = states[chunk], valid[chunk]  # (c, d), (c,)
             logits = torch.mm(x, weight.t(), out=logits_buffer[: x.shape[0]])
-            sums = _turn_into_gradient(logits, softmax_buffer, index, kept, z_loss, differentiate)
-            nats, squares = nats + sums[0], squares + sums[1]
+            # Rows that do not count get a gradient all the same.
+            row_nats, lse = rows_of(logits, targets[chunk].where(kept, 0), z_loss, differentiate)
+            nats, squares = nats + (row_nats * kept).sum(), squares + (lse.square() * kept).sum()
             # Tokens that do not count are masked on the small side of each product, not in the logits.
-            mask = kept.to(x.dtype)
+            mask = kept.unsqueeze(1).to(x.dtype)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[chunk])
                 grad_hidden[chunk] *= mask
