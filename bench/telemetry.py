@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 
-from bench.train import machine, seconds_of_steps
+from bench.train import machine, options_of, seconds_of_steps
 from conf.errors import UserError
 from conf.files import atomic_write
 from conf.load import load, run_command
@@ -30,29 +30,23 @@ def main(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(__doc__)
         return
-    options, overrides = {"steps": "200", "rounds": "3"}, []
-    for word in argv:
-        name, _, value = word.partition("=")
-        if name in options:
-            options[name] = value
-        else:
-            overrides.append(word)
+    options, overrides = options_of(argv, steps="200", rounds="3")
     if not all(value.isdigit() for value in options.values()) or int(options["steps"]) < 4 * EVERY:
         raise UserError(f"rounds=N and steps=N are whole numbers, and at least {4 * EVERY} steps are needed")
-    default = load(overrides).telemetry_every or 50
+    every = load(overrides).telemetry_every or 50
     costs = []
     for number in range(int(options["rounds"])):
         seconds = seconds_of_steps([*overrides, f"telemetry_every={EVERY}"], int(options["steps"]))
         costs.append(cost_of_a_look(seconds))
         print(f"round {number + 1}: a look costs {costs[-1]:.1%} of a step", file=sys.stderr, flush=True)
-    share = [cost / default for cost in sorted(costs)]
+    share = [cost / every for cost in sorted(costs)]
     print(
         f"a look costs {statistics.median(costs):.1%} of a step ({min(costs):.1%} to {max(costs):.1%}): "
-        f"{statistics.median(share):.2%} of the time at every {default}th step ({share[0]:.2%} to {share[-1]:.2%})"
+        f"{statistics.median(share):.2%} of the time at every {every}th step ({share[0]:.2%} to {share[-1]:.2%})"
     )
     with atomic_write(RESULT) as file:
         json.dump(
-            {"machine": machine(), "overrides": overrides, "of_a_step": costs, f"at_every_{default}": share},
+            {"machine": machine(), "overrides": overrides, "of_a_step": costs, f"at_every_{every}": share},
             file,
             indent=2,
         )

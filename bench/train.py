@@ -39,13 +39,7 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["--contender"]:  # one run of one of Hugging Face's, in a process of its own
         _measure_hf(argv[1], argv[2:])
         return
-    options, overrides = {"rounds": "3", "steps": "24", "out": "bench/results/cpu-train.json"}, []
-    for word in argv:
-        name, _, value = word.partition("=")
-        if name in options:
-            options[name] = value
-        else:
-            overrides.append(word)
+    options, overrides = options_of(argv, rounds="3", steps="24", out="bench/results/cpu-train.json")
     if not options["rounds"].isdigit() or not options["steps"].isdigit() or int(options["steps"]) < 8:
         raise UserError("rounds=N and steps=N are whole numbers, and at least 8 steps are needed")
     steps = int(options["steps"])
@@ -71,6 +65,18 @@ def main(argv: list[str]) -> None:
         json.dump(result, file, indent=2)
         file.write("\n")
     print(f"written to {options['out']}")
+
+
+def options_of(argv: list[str], **options: str) -> tuple[dict[str, str], list[str]]:
+    """Return a command's own options, by default as given, and the words that are overrides of `train.py`."""
+    overrides = []
+    for word in argv:
+        name, _, value = word.partition("=")
+        if name in options:
+            options[name] = value
+        else:
+            overrides.append(word)
+    return options, overrides
 
 
 def _report(runs: dict[str, list[float]]) -> dict[str, Any]:

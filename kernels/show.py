@@ -141,6 +141,10 @@ def written(expression: sympy.Expr) -> str:
         def _print_tanh_softplus(self, node: Any) -> str:
             return f"tanh(softplus({self._print(node.args[0])}))"
 
+        def _print_tanh_softplus_slope(self, node: Any) -> str:
+            u = self._print(node.args[0])
+            return f"(1 - tanh(softplus({u}))**2)*sigmoid({u})"
+
         def _print_step(self, node: Any) -> str:
             return f"where({self._print(node.args[0])} > 0, 1, 0)"
 

@@ -1,15 +1,17 @@
-"""bench.train: its arithmetic, its refusals, and (slow) one whole round on a tiny model."""
+"""bench.train and bench.telemetry: their arithmetic, their refusals, and (slow) one whole round on a tiny model."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from bench.train import CONTENDERS, _report, main
+from bench import telemetry
+from bench.train import CONTENDERS, _report, main, options_of
 from conf.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -23,9 +25,24 @@ def test_ratios_are_taken_round_by_round() -> None:
 
 
 @pytest.mark.parametrize("words", [["steps=4"], ["rounds=x"], ["ffn=swigluu"]])
-def test_bad_input_is_refused(words: list[str]) -> None:
+@pytest.mark.parametrize("command", [main, telemetry.main])
+def test_bad_input_is_refused(command: Callable[[list[str]], None], words: list[str]) -> None:
     with pytest.raises(UserError):
-        main(words)
+        command(words)
+
+
+def test_options_are_told_from_overrides() -> None:
+    words = ["rounds=5", "ffn=relu", "telemetry_every=7"]
+    assert options_of(words, rounds="3", steps="9") == (
+        {"rounds": "5", "steps": "9"},
+        ["ffn=relu", "telemetry_every=7"],
+    )
+
+
+def test_a_look_costs_what_its_step_and_the_next_take_more_than_two_others() -> None:
+    # Steps 1 to 4 warm up; step 8, 12, 16 are looked at, and 9, 13 and 17 write the line.
+    seconds = [9.0] * 4 + [1.25, 1.0, 1.0, 1.5] * 4
+    assert telemetry.cost_of_a_look(seconds) == 0.75
 
 
 @pytest.mark.slow
