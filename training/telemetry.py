@@ -37,7 +37,7 @@ class Telemetry:
         self._module: Decoder = engine.module
         self._window = Window(window)
         self._look: _Look | None = None  # of the step that runs
-        self._pending: tuple[int, _Look, list[Any]] | None = None  # of the last look: its step and its collectives
+        self._pending: tuple[int, _Look] | None = None  # the last look, which is being reduced, and its step
 
     def of(self, step: int) -> _Look | None:
         """Return what `Engine.train_step` tells of step number `step`, if it is to be looked at."""
@@ -48,17 +48,15 @@ class Telemetry:
         """Begin to reduce over ranks what was seen in a step of `tokens` tokens. Collective; does not wait."""
         if self._look is not None:
             self._look.tokens = tokens
-            self._pending = step, self._look, self._look.reduce()
-            self._look = None
+            self._look.reduce()
+            self._pending, self._look = (step, self._look), None
 
     def finished(self) -> tuple[int, dict[str, Any]] | None:
         """Return the step of the last look and its figures, once; a list has a figure for each layer, None where undefined."""
         if self._pending is None:
             return None
-        step, look, works = self._pending
-        self._pending = None
-        for work in works:
-            work.wait()
+        (step, look), self._pending = self._pending, None
+        look.wait()
         return step, look.figures() | self._window.figures(look.active(), look.tokens)
 
     @contextlib.contextmanager
@@ -74,8 +72,8 @@ class Telemetry:
         look = _Look(self._module, self.engine.device)
         with look.forward():
             yield shares
-        for work in look.reduce():
-            work.wait()
+        look.reduce()
+        look.wait()
         shares += [_finite(float((active == 0).double().mean())) for active in look.active()]
 
 
@@ -106,22 +104,29 @@ class _Look:
             kind, _, rest = piece.name.partition(".")
             if kind == "layers":
                 index, _, name = rest.partition(".")
-                self.squares[int(index)] += piece.values.double().square().sum()
+                norm = torch.linalg.vector_norm(piece.values, dtype=torch.float32)  # in one pass, with no copy
+                self.squares[int(index)] += norm.double().square()
                 if name == "ffn.down":
                     add_signs(self.signs[int(index)], piece)
 
-    def reduce(self) -> list[Any]:
-        """Begin the two collectives; return what to wait for."""
+    def reduce(self) -> None:
+        """Begin the two collectives."""
         parts = [part for s in self.statistics for part in (s.sums, s.active)]
         self.sums = torch.cat([*parts, self.squares, self.signs.flatten()])
         self.peaks = torch.cat([statistics.peak for statistics in self.statistics])
-        return [
+        self._works = [
             dist.all_reduce(self.sums, async_op=True),
             dist.all_reduce(self.peaks, op=dist.ReduceOp.MAX, async_op=True),
         ]
 
+    def wait(self) -> None:
+        """Wait for them; what was reduced is in the host's memory from here on."""
+        for work in self._works:
+            work.wait()
+        self.sums, self.peaks = self.sums.cpu(), self.peaks.cpu()
+
     def figures(self) -> dict[str, Any]:
-        """Return the reduced figures; waits for the device."""
+        """Return the reduced figures."""
         squares, signs = self._whole[2 * len(self.layers) :]
         peaks = self.peaks.tolist()
         layers = [
@@ -129,7 +134,7 @@ class _Look:
             for statistics, sums, peak in zip(self.statistics, self._whole[0 : 2 * len(peaks) : 2], peaks, strict=True)
         ]
         norms = squares.sqrt().tolist()
-        widths = torch.tensor([ffn.d_ff for ffn in self.layers], device=signs.device)
+        widths = torch.tensor([ffn.d_ff for ffn in self.layers])
         agreement = (signs.view(len(self.layers), -1).abs().mean(1) / widths).tolist()
         names = dict.fromkeys(name for layer in layers for name in layer)
         return {
