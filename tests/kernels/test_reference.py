@@ -263,7 +263,8 @@ def test_any_number_of_leading_dimensions():
     pre = torch.randn(2, 3, 5, 2, 7, dtype=torch.float64)
     h = activation("silu(gate) * up")(pre)
     assert h.shape == (2, 3, 5, 7)
-    assert torch.equal(h[1, 2, 4], activation("silu(gate) * up")(pre[1, 2, 4]))
+    # torch's exp of a whole vector and of the last few elements may differ by an ulp, which three roundings follow.
+    torch.testing.assert_close(h[1, 2, 4], activation("silu(gate) * up")(pre[1, 2, 4]), rtol=4 * 2.0**-52, atol=0)
     assert activation("relu(x)")(torch.randn(7)).shape == (7,)
     assert activation("relu(x)")(torch.randn(0, 7)).shape == (0, 7)
 
