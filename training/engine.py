@@ -204,7 +204,10 @@ class Engine:
                 yield GradientPiece(name, parameter.ds_shape, start, part.flatten()[: parameter.ds_numel - start])
             elif (mapping := parameter._hp_mapping) is not None:
                 part = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
-                yield GradientPiece(name, parameter.shape, mapping.lp_fragment_address.start, part)
+                start, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+                if part.numel() > size:  # stage 1 in bf16 with accumulation keeps the whole sum on every rank
+                    part = part[start : start + size]
+                yield GradientPiece(name, parameter.shape, start, part)
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -117,6 +117,21 @@ def test_stage_3_keeps_flat_masters_and_partitions_with_padding(corpus, two_rank
     assert set(values[3]) == {0}
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_rank_finds_its_piece_of_a_gradient(corpus, two_ranks, accumulation):
+    """Stage 1 in bf16: the piece itself, or with accumulation the whole gradient, of which the address tells the piece."""
+    held = "p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).numel()"
+    sizes = f"[{held}, p._hp_mapping.lp_fragment_address.numel, p.numel()]"
+    values = two_ranks.run(
+        "script",
+        words=overrides(corpus, zero=1, precision="bf16", micro_batch_size=4 // accumulation),
+        steps=[["observe", f"[{sizes} for p in engine.module.parameters() if p._hp_mapping is not None]"]],
+    )
+    found = [size for each in values for size in each["values"][0]]
+    assert any(piece < whole for _, piece, whole in found)
+    assert all(held == (piece if accumulation == 1 else whole) for held, piece, whole in found)
+
+
 def test_a_skipped_step_is_counted_and_the_norm_reported(corpus, one_rank):
     poison = ["poison", "norm.weight", 0, float("nan")]
     for zero in ("1", "2", "3"):

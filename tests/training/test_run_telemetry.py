@@ -87,9 +87,12 @@ def test_what_is_shown_of_a_gated_and_of_an_ungated_layer(reference):
     assert all(0 < value < 1 for value in first["sign_agreement"])
 
 
-@pytest.mark.parametrize("zero", ["0", "1", "2", "3"])
-def test_the_pieces_are_the_whole_gradient_once(two_ranks, corpus, zero):
-    words = overrides(corpus, zero=zero, micro_batch_size=2)
+@pytest.mark.parametrize("micro_batch_size", [2, 4])
+@pytest.mark.parametrize(
+    ("zero", "precision"), [("0", "fp32"), *((zero, dtype) for zero in "123" for dtype in ("fp32", "bf16"))]
+)
+def test_the_pieces_are_the_whole_gradient_once(two_ranks, corpus, zero, precision, micro_batch_size):
+    words = overrides(corpus, zero=zero, precision=precision, micro_batch_size=micro_batch_size)
     for seen in two_ranks.run("script", words=words, steps=[["add_up_pieces"]]):
         assert math.sqrt(seen["values"][0]) == pytest.approx(seen["norms"][0], rel=FP32)
 

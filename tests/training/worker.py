@@ -93,18 +93,23 @@ class Trainer:
         """Take one step, and note the sum of the squares of all ranks' pieces of its gradient."""
         squares = torch.zeros(1, dtype=torch.float64)
 
-        class Sum:
-            forward = staticmethod(contextlib.nullcontext)
+        def add_up(pieces: Iterator[GradientPiece]) -> None:
+            for piece in pieces:
+                squares.add_(piece.values.double().square().sum())
 
-            def backward(self, pieces: Iterator[GradientPiece]) -> None:
-                for piece in pieces:
-                    squares.add_(piece.values.double().square().sum())
-
-        telemetry, self.telemetry = self.telemetry, mock.Mock(of=lambda _: Sum(), finished=lambda: None)
-        self.train(1)
-        self.telemetry = telemetry
+        self._train_observed(add_up)
         dist.all_reduce(squares)
         self.seen["values"].append(float(squares))
+
+    def observe(self, expression: str) -> None:
+        """Take one step, and note the value of an expression about the engine while the gradient exists."""
+        self._train_observed(lambda _: self.look(expression))
+
+    def _train_observed(self, backward: Callable[[Iterator[GradientPiece]], None]) -> None:
+        observer = mock.Mock(forward=contextlib.nullcontext, backward=backward)
+        telemetry, self.telemetry = self.telemetry, mock.Mock(of=lambda _: observer, finished=lambda: None)
+        self.train(1)
+        self.telemetry = telemetry
 
     def save(self, folder: str) -> None:
         try:
