@@ -85,7 +85,7 @@ class Library:
 
     def forward(self, _: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """See `reference.forward`."""
-        h = torch.empty(pre.shape if self.matrices == 1 else (*pre.shape[:-2], pre.shape[-1]), dtype=pre.dtype)
+        h = self._empty_h(pre)
         self._call("forward", (pre, h, *_values(learned)), h)
         return h
 
@@ -101,7 +101,7 @@ class Library:
         if self.built_with_statistics is None:
             h = self.forward(compiled, pre, learned)
             return h, reference.statistics(compiled, pre, h, learned)
-        h = torch.empty(pre.shape if self.matrices == 1 else (*pre.shape[:-2], pre.shape[-1]), dtype=pre.dtype)
+        h = self._empty_h(pre)
         sums, active = torch.zeros(len(sums_of(compiled)) + 1), torch.zeros(pre.shape[-1])
         if h.numel():
             tensors = (pre, h, *_values(learned), *sums.split(1), active)
@@ -123,6 +123,9 @@ class Library:
         dpre = torch.empty_like(h)
         self._call("from_output", (h, dh, dpre), dh)
         return dpre
+
+    def _empty_h(self, pre: Tensor) -> Tensor:
+        return torch.empty(pre.shape if self.matrices == 1 else (*pre.shape[:-2], pre.shape[-1]), dtype=pre.dtype)
 
     def _call(self, name: str, tensors: Sequence[Tensor], like: Tensor) -> None:
         """Run a kernel over the rows of `like`."""

@@ -23,19 +23,8 @@ _BLOCKS = 64  # of rows
 PRIMITIVES = Path(__file__).with_name("primitives.h")
 _OPERATORS = INFIX | {"neg": "-{}"}
 # These have a shorter form that is exact enough for bf16.
-_SHORT = (
-    "div",
-    "exp",
-    "expm1",
-    "sigmoid",
-    "complement",
-    "mul_sigmoid",
-    "tanh",
-    "sech2",
-    "erf",
-    "normal_cdf",
-    "softplus",
-)
+_SHORT = ("div", "exp", "expm1", "softplus", "erf", "normal_cdf")
+_SHORT += ("sigmoid", "complement", "mul_sigmoid", "tanh", "sech2")
 
 
 def source(compiled: Compiled) -> str:
@@ -44,7 +33,7 @@ def source(compiled: Compiled) -> str:
     Each returns 0, or 1 without memory, and takes pointers to pre, [dh, dpre], [h], each learned parameter (float), [its
     gradient (float)], and then int64 rows and width.
     """
-    parts = [f"// {' '.join(compiled.formula.text.split())}", PRIMITIVES.read_text(encoding="utf-8")]
+    parts = _head(compiled)
     for dtype in DTYPES:
         parts += [
             _Kernel(compiled, compiled.forward, dtype, f"forward_{dtype}").text(),
@@ -62,12 +51,16 @@ def source_with_statistics(compiled: Compiled) -> str:
     Each tile goes through the loop of forward_T, the same to the last bit, and then, still in the cache, through one that adds
     up. Takes pointers to pre, h, each learned parameter, each sum of `statistics_program` (float), and then rows and width.
     """
-    parts = [f"// {' '.join(compiled.formula.text.split())}", PRIMITIVES.read_text(encoding="utf-8")]
+    parts = _head(compiled)
     for dtype in DTYPES:
         forward = _Kernel(compiled, compiled.forward, dtype, f"forward_{dtype}")
         program = statistics_program(compiled)
         parts += [forward.loop(), _Kernel(compiled, program, dtype, f"statistics_{dtype}", before=forward).text()]
     return "\n".join(parts)
+
+
+def _head(compiled: Compiled) -> list[str]:
+    return [f"// {' '.join(compiled.formula.text.split())}", PRIMITIVES.read_text(encoding="utf-8")]
 
 
 def body(program: Program, dtype: str = "f32") -> str:

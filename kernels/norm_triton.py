@@ -6,7 +6,6 @@ added up in an order that only the shape decides. This module needs Triton, whic
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
@@ -14,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.tensors import runs
+from kernels.tensors import on_device_of, runs
 
 WIDEST = 8192  # a row, and all that backward computes with it, fits the registers of 16 warps
 _TILE = 2048  # elements of a tile at least, where a run has as many
@@ -91,7 +90,7 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     if x.numel():
         rows, columns, warps = tile_of(run, x.shape[-1])
         tiles = math.ceil(run / rows)
-        with _on(x):
+        with on_device_of(x):
             forward_kernel[(rstd.numel() // run * tiles,)](
                 x, residual, weight.contiguous(), y, s, rstd, tiles, run, stride, x.shape[-1], eps,
                 ADD=s is not x, ROWS=rows, COLUMNS=columns, num_warps=warps,
@@ -111,14 +110,10 @@ def backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Ten
     share = math.ceil(all_tiles / _PROGRAMS)
     programs = math.ceil(all_tiles / share)
     sums = torch.empty((programs, s.shape[-1]), dtype=torch.float32, device=s.device)
-    with _on(s):
+    with on_device_of(s):
         backward_kernel[(programs,)](
             dy, dy if ds is None else ds.contiguous(), s, weight.contiguous(), rstd, dx, sums,
             tiles, all_tiles, share, run, dy_stride, s_stride, s.shape[-1],
             ADD=ds is not None, ROWS=rows, COLUMNS=columns, num_warps=warps,
         )  # fmt: skip
     return dx, sums.sum(0)
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -5,12 +5,12 @@ This module needs Triton, which `kernels` does not.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.tensors import on_device_of
 
 _TILE = 1024  # pairs of channels of a program
 
@@ -50,7 +50,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
     if x.numel():
         batch, length, heads, width = x.shape
         tall, pairs, warps = tile_of(heads, width // 2)
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        with on_device_of(x):
             rotate_kernel[(batch * length, -(-heads // tall))](
                 x, y, cos.contiguous(), sin.contiguous(), length, heads, width // 2, *x.stride()[:3], float(turned),
                 HEADS=tall, PAIRS=pairs, num_warps=warps,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,11 @@ from torch import Tensor
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor has data of its own here and now: not while torch.compile traces, and no FakeTensor or DTensor."""
     return not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Enter it to launch a kernel on the GPU that holds x; on a CPU it does nothing."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def runs(x: Tensor) -> tuple[Tensor, int, int]:

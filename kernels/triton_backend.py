@@ -34,6 +34,7 @@ from kernels.cache import folder
 from kernels.program import INFIX, Argument, Line, Program
 from kernels.symbolic import OUTPUT, Compiled
 from kernels.telemetry import STORED, Seen, statistics_program, sums_of
+from kernels.tensors import on_device_of
 
 TILE = 1024  # columns a program: 128 threads with 8 each, which in 16 bits is one load
 WARPS = 4
@@ -100,7 +101,7 @@ class Kernels:
     def forward(self, _: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """See `reference.forward`."""
         width = pre.shape[-1]
-        h = torch.empty(pre.shape if self.pre == 1 else (*pre.shape[:-2], width), dtype=pre.dtype, device=pre.device)
+        h = self._empty_h(pre)
         if h.numel():
             self._launch(self.module.forward, h.numel() // width, width, [pre, h, *_detached(learned)])
         return h
@@ -110,7 +111,7 @@ class Kernels:
     ) -> tuple[Tensor, Seen]:
         """See `reference.forward_with_statistics`."""
         width, count = pre.shape[-1], len(sums_of(compiled)) + 1
-        h = torch.empty(pre.shape if self.pre == 1 else (*pre.shape[:-2], width), dtype=pre.dtype, device=pre.device)
+        h = self._empty_h(pre)
         if not h.numel():
             nothing = torch.zeros(count, device=pre.device)
             return h, Seen(nothing[:-1], nothing[-1], torch.zeros(width, device=pre.device), 0)
@@ -150,9 +151,13 @@ class Kernels:
             self._launch(self.module.from_output, h.numel() // h.shape[-1], h.shape[-1], [h, dh, dpre])
         return dpre
 
+    def _empty_h(self, pre: Tensor) -> Tensor:
+        shape = pre.shape if self.pre == 1 else (*pre.shape[:-2], pre.shape[-1])
+        return torch.empty(shape, dtype=pre.dtype, device=pre.device)
+
     def _launch(self, kernel: Any, programs: int, width: int, tensors: list[Tensor], *rows: int) -> None:
         unit = unit_of(width)
-        with torch.cuda.device(tensors[0].device) if tensors[0].is_cuda else contextlib.nullcontext():
+        with on_device_of(tensors[0]):
             kernel[(programs, _tiles(width))](
                 *tensors, *rows, width // unit, UNIT=unit, TILE=_tile(width), num_warps=WARPS
             )
@@ -200,20 +205,8 @@ def kernels(compiled: Compiled) -> Kernels:
 _OPERATORS = INFIX | {"neg": "{} * -1.0", "select": "tl.where({}, {}, {})"}
 _OPERATORS |= {"abs": "tl.abs({})", "max": "fn.maximum({}, {})", "min": "fn.minimum({}, {})"}
 # One form for fp32 tensors, a shorter one for 16 bits.
-_TWO_FORMS = (
-    "exp",
-    "expm1",
-    "log",
-    "sigmoid",
-    "complement",
-    "mul_sigmoid",
-    "tanh",
-    "sech2",
-    "atan",
-    "erf",
-    "normal_cdf",
-)
-_TWO_FORMS += ("softplus", "sqrt")
+_TWO_FORMS = ("exp", "expm1", "log", "softplus", "sqrt", "atan", "erf", "normal_cdf")
+_TWO_FORMS += ("sigmoid", "complement", "mul_sigmoid", "tanh", "sech2")
 
 
 def source(compiled: Compiled) -> str:

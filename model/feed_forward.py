@@ -58,8 +58,7 @@ def check_arms(
         except (ValueError, ImportError) as error:  # not what it computes, or not installed
             raise UserError(f"ffn.backend={arm.backend}: {error}") from error
         said += [str(warning.message) for warning in caught]
-        size = gaussian_rms(function.formula)
-        if arm.init_scale is None and not 0 < size < math.inf:
+        if arm.init_scale is None and not 0 < (size := gaussian_rms(function.formula)) < math.inf:
             raise UserError(
                 f"ffn={arm.name}: for normal pre-activations the root mean square of {arm.formula} is {size:g}, so the "
                 "scale of the initial down projection cannot be derived: give ffn.init_scale"

@@ -74,7 +74,7 @@ class Telemetry:
             yield shares
         look.reduce()
         look.wait()
-        shares += [_finite(float((active == 0).double().mean())) for active in look.active()]
+        shares += [_share(active == 0) for active in look.active()]
 
 
 class _Look:
@@ -179,9 +179,9 @@ class Window:
         dead, revived = [], []
         for layer, units in enumerate(active):
             self._last[layer] = torch.where(units > 0, float(self.seen), self._last[layer])
-            revived.append(_finite(float((self._dead[layer] & (units > 0)).double().mean())))
+            revived.append(_share(self._dead[layer] & (units > 0)))
             self._dead[layer] = self.seen - self._last[layer] >= window
-            dead.append(_finite(float(self._dead[layer].double().mean())))
+            dead.append(_share(self._dead[layer]))
         return {"dead": dead, "revived": [None] * len(dead) if first else revived, "window_tokens": window}
 
 
@@ -191,6 +191,11 @@ def add_signs(totals: Tensor, piece: GradientPiece) -> None:
     first, offset = divmod(piece.start, columns)
     signs = F.pad(piece.values.sign(), (offset, -(offset + piece.values.numel()) % columns)).view(-1, columns)
     totals[first : first + len(signs)] += signs.sum(1, dtype=torch.float64)
+
+
+def _share(units: Tensor) -> float | None:
+    """Return the share of units that are true, None of no units."""
+    return _finite(float(units.double().mean()))
 
 
 def _finite(value: float) -> float | None:

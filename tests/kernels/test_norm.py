@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from far import far_tensors, last_program
 from poisoned import Poisoned
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -286,26 +287,15 @@ def check_triton() -> None:
 
 def check_far_offsets() -> None:
     """The last rows of tensors of more than 2**31 elements, which hold memory nowhere but at their ends."""
-    import mmap
-
-    from triton.runtime import interpreter
-
     from kernels import norm_triton
 
     width, rows = 1024, 2**21 + 1
-    far = []
-    for _ in range(2):
-        reserved = mmap.mmap(
-            -1, 4 * rows * width, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
-        )  # MAP_NORESERVE
-        far.append(torch.frombuffer(reserved, dtype=torch.float32).view(rows, width))
-    x, y = far
+    x, y = far_tensors(2, rows, width)
     x[-1] = torch.randn(width)
     rstd, weight = torch.zeros(rows), torch.ones(width)
     tall, columns, _ = norm_triton.tile_of(rows, width)
     tiles = math.ceil(rows / tall)
-    interpreter.range = lambda count: range(count - 1, count)  # of the grid only the last program
-    try:
+    with last_program():
         for run, of_run, number in ((rows, tiles, 1), (1, 1, rows)):  # one long run, and many of one row
             y[-1] = 0
             norm_triton.forward_kernel[(of_run * number,)](
@@ -313,8 +303,6 @@ def check_far_offsets() -> None:
             )
             torch.testing.assert_close(y[-1:], plain(x[-1:], weight, EPS)[0])
             assert not y[:2].any()
-    finally:
-        del interpreter.range
 
 
 @needs_triton

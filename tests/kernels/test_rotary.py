@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from far import far_tensors, last_program
 from poisoned import Poisoned
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -249,29 +250,17 @@ def check_triton() -> None:
 
 def check_far_offsets() -> None:
     """The last token of tensors of more than 2**31 elements, which hold memory nowhere but at their ends."""
-    import mmap
-
-    from triton.runtime import interpreter
-
     from kernels import rotary_triton
 
     heads, width, tokens = 16, 64, 2**21 + 1
-    far = []
-    for _ in range(2):
-        size = 4 * tokens * heads * width
-        reserved = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
-        far.append(torch.frombuffer(reserved, dtype=torch.float32).view(tokens, 1, heads, width))
-    x, y = far
+    x, y = far_tensors(2, tokens, 1, heads, width)
     x[-1] = torch.randn(heads, width)
     tables = torch.randn(2, 1, width // 2)
     tall, pairs, _ = rotary_triton.tile_of(heads, width // 2)
-    interpreter.range = lambda count: range(count - 1, count)  # of the grid only the last program
-    try:
+    with last_program():
         rotary_triton.rotate_kernel[(tokens, 1)](
             x, y, *tables, 1, heads, width // 2, *x.stride()[:3], 1.0, HEADS=tall, PAIRS=pairs
         )
-    finally:
-        del interpreter.range
     torch.testing.assert_close(y[-1:], plain(x[-1:], x[-1:], *tables)[0])
     assert not y[:2].any()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from far import far_tensors, last_program
 from poisoned import Poisoned
 from torch import Tensor
 
@@ -247,26 +248,13 @@ def check_through_activation(name: str) -> None:
 
 def check_far_offsets() -> str | None:
     """The last row of tensors of more than 2**31 elements, which hold memory nowhere but at their ends."""
-    import mmap
-
-    from triton.runtime import interpreter
-
     width, rows = 1024, 2**21 + 1
-    far = []
-    for _ in range(2):
-        reserved = mmap.mmap(
-            -1, 4 * rows * width, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
-        )  # MAP_NORESERVE
-        far.append(torch.frombuffer(reserved, dtype=torch.float32).view(rows, width))
-    pre, h = far
+    pre, h = far_tensors(2, rows, width)
     pre[-1] = torch.arange(width) - 512.0
     compiled = compile_formula(parse("relu(x)"))
-    interpreter.range = lambda count: range(count - 1, count)  # of the grid only the last program
-    try:
+    with last_program():
         kernels = triton_backend.kernels(compiled)
         kernels._launch(kernels.module.forward, rows, width, [pre, h])
-    finally:
-        del interpreter.range
     assert torch.equal(h[-1], pre[-1].relu())
     assert not h[:2].any()
     return None
