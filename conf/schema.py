@@ -128,7 +128,9 @@ class ZeroConfig:
     stage: int = key(1, "0: nothing, 1: optimizer state, 2: and gradients, 3: and parameters")
     offload_optimizer: bool = key(False, "keep the optimizer state in CPU memory")
     offload_parameters: bool = key(False, "stage 3: keep the parameters in CPU memory")
-    bucket_elements: int = key(50_000_000, "elements reduced or gathered at once")
+    bucket_elements: int = key(
+        50_000_000, "elements reduced or gathered at once; stage 3 keeps up to 20 times as many whole"
+    )
     overlap: bool = key(False, "reduce gradients while backward still runs")
 
 
@@ -136,8 +138,9 @@ class ZeroConfig:
 class ParallelConfig:
     """`parallel=`: how ranks share the work. World size = data x tensor x context."""
 
-    tensor: int = key(1, "ranks that share each matrix")
-    context: int = key(1, "ranks that share each sequence")
+    tensor: int = key(1, "ranks that share each matrix, best inside a node")
+    sequence: bool = key(False, "between the matrices these ranks share the tokens too: less memory, the same traffic")
+    context: int = key(1, "ranks that share each sequence, exchanged for heads around attention: long sequences")
     timeout_minutes: float = key(30.0, "a collective that takes longer stops the run")
 
 

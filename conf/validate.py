@@ -86,7 +86,7 @@ class Batch:
 
     micro_batch: int  # sequences
     global_batch: int  # sequences
-    data_parallel: int  # ranks
+    data_parallel: int  # ranks that have sequences of their own: world size / (tensor x context)
     accumulation: int  # micro-batches a rank takes in a step
     steps: int
     tokens_per_step: int
@@ -108,6 +108,7 @@ def validate(config: Config, world_size: int) -> Batch:
     _check_formulas(config)
     _check_model(config)
     _check_optimizer(config)
+    _check_parallel(config, world_size)
     return _check_batch(config, world_size)
 
 
@@ -185,9 +186,6 @@ def _check_model(config: Config) -> None:
         raise UserError(f"model.n_kv_heads={model.n_kv_heads} does not divide model.n_heads={model.n_heads}")
     if (model.head_dim or model.d_model // model.n_heads) % 2:
         raise UserError("rotary positions turn pairs of channels: the head dimension (d_model / n_heads) must be even")
-    for name, value in (("parallel.tensor", config.parallel.tensor), ("parallel.context", config.parallel.context)):
-        if value != 1:
-            raise UserError(f"{name}={value}: this version shares work by data parallelism only; leave it at 1")
 
 
 def _check_optimizer(config: Config) -> None:
@@ -209,15 +207,34 @@ def _check_optimizer(config: Config) -> None:
         )
 
 
+def _check_parallel(config: Config, world_size: int) -> None:
+    """What the shapes alone decide (heads, widths, vocabulary) is in `model.accounting.check_shares`."""
+    tensor, context, length = config.parallel.tensor, config.parallel.context, config.sequence_length
+    if world_size % (tensor * context):
+        fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise UserError(
+            f"parallel.tensor={tensor} x parallel.context={context} does not divide the {world_size} rank(s) of this run: "
+            f"their product must be one of {', '.join(map(str, fitting))}"
+        )
+    if length % context:
+        raise UserError(f"parallel.context={context} does not divide sequence_length={length}")
+    if config.parallel.sequence and length // context % tensor:
+        raise UserError(
+            f"parallel.sequence=true: parallel.tensor={tensor} does not divide the {length // context} tokens of a sequence "
+            "that a context rank has"
+        )
+
+
 def _check_batch(config: Config, world_size: int) -> Batch:
     total = config.global_batch_size
+    world_size //= config.parallel.tensor * config.parallel.context
     if total % world_size:
-        raise UserError(f"global_batch_size={total} cannot be shared evenly by {world_size} ranks")
+        raise UserError(f"global_batch_size={total} cannot be shared evenly by {world_size} data-parallel ranks")
     share = total // world_size
     micro = config.micro_batch_size or share
     if share % micro:
         raise UserError(
-            f"global_batch_size={total} over {world_size} rank(s) is {share} sequences a rank, which "
+            f"global_batch_size={total} over {world_size} data-parallel rank(s) is {share} sequences a rank, which "
             f"micro_batch_size={micro} does not divide"
         )
     per_step = total * config.sequence_length

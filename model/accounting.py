@@ -1,16 +1,20 @@
 """Parameters, FLOPs and bytes of a configuration, without torch: what the summary prints and what estimates build on.
 
 Conventions: a multiply-add is two FLOPs; backward costs twice forward; the token embedding is a look-up and costs none.
-Attention is counted causal, as in PaLM (arXiv 2204.02311, appendix B) but with half of its square, since no backend here
-computes the masked half on purpose. MFU is then FLOPs a token x tokens/s / peak FLOP/s.
+Of collectives what a rank sends is counted, in a ring of p ranks: 2 n (p - 1) / p bytes of an all-reduce of n bytes, half of
+that of an all-gather, a reduce-scatter or an all-to-all. Attention is counted causal, as in PaLM (arXiv 2204.02311, appendix
+B) but with half of its square, since no backend here computes the masked half on purpose. MFU is then FLOPs a token x
+tokens/s / peak FLOP/s.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from conf.arms import layer_arms
-from conf.schema import Config, FFNConfig
+from conf.errors import UserError
+from conf.schema import Config, FFNConfig, ParallelConfig
 from kernels.formula import Formula, parse
 
 VOCABULARY_MULTIPLE = 64  # rows of the embedding: GEMM tiles, and later vocabulary-parallel slices, divide it
@@ -24,6 +28,7 @@ class FFNShape:
     d_ff: int
     matrices: int  # 3 for a gated arm, 2 for an ungated one
     learned: int  # numbers that the formula learns
+    learned_by_layer: int = 0  # of these, those that the whole layer has in common
 
     def parameters(self, d_model: int) -> int:
         """Return the parameters of the layer."""
@@ -70,13 +75,46 @@ def shape_of(config: Config, tokenizer_size: int | None = None) -> Shape:
 def _ffn_shape(arm: FFNConfig, config: Config) -> FFNShape:
     formula = parse(arm.formula, arm.parameters)
     width = config.model.d_ff or default_d_ff(config.model.d_ff_gated, formula)
-    learned = sum(width if p.share == "channel" else 1 for p in formula.learned.values())
-    return FFNShape(arm, width, formula.matrices, learned)
+    by_channel = sum(p.share == "channel" for p in formula.learned.values())
+    by_layer = len(formula.learned) - by_channel
+    return FFNShape(arm, width, formula.matrices, by_channel * width + by_layer, by_layer)
 
 
 def default_d_ff(d_ff_gated: int, formula: Formula) -> int:
     """Return the width that gives an arm the FFN parameters of a gated one: 3/2 of it where there are 2 matrices, not 3."""
     return d_ff_gated if formula.gated else d_ff_gated * 3 // 2
+
+
+def check_shares(shape: Shape, parallel: ParallelConfig) -> None:
+    """Refuse to cut what tensor and context ranks cannot share evenly.
+
+    Raises:
+        UserError: what cannot be cut, and the sizes that would do.
+    """
+    tensor, context = parallel.tensor, parallel.context
+    widths = {f"the d_ff={layer.d_ff} of ffn={layer.arm.name}": layer.d_ff for layer in shape.ffn}
+    heads = {f"the {shape.n_heads} heads": shape.n_heads, f"the {shape.n_kv_heads} key/value heads": shape.n_kv_heads}
+    vocabulary = {f"the vocabulary of {shape.vocab_size} rows": shape.vocab_size}
+    for what, size in (heads | widths | vocabulary).items():
+        if size % tensor:
+            common = math.gcd(*heads.values(), *widths.values(), *vocabulary.values())
+            raise UserError(
+                f"parallel.tensor={tensor} does not divide {what}: this model can be cut over "
+                f"{_listed(common)} rank(s) (model.n_heads, model.n_kv_heads, model.d_ff and model.vocab_size decide)"
+            )
+    for what, size in heads.items():
+        if size // tensor % context:
+            each = "" if tensor == 1 else f", of which a tensor rank has {size // tensor}"
+            raise UserError(
+                f"parallel.context={context} does not divide {what}{each}: around attention each of these ranks takes its "
+                f"share of the heads; {_listed(math.gcd(*heads.values()) // tensor)} would do"
+            )
+
+
+def _listed(number: int) -> str:
+    """Write the divisors of a number."""
+    divisors = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return " or ".join(filter(None, (", ".join(divisors[:-1]), divisors[-1])))
 
 
 def parameters(shape: Shape) -> dict[str, int]:
@@ -105,3 +143,103 @@ def flops_per_token(shape: Shape, sequence_length: int) -> dict[str, int]:
         "output": 2 * shape.vocab_size * shape.d_model,
     }
     return {part: 3 * flops for part, flops in forward.items()}
+
+
+def tensor_traffic(
+    shape: Shape, parallel: ParallelConfig, tokens: int, width: int, recompute: bool = False
+) -> dict[str, float]:
+    """Return the bytes that a tensor rank sends for forward and backward of one micro-batch, by part.
+
+    Of a layer that is 4 all-reduces of the activations, 8 b s h (t - 1) / t elements: Narayanan 2021, arXiv 2104.04473, section
+    3.2. Sequence parallelism makes them 4 reduce-scatters and 4 all-gathers, of the same volume, and gathers the input of two
+    products again in backward, 2 more: Korthikanti 2022, arXiv 2205.05198, section 4.2.2. The rest is small: what a token's
+    loss needs of other ranks, and the gradients of parameters that every rank has.
+
+    Args:
+        tokens: of a rank's micro-batch, b s; a context rank's share of them.
+        width: bytes of an element of the activations.
+        recompute: whether each layer's forward is computed again in backward.
+    """
+    share = (parallel.tensor - 1) / parallel.tensor
+    sequence = parallel.sequence and parallel.tensor > 1
+    unit = tokens * shape.d_model * width * share  # of one all-gather or reduce-scatter
+    norm = 2 * shape.d_model * width * share if sequence else 0.0
+    heads = 2 * 2 * shape.head_dim * width * share if shape.qk_norm else 0.0
+    learned = [2 * 4 * layer.learned_by_layer * share for layer in shape.ffn]  # in fp32
+    layer = (10 if sequence else 8) * unit + (4 * unit if recompute else 0.0) + 2 * norm + heads
+    return {
+        "embedding": 2 * unit,
+        "layers": shape.n_layers * layer + sum(learned),
+        "head": 2 * unit + tokens * 2 * 4 * (parallel.tensor - 1) + norm,
+    }
+
+
+def context_traffic(shape: Shape, parallel: ParallelConfig, tokens: int, width: int, recompute: bool = False) -> float:
+    """Return the bytes that a context rank sends around attention for one micro-batch, in all layers.
+
+    Two all-to-alls each way, of queries, keys and values and of the result: Jacobs 2023, arXiv 2309.14509, section 3.2.
+
+    Args:
+        tokens: of this rank's share of the micro-batch.
+    """
+    heads = (2 * shape.n_heads + 2 * shape.n_kv_heads) // parallel.tensor
+    share = (parallel.context - 1) / parallel.context
+    return (3 if recompute else 2) * shape.n_layers * heads * shape.head_dim * tokens * width * share
+
+
+def zero_traffic(
+    rank_parameters: int,
+    replicas: int,
+    stage: int,
+    accumulation: int,
+    width: int,
+    gradient_width: int = 4,
+    gathers: int | None = None,
+) -> dict[str, float]:
+    """Return the bytes that a rank sends for ZeRO in a step.
+
+    In units of the parameters, ZeRO (Rajbhandari 2020, arXiv 1910.02054, section 7) needs 2 for stages 1 and 2, and 3 for
+    stage 3. DeepSpeed 0.19 adds up gradients with an all-reduce in stages 1 and 2, where a reduce-scatter would do: 3.
+    Padding is left out.
+
+    Args:
+        rank_parameters: of the model's part on a tensor rank.
+        width, gradient_width: bytes of a weight, and of a gradient on its way.
+        gathers: how often a weight is gathered in a step of stage 3; None: for forward and backward of each micro-batch. It
+        is less
+            for what DeepSpeed keeps meanwhile (`zero.bucket_elements` bounds that).
+    """
+    unit = rank_parameters * (replicas - 1) / replicas
+    if stage < 3:
+        gathers = min(stage, 1)
+    elif gathers is None:
+        gathers = 2 * accumulation
+    times = accumulation if stage >= 2 else 1  # stages 0 and 1 reduce at the end of a step
+    return {
+        "gradients": (1 if stage == 3 else 2) * times * unit * gradient_width,
+        "weights": gathers * unit * width,
+    }
+
+
+def rank_parameters(shape: Shape, tensor: int) -> int:
+    """Return the parameters of a tensor rank: its share of the matrices, and all that is not cut."""
+    counts = parameters(shape)
+    kept = counts["norms"] + sum(layer.learned_by_layer for layer in shape.ffn)
+    return kept + (sum(counts.values()) - kept) // tensor
+
+
+def state_bytes(shape: Shape, tensor: int, replicas: int, stage: int, offload: bool = False) -> dict[str, float]:
+    """Return the bytes of a rank's weights, gradients and optimizer state in bf16 with fp32 masters, without buffers.
+
+    2 bytes a parameter for the weights, 2 for the gradients, and 12 for master, momentum and variance; stage 1 shares the last,
+    2 the gradients too, and 3 the weights: Rajbhandari 2020, arXiv 1910.02054, section 5.
+
+    Args:
+        offload: whether the optimizer state is on the host, not on the device.
+    """
+    own = rank_parameters(shape, tensor)
+    return {
+        "weights": 2 * own / (replicas if stage >= 3 else 1),
+        "gradients": 2 * own / (replicas if stage >= 2 else 1),
+        "optimizer": 0.0 if offload else 12 * own / (replicas if stage >= 1 else 1),
+    }

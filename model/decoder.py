@@ -6,9 +6,13 @@ Notable in it:
 - the residual stream is passed on beside what is to be added to it: the next norm adds and normalises in one pass
 - the feed-forward arm of each layer is a formula (`feed_forward.py`): no branch on its name stands anywhere
 - the training loss comes out of `Head`, fused with the output projection: the full logits never exist
-- weights come from `initialise.py`, how training is partitioned over ranks is `training/`'s affair
+- tensor, sequence and context parallelism lie in the layers (`parallel.py`, `collectives.py`): with one rank each is a plain
+layer
+- weights come from `initialise.py`; how ZeRO partitions training over ranks is `training/`'s affair
 
-Shapes: B batch, S sequence, D d_model, H heads, K key/value heads, E head_dim, F d_ff, V vocabulary.
+Shapes: B batch, S sequence, D d_model, H heads, K key/value heads, E head_dim, F d_ff, V vocabulary. Of H, K, F and V a
+tensor rank has its share, and of S a context rank. With sequence parallelism what is (B, S, D) here is (B S / T, D) between
+the matrices: a tensor rank's share of the tokens.
 """
 
 from __future__ import annotations
@@ -21,9 +25,11 @@ from torch.utils.checkpoint import checkpoint
 from conf.schema import ModelConfig
 from model.accounting import Shape
 from model.attention import attend, attend_cached
+from model.collectives import column_linear, heads_to_sequence, reduced, sequence_to_heads, whole_sequence
 from model.feed_forward import FeedForward
 from model.layers import RMSNorm, Rotary
-from model.loss import linear_cross_entropy
+from model.loss import gathered_logits, linear_cross_entropy
+from model.parallel import Axis, Mesh, cut_parameter
 
 # For each layer, the keys and values so far: two tensors (B, T, K, E). Empty before the first token.
 Cache = list[tuple[Tensor, Tensor] | None]
@@ -32,20 +38,33 @@ Cache = list[tuple[Tensor, Tensor] | None]
 class Attention(nn.Module):
     """Causal grouped-query self-attention."""
 
-    def __init__(self, shape: Shape, config: ModelConfig, rotary: Rotary, backend: str) -> None:
+    def __init__(self, shape: Shape, config: ModelConfig, rotary: Rotary, backend: str, mesh: Mesh) -> None:
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = shape.n_heads, shape.n_kv_heads, shape.head_dim
-        self.rotary, self.backend = rotary, backend
-        rows = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
-        self.qkv = nn.Parameter(torch.empty(rows, shape.d_model))  # rows of q, then of k, then of v
-        self.out = nn.Parameter(torch.empty(shape.d_model, shape.n_heads * shape.head_dim))
-        self.q_norm = RMSNorm(shape.head_dim, config.norm_eps) if shape.qk_norm else None
-        self.k_norm = RMSNorm(shape.head_dim, config.norm_eps) if shape.qk_norm else None
+        self.rotary, self.backend, self.head_dim = rotary, backend, shape.head_dim
+        self.tensor, self.context = mesh.tensor, mesh.context
+        kinds = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)  # rows of q, then of k, then of v
+        self.heads = tuple(heads // mesh.tensor.size for heads in kinds)
+        rows = [heads * shape.head_dim for heads in kinds]
+        self.qkv = cut_parameter(mesh, (sum(rows), shape.d_model), 0, rows)
+        self.out = cut_parameter(mesh, (shape.d_model, rows[0]), 1)
+        self.q_norm = RMSNorm(shape.head_dim, config.norm_eps, mesh.tensor) if shape.qk_norm else None
+        self.k_norm = RMSNorm(shape.head_dim, config.norm_eps, mesh.tensor) if shape.qk_norm else None
 
-    def forward(self, x: Tensor, documents: Tensor | None, cache: Cache | None = None, layer: int = 0) -> Tensor:
-        """x (B, S, D) -> (B, S, D). With a cache, x holds the newest tokens only."""
-        heads = F.linear(x, self.qkv).unflatten(-1, (-1, self.head_dim))  # B S H+2K E
-        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)
+    def forward(
+        self, x: Tensor, documents: Tensor | None, cache: Cache | None = None, layer: int = 0, batch: int | None = None
+    ) -> Tensor:
+        """x (B, S, D) -> (B, S, D). With a cache, x holds the newest tokens only.
+
+        Args:
+            documents: (B, S of all context ranks), see `attention.attend`.
+            batch: B, where x is a share of the tokens.
+        """
+        sequence = batch is not None
+        packed = column_linear(x, self.qkv, self.tensor, sequence)
+        heads = packed.view(batch or len(x), -1, sum(self.heads), self.head_dim)  # B S H+2K E
+        context = self.context if cache is None else Axis()  # each context rank generates alone
+        heads = sequence_to_heads(heads, context, self.heads)
+        q, k, v = heads.split([kind // context.size for kind in self.heads], dim=2)
         if self.q_norm is not None:
             (q, _), (k, _) = self.q_norm(q), self.k_norm(k)
         start = cache[layer][0].shape[1] if cache and cache[layer] else 0
@@ -57,7 +76,8 @@ class Attention(nn.Module):
                 k, v = torch.cat((cache[layer][0], k), 1), torch.cat((cache[layer][1], v), 1)
             cache[layer] = k, v
             mixed = attend_cached(q, k, v)
-        return F.linear(mixed.flatten(2), self.out)
+        mixed = heads_to_sequence(mixed, context)
+        return reduced(F.linear(mixed.flatten(2), self.out), self.tensor, sequence)
 
 
 class Layer(nn.Module):
@@ -66,47 +86,63 @@ class Layer(nn.Module):
     What a block computes is added to the stream by the norm that follows, in one pass; so a layer takes and returns both.
     """
 
-    def __init__(self, shape: Shape, index: int, model: ModelConfig, rotary: Rotary, backend: str) -> None:
+    def __init__(self, shape: Shape, index: int, model: ModelConfig, rotary: Rotary, backend: str, mesh: Mesh) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(shape.d_model, model.norm_eps)
-        self.attention = Attention(shape, model, rotary, backend)
-        self.ffn_norm = RMSNorm(shape.d_model, model.norm_eps)
-        self.ffn = FeedForward(shape.ffn[index].arm, shape.ffn[index].d_ff, shape.d_model)
+        shared = mesh.tensor if mesh.sequence else Axis()
+        self.attention_norm = RMSNorm(shape.d_model, model.norm_eps, shared)
+        self.attention = Attention(shape, model, rotary, backend, mesh)
+        self.ffn_norm = RMSNorm(shape.d_model, model.norm_eps, shared)
+        self.ffn = FeedForward(shape.ffn[index].arm, shape.ffn[index].d_ff, shape.d_model, mesh)
 
     def forward(
-        self, x: Tensor, stream: Tensor | None, documents: Tensor | None, cache: Cache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        stream: Tensor | None,
+        documents: Tensor | None,
+        cache: Cache | None = None,
+        layer: int = 0,
+        batch: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x (B, S, D), to be added to the stream (B, S, D), or to begin it -> the next x, and the stream without it."""
         x, stream = self.attention_norm(x, stream)
-        x = self.attention(x, documents, cache, layer)
+        x = self.attention(x, documents, cache, layer, batch)
         x, stream = self.ffn_norm(x, stream)
-        return self.ffn(x), stream
+        return self.ffn(x, batch is not None), stream
 
 
 class Embedding(nn.Module):
     """Tokens (B, S) -> (B, S, D)."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, mesh: Mesh) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape.vocab_size, shape.d_model))
+        self.tensor = mesh.tensor
+        self.weight = cut_parameter(mesh, (shape.vocab_size, shape.d_model), 0)
+        self.first = mesh.tensor.rank * self.weight.shape[0]  # word of this rank's first row
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+    def forward(self, tokens: Tensor, sequence: bool = False) -> Tensor:
+        if self.tensor.size == 1:
+            return F.embedding(tokens, self.weight)
+        rows = self.weight.shape[0]
+        mine = (tokens >= self.first) & (tokens < self.first + rows)
+        found = F.embedding((tokens - self.first).clamp(0, rows - 1), self.weight)
+        return reduced(found * mine.unsqueeze(-1), self.tensor, sequence)
 
 
 class Head(nn.Module):
     """The output projection: logits, or straight to the loss."""
 
-    def __init__(self, weight: nn.Parameter, z_loss: float) -> None:
+    def __init__(self, weight: nn.Parameter, z_loss: float, mesh: Mesh) -> None:
         super().__init__()
         self.weight = weight  # (V, D)
-        self.z_loss = z_loss
+        self.z_loss, self.tensor = z_loss, mesh.tensor
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, targets: Tensor | None = None, sequence: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """x (B, S, D) -> logits (B, S, V); with targets (B, S) -> (what training minimises, mean nats), fp32 scalars."""
         if targets is None:
-            return F.linear(x, self.weight)
-        return linear_cross_entropy(x, self.weight, targets, self.z_loss)
+            return gathered_logits(x, self.weight, self.tensor, sequence)
+        return linear_cross_entropy(x, self.weight, targets, self.z_loss, tensor=self.tensor, sequence=sequence)
 
 
 class Decoder(nn.Module):
@@ -117,18 +153,26 @@ class Decoder(nn.Module):
         model: its group of the configuration.
         backend: of attention, as `attention.choose` returned it.
         document_start: token that begins a document in packed sequences, or None to let attention cross documents.
+        mesh: the ranks that this model is shared by.
     """
 
-    def __init__(self, shape: Shape, model: ModelConfig, backend: str, document_start: int | None = None) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        model: ModelConfig,
+        backend: str,
+        document_start: int | None = None,
+        mesh: Mesh = Mesh(),
+    ) -> None:
         super().__init__()
-        self.shape, self.document_start = shape, document_start
+        self.shape, self.document_start, self.mesh = shape, document_start, mesh
         self.recompute = model.activation_checkpointing
         rotary = Rotary(shape.head_dim, model.rope_theta)
-        self.embedding = Embedding(shape)
-        self.layers = nn.ModuleList(Layer(shape, index, model, rotary, backend) for index in range(shape.n_layers))
-        self.norm = RMSNorm(shape.d_model, model.norm_eps)
-        own = None if shape.tied else nn.Parameter(torch.empty(shape.vocab_size, shape.d_model))
-        self.head = Head(self.embedding.weight if own is None else own, model.z_loss)
+        self.embedding = Embedding(shape, mesh)
+        self.layers = nn.ModuleList(Layer(shape, i, model, rotary, backend, mesh) for i in range(shape.n_layers))
+        self.norm = RMSNorm(shape.d_model, model.norm_eps, mesh.tensor if mesh.sequence else Axis())
+        own = None if shape.tied else cut_parameter(mesh, (shape.vocab_size, shape.d_model), 0)
+        self.head = Head(self.embedding.weight if own is None else own, model.z_loss, mesh)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None
@@ -139,16 +183,20 @@ class Decoder(nn.Module):
         and the mean cross-entropy in nats, which is not differentiable.
 
         With a cache (a list of one None a layer at first), `tokens` are the newest only, and the cache grows by them.
+
+        Of a sequence that context ranks share, each is given its part, and the loss is that of its part; with a cache, and
+        among tensor ranks, all are given the same.
         """
+        batch = len(tokens) if self.mesh.sequence and cache is None else None
         documents = None
         if self.document_start is not None and cache is None:
-            documents = (tokens == self.document_start).cumsum(1)
-        x, stream = self.embedding(tokens), None
+            documents = (whole_sequence(tokens, self.mesh.context) == self.document_start).cumsum(1)
+        x, stream = self.embedding(tokens, batch is not None), None
         for index, layer in enumerate(self.layers):
             if self.recompute and self.training and torch.is_grad_enabled():
                 x = x if stream is None else x + stream  # one tensor a layer is kept, not two
-                x, stream = checkpoint(layer, x, None, documents, use_reentrant=False)
+                x, stream = checkpoint(layer, x, None, documents, None, index, batch, use_reentrant=False)
             else:
-                x, stream = layer(x, stream, documents, cache, index)
+                x, stream = layer(x, stream, documents, cache, index, batch)
         x, _ = self.norm(x, stream)
-        return self.head(x, targets)
+        return self.head(x, targets, batch is not None)

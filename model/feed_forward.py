@@ -8,7 +8,10 @@ and `ffn.save` says what it keeps between forward and backward, beside the layer
     everything  the pre-activations and h: nothing is computed again
     input       nothing: the up projection is computed again too
 
-Shapes: D d_model, F d_ff; leading dimensions are any.
+Over tensor ranks F is cut: `up` is column parallel, `down` row parallel, and what crosses ranks is in `collectives.py`.
+
+Shapes: D d_model, F this rank's share of d_ff; leading dimensions are any. With sequence parallelism x and the result are (N
+/ T, D).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +33,8 @@ from kernels.elementwise import Activation
 from kernels.statistics import gaussian_rms
 from kernels.telemetry import Statistics
 from model.accounting import FFNShape
+from model.collectives import gather, reduce
+from model.parallel import Axis, Mesh, cut_parameter
 
 
 def check_arms(
@@ -71,26 +76,28 @@ def check_arms(
 class FeedForward(nn.Module):
     """The arm under study: D -> F (once, or twice if gated) -> the formula -> D."""
 
-    def __init__(self, arm: FFNConfig, width: int, d_model: int) -> None:
+    def __init__(self, arm: FFNConfig, width: int, d_model: int, mesh: Mesh = Mesh()) -> None:
         super().__init__()
         self.activation = activation(arm.formula, arm.parameters, arm.backend, arm.from_output)
         formula = self.activation.formula
         self.gated, self.save, self.init_scale = formula.gated, arm.save, arm.init_scale
-        self.d_ff = width
+        self.d_ff, self.tensor = width, mesh.tensor
         self.statistics: Statistics | None = None  # where it is set, forward tells it what it sees
-        self.up = nn.Parameter(torch.empty((2, width, d_model) if self.gated else (width, d_model)))  # gate first
-        self.down = nn.Parameter(torch.empty(d_model, width))
+        shape = (2, width, d_model) if self.gated else (width, d_model)  # gate first
+        self.up = cut_parameter(mesh, shape, len(shape) - 2)
+        self.down = cut_parameter(mesh, (d_model, width), 1)
         self.learned = nn.ParameterDict(
             {
-                name: nn.Parameter(torch.empty(width if p.share == "channel" else 1))
+                name: cut_parameter(mesh, (width,), 0) if p.share == "channel" else nn.Parameter(torch.empty(1))
                 for name, p in formula.learned.items()
             }
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., D)."""
+    def forward(self, x: Tensor, sequence: bool = False) -> Tensor:
+        """x (..., D) -> (..., D); `sequence` says that x is a tensor rank's share of the tokens, and so will be the result."""
         learned = [self.learned[name] for name in self.activation.formula.learned]
-        return _FeedForward.apply(self.activation, self.save, self.statistics, x, self.up, self.down, *learned)
+        seam = _Seam(self.activation, self.save, self.statistics, self.tensor, sequence)
+        return _FeedForward.apply(seam, x, self.up, self.down, *learned)
 
     @property
     def down_scale(self) -> float:
@@ -106,50 +113,61 @@ class FeedForward(nn.Module):
         )
 
 
+class _Seam(NamedTuple):
+    """What a layer's function needs to know beside its tensors."""
+
+    activation: Activation
+    save: str
+    statistics: Statistics | None
+    tensor: Axis
+    sequence: bool
+
+
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        activation: Activation,
-        save: str,
-        statistics: Statistics | None,
-        x: Tensor,
-        up: Tensor,
-        down: Tensor,
-        *learned: Tensor,
-    ) -> Tensor:
-        pre = _project(x, up)
-        if statistics is None:
-            h = activation.forward(pre, learned)
+    def forward(ctx: Any, seam: _Seam, x: Tensor, up: Tensor, down: Tensor, *learned: Tensor) -> Tensor:
+        pre = _project(gather(x, seam.tensor, seam.sequence).wait(), up)
+        if seam.statistics is None:
+            h = seam.activation.forward(pre, learned)
         else:
-            h, seen = activation.forward_with_statistics(pre, learned)
-            statistics.add(seen)
-        ctx.activation, ctx.save = activation, save
-        kept = {"packed": (pre,), "output": (h,), "everything": (pre, h), "input": ()}[save]
+            h, seen = seam.activation.forward_with_statistics(pre, learned)
+            seam.statistics.add(seen)
+        kept = {"packed": (pre,), "output": (h,), "everything": (pre, h), "input": ()}[seam.save]
         ctx.save_for_backward(x, up, down, *learned, *kept)
-        ctx.learned = len(learned)
-        return F.linear(h, down)
+        ctx.seam, ctx.learned = seam, len(learned)
+        return reduce(F.linear(h, down), seam.tensor, seam.sequence).wait()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, up, down, *rest = ctx.saved_tensors
         learned, kept = rest[: ctx.learned], rest[ctx.learned :]
-        h = kept[-1] if ctx.save in ("output", "everything") else None
+        _, need_x, need_up, need_down, *_ = ctx.needs_input_grad
+        activation, save, _, tensor, sequence = ctx.seam
+        h = kept[-1] if save in ("output", "everything") else None
+        gradient = gather(gradient, tensor, sequence).wait()
+        again = gather(x, tensor, sequence)  # while what follows is computed
         flat = gradient.reshape(-1, gradient.shape[-1])
         dh = (flat @ down).view(*gradient.shape[:-1], down.shape[1])
-        need_down = ctx.needs_input_grad[5]
-        if ctx.save == "output":
-            dpre, dlearned = ctx.activation.backward_from_output(h, dh), []
+        if save == "output":
+            dpre, dlearned = activation.backward_from_output(h, dh), []
         else:
-            pre = kept[0] if kept else _project(x, up)
-            dpre, again, dlearned = ctx.activation.backward(pre, dh, learned, with_h=h is None and need_down)
-            h = again if h is None else h
-        d_down = flat.T @ h.reshape(len(flat), -1) if need_down else None
+            pre = kept[0] if kept else _project(again.wait(), up)
+            dpre, h_again, dlearned = activation.backward(pre, dh, learned, with_h=h is None and need_down)
+            h = h_again if h is None else h
+        # A parameter of the whole layer sees the channels of every tensor rank.
+        shares = (parameter.share for parameter in activation.formula.learned.values())
+        alone = Axis()
+        summed = [
+            reduce(d, tensor if share == "layer" else alone, False) for d, share in zip(dlearned, shares, strict=False)
+        ]
         packed = dpre.reshape(len(flat), -1)
-        d_up = (packed.T @ x.reshape(len(flat), -1)).view(up.shape) if ctx.needs_input_grad[4] else None
-        d_x = (packed @ up.flatten(0, -2)).view(x.shape) if ctx.needs_input_grad[3] else None
-        return None, None, None, d_x, d_up, d_down, *_cast(dlearned, learned)
+        # First the gradient that ranks add up: that takes place beside the other products.
+        d_x = reduce((packed @ up.flatten(0, -2)).view(gradient.shape), tensor, sequence) if need_x else None
+        d_down = flat.T @ h.reshape(len(flat), -1) if need_down else None
+        d_up = (packed.T @ again.wait().reshape(len(flat), -1)).view(up.shape) if need_up else None
+        d_x = None if d_x is None else d_x.wait()
+        return None, d_x, d_up, d_down, *_cast([d.wait() for d in summed], learned)
 
 
 def _project(x: Tensor, up: Tensor) -> Tensor:

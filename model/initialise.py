@@ -1,9 +1,9 @@
 """Initial weights: a function of (parameter's name, seed) alone.
 
-So they are the same whatever the number of ranks or the ZeRO stage, and everything outside the FFN is the same for every
-arm. Matrices are normal; the two that write into the residual stream (attention.out, ffn.down) are scaled by
-1 / sqrt(2 n_layers), so that its variance does not grow with depth (GPT-2, Radford 2019), and ffn.down also by its arm's
-`down_scale`. Norms start at 1, what a formula learns where the formula says.
+So they are the same whatever the ranks that share a matrix, their number, or the ZeRO stage, and everything outside the FFN
+is the same for every arm. Matrices are normal; the two that write into the residual stream (attention.out, ffn.down) are
+scaled by 1 / sqrt(2 n_layers), so that its variance does not grow with depth (GPT-2, Radford 2019), and ffn.down also by its
+arm's `down_scale`. Norms start at 1, what a formula learns where the formula says.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import torch
 from torch import nn
 
 from model.accounting import Shape
+from model.decoder import Decoder
 from model.feed_forward import FeedForward
+from model.parallel import cut_of, whole_shape
 
 
 def initialise(
-    model: nn.Module,
+    model: Decoder,
     shape: Shape,
     seed: int,
     init_std: float | None = None,
@@ -36,6 +38,7 @@ def initialise(
     """
     std = shape.d_model**-0.5 if init_std is None else init_std
     constants, scales = _of_the_arms(model)
+    tensor = model.mesh.tensor
     for name, parameter in model.named_parameters():
         with gather(parameter), torch.no_grad():
             if name.endswith("norm.weight") or name in constants:
@@ -45,8 +48,10 @@ def initialise(
             scale = std / math.sqrt(2 * shape.n_layers) if residual else std
             scale *= scales.get(name, 1.0)
             generator = torch.Generator().manual_seed(_seed_of(name, seed))
-            fresh = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, scale, generator=generator)
-            parameter.copy_(fresh)
+            whole = torch.empty(whole_shape(parameter, tensor.size), dtype=torch.float32)
+            whole.normal_(0.0, scale, generator=generator)
+            cut = cut_of(parameter)
+            parameter.copy_(whole if cut is None else cut.part(whole, tensor.rank, tensor.size))
 
 
 def _of_the_arms(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:

@@ -7,19 +7,25 @@ from torch import Tensor, nn
 
 from kernels.norm import rms_norm
 from kernels.rotary import rotate
+from model.collectives import with_summed_gradient
+from model.parallel import Axis
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """Root-mean-square normalisation over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467).
 
-    def __init__(self, width: int, eps: float) -> None:
+    Args:
+        shared: tensor ranks that each normalise other tokens or other heads.
+    """
+
+    def __init__(self, width: int, eps: float, shared: Axis = Axis()) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
+        self.eps, self.shared = eps, shared
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x, residual (..., width) -> (the norm of x + residual, x + residual); without a residual of x alone."""
-        return rms_norm(x, self.weight, self.eps, residual)
+        return rms_norm(x, with_summed_gradient(self.weight, self.shared), self.eps, residual)
 
 
 class Rotary(nn.Module):

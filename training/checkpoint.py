@@ -1,118 +1,203 @@
-"""Checkpoints that know no topology: whole tensors in safetensors, so that a run may go on under any number of ranks and stage.
+"""Saving and loading under ZeRO and tensor parallelism; the format, which knows no topology, is `model/weights.py`.
 
-DeepSpeed's own files are pickles tied to a ZeRO stage and a number of ranks, and it names the newest before all ranks have
-written. Here the fp32 master weights and the optimizer's moments of every parameter are gathered one at a time through
-DeepSpeed's documented `safe_*` access, and rank 0 writes them (model/weights.py has the format) into a temporary folder that is
-synced and renamed: a folder called `step_N` is complete. bf16 weights are not stored, they are the masters rounded.
+DeepSpeed's own files are pickles tied to a ZeRO stage and to a number of ranks, and it names the newest before all ranks have
+written. Its universal checkpoint gives every parameter group the first one's weight decay under ZeRO-3, and does not load into
+tensor ranks there. PyTorch's distributed checkpoint needs DTensors, which ZeRO's partitions are not. So each rank copies what
+it holds of the fp32 masters and of the optimizer's moments to host memory, through the fragments that ZeRO itself works on:
+training waits for that copy only. A thread then writes it to a file, all ranks at once and without a word between them but
+whether it succeeded; when all files are synced, rank 0 adds the index and renames the folder: one called `step_N` is
+complete. bf16 weights are not stored, they are the masters rounded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from conf.errors import UserError
-from conf.files import atomic_folder
-from model.weights import CheckpointReader, checkpoints, file_hash, from_disk, to_disk
+from conf.files import publish
+from model.parallel import cut_of
+from model.weights import (
+    MOMENTS,
+    CheckpointReader,
+    Piece,
+    checkpoints,
+    file_of,
+    index_entry,
+    stored_name,
+    write_rest,
+    write_tensors,
+)
 from training.engine import Engine
 
-FORMAT = 1
-_FILE_BYTES = 2 << 30  # tensors are gathered until a file has this size: bounds the memory of rank 0
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """How a save ended; the same on every rank."""
+
+    path: Path
+    failure: str  # why there is no checkpoint; "" is none
+    warning: str  # older ones that could not be removed
+    waited_seconds: float  # for how long training stood still
+    seconds: float  # until it was complete
 
 
-def save(engine: Engine, folder: Path, state: dict[str, Any]) -> Path:
-    """Write the checkpoint `step_N` for N = state["step"]; every rank must call it together.
+class Saver:
+    """Saves checkpoints of a run beside its training, one at a time. Every rank has one, and calls its methods together.
 
     Args:
         folder: that of the run's checkpoints.
-        state: what else must be known to go on, as JSON.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        OSError: on rank 0, if it cannot be written; what was saved before is untouched.
+        exchange: with the savers of the other ranks.
+        keep_last: how many of the newest are kept, beside the best one; None: all.
     """
-    path = folder / f"step_{state['step']:08d}"
-    is_writer = dist.get_rank() == 0
-    failure: OSError | None = None
-    if not _inner(engine).state:  # no step was applied yet
-        _make_optimizer_state(engine, 0)
-    _link(engine)
-    with contextlib.ExitStack() as stack:
-        writer = None
-        if is_writer:
-            try:
-                _sweep(folder, path)
-                writer = _Writer(stack.enter_context(atomic_folder(path)))
-            except OSError as error:
-                failure = error
-        for key in ("", *(f".{moment}" for moment in _MOMENTS)):
-            for name, parameter in engine.module.named_parameters():
-                # The gather is collective: a rank 0 that can no longer write still takes part in it.
-                tensor = _gather(engine, parameter, key.removeprefix("."))
-                if writer is not None and failure is None:
-                    try:
-                        writer.add(name, tensor, key)
-                    except OSError as error:
-                        failure = error
-        if writer is not None and failure is None:
-            try:
-                writer.finish({**state, "format": FORMAT, "optimizer_steps": _optimizer_steps(engine)})
-            except OSError as error:
-                failure = error
-        if failure is not None:
-            raise failure  # inside the stack: the temporary folder is removed
-    return path
+
+    def __init__(self, engine: Engine, folder: Path, exchange: Exchange, keep_last: int | None = None) -> None:
+        self.engine, self.folder, self.keep_last = engine, folder, keep_last
+        self._exchange = exchange
+        self._host: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._ended: Saved | BaseException | None = None
+
+    def begin(self, state: dict[str, Any]) -> None:
+        """Copy what this rank holds to host memory, and begin to write it as `step_N` for N = state["step"].
+
+        The save before must have ended.
+
+        Args:
+            state: what else must be known to go on, as JSON.
+        """
+        assert self._thread is None, "the save before has not been asked for its end"
+        began = time.perf_counter()
+        if not _inner(self.engine).state:  # no step was applied yet
+            _make_optimizer_state(self.engine, 0)
+        _link(self.engine)
+        pieces, tensors = self._copy()
+        state = {**state, "optimizer_steps": _optimizer_steps(self.engine)}
+        waited = time.perf_counter() - began
+        self._thread = threading.Thread(target=self._run, args=(pieces, tensors, state, began, waited), daemon=True)
+        self._thread.start()
+
+    def ended(self, wait: bool = False) -> Saved | None:
+        """Return how the last save ended, once; None while it goes on, unless `wait`, and when there is none."""
+        if self._thread is None or (self._thread.is_alive() and not wait):
+            return None
+        self._thread.join()
+        self._thread, ended = None, self._ended
+        if isinstance(ended, BaseException):
+            raise ended
+        return ended
+
+    def _copy(self) -> tuple[list[tuple[str, Piece]], dict[str, Tensor]]:
+        """Return this rank's pieces, and what they hold in host memory that the next save is going to use again."""
+        tensor, replica, rank = self.engine.mesh.tensor, self.engine.mesh.replicas.rank, dist.get_rank()
+        pieces, tensors = [], {}
+        on_gpu = self.engine.device.type == "cuda"
+        for part in _parts(self.engine):
+            other_has_it = (tensor.rank and cut_of(part.parameter) is None) or (self.engine.stage == 0 and replica)
+            if not part.size or other_has_it:
+                continue
+            pieces.append((part.name, Piece(tensor.rank, part.start, part.size, rank)))
+            for key in ("", *MOMENTS):
+                name, values = stored_name(part.name, key), part.read(key)
+                if name not in self._host:
+                    shape = part.shape if part.size == part.shape.numel() else (part.size,)
+                    self._host[name] = torch.empty(shape, dtype=torch.float32, pin_memory=on_gpu)
+                tensors[name] = self._host[name].copy_(values.view(self._host[name].shape), non_blocking=on_gpu)
+        if on_gpu:
+            torch.cuda.synchronize(self.engine.device)
+        return pieces, tensors
+
+    def _run(
+        self, pieces: list, tensors: dict[str, Tensor], state: dict[str, Any], began: float, waited: float
+    ) -> None:
+        path, warning = self.folder / f"step_{state['step']:08d}", ""
+        try:
+            failure = self._write(path, pieces, tensors, state)
+            if not failure and self.keep_last is not None and dist.get_rank() == 0:
+                warning = _attempt(lambda: prune(self.folder, self.keep_last))
+            self._ended = Saved(path, failure, warning, waited, time.perf_counter() - began)
+        except BaseException as error:  # nothing of the disk's: it is raised where the run asks for the end
+            self._ended = error
+
+    def _write(self, path: Path, pieces: list, tensors: dict[str, Tensor], state: dict[str, Any]) -> str:
+        """Write the checkpoint together with the other ranks; return why there is none, or ""."""
+        rank, tell = dist.get_rank(), self._exchange
+        temporary, entry = path.with_name(f".{path.name}.tmp"), {}
+
+        def begin() -> None:
+            _sweep(self.folder, path)
+            temporary.mkdir(parents=True)
+
+        def write() -> None:
+            entry.update(write_tensors(temporary / file_of(rank), tensors))
+
+        def commit() -> None:
+            size = self.engine.mesh.tensor.size
+            index = {name: index_entry(p, size) for name, p in self.engine.module.named_parameters()}
+            for _, said in told:
+                for name, piece in said:
+                    index[name]["pieces"].append(piece)
+            files = {file_of(number): entry for number, (entry, _) in enumerate(told)}
+            write_rest(temporary, index, state, files)
+            publish(temporary, path)
+
+        failure = tell.first(_attempt(begin) if rank == 0 else "")
+        if not failure:
+            failure = tell.first(_attempt(write))
+        if not failure:
+            told = tell.to_rank_0((entry, pieces))
+            failure = tell.first(_attempt(commit) if rank == 0 else "")
+        if failure and rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return failure
 
 
-class _Writer:
-    """Collects tensors into safetensors files of bounded size."""
+class Exchange:
+    """Words between all ranks, spoken by a thread of their own while training goes on."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.tensors, self.bytes, self.files = folder, {}, 0, 0
+    def __init__(self) -> None:
+        self._size = dist.get_world_size()
+        # On GPUs too the words are the host's: NCCL's streams belong to training.
+        self._group = dist.new_group(backend="gloo") if self._size > 1 else None
 
-    def add(self, name: str, tensor: Tensor, suffix: str) -> None:
-        for stored, part in to_disk(name, tensor).items():
-            self.tensors[stored + suffix] = part.detach().to("cpu", torch.float32).contiguous()
-            self.bytes += 4 * part.numel()
-        if self.bytes >= _FILE_BYTES:
-            self._flush()
+    def first(self, word: str) -> str:
+        """Return the first word that is not empty, the same on every rank. Collective."""
+        told: list[Any] = [word] * self._size
+        if self._group is not None:
+            dist.all_gather_object(told, word, group=self._group)
+        return next(filter(None, told), "")
 
-    def finish(self, state: dict[str, Any]) -> None:
-        self._flush()
-        (self.folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        files = sorted(self.folder.iterdir())
-        listed = {path.name: {"bytes": path.stat().st_size, "blake2b": file_hash(path)} for path in files}
-        text = json.dumps({"format": FORMAT, "files": listed}, indent=2) + "\n"
-        (self.folder / "manifest.json").write_text(text, encoding="utf-8")
+    def to_rank_0(self, word: Any) -> list[Any]:
+        """Return, on rank 0, what each said. Collective."""
+        told: list[Any] = [word] * self._size
+        if self._group is not None:
+            dist.gather_object(word, told if dist.get_rank() == 0 else None, group=self._group)
+        return told
 
-    def _flush(self) -> None:
-        if self.tensors:
-            self.files += 1
-            path = self.folder / f"tensors-{self.files:05d}.safetensors"
-            try:
-                save_file(self.tensors, path)
-            except Exception as error:  # the library wraps the operating system's error in its own
-                raise OSError(f"cannot write {path}: {error}") from error
-            self.tensors, self.bytes = {}, 0
+
+def _attempt(action: Callable[[], None]) -> str:
+    """Return why the operating system refused, or ""."""
+    try:
+        action()
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def load(engine: Engine, folder: Path) -> dict[str, Any]:
@@ -124,15 +209,18 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
         UserError: the checkpoint is of another model or format.
     """
     reader = CheckpointReader(folder)
-    if reader.state.get("format") != FORMAT:
-        raise UserError(f"{folder} has checkpoint format {reader.state.get('format')}; this version reads {FORMAT}")
     _make_optimizer_state(engine, reader.state["optimizer_steps"])
+    keys = ("", *MOMENTS) if reader.has_optimizer_state else ("",)
+    tensor = engine.mesh.tensor
     with torch.no_grad():
-        for name, parameter in engine.module.named_parameters():
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            for key in ("", *_MOMENTS):
-                suffix = f".{key}" if key else ""
-                _scatter(engine, parameter, from_disk(name, shape, reader, suffix).to(engine.device), key)
+        for part in _parts(engine):
+            where = cut_of(part.parameter), tensor.rank, tensor.size
+            for key in keys if part.size else ():
+                part.write(key, reader.run(part.name, key, *where, part.start, part.start + part.size))
+            # Stages 1 and 2 have all of the weight on every replica, stage 3 that of a small parameter.
+            if engine.stage in (1, 2) or (engine.stage == 3 and part.parameter.numel() == part.shape.numel()):
+                whole = reader.run(part.name, "", *where, 0, part.shape.numel())
+                part.parameter.data.copy_(whole.view(part.shape))
     return reader.state
 
 
@@ -160,35 +248,72 @@ def _sweep(folder: Path, path: Path) -> None:
         path.rename(path.with_name("." + path.name + ".old"))
 
 
-def _gather(engine: Engine, parameter: nn.Parameter, key: str) -> Tensor:
-    """Return the whole fp32 tensor: the master weight (key "") or a moment. Collective over the data-parallel ranks."""
-    if engine.stage == 0:
-        return engine.optimizer.state[parameter][key] if key else parameter.data
-    return safe_get_full_optimizer_state(parameter, key) if key else safe_get_full_fp32_param(parameter)
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What this rank holds of a parameter: `size` elements from `start` on of its flattened tensor of `shape`.
+
+    read(key) returns them, flat and in fp32, of the master weight (key "") or of a moment; write(key, values) puts them there.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    shape: torch.Size
+    start: int
+    size: int
+    read: Callable[[str], Tensor]
+    write: Callable[[str, Tensor], None]
 
 
-def _scatter(engine: Engine, parameter: nn.Parameter, whole: Tensor, key: str) -> None:
-    """Write this rank's part of a whole tensor into the master weight (key "") or a moment."""
-    if engine.stage == 0:
-        (engine.optimizer.state[parameter][key] if key else parameter.data).copy_(whole)
-    elif engine.stage == 3:
-        # DeepSpeed's setter of whole tensors reads past the end where the ranks do not divide them: cut and pad here.
-        part = torch.zeros(parameter.ds_tensor.numel(), dtype=whole.dtype, device=whole.device)
-        rank = dist.get_rank()
-        mine = whole.flatten()[rank * part.numel() : (rank + 1) * part.numel()]
-        part[: mine.numel()] = mine
+def _parts(engine: Engine) -> Iterator[_Part]:
+    """Yield this rank's part of every parameter."""
+    kind = {0: _unpartitioned, 3: _of_stage_3}.get(engine.stage, _of_stages_1_and_2)
+    for name, parameter in engine.module.named_parameters():
+        yield kind(engine, name, parameter)
+
+
+def _unpartitioned(engine: Engine, name: str, parameter: nn.Parameter) -> _Part:
+    def read(key: str) -> Tensor:
+        return (engine.optimizer.state[parameter][key] if key else parameter.data).view(-1)
+
+    def write(key: str, values: Tensor) -> None:
+        read(key).copy_(values)
+
+    return _Part(name, parameter, parameter.shape, 0, parameter.numel(), read, write)
+
+
+def _of_stages_1_and_2(_: Engine, name: str, parameter: nn.Parameter) -> _Part:
+    mapping = parameter._hp_mapping  # None where other replicas have all of it
+    address = mapping.lp_fragment_address if mapping else None
+
+    def read(key: str) -> Tensor:
+        return mapping.get_hp_fragment(key or None).view(-1)
+
+    def write(key: str, values: Tensor) -> None:
+        read(key).copy_(values)
+
+    start, size = (address.start, address.numel) if address else (0, 0)
+    return _Part(name, parameter, parameter.shape, start, size, read, write)
+
+
+def _of_stage_3(engine: Engine, name: str, parameter: nn.Parameter) -> _Part:
+    partition, numel = parameter.ds_tensor.numel(), parameter.ds_numel  # the last one is padded
+    start = min(engine.mesh.replicas.rank * partition, numel)
+    size = min(partition, numel - start)
+
+    def read(key: str) -> Tensor:
+        own = safe_get_local_optimizer_state(parameter, key) if key else safe_get_local_fp32_param(parameter)
+        return own.view(-1)[:size]
+
+    def write(key: str, values: Tensor) -> None:
+        padded = torch.zeros(partition, device=engine.device)
+        padded[:size] = values
         if key:
-            safe_set_local_optimizer_state(parameter, part, key)
+            safe_set_local_optimizer_state(parameter, padded, key)
             return
-        safe_set_local_fp32_param(parameter, part)
-        parameter.ds_tensor.data.copy_(part)  # setting the master leaves the weight that the model uses alone
-        if parameter.numel() == whole.numel():  # small parameters are kept whole on every rank
-            parameter.data.copy_(whole)
-    elif key:
-        safe_set_full_optimizer_state(parameter, whole, key)
-    else:
-        safe_set_full_fp32_param(parameter, whole)
-        parameter.data.copy_(whole)
+        safe_set_local_fp32_param(parameter, padded)
+        parameter.ds_tensor.data.copy_(padded)  # setting the master leaves the weight that the model uses alone
+
+    return _Part(name, parameter, parameter.ds_shape, start, size, read, write)
 
 
 def _flat_parameters(engine: Engine) -> list[Tensor]:
@@ -213,13 +338,13 @@ def _make_optimizer_state(engine: Engine, steps: int) -> None:
     for flat in _flat_parameters(engine):
         state = inner.state[flat]
         state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=flat.device)
-        for moment in _MOMENTS:
+        for moment in MOMENTS:
             state[moment] = torch.zeros_like(flat)
     _link(engine)
 
 
 def _link(engine: Engine) -> None:
-    """Let `safe_*` find the optimizer state of every parameter group under ZeRO-1 and 2.
+    """Let ZeRO-1 and 2's fragments find the optimizer state of every parameter group.
 
     DeepSpeed links parameters to their state once, in the step of its first group, when the later groups have none yet.
     """

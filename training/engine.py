@@ -19,12 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conf.schema import Config
+from conf.schema import Config, ParallelConfig
 from conf.validate import Batch
+from data.batches import IGNORED
 from launch.ranks import Ranks
 from model.accounting import Shape
 from model.decoder import Decoder
 from model.initialise import initialise
+from model.parallel import Mesh, cut_of, join
+from training.mpu import ModelParallelUnit
 
 
 def start_process_group(ranks: Ranks, device: torch.device, timeout_minutes: float) -> None:
@@ -37,11 +40,21 @@ def start_process_group(ranks: Ranks, device: torch.device, timeout_minutes: flo
         dist.init_process_group(backend, timeout=timeout)
 
 
+def join_mesh(parallel: ParallelConfig) -> Mesh:
+    """Make the groups that the configuration asks for. Collective."""
+    timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
+    return join(parallel.tensor, parallel.context, parallel.sequence, timeout)
+
+
 def deepspeed_config(config: Config, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
-    """Return DeepSpeed's configuration as the dictionary that `deepspeed.initialize` takes."""
+    """Return DeepSpeed's configuration as the dictionary that `deepspeed.initialize` takes.
+
+    To DeepSpeed a context rank is one more data-parallel rank: it too has a micro-batch of its own, of parts of sequences, and
+    the gradient is the mean over all of them.
+    """
     zero, bf16 = config.zero, dtype == torch.bfloat16
     result: dict[str, Any] = {
-        "train_batch_size": batch.global_batch,
+        "train_batch_size": batch.global_batch * config.parallel.context,
         "train_micro_batch_size_per_gpu": batch.micro_batch,
         "gradient_accumulation_steps": batch.accumulation,
         # Written even when 0: unset means 1.0 to DeepSpeed. Stage 0 is clipped in `_norm_without_zero`.
@@ -65,6 +78,7 @@ def deepspeed_config(config: Config, batch: Batch, dtype: torch.dtype) -> dict[s
             "stage3_prefetch_bucket_size": zero.bucket_elements,
             "stage3_max_live_parameters": 20 * zero.bucket_elements,
             "stage3_max_reuse_distance": 20 * zero.bucket_elements,
+            "stage3_param_persistence_threshold": min(100_000, zero.bucket_elements),
             "sub_group_size": 10**9,
         }
         if zero.offload_parameters:
@@ -90,9 +104,10 @@ class GradientPiece:
     """A rank's part of a parameter's gradient: the elements from `start` on of the flattened tensor of `shape`."""
 
     name: str
-    shape: torch.Size
+    shape: torch.Size  # of this tensor rank's part
     start: int
     values: Tensor  # (elements,)
+    shared: bool = False  # the other tensor ranks have the same piece
 
 
 class Observer(Protocol):
@@ -117,13 +132,16 @@ class Engine:
         dtype: torch.dtype,
         attention: str,
         document_start: int | None,
+        mesh: Mesh = Mesh(),
     ) -> None:
         deepspeed = import_deepspeed()
-        self.config, self.batch, self.device, self.dtype = config, batch, device, dtype
+        self.config, self.batch, self.device, self.dtype, self.mesh = config, batch, device, dtype, mesh
+        # The groups that DeepSpeed makes for itself are right as long as no matrix is shared.
+        mpu = ModelParallelUnit(mesh) if mesh.tensor.size > 1 else None
         settings = deepspeed_config(config, batch, dtype)
         partitioned = config.zero.stage == 3
-        with _whole_model(deepspeed, settings, partitioned):
-            self.module = Decoder(shape, config.model, attention, document_start)
+        with _whole_model(deepspeed, settings, partitioned, mesh, mpu):
+            self.module = Decoder(shape, config.model, attention, document_start, mesh)
         gather = (lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0)) if partitioned else _as_it_is
         initialise(self.module, shape, config.seed, config.model.init_std, gather)
         if not partitioned:
@@ -135,6 +153,7 @@ class Engine:
             model=self.module,
             optimizer=optimizer,
             config=settings,
+            mpu=mpu,
             dist_init_required=False,
         )
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -146,12 +165,12 @@ class Engine:
         """Take one optimizer step.
 
         Args:
-            tokens: (sequences of this rank, S + 1) int64 on the device.
+            tokens: (sequences of this data rank, S + 1) int64 on the device.
             rate: the share of the peak learning rate.
             observer: who looks at this step.
 
         Returns:
-            This rank's mean loss (a detached fp32 scalar on the device), the gradient norm of the whole model before
+            The mean loss of this rank's tokens (a detached fp32 scalar on the device), the whole model's gradient norm before
             clipping, and whether the step was applied: one with a gradient that is not finite is skipped on every rank.
         """
         for group, peak in zip(self.optimizer.param_groups, self.base_rates, strict=True):
@@ -159,7 +178,7 @@ class Engine:
         skipped, norm, total = self.deepspeed.skipped_steps, None, torch.zeros((), device=self.device)
         for micro in tokens.split(self.batch.micro_batch):
             with observer.forward() if observer else contextlib.nullcontext():
-                objective, nats = self.deepspeed(micro[:, :-1], micro[:, 1:])
+                objective, nats = self.deepspeed(self._own(micro[:, :-1]), self._own(micro[:, 1:]))
             self.deepspeed.backward(objective)
             total += nats
             if observer and self.deepspeed.is_gradient_accumulation_boundary():
@@ -177,7 +196,15 @@ class Engine:
     def _norm_without_zero(self) -> Tensor:
         """Stage 0 in fp32 neither reports the norm nor skips a step that is not finite: both are made good, then it clips."""
         parameters = list(self.module.parameters())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        axis = self.mesh.tensor
+        squares = torch.zeros((), device=self.device)
+        for cut in (True, False):  # what every tensor rank has counts once
+            gradients = [p.grad for p in parameters if p.grad is not None and (cut_of(p) is not None) == cut]
+            if cut or axis.rank == 0:
+                squares += torch.nn.utils.get_total_norm(gradients).square()
+        if axis.size > 1:
+            dist.all_reduce(squares, group=axis.group)
+        norm = squares.sqrt()
         if not torch.isfinite(norm):
             for parameter in parameters:
                 parameter.grad = None  # AdamW leaves a parameter without a gradient alone
@@ -188,34 +215,46 @@ class Engine:
     def _gradient_pieces(self) -> Iterator[GradientPiece]:
         """Yield this rank's share of the whole batch's gradient, which exists between backward and step.
 
-        The pieces of all ranks together are the gradient of every parameter, once.
+        The pieces of all replicas together are the gradient of every parameter of their tensor rank, once.
         """
         from deepspeed.utils import safe_get_local_grad
 
-        rank, world = dist.get_rank(), dist.get_world_size()
+        rank, world = self.mesh.replicas.rank, self.mesh.replicas.size
         for name, parameter in self.module.named_parameters():
+            shared = cut_of(parameter) is None
             if self.stage == 0:  # every rank has it all
                 size = -(-parameter.numel() // world)
                 start = min(rank * size, parameter.numel())
-                yield GradientPiece(name, parameter.shape, start, parameter.grad.flatten()[start : start + size])
+                values = parameter.grad.flatten()[start : start + size]
+                yield GradientPiece(name, parameter.shape, start, values, shared)
             elif self.stage == 3:
                 part = safe_get_local_grad(parameter)
                 start = min(rank * part.numel(), parameter.ds_numel)
-                yield GradientPiece(name, parameter.ds_shape, start, part.flatten()[: parameter.ds_numel - start])
+                values = part.flatten()[: parameter.ds_numel - start]
+                yield GradientPiece(name, parameter.ds_shape, start, values, shared)
             elif (mapping := parameter._hp_mapping) is not None:
                 part = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
                 start, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
                 if part.numel() > size:  # stage 1 in bf16 with accumulation keeps the whole sum on every rank
                     part = part[start : start + size]
-                yield GradientPiece(name, parameter.shape, start, part)
+                yield GradientPiece(name, parameter.shape, start, part, shared)
+
+    def _own(self, tokens: Tensor) -> Tensor:
+        """(B, S) -> (B, S / C): what this context rank takes of each sequence."""
+        return tokens.chunk(self.mesh.context.size, 1)[self.mesh.context.rank].contiguous()
 
     @torch.no_grad()
-    def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss (fp32 scalar) of inputs (B, S) against targets (B, S), where -100 is left out."""
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the summed loss (fp32 scalar) of this rank's part of targets (B, S), and how many targets that is.
+
+        Where a target is -100 it is left out.
+        """
         self.deepspeed.eval()
+        inputs, targets = self._own(inputs), self._own(targets)
         _, nats = self.deepspeed(inputs, targets)
         self.deepspeed.train()
-        return nats
+        valid = (targets != IGNORED).sum()
+        return nats * valid, valid
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cache: list[Any]) -> Tensor:
@@ -252,6 +291,10 @@ def _as_it_is(_: nn.Parameter) -> Iterator[None]:
     yield
 
 
-def _whole_model(deepspeed: Any, settings: dict[str, Any], partitioned: bool) -> contextlib.AbstractContextManager[Any]:
+def _whole_model(
+    deepspeed: Any, settings: dict[str, Any], partitioned: bool, mesh: Mesh, mpu: ModelParallelUnit | None
+) -> contextlib.AbstractContextManager[Any]:
     """Under ZeRO-3 parameters are partitioned as they are made: no rank ever holds the whole model."""
-    return deepspeed.zero.Init(config_dict_or_path=settings) if partitioned else contextlib.nullcontext()
+    if not partitioned:
+        return contextlib.nullcontext()
+    return deepspeed.zero.Init(data_parallel_group=mesh.replicas.group, config_dict_or_path=settings, mpu=mpu)

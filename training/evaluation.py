@@ -8,7 +8,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from data.batches import IGNORED, Dataset, held_out_count, held_out_windows
+from data.batches import Dataset, held_out_count, held_out_windows
 from training.engine import Engine
 
 
@@ -32,26 +32,23 @@ def evaluate(engine: Engine, dataset: Dataset, sequence_length: int, tokens: int
     """Measure the mean loss of the held-out set, or of its first `tokens` tokens. Every rank must call it together.
 
     The set is cut into windows that do not overlap, so each token is a target once, with up to `sequence_length` - 1 tokens
-    before it. Ranks take turns; a rank without a window in the last turn computes one that does not count, since under ZeRO-3
+    before it. Data ranks take turns; one without a window in the last turn computes one that does not count, since under ZeRO-3
     the forward is collective.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
+    data, replicas = engine.mesh.data, engine.mesh.replicas
     count = held_out_count(dataset, sequence_length)
     if tokens is not None:
         count = min(count, max(1, tokens // sequence_length))
-    mine = range(rank, count, world)
-    turns = -(-count // (world * engine.batch.micro_batch))
+    mine = range(data.rank, count, data.size)
+    turns = -(-count // (data.size * engine.batch.micro_batch))
     windows = held_out_windows(dataset, sequence_length, engine.batch.micro_batch, mine)
     idle = next(held_out_windows(dataset, sequence_length, 1, [0]))
-    nats, measured = 0.0, 0
+    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)  # nats, targets
     for _ in range(turns):
         window = next(windows, None)
         inputs, targets = (torch.from_numpy(rows).to(engine.device) for rows in window or idle)
-        loss = engine.evaluate(inputs, targets)
+        measured = engine.evaluate(inputs, targets)
         if window:
-            valid = int((targets != IGNORED).sum())
-            nats += float(loss) * valid
-            measured += valid
-    totals = torch.tensor([nats, measured], dtype=torch.float64, device=engine.device)
-    dist.all_reduce(totals)
+            totals += torch.stack([figure.double() for figure in measured])
+    dist.all_reduce(totals, group=replicas.group)
     return HeldOut(float(totals[0] / totals[1]), int(totals[1]))

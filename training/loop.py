@@ -27,7 +27,7 @@ from data.batches import BatchStream, Dataset, open_dataset, sample_hash
 from data.prepare import prepare
 from launch.launchers import Launchers
 from launch.ranks import Ranks
-from model.accounting import Shape, parameters, shape_of
+from model.accounting import Shape, check_shares, parameters, shape_of
 from model.attention import choose
 from model.decoder import Decoder
 from model.feed_forward import check_arms
@@ -100,7 +100,7 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
 
 
 class _Run:
-    """The state of a run while it trains. `step` steps are done, and `batches_hash` is the hash of this rank's samples."""
+    """The state of a run while it trains. `step` steps are done, and `batches_hash` is the hash of this data rank's samples."""
 
     def __init__(
         self, config: Config, batch: Batch, ranks: Ranks, folder: RunFolder, dataset: Dataset, report: Report
@@ -116,15 +116,19 @@ class _Run:
 
     def build(self, shape: Shape, device: torch.device, dtype: torch.dtype, attention: str) -> None:
         """Join the ranks and make the engine."""
-        from training.engine import Engine, send_deepspeed_log_to, start_process_group
+        from training.checkpoint import Exchange, Saver
+        from training.engine import Engine, join_mesh, send_deepspeed_log_to, start_process_group
         from training.telemetry import Telemetry
 
         self.shape = shape
         start_process_group(self.ranks, device, self.config.parallel.timeout_minutes)
         document_start = self.dataset.eos_id if self.config.model.mask_documents else None
         with self.folder.quiet():
-            self.engine = Engine(self.config, self.batch, shape, device, dtype, attention, document_start)
+            self.mesh = join_mesh(self.config.parallel)
+            self.engine = Engine(self.config, self.batch, shape, device, dtype, attention, document_start, self.mesh)
             send_deepspeed_log_to(self.folder.path / "deepspeed.log")
+        exchange = Exchange()
+        self.saver = Saver(self.engine, self.folder.checkpoints, exchange, self.config.keep_last)
         self.telemetry = Telemetry(self.engine, self.config.telemetry_every, self.config.telemetry_window)
 
     def resume(self, path: Path) -> None:
@@ -133,7 +137,7 @@ class _Run:
 
         state = checkpoint.load(self.engine, path)
         self.step = self.report.step = state["step"]
-        self.batches_hash = state["batches_hash"] if self.ranks.rank == 0 else 0
+        self.batches_hash = state["batches_hash"] if self.mesh.data.rank == 0 else 0
         self.trained_seconds = state["wall_seconds"]
         self.evaluation_missed = state["evaluation_missed"]
         if state["eval_loss"] is not None:
@@ -152,8 +156,8 @@ class _Run:
 
     def _train(self, peak: float, launchers: Launchers, launched: float) -> str:
         """Train to the last step, or to a signal; return the status."""
-        config, batch, world_size = self.config, self.batch, self.ranks.world_size
-        per_rank = batch.global_batch // world_size
+        config, batch, world_size, data = self.config, self.batch, self.ranks.world_size, self.mesh.data
+        per_rank = batch.global_batch // data.size
         self.console.start(self.step, batch.steps)
         if self.step >= batch.steps and self.last_eval is None:
             self._evaluate(None)
@@ -163,13 +167,14 @@ class _Run:
         clock, clock_step, clock_pause = time.perf_counter(), self.step, 0.0
         with StopRequest(launchers) as stop:
             while self.step < batch.steps:
-                first = self.step * batch.global_batch + self.ranks.rank * per_rank
+                first = self.step * batch.global_batch + data.rank * per_rank
                 rows = self.stream.samples(first, per_rank)
                 self.batches_hash = (self.batches_hash + sample_hash(first, rows)) % 2**64
                 tokens = torch.from_numpy(rows).to(self.engine.device)
                 share = rate(config.schedule, self.step, batch.steps)
                 loss, norm, applied = self.engine.train_step(tokens, share, self.telemetry.of(self.step + 1))
                 self._tell()  # of a step before, by now reduced
+                self._saved()
                 self.step = self.report.step = self.step + 1
                 self.telemetry.reduce(self.step, batch.tokens_per_step)
                 if self.step == 1:
@@ -213,6 +218,8 @@ class _Run:
             self._sample()
         if last or stopping or due(config.save_every):
             self._save(held_out)
+        if last or stopping:
+            self._saved(wait=True)
 
     def _evaluate(self, tokens: int | None) -> HeldOut:
         # All of it, then all units can be judged by it.
@@ -235,9 +242,8 @@ class _Run:
         self.report.samples(texts)
 
     def _save(self, held_out: HeldOut | None) -> None:
-        from training import checkpoint
-
         self._tell()  # a run that goes on from here would not
+        self._saved(wait=True)
         whole = held_out is not None and held_out.tokens == self.dataset.held_out.tokens
         state = {
             "step": self.step,
@@ -250,21 +256,23 @@ class _Run:
             "evaluation_missed": self.evaluation_missed,
             "wall_seconds": self._wall(),
         }
-        start = time.perf_counter()
-        failure = ""
-        try:
-            path = checkpoint.save(self.engine, self.folder.checkpoints, state)
-            self.report.event("saved", path=path.name, seconds=time.perf_counter() - start)
-        except OSError as error:  # rank 0 only; the run goes on, what was saved before is untouched
-            failure = str(error)
-            self.console.warn(f"the checkpoint of step {self.step} could not be saved: {failure}")
-            self.report.event("save_failed", reason=failure)
-        self.save_failed = self._from_rank_0(failure)
-        if self.ranks.rank == 0 and not self.save_failed:
-            try:
-                checkpoint.prune(self.folder.checkpoints, self.config.keep_last)
-            except OSError as error:
-                self.console.warn(f"older checkpoints could not be removed: {error}")
+        self.saver.begin(state)
+
+    def _saved(self, wait: bool = False) -> None:
+        """Tell how the last save ended, if it has ended. One that failed costs nothing that was saved before."""
+        saved = self.saver.ended(wait)
+        if saved is None:
+            return
+        self.save_failed = saved.failure
+        if saved.failure:
+            step = int(saved.path.name.removeprefix("step_"))
+            self.console.warn(f"the checkpoint of step {step} could not be saved: {saved.failure}")
+            self.report.event("save_failed", path=saved.path.name, reason=saved.failure)
+        else:
+            seconds = {"seconds": saved.seconds, "waited_seconds": saved.waited_seconds}
+            self.report.event("saved", path=saved.path.name, **seconds)
+        if saved.warning:
+            self.console.warn(f"older checkpoints could not be removed: {saved.warning}")
 
     def _finish(self, status: str) -> int:
         """Write the summary, close the mirrors, and tell the end; return the exit status."""
@@ -301,9 +309,10 @@ class _Run:
         return self.trained_seconds + time.monotonic() - self.started
 
     def _whole_hash(self) -> int:
-        """Return the hash of all samples so far, over all ranks. Collective."""
+        """Return the hash of all samples so far, over all data ranks. Collective."""
         parts: list[int | None] = [None] * self.ranks.world_size
-        dist.all_gather_object(parts, self.batches_hash)
+        counts = self.mesh.tensor.rank == self.mesh.context.rank == 0  # the others have the same samples
+        dist.all_gather_object(parts, self.batches_hash if counts else 0)
         return sum(parts) % 2**64  # type: ignore[arg-type]
 
     def _from_rank_0(self, value: Any) -> Any:
@@ -325,7 +334,9 @@ def _shape(config: Config, dataset: Dataset) -> Shape:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {dataset.vocab_size} pieces"
         )
-    return shape_of(config, dataset.vocab_size)
+    shape = shape_of(config, dataset.vocab_size)
+    check_shares(shape, config.parallel)
+    return shape
 
 
 def _check_checkpoint(path: Path, dataset: Dataset, shape: Shape, config: Config) -> None:

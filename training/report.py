@@ -94,7 +94,7 @@ class Report:
 
     def telemetry(self, step: int, figures: dict[str, Any]) -> None:
         """Tell what was seen inside the layers in a step that may be an earlier one."""
-        self._line("telemetry", step=step, tokens=step * self.batch.tokens_per_step, **figures)
+        self._line("telemetry", step, **figures)
 
     def samples(self, texts: list[str]) -> None:
         """Add texts that the model wrote to samples.txt."""
@@ -159,10 +159,11 @@ class Report:
             ("expected time", f"about {duration(expected)} at 40% of peak"),
         ]
 
-    def _line(self, kind: str, **figures: Any) -> None:
+    def _line(self, kind: str, step: int | None = None, **figures: Any) -> None:
         if not self.speaks:
             return
-        record = {"kind": kind, "step": self.step, "tokens": self.tokens} | figures
+        step = self.step if step is None else step
+        record = {"kind": kind, "step": step, "tokens": step * self.batch.tokens_per_step} | figures
         try:
             self.folder.append_metrics(record)
             self._unwritten = False

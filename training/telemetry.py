@@ -81,8 +81,8 @@ class _Look:
     """One look at all layers. The engine calls `forward` and `backward` (`engine.Observer`)."""
 
     def __init__(self, module: Decoder, device: torch.device) -> None:
-        self.layers = [layer.ffn for layer in module.layers]
-        self.statistics = [Statistics(f.activation.compiled, f.d_ff, device) for f in self.layers]
+        self.layers, self.tensor = [layer.ffn for layer in module.layers], module.mesh.tensor
+        self.statistics = [Statistics(f.activation.compiled, f.d_ff // self.tensor.size, device) for f in self.layers]
         self.squares = torch.zeros(len(self.layers), dtype=torch.float64, device=device)  # of each layer's gradient
         self.signs = torch.zeros(len(self.layers), module.shape.d_model, dtype=torch.float64, device=device)
         self.tokens = 0
@@ -102,7 +102,7 @@ class _Look:
         """Take in the gradient of the whole batch, in the pieces that this rank holds."""
         for piece in pieces:
             kind, _, rest = piece.name.partition(".")
-            if kind == "layers":
+            if kind == "layers" and not (piece.shared and self.tensor.rank):
                 index, _, name = rest.partition(".")
                 norm = torch.linalg.vector_norm(piece.values, dtype=torch.float32)  # in one pass, with no copy
                 self.squares[int(index)] += norm.double().square()
@@ -111,7 +111,7 @@ class _Look:
 
     def reduce(self) -> None:
         """Begin the two collectives."""
-        parts = [part for s in self.statistics for part in (s.sums, s.active)]
+        parts = [part for s in self.statistics for part in (s.sums, self._among_all(s.active))]
         self.sums = torch.cat([*parts, self.squares, self.signs.flatten()])
         self.peaks = torch.cat([statistics.peak for statistics in self.statistics])
         self._works = [
@@ -150,8 +150,13 @@ class _Look:
 
     @property
     def _whole(self) -> list[Tensor]:
-        sizes = [part.numel() for s in self.statistics for part in (s.sums, s.active)]
+        sizes = [size for s, f in zip(self.statistics, self.layers, strict=True) for size in (s.sums.numel(), f.d_ff)]
         return list(self.sums.split([*sizes, self.squares.numel(), self.signs.numel()]))
+
+    def _among_all(self, units: Tensor) -> Tensor:
+        """Put this tensor rank's units where they stand among those of the layer; the others are 0."""
+        after = self.tensor.size - 1 - self.tensor.rank
+        return F.pad(units, (self.tensor.rank * len(units), after * len(units)))
 
 
 class Window:

@@ -123,8 +123,8 @@ def test_a_name_is_one_of_those_that_the_rooms_know(name):
         ({"model.n_kv_heads": 8}, "model.n_kv_heads=8 does not divide model.n_heads=4"),
         ({"model.d_model": 12}, "the head dimension (d_model / n_heads) must be even"),
         ({"model.head_dim": 33}, "the head dimension (d_model / n_heads) must be even"),
-        ({"parallel.tensor": 2}, "parallel.tensor=2"),
-        ({"parallel.context": 2}, "parallel.context=2"),
+        ({"parallel.tensor": 2}, "parallel.tensor=2 x parallel.context=1 does not divide the 1 rank(s)"),
+        ({"parallel.context": 2}, "parallel.tensor=1 x parallel.context=2 does not divide the 1 rank(s)"),
         ({"zero.stage": 4}, "zero.stage=4: ZeRO has the stages 0, 1, 2 and 3"),
         ({"zero.stage": 0, "precision.name": "bf16"}, "zero=0 with precision=bf16 is wrong in DeepSpeed"),
         ({"zero.offload_parameters": True, "zero.stage": 2}, "zero.offload_parameters=true needs zero=3"),
@@ -185,7 +185,7 @@ def test_the_arithmetic_of_a_batch(total, micro, world, expected):
 
 @pytest.mark.parametrize("world", [3, 5, 16])
 def test_a_batch_that_ranks_cannot_share_is_refused(world):
-    assert f"global_batch_size=8 cannot be shared evenly by {world} ranks" in refusal({}, world)
+    assert f"global_batch_size=8 cannot be shared evenly by {world} data-parallel ranks" in refusal({}, world)
 
 
 def test_tokens_are_rounded_down_to_whole_steps_and_steps_win():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from conf.load import FOLDER
 from conf.schema import Config, FFNConfig
 from model.accounting import shape_of
 from model.decoder import Decoder
 from model.initialise import initialise
-from model.weights import file_hash, to_disk
+from model.weights import save_weights
 
 ARMS = {
     path.stem: {"parameters": {}, **yaml.safe_load(path.read_text(encoding="utf-8"))}
@@ -67,18 +65,9 @@ def build_decoder(
 
 
 def write_checkpoint_of(decoder: Decoder, folder: Path, step: int) -> Path:
-    """Write a checkpoint in the format that model/weights.py describes."""
+    """Write a checkpoint without optimizer state."""
     path = folder / f"step_{step:08d}"
-    path.mkdir(parents=True)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in decoder.named_parameters():
-        tensors |= {key: value.float().contiguous() for key, value in to_disk(name, parameter.detach()).items()}
-    names = sorted(tensors)
-    save_file({name: tensors[name] for name in names[::2]}, path / "weights_0.safetensors")
-    save_file({name: tensors[name] for name in names[1::2]}, path / "weights_1.safetensors")
-    (path / "state.json").write_text(json.dumps({"step": step}))
-    files = {file.name: {"bytes": file.stat().st_size, "blake2b": file_hash(file)} for file in path.iterdir()}
-    (path / "manifest.json").write_text(json.dumps({"files": files}))
+    save_weights(path, decoder.named_parameters(), {"step": step})
     return path
 
 

@@ -213,7 +213,9 @@ def test_recomputing_a_layer_changes_nothing_but_the_memory(build, tokens, monke
     for recompute in (False, True):
         decoder = build("geglu", activation_checkpointing=recompute, qk_norm=True, z_loss=1e-3)
         forward = decoder.layers[0].ffn.forward
-        monkeypatch.setattr(decoder.layers[0].ffn, "forward", lambda x, f=forward: calls.append(x.shape) or f(x))
+        monkeypatch.setattr(
+            decoder.layers[0].ffn, "forward", lambda x, *a, f=forward: calls.append(x.shape) or f(x, *a)
+        )
         loss, _ = decoder(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         losses.append(loss)

@@ -150,7 +150,7 @@ def run(tiny_config, build, write_checkpoint, tmp_path, monkeypatch):
 def test_a_run_is_loaded_as_it_was_saved(run, build):
     for step, expected in ((-1, 20), (20, 20), (10, 10)):
         model, _, state = load_run(run, step)
-        assert state == {"step": expected}
+        assert state["step"] == expected
         assert not model.training
         saved = build(dtype=torch.float32, seed=expected)
         assert all(torch.equal(*pair) for pair in zip(model.parameters(), saved.parameters(), strict=True))
@@ -173,7 +173,7 @@ def test_a_run_that_cannot_be_loaded_is_refused(run):
     (run / "checkpoints" / "step_00000020" / "state.json").write_text("{}")
     with pytest.raises(UserError, match=r"step_00000020 is damaged: state.json has 2 bytes"):
         load_run(run)
-    assert load_run(run, 10)[2] == {"step": 10}
+    assert load_run(run, 10)[2]["step"] == 10
     (run / "checkpoints").rename(run / "moved")
     with pytest.raises(UserError, match="has no checkpoint yet"):
         load_run(run)

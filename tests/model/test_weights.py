@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from conf.errors import UserError
-from model.weights import CheckpointReader, checkpoints, damage, from_disk, load_weights, newest_intact, to_disk
+from model.parallel import Cut
+from model.weights import (
+    CheckpointReader,
+    checkpoints,
+    damage,
+    file_hash,
+    file_of,
+    load_weights,
+    newest_intact,
+    write_rest,
+    write_tensors,
+)
 
 
 @pytest.fixture
@@ -22,39 +36,93 @@ def checkpoint(decoder, write_checkpoint, tmp_path):
     return write_checkpoint(decoder, tmp_path, 100)
 
 
-def test_gate_and_up_are_two_tensors_on_disk(decoder):
-    up = decoder.layers[1].ffn.up.detach()
-    stored = to_disk("layers.1.ffn.up", up)
-    assert list(stored) == ["layers.1.ffn.gate", "layers.1.ffn.up"]
-    assert torch.equal(stored["layers.1.ffn.gate"], up[0])
-    assert torch.equal(stored["layers.1.ffn.up"], up[1])
-    ungated = torch.randn(72, 32)
-    assert list(to_disk("layers.1.ffn.up", ungated)) == ["layers.1.ffn.up"]
-    assert list(to_disk("layers.1.ffn.down", ungated)) == ["layers.1.ffn.down"]
-
-
 @pytest.mark.parametrize("model", [{}, {"tie_embeddings": True, "qk_norm": True}], ids=str)
 def test_what_is_written_reads_back_equal(build, write_checkpoint, tmp_path, arm, model):
     saved = build(arm, dtype=torch.float32, seed=1, **model)
     folder = write_checkpoint(saved, tmp_path, 7)
     other = build(arm, dtype=torch.float32, seed=2, **model)
     state = load_weights(other, folder)
-    assert state == {"step": 7}
+    assert state == {"step": 7, "optimizer_steps": 0, "format": 2}
     assert all(torch.equal(*pair) for pair in zip(saved.parameters(), other.parameters(), strict=True))
-    names = set(CheckpointReader(folder)._files)
-    assert ("layers.0.ffn.gate" in names) == saved.layers[0].ffn.gated
-    assert ("head.weight" in names) == (not saved.shape.tied)
 
 
-def test_a_suffix_names_the_state_of_the_optimizer(checkpoint):
-    class Stored:
-        folder = checkpoint
+def test_a_file_of_pieces_is_one_that_the_library_reads(tmp_path):
+    tensors = {"a": torch.randn(3, 5), "b.exp_avg": torch.randn(7), "c": torch.randn(2, 0)}
+    entry = write_tensors(tmp_path / "x.safetensors", tensors)
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert entry == {
+        "bytes": (tmp_path / "x.safetensors").stat().st_size,
+        "blake2b": file_hash(tmp_path / "x.safetensors"),
+    }
 
-        def tensor(self, name: str) -> torch.Tensor:
-            return {"ffn.gate.exp_avg": torch.zeros(2, 3), "ffn.up.exp_avg": torch.ones(2, 3)}[name]
 
-    moment = from_disk("ffn.up", (2, 2, 3), Stored(), ".exp_avg")
-    assert moment.tolist() == [[[0.0] * 3] * 2, [[1.0] * 3] * 2]
+CUTS = [
+    (Cut(0, (12,)), (12, 5)),
+    (Cut(0, (12, 4, 4)), (20, 3)),  # queries, keys, values
+    (Cut(1, (8,)), (2, 8, 3)),  # gate and up
+    (Cut(1, (8,)), (6, 8)),
+    (Cut(0, (8,)), (8,)),
+]
+
+
+@pytest.mark.parametrize(("cut", "shape"), CUTS)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_parts_make_the_whole_again(cut, shape, size):
+    whole = torch.arange(math.prod(shape)).view(shape)
+    parts = [cut.part(whole, rank, size) for rank in range(size)]
+    assert len({part.shape for part in parts}) == 1
+    assert torch.equal(cut.whole(parts), whole)
+    if cut.sections == (12, 4, 4) and size == 2:  # the second rank has the second half of each
+        assert parts[1][:, 0].tolist() == [3 * row for row in (6, 7, 8, 9, 10, 11, 14, 15, 18, 19)]
+
+
+def pieces_in(folder, whole, cut, size, replicas):
+    """Write a tensor as `size` tensor ranks x `replicas` would: each a run of its flattened part."""
+    folder.mkdir()
+    index, files = {"shape": list(whole.shape), "tensor": size, "cut": dataclasses.asdict(cut), "pieces": []}, {}
+    for tensor in range(size):
+        flat = cut.part(whole, tensor, size).flatten()
+        for number, piece in enumerate(flat.tensor_split(replicas)):
+            rank = tensor * replicas + number
+            start = sum(len(p) for p in flat.tensor_split(replicas)[:number])
+            index["pieces"].append([tensor, start, len(piece), rank])
+            stored = piece.view_as(cut.part(whole, tensor, size)) if replicas == 1 else piece
+            files[file_of(rank)] = write_tensors(folder / file_of(rank), {"w": stored})
+    write_rest(folder, {"w": index}, {"step": 1}, files)
+    return CheckpointReader(folder)
+
+
+@pytest.mark.parametrize(("cut", "shape"), CUTS)
+@pytest.mark.parametrize(("size", "replicas"), [(1, 1), (1, 3), (2, 1), (2, 3), (4, 2)])
+def test_any_rank_finds_its_part_whatever_the_parts_were(tmp_path, cut, shape, size, replicas):
+    whole = torch.randn(shape)
+    reader = pieces_in(tmp_path / "step_00000001", whole, cut, size, replicas)
+    assert damage(reader.folder) == ""
+    assert torch.equal(reader.tensor("w"), whole)
+    for other in (1, 2, 4):
+        for rank in range(other):
+            flat = cut.part(whole, rank, other).flatten()
+            for start, stop in ((0, len(flat)), (1, len(flat) - 1), (len(flat) // 3, len(flat) // 2 + 1)):
+                assert torch.equal(reader.run("w", "", cut, rank, other, start, stop), flat[start:stop])
+
+
+def test_a_piece_that_is_not_there_is_named(tmp_path):
+    folder = tmp_path / "step_00000001"
+    pieces_in(folder, torch.randn(8, 3), Cut(0, (8,)), 2, 2)
+    index = json.loads((folder / "index.json").read_text())
+    del index["w"]["pieces"][1]
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="holds 6 of 12 elements of w"):
+        CheckpointReader(folder).tensor("w")
+
+
+def test_a_checkpoint_of_another_format_is_refused(checkpoint):
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps(state | {"format": 1}))
+    with pytest.raises(UserError, match="has checkpoint format 1, and this version reads 2"):
+        CheckpointReader(checkpoint)
 
 
 def test_a_checkpoint_of_another_model_is_refused(build, checkpoint):
@@ -68,15 +136,13 @@ def test_a_checkpoint_of_another_model_is_refused(build, checkpoint):
         load_weights(build(qk_norm=True), checkpoint)
     with pytest.raises(UserError, match="another shape"):
         load_weights(build("relu"), checkpoint)
-    assert "layers.0.ffn.gate" in CheckpointReader(checkpoint)
-    assert "layers.9.ffn.gate" not in CheckpointReader(checkpoint)
 
 
 def test_an_untouched_checkpoint_has_no_damage(checkpoint):
     assert damage(checkpoint) == ""
 
 
-FILES = ["state.json", "weights_0.safetensors", "weights_1.safetensors"]
+FILES = ["state.json", "index.json", "rank_00000.safetensors"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -136,7 +202,7 @@ def test_the_newest_intact_checkpoint_is_found(decoder, write_checkpoint, tmp_pa
     assert list(checkpoints(tmp_path)) == [paths[step] for step in (123456789, 100, 20, 5)]
     assert newest_intact(tmp_path) == (paths[123456789], [])
     (paths[123456789] / "state.json").unlink()
-    (paths[100] / "weights_0.safetensors").write_bytes(b"")
+    (paths[100] / "rank_00000.safetensors").write_bytes(b"")
     found, passed_over = newest_intact(tmp_path)
     assert found == paths[20]
     assert [str(paths[step]) in line for step, line in zip((123456789, 100), passed_over, strict=True)] == [True, True]

@@ -38,6 +38,12 @@ def two_ranks(tmp_path_factory) -> Iterator[Pool]:
 
 
 @pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory) -> Iterator[Pool]:
+    """Four processes joined by gloo."""
+    yield from _pool(4, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def no_group(tmp_path_factory) -> Iterator[Pool]:
     """A process that no launcher started, and that has joined nobody."""
     yield from _pool(0, tmp_path_factory)

@@ -16,7 +16,7 @@ from data.prepare import prepare
 from model.accounting import shape_of
 from model.decoder import Decoder
 from model.initialise import initialise
-from model.weights import CheckpointReader, from_disk
+from model.weights import CheckpointReader
 from training.schedule import rate
 
 STEPS = 10
@@ -78,7 +78,7 @@ def worst(a: list[float], b: list[float]) -> float:
 def error(trained_weights: CheckpointReader, plain_weights: dict[str, Tensor]) -> float:
     """Return the root of the summed squares of all differences."""
     squares = [
-        (from_disk(name, whole.shape, trained_weights).double() - whole.detach().double()).square().sum()
+        (trained_weights.tensor(name).double() - whole.detach().double()).square().sum()
         for name, whole in plain_weights.items()
     ]
     return float(torch.stack(squares).sum().sqrt())

@@ -117,7 +117,7 @@ def test_a_run_of_that_name_with_another_model(refuse, corpus, runs):
 @pytest.mark.parametrize(
     ("width", "layers", "said"),
     [
-        (47, 2, "of another shape: layers.0.ffn.gate is (45, 33) there and (47, 33) here"),
+        (47, 2, "of another shape: layers.0.ffn.up is (2, 45, 33) there and (2, 47, 33) here"),
         (45, 3, "of another model: it holds no layers.2.attention_norm.weight"),
         (45, 1, "of another model: it holds layers.1.attention.out, which this one has not"),
     ],
@@ -190,13 +190,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(no_group, corpus, runs):
     newest = runs / "a" / "checkpoints" / "step_00000002"
     older = newest.with_name("step_00000001")
     shutil.copytree(newest, older)  # stands for a checkpoint of step 2 under an older name
-    data = bytearray((newest / "tensors-00001.safetensors").read_bytes())
+    data = bytearray((newest / "rank_00000.safetensors").read_bytes())
     data[-1] ^= 1
-    (newest / "tensors-00001.safetensors").write_bytes(data)
+    (newest / "rank_00000.safetensors").write_bytes(data)
     words = overrides(corpus, runs, run="a", steps=4, eval_every=0)
     answer = no_group.run("command", module="train", words=words)[0]
     assert answer["status"] == 0, answer
-    warning = f"warning: checkpoint {newest} is damaged and was passed over: tensors-00001.safetensors does not have"
+    warning = f"warning: checkpoint {newest} is damaged and was passed over: rank_00000.safetensors does not have"
     assert answer["out"].startswith(warning)
     assert json.loads((runs / "a" / "summary.json").read_text())["status"] == "finished"
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import errno
+import functools
 import gc
 import io
 import json
@@ -15,20 +18,24 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import deepspeed.utils.groups
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from bench.traffic import Traffic
 from conf.errors import UserError
 from conf.load import load, run_command
+from conf.schema import ParallelConfig
 from conf.validate import validate
 from data.batches import BatchStream, open_dataset, sample_hash
 from data.prepare import prepare
 from launch.ranks import find_ranks
 from model.accounting import shape_of
 from model.attention import choose
+from model.parallel import Mesh
 from training import checkpoint, machine
-from training.engine import Engine, GradientPiece, start_process_group
+from training.engine import Engine, GradientPiece, join_mesh, start_process_group
 from training.evaluation import evaluate
 from training.schedule import rate
 from training.telemetry import Telemetry
@@ -36,10 +43,22 @@ from training.telemetry import Telemetry
 RANKS = find_ranks()
 
 
+@functools.cache
+def mesh_of(parallel: tuple) -> Mesh:
+    """Groups live as long as the process: those of one mesh are made once."""
+    return join_mesh(ParallelConfig(**dict(parallel)))
+
+
+@functools.cache
+def exchange() -> checkpoint.Exchange:
+    return checkpoint.Exchange()
+
+
 class Trainer:
     """What training/loop.py does around an engine, without its files: `do` takes one word of a script."""
 
     def __init__(self, words: list[str]) -> None:
+        deepspeed.utils.groups.mpu = None  # DeepSpeed keeps that of the engine before
         self.config = load(words)
         self.batch = validate(self.config, RANKS.world_size)
         device = machine.find_device(RANKS)
@@ -48,7 +67,9 @@ class Trainer:
         self.dataset = open_dataset(prepare(self.config.data, self.config.tokenizer))
         self.stream = BatchStream(self.dataset, self.config.sequence_length, self.config.data_seed)
         shape = shape_of(self.config, self.dataset.vocab_size)
-        self.engine = Engine(self.config, self.batch, shape, device, dtype, attention, None)
+        document_start = self.dataset.eos_id if self.config.model.mask_documents else None
+        self.mesh = mesh_of(tuple(dataclasses.asdict(self.config.parallel).items()))
+        self.engine = Engine(self.config, self.batch, shape, device, dtype, attention, document_start, self.mesh)
         self.step, self.hash = 0, 0
         self.telemetry = Telemetry(self.engine, self.config.telemetry_every, self.config.telemetry_window)
         names = ("losses", "norms", "applied", "evaluations", "values", "telemetry")
@@ -59,9 +80,9 @@ class Trainer:
 
     def train(self, steps: int) -> None:
         """Take steps, and note the mean loss over ranks, the norm, and whether the step was applied."""
-        share = self.batch.global_batch // RANKS.world_size
+        share = self.batch.global_batch // self.mesh.data.size
         for _ in range(steps):
-            first = self.step * self.batch.global_batch + RANKS.rank * share
+            first = self.step * self.batch.global_batch + self.mesh.data.rank * share
             rows = self.stream.samples(first, share)
             self.hash = (self.hash + sample_hash(first, rows)) % 2**64
             at = rate(self.config.schedule, self.step, self.batch.steps)
@@ -89,6 +110,24 @@ class Trainer:
         self.train(1)
         hook.remove()
 
+    def count_traffic(self) -> None:
+        """Take one step, and note the bytes that this rank sends meanwhile, by whom it speaks to and how."""
+        mesh = self.mesh
+        axes = {"tensor": mesh.tensor, "context": mesh.context, "replicas": mesh.replicas}
+        names = {tuple(dist.get_process_group_ranks(axis.group)): name for name, axis in axes.items() if axis.size > 1}
+        whole, self.engine.train_step = self.engine.train_step, self._counted
+        self.train(1)
+        self.engine.train_step = whole
+        told: dict[str, Any] = collections.defaultdict(float)
+        for (ranks, collective), sent in self.traffic.sent.items():
+            if len(ranks) > 1:
+                told[f"{names.get(ranks, 'world')} {collective.strip('_')}"] += sent
+        self.seen["values"].append(told)
+
+    def _counted(self, *arguments: Any) -> Any:
+        with Traffic() as self.traffic:
+            return Engine.train_step(self.engine, *arguments)
+
     def add_up_pieces(self) -> None:
         """Take one step, and note the sum of the squares of all ranks' pieces of its gradient."""
         squares = torch.zeros(1, dtype=torch.float64)
@@ -111,11 +150,11 @@ class Trainer:
         self.train(1)
         self.telemetry = telemetry
 
-    def save(self, folder: str) -> None:
-        try:
-            checkpoint.save(self.engine, Path(folder), {"step": self.step})
-        finally:
-            dist.barrier()  # then the others may read it
+    def save(self, folder: str) -> str:
+        """Save, and return why that failed."""
+        saver = checkpoint.Saver(self.engine, Path(folder), exchange())
+        saver.begin({"step": self.step})
+        return saver.ended(wait=True).failure
 
     def load(self, folder: str) -> None:
         self.step = checkpoint.load(self.engine, Path(folder))["step"]
@@ -149,20 +188,18 @@ def script(words: list[str], steps: list[list[Any]]) -> dict[str, Any]:
     return result
 
 
-def failing_save(words: list[str], folder: str, faults: list[str]) -> list[Any]:
-    """Save, train on, and try to save under each fault; return what each raised, and what is in the folder."""
+def failing_save(words: list[str], folder: str, faults: list[list[Any]]) -> list[Any]:
+    """Save, train on, and try to save under each (fault, rank); return what each raised, and what is in the folder."""
     trainer = Trainer(words)
     trainer.train(1)
     trainer.save(folder)
     seen = []
-    for fault in faults:
+    for fault, rank in faults:
         trainer.train(1)
-        try:
-            with FAULTS[fault]() if RANKS.rank == 0 else contextlib.nullcontext():
-                trainer.save(folder)
-            seen.append(["", sorted(os.listdir(folder))])
-        except OSError as error:
-            seen.append([str(error), sorted(os.listdir(folder))])
+        with FAULTS[fault]() if RANKS.rank == rank else contextlib.nullcontext():
+            said = trainer.save(folder)
+        dist.barrier()
+        seen.append([said, sorted(os.listdir(folder))])
         dist.barrier()
     trainer.train(1)
     trainer.save(folder)
@@ -227,7 +264,7 @@ def _broken_text(number: int, ending: str) -> Iterator[None]:
 
 # What a file system may answer, where.
 FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
-    "tensors on a full disk": lambda: mock.patch("training.checkpoint.save_file", _raise(errno.ENOSPC)),
+    "tensors on a full disk": lambda: mock.patch("training.checkpoint.write_tensors", _raise(errno.ENOSPC)),
     "manifest on a full disk": lambda: _broken_text(errno.ENOSPC, "manifest.json"),
     "rename refused": lambda: mock.patch("os.replace", _raise(errno.ENOSPC)),
     "folder refused": lambda: mock.patch.object(Path, "mkdir", _raise(errno.EACCES)),

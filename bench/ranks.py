@@ -1,0 +1,81 @@
+"""Run a measurement on several ranks of this machine: `on_ranks` starts them, `this_rank` is what they call."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from conf.errors import UserError
+from conf.load import load
+from conf.validate import Batch, validate
+from launch.ranks import Ranks, find_ranks
+from model.accounting import Shape, check_shares, shape_of
+from model.attention import choose
+
+
+def on_ranks(world: int, module: str, words: list[str], timeout: float = 600.0) -> list[Any]:
+    """Run `python -m MODULE --rank WORDS` as ranks of one group, and return what each printed last, read as JSON.
+
+    Raises:
+        UserError: a rank failed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    processes = []
+    for rank in range(world):
+        environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", module, "--rank", *words]
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
+    told = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=timeout)
+            if process.returncode:
+                raise UserError(f"{module} failed on a rank:\n{err[-2000:]}")
+            told.append(json.loads(out.strip().splitlines()[-1]))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return told
+
+
+def this_rank() -> Ranks:
+    """Join the group of the ranks that `on_ranks` started."""
+    from training.engine import start_process_group
+
+    ranks = find_ranks()
+    start_process_group(ranks, torch.device("cpu"), 10.0)
+    return ranks
+
+
+def engine_of(words: list[str], ranks: Ranks) -> tuple[Any, Batch, Shape]:
+    """Build the engine of a configuration whose vocabulary is `tokenizer.vocab_size`; no corpus is read."""
+    from training import machine
+    from training.engine import Engine, join_mesh
+
+    config = load(words)
+    batch = validate(config, ranks.world_size)
+    shape = shape_of(config)
+    check_shares(shape, config.parallel)
+    device = machine.find_device(ranks)
+    dtype = machine.find_dtype(config, device)
+    attention = choose(config.model.attention, device, dtype, config.sequence_length)
+    mesh = join_mesh(config.parallel)
+    return Engine(config, batch, shape, device, dtype, attention, None, mesh), batch, shape
+
+
+def random_tokens(batch: Batch, shape: Shape, length: int, seed: int) -> torch.Tensor:
+    """Return (sequences of a data rank, length + 1) tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    share = batch.global_batch // batch.data_parallel
+    return torch.randint(shape.vocab_size, (share, length + 1), generator=generator)

@@ -1,0 +1,258 @@
+"""Tensor, sequence and context parallelism change where numbers are kept, not what is learned; under every ZeRO stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.weights import CheckpointReader, save_weights
+from tests.training.tiny import overrides
+
+STEPS = 10
+# Sums of fp32 numbers in another order: a few units in the last place (6e-8 each), carried through 10 steps.
+FP32 = 1e-5
+LEARNED = {
+    "ffn": "custom",
+    "ffn.formula": "gate*sigmoid(b*gate)*up + a*up",
+    "ffn.parameters": "{b: {init: 1.0, share: channel}, a: {init: 0.1, share: layer}}",
+}
+ARMS: dict[str, dict[str, Any]] = {"ungated": {"ffn": "relu2"}, "gated": {"ffn": "swiglu"}, "learned": LEARNED}
+# Sizes that four tensor ranks share, and that their shares or ZeRO's partitions of them do not divide further.
+SIZES = {"model.n_heads": 8, "model.n_kv_heads": 4, "model.head_dim": 6, "model.d_ff": 44, "optim.clip": 0.5}
+# Where a gradient is almost 0, AdamW divides rounding by rounding: with this epsilon its step is a smooth function of it.
+SIZES |= {"optim.eps": 1e-4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    seen: list[dict[str, Any]]
+    words: list[str]
+    middle: Path  # after step 5
+    end: Path  # after step 10
+
+    @property
+    def losses(self) -> list[float]:
+        return self.seen[0]["losses"]
+
+    @property
+    def norms(self) -> list[float]:
+        return self.seen[0]["norms"]
+
+
+@pytest.fixture(scope="session")
+def pool_of(one_rank, two_ranks, four_ranks):
+    """The ranks of a world size."""
+    return {1: one_rank, 2: two_ranks, 4: four_ranks}.__getitem__
+
+
+@pytest.fixture(scope="session")
+def ran(corpus, pool_of, tmp_path_factory):
+    """The function that trains 10 steps of an arm on tensor x context x data ranks, once for the same arguments."""
+    folder = tmp_path_factory.mktemp("parallel")
+
+    @functools.cache
+    def train(
+        arm: str = "gated",
+        zero: str = "0",
+        tensor: int = 1,
+        data: int = 1,
+        sequence: bool = False,
+        context: int = 1,
+        **more,
+    ) -> Ran:
+        changes = ARMS[arm] | SIZES | {"zero": zero, "parallel.tensor": tensor, "parallel.context": context} | more
+        changes["parallel.sequence"] = str(sequence).lower()
+        words = overrides(corpus, **{name.replace(".", "__"): value for name, value in changes.items()})
+        path = folder / str(len(list(folder.iterdir())))
+        steps = [["train", 5], ["save", str(path)], ["train", 5], ["save", str(path)], ["evaluate"]]
+        seen = pool_of(tensor * context * data).run("script", words=words, steps=steps)
+        return Ran(seen, words, path / "step_00000005", path / "step_00000010")
+
+    return train
+
+
+def worst(a: list[float], b: list[float]) -> float:
+    """Return the largest relative difference."""
+    assert len(a) == len(b) == STEPS
+    return max(abs(x / y - 1) for x, y in zip(a, b, strict=True))
+
+
+def assert_same(run: Ran, single: Ran) -> None:
+    assert min(single.norms) > 0.5, "clipping is not active"
+    assert single.losses[-1] < 0.98 * single.losses[0], "nothing is learned"
+    for rank in run.seen:
+        assert worst(rank["losses"], single.losses) < FP32
+        assert worst(rank["norms"], single.norms) < FP32
+        assert rank["applied"] == [True] * STEPS
+        assert rank["evaluations"][0][0] == pytest.approx(single.seen[0]["evaluations"][0][0], rel=FP32)
+        assert rank["evaluations"][0][1] == single.seen[0]["evaluations"][0][1]
+    here, there = CheckpointReader(run.end), CheckpointReader(single.end)
+    assert here.shapes() == there.shapes()
+    for name in there.shapes():
+        for key in ("", "exp_avg", "exp_avg_sq"):
+            difference = float((here.tensor(name, key) - there.tensor(name, key)).abs().max())
+            assert difference < FP32, (name, key, difference)
+
+
+RANKS = [(1, 1, False), (1, 2, False), *itertools.product((2,), (1, 2), (False, True)), (4, 1, False), (4, 1, True)]
+
+
+@pytest.mark.parametrize("zero", ["0", "1", "2", "3"])
+@pytest.mark.parametrize(("tensor", "data", "sequence"), RANKS)
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_way_to_share_learns_what_one_process_learns(ran, arm, tensor, data, sequence, zero):
+    assert_same(ran(arm, zero, tensor, data, sequence), ran(arm))
+
+
+@pytest.mark.parametrize(
+    ("zero", "tensor", "data", "sequence"),
+    [
+        ("0", 1, 1, False),
+        ("1", 1, 2, False),
+        ("2", 2, 1, False),
+        ("1", 2, 1, True),
+        ("3", 2, 1, True),
+        ("3", 1, 1, False),
+    ],
+)
+def test_ranks_that_share_sequences_learn_what_one_process_learns(ran, zero, tensor, data, sequence):
+    assert_same(ran("gated", zero, tensor, data, sequence, context=2), ran("gated"))
+
+
+OPTIONS = {
+    "model.mask_documents": "true",
+    "model.qk_norm": "true",
+    "model.z_loss": 0.01,
+    "model.tie_embeddings": "true",
+}
+
+
+@pytest.mark.parametrize(
+    ("zero", "tensor", "sequence", "context"), [("1", 2, True, 2), ("3", 2, False, 1), ("0", 1, False, 2)]
+)
+def test_what_a_model_may_have_besides(ran, zero, tensor, sequence, context):
+    """Documents that attention does not cross, norms of queries and keys, z-loss, a tied head."""
+    one = ran("gated", "0", **OPTIONS)
+    assert one.losses != ran("gated", "0").losses
+    assert_same(ran("gated", zero, tensor, 1, sequence, context, **OPTIONS), one)
+
+
+@pytest.mark.parametrize("zero", ["1", "3"])
+def test_layers_that_are_recomputed_draw_no_random_numbers_of_their_own(ran, zero):
+    again = {"model.activation_checkpointing": "true", "micro_batch_size": 2}
+    assert_same(ran("gated", zero, 2, 1, True, **again), ran("gated"))
+
+
+@pytest.mark.parametrize("zero", ["offload", "1", "2", "3"])
+def test_accumulation_and_offload_with_tensor_ranks(ran, zero):
+    assert_same(ran("learned", zero, 2, 2, True, micro_batch_size=2), ran("learned"))
+
+
+@pytest.mark.parametrize(
+    ("zero", "tensor", "data", "sequence", "context", "micro"),
+    [
+        ("1", 2, 1, False, 1, 8),
+        ("1", 2, 2, True, 1, 1),
+        ("2", 2, 2, True, 1, 4),
+        ("3", 2, 1, True, 1, 8),
+        ("1", 1, 1, False, 2, 8),
+    ],
+)
+def test_bf16_is_within_its_noise(ran, zero, tensor, data, sequence, context, micro):
+    """The noise is what bf16 itself costs one process; two runs that both have it differ by at most twice as much."""
+    exact = ran("gated")
+    one = ran("gated", "1", precision="bf16", micro_batch_size=8)
+    run = ran("gated", zero, tensor, data, sequence, context, precision="bf16", micro_batch_size=micro)
+    for name in ("losses", "norms"):
+        noise = worst(getattr(one, name), getattr(exact, name))
+        assert 1e-5 < noise < 0.02
+        assert worst(getattr(run, name), getattr(one, name)) < 2 * noise
+
+
+def test_what_all_tensor_ranks_have_stays_bit_equal_and_no_random_number_is_drawn(four_ranks, ran):
+    words = ran("learned", "1", 4, 1, True, **{"model.activation_checkpointing": "true"}).words
+    sums = "{n: p.double().sum().item() for n, p in engine.module.named_parameters() if not hasattr(p, 'cut')}"
+    state = "torch.get_rng_state().tolist()"
+    seen = four_ranks.run("script", words=words, steps=[["look", state], ["train", 5], ["look", state], ["look", sums]])
+    first = seen[0]["values"][2]
+    assert len(first) == 7  # five norms, and the slope of each layer
+    for rank in seen:
+        before, after, replicated = rank["values"]
+        assert replicated == first
+        assert before == after
+
+
+def test_telemetry_is_that_of_the_whole_model(ran):
+    one = ran("gated").seen[0]["telemetry"]
+    assert [step for step, _ in one] == [5, 10]
+    for arguments in (("gated", "1", 2, 2, True), ("gated", "3", 4, 1, False), ("gated", "2", 1, 1, False, 2)):
+        for (_, here), (_, there) in zip(ran(*arguments).seen[0]["telemetry"], one, strict=True):
+            assert here.keys() == there.keys()
+            for name in there:
+                # Six digits are told, and a share of few units moves by whole units where one lies at the border.
+                assert torch.tensor(flat(here[name])).allclose(torch.tensor(flat(there[name])), rtol=1e-3, atol=1e-6), (
+                    name
+                )
+
+
+def flat(figure: Any) -> list[float]:
+    return [float("inf") if x is None else x for x in (figure if isinstance(figure, list) else [figure])]
+
+
+PAIRS = [
+    # (zero, tensor, data, sequence, context): saved on -> loaded on
+    (("3", 2, 2, True, 1), ("1", 1, 1, False, 1)),
+    (("1", 1, 1, False, 1), ("3", 2, 2, True, 1)),
+    (("2", 2, 1, False, 1), ("2", 1, 2, False, 1)),
+    (("2", 1, 2, False, 1), ("2", 2, 1, True, 1)),
+    (("0", 1, 1, False, 1), ("1", 4, 1, True, 1)),
+    (("3", 4, 1, False, 1), ("0", 2, 1, False, 1)),
+    (("1", 4, 1, True, 1), ("3", 2, 2, False, 1)),
+    (("2", 2, 2, True, 1), ("3", 4, 1, True, 1)),
+    (("3", 1, 2, False, 1), ("2", 2, 2, False, 1)),
+    (("0", 2, 1, True, 1), ("3", 1, 1, False, 1)),
+    (("1", 2, 2, False, 1), ("1", 4, 1, False, 1)),
+    (("3", 2, 1, True, 2), ("2", 2, 2, True, 1)),
+    (("1", 1, 1, False, 2), ("0", 4, 1, False, 1)),
+    (("offload", 2, 2, True, 1), ("1", 2, 1, True, 1)),
+]
+
+
+@pytest.mark.parametrize("arm", ["gated", "learned"])
+@pytest.mark.parametrize(("saved_on", "loaded_on"), PAIRS)
+def test_a_run_goes_on_from_any_sharing_under_any_other(ran, pool_of, arm, saved_on, loaded_on):
+    source, target = ran(arm, *saved_on), ran(arm, *loaded_on)
+    _, tensor, data, _, context = loaded_on
+    steps = [["load", str(source.middle)], ["train", 5]]
+    seen = pool_of(tensor * data * context).run("script", words=target.words, steps=steps)
+    assert seen[0]["losses"] == pytest.approx(source.losses[5:], rel=FP32)
+    assert seen[0]["norms"] == pytest.approx(source.norms[5:], rel=FP32)
+
+
+def test_gate_and_up_that_changed_places_would_be_noticed(ran, pool_of, tmp_path):
+    """What the tests above rest on: the losses of a checkpoint in which they are exchanged are others."""
+    source = ran("gated", "2", 2, 1)
+    reader = CheckpointReader(source.middle)
+    whole = {name: reader.tensor(name) for name in reader.shapes()}
+    exchanged = {name: tensor.flip(0) if name.endswith("ffn.up") else tensor for name, tensor in whole.items()}
+    losses = []
+    for number, weights in enumerate((whole, exchanged)):
+        save_weights(tmp_path / f"{number}" / "step_00000005", weights.items(), {"step": 5})
+        steps = [["load", str(tmp_path / f"{number}" / "step_00000005")], ["train", 2]]
+        losses.append(pool_of(2).run("script", words=source.words, steps=steps)[0]["losses"])
+    assert losses[0][0] == pytest.approx(source.losses[5], rel=FP32)  # of the weights alone: the next has other moments
+    assert abs(losses[1][0] / losses[0][0] - 1) > 100 * FP32
+
+
+@pytest.mark.parametrize("zero", ["0", "1", "2", "3"])
+def test_the_same_sharing_goes_on_bit_for_bit(ran, pool_of, zero):
+    run = ran("gated", zero, 2, 2, True)
+    seen = pool_of(4).run("script", words=run.words, steps=[["load", str(run.middle)], ["train", 5]])
+    assert seen[0]["losses"] == run.losses[5:]
+    assert seen[0]["norms"] == run.norms[5:]

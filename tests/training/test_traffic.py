@@ -1,0 +1,89 @@
+"""What ranks send each other, counted at the collectives, is what the formulas say."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+
+from conf.load import load
+from model.accounting import context_traffic, rank_parameters, shape_of, tensor_traffic, zero_traffic
+from tests.training.test_parallel import ARMS, SIZES
+from tests.training.tiny import overrides
+
+LAYERS = 2
+
+
+@pytest.fixture(scope="session")
+def counted(corpus, two_ranks, four_ranks):
+    """The function that counts a step: (bytes by whom they are for, the configuration, the shape)."""
+
+    def count(world: int, arm: str = "learned", **changes):
+        changes = ARMS[arm] | SIZES | changes
+        words = overrides(corpus, **{name.replace(".", "__"): value for name, value in changes.items()})
+        pool = two_ranks if world == 2 else four_ranks
+        seen = pool.run("script", words=words, steps=[["train", 1], ["count_traffic"]])[-1]["values"][0]
+        sums: dict[str, float] = collections.defaultdict(float)
+        for name, sent in seen.items():
+            sums[name.split()[0]] += sent
+        config = load(words)
+        return sums, seen, config, shape_of(config, 384)
+
+    return count
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", ["false", "true"])
+@pytest.mark.parametrize(("tensor", "sequence"), [(2, "false"), (2, "true"), (4, "false"), (4, "true")])
+def test_tensor_ranks(counted, tensor, sequence, recompute, precision):
+    again = {"model.activation_checkpointing": recompute, "model.qk_norm": "true", "micro_batch_size": 4}
+    sums, seen, config, shape = counted(
+        tensor, zero="1", precision=precision, **{"parallel.tensor": tensor, "parallel.sequence": sequence} | again
+    )
+    tokens, width = 4 * config.sequence_length, 4 if precision == "fp32" else 2
+    expected = tensor_traffic(shape, config.parallel, tokens, width, recompute == "true")
+    # Two micro-batches; then the norm: ZeRO asks every tensor rank for its part, 4 bytes in an all-reduce, twice for overflow.
+    assert sums["tensor"] == pytest.approx(2 * sum(expected.values()), rel=0, abs=3 * 2 * 8)
+    unit = tokens * shape.d_model * width * (tensor - 1) / tensor
+    a_layer = 14 if recompute == "true" else 10
+    if sequence == "true":  # Korthikanti's: all of the activations' traffic are gathers and scatters
+        assert seen["tensor reduce_scatter_base"] == 2 * (LAYERS * (6 if recompute == "true" else 4) + 2) * unit
+        assert expected["layers"] == pytest.approx(LAYERS * a_layer * unit, rel=0.1)
+    else:
+        assert expected["layers"] == pytest.approx(LAYERS * (a_layer - 2) * unit, rel=0.01)
+    assert "tensor alltoall_base" not in seen
+
+
+@pytest.mark.parametrize(("world", "tensor"), [(2, 1), (4, 2)])
+def test_context_ranks(counted, world, tensor):
+    _, seen, config, shape = counted(world, zero="1", **{"parallel.context": 2, "parallel.tensor": tensor})
+    tokens = 8 * config.sequence_length // 2
+    assert sum(sent for name, sent in seen.items() if name.endswith("alltoall_base")) == context_traffic(
+        shape, config.parallel, tokens, 4
+    )
+
+
+# Padding: of each parameter to whole partitions, or of a group to what DeepSpeed aligns to; and the norm. Bytes.
+PADDING = 4 * 4 * (2 * 20 + 8)
+
+
+@pytest.mark.parametrize(("world", "tensor"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize("zero", ["0", "1", "2", "3"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_zero(counted, zero, world, tensor, accumulation):
+    changes = {"zero": zero, "micro_batch_size": 4 // accumulation, "parallel.tensor": tensor}
+    sums, _, _, shape = counted(world, arm="gated", **changes)
+    # The whole model is small enough to stay gathered until the step changes it.
+    expected = sum(zero_traffic(rank_parameters(shape, tensor), 2, int(zero), accumulation, 4, gathers=1).values())
+    assert expected <= sums["replicas"] <= expected + PADDING
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_zero_that_keeps_nothing_gathered(counted, accumulation):
+    changes = {"zero": "3", "micro_batch_size": 4 // accumulation, "zero.bucket_elements": 1}
+    sums, _, _, shape = counted(2, arm="gated", **changes)
+    expected = sum(zero_traffic(rank_parameters(shape, 1), 2, 3, accumulation, 4).values())
+    expected -= (
+        accumulation * shape.vocab_size * shape.d_model * 4 / 2
+    )  # the head's backward follows its forward at once
+    assert expected <= sums["replicas"] <= expected + accumulation * PADDING
