@@ -77,9 +77,8 @@ def evaluate(tree: ast.expr, values: dict[str, Tensor]) -> Tensor:
             return OPERATORS[type(node.op)](value(node.left), value(node.right))
         if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in OPERATORS:
             return OPERATORS[type(node.ops[0])](value(node.left), value(node.comparators[0]))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
-            if node.func.id[1:] in FUNCTIONS:
-                return FUNCTIONS[node.func.id[1:]](*map(value, node.args))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id[1:] in FUNCTIONS:
+            return FUNCTIONS[node.func.id[1:]](*map(value, node.args))
         raise ValueError(f"no part of a formula: {ast.unparse(node)}")
 
     return value(tree)

@@ -1,7 +1,7 @@
-"""A run's tokenizer for Hugging Face Transformers: `tokenizer.json`, `tokenizer_config.json`, and the run's own file beside them.
+"""A run's tokenizer for Hugging Face Transformers: `tokenizer.json`, `tokenizer_config.json`, and the run's own file.
 
-What a SentencePiece model trained here does, a BPE model of the library `tokenizers` does too, id for id: the merges are
-ordered by the pieces' scores, characters without a piece become bytes, and nothing is normalised. Spaces stay spaces in its
+What a SentencePiece model trained here does, a BPE model of the library `tokenizers` does too, id for id: merges go by
+the pieces' scores, characters without a piece become bytes, and nothing is normalised. Spaces stay spaces in its
 vocabulary: a U+2581 in a text is then no piece, and becomes bytes as it does in `data/tokenizer.py`. Two differences are left:
 that one cuts texts of more than 65,536 characters into stretches, and writes broken UTF-8 with fewer U+FFFD.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from conf.errors import UserError
 from data.files import need
@@ -80,7 +81,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> int:
     return vocabulary[pad]
 
 
-def _from_sentencepiece(raw: bytes):  # noqa: ANN202 (the library is imported late)
+def _from_sentencepiece(raw: bytes) -> Any:
     """Return the `tokenizers.Tokenizer` of a SentencePiece BPE model."""
     from sentencepiece import SentencePieceProcessor
     from tokenizers import AddedToken, Tokenizer, decoders, models
@@ -108,8 +109,8 @@ def _from_sentencepiece(raw: bytes):  # noqa: ANN202 (the library is imported la
 def _splits(piece: str) -> list[tuple[str, str]]:
     """Return the pairs that make a piece, in the order in which they must be merged.
 
-    SentencePiece merges what scores highest, and of the same piece the leftmost. A merge by pairs must choose among the pairs of
-    one piece, so of two that can overlap in a text (the right half of one is the left half of the other) the one that then
+    SentencePiece merges what scores highest, and of one piece the leftmost. A merge by pairs must choose among the pairs of
+    a piece, so of two that can overlap in a text (the right half of one is the left half of the other) the one that then
     stands on the left comes first.
     """
     pairs = [(piece[:i], piece[i:]) for i in range(len(piece) - 1, 0, -1)]  # of "aaa" the one with the longer left half

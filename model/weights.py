@@ -3,23 +3,27 @@
 A checkpoint is a folder `step_00000100/` of safetensors files, `state.json`, and `manifest.json` with the size and BLAKE2
 hash of each file. Tensors are whole (no rank's slice) and fp32. In memory gate and up are one parameter (2, d_ff, d_model); on
 disk they are two, so that nobody has to guess which half is which. Reading executes nothing that a file contains.
-Writing, and the optimizer's part, is `training/checkpoint.py`.
+Writing weights alone is here too; with the optimizer's state it is `training/checkpoint.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from conf.files import atomic_folder
 
+FORMAT = 1
+_FILE_BYTES = 2 << 30  # tensors are collected until a file has this size
 _PACKED = "ffn.up"  # the parameter that is two tensors on disk when the arm is gated
 
 
@@ -157,3 +161,39 @@ def load_weights(model: nn.Module, folder: Path) -> dict[str, Any]:
         for name, parameter in model.named_parameters():
             parameter.copy_(from_disk(name, parameter.shape, reader))
     return reader.state
+
+
+def save_weights(path: Path, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
+    """Write a checkpoint of weights alone, from which training starts with fresh moments.
+
+    Args:
+        path: the checkpoint's folder, `step_N`; it must not exist.
+        tensors: whole parameters under their names in memory, taken one at a time.
+        state: what else must be known to go on, as JSON; `optimizer_steps` is 0.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    held: dict[str, Tensor] = {}
+    with atomic_folder(path) as folder:
+        for name, tensor in tensors:
+            for stored, part in to_disk(name, tensor).items():
+                held[stored] = part.detach().to("cpu", torch.float32).contiguous()
+            if sum(4 * part.numel() for part in held.values()) >= _FILE_BYTES:
+                _write(folder, held)
+        _write(folder, held)
+        (folder / "state.json").write_text(json.dumps({**state, "format": FORMAT}, indent=2) + "\n", encoding="utf-8")
+        files = sorted(folder.iterdir())
+        listed = {file.name: {"bytes": file.stat().st_size, "blake2b": file_hash(file)} for file in files}
+        text = json.dumps({"format": FORMAT, "files": listed}, indent=2) + "\n"
+        (folder / "manifest.json").write_text(text, encoding="utf-8")
+
+
+def _write(folder: Path, held: dict[str, Tensor]) -> None:
+    if held:
+        path = folder / f"tensors-{len(list(folder.glob('tensors-*'))) + 1:05d}.safetensors"
+        try:
+            save_file(held, path)
+        except Exception as error:  # the library wraps the operating system's error in its own
+            raise OSError(f"cannot write {path}: {error}") from error
+        held.clear()

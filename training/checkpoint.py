@@ -29,10 +29,9 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from conf.files import atomic_folder
-from model.weights import CheckpointReader, checkpoints, file_hash, from_disk, to_disk
+from model.weights import FORMAT, CheckpointReader, checkpoints, file_hash, from_disk, to_disk
 from training.engine import Engine
 
-FORMAT = 1
 _FILE_BYTES = 2 << 30  # tensors are gathered until a file has this size: bounds the memory of rank 0
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -127,10 +126,12 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
     if reader.state.get("format") != FORMAT:
         raise UserError(f"{folder} has checkpoint format {reader.state.get('format')}; this version reads {FORMAT}")
     _make_optimizer_state(engine, reader.state["optimizer_steps"])
+    # One that was written before any step (`model.load`) may have no moments: they are the zeros just made.
+    keys = ("", *_MOMENTS) if reader.state["optimizer_steps"] else ("",)
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            for key in ("", *_MOMENTS):
+            for key in keys:
                 suffix = f".{key}" if key else ""
                 _scatter(engine, parameter, from_disk(name, shape, reader, suffix).to(engine.device), key)
     return reader.state
