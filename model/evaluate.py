@@ -61,29 +61,19 @@ def evaluate(
     harness = _harness()
     if include and not Path(include).is_dir():
         raise UserError(f"include={include}: there is no such folder")
-    manager = harness.tasks.TaskManager(include_path=include or None)
-    for task in tasks:
-        if task not in manager.all_tasks:
-            near = suggest(task, manager.all_tasks)
-            raise UserError(
-                f"unknown task {task!r}: {near}`lm-eval ls tasks` lists what the harness has; include=FOLDER adds more"
-            )
+    manager = _tasks(harness, tasks, include)
     if step < 0:
         step = next((int(path.name.removeprefix("step_")) for path in checkpoints(run / "checkpoints")), -1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "model")
         export(run, folder, step)
-        settings = {"pretrained": str(folder), "trust_remote_code": True, "add_bos_token": True, "dtype": "float32"}
         try:
             found = harness.simple_evaluate(
-                model="hf",
-                model_args=settings,
+                model=_judged(folder, batch_size),
                 tasks=tasks,
                 task_manager=manager,
                 num_fewshot=None if num_fewshot < 0 else num_fewshot,
-                batch_size=batch_size,
                 limit=limit or None,
-                device="cuda" if torch.cuda.is_available() else "cpu",
                 log_samples=False,
             )
         except OSError as error:  # a file that is missing, or a download that fails
@@ -100,6 +90,40 @@ def _harness() -> Any:
     except UserError as error:
         raise UserError(f"{str(error).partition(':')[0]}: pip install '.[eval]'") from error
     return need("lm_eval", "evaluation")
+
+
+def _tasks(harness: Any, tasks: list[str], include: str) -> Any:
+    """Return the manager of tasks that knows these; the harness's own thousands are read only where they are asked for."""
+    manager = None
+    if include:
+        manager = harness.tasks.TaskManager(include_path=include, include_defaults=False)
+    if manager is None or not set(tasks) <= set(manager.all_tasks):
+        manager = harness.tasks.TaskManager(include_path=include or None)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            near = suggest(task, manager.all_tasks)
+            raise UserError(
+                f"unknown task {task!r}: {near}`lm-eval ls tasks` lists what the harness has; include=FOLDER adds more"
+            )
+    return manager
+
+
+def _judged(folder: Path, batch_size: int) -> Any:
+    """Return an exported model as the harness asks it, every text after the token that begins a document."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Judged(HFLM):
+        def loglikelihood_rolling(self, *arguments: Any, **named: Any) -> Any:
+            # The harness puts the token first here by itself; a second one would be scored as a part of the text.
+            self.add_bos_token = False
+            try:
+                return super().loglikelihood_rolling(*arguments, **named)
+            finally:
+                self.add_bos_token = True
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {"trust_remote_code": True, "add_bos_token": True, "dtype": "float32"}
+    return Judged(pretrained=str(folder), device=device, batch_size=batch_size, **settings)
 
 
 def _version() -> str:

@@ -32,7 +32,7 @@ from kernels.formula import parse
 from model.accounting import Shape
 from model.decoder import Decoder
 from model.export_tokenizer import write_tokenizer
-from model.foreign import CLASSES, FORMULA, Layout, buffer_names, layout_of, tensor_names
+from model.foreign import CLASSES, FORMULA, Layout, layout_of, tensor_names
 from model.generate import load_run
 
 _DEFAULTS = {"run": "", "to": "", "runs": "runs", "step": -1, "dtype": "fp32"}
@@ -141,8 +141,6 @@ def _tensors(model: Decoder, layout: Layout) -> Iterator[tuple[str, Tensor]]:
         parts = tensor_names(name, model.shape, layout)
         for (theirs, _), part in zip(parts, rows.split([size[0] for _, size in parts]), strict=True):
             yield theirs, part
-    for name, value in buffer_names(model.shape, layout):
-        yield name, torch.tensor(value)
 
 
 def _write_weights(model: Decoder, layout: Layout, folder: Path, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from kernels.formula import Formula, Node, parse
@@ -27,12 +27,14 @@ class Native:
     """A `hidden_act` of Transformers (activations.py there) as a formula of x.
 
     `learned` are its parameters, one a layer, by their name in the formula: (name in `mlp.act_fn`, start). `fixed` are its
-    buffers, which stand in a checkpoint too.
+    buffers, which stand in a checkpoint too. `exact` is false where Transformers rounds the parameters, whatever the dtype of
+    the model: such a one is read, and not written.
     """
 
     formula: str
     learned: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
     fixed: dict[str, float] = dataclasses.field(default_factory=dict)
+    exact: bool = True
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -57,9 +59,13 @@ ACTIVATIONS = {  # where two names compute the same, export takes the first
     "hardswish": Native("x * clip(x + 3, 0, 6) / 6"),
     "gelu_10": Native("clip(gelu(x), -10, 10)"),
     "prelu": Native("where(x > 0, x, slope * x)", {"slope": ("weight", 0.25)}),
-    # log(expm1(0.8)) and log(expm1(0.3)): there a constant 0.5 stands before softplus(an), in the arm xielu none does.
+    # Its numbers are made in bf16, and stay so. The start is log(expm1(0.8)) and log(expm1(0.3)): a constant 0.5 stands before
+    # softplus(an), where the arm xielu has none.
     "xielu": Native(
-        _XIELU, {"ap": ("alpha_p", 0.20343), "an": ("alpha_n", -1.05022)}, fixed={"beta": 0.5, "eps": -1e-6}
+        _XIELU,
+        {"ap": ("alpha_p", 0.20343), "an": ("alpha_n", -1.05022)},
+        fixed={"beta": 0.5, "eps": -1e-6},
+        exact=False,
     ),
     "swish": Native("silu(x)"),
     "gelu_python": Native("gelu(x)"),
@@ -74,13 +80,13 @@ ACTIVATIONS = {  # where two names compute the same, export takes the first
 class Layout:
     """How a model is held there: its `model_type`, its `hidden_act` (of llama and arcee), and what `act_fn` stores of it.
 
-    `learned` maps a formula's learned parameter to the tensor in `mlp.act_fn`; `buffers` are stored beside it.
+    `learned` maps a formula's learned parameter to the tensor in `mlp.act_fn`; `buffers` may be stored beside it.
     """
 
     model_type: str
     hidden_act: str = ""
     learned: dict[str, str] = dataclasses.field(default_factory=dict)
-    buffers: dict[str, float] = dataclasses.field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
 
 
 def layout_of(shape: Shape) -> Layout:
@@ -92,9 +98,8 @@ def layout_of(shape: Shape) -> Layout:
     if found[0] is None or not alike or shape.qk_norm or shape.d_model % shape.n_heads:
         return Layout(FORMULA)
     hidden_act, learned = found[0]
-    native = ACTIVATIONS[hidden_act]
-    stored = {ours: native.learned[theirs][0] for ours, theirs in learned.items()}
-    return Layout(LLAMA if arms[0].gated else ARCEE, hidden_act, stored, native.fixed)
+    stored = {ours: ACTIVATIONS[hidden_act].learned[theirs][0] for ours, theirs in learned.items()}
+    return Layout(LLAMA if arms[0].gated else ARCEE, hidden_act, stored)
 
 
 def recognise(formula: Formula) -> tuple[str, dict[str, str]] | None:
@@ -102,7 +107,7 @@ def recognise(formula: Formula) -> tuple[str, dict[str, str]] | None:
     if any(parameter.share != "layer" for parameter in formula.learned.values()):
         return None
     for hidden_act, native in ACTIVATIONS.items():
-        if len(native.learned) == len(formula.learned):
+        if native.exact and len(native.learned) == len(formula.learned):
             pattern = parse(native.formula, native.parameters)
             for names in itertools.permutations(native.learned):
                 learned = dict(zip(formula.learned, names, strict=True))
@@ -214,13 +219,6 @@ def tensor_names(name: str, shape: Shape, layout: Layout) -> list[tuple[str, tup
         "ffn.down": [("mlp.down_proj.weight", (shape.d_model, ffn.d_ff))],
     }
     return [(f"{prefix}.{each}", size) for each, size in parts[part]]
-
-
-def buffer_names(shape: Shape, layout: Layout) -> Iterator[tuple[str, float]]:
-    """Yield the buffers that `act_fn` stores beside what is learned: (name, its one number)."""
-    for index in range(shape.n_layers):
-        for name, value in layout.buffers.items():
-            yield f"model.layers.{index}.mlp.act_fn.{name}", value
 
 
 def _share(parameter: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from conf.arms import catalogue
 from conf.errors import UserError, unknown
-from kernels.formula import Formula, FormulaError, parse
-from model.foreign import ACTIVATIONS, ARCEE, CLASSES, FORMULA, LLAMA, Layout, canonical
+from kernels.formula import FormulaError, parse
+from model.foreign import ACTIVATIONS, ARCEE, CLASSES, FORMULA, LLAMA, Layout, Native, canonical
 
 Arm = tuple[str, dict[str, Any]]  # a formula and its parameters
 
@@ -58,8 +59,8 @@ def read_config(content: dict[str, Any], source: Path, stored: Stored) -> Descri
         "n_kv_heads": _count(content, "num_key_value_heads", path, n_heads),
         "head_dim": _count(content, "head_dim", path, 0) or None,
         "vocab_size": _count(content, "vocab_size", path),
-        "rope_theta": float(rope.get("rope_theta", content.get("rope_theta", 10000.0))),
-        "norm_eps": float(content.get("rms_norm_eps", 1e-6)),
+        "rope_theta": _number({**content, **rope}, "rope_theta", path, 10000.0),
+        "norm_eps": _number(content, "rms_norm_eps", path, 1e-6),
         "tie_embeddings": bool(content.get("tie_word_embeddings", False)),
         "qk_norm": False,
     }
@@ -118,14 +119,21 @@ def _count(content: dict[str, Any], key: str, path: Path, default: int | None = 
     return value
 
 
+def _number(content: dict[str, Any], key: str, path: Path, default: float) -> float:
+    value = content.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"{path} has {key}={value!r}: expected a number")
+    return float(value)
+
+
 def _native(model_type: str, hidden_act: Any, path: Path) -> Layout:
     if hidden_act is None:  # the defaults of LlamaConfig and ArceeConfig
         hidden_act = {LLAMA: "silu", ARCEE: "relu2"}[model_type]
-    if hidden_act not in ACTIVATIONS:
+    if not isinstance(hidden_act, str) or hidden_act not in ACTIVATIONS:
         raise unknown(f"hidden_act in {path}:", str(hidden_act), ACTIVATIONS)
     native = ACTIVATIONS[hidden_act]
     stored = {name: theirs for name, (theirs, _) in native.learned.items()}
-    return Layout(model_type, hidden_act, stored, native.fixed)
+    return Layout(model_type, hidden_act, stored, tuple(native.fixed))
 
 
 def _native_arm(layout: Layout, index: int, stored: Stored) -> Arm:
@@ -139,30 +147,14 @@ def _native_arm(layout: Layout, index: int, stored: Stored) -> Arm:
                 parameters[name] = native.fixed[name]
     if layout.model_type == ARCEE:
         return native.formula, parameters
-    gated = native.formula.replace("x", "gate") if native.formula == "x" else _gate(native)
-    return f"{gated} * up", parameters
+    return f"{_of_gate(native)} * up", parameters
 
 
-def _gate(native: Any) -> str:
-    """Return a formula of x as one of gate, in brackets where it is no single call."""
-    parsed: Formula = parse(native.formula, native.parameters)
-    parts, last = [], 0
-    for place in _places(parsed):
-        parts += [native.formula[last:place], "gate"]
-        last = place + 1
-    text = "".join(parts) + native.formula[last:]
-    return text if parsed.tree.kind == "call" else f"({text})"
-
-
-def _places(formula: Formula) -> list[int]:
-    """Return where x stands in a formula's text."""
-    found, left = set(), [formula.tree]
-    while left:
-        node = left.pop()
-        left += node.arguments
-        if node.kind == "symbol" and node.value == "x":
-            found.add(node.place)
-    return sorted(found)
+def _of_gate(native: Native) -> str:
+    """Return a formula of x as a factor of gate: in brackets where it is a sum or a product."""
+    tree = parse(native.formula, native.parameters).tree
+    text = re.sub(r"\bx\b", "gate", native.formula)
+    return text if tree.kind in ("call", "symbol", "**") else f"({text})"
 
 
 def _layers(content: dict[str, Any], n_layers: int, path: Path) -> tuple[list[Arm], list[int]]:

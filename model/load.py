@@ -30,7 +30,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from model.accounting import Shape, shape_of
 from model.decoder import Decoder
 from model.export_tokenizer import ORIGINAL
-from model.foreign import buffer_names, tensor_names
+from model.foreign import tensor_names
 from model.foreign_config import Described, choice_of, key_of, read_config
 from model.weights import save_weights
 
@@ -101,9 +101,10 @@ def import_folder(source: Path, overrides: list[str]) -> tuple[Config, list[str]
         UserError: the folder holds what ours cannot (the key and its value are named), a tensor is missing or has another
             shape, the run exists, or an override contradicts the folder.
     """
-    typed = {word.partition("=")[0].lstrip("+") for word in overrides}
-    if "run" not in typed:
+    typed = dict(word.partition("=")[::2] for word in overrides)
+    if not typed.get("run"):
         raise UserError("say what the new run is called: run=NAME")
+    run = Path(typed.get("runs", "runs"), typed["run"])
     for key in sorted(typed):
         if key.partition(".")[0] in ("model", "ffn", "tokenizer") and key not in _OURS and key != "model":
             raise UserError(f"{key} is what {source} says: leave it out")
@@ -116,13 +117,13 @@ def import_folder(source: Path, overrides: list[str]) -> tuple[Config, list[str]
         raise UserError(
             f"{source} has a tokenizer of {tokenizer.vocab_size} pieces, and vocab_size {described.vocab_size} in config.json"
         )
-    asked = load(overrides, "model.load")
-    run = Path(asked.runs) / str(asked.run)
     if run.exists():
         raise UserError(f"{run} exists: give this run another name (run=NAME)")
     words = [*overrides, *_words(described), *_tokenizer_words(tokenizer, run)]
     config = load(words, "model.load")
     validate(config, 1)
+    if Path(config.runs, str(config.run)) != run:
+        raise UserError(f"run={typed['run']}: write the name of the run without quotes")
     shape = shape_of(config, tokenizer.vocab_size)
     for ffn, arm, width in zip(shape.ffn, described.arms, described.widths, strict=True):
         assert (key_of(ffn.arm.formula, ffn.arm.parameters), ffn.d_ff) == (key_of(*arm), width), arm
@@ -201,7 +202,8 @@ def _tensors(stored: Folder, config: Config, shape: Shape, described: Described)
             raise UserError(
                 f"{stored.path} contradicts its config.json: {theirs} is {stored.shape(theirs)} where {size} is expected"
             )
-    ignored = {name for name, _ in buffer_names(shape, layout)} | ({"lm_head.weight"} if shape.tied else set())
+    ignored = {f"model.layers.{i}.mlp.act_fn.{name}" for i in range(shape.n_layers) for name in layout.buffers}
+    ignored |= {"lm_head.weight"} if shape.tied else set()
     foreign = sorted(n for n in found - expected.keys() - ignored if not n.endswith("rotary_emb.inv_freq"))
     if foreign:
         raise UserError(f"{stored.path} holds {foreign[0]}, for which a decoder of ours has no place")
