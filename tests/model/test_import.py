@@ -107,6 +107,13 @@ def test_the_run_is_complete_and_its_command_goes_on(make_run, tmp_path, capsys)
     assert load_tokenizer(new / "tokenizer").exact
 
 
+def test_a_head_that_is_stored_although_it_is_tied_is_no_other(make_run, tmp_path):
+    run = make_run(tie_embeddings=True)
+    export(run, tmp_path / "hf")
+    _edit(tmp_path / "hf", lambda tensors: tensors.update({"lm_head.weight": torch.ones(384, 32)}))
+    assert_same(run, begin(tmp_path / "hf", tmp_path / "imported"))
+
+
 # ---- folders that Transformers made
 
 
