@@ -71,6 +71,11 @@ def _changed(base: FFNConfig, change: Any, key: str) -> FFNConfig:
     return dataclasses.replace(base, **change)
 
 
+def catalogue() -> dict[str, dict[str, Any]]:
+    """Return what every file of conf/ffn says of its arm, by its name; what it leaves out has its default."""
+    return {name: _arm(name) for name in choices("ffn")}
+
+
 def _arm(name: str) -> dict[str, Any]:
     if name not in choices("ffn"):
         raise unknown("arm", name, choices("ffn"))

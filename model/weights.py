@@ -34,6 +34,7 @@ from conf.files import atomic_folder
 from model.parallel import Cut, cut_of, whole_shape
 
 FORMAT = 2
+_FILE_BYTES = 2 << 30  # where whole tensors are written, a file is closed from this size on
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -109,14 +110,25 @@ def save_weights(path: Path, tensors: Iterable[tuple[str, Tensor]], state: dict[
 
     Args:
         path: the checkpoint's folder, `step_N` for N = state["step"]; there must be none.
+        tensors: taken one at a time; as many files are written as hold them a few at a time, as if ranks had.
     """
-    whole = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors}
-    index = {
-        name: {"shape": list(t.shape), "tensor": 1, "cut": None, "pieces": [Piece(0, 0, t.numel(), 0)]}
-        for name, t in whole.items()
-    }
+    index: dict[str, Any] = {}
+    files: dict[str, Any] = {}
+    held: dict[str, Tensor] = {}
     with atomic_folder(path) as folder:
-        files = {file_of(0): write_tensors(folder / file_of(0), whole)}
+
+        def write() -> None:
+            name = file_of(len(files))
+            files[name] = write_tensors(folder / name, held)
+            held.clear()
+
+        for name, tensor in tensors:
+            held[name] = tensor.detach().to("cpu", torch.float32)
+            pieces = [Piece(0, 0, tensor.numel(), len(files))]
+            index[name] = {"shape": list(tensor.shape), "tensor": 1, "cut": None, "pieces": pieces}
+            if sum(4 * part.numel() for part in held.values()) >= _FILE_BYTES:
+                write()
+        write()
         write_rest(folder, index, {**state, "optimizer_steps": 0}, files)
 
 

@@ -346,7 +346,7 @@ def _check_checkpoint(path: Path, dataset: Dataset, shape: Shape, config: Config
         check_shapes(Decoder(shape, config.model, "sdpa"), reader)
     if reader.state["tokenizer_hash"] != dataset.tokenizer.hash:
         raise UserError(f"{path} was trained with another tokenizer than the one in {dataset.folder}")
-    if reader.state["corpus_hash"] != dataset.corpus_hash:
+    if reader.state["corpus_hash"] not in (None, dataset.corpus_hash):  # None: imported, trained on nothing here
         raise UserError(
             f"{path} was trained on other text than what is in {dataset.folder}: give this run a name (run=NAME)"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ import pytest
 import torch
 import yaml
 
-from conf.load import FOLDER
+from conf.load import FOLDER, to_yaml
 from conf.schema import Config, FFNConfig
-from model.accounting import shape_of
+from data.tokenizer import Tokenizer, train_sentencepiece
+from model.accounting import Shape, shape_of
 from model.decoder import Decoder
 from model.initialise import initialise
 from model.weights import save_weights
@@ -53,7 +56,13 @@ def build_decoder(
 ) -> Decoder:
     """Return an initialised decoder, the norms moved off 1 so that a forgotten one shows."""
     config = config_of(arm, **model)
-    shape = shape_of(config)
+    return build_decoder_of(config, shape_of(config), backend, document_start, seed).to(dtype)
+
+
+def build_decoder_of(
+    config: Config, shape: Shape, backend: str = "sdpa", document_start: int | None = None, seed: int = 0
+) -> Decoder:
+    """Return the decoder of a configuration in fp32, initialised, the norms moved off 1."""
     decoder = Decoder(shape, config.model, backend, document_start)
     initialise(decoder, shape, seed, config.model.init_std)
     generator = torch.Generator().manual_seed(1)
@@ -61,7 +70,7 @@ def build_decoder(
         for name, parameter in decoder.named_parameters():
             if name.endswith("norm.weight"):
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return decoder.to(dtype)
+    return decoder
 
 
 def write_checkpoint_of(decoder: Decoder, folder: Path, step: int) -> Path:
@@ -69,6 +78,55 @@ def write_checkpoint_of(decoder: Decoder, folder: Path, step: int) -> Path:
     path = folder / f"step_{step:08d}"
     save_weights(path, decoder.named_parameters(), {"step": step})
     return path
+
+
+def write_run_of(decoder: Decoder, config: Config, tokenizer: Tokenizer, run: Path, step: int = 7) -> Path:
+    """Write a run that has one checkpoint; what formulas learn is moved off its start, so that a lost one shows."""
+    chance = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if ".learned." in name:
+                parameter += 0.1 + 0.3 * torch.rand(parameter.shape, generator=chance)
+    (run / "tokenizer").mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(config))
+    tokenizer.save(run / "tokenizer")
+    write_checkpoint_of(decoder, run / "checkpoints", step)
+    return run
+
+
+@pytest.fixture(scope="session")
+def sentencepiece() -> Tokenizer:
+    """A tokenizer of 350 pieces: with 384 rows in an embedding some stand for nothing."""
+    chance = random.Random(1)
+    words = ["def", "return", "self", "value", "index", "for", "in", "range", "print", "class", "import", "yield"]
+    lines = ["    " * chance.randrange(4) + " ".join(chance.choices(words, k=6)) + "\n" for _ in range(900)]
+    return train_sentencepiece(["".join(lines[i : i + 9]) for i in range(0, len(lines), 9)], 350)
+
+
+@pytest.fixture
+def make_run(tmp_path, sentencepiece) -> Callable[..., Path]:
+    """The function that writes the run of an arm of conf/ffn; `model` are values of its group, `ffn` replaces the arm's."""
+
+    def make(arm: str = "swiglu", name: str = "run", ffn: dict[str, Any] | None = None, **model: Any) -> Path:
+        config = config_of(arm, **({"vocab_size": 384} | model))
+        config.ffn = FFNConfig(**(ARMS[arm] | {"from_output": ""} | ffn)) if ffn else config.ffn
+        shape = shape_of(config)
+        decoder = build_decoder_of(config, shape)
+        return write_run_of(decoder, config, sentencepiece, tmp_path / "runs" / name)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def transformers(tmp_path_factory) -> Iterator[Any]:
+    """The library; what it copies of exported code goes into a folder of the tests."""
+    library = pytest.importorskip("transformers")
+    from transformers import dynamic_module_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr("sys.path", sys.path.copy())
+        yield library
 
 
 @pytest.fixture(scope="module", autouse=True)

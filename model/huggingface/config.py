@@ -1,0 +1,189 @@
+"""What a config.json of Hugging Face Transformers says, in our terms; what ours cannot hold is refused by key and value."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from conf.arms import catalogue
+from conf.errors import UserError, unknown
+from kernels.formula import FormulaError, parse
+from model.huggingface.layout import ACTIVATIONS, ARCEE, CLASSES, FORMULA, LLAMA, Layout, Native, canonical
+
+Arm = tuple[str, dict[str, Any]]  # a formula and its parameters
+
+
+class Stored(Protocol):
+    """The tensors beside the configuration: some classes keep fixed numbers of an activation there."""
+
+    def names(self) -> set[str]: ...
+    def tensor(self, name: str) -> Tensor: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """A decoder as its folder describes it."""
+
+    model: dict[str, Any]  # keys of `model=` and their values
+    arms: list[Arm]  # of every layer
+    widths: list[int]  # d_ff of every layer
+    layout: Layout
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.model["vocab_size"]
+
+
+def read_config(content: dict[str, Any], source: Path, stored: Stored) -> Described:
+    """Return what the object in `source`/config.json describes.
+
+    Raises:
+        UserError: a key is missing, or has a value that ours cannot hold.
+    """
+    path = source / "config.json"
+    model_type = content.get("model_type")
+    if model_type not in CLASSES:
+        raise unknown(f"model_type in {path}:", str(model_type), CLASSES)
+    _refuse(content, path)
+    n_layers, n_heads = (_count(content, key, path) for key in ("num_hidden_layers", "num_attention_heads"))
+    rope = content.get("rope_parameters") or {}
+    sizes = {
+        "d_model": _count(content, "hidden_size", path),
+        "n_layers": n_layers,
+        "n_heads": n_heads,
+        "n_kv_heads": _count(content, "num_key_value_heads", path, n_heads),
+        "head_dim": _count(content, "head_dim", path, 0) or None,
+        "vocab_size": _count(content, "vocab_size", path),
+        "rope_theta": _number({**content, **rope}, "rope_theta", path, 10000.0),
+        "norm_eps": _number(content, "rms_norm_eps", path, 1e-6),
+        "tie_embeddings": bool(content.get("tie_word_embeddings", False)),
+        "qk_norm": False,
+    }
+    if model_type == FORMULA:
+        arms, widths = _layers(content, n_layers, path)
+        layout = Layout(FORMULA)
+        sizes["qk_norm"] = bool(content.get("qk_norm", False))
+    else:
+        layout = _native(model_type, content.get("hidden_act"), path)
+        arms = [_native_arm(layout, index, stored) for index in range(n_layers)]
+        widths = [_count(content, "intermediate_size", path)] * n_layers
+    return Described(sizes | _widths(arms, widths, path), arms, widths, layout)
+
+
+def key_of(formula: str, parameters: dict[str, Any]) -> tuple:
+    """Return what two arms that compute the same of the same learned parameters have in common."""
+    parsed = parse(formula, parameters)
+    return canonical(parsed.tree, parsed.fixed), parsed.gated, tuple(sorted(parsed.learned.items()))
+
+
+def choice_of(arm: Arm) -> str:
+    """Return the name that an arm has in conf/ffn, or "" if nobody has named it."""
+    wanted = key_of(*arm)
+    for name, known in catalogue().items():
+        if known["formula"] and key_of(known["formula"], known["parameters"]) == wanted:
+            return name
+    return ""
+
+
+def _refuse(content: dict[str, Any], path: Path) -> None:
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = content.get(key) or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{path} has {key}={rope!r}: an object with rope_type is known")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise UserError(f"{path} has {key} of type {kind!r}: only the plain rotary positions (default) are known")
+    rotated = {**content, **(content.get("rope_parameters") or {})}.get("partial_rotary_factor", 1.0)
+    if rotated != 1.0:
+        raise UserError(f"{path} has partial_rotary_factor={rotated}: here all channels of a head are rotated (1.0)")
+    for key in ("attention_bias", "mlp_bias"):
+        if content.get(key):
+            raise UserError(f"{path} has {key}={content[key]}: a decoder of ours has no biases (false)")
+    if content.get("quantization_config"):
+        raise UserError(f"{path} has a quantization_config: only plain weights (fp32, fp16, bf16) are read")
+
+
+def _count(content: dict[str, Any], key: str, path: Path, default: int | None = None) -> int:
+    value = content.get(key)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise UserError(f"{path} has no {key}")
+    if type(value) is not int or value < 1:
+        raise UserError(f"{path} has {key}={value!r}: expected a whole number above 0")
+    return value
+
+
+def _number(content: dict[str, Any], key: str, path: Path, default: float) -> float:
+    value = content.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"{path} has {key}={value!r}: expected a number")
+    return float(value)
+
+
+def _native(model_type: str, hidden_act: Any, path: Path) -> Layout:
+    if hidden_act is None:  # the defaults of LlamaConfig and ArceeConfig
+        hidden_act = {LLAMA: "silu", ARCEE: "relu2"}[model_type]
+    if not isinstance(hidden_act, str) or hidden_act not in ACTIVATIONS:
+        raise unknown(f"hidden_act in {path}:", str(hidden_act), ACTIVATIONS)
+    native = ACTIVATIONS[hidden_act]
+    stored = {name: theirs for name, (theirs, _) in native.learned.items()}
+    return Layout(model_type, hidden_act, stored, tuple(native.fixed))
+
+
+def _native_arm(layout: Layout, index: int, stored: Stored) -> Arm:
+    native, there = ACTIVATIONS[layout.hidden_act], stored.names()
+    parameters = dict(native.parameters)
+    for name in native.fixed:
+        tensor = f"model.layers.{index}.mlp.act_fn.{name}"
+        if tensor in there:
+            parameters[name] = float(stored.tensor(tensor))
+            if abs(parameters[name] - native.fixed[name]) <= 1e-6 * abs(native.fixed[name]):  # rounded to fp32
+                parameters[name] = native.fixed[name]
+    if layout.model_type == ARCEE:
+        return native.formula, parameters
+    return f"{_of_gate(native)} * up", parameters
+
+
+def _of_gate(native: Native) -> str:
+    """Return a formula of x as a factor of gate: in brackets where it is a sum or a product."""
+    tree = parse(native.formula, native.parameters).tree
+    text = re.sub(r"\bx\b", "gate", native.formula)
+    return text if tree.kind in ("call", "symbol", "**") else f"({text})"
+
+
+def _layers(content: dict[str, Any], n_layers: int, path: Path) -> tuple[list[Arm], list[int]]:
+    layers = content.get("ffn")
+    if not isinstance(layers, list) or len(layers) != n_layers or not all(isinstance(each, dict) for each in layers):
+        raise UserError(f"{path} must have in ffn a list of {n_layers} layers, each with formula, parameters and d_ff")
+    arms, widths = [], []
+    for index, layer in enumerate(layers):
+        formula, parameters = layer.get("formula"), layer.get("parameters") or {}
+        try:
+            if not isinstance(formula, str) or not isinstance(parameters, dict):
+                raise UserError(f"{path} has in ffn[{index}] no formula, or parameters that are no object")
+            parse(formula, parameters)
+        except FormulaError as error:
+            raise UserError(f"{path} has in ffn[{index}] a formula that is refused: {error}") from error
+        arms.append((formula, parameters))
+        widths.append(_count(layer, "d_ff", path))
+    return arms, widths
+
+
+def _widths(arms: list[Arm], widths: list[int], path: Path) -> dict[str, int | None]:
+    """Return the keys of `model=` that give every layer its width."""
+    if len(set(widths)) == 1:
+        return {"d_ff": widths[0]}
+    gated = [parse(*arm).gated for arm in arms]
+    wide = [width for width, has_gate in zip(widths, gated, strict=True) if has_gate]
+    base = wide[0] if wide else 0
+    if any(width != (base if has_gate else base * 3 // 2) for width, has_gate in zip(widths, gated, strict=True)):
+        raise UserError(
+            f"{path} has layers of the widths {', '.join(map(str, widths))}: ours are all alike, or 3/2 as wide where ungated"
+        )
+    return {"d_ff": None, "d_ff_gated": base}

@@ -1,0 +1,193 @@
+"""FormulaForCausalLM: a LLaMA decoder whose feed-forward activation is a formula, for Hugging Face Transformers.
+
+This file is copied into an exported folder as `modeling_formula.py` and needs torch and transformers only; load it with
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`. `config.ffn` has for every layer
+{"formula": "silu(gate) * up", "parameters": {...}, "d_ff": N}: a formula of `x`, or of `gate` and `up`. A parameter is a fixed
+number, or {"init": 0.25, "share": "layer" | "channel"} where it is learned and stands among the weights. It is read through a
+whitelist, never by `eval`, and computed in fp32 at least.
+
+Made to compute logits. Gradients are autograd's, so a formula whose unused branch of a `where` overflows gives NaN there.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRMSNorm
+
+FUNCTIONS = {
+    **{name: getattr(torch, name) for name in ("abs", "sign", "sqrt", "exp", "expm1", "log", "log1p")},
+    **{name: getattr(torch, name) for name in ("sigmoid", "tanh", "sin", "cos", "atan", "erf", "relu")},
+    "softplus": lambda x: F.softplus(x, threshold=40.0),
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "max": torch.maximum,
+    "min": torch.minimum,
+    "where": torch.where,
+    "clip": lambda x, low, high: torch.minimum(torch.maximum(x, low), high),
+}
+OPERATORS = {
+    ast.Add: torch.add,
+    ast.Sub: torch.sub,
+    ast.Mult: torch.mul,
+    ast.Div: torch.div,
+    ast.Pow: torch.pow,
+    ast.USub: torch.neg,
+    ast.UAdd: lambda x: x,
+    ast.Lt: torch.lt,
+    ast.LtE: torch.le,
+    ast.Gt: torch.gt,
+    ast.GtE: torch.ge,
+}
+WORD = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)|([A-Za-z_]\w*)")
+
+
+def parse(text: str) -> ast.expr:
+    """Return the syntax tree of a formula, in which every name has an underscore before it (no word of Python's is one)."""
+    python = WORD.sub(lambda word: repr(float(word[1])) if word[1] else "_" + word[2], text)
+    return ast.parse(f"({python})", mode="eval").body
+
+
+def evaluate(tree: ast.expr, values: dict[str, Tensor]) -> Tensor:
+    """Return the value of a formula; `values` are its pre-activations and parameters, of one dtype.
+
+    Raises:
+        ValueError: it holds what is no part of a formula.
+    """
+    like = next(iter(values.values()))
+
+    def value(node: ast.expr) -> Tensor:
+        if isinstance(node, ast.Constant) and type(node.value) is float:
+            return torch.tensor(node.value, dtype=like.dtype, device=like.device)
+        if isinstance(node, ast.Name) and node.id[1:] in values:
+            return values[node.id[1:]]
+        if isinstance(node, ast.Name) and node.id == "_pi":
+            return torch.tensor(math.pi, dtype=like.dtype, device=like.device)
+        if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](value(node.operand))
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in OPERATORS:
+            return OPERATORS[type(node.ops[0])](value(node.left), value(node.comparators[0]))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id[1:] in FUNCTIONS:
+            return FUNCTIONS[node.func.id[1:]](*map(value, node.args))
+        raise ValueError(f"no part of a formula: {ast.unparse(node)}")
+
+    return value(tree)
+
+
+class FormulaConfig(PretrainedConfig):
+    """As LlamaConfig; `ffn` lists the feed-forward layers, `qk_norm` is RMSNorm on the queries and keys of each head."""
+
+    model_type = "formula_ffn"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 256,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 4,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        ffn: list[dict[str, Any]] | None = None,
+        qk_norm: bool = False,
+        max_position_embeddings: int = 2048,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 10000.0,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.ffn = (
+            ffn or [{"formula": "silu(gate) * up", "parameters": {}, "d_ff": 4 * hidden_size}] * num_hidden_layers
+        )
+        self.qk_norm = qk_norm
+        self.max_position_embeddings, self.initializer_range = max_position_embeddings, initializer_range
+        self.rms_norm_eps, self.rope_theta, self.use_cache = rms_norm_eps, rope_theta, use_cache
+        # What the layers of Llama read, before some are replaced below.
+        self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
+        self.attention_bias, self.attention_dropout, self.mlp_bias, self.pretraining_tp = False, 0.0, False, 1
+        self.intermediate_size, self.hidden_act = max(layer["d_ff"] for layer in self.ffn), "linear"
+        kwargs = {name: value for name, value in kwargs.items() if name not in vars(self)}
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+
+class FormulaMLP(nn.Module):
+    """D -> F (once, or twice if gated) -> the formula -> D."""
+
+    def __init__(self, d_model: int, formula: str, parameters: dict[str, Any], d_ff: int) -> None:
+        super().__init__()
+        self.tree = parse(formula)
+        self.gated = not any(isinstance(node, ast.Name) and node.id == "_x" for node in ast.walk(self.tree))
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=False) if self.gated else None
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+        self.fixed = {name: float(given) for name, given in parameters.items() if not isinstance(given, dict)}
+        learned = {name: given for name, given in parameters.items() if isinstance(given, dict)}
+        self.init = {name: float(given["init"]) for name, given in learned.items()}
+        self.learned = nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.full((d_ff if given.get("share") == "channel" else 1,), self.init[name]))
+                for name, given in learned.items()
+            }
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        up = self.up_proj(x).to(wide)
+        values = {"gate": self.gate_proj(x).to(wide), "up": up} if self.gated else {"x": up}
+        values |= {name: torch.tensor(number, dtype=wide, device=x.device) for name, number in self.fixed.items()}
+        values |= {name: parameter.to(wide) for name, parameter in self.learned.items()}
+        h = evaluate(self.tree, values)
+        return self.down_proj(h.to(x.dtype).expand(up.shape))
+
+
+class HeadNormedLinear(nn.Linear):
+    """A projection to heads, each of them normalised."""
+
+    def __init__(self, d_model: int, heads: int, head_dim: int, eps: float) -> None:
+        super().__init__(d_model, heads * head_dim, bias=False)
+        self.head_dim = head_dim
+        self.norm = LlamaRMSNorm(head_dim, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., heads * head_dim)."""
+        return self.norm(super().forward(x).unflatten(-1, (-1, self.head_dim))).flatten(-2)
+
+
+class FormulaForCausalLM(LlamaForCausalLM):
+    """LlamaForCausalLM with the feed-forward layers of `config.ffn`, and QK-norm if `config.qk_norm`."""
+
+    config_class = FormulaConfig
+    config: FormulaConfig
+
+    def __init__(self, config: FormulaConfig) -> None:
+        super().__init__(config)
+        for layer, arm in zip(self.model.layers, config.ffn, strict=True):
+            layer.mlp = FormulaMLP(config.hidden_size, arm["formula"], arm.get("parameters") or {}, arm["d_ff"])
+            if config.qk_norm:
+                for name, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+                    normed = HeadNormedLinear(config.hidden_size, heads, config.head_dim, config.rms_norm_eps)
+                    setattr(layer.self_attn, name, normed)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FormulaMLP):
+            for name, parameter in module.learned.items():
+                nn.init.constant_(parameter, module.init[name])

@@ -1,0 +1,122 @@
+"""A run's tokenizer for Hugging Face Transformers: `tokenizer.json`, `tokenizer_config.json`, and the run's own file.
+
+What a SentencePiece model trained here does, a BPE model of the library `tokenizers` does too, id for id: merges go by
+the pieces' scores, characters without a piece become bytes, and nothing is normalised. Spaces stay spaces in its
+vocabulary: a U+2581 in a text is then no piece, and becomes bytes as it does in `data/tokenizer.py`. Two differences are left:
+that one cuts texts of more than 65,536 characters into stretches, and writes broken UTF-8 with fewer U+FFFD.
+
+With special tokens (the default of Transformers), a text begins with the end-of-text token, because that is how a document
+begins in training, and in `model.generate`. What looks like a special token in a text is text.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from data.files import need
+from data.tokenizer import PROBE, SPACE, Tokenizer
+
+ORIGINAL = {
+    "tokenizer.model": "tokenizer.model",
+    "tokenizer.json": "tokenizer.original.json",
+}  # the run's file -> its copy
+_PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
+_PROBES = (
+    PROBE,
+    "a\u2581 b",
+    "",
+    " ",
+    "\n\n\t\t  ",
+    "aaaaaaa" * 9,
+    " " * 77,
+    "def f(x):\n        return x\n",
+    "<0x41><s>",
+)
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> int:
+    """Write the tokenizer's files into `folder`, and return the id that pads a batch.
+
+    Args:
+        longest: tokens that the model was trained on at once.
+
+    Raises:
+        UserError: it cannot be converted id for id, as with SentencePiece models that were trained elsewhere.
+    """
+    tokenizers = need("tokenizers", "writing tokenizer.json")
+    if tokenizer.file_name == "tokenizer.json":
+        converted = tokenizers.Tokenizer.from_str(tokenizer.raw.decode("utf-8"))
+        converted.no_truncation()
+        converted.no_padding()
+    else:
+        converted = _from_sentencepiece(tokenizer.raw)
+    eos = converted.id_to_token(tokenizer.eos_id)
+    converted.add_special_tokens([eos])
+    template = tokenizers.processors.TemplateProcessing
+    converted.post_processor = template(f"{eos} $A", f"{eos} $A {eos} $B:1", special_tokens=[(eos, tokenizer.eos_id)])
+    converted.encode_special_tokens = True
+    for probe in _PROBES:
+        if converted.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe):
+            raise UserError(
+                f"the tokenizer cannot be written as tokenizer.json: {probe!r} would get other tokens. SentencePiece models "
+                "that are trained here can (BPE, byte fallback, no normalisation); give others as a tokenizer.json"
+            )
+    vocabulary = converted.get_vocab(with_added_tokens=True)
+    # <unk> of a SentencePiece model is never produced: bytes stand for what has no piece.
+    names = ("<unk>",) if tokenizer.file_name == "tokenizer.model" else _PAD_NAMES
+    pad = next((name for name in names if name in vocabulary), eos)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{"bos_token": eos, "eos_token": eos, "pad_token": pad},
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": longest,
+    }
+    converted.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / ORIGINAL[tokenizer.file_name]).write_bytes(tokenizer.raw)
+    return vocabulary[pad]
+
+
+def _from_sentencepiece(raw: bytes) -> Any:
+    """Return the `tokenizers.Tokenizer` of a SentencePiece BPE model."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+
+    model = SentencePieceProcessor(model_proto=raw)
+    special = {i for i in range(len(model)) if model.is_control(i) or model.is_unknown(i)}
+    plain = [i for i in range(len(model)) if i not in special and not model.is_byte(i)]
+    pieces = {i: model.id_to_piece(i).replace(SPACE, " ") for i in plain}
+    vocabulary = {pieces.get(i, model.id_to_piece(i)): i for i in range(len(model))}
+    scores = {pieces[i]: model.get_score(i) for i in plain}
+    merges = [
+        pair
+        for piece in sorted(scores, key=scores.__getitem__, reverse=True)
+        for pair in _splits(piece)
+        if pair[0] in scores and pair[1] in scores
+    ]
+    unknown = model.id_to_piece(model.unk_id())
+    bpe = models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, byte_fallback=True, fuse_unk=False)
+    converted = Tokenizer(bpe)
+    converted.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    converted.add_special_tokens([AddedToken(model.id_to_piece(i), special=True) for i in sorted(special)])
+    return converted
+
+
+def _splits(piece: str) -> list[tuple[str, str]]:
+    """Return the pairs that make a piece, in the order in which they must be merged.
+
+    SentencePiece merges what scores highest, and of one piece the leftmost. A merge by pairs must choose among the pairs of
+    a piece, so of two that can overlap in a text (the right half of one is the left half of the other) the one that then
+    stands on the left comes first.
+    """
+    pairs = [(piece[:i], piece[i:]) for i in range(len(piece) - 1, 0, -1)]  # of "aaa" the one with the longer left half
+    for i, first in enumerate(pairs):
+        for j in range(i):
+            if first[1] == pairs[j][0] and pairs[j][1] != first[0]:
+                pairs.insert(j, pairs.pop(i))
+                break
+    return pairs

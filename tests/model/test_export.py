@@ -1,0 +1,279 @@
+"""An exported run: Transformers computes our logits and writes our text, for every arm; and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from conf.errors import UserError
+from kernels import activation
+from kernels.formula import FUNCTIONS
+from model import export as command
+from model.export import export, main
+from model.generate import generate, load_run
+from model.weights import checkpoints
+
+# fp32 sums in another order: 1.2e-6 of the largest logit was the most that any arm differed by.
+TOLERANCE = 1e-5
+LLAMA, ARCEE, FORMULA = "LlamaForCausalLM", "ArceeForCausalLM", "FormulaForCausalLM"
+CLASSES = {
+    **dict.fromkeys(("bilinear", "geglu", "glu", "reglu", "reglu2", "swiglu"), LLAMA),
+    **dict.fromkeys(("gelu", "gelu_tanh", "leaky_relu", "mish", "prelu", "relu", "relu2"), ARCEE),
+    **dict.fromkeys(("sigmoid", "silu", "tanh"), ARCEE),
+    **dict.fromkeys(("elu", "leaky_relu2", "maxout", "selu", "silu_plus_relu", "situ_glu", "smooth_relu2"), FORMULA),
+    **dict.fromkeys(("softplus", "swiglu_clamped", "swish", "tanh_relu2", "threshold", "xielu"), FORMULA),
+}
+XIELU = "where(x > 0, softplus(a) * x * x + 0.5 * x, 0.5 * x + (0.5 + softplus(b)) * (expm1(min(x, -1e-6)) - x))"
+SHARED = {"init": 0.25, "share": "layer"}
+OTHERS = {  # what else can differ: (the arm, values of its group, values of model=), and the class
+    "heads that do not divide d_model": (("swiglu", None, {"d_model": 33, "head_dim": 8}), FORMULA),
+    "one key head": (("swiglu", None, {"n_kv_heads": 1}), LLAMA),
+    "as many key heads": (("relu2", None, {"n_kv_heads": None}), ARCEE),
+    "tied": (("swiglu", None, {"tie_embeddings": True}), LLAMA),
+    "tied, custom": (("swish", None, {"tie_embeddings": True}), FORMULA),
+    "qk_norm": (("swiglu", None, {"qk_norm": True}), FORMULA),
+    "rope_theta and norm_eps": (("geglu", None, {"rope_theta": 30.0, "norm_eps": 0.3}), LLAMA),
+    "rope_theta and norm_eps, custom": (("elu", None, {"rope_theta": 30.0, "norm_eps": 0.3, "qk_norm": True}), FORMULA),
+    "another slope": (("leaky_relu", {"parameters": {"slope": 0.3}}, {}), FORMULA),
+    "a slope a channel": (("prelu", {"parameters": {"slope": {"init": 0.2, "share": "channel"}}}, {}), FORMULA),
+    "a learned gate": (
+        ("custom", {"formula": "up * where(gate > 0, gate, k*gate)", "parameters": {"k": SHARED}}, {}),
+        LLAMA,
+    ),
+    # Transformers knows this one, and rounds its two numbers to bf16.
+    "xielu of Transformers": (("custom", {"formula": XIELU, "parameters": {"b": SHARED, "a": SHARED}}, {}), FORMULA),
+    "swiglu by hand": (("custom", {"formula": "up * (gate * sigmoid(gate))"}, {}), LLAMA),
+    "relu2 by hand": (("custom", {"formula": "max(0, x) * relu(x)"}, {}), ARCEE),
+    "a name that is a word of Python": (
+        ("custom", {"formula": "lambda *\n x - -007.50", "parameters": {"lambda": SHARED}}, {}),
+        FORMULA,
+    ),
+    "layers that differ": (("swiglu", {"per_layer": {0: "relu2", "last": "xielu"}}, {"n_layers": 3}), FORMULA),
+    "layers alike by another name": (("swiglu", {"per_layer": {"last": {"formula": "up * silu(gate)"}}}, {}), LLAMA),
+}
+
+
+def loaded(transformers, folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+def difference(model, run, tokens) -> float:
+    """Return the largest difference of logits, as a share of the largest logit."""
+    ours, _, _ = load_run(run)
+    with torch.inference_mode():
+        expected, found = ours(tokens), model(tokens).logits
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def test_the_table_names_every_arm(arm):
+    assert arm in CLASSES
+
+
+def test_every_arm_gives_our_logits(transformers, make_run, arm, tokens, tmp_path):
+    run = make_run(arm)
+    assert export(run, tmp_path / "hf") == CLASSES[arm]
+    model = loaded(transformers, tmp_path / "hf")
+    assert type(model).__name__ == CLASSES[arm]
+    assert model.dtype == torch.float32
+    assert difference(model, run, tokens) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_every_kind_of_decoder_gives_our_logits(transformers, make_run, case, tokens, tmp_path):
+    (arm, ffn, sizes), expected = OTHERS[case]
+    run = make_run("swiglu" if arm == "custom" else arm, ffn=ffn, **sizes)
+    assert export(run, tmp_path / "hf") == expected
+    model = loaded(transformers, tmp_path / "hf")
+    assert type(model).__name__ == expected
+    assert difference(model, run, tokens) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("arm", "swapped"),
+    [
+        ("swiglu", ("mlp.gate_proj", "mlp.up_proj")),
+        ("swiglu_clamped", ("mlp.gate_proj", "mlp.up_proj")),
+        ("swiglu", ("self_attn.k_proj", "self_attn.v_proj")),
+        ("relu2", ("input_layernorm", "post_attention_layernorm")),
+        ("xielu", ("mlp.learned.an", "mlp.learned.ap")),
+    ],
+)
+def test_two_tensors_swapped_are_noticed(transformers, make_run, arm, swapped, tokens, tmp_path):
+    run, folder = make_run(arm), tmp_path / "hf"
+    export(run, folder)
+    tensors = load_file(folder / "model.safetensors")
+    ends = "" if "learned" in swapped[0] else ".weight"
+    one, other = (f"model.layers.1.{name}{ends}" for name in swapped)
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert difference(loaded(transformers, folder), run, tokens) > 100 * TOLERANCE
+
+
+class Ids:
+    """A tokenizer that decodes ids to themselves."""
+
+    def __init__(self, tokenizer) -> None:
+        self.encode, self.eos_id, self.vocab_size = tokenizer.encode, tokenizer.eos_id, tokenizer.vocab_size
+
+    def decode(self, ids):
+        return list(ids)
+
+
+@pytest.mark.parametrize("arm", ["swiglu", "prelu", "relu2", "xielu", "swiglu_clamped"])
+def test_it_writes_what_we_write(transformers, make_run, arm, tmp_path):
+    run, folder = make_run(arm), tmp_path / "hf"
+    export(run, folder)
+    model, tokenizer = loaded(transformers, folder), transformers.AutoTokenizer.from_pretrained(folder)
+    ours, ids, _ = load_run(run)
+    for prompt in ("", "def f(x):\n    return"):
+        with torch.inference_mode():
+            expected = generate(lambda t, cache: ours(t, None, cache), Ids(ids), 2, prompt, 64, temperature=0.0)
+            found = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=64, do_sample=False)[0]
+        written = found.tolist()[1:]
+        assert (written[:-1] if written[-1] == ids.eos_id else written) == expected
+        assert len(expected) > len(ids.encode(prompt))
+
+
+def test_half_precision_is_the_weights_rounded(transformers, make_run, tmp_path):
+    run = make_run("swish")
+    export(run, tmp_path / "32")
+    export(run, tmp_path / "16", dtype="bf16")
+    whole, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("32", "16"))
+    assert whole.keys() == rounded.keys()
+    assert all(torch.equal(rounded[name], whole[name].bfloat16()) for name in whole)
+    assert loaded(transformers, tmp_path / "16").dtype == torch.bfloat16
+
+
+def test_a_large_model_is_written_in_shards(transformers, make_run, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_SHARD_BYTES", 20_000)
+    run = make_run("swiglu")
+    export(run, tmp_path / "hf")
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
+    assert files == sorted(set(index["weight_map"].values()))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert len(files) > 5
+    assert all(name in load_file(tmp_path / "hf" / file) for name, file in index["weight_map"].items())
+    assert difference(loaded(transformers, tmp_path / "hf"), run, tokens) < TOLERANCE
+
+
+# ---- the code that carries a formula
+
+
+@pytest.fixture(scope="session")
+def modeling(transformers):
+    assert transformers
+    from model.huggingface import modeling
+
+    return modeling
+
+
+def test_every_function_of_the_grammar_is_ours(modeling):
+    assert modeling.FUNCTIONS.keys() == FUNCTIONS.keys()
+    x = torch.linspace(-45, 45, 999, dtype=torch.float64)
+    for name, count in FUNCTIONS.items():
+        safe = "x**2 + 0.1" if name in ("sqrt", "log", "log1p") else "x"
+        arguments = {1: safe, 2: "x, 0.3 * x - 1", 3: "x, -2, pi"}[count]
+        text = f"{name}({'x <= -.5' if name == 'where' else arguments.split(', ')[0]}" + "".join(
+            f", {each}" for each in arguments.split(", ")[1:]
+        )
+        text = f"{text}) / 3 - -x**2 * 1e-1"
+        expected = activation(text, backend="reference")(x)
+        torch.testing.assert_close(modeling.evaluate(modeling.parse(text), {"x": x}), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["__import__('os')", "x.device", "[x][0]", "x if x > 0 else 1", "open(x)", "max(x, key=x)", "y", "'a'", "x[0]"],
+)
+def test_what_is_no_formula_is_not_computed(modeling, text):
+    with pytest.raises((ValueError, SyntaxError, TypeError)):
+        modeling.evaluate(modeling.parse(text), {"x": torch.ones(3)})
+
+
+def test_learned_numbers_start_where_the_formula_says(make_run, modeling, tmp_path):
+    export(make_run("xielu"), tmp_path / "hf")
+    config = modeling.FormulaConfig.from_pretrained(tmp_path / "hf")
+    fresh = modeling.FormulaForCausalLM(config)
+    assert fresh.model.layers[1].mlp.learned["an"].item() == pytest.approx(0.20343)
+
+
+# ---- the command
+
+
+def test_the_command_says_how_to_load_it(make_run, tmp_path, capsys):
+    run = make_run("swish")
+    main([f"run={run}", f"to={tmp_path / 'hf'}", "step=7", "dtype=bf16"])
+    said = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'hf'}: a FormulaForCausalLM" in said
+    assert f"from_pretrained('{tmp_path / 'hf'}', trust_remote_code=True)" in said
+
+
+def test_an_empty_folder_is_filled_and_a_full_one_refused(make_run, tmp_path):
+    run, folder = make_run(), tmp_path / "hf"
+    folder.mkdir()
+    export(run, folder)
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(UserError, match="exists and is not an empty folder"):
+        export(run, folder)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_nothing_is_left_of_an_export_that_fails(make_run, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "save_file", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        export(make_run(), tmp_path / "out" / "hf")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["too=x"], "unknown option 'too': did you mean 'to'?"),
+        (["run"], "unknown option 'run'"),
+        (["step=-3"], "step=-3: expected a whole number"),
+        (["run=run"], "say where the model is to go: to=FOLDER"),
+        (["to=x"], "say which run is to be exported: run=NAME"),
+        (["run=none", "to=x"], "there is no run 'none'"),
+        (["run=run", "to=x", "dtype=fp16"], "unknown dtype 'fp16': did you mean 'bf16'?"),
+        (["run=run", "to=x", "step=8"], "has no checkpoint of step 8: there are 7"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(make_run, words, sentence, tmp_path, monkeypatch):
+    run = make_run()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        main([f"runs={run.parent}", *words])
+    assert sentence in str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_not_exported(make_run, tmp_path):
+    run = make_run()
+    (next(checkpoints(run / "checkpoints")) / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="is damaged"):
+        export(run, tmp_path / "hf")
+
+
+def test_help_names_every_option(capsys):
+    main(["--help"])
+    printed = capsys.readouterr().out
+    assert [name for name in command._DEFAULTS if f"{name}=" not in printed] == []
+
+
+def test_the_configuration_is_in_the_words_of_transformers(make_run, tmp_path):
+    run = make_run(n_kv_heads=1, rope_theta=500.0)
+    export(run, tmp_path / "hf", dtype="bf16")
+    found = json.loads((tmp_path / "hf" / "config.json").read_text())
+    expected = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 1}
+    expected |= {"rope_theta": 500.0, "hidden_act": "silu", "torch_dtype": "bfloat16", "vocab_size": 384}
+    assert found.items() >= expected.items()
+    assert found["bos_token_id"] == found["eos_token_id"] == 2
+    assert found["max_position_embeddings"] == yaml.safe_load((run / "config.yaml").read_text())["sequence_length"]
+    assert "modeling_formula.py" not in {path.name for path in (tmp_path / "hf").iterdir()}
