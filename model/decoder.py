@@ -31,8 +31,28 @@ from model.layers import RMSNorm, Rotary
 from model.loss import gathered_logits, linear_cross_entropy
 from model.parallel import Axis, Mesh, cut_parameter
 
-# For each layer, the keys and values so far: two tensors (B, T, K, E). Empty before the first token.
-Cache = list[tuple[Tensor, Tensor] | None]
+
+class Cache:
+    """For each layer, the keys and values so far: two tensors (B, T, K, E); none before the first token.
+
+    It is no list, because of any list ZeRO-3 hands a module a copy, which would grow instead of this one.
+    """
+
+    def __init__(self, n_layers: int) -> None:
+        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
+
+    def length(self, layer: int) -> int:
+        """Return T."""
+        kept = self.layers[layer]
+        return 0 if kept is None else kept[0].shape[1]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values (B, S, K, E) of the newest tokens, and return all, (B, T + S, K, E)."""
+        kept = self.layers[layer]
+        if kept is not None:
+            k, v = torch.cat((kept[0], k), 1), torch.cat((kept[1], v), 1)
+        self.layers[layer] = k, v
+        return k, v
 
 
 class Attention(nn.Module):
@@ -67,15 +87,12 @@ class Attention(nn.Module):
         q, k, v = heads.split([kind // context.size for kind in self.heads], dim=2)
         if self.q_norm is not None:
             (q, _), (k, _) = self.q_norm(q), self.k_norm(k)
-        start = cache[layer][0].shape[1] if cache and cache[layer] else 0
+        start = cache.length(layer) if cache is not None else 0
         q, k = self.rotary(q, k, start)
         if cache is None:
             mixed = attend(q, k, v, self.backend, documents)
         else:
-            if cache[layer]:
-                k, v = torch.cat((cache[layer][0], k), 1), torch.cat((cache[layer][1], v), 1)
-            cache[layer] = k, v
-            mixed = attend_cached(q, k, v)
+            mixed = attend_cached(q, *cache.extend(layer, k, v))
         mixed = heads_to_sequence(mixed, context)
         return reduced(F.linear(mixed.flatten(2), self.out), self.tensor, sequence)
 
@@ -182,7 +199,7 @@ class Decoder(nn.Module):
         With targets (B, S), where -100 is left out, return two fp32 scalars: the objective (with z-loss, if there is any),
         and the mean cross-entropy in nats, which is not differentiable.
 
-        With a cache (a list of one None a layer at first), `tokens` are the newest only, and the cache grows by them.
+        With a cache, `tokens` are the newest only, and the cache grows by them.
 
         Of a sequence that context ranks share, each is given its part, and the loss is that of its part; with a cache, and
         among tensor ranks, all are given the same.

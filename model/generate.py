@@ -49,7 +49,7 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     # A document begins after the end of another one.
     written = [tokenizer.eos_id, *tokenizer.encode(prompt)]
-    cache: Cache = [None] * n_layers
+    cache = Cache(n_layers)
     newest = written
     for _ in range(tokens):
         logits = logits_of(torch.tensor([newest], device=device), cache)[0, -1].float().cpu()

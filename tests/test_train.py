@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from model.weights import CheckpointReader, checkpoints, newest_intact
+from model.weights import MOMENTS, CheckpointReader, checkpoints, newest_intact
 from tests.training.tiny import (
     PATIENCE,
     ROOT,
@@ -93,7 +94,8 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert losses(run) == losses(other)
     first, second = final(run), final(other)
     assert first.shapes() == second.shapes()
-    assert all(torch.equal(first.tensor(name), second.tensor(name)) for name in first.shapes())
+    for name, key in itertools.product(first.shapes(), ("", *MOMENTS)):
+        assert torch.equal(first.tensor(name, key), second.tensor(name, key)), (name, key)
 
 
 class Started:
@@ -337,6 +339,36 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_no_process(by_deepspeed, cor
         result = command(*launched("torchrun"), *words)
         assert result.status == 0, result.out + result.err
         assert_same_run(run, by_deepspeed[0])
+
+
+def test_a_run_of_tensor_ranks_goes_on_as_one_process(corpus, runs):
+    """No conversion between: the same command, with other words for the ranks."""
+    width = {"model__d_ff": 44, "optim__eps": 1e-4}
+    one = command(sys.executable, *words_of(corpus, runs, "not-shared", **width))
+    assert one.status == 0, one.out + one.err
+    shared = {"zero": 3, "parallel__tensor": 2, "parallel__sequence": "true"}
+    started = Started(*launched("deepspeed"), *words_of(corpus, runs, "shared", **width, **shared))
+    started.until("step  6/60")
+    started.process.send_signal(signal.SIGTERM)
+    result = started.end()
+    run = runs / "shared"
+    assert summary(run)["status"] == "stopped", result.out + result.err
+    assert "parallel       tensor 2 with sequence x data 1" in result.out
+    result = command(sys.executable, *words_of(corpus, runs, "shared", **width))
+    assert result.status == 0, result.out + result.err
+    assert_close(losses(run), losses(runs / "not-shared"))
+    for key in (
+        "status",
+        "parameters",
+        "ffn_parameters",
+        "flops_per_token",
+        "data_order_hash",
+        "config_hash",
+        "tokens",
+    ):
+        assert summary(run)[key] == summary(runs / "not-shared")[key], key
+    resumed = next(line for line in metrics(run, "event") if line["event"] == "resumed")
+    assert (resumed["world_size"], resumed["step"]) == (1, max(6, resumed["step"]))
 
 
 def test_a_run_that_diverges_fails(corpus, runs):

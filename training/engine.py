@@ -24,7 +24,7 @@ from conf.validate import Batch
 from data.batches import IGNORED
 from launch.ranks import Ranks
 from model.accounting import Shape
-from model.decoder import Decoder
+from model.decoder import Cache, Decoder
 from model.initialise import initialise
 from model.parallel import Mesh, cut_of, join
 from training.mpu import ModelParallelUnit
@@ -257,7 +257,7 @@ class Engine:
         return nats * valid, valid
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor, cache: list[Any]) -> Tensor:
+    def logits(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Return logits (B, S, V) of the newest tokens (B, S); every rank must call it together."""
         self.deepspeed.eval()
         result = self.deepspeed(tokens, None, cache)

@@ -149,10 +149,14 @@ class Report:
         corpus = f"{tokens:,} tokens to train on ({epochs:.1f} epochs), {dataset.held_out.tokens:,} held out"
         masters = " with fp32 master weights" if dtype == torch.bfloat16 else ""
         numbers = f"{str(dtype).removeprefix('torch.')}{masters}, ZeRO stage {config.zero.stage}"
+        shares = config.parallel
+        ways = [f"tensor {shares.tensor}{' with sequence' if shares.sequence else ''}"] if shares.tensor > 1 else []
+        ways += [f"context {shares.context}"] if shares.context > 1 else []
         expected = self.batch.tokens * self.flops_per_token / (0.4 * peak * ranks)
         return [
             ("data", f"{config.data.name}: {corpus}, {self.bytes_per_token:.2f} bytes a token"),
             ("machine", f"{machine.describe(device)} x {ranks}, {numbers}"),
+            *([("parallel", " x ".join([*ways, f"data {self.batch.data_parallel}"]))] if ways else []),
             ("optimizer", f"{config.optim.name}, peak rate {config.optim.lr:g}, {config.schedule.name}"),
             ("attention", attention),
             ("peak", f"{peak / 1e12:.3g} TFLOP/s a rank ({peak_from})"),

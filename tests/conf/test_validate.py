@@ -188,6 +188,34 @@ def test_a_batch_that_ranks_cannot_share_is_refused(world):
     assert f"global_batch_size=8 cannot be shared evenly by {world} data-parallel ranks" in refusal({}, world)
 
 
+@pytest.mark.parametrize(
+    ("values", "world", "sentence"),
+    [
+        (
+            {"parallel.tensor": 4},
+            6,
+            "parallel.tensor=4 x parallel.context=1 does not divide the 6 rank(s) of this run: "
+            "their product must be one of 1, 2, 3, 6",
+        ),
+        ({"parallel.tensor": 2, "parallel.context": 2}, 2, "x parallel.context=2 does not divide the 2 rank(s)"),
+        ({"parallel.context": 4, "sequence_length": 30}, 4, "parallel.context=4 does not divide sequence_length=30"),
+        (
+            {"parallel.tensor": 4, "parallel.sequence": True, "sequence_length": 30},
+            4,
+            "parallel.sequence=true: parallel.tensor=4 does not divide the 30 tokens of a sequence",
+        ),
+        ({"parallel.tensor": 2}, 6, "global_batch_size=8 cannot be shared evenly by 3 data-parallel ranks"),
+    ],
+)
+def test_ranks_that_cannot_be_shared_out_are_refused(values, world, sentence):
+    assert sentence in refusal(values, world)
+
+
+def test_the_data_parallel_size_is_what_tensor_and_context_leave():
+    values = {"parallel.tensor": 2, "parallel.context": 2, "parallel.sequence": True, "micro_batch_size": 1}
+    assert validate(changed(values), 16) == Batch(1, 8, 4, 2, 10, 4096)
+
+
 def test_tokens_are_rounded_down_to_whole_steps_and_steps_win():
     assert validate(changed({"steps": None, "tokens": 3 * 4096 + 4095}), 1).steps == 3
     assert validate(changed({"steps": 2, "tokens": 10**6}), 1).steps == 2

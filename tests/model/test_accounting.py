@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable
 
@@ -10,10 +11,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from conf.errors import UserError
 from conf.load import choices, load
-from conf.schema import Config
+from conf.schema import Config, ParallelConfig
 from kernels import parse
-from model.accounting import default_d_ff, flops_per_token, parameters, shape_of
+from model.accounting import check_shares, default_d_ff, flops_per_token, parameters, rank_parameters, shape_of
+from model.decoder import Decoder
+from model.parallel import Axis, Mesh
+from tests.model.conftest import config_of
 
 SHAPES = {
     "grouped": {},
@@ -137,3 +142,41 @@ def test_a_preset_has_the_parameters_that_its_name_says_whatever_the_arm(preset)
         assert abs(total / said - 1) < 0.11  # a name rounds 1.1 to 1
     config.ffn.formula = "relu(x) ** 2"
     assert sum(parameters(shape_of(config)).values()) == total  # an ungated arm is as large
+
+
+@pytest.mark.parametrize(
+    ("model", "tensor", "context", "sentence"),
+    [
+        ({}, 3, 1, "parallel.tensor=3 does not divide the 4 heads: this model can be cut over 1 or 2 rank(s)"),
+        (
+            {},
+            4,
+            1,
+            "parallel.tensor=4 does not divide the 2 key/value heads: this model can be cut over 1 or 2 rank(s)",
+        ),
+        (
+            {"d_ff": 45, "n_kv_heads": 4},
+            2,
+            1,
+            "does not divide the d_ff=45 of ffn=swiglu: this model can be cut over 1 rank(s)",
+        ),
+        ({"vocab_size": 65, "n_kv_heads": 4}, 2, 1, "parallel.tensor=2 does not divide the vocabulary of 65 rows"),
+        ({}, 1, 4, "parallel.context=4 does not divide the 2 key/value heads: around attention"),
+        ({}, 2, 2, "does not divide the 2 key/value heads, of which a tensor rank has 1: around attention"),
+        ({"n_heads": 8, "n_kv_heads": 8}, 2, 3, "takes its share of the heads; 1, 2 or 4 would do"),
+    ],
+)
+def test_what_ranks_cannot_share_is_refused_with_what_they_could(model, tensor, context, sentence):
+    parallel = ParallelConfig(tensor=tensor, context=context)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        check_shares(shape_of(config_of(**model)), parallel)
+
+
+@pytest.mark.parametrize("arm", ["swiglu", "prelu", "relu2"])
+def test_a_tensor_rank_has_its_share_of_the_matrices_and_all_else(arm):
+    whole = shape_of(config_of(arm, n_kv_heads=4, qk_norm=True))
+    check_shares(whole, ParallelConfig(tensor=4))
+    for size in (1, 2, 4):
+        mesh = Mesh(tensor=Axis(0, size))
+        part = Decoder(whole, config_of(arm, n_kv_heads=4, qk_norm=True).model, "sdpa", mesh=mesh)
+        assert sum(p.numel() for p in part.parameters()) == rank_parameters(whole, size)

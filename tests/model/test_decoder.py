@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from bench.huggingface import widths
-from model.decoder import Decoder
+from model.decoder import Cache, Decoder
 
 # What transformers calls the elementwise part of each arm.
 HF_ACTIVATION = {
@@ -199,12 +199,12 @@ def test_every_document_of_a_batch_is_masked_by_its_own_row(build, tokens):
 @pytest.mark.parametrize("pieces", [[23], [1] * 23, [5, 1, 1, 9, 7]], ids=["at once", "one by one", "in pieces"])
 def test_a_cache_gives_what_a_full_computation_gives(build, tokens, model, pieces):
     decoder = build("geglu", backend="blocks", **model).eval()
-    cache = [None] * 2
+    cache = Cache(2)
     with torch.no_grad():
         found = torch.cat([decoder(piece, None, cache) for piece in tokens.split(pieces, 1)], 1)
         expected = decoder(tokens)
     assert_equal_but_for_rounding(found, expected)
-    assert [keys.shape[1] for keys, _ in cache] == [23, 23]
+    assert [keys.shape[1] for keys, _ in cache.layers] == [23, 23]
 
 
 def test_recomputing_a_layer_changes_nothing_but_the_memory(build, tokens, monkeypatch):

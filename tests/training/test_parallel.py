@@ -70,7 +70,7 @@ def ran(corpus, pool_of, tmp_path_factory):
         changes["parallel.sequence"] = str(sequence).lower()
         words = overrides(corpus, **{name.replace(".", "__"): value for name, value in changes.items()})
         path = folder / str(len(list(folder.iterdir())))
-        steps = [["train", 5], ["save", str(path)], ["train", 5], ["save", str(path)], ["evaluate"]]
+        steps = [["train", 5], ["save", str(path)], ["train", 5], ["save", str(path)], ["evaluate", 512]]
         seen = pool_of(tensor * context * data).run("script", words=words, steps=steps)
         return Ran(seen, words, path / "step_00000005", path / "step_00000010")
 
@@ -175,6 +175,31 @@ def test_bf16_is_within_its_noise(ran, zero, tensor, data, sequence, context, mi
         assert worst(getattr(run, name), getattr(one, name)) < 2 * noise
 
 
+@pytest.mark.parametrize(("zero", "tensor", "sequence"), [("1", 2, True), ("2", 2, False), ("3", 2, True)])
+def test_what_zero_may_do_besides(ran, zero, tensor, sequence):
+    """Reduce while backward still runs; in stage 3, parameters in CPU memory."""
+    more = {"zero.overlap": "true", "zero.bucket_elements": 3000}
+    if zero == "3":
+        more |= {"zero.offload_parameters": "true", "zero.offload_optimizer": "true"}
+    assert_same(ran("gated", zero, tensor, 2, sequence, **more), ran("gated"))
+
+
+@pytest.mark.parametrize(
+    ("zero", "tensor", "data", "sequence", "context"),
+    [("1", 4, 1, True, 1), ("3", 2, 1, True, 2), ("3", 1, 1, False, 1)],
+)
+def test_logits_for_generation_are_those_of_one_process(ran, pool_of, zero, tensor, data, sequence, context):
+    """With a cache and without; every rank gets all words'."""
+    one, run = ran("gated"), ran("gated", zero, tensor, data, sequence, context)
+    steps = [["load", str(one.end)], ["logits", [[1, 2, 3], [4]]], ["logits", [[1, 2, 3, 4]]]]
+    expected = pool_of(1).run("script", words=one.words, steps=steps)[0]["values"]
+    assert len(expected[0]) == 384
+    assert expected[0] == pytest.approx(expected[1], rel=1e-4, abs=1e-5)
+    for rank in pool_of(tensor * data * context).run("script", words=run.words, steps=steps):
+        for here, there in zip(rank["values"], expected, strict=True):
+            assert here == pytest.approx(there, rel=1e-4, abs=1e-5)
+
+
 def test_what_all_tensor_ranks_have_stays_bit_equal_and_no_random_number_is_drawn(four_ranks, ran):
     words = ran("learned", "1", 4, 1, True, **{"model.activation_checkpointing": "true"}).words
     sums = "{n: p.double().sum().item() for n, p in engine.module.named_parameters() if not hasattr(p, 'cut')}"
@@ -224,8 +249,10 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("arm", ["gated", "learned"])
-@pytest.mark.parametrize(("saved_on", "loaded_on"), PAIRS)
+@pytest.mark.parametrize(
+    ("arm", "saved_on", "loaded_on"),
+    [(arm, *pair) for pair, arm in zip(PAIRS, itertools.cycle(("gated", "learned")), strict=False)],
+)
 def test_a_run_goes_on_from_any_sharing_under_any_other(ran, pool_of, arm, saved_on, loaded_on):
     source, target = ran(arm, *saved_on), ran(arm, *loaded_on)
     _, tensor, data, _, context = loaded_on

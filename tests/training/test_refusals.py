@@ -128,9 +128,9 @@ def test_a_checkpoint_of_another_model(refuse, corpus, runs, width, layers, said
     assert said in refuse(words, runs)
 
 
-def test_a_checkpoint_of_other_text(refuse, corpus, runs, own):
+def test_a_checkpoint_of_other_text(refuse, runs, own):
     shutil.copytree(runs / "a" / "checkpoints", runs / "c" / "checkpoints")
-    (tokenizer,) = corpus.glob("prepared/*/tokenizer.model")
+    tokenizer = runs / "a" / "tokenizer" / "tokenizer.model"
     words = overrides(own, runs, run="c", steps=4, tokenizer__path=tokenizer, tokenizer__vocab_size=None)
     assert "was trained on other text" in refuse(words, runs)
     words = overrides(own, runs, run="d", steps=4)

@@ -33,6 +33,7 @@ from data.prepare import prepare
 from launch.ranks import find_ranks
 from model.accounting import shape_of
 from model.attention import choose
+from model.decoder import Cache
 from model.parallel import Mesh
 from training import checkpoint, machine
 from training.engine import Engine, GradientPiece, join_mesh, start_process_group
@@ -163,6 +164,13 @@ class Trainer:
         with self.telemetry.dead_units() as dead:
             held_out = evaluate(self.engine, self.dataset, self.config.sequence_length, tokens)
         self.seen["evaluations"].append([held_out.loss, held_out.tokens, *([dead] if dead else [])])
+
+    def logits(self, tokens: list[list[int]]) -> None:
+        """Note the logits of the last token of what is written in these stretches, one after the other."""
+        cache = Cache(len(self.engine.module.layers))
+        for stretch in tokens:
+            result = self.engine.logits(torch.tensor([stretch]), cache)
+        self.seen["values"].append(result[0, -1].tolist())
 
     def look(self, expression: str) -> None:
         """Note the value of an expression about the engine."""
