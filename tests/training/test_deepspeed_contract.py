@@ -68,24 +68,39 @@ WRAPPER = "type(optimizer).__name__"
 
 
 @pytest.mark.parametrize(
-    ("zero", "precision", "wrapper"),
+    ("zero", "precision", "wrapper", "alone"),
     [
-        ("0", "fp32", "AdamW"),
-        ("1", "fp32", "DeepSpeedZeroOptimizer"),
-        ("1", "bf16", "DeepSpeedZeroOptimizer"),
-        ("2", "bf16", "DeepSpeedZeroOptimizer"),
-        ("3", "bf16", "DeepSpeedZeroOptimizer_Stage3"),
+        ("0", "fp32", "AdamW", "AdamW"),
+        ("1", "fp32", "DeepSpeedZeroOptimizer", "AdamW"),  # alone it is stage 0
+        ("1", "bf16", "DeepSpeedZeroOptimizer", "BF16_Optimizer"),
+        ("2", "bf16", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer"),
+        ("3", "bf16", "DeepSpeedZeroOptimizer_Stage3", "DeepSpeedZeroOptimizer_Stage3"),
     ],
 )
-def test_the_optimizer_that_wraps_ours(corpus, one_rank, zero, precision, wrapper):
+def test_the_optimizer_that_wraps_ours(corpus, one_rank, two_ranks, zero, precision, wrapper, alone):
     kept = "inner is (optimizer if engine.stage == 0 else optimizer.optimizer), type(inner).__name__"
-    values = look(one_rank, corpus, [WRAPPER, kept], zero=zero, precision=precision)
-    assert values == [wrapper, [True, "AdamW"]]
+    for pool, expected in ((two_ranks, wrapper), (one_rank, alone)):
+        values = look(pool, corpus, [WRAPPER, kept], zero=zero, precision=precision)
+        assert values == [expected, [True, "AdamW"]]
 
 
-def test_bf16_with_fp32_accumulation_at_stage_1_is_another_wrapper(corpus, one_rank):
-    values = look(one_rank, corpus, [WRAPPER], zero=1, precision="bf16", micro_batch_size=4)
+def test_bf16_with_fp32_accumulation_at_stage_1_is_another_wrapper(corpus, two_ranks):
+    values = look(two_ranks, corpus, [WRAPPER], zero=1, precision="bf16", micro_batch_size=2)
     assert values == ["BF16_Optimizer"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_rank_needs_no_reduction_and_can_leave_it_out(corpus, one_rank, precision):
+    """The same losses with and without: what is left out adds up one summand. Both paths are DeepSpeed's."""
+    words = overrides(corpus, zero=1, precision=precision, micro_batch_size=4)
+    losses = []
+    for expression in ("deepspeed.enable_backward_allreduce", "setattr(deepspeed, 'enable_backward_allreduce', True)"):
+        seen = one_rank.run("script", words=words, steps=[["look", expression], ["train", 4]])[0]
+        losses.append(seen["losses"])
+    assert seen["values"] == [None]
+    assert losses[0] == losses[1]
+    values = look(one_rank, corpus, ["deepspeed.enable_backward_allreduce"], zero=1, precision=precision)
+    assert values == [False]
 
 
 @pytest.mark.parametrize(("zero", "accumulation"), [("1", 1), ("2", 1), ("1", 2)])
@@ -132,12 +147,17 @@ def test_a_rank_finds_its_piece_of_a_gradient(corpus, two_ranks, accumulation):
     assert all(held == (piece if accumulation == 1 else whole) for held, piece, whole in found)
 
 
-def test_a_skipped_step_is_counted_and_the_norm_reported(corpus, one_rank):
+def test_a_skipped_step_is_counted_and_the_norm_reported(corpus, one_rank, two_ranks):
     poison = ["poison", "norm.weight", 0, float("nan")]
-    for zero in ("1", "2", "3"):
+    for pool, zero, precision in (
+        (two_ranks, "1", "fp32"),
+        (one_rank, "1", "bf16"),
+        (one_rank, "2", "fp32"),
+        (one_rank, "3", "fp32"),
+    ):
         values = look(
-            one_rank, corpus, ["deepspeed.skipped_steps", "float(deepspeed.get_global_grad_norm()) > 0"],
-            before=(["train", 1], poison, ["train", 1]), zero=zero,
+            pool, corpus, ["deepspeed.skipped_steps", "float(deepspeed.get_global_grad_norm()) > 0"],
+            before=(["train", 1], poison, ["train", 1]), zero=zero, precision=precision,
         )  # fmt: skip
         assert values == [1, True]
 
@@ -151,9 +171,23 @@ def test_stage_0_in_fp32_neither_skips_nor_reports(corpus, one_rank):
 
 
 def test_the_documented_access_is_there():
-    names = ("get_full_fp32_param", "get_full_optimizer_state", "set_full_fp32_param", "set_full_optimizer_state")
+    names = ("get_local_fp32_param", "get_local_optimizer_state", "get_local_grad")
     names += ("set_local_fp32_param", "set_local_optimizer_state")
     assert all(callable(getattr(deepspeed.utils, f"safe_{name}")) for name in names)
+
+
+def test_the_fragments_of_stages_1_and_2_are_views_of_what_the_optimizer_steps(corpus, two_ranks, tmp_path):
+    fragment = "[p._hp_mapping for p in engine.module.parameters() if p._hp_mapping is not None][0]"
+    flats = "[flat.untyped_storage().data_ptr() for flat in optimizer.single_partition_of_fp32_groups]"
+    states = "[s['exp_avg'].untyped_storage().data_ptr() for s in inner.state.values()]"
+    expressions = [
+        f"{fragment}.get_hp_fragment().untyped_storage().data_ptr() in {flats}",
+        f"{fragment}.get_hp_fragment('exp_avg').untyped_storage().data_ptr() in {states}",
+        f"{fragment}.get_hp_fragment().numel() == {fragment}.lp_fragment_address.numel",
+    ]
+    for zero in ("1", "2"):
+        before = (["train", 1], ["save", str(tmp_path / zero)])  # saving links the later groups
+        assert look(two_ranks, corpus, expressions, before=before, zero=zero) == [True, True, True]
 
 
 def test_the_launcher_appends_its_local_rank():
