@@ -51,6 +51,7 @@ from training.engine import Engine
 class Saved:
     """How a save ended; the same on every rank."""
 
+    step: int
     path: Path
     failure: str  # why there is no checkpoint; "" is none
     warning: str  # older ones that could not be removed
@@ -131,7 +132,7 @@ class Saver:
             failure = self._write(path, pieces, tensors, state)
             if not failure and self.keep_last is not None and dist.get_rank() == 0:
                 warning = _attempt(lambda: prune(self.folder, self.keep_last))
-            self._ended = Saved(path, failure, warning, waited, time.perf_counter() - began)
+            self._ended = Saved(state["step"], path, failure, warning, waited, time.perf_counter() - began)
         except BaseException as error:  # nothing of the disk's: it is raised where the run asks for the end
             self._ended = error
 

@@ -265,12 +265,11 @@ class _Run:
             return
         self.save_failed = saved.failure
         if saved.failure:
-            step = int(saved.path.name.removeprefix("step_"))
-            self.console.warn(f"the checkpoint of step {step} could not be saved: {saved.failure}")
-            self.report.event("save_failed", path=saved.path.name, reason=saved.failure)
+            self.console.warn(f"the checkpoint of step {saved.step} could not be saved: {saved.failure}")
+            self.report.event("save_failed", saved.step, path=saved.path.name, reason=saved.failure)
         else:
             seconds = {"seconds": saved.seconds, "waited_seconds": saved.waited_seconds}
-            self.report.event("saved", path=saved.path.name, **seconds)
+            self.report.event("saved", saved.step, path=saved.path.name, **seconds)
         if saved.warning:
             self.console.warn(f"older checkpoints could not be removed: {saved.warning}")
 

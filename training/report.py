@@ -53,9 +53,9 @@ class Report:
     def tokens(self) -> int:
         return self.step * self.batch.tokens_per_step
 
-    def event(self, event: str, **details: Any) -> None:
-        """Tell of something that happened in or after this step."""
-        self._line("event", event=event, **details)
+    def event(self, event: str, step: int | None = None, **details: Any) -> None:
+        """Tell of something that happened in or after a step: this one, or an earlier one."""
+        self._line("event", step, event=event, **details)
 
     def train(
         self, loss: float, grad_norm: float, lr: float, tokens_per_second: float, peak: float, memory: float

@@ -135,6 +135,9 @@ def test_the_lines_of_a_run(corpus, tmp_path):
     places = {(line["kind"], line.get("event"), line["step"]): place for place, line in enumerate(lines)}
     # A run that went on from the checkpoint of step 5 would not write the line of step 4 again.
     assert places["telemetry", None, 4] < places["event", "saved", 5]
+    # Saves end beside later steps; their lines say which step was saved.
+    saved = [line for line in lines if line.get("event") == "saved"]
+    assert [(line["step"], line["path"]) for line in saved] == [(5, "step_00000005"), (10, "step_00000010")]
     assert [line for line in lines if line["kind"] == "eval"][-1]["dead"] == [0.0, 0.0]
 
 
