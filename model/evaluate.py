@@ -24,16 +24,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from conf.errors import UserError, suggest, unknown
+from conf.errors import UserError, suggest
 from conf.files import atomic_write, say_why
 from conf.load import find_run, run_command
+from conf.options import read_options
 from data.files import need
 from model.export import export
 from model.weights import checkpoints
 
 _DEFAULTS = {"run": "", "tasks": "", "include": "", "output": "", "runs": "runs", "step": -1}
 _DEFAULTS |= {"limit": 0, "num_fewshot": -1, "batch_size": 8}
-_LEAST = {"step": 0, "limit": 0, "num_fewshot": 0, "batch_size": 1}
+_NEEDS = {"run": "which run is to be judged: run=NAME", "tasks": "by what: tasks=arc_easy,hellaswag"}
 
 
 def evaluate(
@@ -146,26 +147,11 @@ def table(results: dict[str, Any]) -> Table:
     return shown
 
 
-def _options(argv: list[str]) -> dict[str, Any]:
-    options: dict[str, Any] = dict(_DEFAULTS)
-    for word in argv:
-        name, equals, value = word.partition("=")
-        if name not in _DEFAULTS or not equals:
-            raise unknown("option", name, _DEFAULTS)
-        if name in _LEAST and not (value.isdecimal() and int(value) >= _LEAST[name]):
-            raise UserError(f"{word}: expected a whole number of at least {_LEAST[name]}")
-        options[name] = int(value) if name in _LEAST else value
-    for name, what in (("run", "which run is to be judged: run=NAME"), ("tasks", "by what: tasks=arc_easy,hellaswag")):
-        if not options[name]:
-            raise UserError(f"say {what}")
-    return options
-
-
 def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return
-    options = _options(argv)
+    options = read_options(argv, _DEFAULTS, {"batch_size": 1}, _NEEDS)
     run = find_run(options["run"], options["runs"])
     tasks = [task for task in options["tasks"].split(",") if task]
     asked = {name: options[name] for name in ("include", "step", "limit", "num_fewshot", "batch_size")}

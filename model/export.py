@@ -26,6 +26,7 @@ from torch import Tensor
 from conf.errors import UserError, unknown
 from conf.files import atomic_folder, say_why
 from conf.load import find_run, from_yaml, run_command
+from conf.options import read_options
 from conf.schema import Config
 from data.tokenizer import Tokenizer
 from kernels.formula import parse
@@ -36,6 +37,7 @@ from model.huggingface.layout import CLASSES, FORMULA, Layout, layout_of, tensor
 from model.huggingface.tokenizer import write_tokenizer
 
 _DEFAULTS = {"run": "", "to": "", "runs": "runs", "step": -1, "dtype": "fp32"}
+_NEEDS = {"run": "which run is to be exported: run=NAME", "to": "where the model is to go: to=FOLDER"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SHARD_BYTES = 4 << 30
 _CODE = "modeling_formula.py"
@@ -170,26 +172,11 @@ def _write_weights(model: Decoder, layout: Layout, folder: Path, dtype: torch.dt
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _options(argv: list[str]) -> dict[str, Any]:
-    options: dict[str, Any] = dict(_DEFAULTS)
-    for word in argv:
-        name, equals, value = word.partition("=")
-        if name not in _DEFAULTS or not equals:
-            raise unknown("option", name, _DEFAULTS)
-        if name == "step" and not value.isdecimal():
-            raise UserError(f"step={value}: expected a whole number")
-        options[name] = int(value) if name == "step" else value
-    for name, what in (("run", "which run is to be exported: run=NAME"), ("to", "where the model is to go: to=FOLDER")):
-        if not options[name]:
-            raise UserError(f"say {what}")
-    return options
-
-
 def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return
-    options = _options(argv)
+    options = read_options(argv, _DEFAULTS, needs=_NEEDS)
     run, to = find_run(options["run"], options["runs"]), Path(options["to"])
     became = export(run, to, options["step"], options["dtype"])
     trusted = ", trust_remote_code=True" if became == CLASSES[FORMULA] else ""

@@ -8,7 +8,6 @@ runs=FOLDER       where the runs are                  seed=0           of the ch
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conf.errors import UserError, unknown
+from conf.errors import UserError
 from conf.load import find_run, from_yaml, run_command
+from conf.options import read_options
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.accounting import shape_of
 from model.decoder import Cache, Decoder
@@ -92,30 +92,11 @@ def load_run(run: Path, step: int = -1) -> tuple[Decoder, Tokenizer, dict[str, A
     return model.eval(), tokenizer, load_weights(model, folder)
 
 
-def _options(argv: list[str]) -> dict[str, Any]:
-    options = dict(_DEFAULTS)
-    for word in argv:
-        name, equals, value = word.partition("=")
-        if name not in _DEFAULTS or not equals:
-            raise unknown("option", name, _DEFAULTS)
-        kind = type(_DEFAULTS[name])
-        try:
-            options[name] = kind(value)
-        except ValueError as error:
-            raise UserError(f"{name}={value}: expected {'a whole number' if kind is int else 'a number'}") from error
-    for name in ("tokens", "temperature", "top_k"):
-        if not 0 <= options[name] < math.inf:
-            raise UserError(f"{name}={options[name]} must be a number that is not negative")
-    return options
-
-
 def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return
-    options = _options(argv)
-    if not options["run"]:
-        raise UserError("say which run is to write: run=NAME")
+    options = read_options(argv, _DEFAULTS, needs={"run": "which run is to write: run=NAME"})
     model, tokenizer, _ = load_run(find_run(options["run"], options["runs"]), options["step"])
     with torch.inference_mode():
         text = generate(

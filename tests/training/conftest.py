@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.training.tiny import TINY, Pool, overrides, shared_corpus
+from tests.training.tiny import TINY, Pool, Trained, overrides, shared_corpus
 
 
 @pytest.fixture(scope="session")
@@ -53,29 +51,6 @@ def no_group(tmp_path_factory) -> Iterator[Pool]:
 def ranks(request) -> Pool:
     """One rank, then two."""
     return request.getfixturevalue("one_rank" if request.param == 1 else "two_ranks")
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A short training: what each rank saw of 10 steps, the command line, and its checkpoints."""
-
-    seen: list[dict[str, Any]]
-    words: list[str]
-    middle: Path  # after step 5
-    end: Path  # after step 10
-
-    @property
-    def losses(self) -> list[float]:
-        return self.seen[0]["losses"]
-
-    @property
-    def norms(self) -> list[float]:
-        return self.seen[0]["norms"]
-
-    @property
-    def order(self) -> int:
-        """The hash of all samples, over all ranks."""
-        return sum(rank["hash"] for rank in self.seen) % 2**64
 
 
 @pytest.fixture(scope="session")

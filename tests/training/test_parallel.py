@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from model.weights import CheckpointReader, save_weights
-from tests.training.tiny import overrides
+from tests.training.tiny import Trained, overrides
 
 STEPS = 10
 # Sums of fp32 numbers in another order: a few units in the last place (6e-8 each), carried through 10 steps.
@@ -27,22 +25,6 @@ ARMS: dict[str, dict[str, Any]] = {"ungated": {"ffn": "relu2"}, "gated": {"ffn":
 SIZES = {"model.n_heads": 8, "model.n_kv_heads": 4, "model.head_dim": 6, "model.d_ff": 44, "optim.clip": 0.5}
 # Where a gradient is almost 0, AdamW divides rounding by rounding: with this epsilon its step is a smooth function of it.
 SIZES |= {"optim.eps": 1e-4}
-
-
-@dataclasses.dataclass(frozen=True)
-class Ran:
-    seen: list[dict[str, Any]]
-    words: list[str]
-    middle: Path  # after step 5
-    end: Path  # after step 10
-
-    @property
-    def losses(self) -> list[float]:
-        return self.seen[0]["losses"]
-
-    @property
-    def norms(self) -> list[float]:
-        return self.seen[0]["norms"]
 
 
 @pytest.fixture(scope="session")
@@ -65,14 +47,14 @@ def ran(corpus, pool_of, tmp_path_factory):
         sequence: bool = False,
         context: int = 1,
         **more,
-    ) -> Ran:
+    ) -> Trained:
         changes = ARMS[arm] | SIZES | {"zero": zero, "parallel.tensor": tensor, "parallel.context": context} | more
         changes["parallel.sequence"] = str(sequence).lower()
         words = overrides(corpus, **{name.replace(".", "__"): value for name, value in changes.items()})
         path = folder / str(len(list(folder.iterdir())))
         steps = [["train", 5], ["save", str(path)], ["train", 5], ["save", str(path)], ["evaluate", 512]]
         seen = pool_of(tensor * context * data).run("script", words=words, steps=steps)
-        return Ran(seen, words, path / "step_00000005", path / "step_00000010")
+        return Trained(seen, words, path / "step_00000005", path / "step_00000010")
 
     return train
 
@@ -83,7 +65,7 @@ def worst(a: list[float], b: list[float]) -> float:
     return max(abs(x / y - 1) for x, y in zip(a, b, strict=True))
 
 
-def assert_same(run: Ran, single: Ran) -> None:
+def assert_same(run: Trained, single: Trained) -> None:
     assert min(single.norms) > 0.5, "clipping is not active"
     assert single.losses[-1] < 0.98 * single.losses[0], "nothing is learned"
     for rank in run.seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import random
@@ -178,3 +179,26 @@ def command(*words: str, timeout: float = PATIENCE, **variables: str) -> Result:
 def contents(folder: Path) -> dict[str, bytes]:
     """Return every file below a folder by its relative name."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A short training: what each rank saw of 10 steps, the command line, and its checkpoints."""
+
+    seen: list[dict[str, Any]]
+    words: list[str]
+    middle: Path  # after step 5
+    end: Path  # after step 10
+
+    @property
+    def losses(self) -> list[float]:
+        return self.seen[0]["losses"]
+
+    @property
+    def norms(self) -> list[float]:
+        return self.seen[0]["norms"]
+
+    @property
+    def order(self) -> int:
+        """The hash of all samples, over all ranks."""
+        return sum(rank["hash"] for rank in self.seen) % 2**64
