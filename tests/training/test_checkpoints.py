@@ -144,6 +144,24 @@ def test_a_missing_or_short_file_is_found(saved):
     assert len(sentences) == 1
 
 
+def test_a_missing_or_short_file_of_another_rank_is_found_and_the_older_checkpoint_used(trained, tmp_path):
+    run = trained(2, "2")
+    for path in (run.middle, run.end):
+        shutil.copytree(path, tmp_path / path.name)
+    newest, shard = tmp_path / run.end.name, tmp_path / run.end.name / "rank_00001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    wrong = f"rank_00001.safetensors has {len(whole) // 2} bytes, not {len(whole)}"
+    assert newest_intact(tmp_path) == (
+        tmp_path / run.middle.name,
+        [f"checkpoint {newest} is damaged and was passed over: {wrong}"],
+    )
+    shard.unlink()
+    path, sentences = newest_intact(tmp_path)
+    assert path == tmp_path / run.middle.name
+    assert sentences == [f"checkpoint {newest} is damaged and was passed over: rank_00001.safetensors is missing"]
+
+
 def test_leftovers_of_interrupted_saves_are_ignored_and_swept(trained, one_rank, saved):
     (saved / ".step_00000020.123.tmp").mkdir()
     (saved / ".step_00000020.123.tmp" / "rank_00000.safetensors").write_bytes(b"half")
