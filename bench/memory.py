@@ -3,17 +3,18 @@
     world=4     ranks on this machine (CPU, gloo)          and any override of train.py
     out=FILE    where the table goes
 
-Every tensor that is alive in a process between backward and step is counted, each storage once, less DeepSpeed's buffers of
-`zero.bucket_elements`, which do not grow with the model. The formula is `model.accounting.state_bytes`: 2 + 2 + 12 bytes a
-parameter in bf16, shared as the ZeRO paper shares them; stage 0 is measured in fp32, 4 + 4 + 8.
+Every tensor that is alive in a process after a backward is counted, each storage once, less DeepSpeed's buffers of
+`zero.bucket_elements`, which do not grow with the model; of a step's micro-batches the one with most. The formula is
+`model.accounting.state_bytes`, and beside it stands the ZeRO paper's: 2 + 2 + 12 bytes a parameter in bf16, 4 + 4 + 8 in fp32,
+of which stage 1 shares the last, 2 the gradients too, and 3 all.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import sys
-from typing import Any
 
 import torch
 
@@ -22,16 +23,24 @@ from bench.train import machine, options_of
 from conf.errors import UserError
 from conf.files import atomic_write
 from conf.load import run_command
+from launch.ranks import Ranks
 
 _MODEL = [
     "model=nano",
     "model.d_model=512",
-    "model.n_layers=8",
+    "model.n_layers=4",
     "model.n_heads=8",
     "model.d_ff=1536",
     "sequence_length=16",
 ]
-_MODEL += ["tokenizer.vocab_size=8192", "telemetry_every=0", "logger=none", "steps=2", "zero.bucket_elements=1000000"]
+_MODEL += [
+    "tokenizer.vocab_size=8192",
+    "micro_batch_size=1",
+    "telemetry_every=0",
+    "logger=none",
+    "steps=2",
+    "zero.bucket_elements=1000000",
+]
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +48,8 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     if argv[:1] == ["--rank"]:
-        _measure(argv[1:])
+        with this_rank() as ranks:
+            print(json.dumps(_measured(ranks, argv[1:])))
         return
     options, overrides = options_of(argv, world="4", out="bench/results/cpu-memory.md")
     if not options["world"].isdigit() or int(options["world"]) < 2:
@@ -48,51 +58,57 @@ def main(argv: list[str]) -> None:
     lines = [
         f"# Memory a rank, {world} ranks ({machine()}; `python -m bench.memory`)",
         "",
-        "MiB of live tensors between backward and step, beside the formula: weights + gradients + optimizer.",
+        "MiB of live tensors after a backward, beside the formula (weights + gradients + optimizer) and the ZeRO paper's.",
         "",
-        "| tensor | ZeRO | dtype | parameters a tensor rank | measured | formula | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| tensor | ZeRO | dtype | micro-batches | parameters a tensor rank | measured | formula | ratio | paper | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for tensor in (1, 2):
-        for stage in (0, 1, 2, 3):
-            precision = "fp32" if stage == 0 else "bf16"
-            words = [*_MODEL, *overrides, f"zero={stage}", f"precision={precision}", f"parallel.tensor={tensor}"]
-            told = on_ranks(world, "bench.memory", [*words, f"global_batch_size={world // tensor}"])
-            worst = max(told, key=lambda rank: rank["measured"])
-            measured, formula = worst["measured"], worst["formula"]
-            lines.append(
-                f"| {tensor} | {stage} | {precision} | {worst['parameters']:,} | {measured / 2**20:.1f} | "
-                f"{formula / 2**20:.1f} | {measured / formula:.3f} |"
-            )
-            print(lines[-1], file=sys.stderr, flush=True)
+    kinds = [(0, "fp32"), *itertools.product((1, 2, 3), ("fp32", "bf16"))]
+    for tensor, (stage, precision), accumulation in itertools.product((1, 2), kinds, (1, 2)):
+        batch = f"global_batch_size={accumulation * world // tensor}"
+        words = [*_MODEL, *overrides, f"zero={stage}", f"precision={precision}", f"parallel.tensor={tensor}", batch]
+        worst = max(on_ranks(world, "bench.memory", words), key=lambda rank: rank["measured"])
+        sizes = "".join(
+            f" {worst[name] / 2**20:.1f} | {worst['measured'] / worst[name]:.3f} |" for name in ("formula", "paper")
+        )
+        lines.append(
+            f"| {tensor} | {stage} | {precision} | {accumulation} | {worst['parameters']:,} | "
+            f"{worst['measured'] / 2**20:.1f} |{sizes}"
+        )
+        print(lines[-1], file=sys.stderr, flush=True)
     print("\n".join(lines))
     with atomic_write(options["out"]) as file:
         file.write("\n".join(lines) + "\n")
 
 
-def _measure(words: list[str]) -> None:
-    from unittest import mock
-
+def _measured(ranks: Ranks, words: list[str]) -> dict[str, float]:
     from model.accounting import rank_parameters, state_bytes
 
-    ranks = this_rank()
     before = _alive()
     engine, batch, shape = engine_of(words, ranks)
-    config, seen = engine.config, []
+    config = engine.config
     tokens = random_tokens(batch, shape, config.sequence_length, ranks.rank)
-
-    def look(_: Any) -> None:
-        gc.collect()
-        seen.append({address: size for address, size in _alive().items() if address not in before})
-
-    observer = mock.Mock(forward=mock.MagicMock(), backward=look)
-    for _ in range(2):  # the optimizer's state exists from the first step on
-        engine.train_step(tokens, 1.0, observer)
     buffers = {2 * config.zero.bucket_elements, 4 * config.zero.bucket_elements}
-    measured = sum(size for size in seen[-1].values() if size not in buffers)
-    formula = state_bytes(shape, engine.mesh.tensor.size, engine.mesh.replicas.size, engine.stage)
-    parameters = rank_parameters(shape, engine.mesh.tensor.size)
-    print(json.dumps({"measured": measured, "formula": sum(formula.values()), "parameters": parameters}))
+    backward, seen = engine.deepspeed.backward, []
+
+    def look(objective: torch.Tensor) -> None:
+        backward(objective)
+        gc.collect()
+        gradients = [parameter.grad for parameter in engine.module.parameters()]  # else Python might not know of them
+        mine = (size for address, size in _alive().items() if address not in before)
+        seen.append(sum(size for size in mine if size not in buffers))
+        del gradients
+
+    engine.deepspeed.backward = look
+    for _ in range(2):  # the optimizer's state exists from the first step on
+        seen.clear()
+        engine.train_step(tokens, 1.0)
+    tensor, replicas, stage = engine.mesh.tensor.size, engine.mesh.replicas.size, config.zero.stage
+    formula = state_bytes(shape, tensor, replicas, stage, config.precision.name == "bf16", batch.accumulation)
+    own, width = rank_parameters(shape, tensor), 2 if config.precision.name == "bf16" else 4
+    shares = [width * own, width * own, (16 - 2 * width) * own]  # weights, gradients, optimizer
+    paper = sum(size / (replicas if stage >= least else 1) for size, least in zip(shares, (3, 2, 1), strict=True))
+    return {"measured": max(seen), "formula": sum(formula.values()), "paper": paper, "parameters": own}
 
 
 def _alive() -> dict[int, int]:

@@ -23,6 +23,7 @@ from bench.train import machine, options_of
 from conf.errors import UserError
 from conf.files import atomic_write
 from conf.load import run_command
+from launch.ranks import Ranks
 
 _COMMON = ["telemetry_every=0", "logger=none", "steps=1000"]
 
@@ -32,7 +33,11 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     if argv[:1] == ["--rank"]:
-        _measure(int(argv[1]), argv[2:])
+        from training.machine import keep_freed_memory
+
+        keep_freed_memory()
+        with this_rank() as ranks:
+            print(json.dumps(_seconds(ranks, int(argv[1]), argv[2:])))
         return
     options, overrides = options_of(argv, steps="60", out="bench/results/cpu-overhead.json")
     if not options["steps"].isdigit() or int(options["steps"]) < 12:
@@ -59,11 +64,7 @@ def _ratios(a: list[float], b: list[float]) -> list[float]:
     return [statistics.median(a[cut]) / statistics.median(b[cut]) for cut in cuts]
 
 
-def _measure(steps: int, words: list[str]) -> None:
-    from training.machine import keep_freed_memory
-
-    keep_freed_memory()
-    ranks = this_rank()
+def _seconds(ranks: Ranks, steps: int, words: list[str]) -> dict[str, list[float]]:
     contenders: dict[str, Callable[[torch.Tensor], Any]] = {}
     for stage in (1,) if ranks.world_size == 1 else (0, 1, 2):
         engine, batch, shape = engine_of([*words, f"zero={stage}"], ranks)
@@ -78,7 +79,7 @@ def _measure(steps: int, words: list[str]) -> None:
             step(tokens)
             if number >= 3:
                 seconds[name].append(time.perf_counter() - start)
-    print(json.dumps(seconds))
+    return seconds
 
 
 def _plain(engine: Any) -> Callable[[torch.Tensor], Any]:

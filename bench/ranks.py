@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from conf.errors import UserError
 from conf.load import load
@@ -49,13 +52,17 @@ def on_ranks(world: int, module: str, words: list[str], timeout: float = 600.0) 
     return told
 
 
-def this_rank() -> Ranks:
-    """Join the group of the ranks that `on_ranks` started."""
+@contextlib.contextmanager
+def this_rank() -> Iterator[Ranks]:
+    """Be in the group of the ranks that `on_ranks` started."""
     from training.engine import start_process_group
 
     ranks = find_ranks()
     start_process_group(ranks, torch.device("cpu"), 10.0)
-    return ranks
+    try:
+        yield ranks
+    finally:  # gloo's threads must not outlive the interpreter
+        dist.destroy_process_group()
 
 
 def engine_of(words: list[str], ranks: Ranks) -> tuple[Any, Batch, Shape]:

@@ -228,18 +228,32 @@ def rank_parameters(shape: Shape, tensor: int) -> int:
     return kept + (sum(counts.values()) - kept) // tensor
 
 
-def state_bytes(shape: Shape, tensor: int, replicas: int, stage: int, offload: bool = False) -> dict[str, float]:
-    """Return the bytes of a rank's weights, gradients and optimizer state in bf16 with fp32 masters, without buffers.
+def state_bytes(
+    shape: Shape,
+    tensor: int,
+    replicas: int,
+    stage: int,
+    bf16: bool = True,
+    micro_batches: int = 1,
+    offload: bool = False,
+) -> dict[str, float]:
+    """Return the bytes of a rank's weights, gradients and optimizer state, without buffers that do not grow with the model.
 
-    2 bytes a parameter for the weights, 2 for the gradients, and 12 for master, momentum and variance; stage 1 shares the last,
-    2 the gradients too, and 3 the weights: Rajbhandari 2020, arXiv 1910.02054, section 5.
+    The ZeRO paper (Rajbhandari 2020, arXiv 1910.02054, section 5) counts 2 + 2 + 12 bytes a parameter in bf16 and shares the
+    optimizer's from stage 1 on, the gradients from 2 on, the weights at 3. DeepSpeed 0.19 does otherwise in three places:
+    stage 1 frees the gradients of others as they are reduced, unless micro-batches are summed; these are summed in fp32; and
+    in fp32 ZeRO steps a copy of the weights. A replica that has nobody to share with is not partitioned at stage 1.
 
     Args:
+        micro_batches: of a step, on a rank.
         offload: whether the optimizer state is on the host, not on the device.
     """
-    own = rank_parameters(shape, tensor)
+    own, width, alone = rank_parameters(shape, tensor), 2 if bf16 else 4, replicas == 1 and not offload
+    summed = bf16 and (micro_batches > 1 or (stage == 1 and alone))
+    keeps_all = stage == 0 or (stage == 1 and micro_batches > 1)
+    copies = stage >= 1 and (bf16 or not (stage == 1 and alone))
     return {
-        "weights": 2 * own / (replicas if stage >= 3 else 1),
-        "gradients": 2 * own / (replicas if stage >= 2 else 1),
-        "optimizer": 0.0 if offload else 12 * own / (replicas if stage >= 1 else 1),
+        "weights": width * own / (replicas if stage >= 3 else 1),
+        "gradients": (4 if summed else width) * own / (1 if keeps_all else replicas),
+        "optimizer": 0.0 if offload else (12 if copies else 8) * own / (replicas if stage >= 1 else 1),
     }
