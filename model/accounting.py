@@ -248,12 +248,14 @@ def state_bytes(
         micro_batches: of a step, on a rank.
         offload: whether the optimizer state is on the host, not on the device.
     """
-    own, width, alone = rank_parameters(shape, tensor), 2 if bf16 else 4, replicas == 1 and not offload
-    summed = bf16 and (micro_batches > 1 or (stage == 1 and alone))
+    own, width, alone = rank_parameters(shape, tensor), 2 if bf16 else 4, stage == 1 and replicas == 1 and not offload
+    gradient = width
+    if bf16 and (micro_batches > 1 or alone):  # a sum in fp32; the bf16 gradients stay only beside a sum of one
+        gradient = 4 if micro_batches > 1 else 6
+    copies = bf16 or not (stage == 0 or alone)
     keeps_all = stage == 0 or (stage == 1 and micro_batches > 1)
-    copies = stage >= 1 and (bf16 or not (stage == 1 and alone))
     return {
         "weights": width * own / (replicas if stage >= 3 else 1),
-        "gradients": (4 if summed else width) * own / (1 if keeps_all else replicas),
+        "gradients": gradient * own / (1 if keeps_all else replicas),
         "optimizer": 0.0 if offload else (12 if copies else 8) * own / (replicas if stage >= 1 else 1),
     }

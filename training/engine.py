@@ -61,7 +61,8 @@ def deepspeed_config(config: Config, batch: Batch, dtype: torch.dtype) -> dict[s
         "gradient_accumulation_steps": batch.accumulation,
         # Written even when 0: unset means 1.0 to DeepSpeed. Stage 0 is clipped in `_norm_without_zero`.
         "gradient_clipping": config.optim.clip if stage else 0.0,
-        "bf16": {"enabled": bf16, "immediate_grad_update": True},  # else fp32 sums keep the bf16 gradients too
+        # Of several micro-batches: the bf16 gradients are dropped once they are summed; of one it is the slower way.
+        "bf16": {"enabled": bf16, "immediate_grad_update": batch.accumulation > 1},
         "communication_data_type": config.precision.reduce if bf16 else "fp32",
         "steps_per_print": 10**9,
         "zero_force_ds_cpu_optimizer": False,  # offload with torch's AdamW: nothing is compiled

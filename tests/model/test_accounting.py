@@ -15,7 +15,15 @@ from conf.errors import UserError
 from conf.load import choices, load
 from conf.schema import Config, ParallelConfig
 from kernels import parse
-from model.accounting import check_shares, default_d_ff, flops_per_token, parameters, rank_parameters, shape_of
+from model.accounting import (
+    check_shares,
+    default_d_ff,
+    flops_per_token,
+    parameters,
+    rank_parameters,
+    shape_of,
+    state_bytes,
+)
 from model.decoder import Decoder
 from model.parallel import Axis, Mesh
 from tests.model.conftest import config_of
@@ -180,3 +188,34 @@ def test_a_tensor_rank_has_its_share_of_the_matrices_and_all_else(arm):
         mesh = Mesh(tensor=Axis(0, size))
         part = Decoder(whole, config_of(arm, n_kv_heads=4, qk_norm=True).model, "sdpa", mesh=mesh)
         assert sum(p.numel() for p in part.parameters()) == rank_parameters(whole, size)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "stage", "bf16", "micro_batches", "bytes_a_parameter"),
+    [  # weights, gradients, optimizer; found by counting live tensors, `python -m bench.memory`
+        (2, 0, False, 1, 4 + 4 + 8),
+        (2, 1, True, 1, 2 + 1 + 6),
+        (2, 1, True, 2, 2 + 4 + 6),
+        (2, 1, False, 2, 4 + 4 + 6),
+        (2, 2, True, 1, 2 + 1 + 6),
+        (2, 2, True, 2, 2 + 2 + 6),
+        (2, 2, False, 2, 4 + 2 + 6),
+        (2, 3, True, 1, 1 + 1 + 6),
+        (2, 3, True, 2, 1 + 2 + 6),
+        (2, 3, False, 1, 2 + 2 + 6),
+        (1, 1, True, 1, 2 + 6 + 12),
+        (1, 1, True, 2, 2 + 4 + 12),
+        (1, 1, False, 1, 4 + 4 + 8),
+        (1, 2, True, 1, 2 + 2 + 12),
+        (1, 2, False, 1, 4 + 4 + 12),
+    ],
+)
+def test_bytes_of_weights_gradients_and_optimizer(replicas, stage, bf16, micro_batches, bytes_a_parameter):
+    shape = shape_of(config_of())
+    for tensor in (1, 2):
+        found = state_bytes(shape, tensor, replicas, stage, bf16, micro_batches)
+        assert sum(found.values()) == bytes_a_parameter * rank_parameters(shape, tensor)
+
+
+def test_an_offloaded_optimizer_takes_nothing_on_the_device():
+    assert state_bytes(shape_of(config_of()), 1, 2, 2, offload=True)["optimizer"] == 0

@@ -50,8 +50,10 @@ def test_every_setting_that_would_change_training_is_written(corpus):
         settings = deepspeed_config(config, validate(config, 2), dtype)
         assert settings["gradient_clipping"] == (0.7 if zero == "1" else 0.0)  # stage 0 is clipped by the engine
         assert settings["communication_data_type"] == "fp32"
-        assert settings["bf16"] == {"enabled": precision == "bf16", "immediate_grad_update": True}
+        assert settings["bf16"] == {"enabled": precision == "bf16", "immediate_grad_update": False}
         assert settings["zero_force_ds_cpu_optimizer"] is False
+    config = load(overrides(corpus, zero="1", precision="bf16", micro_batch_size=2))
+    assert deepspeed_config(config, validate(config, 2), torch.bfloat16)["bf16"]["immediate_grad_update"] is True
 
 
 def test_the_settings_arrive(corpus, one_rank):
