@@ -145,6 +145,17 @@ def flops_per_token(shape: Shape, sequence_length: int) -> dict[str, int]:
     return {part: 3 * flops for part, flops in forward.items()}
 
 
+def ffn_saved_bytes(layer: FFNShape, width: int = 2) -> int:
+    """Return the bytes a token that a feed-forward layer keeps for backward as `ffn.save` says, beside its input.
+
+    Args:
+        width: bytes of an element.
+    """
+    pre_activations = layer.matrices - 1
+    kept = {"packed": pre_activations, "output": 1, "everything": pre_activations + 1, "input": 0}[layer.arm.save]
+    return width * kept * layer.d_ff
+
+
 def tensor_traffic(
     shape: Shape, parallel: ParallelConfig, tokens: int, width: int, recompute: bool = False
 ) -> dict[str, float]:

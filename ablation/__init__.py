@@ -1,0 +1,7 @@
+"""From a question to a verdict: arms at equal cost, over seeds and learning rates, and what their losses show.
+
+    budget.py       the width that makes an arm cost what the baseline costs
+    statistics.py   paired differences, intervals, what could have been detected, verdicts
+
+This room learns of a run only from what the run wrote, and never imports torch.
+"""

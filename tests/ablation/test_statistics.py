@@ -1,0 +1,269 @@
+"""Verdicts: published tables, simulations with and without a difference, and each rule by itself."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ablation.statistics import (
+    ALPHA,
+    POWER,
+    Verdict,
+    compare,
+    compare_summaries,
+    detectable_difference,
+    effective_speed_up,
+    holm,
+    loss_at,
+    rank_stability,
+    sweep,
+)
+
+# Shazeer 2020 (arXiv 2002.05202), table 1: held-out log-perplexity after 65,536 steps, mean and deviation of 4 runs.
+SHAZEER = {
+    "relu": (1.997, 0.005), "gelu": (1.983, 0.005), "swish": (1.994, 0.003), "glu": (1.982, 0.006),
+    "bilinear": (1.960, 0.005), "geglu": (1.942, 0.004), "swiglu": (1.944, 0.010), "reglu": (1.953, 0.003),
+}  # fmt: skip
+CEILING = math.log(4096)
+
+
+def published(runs: int, baseline: str, smallest_effect: float = 0.02) -> dict:
+    summaries = {arm: (*figures, runs) for arm, figures in SHAZEER.items()}
+    return {found.arm: found for found in compare_summaries(summaries, baseline, smallest_effect)}
+
+
+def losses(generator: np.random.Generator, arms: int = 8, seeds: int = 5, deviation: float = 0.005) -> dict:
+    """Losses of equally good arms: what a seed does to all of them, and what it does to each."""
+    shared = generator.normal(3.0, 0.05, seeds)
+    own = generator.normal(0.0, deviation / math.sqrt(2), (arms, seeds))  # so that differences have this deviation
+    return {f"arm{arm}": dict(enumerate(shared + own[arm])) for arm in range(arms)}
+
+
+def verdicts(data: dict, smallest_effect: float = 0.02, **more) -> dict[str, Verdict]:
+    found = compare(data, "arm0", smallest_effect, CEILING, resamples=0, **more)
+    return {comparison.arm: comparison.verdict for comparison in found}
+
+
+# ------------------------------------------------------------------------------------------------------ published tables
+
+
+def test_shazeers_table_after_holm():
+    against_relu = published(4, "relu")
+    better = {arm for arm, found in against_relu.items() if found.verdict == Verdict.BETTER}
+    assert better == {"gelu", "glu", "bilinear", "geglu", "swiglu", "reglu"}
+    assert against_relu["swish"].verdict == Verdict.NO_DIFFERENCE
+    assert published(4, "swiglu")["geglu"].verdict not in (Verdict.BETTER, Verdict.WORSE)
+
+
+@pytest.mark.parametrize(
+    ("arm", "p"),
+    [
+        ("gelu", 0.0075),
+        ("swish", 0.35),
+        ("glu", 0.009),
+        ("bilinear", 5e-5),
+        ("geglu", 4e-6),
+        ("swiglu", 4e-4),
+        ("reglu", 3e-5),
+    ],
+)
+def test_the_p_values_of_that_table(arm, p):
+    assert published(4, "relu")[arm].p == pytest.approx(p, rel=0.2)  # known to one or two digits
+
+
+def test_geglu_and_swiglu_are_not_told_apart():
+    assert published(4, "swiglu")["geglu"].p == pytest.approx(0.73, abs=0.01)
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_one_or_two_seeds_are_too_few(runs):
+    assert {found.verdict for found in published(runs, "relu").values()} == {Verdict.UNDERPOWERED}
+
+
+@pytest.mark.parametrize(
+    ("seeds", "paired", "expected"),
+    [
+        (2, False, 5.65),
+        (3, False, 3.07),
+        (5, False, 2.03),
+        (10, False, 1.33),
+        (3, True, 3.26),
+        (5, True, 1.68),
+        (10, True, 1.0),
+    ],
+)
+def test_the_smallest_detectable_difference(seeds, paired, expected):
+    assert detectable_difference(seeds, paired=paired) == pytest.approx(expected, abs=0.006)
+
+
+def test_a_detectable_difference_is_detected_as_often_as_it_says():
+    generator, tries, seeds = np.random.default_rng(1), 20_000, 5
+    sample = generator.normal(detectable_difference(seeds), 1.0, (tries, seeds))
+    found = float((stats.ttest_1samp(sample, 0.0, axis=1).pvalue < ALPHA).mean())
+    assert found == pytest.approx(POWER, abs=4 * math.sqrt(POWER * (1 - POWER) / tries))
+
+
+# ----------------------------------------------------------------------------------------------------------- simulations
+
+
+def test_where_nothing_differs_hardly_anything_is_found():
+    generator = np.random.default_rng(2)
+    wrong = sum(Verdict.BETTER in verdicts(losses(generator)).values() for _ in range(1000))
+    assert wrong <= 50  # 5%
+
+
+@pytest.mark.parametrize("level", [ALPHA, ALPHA / 7])  # of one test, and of the strictest step of Holm
+def test_an_arm_that_is_better_by_two_detectable_differences_is_found(level):
+    generator, found = np.random.default_rng(3), 0
+    difference = 2 * 0.005 * detectable_difference(5, alpha=level)
+    for _ in range(300):
+        data = losses(generator)
+        data["arm3"] = {seed: loss - difference for seed, loss in data["arm3"].items()}
+        found += verdicts(data)["arm3"] == Verdict.BETTER
+    assert found >= 240  # 80%
+
+
+# ------------------------------------------------------------------------------------------------------------- the rules
+
+
+def fixed(*differences: float, arm: str = "arm1") -> dict:
+    shared = [3.0, 3.1, 2.9, 3.05, 2.95][: len(differences)]
+    return {"arm0": dict(enumerate(shared)), arm: {s: shared[s] + d for s, d in enumerate(differences)}}
+
+
+def test_the_test_is_scipys_paired_one_and_the_interval_its_own():
+    data = fixed(-0.010, -0.020, -0.012, -0.017, -0.014)
+    [found] = compare(data, "arm0", 0.01, CEILING)
+    expected = stats.ttest_rel([*data["arm1"].values()], [*data["arm0"].values()])
+    assert found.p == pytest.approx(expected.pvalue)
+    interval = expected.confidence_interval(0.95)
+    assert found.interval == pytest.approx((interval.low, interval.high))
+    assert found.difference == pytest.approx(-0.0146)
+    assert -0.020 < found.bootstrap[0] < found.difference < found.bootstrap[1] < -0.010
+    assert found.verdict == Verdict.BETTER
+
+
+def test_the_order_of_seeds_does_not_matter_and_only_common_ones_count():
+    data = fixed(-0.010, -0.020, -0.012, -0.017)
+    turned = {"arm0": data["arm0"], "arm1": dict(reversed(data["arm1"].items())) | {9: 7.0}}
+    assert compare(turned, "arm0", 0.01, CEILING) == compare(data, "arm0", 0.01, CEILING)
+
+
+def test_two_seeds_that_agree_are_still_too_few():
+    [found] = compare(fixed(-0.5, -0.5), "arm0", 0.01, CEILING)
+    assert found.verdict == Verdict.UNDERPOWERED
+    assert "2 seed(s)" in found.reason
+
+
+def test_an_arm_that_differs_by_nothing_at_all_shows_no_difference():
+    [found] = compare(fixed(0.0, 0.0, 0.0), "arm0", 0.01, CEILING)
+    assert (found.verdict, found.p, found.detectable) == (Verdict.NO_DIFFERENCE, 1.0, 0.0)
+
+
+def test_what_would_not_have_been_found_is_underpowered():
+    data = fixed(-0.03, 0.02, 0.01, -0.02, 0.015)
+    [found] = compare(data, "arm0", 0.01, CEILING)
+    assert found.verdict == Verdict.UNDERPOWERED
+    assert found.detectable == pytest.approx(found.deviation * detectable_difference(5))
+    [found] = compare(data, "arm0", 1.0, CEILING)
+    assert found.verdict == Verdict.NO_DIFFERENCE
+
+
+def test_a_diverged_seed_counts_and_its_arm_is_not_better():
+    data = fixed(-0.010, -0.011, -0.010, -0.012, math.nan)
+    [found] = compare(data, "arm0", 0.01, CEILING)
+    assert (found.seeds, found.diverged) == (5, 1)
+    assert found.difference > 1
+    assert found.verdict == Verdict.UNDERPOWERED
+    assert "1 of 5 seeds diverged" in found.reason
+
+
+def test_an_arm_that_always_diverges_is_worse():
+    [found] = compare(fixed(*[math.inf] * 5), "arm0", 0.01, CEILING)
+    assert (found.verdict, found.reason) == (Verdict.WORSE, "5 of 5 seeds diverged")
+
+
+def test_an_arm_with_a_diverged_seed_is_not_better_whatever_its_mean():
+    data = fixed(-7.0, -7.1, -7.2, -7.0, -7.1)
+    data["arm0"] = dict.fromkeys(data["arm0"], 11.0)
+    data["arm1"][4] = math.nan
+    [found] = compare(data, "arm0", 100.0, ceiling=4.0)
+    assert found.verdict != Verdict.BETTER
+
+
+def test_a_blocked_arm_has_no_verdict_and_a_blocked_baseline_leaves_none():
+    data = losses(np.random.default_rng(4), arms=3)
+    assert verdicts(data, blocked={"arm1": "edge"})["arm1"] == Verdict.BLOCKED
+    assert verdicts(data, blocked={"arm1": "edge"})["arm2"] != Verdict.BLOCKED
+    found = compare(
+        data, "arm0", 0.01, CEILING, blocked={"arm0": "the baseline's best rate is the lowest", "arm1": "own"}
+    )
+    assert {c.arm: c.reason for c in found} == {"arm1": "own", "arm2": "the baseline's best rate is the lowest"}
+
+
+def test_a_missing_baseline_is_an_error():
+    with pytest.raises(ValueError, match="no losses of the baseline 'relu'"):
+        compare({"arm0": {0: 1.0}}, "relu", 0.01, CEILING)
+
+
+def test_holms_own_steps():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    adjusted = holm([math.nan, 0.02])
+    assert math.isnan(adjusted[0])
+    assert adjusted[1] == pytest.approx(0.04)  # a test that could not be made counts
+
+
+# ---------------------------------------------------------------------------------------- compute, learning rates, sizes
+
+
+def test_a_speed_up_is_read_off_the_baselines_own_curve():
+    compute = [1.0, 2.0, 4.0, 8.0]
+    curve = [4.0, 3.5, 3.0, 2.5]  # half a nat a doubling
+    same = effective_speed_up(compute, curve, 2.5, 8.0)
+    assert (same.factor, same.extrapolated) == (pytest.approx(1.0), False)
+    assert effective_speed_up(compute, curve, 3.0, 2.0).factor == pytest.approx(2.0)
+    assert effective_speed_up(compute, curve, 3.25, 2.0).factor == pytest.approx(2**1.5 / 2)
+    beyond = effective_speed_up(compute, curve, 2.25, 8.0)
+    assert (beyond.factor, beyond.extrapolated) == (pytest.approx(2**0.5), True)
+    assert math.isnan(effective_speed_up(compute, curve, 0.5, 8.0).factor)  # more than 4 times: a guess
+    assert math.isnan(effective_speed_up(compute, curve, 4.5, 8.0).factor)  # before its first point
+    assert math.isnan(effective_speed_up(compute, curve, math.nan, 8.0).factor)
+
+
+def test_a_loss_that_rises_again_counts_when_it_was_reached():
+    assert effective_speed_up([1, 2, 4, 8], [4.0, 3.0, 3.2, 2.0], 3.0, 2.0).factor == pytest.approx(1.0)
+
+
+def test_the_loss_at_a_place_of_a_curve():
+    assert loss_at([10, 20], [3.0, 2.0], 15) == 2.5
+    assert math.isnan(loss_at([10, 20], [3.0, 2.0], 21))
+    assert math.isnan(loss_at([], [], 1))
+
+
+def test_a_sweep_has_its_best_inside_or_says_at_which_edge():
+    found = sweep({1e-3: 3.2, 2e-3: 3.0, 4e-3: 3.1})
+    assert (found.best, found.loss, found.edge) == (2e-3, 3.0, "")
+    assert found.rise == pytest.approx(0.15)  # the parabola's: (0.2 + 0.1) / 2
+    assert sweep({1e-3: 3.0, 2e-3: 3.1, 4e-3: 3.2}).edge == "lowest"
+    assert sweep({1e-3: 3.2, 2e-3: 3.1, 4e-3: 3.0}).edge == "highest"
+    assert sweep({1e-3: 3.0}).edge == "lowest"
+
+
+def test_a_rate_that_diverged_is_a_neighbour_but_no_best():
+    found = sweep({1e-3: 3.2, 2e-3: 3.0, 4e-3: math.nan})
+    assert (found.best, found.edge) == (2e-3, "")
+    assert math.isnan(found.rise)
+    with pytest.raises(ValueError, match="no learning rate"):
+        sweep({1e-3: math.inf})
+
+
+def test_ranks_that_change_between_sizes_are_named():
+    found = rank_stability({"a": 3.0, "b": 3.1, "c": 3.2}, {"c": 2.7, "a": 2.5, "b": 2.8, "d": 1.0})
+    assert found.swapped == [("b", "c")]
+    assert found.tau == pytest.approx(1 / 3)
+    assert rank_stability({"a": 1.0, "b": 2.0}, {"a": 0.5, "b": 0.6}).tau == 1.0
+    assert math.isnan(rank_stability({"a": 1.0}, {"a": 1.0}).tau)
