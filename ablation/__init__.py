@@ -1,5 +1,6 @@
 """From a question to a verdict: arms at equal cost, over seeds and learning rates, and what their losses show.
 
+    plan.py         a plan of conf/ablation, read and resolved: its runs, and what they cost
     budget.py       the width that makes an arm cost what the baseline costs
     statistics.py   paired differences, intervals, what could have been detected, verdicts
 

@@ -204,4 +204,25 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
+@dataclass
+class AblationConfig:
+    """`ablation=`: a plan, which `python -m ablation.run` turns into runs; its keys are typed as `ablation.KEY=VALUE`."""
+
+    name: str = key("", "name of the plan, and of the folder of its runs")
+    question: str = key("", "what the plan is to answer, in a sentence")
+    baseline: str = key("", "the arm that all others are compared with")
+    arms: Any = key(None, "names of arms of conf/ffn, or {name: its overrides}: {mine: ffn=custom ffn.formula=gate*up}")
+    sizes: Any = key(None, "{name: overrides that make a size}; null: {nano: model=nano}")
+    common: Any = key([], "overrides of every run, typed as for train.py")
+    rates: Any = key([0.5, 1.0, 2.0], "learning rates to try, times the size's optim.lr; one: no sweep, and no verdict")
+    rate_extensions: int = key(2, "how often a sweep goes on past an edge where its best rate lies")
+    rate_seed: int = key(1000, "seed of the sweep, which is none of `seeds`")
+    seeds: Any = key([0, 1, 2, 3, 4], "seeds of the runs that are compared, of weights and data alike")
+    budget: str = key("parameters", "what arms have in common: parameters | flops | memory | wallclock | none")
+    allowed_mismatch: float = key(0.01, "the share of the budget that a width may be off")
+    tile: int = key(128, "the coarsest multiple that a width may be rounded to, on every tensor rank")
+    metric: str = key("final_eval_loss", "of summary.json, by which arms are judged; less is better")
+    smallest_effect: float = key(0.01, "the difference that is worth finding, nats a token")
+
+
 GROUPS = ("ffn", "model", "data", "tokenizer", "optim", "schedule", "zero", "parallel", "precision", "logger")

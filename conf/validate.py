@@ -246,13 +246,13 @@ def _check_batch(config: Config, world_size: int) -> Batch:
     return Batch(micro, total, world_size, share // micro, steps, per_step)
 
 
+def what_is_learned(config: Config) -> dict[str, Any]:
+    """Return the values that decide what a run learns, by their dotted key; how long it trains is not among them."""
+    values = flatten(to_dict(config))
+    return {k: v for k, v in values.items() if not any(k == free or k.startswith(free + ".") for free in NOT_LEARNED)}
+
+
 def differences(before: Config, now: Config) -> list[str]:
     """Return what keeps a run from going on: "key: before -> now" for each changed key that decides what is learned."""
-    old, new = flatten(to_dict(before)), flatten(to_dict(now))
-    changed = []
-    for name in sorted(old.keys() | new.keys()):
-        if any(name == free or name.startswith(free + ".") for free in NOT_LEARNED):
-            continue
-        if old.get(name) != new.get(name):
-            changed.append(f"{name}: {old.get(name)} -> {new.get(name)}")
-    return changed
+    old, new = what_is_learned(before), what_is_learned(now)
+    return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]

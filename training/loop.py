@@ -20,9 +20,8 @@ import torch.distributed as dist
 
 from conf.errors import UserError
 from conf.files import say_why
-from conf.load import flatten, to_dict
 from conf.schema import Config
-from conf.validate import NOT_LEARNED, Batch, validate
+from conf.validate import Batch, validate, what_is_learned
 from data.batches import BatchStream, Dataset, open_dataset, sample_hash
 from data.prepare import prepare
 from launch.launchers import Launchers
@@ -323,9 +322,7 @@ class _Run:
 
 def config_hash(config: Config) -> str:
     """Return a hash of what decides what is learned."""
-    flat = flatten(to_dict(config))
-    kept = {k: v for k, v in flat.items() if not any(k == n or k.startswith(n + ".") for n in NOT_LEARNED)}
-    return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps(what_is_learned(config), sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _shape(config: Config, dataset: Dataset) -> Shape:

@@ -1,0 +1,293 @@
+"""A plan, read and resolved: which runs answer its question, at which widths, and what they cost.
+
+Of every arm and size, learning rates are tried with a seed that no verdict rests on (`sweep`); then the plan's seeds run at the
+best rate (`final`). So the cost is arms x (rates + seeds), not their product. Runs of one seed share the order of their data
+and the initial weights outside the FFN, whatever the arm: both follow from `seed` and `data_seed` alone.
+
+A plan is `conf/ablation/<name>.yaml`, keys of `conf.schema.AblationConfig`. What is not here: running it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ablation.budget import Width, match
+from conf.errors import UserError, suggest, unknown
+from conf.load import FOLDER, choices, load
+from conf.schema import AblationConfig, Config
+from conf.validate import Batch, validate, what_is_learned
+from model.accounting import flops_per_token, shape_of
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
+_SET_BY_THE_PLAN = ("seed", "data_seed", "optim.lr", "model.d_ff", "run", "runs", "resume")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a plan."""
+
+    stage: str  # "sweep" or "final"
+    size: str
+    arm: str
+    rate: float  # peak learning rate
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its run folder."""
+        return f"{self.size}-{self.arm}-lr{self.rate:.4g}-seed{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """An arm at a size, resolved."""
+
+    words: tuple[str, ...]  # for train.py, without rate and seed
+    config: Config
+    batch: Batch
+    width: Width
+    flops_per_token: int
+
+    @property
+    def flops(self) -> int:
+        """Of one run."""
+        return self.flops_per_token * self.batch.tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A plan, resolved."""
+
+    config: AblationConfig
+    arms: dict[str, dict[str, Arm]]  # by size, then by arm
+    warnings: tuple[str, ...]
+
+    @property
+    def hash(self) -> str:
+        """The hash of all that decides what its runs learn and how they are judged."""
+        learned = {
+            size: {
+                arm: [of_arm.batch.steps, of_arm.width.d_ff, what_is_learned(of_arm.config)]
+                for arm, of_arm in arms.items()
+            }
+            for size, arms in self.arms.items()
+        }
+        content = {"plan": dataclasses.asdict(self.config), "arms": learned}
+        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def rates(self, size: str, arm: str) -> list[float]:
+        """Return the learning rates that the sweep begins with, ascending."""
+        own = self.arms[size][arm].config.optim.lr
+        return [_rounded(own * factor) for factor in sorted(self.config.rates)]
+
+    def sweep(self, size: str, arm: str) -> list[Cell]:
+        """Return the runs that the sweep of an arm begins with; none when the plan has one rate."""
+        rates = self.rates(size, arm)
+        return [Cell("sweep", size, arm, rate, self.config.rate_seed) for rate in rates] if len(rates) > 1 else []
+
+    def final(self, size: str, arm: str, rate: float) -> list[Cell]:
+        """Return the runs of an arm that are compared, at the rate that the sweep found."""
+        return [Cell("final", size, arm, rate, seed) for seed in self.config.seeds]
+
+    def words(self, cell: Cell, runs: str) -> list[str]:
+        """Return the command line of a run, for train.py."""
+        arm = self.arms[cell.size][cell.arm]
+        seeds = [f"seed={cell.seed}", f"data_seed={cell.seed}"]
+        return [
+            *arm.words, f"model.d_ff={arm.width.d_ff}", f"optim.lr={cell.rate!r}", *seeds, f"runs={runs}", f"run={cell.name}",
+        ]  # fmt: skip
+
+    def runs(self) -> int:
+        """Return how many runs it takes, if no sweep goes on past an edge."""
+        return sum(len(self.sweep(*place)) + len(self.config.seeds) for place in self.places())
+
+    def flops(self) -> int:
+        """Return the FLOPs of these runs."""
+        return sum(
+            self.arms[size][arm].flops * (len(self.sweep(size, arm)) + len(self.config.seeds))
+            for size, arm in self.places()
+        )
+
+    def places(self) -> Iterator[tuple[str, str]]:
+        """Yield every (size, arm)."""
+        for size, arms in self.arms.items():
+            for arm in arms:
+                yield size, arm
+
+
+def next_rate(tried: list[float], edge: str) -> float:
+    """Return the rate by which a sweep goes on past its "lowest" or "highest", in the step that it has there."""
+    tried = sorted(tried)
+    if edge == "lowest":
+        return _rounded(tried[0] * tried[0] / tried[1])
+    return _rounded(tried[-1] * tried[-1] / tried[-2])
+
+
+def read_plan(words: list[str]) -> tuple[AblationConfig, list[str]]:
+    """Read `ablation=NAME ablation.KEY=VALUE` and overrides of every run; return the plan, and what else was typed.
+
+    Options that are not Hydra's (`yes=true`) are the caller's to take away first.
+
+    Raises:
+        UserError: no plan is named, or an unknown one; an unknown key, or a value of the wrong type.
+    """
+    names = [word.partition("=")[2] for word in words if word.startswith("ablation=")]
+    if not names:
+        raise UserError(f"say which plan: ablation=NAME; there are {', '.join(choices('ablation'))}")
+    if names[-1] not in choices("ablation"):
+        raise unknown("plan", names[-1], choices("ablation"))
+    typed = [word.removeprefix("ablation.") for word in words if word.startswith("ablation.")]
+    others = [word for word in words if not word.startswith(("ablation=", "ablation."))]
+    known = [field.name for field in dataclasses.fields(AblationConfig)]
+    for word in typed:
+        name = re.split(r"[.=]", word, maxsplit=1)[0]
+        if name not in known:
+            raise unknown("key of ablation", name, known)
+    try:
+        settings: Any = OmegaConf.to_container(OmegaConf.load(FOLDER / "ablation" / f"{names[-1]}.yaml"))
+        changes: Any = OmegaConf.to_container(OmegaConf.from_dotlist(typed))
+        for name, value in changes.items():
+            added = isinstance(value, dict) and isinstance(settings.get(name), dict)
+            settings[name] = {**settings[name], **value} if added else value
+        config = OmegaConf.merge(OmegaConf.structured(AblationConfig), {"name": names[-1], **settings})
+        return OmegaConf.to_object(config), others  # type: ignore[return-value]
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"plan {names[-1]}: {str(error).splitlines()[0]}") from error
+
+
+def resolve(config: AblationConfig, others: list[str] = (), seconds: Any = None) -> Plan:
+    """Check a plan and match its widths.
+
+    Args:
+        others: overrides of every run, after the plan's own.
+        seconds: of a step of (size, arm, d_ff), measured, for `budget=wallclock`.
+
+    Raises:
+        UserError: what is wrong with it.
+    """
+    config = dataclasses.replace(config, common=[*config.common, *others])
+    arms = _named(config.arms, "arms")
+    sizes = {
+        size: _split(words, f"sizes.{size}")
+        for size, words in _named(config.sizes or {"nano": "model=nano"}, "sizes").items()
+    }
+    _check(config, arms)
+    resolved: dict[str, dict[str, Arm]] = {}
+    warnings: list[str] = []
+    for size, of_size in sizes.items():
+        words = {arm: (*of_size, *_split(of_arm, f"arms.{arm}"), *config.common) for arm, of_arm in arms.items()}
+        configs = {arm: _load(of_arm, arm, size) for arm, of_arm in words.items()}
+        batches = {arm: validate(c, c.parallel.tensor * c.parallel.context) for arm, c in configs.items()}
+        base = configs[config.baseline]
+        measured = (lambda arm, d_ff, size=size: seconds(size, arm, d_ff)) if seconds is not None else None
+        tokens = batches[config.baseline].micro_batch * base.sequence_length
+        settings = {"tensor": base.parallel.tensor, "tile": config.tile, "allowed": config.allowed_mismatch}
+        try:
+            widths, off = match(configs, config.baseline, config.budget, tokens=tokens, seconds=measured, **settings)
+        except UserError as error:
+            raise UserError(f"{size}: {error}") from error
+        warnings += [f"{size}: {sentence}" for sentence in off]
+        resolved[size] = {}
+        for arm, of_arm in configs.items():
+            shape = shape_of(
+                dataclasses.replace(of_arm, model=dataclasses.replace(of_arm.model, d_ff=widths[arm].d_ff))
+            )
+            flops = sum(flops_per_token(shape, of_arm.sequence_length).values())
+            resolved[size][arm] = Arm(words[arm], of_arm, batches[arm], widths[arm], flops)
+    return Plan(config, resolved, tuple(warnings))
+
+
+def _named(value: Any, key: str) -> dict[str, str | list[str]]:
+    """Return {name: overrides}; a list of arms of conf/ffn is short for {name: ffn=name}."""
+    if isinstance(value, list) and key == "arms":
+        doubled = {name for name in value if value.count(name) > 1}
+        if doubled:
+            raise UserError(f"ablation.arms names {', '.join(sorted(map(str, doubled)))} twice")
+        value = {name: f"ffn={name}" for name in value}
+        for name in value:
+            if name not in choices("ffn"):
+                raise unknown("arm", str(name), choices("ffn"))
+    if not isinstance(value, dict) or not value:
+        raise UserError(f"ablation.{key} must map names to overrides, such as {{mine: ffn=relu}}")
+    for name in value:
+        if not _NAME.fullmatch(str(name)):
+            raise UserError(f"ablation.{key}: {name!r} must be letters, digits, _ and . to name a folder")
+    return {str(name): words for name, words in value.items()}
+
+
+def _split(words: Any, key: str) -> tuple[str, ...]:
+    if isinstance(words, str):
+        try:
+            words = shlex.split(words)
+        except ValueError as error:
+            raise UserError(f"ablation.{key}: {words!r} is no list of overrides: {error}") from error
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"ablation.{key} must be overrides, as they are typed for train.py")
+    return tuple(words)
+
+
+def _load(words: tuple[str, ...], arm: str, size: str) -> Config:
+    for word in words:
+        name = word.partition("=")[0].lstrip("+")
+        if name in _SET_BY_THE_PLAN:
+            raise UserError(
+                f"{word} of {arm} at {size} is the plan's to set: use ablation.seeds, .rates, .budget or .name"
+            )
+    try:
+        return load(list(words))
+    except UserError as error:
+        raise UserError(f"{arm} at {size}: {error}") from error
+
+
+def _check(config: AblationConfig, arms: Mapping[str, Any]) -> None:
+    if not config.baseline:
+        raise UserError(f"the plan {config.name} has no baseline: ablation.baseline=ARM, one of {', '.join(arms)}")
+    if config.baseline not in arms:
+        near = suggest(config.baseline, arms)
+        raise UserError(f"the baseline {config.baseline!r} is no arm of the plan: {near}there are {', '.join(arms)}")
+    if len(arms) < 2:
+        raise UserError("a plan compares two arms at least: ablation.arms=[relu,swiglu]")
+    if not _whole_numbers(config.seeds) or len(set(config.seeds)) != len(config.seeds):
+        raise UserError(f"ablation.seeds={config.seeds} must be different whole numbers")
+    if len(config.seeds) < 2:
+        raise UserError("one seed cannot be told from luck: ablation.seeds takes 2 at least, and a verdict 3")
+    if config.rate_seed in config.seeds:
+        raise UserError(
+            f"ablation.rate_seed={config.rate_seed} is one of ablation.seeds: the sweep needs a seed of its own"
+        )
+    rates = config.rates
+    if (
+        not isinstance(rates, list)
+        or not rates
+        or not all(_is_rate(rate) for rate in rates)
+        or len(set(rates)) < len(rates)
+    ):
+        raise UserError(f"ablation.rates={rates} must be different numbers above 0, times the size's optim.lr")
+    if config.metric != "final_eval_loss":
+        raise unknown("metric", config.metric, ["final_eval_loss"])
+    if not 0 < config.smallest_effect < math.inf:
+        raise UserError(f"ablation.smallest_effect={config.smallest_effect} must be nats a token, above 0")
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _rounded(rate: float) -> float:
+    """Cut a rate to 6 digits, so that its name and its value say the same."""
+    return float(f"{rate:.6g}")

@@ -1,0 +1,169 @@
+"""Plans: what each of conf/ablation resolves to, its runs and their command lines, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from ablation.budget import WARN
+from ablation.plan import Plan, next_rate, read_plan, resolve
+from conf.errors import UserError
+from conf.load import choices, load
+from conf.schema import AblationConfig
+
+SMALL = {"arms": ["relu", "swiglu"], "baseline": "relu", "name": "small"}
+
+
+def plan_of(*others: str, **keys) -> Plan:
+    return resolve(AblationConfig(**(SMALL | keys)), list(others))
+
+
+@pytest.fixture(scope="module")
+def smoke() -> Plan:
+    return resolve(*read_plan(["ablation=smoke"]))
+
+
+@pytest.mark.parametrize("name", choices("ablation"))
+def test_every_plan_resolves_at_equal_parameters(name):
+    plan = resolve(*read_plan([f"ablation={name}"]))
+    assert plan.config.name == name
+    assert plan.config.question.endswith("?")
+    assert plan.warnings == ()
+    for arms in plan.arms.values():
+        assert set(arms) <= set(choices("ffn"))
+        assert all(abs(arm.width.mismatch) <= WARN for arm in arms.values())
+
+
+def test_the_eight_of_glu_variants_and_all_but_the_threshold_in_the_zoo():
+    eight = ["relu", "gelu", "silu", "glu", "bilinear", "reglu", "geglu", "swiglu"]
+    assert read_plan(["ablation=glu_variants"])[0].arms == eight
+    assert sorted(read_plan(["ablation=zoo"])[0].arms) == sorted(set(choices("ffn")) - {"custom", "threshold"})
+
+
+def test_it_costs_arms_times_rates_plus_seeds(smoke):
+    assert smoke.runs() == 2 * (2 + 2)
+    own = smoke.arms["nano"]
+    assert smoke.flops() == 4 * own["relu"].flops + 4 * own["swiglu"].flops
+    assert own["relu"].flops == own["relu"].flops_per_token * own["relu"].batch.tokens
+    assert plan_of(rates=[1.0]).runs() == 2 * 5  # one rate: nothing to sweep
+
+
+def test_a_run_is_a_command_line_that_sets_what_the_plan_decides(smoke):
+    [first, second] = smoke.final("nano", "swiglu", 4e-3)
+    assert (first.seed, second.seed) == (0, 1)
+    config = load(smoke.words(second, "somewhere"))
+    assert (config.seed, config.data_seed, config.optim.lr, config.model.d_ff) == (1, 1, 4e-3, 512)
+    assert (config.ffn.name, config.runs, config.run) == ("swiglu", "somewhere", "nano-swiglu-lr0.004-seed1")
+    assert (config.sequence_length, config.tokens) == (128, 400_000)
+
+
+def test_runs_of_one_seed_differ_in_nothing_but_the_arm_and_its_width(smoke):
+    from conf.validate import what_is_learned
+
+    one, other = (load(smoke.words(smoke.final("nano", arm, 4e-3)[0], "r")) for arm in ("relu", "swiglu"))
+    one, other = what_is_learned(one), what_is_learned(other)
+    differ = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+    assert differ <= {key for key in one if key.startswith("ffn.")} | {"model.d_ff"}
+
+
+def test_the_sweep_has_a_seed_of_its_own_and_the_sizes_rate_in_it(smoke):
+    cells = smoke.sweep("nano", "relu")
+    assert {cell.seed for cell in cells} == {smoke.config.rate_seed}
+    assert [cell.rate for cell in cells] == [2e-3, 4e-3]
+    assert len({cell.name for place in smoke.places() for cell in smoke.sweep(*place)}) == 4
+
+
+def test_a_sweep_goes_on_in_the_step_that_it_has_at_its_edge():
+    assert next_rate([1e-3, 2e-3, 4e-3], "highest") == 8e-3
+    assert next_rate([4e-3, 1e-3, 2e-3], "lowest") == 5e-4
+    assert next_rate([1e-3, 3e-3, 4e-3], "lowest") == pytest.approx(1e-3 / 3, rel=1e-5)
+
+
+def test_what_is_typed_changes_the_plan_and_every_run():
+    config, others = read_plan(["ablation=smoke", "ablation.seeds=[3,4,5]", "tokens=1000000"])
+    assert (config.seeds, others) == ([3, 4, 5], ["tokens=1000000"])
+    plan = resolve(config, others)
+    assert plan.arms["nano"]["relu"].config.tokens == 1_000_000
+    assert plan.arms["nano"]["swiglu"].batch.steps == 1_000_000 // (8 * 128)
+
+
+def test_a_size_can_be_added_to_a_plan_that_maps_them():
+    config, _ = read_plan(["ablation=smoke", "ablation.sizes.deep=model=nano model.n_layers=8"])
+    assert list(config.sizes) == ["nano", "deep"]
+    assert config.sizes["deep"] == "model=nano model.n_layers=8"
+
+
+def test_an_arm_may_be_a_formula_and_a_size_may_be_anything():
+    arms = {"relu": "ffn=relu", "mine": "ffn=custom ffn.formula='sigmoid(1.702*gate) * gate * up'"}
+    sizes = {"small": "model=nano", "deep": ["model=nano", "model.n_layers=8"]}
+    plan = plan_of(arms=arms, sizes=sizes)
+    assert list(plan.places()) == [("small", "relu"), ("small", "mine"), ("deep", "relu"), ("deep", "mine")]
+    assert plan.arms["deep"]["mine"].config.ffn.formula == "sigmoid(1.702*gate) * gate * up"
+    assert plan.arms["deep"]["mine"].width.d_ff == 512
+
+
+def test_the_hash_changes_with_what_is_learned_and_how_it_is_judged_and_with_nothing_else():
+    own = plan_of().hash
+    assert plan_of().hash == own
+    for keys in ({"seeds": [0, 1]}, {"budget": "flops"}, {"rates": [1.0]}, {"smallest_effect": 0.02}, {"tile": 64}):
+        assert plan_of(**keys).hash != own
+    for word in ("optim.beta2=0.95", "tokens=1000000", "ffn.init_scale=0.1"):
+        assert plan_of(word).hash != own
+    before = plan_of()
+    arm = before.arms["nano"]["relu"]
+    other = dataclasses.replace(arm.config, ffn=dataclasses.replace(arm.config.ffn, formula="max(x, 0) + 0"))
+    changed = {"nano": before.arms["nano"] | {"relu": dataclasses.replace(arm, config=other)}}
+    assert dataclasses.replace(before, arms=changed).hash != own  # conf/ffn/relu.yaml has changed
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "say which plan: ablation=NAME; there are depth, gating"),
+        (["ablation=glu_variant"], "unknown plan 'glu_variant': did you mean 'glu_variants'?"),
+        (["ablation=smoke", "ablation.seed=[1]"], "unknown key of ablation 'seed': did you mean 'seeds'?"),
+        (["ablation=smoke", "ablation.tile=wide"], "plan smoke: "),
+    ],
+)
+def test_words_that_are_refused(words, sentence):
+    with pytest.raises(UserError, match="^" + re.escape(sentence)):
+        read_plan(words)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"arms": ["relu", "swigl"]}, "unknown arm 'swigl': did you mean 'swiglu'?"),
+        ({"arms": ["relu", "relu"]}, "ablation.arms names relu twice"),
+        ({"arms": ["relu"]}, "a plan compares two arms at least"),
+        ({"arms": {"a b": "ffn=relu", "relu": "ffn=relu"}}, "ablation.arms: 'a b' must be letters"),
+        ({"arms": {"a": "ffn='relu", "relu": "ffn=relu"}}, 'ablation.arms.a: "ffn=\'relu" is no list of overrides'),
+        ({"arms": None}, "ablation.arms must map names to overrides"),
+        ({"baseline": ""}, "the plan small has no baseline: ablation.baseline=ARM, one of relu, swiglu"),
+        ({"baseline": "rleu"}, "the baseline 'rleu' is no arm of the plan: did you mean 'relu'?"),
+        ({"seeds": [0]}, "one seed cannot be told from luck"),
+        ({"seeds": [0, 0]}, "ablation.seeds=[0, 0] must be different whole numbers"),
+        ({"seeds": ["a", 1]}, "ablation.seeds=['a', 1] must be different whole numbers"),
+        ({"seeds": [0, 1000]}, "ablation.rate_seed=1000 is one of ablation.seeds"),
+        ({"rates": [0]}, "ablation.rates=[0] must be different numbers above 0"),
+        ({"rates": []}, "ablation.rates=[] must be different numbers above 0"),
+        ({"budget": "params"}, "nano: unknown budget 'params': did you mean 'parameters'?"),
+        ({"metric": "loss"}, "unknown metric 'loss'"),
+        ({"smallest_effect": 0.0}, "ablation.smallest_effect=0.0 must be nats a token, above 0"),
+        ({"common": ["seed=3"]}, "seed=3 of relu at nano is the plan's to set"),
+        ({"common": ["stepz=3"]}, "relu at nano: "),
+    ],
+)
+def test_plans_that_are_refused(keys, sentence):
+    with pytest.raises(UserError, match="^" + re.escape(sentence)):
+        plan_of(**keys)
+
+
+def test_a_budget_that_cannot_be_met_names_the_size_and_the_arm():
+    arms = {"swiglu": "ffn=swiglu", "own": "ffn=prelu ffn.parameters.slope.share=channel"}
+    with pytest.raises(
+        UserError, match=r"^nano: own: d_ff=\d+ costs .* of the baseline's parameters, more than the 0.00% allowed"
+    ):
+        plan_of(arms=arms, baseline="swiglu", allowed_mismatch=0.0)
