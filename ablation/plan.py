@@ -30,7 +30,7 @@ from conf.validate import Batch, validate, what_is_learned
 from model.accounting import flops_per_token, shape_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
-_SET_BY_THE_PLAN = ("seed", "data_seed", "optim.lr", "model.d_ff", "run", "runs", "resume")
+_SET_BY_THE_PLAN = ("seed", "data_seed", "run", "runs", "resume")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +74,21 @@ class Plan:
     warnings: tuple[str, ...]
 
     @property
-    def hash(self) -> str:
-        """The hash of all that decides what its runs learn and how they are judged."""
+    def content(self) -> dict[str, Any]:
+        """All that decides what the runs learn and how they are judged, as JSON would give it back."""
         learned = {
             size: {
-                arm: [of_arm.batch.steps, of_arm.width.d_ff, what_is_learned(of_arm.config)]
+                arm: {"steps": of_arm.batch.steps, "d_ff": of_arm.width.d_ff, **what_is_learned(of_arm.config)}
                 for arm, of_arm in arms.items()
             }
             for size, arms in self.arms.items()
         }
-        content = {"plan": dataclasses.asdict(self.config), "arms": learned}
-        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return json.loads(json.dumps({"plan": dataclasses.asdict(self.config), "arms": learned}))
+
+    @property
+    def hash(self) -> str:
+        """The hash of `content`."""
+        return hashlib.blake2b(json.dumps(self.content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def rates(self, size: str, arm: str) -> list[float]:
         """Return the learning rates that the sweep begins with, ascending."""
@@ -156,10 +160,10 @@ def read_plan(words: list[str]) -> tuple[AblationConfig, list[str]]:
             raise unknown("key of ablation", name, known)
     try:
         settings: Any = OmegaConf.to_container(OmegaConf.load(FOLDER / "ablation" / f"{names[-1]}.yaml"))
-        changes: Any = OmegaConf.to_container(OmegaConf.from_dotlist(typed))
-        for name, value in changes.items():
-            added = isinstance(value, dict) and isinstance(settings.get(name), dict)
-            settings[name] = {**settings[name], **value} if added else value
+        for word in typed:  # sizes={...} replaces what the plan says, sizes.deep=... adds to it
+            [(name, value)] = OmegaConf.to_container(OmegaConf.from_dotlist([word])).items()  # type: ignore[union-attr]
+            adds = "." in word.partition("=")[0] and isinstance(settings.get(name), dict)
+            settings[name] = {**settings[name], **value} if adds else value
         config = OmegaConf.merge(OmegaConf.structured(AblationConfig), {"name": names[-1], **settings})
         return OmegaConf.to_object(config), others  # type: ignore[return-value]
     except (OmegaConfBaseException, YAMLError) as error:
@@ -186,7 +190,7 @@ def resolve(config: AblationConfig, others: list[str] = (), seconds: Any = None)
     resolved: dict[str, dict[str, Arm]] = {}
     warnings: list[str] = []
     for size, of_size in sizes.items():
-        words = {arm: (*of_size, *_split(of_arm, f"arms.{arm}"), *config.common) for arm, of_arm in arms.items()}
+        words = {arm: (*of_size, *_of_arm(of_arm, arm), *config.common) for arm, of_arm in arms.items()}
         configs = {arm: _load(of_arm, arm, size) for arm, of_arm in words.items()}
         batches = {arm: validate(c, c.parallel.tensor * c.parallel.context) for arm, c in configs.items()}
         base = configs[config.baseline]
@@ -237,13 +241,19 @@ def _split(words: Any, key: str) -> tuple[str, ...]:
     return tuple(words)
 
 
+def _of_arm(words: Any, arm: str) -> tuple[str, ...]:
+    found = _split(words, f"arms.{arm}")
+    for word in found:
+        if word.startswith("model.d_ff"):
+            raise UserError(f"{word} of {arm}: widths follow from the budget; the baseline's is set by a size")
+    return found
+
+
 def _load(words: tuple[str, ...], arm: str, size: str) -> Config:
     for word in words:
         name = word.partition("=")[0].lstrip("+")
         if name in _SET_BY_THE_PLAN:
-            raise UserError(
-                f"{word} of {arm} at {size} is the plan's to set: use ablation.seeds, .rates, .budget or .name"
-            )
+            raise UserError(f"{word} of {arm} at {size} is the plan's to set: ablation.seeds, and folder=FOLDER")
     try:
         return load(list(words))
     except UserError as error:

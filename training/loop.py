@@ -183,6 +183,7 @@ class _Run:
                     self.report.event("skipped_step", grad_norm=float(norm))
                     self.console.warn(f"step {self.step} had a gradient that is not finite and was skipped")
                     if skipped >= MOST_SKIPPED:
+                        self.report.event("diverged", skipped=skipped)
                         raise RuntimeError(
                             f"{MOST_SKIPPED} steps in a row had no finite gradient: the run has diverged"
                         )

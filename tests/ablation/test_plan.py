@@ -89,10 +89,12 @@ def test_what_is_typed_changes_the_plan_and_every_run():
     assert plan.arms["nano"]["swiglu"].batch.steps == 1_000_000 // (8 * 128)
 
 
-def test_a_size_can_be_added_to_a_plan_that_maps_them():
+def test_a_size_can_be_added_to_a_plan_and_all_can_be_replaced():
     config, _ = read_plan(["ablation=smoke", "ablation.sizes.deep=model=nano model.n_layers=8"])
     assert list(config.sizes) == ["nano", "deep"]
     assert config.sizes["deep"] == "model=nano model.n_layers=8"
+    config, _ = read_plan(["ablation=smoke", "ablation.sizes={deep: model=nano model.n_layers=8}"])
+    assert list(config.sizes) == ["deep"]
 
 
 def test_an_arm_may_be_a_formula_and_a_size_may_be_anything():
@@ -153,6 +155,10 @@ def test_words_that_are_refused(words, sentence):
         ({"metric": "loss"}, "unknown metric 'loss'"),
         ({"smallest_effect": 0.0}, "ablation.smallest_effect=0.0 must be nats a token, above 0"),
         ({"common": ["seed=3"]}, "seed=3 of relu at nano is the plan's to set"),
+        (
+            {"arms": {"relu": "ffn=relu", "wide": "ffn=relu model.d_ff=999"}},
+            "model.d_ff=999 of wide: widths follow from",
+        ),
         ({"common": ["stepz=3"]}, "relu at nano: "),
     ],
 )

@@ -1,0 +1,74 @@
+"""How the runs of a plan stand, told from their folders alone: a report can be made wherever the folders were copied to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+WAITING, RUNNING, STOPPED, FAILED, DIVERGED, FINISHED = (
+    "waiting",
+    "running",
+    "stopped",
+    "failed",
+    "diverged",
+    "finished",
+)
+ENDED = (DIVERGED, FINISHED)  # what is not run again
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run stands."""
+
+    state: str
+    step: int = 0  # of the last line of its metrics
+    loss: float = math.nan  # final held-out loss, nats a token; nan unless finished
+    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def outcome(run: Path) -> Outcome:
+    """Return how the run in a folder stands; a folder that is missing is of a run that waits."""
+    summary = _json(run / "summary.json")
+    lines, _ = read_metrics(run)
+    step = lines[-1]["step"] if lines else 0
+    if any(line.get("event") == "diverged" for line in lines):
+        return Outcome(DIVERGED, step, summary=summary)
+    status = summary.get("status")
+    if status == "finished":
+        loss = summary.get("final_eval_loss")
+        finite = isinstance(loss, (int, float)) and math.isfinite(loss)
+        return Outcome(FINISHED if finite else DIVERGED, step, float(loss) if finite else math.nan, summary)
+    if status == "failed":
+        return Outcome(FAILED, step, summary=summary)
+    return Outcome(STOPPED if lines else WAITING, step, summary=summary)  # killed ones leave lines and no summary
+
+
+def read_metrics(run: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the lines of metrics.jsonl, and how many could not be read: the last one, of a run that was killed."""
+    lines: list[dict[str, Any]] = []
+    broken = 0
+    try:
+        text = (run / "metrics.jsonl").read_bytes().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return [], 0
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if isinstance(record, dict) and {"kind", "step"} <= record.keys():
+            lines.append(record)
+        else:
+            broken += 1
+    return lines, broken
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,275 @@
+"""Run a plan: `python -m ablation.run ablation=glu_variants`.
+
+    ablation=NAME            a plan of conf/ablation        folder=ablations   where plans have their folders
+    ablation.KEY=VALUE       another value of the plan      jobs=1             runs at a time
+    KEY=VALUE                an override of every run       yes=true           do not ask before it begins
+
+Prints what the plan costs, asks, and trains run after run, each a `train.py` of its own. Stop it at any moment and type the
+same again: runs that ended are left alone, a half-finished one goes on, one that diverged stays diverged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ablation.cells import DIVERGED, ENDED, FAILED, FINISHED, Outcome, outcome
+from ablation.plan import Cell, Plan, next_rate, read_plan, resolve
+from ablation.statistics import sweep
+from conf.errors import UserError
+from conf.files import atomic_write, say_why
+from conf.load import run_command
+from conf.options import read_options
+
+_OPTIONS = {"yes": False, "jobs": 1, "folder": "ablations"}
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(argv: list[str]) -> int:
+    if not argv or any(word in ("-h", "--help") for word in argv):
+        print(__doc__)
+        return 0
+    own = [word for word in argv if word.partition("=")[0] in _OPTIONS]
+    options = read_options(own, _OPTIONS, {"jobs": 1})
+    plan = resolve(*read_plan([word for word in argv if word not in own]))
+    folder = Path(options["folder"]) / plan.config.name
+    check_manifest(plan, folder)
+    console = Console(file=sys.stdout, highlight=False)
+    show(plan, folder, console)
+    if not options["yes"] and not _agreed():
+        print("nothing was run")
+        return 0
+    write_manifest(plan, folder)
+    return Runner(plan, folder, options["jobs"], console).go()
+
+
+# ------------------------------------------------------------------------------------------------- before it begins
+
+
+def show(plan: Plan, folder: Path, console: Console) -> None:
+    """Print the plan and what it costs."""
+    config = plan.config
+    console.print(f"[bold]{config.name}[/]: {config.question}  (hash {plan.hash})", soft_wrap=True)
+    table = Table(
+        "size", "arm", "d_ff", "FFN parameters", f"{config.budget}, off by", "tokens a run", "FLOPs a run", "rates"
+    )
+    for size, arm in plan.places():
+        of_arm = plan.arms[size][arm]
+        baseline = " (baseline)" if arm == config.baseline else ""
+        rates = " ".join(f"{rate:g}" for rate in plan.rates(size, arm))
+        off = f"{of_arm.width.mismatch:+.3%}"
+        tokens, flops = f"{of_arm.batch.tokens:,}", f"{of_arm.flops:.3g}"
+        table.add_row(
+            size, arm + baseline, str(of_arm.width.d_ff), f"{of_arm.width.parameters:,}", off, tokens, flops, rates
+        )
+    console.print(table)
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", soft_wrap=True)
+    runs, done = plan.runs(), [cell for cell in _folders(folder) if outcome(cell).state in ENDED]
+    console.print(
+        f"{runs} runs: {len(list(plan.places()))} arms and sizes x ({len(config.rates) if len(config.rates) > 1 else 0} rates"
+        f" with seed {config.rate_seed} + {len(config.seeds)} seeds); {plan.flops():.3g} FLOPs; {_hours(plan, folder)}",
+        soft_wrap=True,
+    )
+    if done:
+        console.print(f"{len(done)} of them have ended already, in {folder}", soft_wrap=True)
+
+
+def check_manifest(plan: Plan, folder: Path) -> None:
+    """Refuse a folder that holds another plan's runs.
+
+    Raises:
+        UserError: what differs.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        return
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        before, told = written["content"], written["hash"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no manifest of a plan: {error}") from error
+    changed = sorted(_different(before, plan.content))
+    if changed or told != plan.hash:
+        what = ", ".join(changed[:6]) or "hash"
+        raise UserError(
+            f"{folder} holds the runs of another plan (it differs in {what}): choose another one, folder=FOLDER"
+        )
+
+
+def write_manifest(plan: Plan, folder: Path) -> None:
+    """Write what the runs of this folder are."""
+    with say_why("write to the folder of the plan", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / "manifest.json") as file:
+            json.dump({"hash": plan.hash, "content": plan.content}, file, indent=1, sort_keys=True)
+            file.write("\n")
+
+
+def _different(before: Any, now: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            yield from _different(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+    elif before != now:
+        yield prefix
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in (folder / "runs").glob("*/config.yaml"))
+
+
+def _hours(plan: Plan, folder: Path) -> str:
+    """Say how long the plan takes, from the runs that have finished here."""
+    rates = []
+    for run in _folders(folder):
+        ended = outcome(run)
+        if ended.state == FINISHED and ended.summary.get("wall_seconds"):
+            rates.append(ended.summary["flops_per_token"] * ended.summary["tokens"] / ended.summary["wall_seconds"])
+    if not rates:
+        return "how long that takes is known after the first run"
+    hours = plan.flops() / (sum(rates) / len(rates)) / 3600
+    return (
+        f"about {hours:.1f} hours, one run after the other, at the {sum(rates) / len(rates):.3g} FLOP/s of runs so far"
+    )
+
+
+def _agreed() -> bool:
+    if not sys.stdin.isatty():
+        raise UserError("there is nobody to ask here: say yes=true")
+    return input("run it? [y/N] ").strip().lower() in ("y", "yes")
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+class Runner:
+    """Trains the cells of a plan that have not ended, `jobs` at a time: the sweeps first, then seed after seed."""
+
+    def __init__(self, plan: Plan, folder: Path, jobs: int, console: Console) -> None:
+        self.plan, self.folder, self.jobs, self.console = plan, folder, jobs, console
+        self._processes: set[subprocess.Popen] = set()
+        self._stopping = False
+
+    def go(self) -> int:
+        """Run what is left; return the exit status: 0 when every run ended, 1 when one failed or was stopped."""
+        (self.folder / "logs").mkdir(exist_ok=True)
+        with self._stopped_by_signals():
+            best = self._sweeps()
+            complete = best is not None
+            if complete:
+                finals = [self.plan.final(*place, rate) for place, rate in best.items() if rate is not None]
+                complete = self._train([cell for of_seed in zip(*finals, strict=True) for cell in of_seed])
+        outcomes = [outcome(run) for run in _folders(self.folder)]
+        ended, diverged = (sum(found.state in states for found in outcomes) for states in (ENDED, (DIVERGED,)))
+        self.console.print(f"{ended} runs have ended in {self.folder}, {diverged} of them diverged", soft_wrap=True)
+        if self._stopping:
+            self.console.print("stopped; the same command goes on from here")
+        return 0 if complete and not self._stopping else 1
+
+    def _sweeps(self) -> dict[tuple[str, str], float | None] | None:
+        """Try learning rates; return the best one by (size, arm), None where all diverged; None when it was stopped."""
+        cells = {place: self.plan.sweep(*place) for place in self.plan.places()}
+        best: dict[tuple[str, str], float | None] = {
+            place: self.plan.rates(*place)[0] for place, of_place in cells.items() if not of_place
+        }
+        for extension in range(self.plan.config.rate_extensions + 1):
+            open_cells = [cell for place, of_place in cells.items() if place not in best for cell in of_place]
+            if not self._train(open_cells):
+                return None
+            for place, of_place in cells.items():
+                if place in best:
+                    continue
+                losses = {cell.rate: self.outcome(cell).loss for cell in of_place}
+                try:
+                    found = sweep(losses)
+                except ValueError:
+                    best[place] = None  # every rate diverged
+                    continue
+                if not found.edge or extension == self.plan.config.rate_extensions or len(losses) < 2:
+                    best[place] = found.best
+                else:
+                    rate = next_rate(list(losses), found.edge)
+                    of_place.append(dataclasses.replace(of_place[0], rate=rate))
+        return best
+
+    def outcome(self, cell: Cell) -> Outcome:
+        """Return how a run of this plan stands."""
+        return outcome(self.folder / "runs" / cell.name)
+
+    def _train(self, cells: list[Cell]) -> bool:
+        """Train those that have not ended; return whether all have, then."""
+        left = [cell for cell in cells if self.outcome(cell).state not in ENDED]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            for future in as_completed([pool.submit(self._one, cell) for cell in left]):
+                future.result()
+        return all(self.outcome(cell).state in ENDED for cell in cells)
+
+    def _one(self, cell: Cell) -> None:
+        self._wait_for_another(self.folder / "runs" / cell.name)
+        if self._stopping or self.outcome(cell).state in ENDED:
+            return
+        words = self.plan.words(cell, str(self.folder / "runs"))
+        with open(self.folder / "logs" / f"{cell.name}.log", "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, str(_ROOT / "train.py"), *words],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C reaches it once, as our SIGTERM
+            )  # fmt: skip
+        self._processes.add(process)
+        if self._stopping:
+            process.send_signal(signal.SIGTERM)
+        process.wait()
+        self._processes.discard(process)
+        ended = self.outcome(cell)
+        if ended.state == FINISHED:
+            how = f"finished, {ended.loss:.4f} nats a token"
+        else:
+            how = (
+                ended.state
+                if ended.state != FAILED
+                else f"failed: {self.folder / 'logs' / (cell.name + '.log')} says why"
+            )
+        self.console.print(f"{cell.stage}  {cell.name}  {how}", soft_wrap=True)
+
+    def _wait_for_another(self, run: Path) -> None:
+        """Wait for a process that trains there: one of ours that was killed leaves its runs behind, and they go on."""
+        with contextlib.suppress(FileNotFoundError), open(run / ".lock") as lock:
+            while not self._stopping:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return
+                time.sleep(0.2)
+
+    @contextlib.contextmanager
+    def _stopped_by_signals(self) -> Iterator[None]:
+        """Let a signal stop the runs, which save and end, and no more begin."""
+
+        def stop(*_: Any) -> None:
+            self._stopping = True
+            for process in list(self._processes):
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGTERM)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,148 @@
+"""A plan run to its end: sweeps, seeds, what is recorded, and that stopping and starting again loses and repeats nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ablation.cells import DIVERGED, FAILED, FINISHED, STOPPED, WAITING, outcome, read_metrics
+from tests.training.tiny import PATIENCE, ROOT, TINY, Result, command, environment, shared_corpus
+
+ARMS = ("relu", "swiglu")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    """The command line of a tiny plan: 2 arms x (2 rates + 2 seeds)."""
+    folder = shared_corpus(tmp_path_factory)
+    tiny = {k: v for k, v in TINY.items() if k != "steps"} | {"tokens": 12 * 8 * 32, "eval_tokens": 512}
+    data = ["data=text", f"data.path={folder / 'corpus'}", f"data.prepared={folder / 'prepared'}"]
+    plan = ["ablation=smoke", "ablation.sizes={tiny: model=nano}", "ablation.tile=1", "ablation.seeds=[0,1]"]
+    return [*plan, *data, *(f"{key}={value}" for key, value in tiny.items())]
+
+
+def run(words: list[str], folder: Path, *more: str) -> Result:
+    return command(sys.executable, "-m", "ablation.run", *words, f"folder={folder}", *more)
+
+
+@pytest.fixture(scope="module")
+def done(words, tmp_path_factory) -> tuple[Path, Result]:
+    folder = tmp_path_factory.mktemp("ablations")
+    return folder / "smoke", run(words, folder, "yes=true", "jobs=2")
+
+
+def runs_of(folder: Path) -> dict[str, float]:
+    return {path.name: outcome(path).loss for path in sorted((folder / "runs").iterdir())}
+
+
+def test_every_run_of_a_plan_ends_and_is_told_of(done):
+    folder, result = done
+    assert result.status == 0, result.err + result.out
+    rates = {arm: [0.005, 0.01] for arm in ARMS}
+    swept = {f"tiny-{arm}-lr{rate:g}-seed1000" for arm in ARMS for rate in rates[arm]}
+    found = runs_of(folder)
+    assert swept < found.keys()
+    assert len(found) == 8
+    for arm in ARMS:
+        best = min(rates[arm], key=lambda rate: found[f"tiny-{arm}-lr{rate:g}-seed1000"])
+        finals = {name for name in found if f"-{arm}-" in name and "seed1000" not in name}
+        assert finals == {f"tiny-{arm}-lr{best:g}-seed{seed}" for seed in (0, 1)}
+    assert "8 runs: 2 arms and sizes x (2 rates with seed 1000 + 2 seeds)" in result.out
+    assert "8 runs have ended" in result.out
+    for name, loss in found.items():
+        assert f"{name}  finished, {loss:.4f} nats a token" in result.out
+
+
+def test_runs_of_a_seed_saw_the_same_data_in_the_same_order(done):
+    folder, _ = done
+    hashes: dict[str, set[str]] = {}
+    for path in (folder / "runs").iterdir():
+        seed = path.name.rpartition("-")[2]
+        hashes.setdefault(seed, set()).add(json.loads((path / "summary.json").read_text())["data_order_hash"])
+    assert {seed: len(found) for seed, found in hashes.items()} == {"seed0": 1, "seed1": 1, "seed1000": 1}
+    assert len(set.union(*hashes.values())) == 3
+
+
+def test_again_it_runs_nothing(done, words):
+    folder, _ = done
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
+    result = run(words, folder.parent, "yes=true")
+    assert result.status == 0
+    assert "8 of them have ended already" in result.out
+    assert "finished," not in result.out
+    assert {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")} == before
+
+
+def test_another_plan_in_the_same_folder_is_refused_by_what_differs(done, words):
+    folder, _ = done
+    result = run([*words, "optim.beta2=0.9"], folder.parent, "yes=true")
+    assert result.status == 2
+    assert f"{folder} holds the runs of another plan (it differs in arms.tiny.relu.optim.beta2" in result.err
+    result = run([*words, "ablation.smallest_effect=0.5"], folder.parent, "yes=true")
+    assert "(it differs in plan.smallest_effect)" in result.err
+
+
+def test_a_stopped_plan_goes_on_and_ends_as_if_nothing_had_happened(done, words, tmp_path):
+    words = [*words, "ablation.rates=[1.0]"]  # the seeds' runs alone, at the rate that the other plan has found best
+    arguments = [sys.executable, "-m", "ablation.run", *words, f"folder={tmp_path}", "yes=true"]
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for line in process.stdout:  # the first run has ended, the second one begins
+        if "finished," in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read()
+    assert process.wait(PATIENCE) == 1
+    assert "stopped; the same command goes on from here" in rest
+    result = run(words, tmp_path, "yes=true", "jobs=2")
+    assert result.status == 0, result.err + result.out
+    found, expected = runs_of(tmp_path / "smoke"), runs_of(done[0])
+    assert len(found) == 4
+    assert found.items() <= expected.items()  # bit for bit
+
+
+def test_nobody_to_ask_and_other_bad_input(words, tmp_path):
+    for more, sentence in (
+        ([], "there is nobody to ask here: say yes=true"),
+        (["yes=maybe"], "yes=maybe: expected true or false"),
+        (["jobs=0"], "jobs=0: expected a whole number of at least 1"),
+        (["ablation.budget=params"], "unknown budget 'params'"),
+    ):
+        result = run(words, tmp_path, *more)
+        assert (result.status, sentence in result.err) == (2, True), result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------- how a run stands
+
+
+def test_how_a_run_stands_is_read_off_its_folder(done, tmp_path):
+    folder, _ = done
+    path = tmp_path / "run"
+    assert outcome(path).state == WAITING
+    shutil.copytree(next((folder / "runs").iterdir()), path)
+    whole = outcome(path)
+    assert (whole.state, whole.step) == (FINISHED, 12)
+    assert whole.loss == json.loads((path / "summary.json").read_text())["final_eval_loss"]
+    summary = json.loads((path / "summary.json").read_text())
+
+    def with_summary(**changes) -> str:
+        (path / "summary.json").write_text(json.dumps(summary | changes))
+        return outcome(path).state
+
+    assert with_summary(status="failed") == FAILED
+    assert with_summary(status="stopped") == STOPPED
+    assert with_summary(final_eval_loss=float("nan")) == DIVERGED
+    (path / "summary.json").unlink()
+    assert outcome(path).state == STOPPED  # killed
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "event", "step": 12, "event": "diverged"}\n{"kind": "tr')
+    assert outcome(path).state == DIVERGED
+    assert read_metrics(path)[1] == 1  # the half line
