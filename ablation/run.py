@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     plan = resolve(*read_plan([word for word in argv if word not in own]))
     folder = Path(options["folder"]) / plan.config.name
     check_manifest(plan, folder)
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, markup=False)
     show(plan, folder, console)
     if not options["yes"] and not _agreed():
         print("nothing was run")
@@ -62,26 +63,27 @@ def main(argv: list[str]) -> int:
 def show(plan: Plan, folder: Path, console: Console) -> None:
     """Print the plan and what it costs."""
     config = plan.config
-    console.print(f"[bold]{config.name}[/]: {config.question}  (hash {plan.hash})", soft_wrap=True)
-    table = Table(
-        "size", "arm", "d_ff", "FFN parameters", f"{config.budget}, off by", "tokens a run", "FLOPs a run", "rates"
-    )
-    for size, arm in plan.places():
-        of_arm = plan.arms[size][arm]
-        baseline = " (baseline)" if arm == config.baseline else ""
-        rates = " ".join(f"{rate:g}" for rate in plan.rates(size, arm))
-        off = f"{of_arm.width.mismatch:+.3%}"
-        tokens, flops = f"{of_arm.batch.tokens:,}", f"{of_arm.flops:.3g}"
-        table.add_row(
-            size, arm + baseline, str(of_arm.width.d_ff), f"{of_arm.width.parameters:,}", off, tokens, flops, rates
-        )
-    console.print(table)
+    console.print(f"{config.name}: {config.question}  (hash {plan.hash})", soft_wrap=True)
+    for size, arms in plan.arms.items():
+        baseline = arms[config.baseline]
+        rates = " ".join(f"{rate:g}" for rate in plan.rates(size, config.baseline))
+        console.print(f"{size}: {baseline.batch.tokens:,} tokens a run, learning rates {rates}", soft_wrap=True)
+        table = Table("arm", "d_ff", "FFN parameters", "off by", "FLOPs a run", box=box.SIMPLE)
+        for arm, of_arm in arms.items():
+            width = of_arm.width
+            name = arm + (" (baseline)" if arm == config.baseline else "")
+            table.add_row(
+                name, f"{width.d_ff}", f"{width.parameters:,}", f"{width.mismatch:+.2%}", f"{of_arm.flops:.3g}"
+            )
+        console.print(table)
     for warning in plan.warnings:
         console.print(f"warning: {warning}", soft_wrap=True)
+    arms_and_sizes = f"{len(next(iter(plan.arms.values())))} arms x {len(plan.arms)} size(s)"
+    swept = len(config.rates) if len(config.rates) > 1 else 0
     runs, done = plan.runs(), [cell for cell in _folders(folder) if outcome(cell).state in ENDED]
     console.print(
-        f"{runs} runs: {len(list(plan.places()))} arms and sizes x ({len(config.rates) if len(config.rates) > 1 else 0} rates"
-        f" with seed {config.rate_seed} + {len(config.seeds)} seeds); {plan.flops():.3g} FLOPs; {_hours(plan, folder)}",
+        f"{runs} runs: {arms_and_sizes} x ({swept} rates with seed {config.rate_seed} + {len(config.seeds)} seeds), "
+        f"equal in {config.budget}; {plan.flops():.3g} FLOPs; {_hours(plan, folder)}",
         soft_wrap=True,
     )
     if done:

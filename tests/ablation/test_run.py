@@ -53,7 +53,7 @@ def test_every_run_of_a_plan_ends_and_is_told_of(done):
         best = min(rates[arm], key=lambda rate: found[f"tiny-{arm}-lr{rate:g}-seed1000"])
         finals = {name for name in found if f"-{arm}-" in name and "seed1000" not in name}
         assert finals == {f"tiny-{arm}-lr{best:g}-seed{seed}" for seed in (0, 1)}
-    assert "8 runs: 2 arms and sizes x (2 rates with seed 1000 + 2 seeds)" in result.out
+    assert "8 runs: 2 arms x 1 size(s) x (2 rates with seed 1000 + 2 seeds), equal in parameters" in result.out
     assert "8 runs have ended" in result.out
     for name, loss in found.items():
         assert f"{name}  finished, {loss:.4f} nats a token" in result.out
