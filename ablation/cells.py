@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
 from pathlib import Path
@@ -41,9 +42,23 @@ def outcome(run: Path) -> Outcome:
         loss = summary.get("final_eval_loss")
         finite = isinstance(loss, (int, float)) and math.isfinite(loss)
         return Outcome(FINISHED if finite else DIVERGED, step, float(loss) if finite else math.nan, summary)
-    if status == "failed":
+    if status == "failed" and not is_running(run):
         return Outcome(FAILED, step, summary=summary)
+    if is_running(run):
+        return Outcome(RUNNING, step, summary=summary)
     return Outcome(STOPPED if lines else WAITING, step, summary=summary)  # killed ones leave lines and no summary
+
+
+def is_running(run: Path) -> bool:
+    """Return whether a process of this machine trains in a folder: it holds the folder's lock."""
+    try:
+        with open(run / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def read_metrics(run: Path) -> tuple[list[dict[str, Any]], int]:

@@ -27,7 +27,7 @@ from conf.errors import UserError, suggest, unknown
 from conf.load import FOLDER, choices, load
 from conf.schema import AblationConfig, Config
 from conf.validate import Batch, validate, what_is_learned
-from model.accounting import flops_per_token, shape_of
+from model.accounting import ffn_saved_bytes, flops_per_token, shape_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 _SET_BY_THE_PLAN = ("seed", "data_seed", "run", "runs", "resume")
@@ -58,11 +58,18 @@ class Arm:
     batch: Batch
     width: Width
     flops_per_token: int
+    saved_bytes_per_token: int  # that its feed-forward layers keep for backward
 
     @property
     def flops(self) -> int:
         """Of one run."""
         return self.flops_per_token * self.batch.tokens
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """What decides what its runs learn, by dotted key, but for the seeds; `optim.lr` is what the rates are times of."""
+        values = what_is_learned(self.config) | {"model.d_ff": self.width.d_ff, "steps": self.batch.steps}
+        return {name: value for name, value in values.items() if name not in ("seed", "data_seed")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,24 +83,17 @@ class Plan:
     @property
     def content(self) -> dict[str, Any]:
         """All that decides what the runs learn and how they are judged, as JSON would give it back."""
-        learned = {
-            size: {
-                arm: {"steps": of_arm.batch.steps, "d_ff": of_arm.width.d_ff, **what_is_learned(of_arm.config)}
-                for arm, of_arm in arms.items()
-            }
-            for size, arms in self.arms.items()
-        }
+        learned = {size: {arm: a.learned for arm, a in arms.items()} for size, arms in self.arms.items()}
         return json.loads(json.dumps({"plan": dataclasses.asdict(self.config), "arms": learned}))
 
     @property
     def hash(self) -> str:
         """The hash of `content`."""
-        return hashlib.blake2b(json.dumps(self.content, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return digest(self.content)
 
     def rates(self, size: str, arm: str) -> list[float]:
         """Return the learning rates that the sweep begins with, ascending."""
-        own = self.arms[size][arm].config.optim.lr
-        return [_rounded(own * factor) for factor in sorted(self.config.rates)]
+        return rates_of(self.config, self.arms[size][arm].config.optim.lr)
 
     def sweep(self, size: str, arm: str) -> list[Cell]:
         """Return the runs that the sweep of an arm begins with; none when the plan has one rate."""
@@ -128,6 +128,16 @@ class Plan:
         for size, arms in self.arms.items():
             for arm in arms:
                 yield size, arm
+
+
+def digest(content: Any, size: int = 8) -> str:
+    """Return the hash of what JSON can write, `size` bytes in hexadecimal."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=size).hexdigest()
+
+
+def rates_of(config: AblationConfig, lr: float) -> list[float]:
+    """Return the learning rates that a sweep begins with, ascending, of an arm whose own is `lr`."""
+    return [_rounded(lr * factor) for factor in sorted(config.rates)]
 
 
 def next_rate(tried: list[float], edge: str) -> float:
@@ -208,7 +218,8 @@ def resolve(config: AblationConfig, others: list[str] = (), seconds: Any = None)
                 dataclasses.replace(of_arm, model=dataclasses.replace(of_arm.model, d_ff=widths[arm].d_ff))
             )
             flops = sum(flops_per_token(shape, of_arm.sequence_length).values())
-            resolved[size][arm] = Arm(words[arm], of_arm, batches[arm], widths[arm], flops)
+            saved = sum(map(ffn_saved_bytes, shape.ffn))
+            resolved[size][arm] = Arm(words[arm], of_arm, batches[arm], widths[arm], flops, saved)
     return Plan(config, resolved, tuple(warnings))
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import json
 import signal
 import subprocess
 import sys
@@ -27,11 +25,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ablation.cells import DIVERGED, ENDED, FAILED, FINISHED, Outcome, outcome
+from ablation.cells import DIVERGED, ENDED, FAILED, FINISHED, Outcome, is_running, outcome
+from ablation.manifest import check_manifest, write_manifest
 from ablation.plan import Cell, Plan, next_rate, read_plan, resolve
 from ablation.statistics import sweep
 from conf.errors import UserError
-from conf.files import atomic_write, say_why
 from conf.load import run_command
 from conf.options import read_options
 
@@ -88,45 +86,6 @@ def show(plan: Plan, folder: Path, console: Console) -> None:
     )
     if done:
         console.print(f"{len(done)} of them have ended already, in {folder}", soft_wrap=True)
-
-
-def check_manifest(plan: Plan, folder: Path) -> None:
-    """Refuse a folder that holds another plan's runs.
-
-    Raises:
-        UserError: what differs.
-    """
-    path = folder / "manifest.json"
-    if not path.exists():
-        return
-    try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-        before, told = written["content"], written["hash"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no manifest of a plan: {error}") from error
-    changed = sorted(_different(before, plan.content))
-    if changed or told != plan.hash:
-        what = ", ".join(changed[:6]) or "hash"
-        raise UserError(
-            f"{folder} holds the runs of another plan (it differs in {what}): choose another one, folder=FOLDER"
-        )
-
-
-def write_manifest(plan: Plan, folder: Path) -> None:
-    """Write what the runs of this folder are."""
-    with say_why("write to the folder of the plan", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / "manifest.json") as file:
-            json.dump({"hash": plan.hash, "content": plan.content}, file, indent=1, sort_keys=True)
-            file.write("\n")
-
-
-def _different(before: Any, now: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            yield from _different(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
-    elif before != now:
-        yield prefix
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -248,12 +207,8 @@ class Runner:
 
     def _wait_for_another(self, run: Path) -> None:
         """Wait for a process that trains there: one of ours that was killed leaves its runs behind, and they go on."""
-        with contextlib.suppress(FileNotFoundError), open(run / ".lock") as lock:
-            while not self._stopping:
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    return
-                time.sleep(0.2)
+        while is_running(run) and not self._stopping:
+            time.sleep(0.2)
 
     @contextlib.contextmanager
     def _stopped_by_signals(self) -> Iterator[None]:

@@ -287,6 +287,7 @@ class _Run:
             "bits_per_byte": final.bits_per_byte(self.report.bytes_per_token) if final else None,
             "xz_bits_per_byte": self.dataset.xz_bits_per_byte,
             "parameters": sum(counts.values()),
+            "vocab_size": self.shape.vocab_size,
             "ffn_parameters": counts["ffn"],
             "flops_per_token": self.report.flops_per_token,
             "data_order_hash": f"{self._whole_hash():016x}" if together else None,

@@ -1,0 +1,123 @@
+"""Folders of plans as runs leave them, made without training: what reads them is tested in milliseconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ablation.manifest import write_manifest
+from ablation.plan import Cell, Plan, read_plan, resolve
+from conf.load import to_yaml
+from model.accounting import parameters, shape_of
+
+LAYERS = 4
+VOCABULARY = 4096
+PER_LAYER = {  # name: (first layer, last layer, how it grows over the run)
+    "zeros": (0.4, 0.6, 0.1), "saturated": (0.1, 0.3, 0.2), "slope": (0.6, 0.4, 0.0), "mean": (0.1, 0.2, 0.0),
+    "rms": (0.5, 0.8, 0.3), "max": (8.0, 20.0, 10.0), "mean_over_std": (0.3, 0.6, 0.0), "kurtosis": (5.0, 40.0, 20.0),
+    "gradient_norm": (0.3, 0.1, -0.05), "sign_agreement": (0.1, 0.2, 0.0), "dead": (0.0, 0.05, 0.05),
+    "revived": (0.0, 0.01, 0.0),
+}  # fmt: skip
+
+Losses = Callable[[Cell], float]  # final loss; nan: it diverges
+
+
+def plan_of(*words: str) -> Plan:
+    """Return the plan `ablation=...` of a command line."""
+    return resolve(*read_plan(list(words)))
+
+
+def losses(effects: dict[str, float], noise: float = 0.004, best: float = 1.0, own: float = 4e-3) -> Losses:
+    """Return a rule for final losses: 3.0, what a seed adds to all arms, what an arm adds, noise, a valley over the rate."""
+
+    def loss(cell: Cell) -> float:
+        of_seed = random.Random(cell.seed).gauss(0, 0.02)
+        chance = random.Random(f"{cell.size} {cell.arm} {cell.seed}").gauss(0, noise)
+        return 3.0 + of_seed + effects.get(cell.arm, 0.0) + chance + 0.02 * math.log2(cell.rate / own / best) ** 2
+
+    return loss
+
+
+def make(plan: Plan, folder: Path, loss: Losses, cells: list[Cell] | None = None, half: str = "") -> Path:
+    """Write the folder of a plan whose runs have all ended, and return it.
+
+    Args:
+        folder: of plans.
+        cells: the runs that there are; None: all, each arm's seeds at the rate with the lowest loss.
+        half: the name of a run that was killed in the middle of a line.
+    """
+    folder = folder / plan.config.name
+    write_manifest(plan, folder)
+    for cell in all_cells(plan, loss) if cells is None else cells:
+        write_run(plan, cell, folder, loss(cell))
+    if half:
+        path = folder / "runs" / half / "metrics.jsonl"
+        path.write_bytes(path.read_bytes()[:-20])
+        (path.parent / "summary.json").unlink()
+    return folder
+
+
+def all_cells(plan: Plan, loss: Losses) -> list[Cell]:
+    """Return the runs of a plan without extended sweeps."""
+    cells = []
+    for place in plan.places():
+        swept = plan.sweep(*place)
+        finite = [cell for cell in swept if math.isfinite(loss(cell))]
+        cells += swept
+        if finite or not swept:
+            rate = min(finite, key=loss).rate if swept else plan.rates(*place)[0]
+            cells += plan.final(*place, rate)
+    return cells
+
+
+def write_run(plan: Plan, cell: Cell, folder: Path, final: float) -> None:
+    """Write one run that ended with a loss, or diverged (nan)."""
+    run = folder / "runs" / cell.name
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True)
+    arm = plan.arms[cell.size][cell.arm]
+    config = dataclasses.replace(
+        arm.config, seed=cell.seed, data_seed=cell.seed, run=cell.name, runs=str(folder / "runs"),
+        optim=dataclasses.replace(arm.config.optim, lr=cell.rate),
+        model=dataclasses.replace(arm.config.model, d_ff=arm.width.d_ff),
+    )  # fmt: skip
+    (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    batch, ends = arm.batch, 1.0 if math.isfinite(final) else 0.4
+    chance = random.Random(cell.name)
+    lines: list[dict[str, Any]] = []
+    last = 0
+    for part in range(1, int(20 * ends) + 1):
+        step = batch.steps * part // 20
+        last, at = step, {"step": step, "tokens": step * batch.tokens_per_step}
+        speed, curve = 17000 * chance.uniform(0.9, 1.1), (final if ends == 1.0 else 3.0) + 4 * (1 - part / 20) ** 2
+        lines.append({"kind": "train", **at, "loss": curve + 0.02, "lr": cell.rate, "grad_norm": 0.5,
+                      "tokens_per_second": speed, "mfu": 0.2, "memory_gib": 0.9})  # fmt: skip
+        if part % 2 == 0:
+            share = part / 20
+            of_layers = {
+                name: [first + (end - first) * i / (LAYERS - 1) + grows * share for i in range(LAYERS)]
+                for name, (first, end, grows) in PER_LAYER.items()
+            }
+            lines.append({"kind": "telemetry", **at, **of_layers, "gradient_first_over_last": 3.0 - share,
+                          "window_tokens": at["tokens"]})  # fmt: skip
+        if part % 4 == 0:
+            lines.append({"kind": "eval", **at, "loss": curve, "perplexity": math.exp(curve),
+                          "bits_per_byte": curve / 2.5, "held_out_tokens": 32768})  # fmt: skip
+    if ends < 1.0:
+        lines.append({"kind": "event", "event": "diverged", "step": last, "tokens": last * batch.tokens_per_step})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    counts = parameters(shape_of(config))
+    summary = {
+        "status": "finished" if ends == 1.0 else "stopped", "final_eval_loss": final if ends == 1.0 else None,
+        "bits_per_byte": final / 2.5 if ends == 1.0 else None, "parameters": sum(counts.values()),
+        "vocab_size": VOCABULARY, "ffn_parameters": counts["ffn"], "flops_per_token": arm.flops_per_token,
+        "data_order_hash": f"{cell.seed:016x}", "config_hash": "0" * 16, "steps": last,
+        "tokens": last * batch.tokens_per_step, "wall_seconds": 60.0,
+    }  # fmt: skip
+    (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")

@@ -1,0 +1,186 @@
+"""What is read from a plan's folder: numbers as the runs wrote them, and nothing that is not of the plan."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ablation.manifest import check_manifest, read_manifest
+from ablation.plan import Plan, digest
+from ablation.results import expected, read_results
+from ablation.statistics import Verdict
+from conf.errors import UserError
+from tests.ablation.made import VOCABULARY, all_cells, losses, make, plan_of, write_run
+
+RULE = losses({"gelu": -0.002, "swiglu": -0.05}, noise=0.002)
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return plan_of("ablation=glu_variants", "ablation.arms=[relu,gelu,swiglu]", "tokens=600000")
+
+
+@pytest.fixture(scope="module")
+def whole(plan, tmp_path_factory) -> Path:
+    return make(plan, tmp_path_factory.mktemp("made"), RULE)
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "glu_variants"))
+
+
+def change(path: Path, **values) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | values), encoding="utf-8")
+
+
+def test_losses_are_those_that_the_runs_wrote(plan, whole):
+    results = read_results(whole)
+    assert results.notes == ()
+    assert len(results.runs) == 3 * (3 + 5)
+    assert results.losses("nano") == {
+        arm: {cell.seed: RULE(cell) for cell in all_cells(plan, RULE) if cell.stage == "final" and cell.arm == arm}
+        for arm in ("relu", "gelu", "swiglu")
+    }
+    assert results.best_rate("nano", "swiglu") == 4e-3
+    assert results.ceiling("nano") == math.log(VOCABULARY)
+    verdicts = {c.arm: c.verdict for c in results.comparisons("nano")}
+    assert verdicts["swiglu"] is Verdict.BETTER
+    assert verdicts["gelu"] is not Verdict.BETTER
+
+
+def test_a_manifest_says_what_arms_share_and_in_what_they_differ(plan, whole):
+    manifest = read_manifest(whole)
+    assert set(manifest.arms["nano"]["relu"]) == set(manifest.arms["nano"]["swiglu"])
+    assert set(manifest.arms["nano"]["relu"]) >= {"ffn.name", "ffn.formula", "model.d_ff"}
+    assert all(not name.startswith(("data.", "optim.", "schedule.")) for name in manifest.arms["nano"]["relu"])
+    assert manifest.learned("nano", "swiglu") == json.loads(json.dumps(plan.arms["nano"]["swiglu"].learned))
+    assert manifest.hash == plan.hash
+
+
+TAMPERED = {  # what: (where in the manifest, another value, how it is named)
+    "width": (("arms", "nano", "swiglu", "model.d_ff"), 640, "model.d_ff"),
+    "seed": (("plan", "seeds"), [0, 1, 2, 3, 7], "seeds"),
+    "data": (("shared", "data.held_out"), 0.1, "data.held_out"),
+    "schedule": (("shared", "schedule.warmup"), 0.1, "schedule.warmup"),
+    "init": (("shared", "model.init_std"), 0.01, "model.init_std"),
+    "budget": (("plan", "budget"), "flops", "budget"),
+    "arm": (("arms", "nano", "swiglu", "ffn.formula"), "gelu(gate) * up", "ffn.formula"),
+    "learning rate": (("shared", "optim.lr"), 0.002, "optim.lr"),
+    "hash": (("hash",), "0123456789abcdef", "hash"),
+    "metric": (("plan", "metric"), "bits_per_byte", "metric"),
+}
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_a_changed_manifest_is_refused_by_the_name_of_the_field(plan, copy, what):
+    (*places, last), value, name = TAMPERED[what]
+    path = copy / "manifest.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    inner = content
+    for place in places:
+        inner = inner[place]
+    assert inner[last] != value
+    inner[last] = value
+    path.write_text(json.dumps(content), encoding="utf-8")
+    for refused in (lambda: read_results(copy), lambda: check_manifest(plan, copy)):
+        with pytest.raises(UserError, match=rf"changed after the runs began: [\w.]*{name}$"):
+            refused()
+
+
+OF_RUNS = [what for what in TAMPERED if what not in ("budget", "metric", "hash", "seed")]
+
+
+@pytest.mark.parametrize("what", OF_RUNS)
+def test_a_manifest_whose_hashes_were_changed_too_does_not_fit_its_runs(copy, what):
+    (part, *rest), value, name = TAMPERED[what]
+    path = copy / "manifest.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    inner = content[part]
+    for place in rest[:-1]:
+        inner = inner[place]
+    inner[rest[-1]] = value
+    content["hashes"][".".join((part, *rest))] = digest(value, 4)
+    merged = {size: {a: content["shared"] | v for a, v in arms.items()} for size, arms in content["arms"].items()}
+    content["hash"] = digest({"plan": content["plan"], "arms": merged})
+    path.write_text(json.dumps(content), encoding="utf-8")
+    if what == "learning rate":  # of which the manifest's are times: its runs are then missing
+        assert "have not begun" in " ".join(read_results(copy).notes)
+        return
+    with pytest.raises(UserError, match=rf"no run of the plan glu_variants: {name} is"):
+        read_results(copy)
+
+
+def test_another_plan_in_the_same_folder_is_refused(copy):
+    other = plan_of("ablation=glu_variants", "ablation.arms=[relu,gelu,swiglu]", "tokens=600000", "optim.beta2=0.95")
+    with pytest.raises(UserError, match=r"runs of another plan \(it differs in arms.nano.gelu.optim.beta2"):
+        check_manifest(other, copy)
+
+
+def test_a_run_of_another_plan_is_refused(plan, copy):
+    run = next((copy / "runs").glob("nano-swiglu-*-seed0"))
+    shutil.copytree(run, copy / "runs" / "nano-tanh-lr0.004-seed0")
+    with pytest.raises(UserError, match="nano-tanh-lr0.004-seed0 is no run of the plan glu_variants"):
+        read_results(copy)
+
+
+def test_runs_of_one_seed_saw_the_same_data(copy):
+    run = next((copy / "runs").glob("nano-swiglu-*-seed3"))
+    change(run / "summary.json", data_order_hash="f" * 16)
+    with pytest.raises(UserError, match=rf"{run.name} saw other data than nano-gelu-.*-seed3: data_order_hash f{{16}}"):
+        read_results(copy)
+
+
+def test_missing_and_half_written_runs_are_told_and_the_rest_stands(plan, copy):
+    shutil.rmtree(copy / "runs" / "nano-gelu-lr0.004-seed2")
+    half = copy / "runs" / "nano-swiglu-lr0.004-seed1"
+    (half / "summary.json").unlink()
+    (half / "metrics.jsonl").write_bytes((half / "metrics.jsonl").read_bytes()[:-20])
+    results = read_results(copy)
+    assert "1 run(s) have not begun: nano-gelu-lr0.004-seed2" in results.notes
+    assert f"{half.name}: 1 broken line(s) of metrics.jsonl were left out" in results.notes
+    assert any(note.startswith(f"{half.name} is stopped at step ") for note in results.notes)
+    assert {c.arm: c.seeds for c in results.comparisons("nano")} == {"gelu": 4, "swiglu": 4}
+
+
+def test_a_run_that_diverged_counts_as_a_model_that_knows_nothing(plan, tmp_path):
+    rule = lambda cell: math.nan if (cell.arm, cell.seed) == ("swiglu", 2) else RULE(cell)  # noqa: E731
+    results = read_results(make(plan, tmp_path, rule))
+    found = {c.arm: c for c in results.comparisons("nano")}
+    assert found["swiglu"].diverged == 1
+    assert found["swiglu"].difference > 0
+    assert found["swiglu"].verdict is not Verdict.BETTER
+    assert "nano-swiglu-lr0.004-seed2 diverged" in results.notes
+
+
+def test_a_best_rate_at_the_edge_blocks_the_verdict(plan, tmp_path):
+    rule = losses({"swiglu": -0.05}, best=4.0)
+    results = read_results(make(plan, tmp_path, rule))
+    assert {c.verdict for c in results.comparisons("nano")} == {Verdict.BLOCKED}
+    assert "its best learning rate, 0.008, is the highest that was tried" in results.comparisons("nano")[0].reason
+
+
+def test_before_the_sweeps_have_ended_there_is_nothing_to_compare(plan, tmp_path):
+    cells = [cell for cell in all_cells(plan, RULE) if cell.stage == "sweep"][:-1]
+    results = read_results(make(plan, tmp_path, RULE, cells))
+    assert len(list(expected(results))) == 3 * 3 + 2 * 5
+    assert all(math.isnan(c.difference) for c in results.comparisons("nano"))
+
+
+def test_a_folder_without_a_manifest_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has no manifest.json"):
+        read_results(tmp_path)
+    (tmp_path / "manifest.json").write_text("[1, 2]", encoding="utf-8")
+    with pytest.raises(UserError, match="is no manifest of a plan"):
+        read_results(tmp_path)
+
+
+def test_a_run_may_be_written_again(plan, copy):
+    cell = next(cell for cell in all_cells(plan, RULE) if cell.stage == "final" and cell.arm == "swiglu")
+    write_run(plan, cell, copy, 2.5)
+    assert read_results(copy).losses("nano")["swiglu"][cell.seed] == 2.5
