@@ -122,10 +122,10 @@ def test_another_plan_in_the_same_folder_is_refused(copy):
         check_manifest(other, copy)
 
 
-def test_a_run_of_another_plan_is_refused(plan, copy):
+def test_a_run_of_another_plan_is_refused(copy):
     run = next((copy / "runs").glob("nano-swiglu-*-seed0"))
     shutil.copytree(run, copy / "runs" / "nano-tanh-lr0.004-seed0")
-    with pytest.raises(UserError, match="nano-tanh-lr0.004-seed0 is no run of the plan glu_variants"):
+    with pytest.raises(UserError, match=r"nano-tanh-lr0\.004-seed0 is no run of the plan glu_variants"):
         read_results(copy)
 
 
@@ -136,7 +136,7 @@ def test_runs_of_one_seed_saw_the_same_data(copy):
         read_results(copy)
 
 
-def test_missing_and_half_written_runs_are_told_and_the_rest_stands(plan, copy):
+def test_missing_and_half_written_runs_are_told_and_the_rest_stands(copy):
     shutil.rmtree(copy / "runs" / "nano-gelu-lr0.004-seed2")
     half = copy / "runs" / "nano-swiglu-lr0.004-seed1"
     (half / "summary.json").unlink()
@@ -173,7 +173,7 @@ def test_before_the_sweeps_have_ended_there_is_nothing_to_compare(plan, tmp_path
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path):
-    with pytest.raises(UserError, match="has no manifest.json"):
+    with pytest.raises(UserError, match=r"has no manifest\.json"):
         read_results(tmp_path)
     (tmp_path / "manifest.json").write_text("[1, 2]", encoding="utf-8")
     with pytest.raises(UserError, match="is no manifest of a plan"):
