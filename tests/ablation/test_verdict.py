@@ -1,0 +1,89 @@
+"""A verdict as a sentence: what is said follows from the comparison, and no arm is praised without one."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+
+import pytest
+
+from ablation.results import read_results
+from ablation.statistics import Verdict
+from ablation.verdict import sentences
+from tests.ablation.made import all_cells, losses, make, plan_of
+
+ARMS = "ablation.arms=[relu,gelu,silu,swiglu]"
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return plan_of("ablation=glu_variants", ARMS, "tokens=600000")
+
+
+def test_better_worse_and_not_told_apart(plan, tmp_path):
+    rule = losses({"swiglu": -0.05, "gelu": 0.04}, noise=0.001)
+    results = read_results(make(plan, tmp_path, rule))
+    found = {c.arm: c for c in results.comparisons("nano")}
+    (said,) = sentences(results)
+    low, high = sorted(abs(end) for end in found["swiglu"].interval)
+    amount = abs(found["swiglu"].difference)
+    assert said.startswith(
+        f"At nano, over 5 seeds: swiglu is better than relu by {amount:.3g} nats a token "
+        f"(95% interval {low:.3g} to {high:.3g}); gelu is worse than relu by {found['gelu'].difference:.3g} nats"
+    )
+    assert said.endswith(f"; silu is not told apart from relu ({found['silu'].reason}).")
+
+
+def test_no_winner_without_a_verdict(plan, tmp_path):
+    for place, rule in {
+        "noisy": losses({"swiglu": -0.05}, noise=0.05),  # underpowered
+        "edge": losses({"swiglu": -0.5}, best=4.0),  # blocked
+        "alike": losses({}, noise=0.001),  # no difference
+    }.items():
+        results = read_results(make(plan, tmp_path / place, rule))
+        assert all(c.verdict not in (Verdict.BETTER, Verdict.WORSE) for c in results.comparisons("nano"))
+        (said,) = sentences(results)
+        assert said.startswith("At nano, over 5 seeds: no arm is shown to be better than relu; ")
+        assert not re.search(r"is (better|worse) than", said)
+        for c in results.comparisons("nano"):
+            assert c.arm in said
+            assert c.reason in said
+    edge = "its best learning rate, 0.008, is the highest that was tried"
+    (said,) = sentences(read_results(tmp_path / "edge" / "glu_variants"))  # arms with one reason are told together
+    assert said.endswith(f"; gelu, silu and swiglu are each without a verdict ({edge}).")
+
+
+def test_seeds_that_are_missing_are_told(plan, tmp_path):
+    folder = make(plan, tmp_path, losses({"swiglu": -0.05}, noise=0.001))
+    shutil.rmtree(folder / "runs" / "nano-swiglu-lr0.004-seed3")
+    (said,) = sentences(read_results(folder))
+    assert said.startswith("At nano, over up to 5 seeds: swiglu (4 of 5 seeds) is better than relu by ")
+    assert "silu (5 seeds)" in said
+    shutil.rmtree(folder / "runs" / "nano-relu-lr0.004-seed3")
+    (said,) = sentences(read_results(folder))
+    assert said.startswith("At nano, over 4 of 5 seeds: swiglu is better than relu by ")
+
+
+def test_a_diverged_seed_is_told(plan, tmp_path):
+    rule = losses({"swiglu": -0.05}, noise=0.001)
+    results = read_results(
+        make(plan, tmp_path, lambda cell: math.nan if (cell.arm, cell.seed) == ("swiglu", 2) else rule(cell))
+    )
+    assert "1 of 5 seeds diverged" in sentences(results)[0]
+
+
+def test_before_there_is_anything_to_compare(plan, tmp_path):
+    rule = losses({})
+    cells = [cell for cell in all_cells(plan, rule) if cell.stage == "sweep"]
+    expected = ["At nano, nothing is known yet: no arm has a seed that relu has too."]
+    assert sentences(read_results(make(plan, tmp_path, rule, cells))) == expected
+    one = [*cells, next(cell for cell in all_cells(plan, rule) if (cell.stage, cell.arm) == ("final", "relu"))]
+    assert sentences(read_results(make(plan, tmp_path / "one", rule, one))) == expected
+
+
+def test_every_size_has_its_sentence(tmp_path):
+    sizes = "ablation.sizes={small: model=nano, deep: model=nano model.n_layers=6}"
+    plan = plan_of("ablation=glu_variants", "ablation.arms=[relu,swiglu]", sizes, "tokens=600000")
+    results = read_results(make(plan, tmp_path, losses({"swiglu": -0.05}, noise=0.001)))
+    assert [said.split(",")[0] for said in sentences(results)] == ["At small", "At deep"]
