@@ -1,6 +1,6 @@
-# make train   everything from nothing to a trained model      make test      lint and tests, minutes
-# make setup   the part that both begin with: .venv            make test-all  the slow checks too
-# make lock    resolve requirements.lock anew
+# make train     everything from nothing to a trained model     make test      lint and tests, minutes
+# make ablation  a small ablation, and its report               make test-all  the slow checks too
+# make setup     what all begin with: .venv                     make lock      resolve requirements.lock anew
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --require-virtua
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH
 
-.PHONY: setup train test test-all lock clean
+.PHONY: setup train ablation test test-all lock clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -36,6 +36,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 train: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed train.py ffn=swiglu
+
+ablation: setup
+	@$(BIN)/python -m ablation.run ablation=smoke yes=true
+	@$(BIN)/python -m ablation.report ablations/smoke
 
 test: $(VENV)/.installed-test
 	@$(BIN)/ruff check .

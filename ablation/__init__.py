@@ -2,8 +2,14 @@
 
     plan.py         a plan of conf/ablation, read and resolved: its runs, and what they cost
     budget.py       the width that makes an arm cost what the baseline costs
+    run.py          a plan becomes runs; goes on wherever it was stopped
+    manifest.py     what the runs of a folder are, refused when it does not fit them
+    cells.py        how a run stands, from its folder alone
+    results.py      what the runs of a plan showed, checked
     statistics.py   paired differences, intervals, what could have been detected, verdicts
-    verdict.py      a sentence for every size: what was shown, and what was not
+    efficiency.py   what a loss costs: compute, seconds, memory
+    verdict.py      the verdict in a sentence
+    report.py       report.html (page.html is its frame), results.csv and figures (figures.py)
 
 This room learns of a run only from what the run wrote, and never imports torch.
 """

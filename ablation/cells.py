@@ -30,10 +30,10 @@ class Outcome:
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def outcome(run: Path) -> Outcome:
-    """Return how the run in a folder stands; a folder that is missing is of a run that waits."""
+def outcome(run: Path, lines: list[dict[str, Any]] | None = None) -> Outcome:
+    """Return how the run in a folder stands, whose metrics may be at hand; a folder that is missing is of a run that waits."""
     summary = _json(run / "summary.json")
-    lines, _ = read_metrics(run)
+    lines = read_metrics(run)[0] if lines is None else lines
     step = lines[-1]["step"] if lines else 0
     if any(line.get("event") == "diverged" for line in lines):
         return Outcome(DIVERGED, step, summary=summary)

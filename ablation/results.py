@@ -21,7 +21,7 @@ from ablation.manifest import Manifest, read_manifest
 from ablation.plan import Cell, rates_of
 from ablation.statistics import Comparison, RateSweep, compare, sweep
 from conf.errors import UserError
-from conf.load import flatten, from_yaml, to_dict
+from conf.load import values_of
 
 FEWEST_RATES = 3  # tried, for a verdict
 UNFAIR = 0.01  # a mismatch beyond this blocks the verdict, whatever the plan allowed
@@ -35,11 +35,7 @@ class Run:
     cell: Cell
     folder: Path
     outcome: Outcome
-
-    @functools.cached_property
-    def lines(self) -> list[dict[str, Any]]:
-        """The lines of its metrics."""
-        return read_metrics(self.folder)[0]
+    lines: list[dict[str, Any]]  # of its metrics
 
     def kind(self, kind: str) -> list[dict[str, Any]]:
         """Return the lines of a kind."""
@@ -57,8 +53,10 @@ class Run:
         return max((line["memory_gib"] for line in self.kind("train") if line.get("memory_gib")), default=math.nan)
 
     def curve(self) -> dict[int, float]:
-        """Return the held-out loss by tokens."""
-        return {line["tokens"]: line["loss"] for line in self.kind("eval") if _finite(line.get("loss"))}
+        """Return the held-out loss by tokens trained on, every point on the same text: a run's last evaluation is on more."""
+        lines = [line for line in self.kind("eval") if _finite(line.get("loss"))]
+        fewest = min((line["held_out_tokens"] for line in lines), default=0)
+        return {line["tokens"]: line["loss"] for line in lines if line["held_out_tokens"] == fewest}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,9 +165,10 @@ def read_results(folder: Path) -> Results:
     notes: list[str] = []
     runs: dict[str, Run] = {}
     for path in sorted(path.parent for path in (folder / "runs").glob("*/config.yaml")):
-        cell = _check(manifest, path)
-        runs[path.name] = run = Run(cell, path, outcome(path))
-        broken = read_metrics(path)[1]
+        config, (lines, broken) = values_of(path / "config.yaml"), read_metrics(path)
+        run = Run(_cell(manifest, path, config), path, outcome(path, lines), lines)
+        _check(manifest, run, config)
+        runs[path.name] = run
         if broken:
             notes.append(f"{path.name}: {broken} broken line(s) of metrics.jsonl were left out")
         if run.outcome.state == DIVERGED:
@@ -214,36 +213,39 @@ def check_data_order(runs: dict[str, Run]) -> None:
             raise UserError(f"{name} saw other data than {other}: data_order_hash {found} and {expected}")
 
 
-def _check(manifest: Manifest, path: Path) -> Cell:
-    """Return which cell a run is, after comparing what it learned from with what the manifest says.
+def _cell(manifest: Manifest, path: Path, config: dict[str, Any]) -> Cell:
+    """Return which cell a run is, from its name and its learning rate."""
+    plan, named = manifest.plan, _NAME.fullmatch(path.name)
+    no_run = f"{path} is no run of the plan {plan.name}"
+    if not named or named["arm"] not in manifest.arms.get(named["size"], {}):
+        raise UserError(f"{no_run}: its name has no size and arm of the manifest")
+    seed = int(named["seed"])
+    if seed not in (*plan.seeds, plan.rate_seed):
+        raise UserError(f"{no_run}: seed={seed} is none of its seeds")
+    rate = config.get("optim.lr", math.nan)
+    cell = Cell("sweep" if seed == plan.rate_seed else "final", named["size"], named["arm"], rate, seed)
+    if cell.name != path.name:
+        raise UserError(f"{no_run}: its optim.lr is {rate}")
+    return cell
+
+
+def _check(manifest: Manifest, run: Run, config: dict[str, Any]) -> None:
+    """Compare what a run learned from with what the manifest says.
 
     Raises:
         UserError: what differs.
     """
-    plan, named = manifest.plan, _NAME.fullmatch(path.name)
-    if not named or named["arm"] not in manifest.arms.get(named["size"], {}):
-        raise UserError(f"{path} is no run of the plan {plan.name}: its name has no size and arm of the manifest")
-    size, arm, seed = named["size"], named["arm"], int(named["seed"])
-    config = flatten(to_dict(from_yaml(path / "config.yaml")))
-    rate = config.get("optim.lr", math.nan)
-    cell = Cell("sweep" if seed == plan.rate_seed else "final", size, arm, rate, seed)
-    if seed not in (*plan.seeds, plan.rate_seed):
-        raise UserError(f"{path} is no run of the plan {plan.name}: seed={seed} is none of its seeds")
-    if cell.name != path.name:
-        raise UserError(f"{path} is no run of the plan {plan.name}: its optim.lr is {rate}")
-    expected = manifest.learned(size, arm) | {"optim.lr": rate, "seed": seed, "data_seed": seed}
-    steps = expected.pop("steps")
+    cell = run.cell
+    expected = manifest.learned(cell.size, cell.arm)
+    expected |= {"optim.lr": cell.rate, "seed": cell.seed, "data_seed": cell.seed}
+    if run.outcome.state == FINISHED:
+        config = config | {"steps": run.outcome.summary.get("steps")}
+    else:
+        del expected["steps"]
     for name, value in expected.items():
         if config.get(name) != value:
-            raise UserError(
-                f"{path} is no run of the plan {plan.name}: {name} is {config.get(name)}, the plan has {value}"
-            )
-    trained = outcome(path)
-    if trained.state == FINISHED and trained.summary.get("steps") != steps:
-        raise UserError(
-            f"{path} is no run of the plan {plan.name}: steps is {trained.summary.get('steps')}, the plan has {steps}"
-        )
-    return cell
+            what = f"{name} is {config.get(name)}, the plan has {value}"
+            raise UserError(f"{run.folder} is no run of the plan {manifest.plan.name}: {what}")
 
 
 def _finite(value: Any) -> bool:

@@ -8,6 +8,7 @@ by which values must fit together (`conf/validate.py`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -131,14 +132,33 @@ def from_yaml(path: str | os.PathLike[str]) -> Config:
         UserError: the file is missing, is no YAML, or does not fit the schema.
     """
     from omegaconf import OmegaConf
+
+    with _refused(path):
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))  # type: ignore
+
+
+def values_of(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return {dotted key: value} of a `config.yaml`, as it was written: a third of `from_yaml`'s time.
+
+    Raises:
+        UserError: the file is missing, or is no YAML of keys and values.
+    """
+    from omegaconf import OmegaConf
+
+    with _refused(path):
+        return flatten(dict(OmegaConf.to_container(OmegaConf.load(path))))  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _refused(path: str | os.PathLike[str]) -> Iterator[None]:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))  # type: ignore
+        yield
     except FileNotFoundError as error:
         raise UserError(f"{os.fspath(path)} does not exist") from error
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{os.fspath(path)} is not a configuration of this version: {reason}") from error
 

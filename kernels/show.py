@@ -7,7 +7,7 @@
     name=1.702                  a fixed parameter
     name=learned:0.25           a learned one that starts at 0.25, one for a layer
     name=learned:0.25:channel   the same, one for each of the d_ff channels
-    --plot FILE                 draw h and its slope beside ReLU and SiLU; FILE ends in .png, .pdf or .svg (needs matplotlib)
+    --plot FILE                 draw h and its slope beside ReLU and SiLU; FILE ends in .png, .pdf or .svg
     --c                         all of the generated C; without it the bodies of the two loops are shown
     --triton                    the generated Triton
 
@@ -249,7 +249,7 @@ def _check_plot(path: str) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise _Refused("--plot needs matplotlib, which is not installed: pip install -e '.[plot]'") from None
+        raise _Refused("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
 
 
 def _plot(compiled: Compiled, path: str) -> None:

@@ -213,6 +213,9 @@ class _Run:
         held_out = None
         self.evaluation_missed = due(config.eval_every) and stopping and not last
         if last or (due(config.eval_every) and not stopping):
+            some, every = config.eval_tokens, self.dataset.held_out.tokens
+            if last and config.eval_every and some is not None and some < every:
+                self._evaluate(some)  # the end of the curve, on the tokens of its other points
             held_out = self._evaluate(None if last else config.eval_tokens)
         if (last or due(config.sample_every)) and not stopping:
             self._sample()

@@ -1,0 +1,231 @@
+"""The report: its numbers are those of the runs, it needs nothing but itself, and it opens in a browser without a complaint."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ablation.plan import Plan
+from ablation.report import page as whole_page
+from ablation.report import write_report
+from ablation.results import read_results
+from tests.ablation.made import all_cells, losses, make, plan_of
+from tests.training.tiny import command
+
+SIZES = "ablation.sizes={nano: model=nano, small: model=nano model.d_model=256 model.n_heads=4}"
+RULE = losses({"gelu": -0.003, "swiglu": -0.05, "geglu": -0.06, "silu": 0.03}, noise=0.003)
+
+
+class Page(html.parser.HTMLParser):
+    """Tables of a page: rows of (text, sorted by), and identifiers."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[tuple[str, str | None]]]] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self._cell: list | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.ids += [values["id"]] if "id" in values else []
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self._cell = ["", values.get("data-value")]
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append(tuple(self._cell))
+            self._cell = None
+
+    def handle_data(self, data):
+        self.text += data
+        if self._cell is not None:
+            self._cell[0] += data
+
+    def table(self, *heads: str) -> list[dict[str, tuple[str, str | None]]]:
+        """Return the rows of all tables that have these columns."""
+        found = []
+        for first, *rows in self.tables:
+            names = [name for name, _ in first]
+            if set(heads) <= set(names):
+                found += [dict(zip(names, row, strict=True)) for row in rows]
+        return found
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    """Eight arms, two sizes."""
+    return plan_of("ablation=glu_variants", SIZES, "tokens=600000")
+
+
+@pytest.fixture(scope="module")
+def folder(plan, tmp_path_factory) -> Path:
+    made = make(plan, tmp_path_factory.mktemp("made"), RULE)
+    write_report(read_results(made), made / "report")
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(folder) -> Page:
+    return Page((folder / "report" / "report.html").read_text(encoding="utf-8"))
+
+
+def last_loss(folder: Path, run: str) -> float:
+    lines = [json.loads(line) for line in (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "eval"][-1]
+
+
+def test_numbers_of_the_page_are_those_of_the_runs(plan, folder, page):
+    rows = page.table("run", "final loss")
+    assert {row["run"][0] for row in rows} == {cell.name for cell in all_cells(plan, RULE)}
+    for row in rows:
+        assert float(row["final loss"][0]) == pytest.approx(last_loss(folder, row["run"][0]), abs=1e-6)
+    arms = page.table("arm", "verdict", "less relu, nats")
+    assert len(arms) == 2 * 8
+    for size, of_size in zip(("nano", "small"), (arms[:8], arms[8:]), strict=True):
+        final = {
+            arm: [last_loss(folder, f"{size}-{arm}-lr0.004-seed{seed}") for seed in plan.config.seeds]
+            for arm in plan.arms[size]
+        }
+        for row in of_size:
+            own, base = final[row["arm"][0]], final["relu"]
+            assert float(row["mean loss"][1]) == pytest.approx(sum(own) / 5, abs=1e-6)
+            if row["arm"][0] != "relu":
+                difference = sum(a - b for a, b in zip(own, base, strict=True)) / 5
+                assert float(row["less relu, nats"][1]) == pytest.approx(difference, abs=1e-6)
+                assert float(row["from"][1]) < difference < float(row["to"][1])
+
+
+def test_the_csv_has_every_run_and_every_comparison(plan, folder, page):
+    with open(folder / "report" / "results.csv", newline="") as file:
+        runs = list(csv.DictReader(file))
+    assert {row["run"] for row in runs} == {path.name for path in (folder / "runs").iterdir()}
+    for row in runs:
+        assert float(row["final_eval_loss"]) == pytest.approx(last_loss(folder, row["run"]), abs=1e-6)
+        assert row["plan_hash"] == plan.hash
+    with open(folder / "report" / "comparisons.csv", newline="") as file:
+        comparisons = list(csv.DictReader(file))
+    assert [(row["size"], row["arm"]) for row in comparisons] == [
+        (size, arm) for size, arms in plan.arms.items() for arm in arms if arm != "relu"
+    ]
+    assert all(len(row["runs"].split()) == 5 for row in comparisons)
+    shown = {row["arm"][0]: row["verdict"][0] for row in page.table("arm", "verdict", "less relu, nats")[:8]}
+    assert {row["arm"]: row["verdict"] for row in comparisons[:7]} == {
+        arm: verdict for arm, verdict in shown.items() if arm != "relu"
+    }
+    assert shown["swiglu"] == "better"
+    assert shown["silu"] == "worse"
+
+
+def test_the_verdict_comes_first_and_the_plan_is_there(plan, folder, page):
+    from ablation.verdict import sentences
+
+    before = page.text.split("Arms")[0]
+    for sentence in sentences(read_results(folder)):
+        assert sentence in before
+    assert plan.hash in before
+    assert "Provisional" not in page.text
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_the_page_is_one_small_file_that_asks_for_nothing(folder):
+    path = folder / "report" / "report.html"
+    assert path.stat().st_size < 5 * 2**20
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)\s*=\s*[\"'](?!#|data:)", text)
+    assert not re.search(r"url\((?!#)|@import|fetch\(|XMLHttpRequest", text)
+    assert "default-src 'none'" in text
+    assert "prefers-color-scheme: dark" in text
+    assert "#1a1b22" not in text.split("</style>")[1]  # figures have the colours of the page
+
+
+def test_every_figure_is_a_file_too(folder, page):
+    figures = {name.removeprefix("figure-") for name in page.ids if re.fullmatch(r"figure-[a-z_]+", name)}
+    assert figures >= {
+        "verdicts",
+        "differences",
+        "curves",
+        "costs",
+        "learning_rates",
+        "sizes",
+        "dead",
+        "zigzag",
+        "outliers",
+    }
+    for kind in ("svg", "png"):
+        assert {path.stem for path in (folder / "report" / "figures").glob(f"*.{kind}")} == figures
+    assert (folder / "report" / "figures" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_not_settled_is_told(plan, tmp_path):
+    rule = lambda cell: math.nan if (cell.arm, cell.seed) == ("swiglu", 2) else RULE(cell)  # noqa: E731
+    cells = [cell for cell in all_cells(plan, rule) if cell.name != "nano-gelu-lr0.004-seed4"]
+    folder = make(plan, tmp_path, rule, cells, half="nano-silu-lr0.004-seed1")
+    text = Page(whole_page(read_results(folder), [])).text
+    assert "Provisional: 126 of 128 runs have ended" in text
+    assert "1 run(s) have not begun: nano-gelu-lr0.004-seed4" in text
+    assert "nano-swiglu-lr0.004-seed2 diverged" in text
+    assert "nano-silu-lr0.004-seed1: 1 broken line(s) of metrics.jsonl were left out" in text
+    assert "swiglu at nano: underpowered: 1 of 5 seeds diverged" in text
+
+
+def test_the_command_of_a_plan_that_has_just_begun(plan, tmp_path):
+    folder = make(plan, tmp_path, RULE, [])
+    done = command(sys.executable, "-m", "ablation.report", str(folder), f"to={tmp_path / 'here'}")
+    assert done.status == 0, done.err
+    assert "At nano, nothing is known yet" in done.out
+    assert "128 run(s) have not begun" not in done.err  # seeds follow the sweeps
+    assert "48 run(s) have not begun" in done.err
+    text = (tmp_path / "here" / "report.html").read_text(encoding="utf-8")
+    assert "Provisional: 0 of 48 runs have ended, and seeds follow" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [(["a", "b"], "say one folder"), (["nowhere"], "has no manifest.json"), (["nowhere", "two=2"], "two")],
+)
+def test_bad_input_is_one_sentence(words, why):
+    refused = command(sys.executable, "-m", "ablation.report", *words)
+    assert refused.status == 2
+    assert len(refused.err.strip().splitlines()) == 1
+    assert why in refused.err
+
+
+def test_a_browser_shows_it_without_a_complaint_and_sorts_its_tables(folder, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    text = (folder / "report" / "report.html").read_text(encoding="utf-8")
+    click = (
+        "<script>document.querySelectorAll('th button')[9].click();"
+        "document.title = [...document.querySelector('tbody').rows].map(r => r.cells[0].textContent).join(' ')</script>"
+    )
+    page = tmp_path / "page.html"
+    page.write_text(text.replace("</body>", click + "</body>"), encoding="utf-8")
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+         "--enable-logging=stderr", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr  # what the page's policy forbids (any request) would be told here
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title is not None, done.stderr
+    final = {
+        arm: sum(last_loss(folder, f"nano-{arm}-lr0.004-seed{seed}") for seed in range(5))
+        for arm in ("relu", "gelu", "silu", "glu", "bilinear", "reglu", "geglu", "swiglu")
+    }
+    assert title[1].split() == sorted(final, key=final.__getitem__)
