@@ -1,8 +1,9 @@
 """Run a plan: `python -m ablation.run ablation=glu_variants`.
 
     ablation=NAME            a plan of conf/ablation        folder=ablations   where plans have their folders
-    ablation.KEY=VALUE       another value of the plan      jobs=1             runs at a time
-    KEY=VALUE                an override of every run       yes=true           do not ask before it begins
+    ablation.KEY=VALUE       another value of the plan      jobs=1             runs at a time, each on a GPU of its own
+    KEY=VALUE                an override of every run       ranks=N            ranks a run; as many as it needs if not said
+                                                            yes=true           do not ask before it begins
 
 Prints what the plan costs, asks, and trains run after run, each a `train.py` of its own. Stop it at any moment and type the
 same again: runs that ended are left alone, a half-finished one goes on, one that diverged stays diverged.
@@ -12,7 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import queue
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -33,7 +37,7 @@ from conf.errors import UserError
 from conf.load import run_command
 from conf.options import read_options
 
-_OPTIONS = {"yes": False, "jobs": 1, "folder": "ablations"}
+_OPTIONS = {"yes": False, "jobs": 1, "ranks": 0, "folder": "ablations"}
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -42,7 +46,7 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     own = [word for word in argv if word.partition("=")[0] in _OPTIONS]
-    options = read_options(own, _OPTIONS, {"jobs": 1})
+    options = read_options(own, _OPTIONS, {"jobs": 1, "ranks": 0})
     plan = resolve(*read_plan([word for word in argv if word not in own]))
     folder = Path(options["folder"]) / plan.config.name
     check_manifest(plan, folder)
@@ -52,7 +56,7 @@ def main(argv: list[str]) -> int:
         print("nothing was run")
         return 0
     write_manifest(plan, folder)
-    return Runner(plan, folder, options["jobs"], console).go()
+    return Runner(plan, folder, options["jobs"], options["ranks"], console).go()
 
 
 # ------------------------------------------------------------------------------------------------- before it begins
@@ -93,18 +97,19 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _hours(plan: Plan, folder: Path) -> str:
-    """Say how long the plan takes, from the runs that have finished here."""
-    rates = []
-    for run in _folders(folder):
-        ended = outcome(run)
-        if ended.state == FINISHED and ended.summary.get("wall_seconds"):
-            rates.append(ended.summary["flops_per_token"] * ended.summary["tokens"] / ended.summary["wall_seconds"])
-    if not rates:
-        return "how long that takes is known after the first run"
-    hours = plan.flops() / (sum(rates) / len(rates)) / 3600
-    return (
-        f"about {hours:.1f} hours, one run after the other, at the {sum(rates) / len(rates):.3g} FLOP/s of runs so far"
-    )
+    """Say how long the plan takes, from runs that have finished: of this plan, or else of others beside it."""
+    nearby = (*folder.parent.glob("*/runs/*/config.yaml"), *Path("runs").glob("*/config.yaml"))
+    for where, runs in (("this plan", _folders(folder)), ("other runs", [path.parent for path in nearby])):
+        rates = []
+        for run in runs:
+            summary = outcome(run, []).summary
+            if summary.get("status") == FINISHED and summary.get("wall_seconds"):
+                rates.append(summary["flops_per_token"] * summary["tokens"] / summary["wall_seconds"])
+        if rates:
+            speed = statistics.median(rates)
+            hours = plan.flops() / speed / 3600
+            return f"about {hours:.1f} hours, one run after the other, at the {speed:.3g} FLOP/s of {where}"
+    return "how long that takes is known after the first run"
 
 
 def _agreed() -> bool:
@@ -116,12 +121,37 @@ def _agreed() -> bool:
 # ------------------------------------------------------------------------------------------------------------- runs
 
 
+def launcher(ranks: int) -> list[str]:
+    """Return what stands before train.py so that it runs on that many ranks of this machine."""
+    if ranks == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+
+
+def environment_of(place: int, jobs: int, ranks: int) -> dict[str, str]:
+    """Return the environment of a run, one of `jobs` at a time: a GPU for each of its ranks, or its share of the cores."""
+    environment = dict(os.environ)
+    gpus = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or [
+        str(i) for i in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+    ]
+    if gpus:
+        own = (gpus[(place * ranks + i) % len(gpus)] for i in range(ranks))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(own))
+    elif jobs * ranks > 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // (jobs * ranks))))
+    return environment
+
+
 class Runner:
     """Trains the cells of a plan that have not ended, `jobs` at a time: the sweeps first, then seed after seed."""
 
-    def __init__(self, plan: Plan, folder: Path, jobs: int, console: Console) -> None:
-        self.plan, self.folder, self.jobs, self.console = plan, folder, jobs, console
+    def __init__(self, plan: Plan, folder: Path, jobs: int, ranks: int, console: Console) -> None:
+        self.plan, self.folder, self.jobs, self.ranks, self.console = plan, folder, jobs, ranks, console
         self._processes: set[subprocess.Popen] = set()
+        self._places: queue.Queue[int] = queue.Queue()
+        for place in range(jobs):
+            self._places.put(place)
         self._stopping = False
 
     def go(self) -> int:
@@ -138,6 +168,7 @@ class Runner:
         self.console.print(f"{ended} runs have ended in {self.folder}, {diverged} of them diverged", soft_wrap=True)
         if self._stopping:
             self.console.print("stopped; the same command goes on from here")
+        self.console.print(f"python -m ablation.report {self.folder}   shows what they say", soft_wrap=True)
         return 0 if complete and not self._stopping else 1
 
     def _sweeps(self) -> dict[tuple[str, str], float | None] | None:
@@ -182,11 +213,23 @@ class Runner:
         self._wait_for_another(self.folder / "runs" / cell.name)
         if self._stopping or self.outcome(cell).state in ENDED:
             return
-        words = self.plan.words(cell, str(self.folder / "runs"))
+        place = self._places.get()  # there are as many as workers
+        try:
+            self._run(cell, place)
+        finally:
+            self._places.put(place)
+
+    def _run(self, cell: Cell, place: int) -> None:
+        words, parallel = (
+            self.plan.words(cell, str(self.folder / "runs")),
+            self.plan.arms[cell.size][cell.arm].config.parallel,
+        )
+        ranks = self.ranks or parallel.tensor * parallel.context
         with open(self.folder / "logs" / f"{cell.name}.log", "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, str(_ROOT / "train.py"), *words],
+                [*launcher(ranks), str(_ROOT / "train.py"), *words],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                env=environment_of(place, self.jobs, ranks),
                 start_new_session=True,  # a Ctrl-C reaches it once, as our SIGTERM
             )  # fmt: skip
         self._processes.add(process)

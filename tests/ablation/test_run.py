@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ablation.cells import DIVERGED, FAILED, FINISHED, STOPPED, WAITING, outcome, read_metrics
+from ablation.run import environment_of, launcher
 from tests.training.tiny import PATIENCE, ROOT, TINY, Result, command, environment, shared_corpus
 
 ARMS = ("relu", "swiglu")
@@ -146,3 +147,18 @@ def test_how_a_run_stands_is_read_off_its_folder(done, tmp_path):
         file.write('{"kind": "event", "step": 12, "event": "diverged"}\n{"kind": "tr')
     assert outcome(path).state == DIVERGED
     assert read_metrics(path)[1] == 1  # the half line
+
+
+def test_runs_at_a_time_have_gpus_of_their_own_or_share_the_cores(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
+    gpus = [environment_of(place, jobs=3, ranks=2)["CUDA_VISIBLE_DEVICES"] for place in range(3)]
+    assert gpus == ["2,3", "5,7", "2,3"]  # the third shares
+    assert environment_of(0, jobs=1, ranks=1)["CUDA_VISIBLE_DEVICES"] == "2"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setattr("pathlib.Path.glob", lambda *_: iter(()))
+    assert environment_of(1, jobs=2, ranks=2)["OMP_NUM_THREADS"] == "2"
+    assert "OMP_NUM_THREADS" not in environment_of(0, jobs=1, ranks=1)
+    assert launcher(1) == [sys.executable]
+    assert launcher(2)[-1] == "--nproc-per-node=2"
