@@ -32,6 +32,7 @@ from rich.table import Table
 from ablation.cells import DIVERGED, ENDED, FAILED, FINISHED, Outcome, is_running, outcome
 from ablation.manifest import check_manifest, write_manifest
 from ablation.plan import Cell, Plan, next_rate, read_plan, resolve
+from ablation.speed import step_time
 from ablation.statistics import sweep
 from conf.errors import UserError
 from conf.load import run_command
@@ -47,8 +48,9 @@ def main(argv: list[str]) -> int:
         return 0
     own = [word for word in argv if word.partition("=")[0] in _OPTIONS]
     options = read_options(own, _OPTIONS, {"jobs": 1, "ranks": 0})
-    plan = resolve(*read_plan([word for word in argv if word not in own]))
-    folder = Path(options["folder"]) / plan.config.name
+    config, others = read_plan([word for word in argv if word not in own])
+    folder = Path(options["folder"]) / config.name
+    plan = resolve(config, others, step_time(config, others, folder) if config.budget == "wallclock" else None)
     check_manifest(plan, folder)
     console = Console(file=sys.stdout, highlight=False, markup=False)
     show(plan, folder, console)
