@@ -19,7 +19,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
 
 from ablation.efficiency import curve, efficiency
 from ablation.results import Results
@@ -51,9 +51,9 @@ _OF_VERDICT = {
 }
 _POINTS = 60  # of a curve: what a figure this wide can show
 _STYLE = {
-    "axes.edgecolor": FAINT, "axes.labelcolor": INK, "axes.titlecolor": INK, "axes.grid": True, "axes.axisbelow": True,
-    "axes.spines.right": False, "axes.spines.top": False, "axes.titlesize": 10, "axes.titlelocation": "left",
-    "axes.labelsize": 9, "font.family": "sans-serif", "font.size": 9, "grid.color": FAINT, "grid.linewidth": 0.5,
+    "axes.edgecolor": FAINT, "axes.facecolor": "none", "axes.labelcolor": INK, "axes.titlecolor": INK, "axes.grid": True,
+    "axes.axisbelow": True, "axes.spines.right": False, "axes.spines.top": False, "axes.titlesize": 10,
+    "axes.titlelocation": "left", "axes.labelsize": 9, "font.family": "sans-serif", "font.size": 9, "grid.color": FAINT, "grid.linewidth": 0.5,
     "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.4, "path.simplify": True,
     "svg.fonttype": "none", "svg.hashsalt": "ablation", "text.color": INK, "xtick.color": INK, "ytick.color": INK,
     "xtick.labelsize": 8, "ytick.labelsize": 8,
@@ -349,13 +349,16 @@ def _phenomenon(results: Results, name: str, what: str, key: str, axis: str, log
             if logarithmic and all((values > 0).all() for _, values in of_arm.values()):
                 axes.set_yscale("log")
                 axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
         last = {arm: float(values[-1].mean()) for arm, (_, values) in of_arm.items()}
         most, least = max(last, key=last.get), min(last, key=last.get)  # type: ignore[arg-type]
         parts.append(
-            f"{size}: {last[most]:.3g} in {most}" + (f", {last[least]:.3g} in {least}" if least != most else "")
+            f"{last[most]:.3g} in {most}"
+            + (f" and {last[least]:.3g} in {least}" if least != most else "")
+            + f" at {size}"
         )
     _legend(figure, panels)
-    return Drawn(name, f"{what}, mean over layers at the end. {'; '.join(parts)}", figure)
+    return Drawn(name, f"{what}: at the end the {axis} is {'; '.join(parts)}, mean over layers", figure)
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing

@@ -99,9 +99,9 @@ def write_run(plan: Plan, cell: Cell, folder: Path, final: float) -> None:
         lines.append({"kind": "train", **at, "loss": curve + 0.02, "lr": cell.rate, "grad_norm": 0.5,
                       "tokens_per_second": speed, "mfu": 0.2, "memory_gib": 0.9})  # fmt: skip
         if part % 2 == 0:
-            share = part / 20
+            share, own = part / 20, 1 + chance.random()
             of_layers = {
-                name: [first + (end - first) * i / (LAYERS - 1) + grows * share for i in range(LAYERS)]
+                name: [own * (first + (end - first) * i / (LAYERS - 1) + grows * share) for i in range(LAYERS)]
                 for name, (first, end, grows) in PER_LAYER.items()
             }
             lines.append({"kind": "telemetry", **at, **of_layers, "gradient_first_over_last": 3.0 - share,
