@@ -51,12 +51,12 @@ _OF_VERDICT = {
 }
 _POINTS = 60  # of a curve: what a figure this wide can show
 _STYLE = {
-    "axes.edgecolor": FAINT, "axes.facecolor": "none", "axes.labelcolor": INK, "axes.titlecolor": INK, "axes.grid": True,
-    "axes.axisbelow": True, "axes.spines.right": False, "axes.spines.top": False, "axes.titlesize": 10,
-    "axes.titlelocation": "left", "axes.labelsize": 9, "font.family": "sans-serif", "font.size": 9, "grid.color": FAINT, "grid.linewidth": 0.5,
-    "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.4, "path.simplify": True,
-    "svg.fonttype": "none", "svg.hashsalt": "ablation", "text.color": INK, "xtick.color": INK, "ytick.color": INK,
-    "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "axes.edgecolor": FAINT, "axes.facecolor": "none", "axes.labelcolor": INK, "axes.titlecolor": INK,
+    "axes.grid": True, "axes.axisbelow": True, "axes.spines.right": False, "axes.spines.top": False,
+    "axes.titlesize": 10, "axes.titlelocation": "left", "axes.labelsize": 9, "font.family": "sans-serif",
+    "font.size": 9, "grid.color": FAINT, "grid.linewidth": 0.5, "legend.frameon": False, "legend.fontsize": 8,
+    "lines.linewidth": 1.4, "path.simplify": True, "svg.fonttype": "none", "svg.hashsalt": "ablation",
+    "text.color": INK, "xtick.color": INK, "ytick.color": INK, "xtick.labelsize": 8, "ytick.labelsize": 8,
 }  # fmt: skip
 
 
