@@ -24,12 +24,13 @@ from yaml import YAMLError
 
 from ablation.budget import Width, match
 from conf.errors import UserError, suggest, unknown
-from conf.load import FOLDER, choices, load
+from conf.load import FOLDER, choices, load, quoted
 from conf.schema import AblationConfig, Config
 from conf.validate import Batch, validate, what_is_learned
 from model.accounting import ffn_saved_bytes, flops_per_token, shape_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
+LONGEST_TAG = 64  # characters that W&B takes
 _SET_BY_THE_PLAN = ("seed", "data_seed", "run", "runs", "resume")
 
 
@@ -108,8 +109,13 @@ class Plan:
         """Return the command line of a run, for train.py."""
         arm = self.arms[cell.size][cell.arm]
         seeds = [f"seed={cell.seed}", f"data_seed={cell.seed}"]
+        tags = [*arm.config.logger.tags, *tags_of(self.hash, cell.size, cell.stage)]
+        labels = {
+            "group": quoted(self.config.name), "job_type": quoted(cell.arm), "tags": f"[{','.join(map(quoted, tags))}]",
+        }  # fmt: skip
         return [
             *arm.words, f"model.d_ff={arm.width.d_ff}", f"optim.lr={cell.rate!r}", *seeds, f"runs={runs}", f"run={cell.name}",
+            *(f"logger.{name}={value}" for name, value in labels.items()),
         ]  # fmt: skip
 
     def runs(self) -> int:
@@ -128,6 +134,15 @@ class Plan:
         for size, arms in self.arms.items():
             for arm in arms:
                 yield size, arm
+
+
+def tags_of(plan_hash: str, size: str, stage: str) -> list[str]:
+    """Return the tags by which W&B finds runs of this plan, of a size of it, and of a stage."""
+    return [_tag(f"plan:{plan_hash}"), _tag(f"size:{size}"), _tag(f"stage:{stage}")]
+
+
+def _tag(text: str) -> str:
+    return text if len(text) <= LONGEST_TAG else f"{text[: LONGEST_TAG - 9]}:{digest(text, 4)}"
 
 
 def digest(content: Any, size: int = 8) -> str:

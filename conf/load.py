@@ -248,8 +248,7 @@ def _prepare(word: str, program: str) -> str:
     if key in PLAIN_TEXT and value[:1] not in ("'", '"', "[") and value not in ("null", ""):
         if len(value) > LARGEST_FORMULA:
             raise UserError(f"{key} has {len(value):,} characters; at most {LARGEST_FORMULA:,} are read")
-        # In Hydra's quotes a backslash is itself, unless it stands before a quote.
-        value = "'" + re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value) + "'"
+        value = quoted(value)
     elif (
         known[key] in (int, typing.Optional[int])
         and re.fullmatch(r"[0-9]*\.?[0-9]+[eE]\+?[0-9]{1,2}", value)
@@ -257,6 +256,12 @@ def _prepare(word: str, program: str) -> str:
     ):
         value = str(int(float(value)))
     return f"{key}={value}"
+
+
+def quoted(text: str) -> str:
+    """Return a text as Hydra reads it back unchanged, whatever is in it: `'1e5'` stays a text."""
+    # In Hydra's quotes a backslash is itself, unless it stands before a quote.
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text) + "'"
 
 
 def _refuse_two_lengths(overrides: list[str]) -> None:

@@ -161,7 +161,8 @@ class LoggerConfig:
     tensorboard: bool = key(False, "TensorBoard event files in the run folder")
     project: str = key("ffn", "wandb: project")
     entity: Optional[str] = key(None, "wandb: team or user")
-    group: Optional[str] = key(None, "wandb: group of runs")
+    group: Optional[str] = key(None, "wandb: group of runs; the plan, for those of `python -m ablation.run`")
+    job_type: Optional[str] = key(None, "wandb: job type, runs of one kind in a group; the arm, for those of a plan")
     tags: Any = key([], "wandb: tags")
 
 

@@ -7,6 +7,8 @@ refused by the room that needs it.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from typing import Any
 
@@ -250,6 +252,11 @@ def what_is_learned(config: Config) -> dict[str, Any]:
     """Return the values that decide what a run learns, by their dotted key; how long it trains is not among them."""
     values = flatten(to_dict(config))
     return {k: v for k, v in values.items() if not any(k == free or k.startswith(free + ".") for free in NOT_LEARNED)}
+
+
+def config_hash(config: Config) -> str:
+    """Return the hash of what decides what is learned, 8 bytes in hexadecimal."""
+    return hashlib.blake2b(json.dumps(what_is_learned(config), sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def differences(before: Config, now: Config) -> list[str]:

@@ -12,6 +12,9 @@ from typing import Any
 from conf.errors import UserError
 from conf.load import to_dict
 from conf.schema import Config
+from conf.validate import config_hash
+
+KINDS = ("train", "eval", "telemetry", "event")  # of lines of metrics.jsonl
 
 
 class Mirrors:
@@ -103,15 +106,17 @@ class _Wandb:
             project=config.logger.project,
             entity=config.logger.entity,
             group=config.logger.group,
+            job_type=config.logger.job_type,
             tags=list(config.logger.tags),
             name=config.run,
-            config=to_dict(config),
+            config={**to_dict(config), "config_hash": config_hash(config)},
             settings=wandb.Settings(
                 console="off", silent=True, disable_git=True, init_timeout=60, x_disable_stats=True
             ),
         )
         self.run.define_metric("tokens")
-        self.run.define_metric("*", step_metric="tokens")
+        for kind in KINDS:
+            self.run.define_metric(f"{kind}/*", step_metric="tokens")
         offline = f"wandb sync {folder / 'wandb'}/offline-run-*"
         self.note = f"W&B: {self.run.url}" if mode == "online" else f"W&B: offline; `{offline}` uploads it"
 

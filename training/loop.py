@@ -7,8 +7,6 @@ the same step, and all take part in every save and evaluation.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -21,7 +19,7 @@ import torch.distributed as dist
 from conf.errors import UserError
 from conf.files import say_why
 from conf.schema import Config
-from conf.validate import Batch, validate, what_is_learned
+from conf.validate import Batch, config_hash, validate
 from data.batches import BatchStream, Dataset, open_dataset, sample_hash
 from data.prepare import prepare
 from launch.launchers import Launchers
@@ -323,11 +321,6 @@ class _Run:
         told = [value]
         dist.broadcast_object_list(told, src=0)
         return told[0]
-
-
-def config_hash(config: Config) -> str:
-    """Return a hash of what decides what is learned."""
-    return hashlib.blake2b(json.dumps(what_is_learned(config), sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _shape(config: Config, dataset: Dataset) -> Shape:

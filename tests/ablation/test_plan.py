@@ -8,7 +8,7 @@ import re
 import pytest
 
 from ablation.budget import WARN
-from ablation.plan import Plan, next_rate, read_plan, resolve
+from ablation.plan import LONGEST_TAG, Plan, next_rate, read_plan, resolve
 from conf.errors import UserError
 from conf.load import choices, load
 from conf.schema import AblationConfig
@@ -57,6 +57,25 @@ def test_a_run_is_a_command_line_that_sets_what_the_plan_decides(smoke):
     assert (config.seed, config.data_seed, config.optim.lr, config.model.d_ff) == (1, 1, 4e-3, 512)
     assert (config.ffn.name, config.runs, config.run) == ("swiglu", "somewhere", "nano-swiglu-lr0.004-seed1")
     assert (config.sequence_length, config.tokens) == (128, 400_000)
+
+
+def test_wandb_finds_a_run_by_its_plan_its_arm_its_size_and_its_stage(smoke):
+    [first, _] = smoke.final("nano", "swiglu", 4e-3)
+    logger = load(smoke.words(first, "r")).logger
+    assert (logger.group, logger.job_type) == ("smoke", "swiglu")
+    assert logger.tags == [f"plan:{smoke.hash}", "size:nano", "stage:final"]
+    assert load(smoke.words(smoke.sweep("nano", "relu")[0], "r")).logger.tags[-1] == "stage:sweep"
+
+
+def test_names_reach_wandb_as_they_are(tmp_path):
+    sizes = {"1e5": "model=nano", "x" * 80 + "1": "model=nano", "x" * 80 + "2": "model=nano"}
+    plan = plan_of(arms={"1e3": "ffn=relu", "null": "ffn=gelu"}, baseline="1e3", sizes=sizes,
+                   common=["""logger.tags=["it's a \\\\",b]"""])  # fmt: skip
+    loggers = [load(plan.words(plan.final(*place, 4e-3)[0], str(tmp_path))).logger for place in plan.places()]
+    assert [logger.job_type for logger in loggers[:2]] == ["1e3", "null"]
+    assert loggers[0].tags == ["it's a \\", "b", f"plan:{plan.hash}", "size:1e5", "stage:final"]
+    assert max(len(tag) for logger in loggers for tag in logger.tags) <= LONGEST_TAG
+    assert len({logger.tags[3] for logger in loggers}) == 3
 
 
 def test_runs_of_one_seed_differ_in_nothing_but_the_arm_and_its_width(smoke):

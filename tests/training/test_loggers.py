@@ -8,6 +8,7 @@ import types
 import pytest
 
 from conf.load import load
+from conf.validate import config_hash
 from tests.training.tiny import overrides
 from training.loggers import Mirrors, wandb_mode
 
@@ -17,7 +18,9 @@ RECORD = {"kind": "train", "step": 3, "tokens": 768, "loss": 2.5, "lr": 0.01, "e
 @pytest.fixture
 def config(tmp_path):
     """A run whose mirrors are both on."""
-    return load(overrides(tmp_path, run="r", logger="all", logger__tags="[a,b]", logger__group="g"))
+    return load(
+        overrides(tmp_path, run="r", logger="all", logger__tags="[a,b]", logger__group="g", logger__job_type="j")
+    )
 
 
 class FakeRun:
@@ -66,10 +69,12 @@ def test_a_resumed_run_keeps_its_id(config, wandb, tmp_path):
     assert first.settings == second.settings
     assert first.settings["id"] == (tmp_path / "wandb_id").read_text()
     assert len(first.settings["id"]) == 8
-    expected = {"resume": "allow", "mode": "offline", "dir": str(tmp_path), "project": "ffn", "group": "g", "name": "r"}
+    expected = {"resume": "allow", "mode": "offline", "dir": str(tmp_path), "project": "ffn", "group": "g", "job_type": "j",
+                "name": "r"}  # fmt: skip
     assert expected.items() <= first.settings.items()
     assert first.settings["tags"] == ["a", "b"]
     assert first.settings["config"]["model"]["d_model"] == 33
+    assert first.settings["config"]["config_hash"] == config_hash(config)
 
 
 def test_figures_go_over_tokens_under_their_kind(config, wandb, tmp_path):
@@ -80,7 +85,7 @@ def test_figures_go_over_tokens_under_their_kind(config, wandb, tmp_path):
     (logged,) = run.logged
     assert {"train/loss": 2.5, "train/lr": 0.01, "tokens": 768, "step": 3}.items() <= logged.items()
     assert not any("event" in key for key in logged)
-    assert run.metrics == {"tokens": None, "*": "tokens"}
+    assert run.metrics == {"tokens": None} | dict.fromkeys(("train/*", "eval/*", "telemetry/*", "event/*"), "tokens")
     assert run.summary["final_eval_loss"] == 2.0
     assert run.ended == 0
 
