@@ -1,10 +1,15 @@
-"""Mirrors of metrics.jsonl: Weights & Biases and TensorBoard. Neither can stop a run: what fails is said once and left."""
+"""Mirrors of metrics.jsonl: Weights & Biases and TensorBoard. Neither can stop a run: what fails is said once and left.
+
+Nor does a run wait for W&B's servers: they are spoken to from a thread, and what is left at the end of a run has `PATIENCE`.
+"""
 
 from __future__ import annotations
 
 import netrc
 import os
+import queue
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +19,9 @@ from conf.load import to_dict
 from conf.schema import Config
 from conf.validate import config_hash
 
+PATIENCE = 60.0  # seconds that the end of a run may wait for an upload
 KINDS = ("train", "eval", "telemetry", "event")  # of lines of metrics.jsonl
+LOCAL = ("offline", "dryrun", "disabled")  # modes of W&B that need no network
 
 
 class Mirrors:
@@ -32,7 +39,9 @@ class Mirrors:
         if config.logger.tensorboard:
             self._start("TensorBoard", lambda: _TensorBoard(folder))
         if config.logger.wandb:
-            self._start("W&B", lambda: _Wandb(config, folder))
+            mode = wandb_mode()
+            make = lambda: _Wandb(config, folder, mode)  # noqa: E731
+            self._start("W&B", make if mode in LOCAL else lambda: _Behind(make))
 
     def _start(self, name: str, make: Callable[[], Any]) -> None:
         try:
@@ -87,16 +96,61 @@ def wandb_mode() -> str:
     return "online" if known else "offline"
 
 
-class _Wandb:
-    """One W&B run a run folder: its id is kept beside it, so a resumed run continues the same curves."""
+class _Behind:
+    """A mirror in a thread of its own, for one that may have to wait for a network."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._records: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
+        self._error: Exception | None = None
+        self._mirror: Any = None
+        self._thread = threading.Thread(target=self._work, args=(make,), daemon=True)
+        self._thread.start()
+
+    def _work(self, make: Callable[[], Any]) -> None:
+        try:
+            self._mirror = make()
+            call = "log"
+            while call != "finish":
+                call, record = self._records.get()
+                getattr(self._mirror, call)(record)
+        except Exception as error:
+            self._error = error
+
+    def _put(self, call: str, record: dict[str, Any]) -> None:
+        if self._error is not None:
+            raise self._error
+        self._records.put((call, record))
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._put("log", record)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._put("finish", summary)
+        self._thread.join(PATIENCE)
+        if self._error is not None:
+            raise self._error
+        if self._thread.is_alive():
+            raise TimeoutError(f"not everything was uploaded after {PATIENCE:g} seconds: `wandb sync` does it later")
+
+    @property
+    def note(self) -> str:
+        return self._mirror.note
+
+
+class _Wandb:
+    """One W&B run a run folder: its id is kept beside it, so a resumed run continues the same curves.
+
+    A run that goes on from a checkpoint trains the steps after it once more, and W&B cannot take back their first rows: it
+    has them twice, at the same tokens. In offline files the rule of metrics.jsonl holds: what a later file says of these
+    steps counts.
+    """
+
+    def __init__(self, config: Config, folder: Path, mode: str) -> None:
         import wandb
 
         kept = folder / "wandb_id"
         if not kept.exists():
             kept.write_text(secrets.token_hex(4), encoding="utf-8")
-        mode = wandb_mode()
         os.environ.setdefault("WANDB_SILENT", "true")
         self.run = wandb.init(
             id=kept.read_text(encoding="utf-8").strip(),
@@ -111,14 +165,20 @@ class _Wandb:
             name=config.run,
             config={**to_dict(config), "config_hash": config_hash(config)},
             settings=wandb.Settings(
-                console="off", silent=True, disable_git=True, init_timeout=60, x_disable_stats=True
+                console="off",
+                silent=True,
+                disable_git=True,
+                init_timeout=60,
+                x_disable_stats=True,
+                finish_timeout=PATIENCE - 5,  # before our own
+                finish_timeout_raises=True,
             ),
         )
         self.run.define_metric("tokens")
         for kind in KINDS:
             self.run.define_metric(f"{kind}/*", step_metric="tokens")
         offline = f"wandb sync {folder / 'wandb'}/offline-run-*"
-        self.note = f"W&B: {self.run.url}" if mode == "online" else f"W&B: offline; `{offline}` uploads it"
+        self.note = f"W&B: {self.run.url}" if mode not in LOCAL else f"W&B: offline; `{offline}` uploads it"
 
     def log(self, record: dict[str, Any]) -> None:
         kind = record["kind"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import types
 
 import pytest
@@ -135,6 +136,62 @@ def test_a_wandb_that_breaks_later_is_said_once(config, tmp_path, monkeypatch, c
     mirrors.log(RECORD)
     mirrors.finish({})
     assert said == ["W&B is off from here on: OSError: disk full"]
+
+
+@pytest.fixture
+def online(wandb, monkeypatch):
+    """A W&B that is logged in, and whose server answers when `answer` is set."""
+    wandb.answer, answered = threading.Event(), wandb.init
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr("training.loggers.PATIENCE", 30.0)
+
+    def init(**settings) -> FakeRun:
+        assert wandb.answer.wait(30)
+        return answered(**settings)
+
+    wandb.init = init
+    yield wandb
+    wandb.answer.set()
+
+
+def test_a_run_does_not_wait_for_a_server_and_nothing_is_lost(config, online, tmp_path):
+    mirrors = Mirrors(only(config, "wandb"), tmp_path, pytest.fail)
+    for step in range(3):
+        mirrors.log(RECORD | {"step": step})
+    assert online.runs == []  # it has not answered yet
+    online.answer.set()
+    mirrors.log(RECORD | {"step": 3})
+    mirrors.finish({"status": "finished", "final_eval_loss": 2.0})
+    (run,) = online.runs
+    assert [logged["step"] for logged in run.logged] == [0, 1, 2, 3]
+    assert (run.summary["final_eval_loss"], run.ended) == (2.0, 0)
+    assert mirrors.notes == ["W&B: https://example.org/r"]
+
+
+@pytest.mark.usefixtures("online")
+def test_the_end_of_a_run_does_not_wait_for_ever(config, tmp_path, monkeypatch):
+    said = []
+    mirrors = Mirrors(only(config, "wandb"), tmp_path, said.append)
+    mirrors.log(RECORD)
+    monkeypatch.setattr("training.loggers.PATIENCE", 0.0)
+    mirrors.finish({})
+    assert [text.partition(":")[0] for text in said] == ["W&B is off from here on"]
+    assert "wandb sync" in said[0]
+    assert mirrors.notes == []
+
+
+def test_a_server_that_refuses_is_said_once(config, online, tmp_path):
+    said = []
+
+    def init(**_):
+        raise RuntimeError("no network")
+
+    online.init = init
+    mirrors = Mirrors(only(config, "wandb"), tmp_path, said.append)
+    mirrors.log(RECORD)
+    mirrors.finish({})
+    assert said == ["W&B is off from here on: RuntimeError: no network"]
+    assert mirrors.notes == []
 
 
 def test_one_broken_mirror_leaves_the_other(config, wandb, tmp_path):
