@@ -1,10 +1,11 @@
 """Mirrors of metrics.jsonl: Weights & Biases and TensorBoard. Neither can stop a run: what fails is said once and left.
 
-Nor does a run wait for W&B's servers: they are spoken to from a thread, and what is left at the end of a run has `PATIENCE`.
+Nor does a run wait for W&B: it is spoken to from a thread, and what is left to upload at the end of a run has `PATIENCE`.
 """
 
 from __future__ import annotations
 
+import json
 import netrc
 import os
 import queue
@@ -21,7 +22,7 @@ from conf.validate import config_hash
 
 PATIENCE = 60.0  # seconds that the end of a run may wait for an upload
 KINDS = ("train", "eval", "telemetry", "event")  # of lines of metrics.jsonl
-LOCAL = ("offline", "dryrun", "disabled")  # modes of W&B that need no network
+OFFLINE = ("offline", "dryrun")  # modes of W&B
 
 
 class Mirrors:
@@ -39,9 +40,8 @@ class Mirrors:
         if config.logger.tensorboard:
             self._start("TensorBoard", lambda: _TensorBoard(folder))
         if config.logger.wandb:
-            mode = wandb_mode()
-            make = lambda: _Wandb(config, folder, mode)  # noqa: E731
-            self._start("W&B", make if mode in LOCAL else lambda: _Behind(make))
+            mode, told = wandb_mode(), _size(folder / "metrics.jsonl")
+            self._start("W&B", lambda: _Behind(lambda: _Wandb(config, folder, mode, told)))
 
     def _start(self, name: str, make: Callable[[], Any]) -> None:
         try:
@@ -82,6 +82,11 @@ def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield from ((f"{name}/layer_{i}", v) for i, v in enumerate(value) if isinstance(v, (int, float)))
 
 
+def _size(path: Path) -> int:
+    """Return the bytes of a file, 0 of one that is missing."""
+    return path.stat().st_size if path.exists() else 0
+
+
 def wandb_mode() -> str:
     """Return "online" when logged in, else "offline"; `WANDB_MODE` decides where it is set. Asks nobody over the network."""
     if os.environ.get("WANDB_MODE"):
@@ -97,7 +102,7 @@ def wandb_mode() -> str:
 
 
 class _Behind:
-    """A mirror in a thread of its own, for one that may have to wait for a network."""
+    """A mirror in a thread of its own: it may have to wait for a network, or for another process."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self._records: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
@@ -140,12 +145,17 @@ class _Behind:
 class _Wandb:
     """One W&B run a run folder: its id is kept beside it, so a resumed run continues the same curves.
 
-    A run that goes on from a checkpoint trains the steps after it once more, and W&B cannot take back their first rows: it
-    has them twice, at the same tokens. In offline files the rule of metrics.jsonl holds: what a later file says of these
-    steps counts.
+    A run that is killed takes with it what W&B had not written, and one that goes on trains the steps after its checkpoint
+    once more. Offline, each sitting therefore begins with all that metrics.jsonl has kept: the newest file holds the whole
+    run, every line once. Online the server keeps what has reached it, and has the steps that are trained again twice, at the
+    same tokens.
+
+    Args:
+        mode: of `wandb_mode`.
+        told: bytes of metrics.jsonl that sittings before this one wrote.
     """
 
-    def __init__(self, config: Config, folder: Path, mode: str) -> None:
+    def __init__(self, config: Config, folder: Path, mode: str, told: int) -> None:
         import wandb
 
         kept = folder / "wandb_id"
@@ -177,8 +187,12 @@ class _Wandb:
         self.run.define_metric("tokens")
         for kind in KINDS:
             self.run.define_metric(f"{kind}/*", step_metric="tokens")
-        offline = f"wandb sync {folder / 'wandb'}/offline-run-*"
-        self.note = f"W&B: {self.run.url}" if mode not in LOCAL else f"W&B: offline; `{offline}` uploads it"
+        self.note = f"W&B: {self.run.url}"
+        if mode in OFFLINE:
+            self.note = f"W&B: offline; `wandb sync {folder / 'wandb' / 'latest-run'}` uploads it"
+            lines = (folder / "metrics.jsonl").read_bytes()[:told].splitlines() if told else []
+            for line in lines:
+                self.log(json.loads(line))
 
     def log(self, record: dict[str, Any]) -> None:
         kind = record["kind"]

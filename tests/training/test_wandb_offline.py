@@ -1,0 +1,106 @@
+"""A run that was killed and went on, read back from what W&B wrote offline: the numbers of metrics.jsonl, under one id."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.weights import newest_intact
+from tests.test_train import Started
+from tests.training.tiny import PATIENCE, ROOT, command, overrides
+
+STEPS = 100
+LABELS = {"group": "a plan", "job_type": "an arm", "tags": ["size:nano", "stage:final"]}
+
+
+def figures(line: dict[str, Any]) -> dict[str, float]:
+    """Return what W&B is to hold of a line of metrics.jsonl: its numbers, and a list's one by one."""
+    found = {}
+    for name, value in line.items():
+        for place, number in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if isinstance(number, (int, float)):
+                found[f"{line['kind']}/{name}" if place is None else f"{line['kind']}/{name}/layer_{place}"] = number
+    return found | {"step": line["step"], "tokens": line["tokens"]}
+
+
+class Sitting:
+    """What one process left in its .wandb file, as wandb's own command reads it."""
+
+    def __init__(self, folder: Path) -> None:
+        read = command(sys.executable, "-m", "wandb", "leet", "inspect", "--json", folder)
+        assert read.status == 0, read.err
+        records = [json.loads(line) for line in read.out.splitlines()]
+        of = {kind: [record[kind] for record in records if record["type"] == kind] for kind in ("run", "metric")}
+        (self.run,) = of["run"]
+        self.x_axes = {metric["glob_name"]: metric["step_metric"] for metric in of["metric"] if "step_metric" in metric}
+        self.rows = [
+            {name: value for name, value in record["history"]["item"].items() if not name.startswith("_")}
+            for record in records
+            if record["type"] == "history"
+        ]
+        self.summary: dict[str, Any] = {}
+        for record in records:
+            self.summary |= record["summary"]["update"] if record["type"] == "summary" else {}
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory) -> Path:
+    """A run that was killed some steps after its checkpoint, and ended by a second command."""
+    runs = tmp_path_factory.mktemp("runs")
+    settings = {"steps": STEPS, "save_every": 20, "eval_every": 20, "run": "killed", "logger": "wandb"}
+    labels = {"group": "'a plan'", "job_type": "'an arm'", "tags": "['size:nano','stage:final']"}
+    settings |= {f"logger__{name}": value for name, value in labels.items()}
+    words = [str(ROOT / "train.py"), *overrides(corpus, runs, **settings)]
+    started = Started(sys.executable, *words)
+    started.until(f"step  30/{STEPS}")
+    until = time.monotonic() + PATIENCE
+    while not list((runs / "killed" / "wandb").glob("*/*.wandb")):  # its pipe keeps the run from its end
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    started.process.send_signal(signal.SIGKILL)
+    assert started.end().status == -signal.SIGKILL
+    checkpoint, _ = newest_intact(runs / "killed" / "checkpoints")
+    assert checkpoint is not None
+    ended = command(sys.executable, *words)
+    assert ended.status == 0, ended.err
+    assert f"going on with {runs / 'killed'} after step {int(checkpoint.name.removeprefix('step_'))} of" in ended.out
+    return runs / "killed"
+
+
+@pytest.fixture(scope="module")
+def sittings(run) -> list[Sitting]:
+    """What the killed process wrote, and what the second one wrote."""
+    folders = sorted((run / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    return [Sitting(folder) for folder in folders]
+
+
+def test_the_newest_file_holds_every_line_of_metrics_jsonl_once(run, sittings):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert sittings[-1].rows == [figures(line) for line in lines]
+    assert {line["kind"] for line in lines} == {"train", "eval", "telemetry", "event"}
+    assert [row["step"] for row in sittings[-1].rows if "train/loss" in row] == list(range(1, STEPS + 1))
+    assert (run / "wandb" / "latest-run").resolve().name == sorted((run / "wandb").glob("offline-run-*"))[-1].name
+
+
+def test_what_the_killed_process_wrote_says_the_same(sittings):
+    """Up to the kill it may lack rows, which the process took with it; those that it has are of the same run."""
+    first, second = ({row["tokens"]: row["train/loss"] for row in s.rows if "train/loss" in row} for s in sittings)
+    assert first.items() <= second.items()
+
+
+def test_it_has_one_id_and_what_it_is_found_by(run, sittings):
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    for sitting in sittings:
+        assert sitting.run["run_id"] == (run / "wandb_id").read_text(encoding="utf-8")
+        assert sitting.run["resume"] is True
+        assert {"group": sitting.run["run_group"], **{n: sitting.run[n] for n in ("job_type", "tags")}} == LABELS
+        assert sitting.run["config"]["update"]["config_hash"] == summary["config_hash"]
+        assert sitting.x_axes == dict.fromkeys(("train/*", "eval/*", "telemetry/*", "event/*"), "tokens")
+    assert sittings[-1].summary["final_eval_loss"] == summary["final_eval_loss"]
