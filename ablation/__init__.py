@@ -11,6 +11,7 @@
     efficiency.py   what a loss costs: compute, seconds, memory
     verdict.py      the verdict in a sentence
     report.py       report.html (page.html is its frame), results.csv and figures (figures.py)
+    dashboard.py    workspaces, a report and a table of a plan on W&B
 
 This room learns of a run only from what the run wrote, and never imports torch.
 """

@@ -6,7 +6,6 @@ Nor does a run wait for W&B: it is spoken to from a thread, and what is left to 
 from __future__ import annotations
 
 import json
-import netrc
 import os
 import queue
 import secrets
@@ -17,6 +16,7 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.load import to_dict
+from conf.login import wandb_mode
 from conf.schema import Config
 from conf.validate import config_hash
 
@@ -85,20 +85,6 @@ def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
 def _size(path: Path) -> int:
     """Return the bytes of a file, 0 of one that is missing."""
     return path.stat().st_size if path.exists() else 0
-
-
-def wandb_mode() -> str:
-    """Return "online" when logged in, else "offline"; `WANDB_MODE` decides where it is set. Asks nobody over the network."""
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    if os.environ.get("WANDB_API_KEY"):
-        return "online"
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
-    try:
-        known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
-    except (OSError, netrc.NetrcParseError):
-        known = None
-    return "online" if known else "offline"
 
 
 class _Behind:

@@ -10,9 +10,10 @@ import types
 import pytest
 
 from conf.load import load
+from conf.login import wandb_mode
 from conf.validate import config_hash
 from tests.training.tiny import overrides
-from training.loggers import Mirrors, wandb_mode
+from training.loggers import Mirrors
 
 RECORD = {"kind": "train", "step": 3, "tokens": 768, "loss": 2.5, "lr": 0.01, "event": "text is not mirrored"}
 

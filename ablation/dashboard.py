@@ -1,0 +1,380 @@
+"""Show a plan on Weights & Biases: `python -m ablation.dashboard ablations/glu_variants`.
+
+    FOLDER           of the plan, or a file that this command wrote
+    entity=NAME      team or user; the runs' own if not said
+    project=NAME     the runs' own if not said
+    to=FILE          what is written; FOLDER/dashboard.json if not said
+
+Logs the statistics as a table, and makes a workspace for every size and one report: verdicts, curves by arm with bands over the
+seeds, telemetry, cost. All of it is written to a file first. Without a login that is all: after `wandb login` the same command
+uploads it, or the same with the file, on another machine. Every upload makes new views, and updates the table.
+
+The curves are those of the runs that W&B has; runs that trained offline get there by the `wandb sync` line that is printed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ablation.plan import tags_of
+from ablation.results import Results, read_results
+from ablation.verdict import sentences
+from conf.errors import UserError
+from conf.files import atomic_write, say_why
+from conf.load import from_yaml, run_command
+from conf.login import wandb_mode
+from conf.options import read_options
+
+NAME = "dashboard.json"
+STATISTICS = "statistics"  # name of the table, and job type of the run that logs it
+COLUMNS = (
+    "size", "arm", "verdict", "reason", "difference", "interval_low", "interval_high", "p", "p_holm", "detectable",
+    "seeds", "diverged", "best_rate", "mismatch", "runs",
+)  # fmt: skip
+_OPTIONS = {"entity": "", "project": "", "to": ""}
+_NO_FIGURES = ("kind", "step", "tokens", "window_tokens")  # of a line of telemetry
+_WHOLE_ROW = 24  # the width of a panel that fills a row
+
+
+def main(argv: list[str]) -> int:
+    if not argv or any(word in ("-h", "--help") for word in argv):
+        print(__doc__)
+        return 0
+    paths = [Path(word) for word in argv if "=" not in word]
+    options = read_options([word for word in argv if "=" in word], _OPTIONS)
+    if len(paths) != 1:
+        raise UserError("say one folder of a plan: python -m ablation.dashboard ablations/NAME")
+    _import_workspaces()
+    said = {name: options[name] for name in ("entity", "project") if options[name]}
+    online, path = wandb_mode() == "online", paths[0]
+    if path.is_file():
+        if not online:
+            raise UserError("nobody is logged in to W&B here, so nothing was uploaded: wandb login")
+        upload(dataclasses.replace(read_content(path), **said))
+        return 0
+    results = read_results(path)
+    content = dataclasses.replace(content_of(results), **said)
+    written = Path(options["to"] or path / NAME)
+    write(content, written)
+    print(f"{written} holds the workspaces, the report and the table of {content.plan}")
+    if sync := sync_line(results, said):
+        print(f"runs that trained offline are uploaded by\n  {sync}")
+    if online:
+        upload(content)
+    else:
+        again = shlex.join(["python", "-m", "ablation.dashboard", *argv])
+        elsewhere = shlex.join(["python", "-m", "ablation.dashboard", str(written)])
+        print(f"nobody is logged in to W&B here. After `wandb login`, upload it by\n  {again}")
+        print(f"or, where there is only the file, by\n  {elsewhere}")
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------- what there is to show
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """All that workspaces, report and table are made from; a file keeps it as JSON."""
+
+    plan: str
+    hash: str
+    question: str
+    baseline: str
+    entity: str  # "": the one that is W&B's default for the user
+    project: str
+    sentences: dict[str, str]  # by size: the verdict
+    rows: list[list[Any]]  # of `COLUMNS`: a row for every arm of every size; None where there is no number
+    notes: list[str]  # what is missing, unfinished or cut short
+    telemetry: dict[str, int]  # figure of telemetry: of how many layers; 0 for one of the whole model
+
+
+def content_of(results: Results) -> Content:
+    """Gather what a plan's folder has to show.
+
+    Raises:
+        UserError: no run has begun.
+    """
+    if not results.runs:
+        raise UserError(f"no run has begun in {results.folder}: python -m ablation.run trains the plan")
+    plan = results.manifest.plan
+    logger = from_yaml(next(iter(results.runs.values())).folder / "config.yaml").logger
+    telemetry = {
+        name: len(value) if isinstance(value, list) else 0
+        for run in results.runs.values()
+        for line in run.kind("telemetry")[:1]
+        for name, value in line.items()
+        if name not in _NO_FIGURES
+    }
+    told = dict(zip(results.sizes, sentences(results), strict=True))
+    rows = [_row(results, size, arm) for size in results.sizes for arm in results.arms(size)]
+    return Content(
+        plan.name, results.manifest.hash, plan.question, plan.baseline, logger.entity or "", logger.project,
+        told, rows, list(results.notes), telemetry,
+    )  # fmt: skip
+
+
+def _row(results: Results, size: str, arm: str) -> list[Any]:
+    """Return the row of an arm. Differences, intervals and detectable differences are in nats a token."""
+    finals = results.finals(size, arm)
+    found = next((c for c in results.comparisons(size) if c.arm == arm), None)
+    values: dict[str, Any] = {
+        "size": size,
+        "arm": arm,
+        "verdict": "baseline" if arm == results.baseline else "nothing to compare yet",
+        "reason": "",
+        "seeds": len(finals),
+        "diverged": sum(not math.isfinite(run.outcome.loss) for run in finals),
+        "best_rate": results.best_rate(size, arm),
+        "mismatch": results.manifest.cost[size][arm]["mismatch"],
+        "runs": " ".join(run.folder.name for run in finals),
+    }
+    if found is not None:
+        values |= dataclasses.asdict(found) | {"verdict": found.verdict.value}
+        values["interval_low"], values["interval_high"] = found.interval
+    return [_number(values.get(name)) for name in COLUMNS]
+
+
+def _number(value: Any) -> Any:
+    """JSON has no nan and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(content: Content, path: Path) -> None:
+    """Write the content, and beside it what W&B is sent: the specification of every workspace and of the report."""
+    workspaces, report = build(content)
+    models = [workspace._to_model() for workspace in workspaces]
+    model = report._to_model()
+    document = {
+        "content": dataclasses.asdict(content),
+        "workspaces": [{"name": m.display_name, "spec": _spec(m)} for m in models],
+        "report": {"title": model.display_name, "description": model.description, "spec": _spec(model)},
+        STATISTICS: {"columns": list(COLUMNS), "data": content.rows},
+    }
+    with say_why("write the dashboard to", path), atomic_write(path) as file:
+        json.dump(document, file, indent=1, allow_nan=False)
+        file.write("\n")
+
+
+def _spec(model: Any) -> Any:
+    return json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))
+
+
+def read_content(path: Path) -> Content:
+    """Read back what `write` wrote.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        return Content(**json.loads(path.read_text(encoding="utf-8"))["content"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} was not written by this command: {type(error).__name__}: {error}") from error
+
+
+def sync_line(results: Results, said: dict[str, str]) -> str:
+    """Return the command that uploads the runs that trained offline; "" without any."""
+    if not any(list((run.folder / "wandb").glob("offline-run-*")) for run in results.runs.values()):
+        return ""
+    place = [f"--{name}={shlex.quote(value)}" for name, value in said.items()]
+    return " ".join(["wandb sync", *place, f"{shlex.quote(str(results.folder / 'runs'))}/*/wandb/latest-run"])
+
+
+# ---------------------------------------------------------------------------------------------------- how it is laid out
+
+
+def build(content: Content) -> tuple[list[Any], Any]:
+    """Return a workspace for every size, and the report; neither asks the network."""
+    ws, wr = _import_workspaces()
+    workspaces = [_workspace(content, size, ws, wr) for size in content.sentences]
+    blocks: list[Any] = [wr.P(sentence) for sentence in content.sentences.values()]
+    blocks.append(wr.P(f"The plan {content.plan} ({content.hash}) asks: {content.question}"))
+    if content.notes:
+        blocks.append(wr.UnorderedList(items=content.notes))
+    for size in content.sentences:
+        runset = {"filters": _filters(content, size, ws), "groupby": ["JobType"]}
+        blocks += [wr.H1(size), wr.H2("Verdicts"), wr.MarkdownBlock(_markdown(content, size))]
+        for title, panels in _panels(content, size, wr).items():
+            blocks += [wr.H2(title), wr.PanelGrid(runsets=[wr.Runset(name=size, **runset)], panels=panels)]
+    report = wr.Report(
+        entity=content.entity,
+        project=content.project,
+        title=f"{content.plan}: {content.question}"[:128],
+        description=" ".join(content.sentences.values()),
+        blocks=blocks,
+        width="fluid",
+    )
+    return workspaces, report
+
+
+def _workspace(content: Content, size: str, ws: Any, wr: Any) -> Any:
+    verdicts = [
+        wr.MarkdownPanel(
+            markdown=f"{content.sentences[size]}\n\n{_markdown(content, size)}", layout=wr.Layout(w=_WHOLE_ROW, h=8)
+        ),
+        wr.WeavePanelSummaryTable(table_name=STATISTICS, layout=wr.Layout(w=_WHOLE_ROW, h=10)),
+    ]
+    sections = {"Verdicts": verdicts, **_panels(content, size, wr)}
+    return ws.Workspace(
+        entity=content.entity,
+        project=content.project,
+        name=f"{content.plan} {size}",
+        sections=[ws.Section(name=name, panels=panels, is_open=True) for name, panels in sections.items()],
+        settings=ws.WorkspaceSettings(x_axis="tokens", max_runs=_most_runs(content, size)),
+        runset_settings=ws.RunsetSettings(
+            filters=_filters(content, size, ws),
+            groupby=[ws.Metric("JobType")],
+            pinned_columns=["summary:final_eval_loss", "summary:bits_per_byte"],
+        ),
+    )
+
+
+def _filters(content: Content, size: str, ws: Any) -> list[Any]:
+    """Choose the runs that are compared, and the one that logged the table."""
+    plan, of_size, final = tags_of(content.hash, size, "final")
+    tagged = [ws.Tags().isin([plan]), ws.Tags().isin([of_size]), ws.Tags().isin([final, STATISTICS])]
+    return [ws.Metric("Group") == content.plan, *tagged]
+
+
+def _most_runs(content: Content, size: str) -> int:
+    """Return how many runs a panel has to show, so that it leaves none out."""
+    return max(10, 1 + sum(row["seeds"] for row in _rows(content, size)))
+
+
+def _panels(content: Content, size: str, wr: Any) -> dict[str, list[Any]]:
+    """Return the panels of each section: lines are means over the seeds of an arm, bands their standard deviation."""
+    grouped = {"groupby": "JobType", "groupby_aggfunc": "mean", "max_runs_to_show": _most_runs(content, size)}
+
+    def line(title: str, *names: str, **more: Any) -> Any:
+        return wr.LinePlot(title=title, x="tokens", y=list(names), groupby_rangefunc="stddev", **grouped, **more)
+
+    def bar(title: str, name: str) -> Any:
+        return wr.BarPlot(title=title, metrics=[name], groupby_rangefunc="stddev", **grouped)
+
+    curves = [
+        line("held-out loss, nats a token", "eval/loss"),
+        line(
+            "training loss, nats a token", "train/loss", smoothing_type="exponentialTimeWeighted", smoothing_factor=0.9
+        ),
+        line("held-out bits a byte", "eval/bits_per_byte"),
+        line("gradient norm", "train/grad_norm", log_y=True),
+    ]
+    telemetry = []
+    for name, layers in content.telemetry.items():
+        if layers:
+            ends = dict.fromkeys((0, layers - 1))
+            telemetry.append(line(f"{name}, first and last layer", *(f"telemetry/{name}/layer_{i}" for i in ends)))
+        else:
+            telemetry.append(line(name, f"telemetry/{name}"))
+    cost = [
+        line("tokens a second", "train/tokens_per_second"),
+        line("model FLOPs utilisation", "train/mfu"),
+        line("memory, GiB", "train/memory_gib"),
+        bar("FLOPs a token", "flops_per_token"),
+        bar("FFN parameters", "ffn_parameters"),
+        bar("wall-clock seconds of a run", "wall_seconds"),
+    ]
+    return {"Curves by arm": curves, "Telemetry": telemetry, "Cost": cost}
+
+
+def _rows(content: Content, size: str) -> list[dict[str, Any]]:
+    rows = (dict(zip(COLUMNS, row, strict=True)) for row in content.rows)
+    return [row for row in rows if row["size"] == size]
+
+
+def _markdown(content: Content, size: str) -> str:
+    """Return the verdicts of a size as a table."""
+    heads = (
+        "arm",
+        "verdict",
+        f"difference to {content.baseline}, nats a token",
+        "95% interval",
+        "p, Holm",
+        "seeds",
+        "why",
+    )
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for row in _rows(content, size):
+        interval = f"{_text(row['interval_low'], '+.4f')} to {_text(row['interval_high'], '+.4f')}"
+        cells = (
+            row["arm"],
+            row["verdict"],
+            _text(row["difference"], "+.4f"),
+            interval if row["interval_low"] is not None else "",
+            _text(row["p_holm"], ".2g"),
+            f"{row['seeds']}" + (f", {row['diverged']} diverged" if row["diverged"] else ""),
+            row["reason"],
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+# ------------------------------------------------------------------------------------------------------------- W&B itself
+
+
+def _import_workspaces() -> tuple[Any, Any]:
+    """Return the modules of workspaces and of reports.
+
+    Raises:
+        UserError: they are not installed.
+    """
+    try:
+        import wandb_workspaces.reports.v2 as wr
+        import wandb_workspaces.workspaces as ws
+    except ImportError as error:
+        raise UserError(
+            "a dashboard needs the package wandb-workspaces: .venv/bin/pip install -c requirements.lock wandb-workspaces"
+        ) from error
+    return ws, wr
+
+
+def upload(content: Content) -> None:
+    """Log the table, save the workspaces and the report, and print where they are.
+
+    Raises:
+        UserError: W&B refused, or cannot be reached.
+    """
+    import wandb
+
+    try:
+        content = dataclasses.replace(content, entity=_log_table(content, wandb))
+        workspaces, report = build(content)
+        for workspace in workspaces:
+            print(f"workspace: {workspace.save().url}")
+        print(f"report: {report.save().url}")
+    except Exception as error:
+        raise UserError(f"W&B did not take it all: {type(error).__name__}: {error}") from error
+
+
+def _log_table(content: Content, wandb: Any) -> str:
+    """Log the statistics, always as the same run of a plan, and return the entity that it went to."""
+    tags = {tag for size in content.sentences for tag in tags_of(content.hash, size, "final")[:2]}
+    run = wandb.init(
+        id=f"{content.hash}-{STATISTICS}",
+        resume="allow",
+        mode="online",
+        entity=content.entity or None,
+        project=content.project,
+        group=content.plan,
+        job_type=STATISTICS,
+        name=f"{content.plan} {STATISTICS}",
+        tags=[*sorted(tags), STATISTICS],
+        config={"plan": content.plan, "hash": content.hash, "baseline": content.baseline},
+        settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True),
+    )
+    run.log({STATISTICS: wandb.Table(columns=list(COLUMNS), data=content.rows)})
+    run.summary["verdict"] = " ".join(content.sentences.values())
+    run.finish()
+    return run.entity
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,20 @@
+"""Whether this user is logged in to W&B: training mirrors its runs there, and dashboards of ablations are made there."""
+
+from __future__ import annotations
+
+import netrc
+import os
+
+
+def wandb_mode() -> str:
+    """Return "online" when logged in, else "offline"; `WANDB_MODE` decides where it is set. Asks nobody over the network."""
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
+    try:
+        known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    return "online" if known else "offline"
