@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import shlex
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -345,7 +346,8 @@ def upload(content: Content) -> None:
     import wandb
 
     try:
-        content = dataclasses.replace(content, entity=_log_table(content, wandb))
+        with tempfile.TemporaryDirectory() as scratch:
+            content = dataclasses.replace(content, entity=_log_table(content, wandb, scratch))
         workspaces, report = build(content)
         for workspace in workspaces:
             print(f"workspace: {workspace.save().url}")
@@ -354,13 +356,14 @@ def upload(content: Content) -> None:
         raise UserError(f"W&B did not take it all: {type(error).__name__}: {error}") from error
 
 
-def _log_table(content: Content, wandb: Any) -> str:
+def _log_table(content: Content, wandb: Any, scratch: str) -> str:
     """Log the statistics, always as the same run of a plan, and return the entity that it went to."""
     tags = {tag for size in content.sentences for tag in tags_of(content.hash, size, "final")[:2]}
     run = wandb.init(
         id=f"{content.hash}-{STATISTICS}",
         resume="allow",
         mode="online",
+        dir=scratch,
         entity=content.entity or None,
         project=content.project,
         group=content.plan,

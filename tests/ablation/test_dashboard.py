@@ -307,11 +307,14 @@ def test_a_file_uploads_what_the_folder_would(copy, wandb):
 def test_what_is_missing_and_what_diverged_is_told(plan, tmp_path):
     rule = lambda cell: math.nan if (cell.arm, cell.seed) == ("swiglu", 2) else RULE(cell)  # noqa: E731
     folder = make(plan, tmp_path, rule)
-    shutil.rmtree(folder / "runs" / "nano-gelu-lr0.004-seed2")
+    for seed in (1, 2, 3, 4):  # one seed is left: it has no deviation, and no p
+        shutil.rmtree(folder / "runs" / f"nano-gelu-lr0.004-seed{seed}")
     main([str(folder)])
     document = strictly(folder / "dashboard.json")
+    row = dict(zip(COLUMNS, document[STATISTICS]["data"][1], strict=True))
+    assert [row[name] for name in ("seeds", "p", "interval_low", "detectable")] == [1, None, None, None]
     texts = [text_of(block) for block in document["report"]["spec"]["blocks"]]
-    assert any("1 run(s) have not begun: nano-gelu-lr0.004-seed2" in text for text in texts)
+    assert any("4 run(s) have not begun: nano-gelu-lr0.004-seed1, " in text for text in texts)
     assert any("nano-swiglu-lr0.004-seed2 diverged" in text for text in texts)
     assert any("| 5, 1 diverged |" in text for text in texts)
 
