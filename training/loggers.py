@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
+from conf.files import atomic_write
 from conf.load import to_dict
 from conf.login import wandb_mode
 from conf.schema import Config
@@ -146,7 +147,8 @@ class _Wandb:
 
         kept = folder / "wandb_id"
         if not kept.exists():
-            kept.write_text(secrets.token_hex(4), encoding="utf-8")
+            with atomic_write(kept) as file:
+                file.write(secrets.token_hex(4))
         os.environ.setdefault("WANDB_SILENT", "true")
         self.run = wandb.init(
             id=kept.read_text(encoding="utf-8").strip(),

@@ -37,7 +37,8 @@ class Sitting:
         assert read.status == 0, read.err
         records = [json.loads(line) for line in read.out.splitlines()]
         of = {kind: [record[kind] for record in records if record["type"] == kind] for kind in ("run", "metric")}
-        (self.run,) = of["run"]
+        self.id = folder.name.rsplit("-", 1)[-1]
+        self.run = of["run"][0] if of["run"] else None  # a process that is killed takes its last 32 KiB with it
         self.x_axes = {metric["glob_name"]: metric["step_metric"] for metric in of["metric"] if "step_metric" in metric}
         self.rows = [
             {name: value for name, value in record["history"]["item"].items() if not name.startswith("_")}
@@ -97,7 +98,11 @@ def test_what_the_killed_process_wrote_says_the_same(sittings):
 
 def test_it_has_one_id_and_what_it_is_found_by(run, sittings):
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert sittings[-1].run is not None
+    assert len({sitting.id for sitting in sittings}) == 1
     for sitting in sittings:
+        if sitting.run is None:
+            continue
         assert sitting.run["run_id"] == (run / "wandb_id").read_text(encoding="utf-8")
         assert sitting.run["resume"] is True
         assert {"group": sitting.run["run_group"], **{n: sitting.run[n] for n in ("job_type", "tags")}} == LABELS
