@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ablation.plan import Plan, digest
+from ablation.plan import Cell, Plan, digest, rates_of
 from conf.errors import UserError
 from conf.files import atomic_write, say_why
 from conf.load import flatten
 from conf.schema import AblationConfig
 
 NAME = "manifest.json"
+_RUN = re.compile(r"(?P<size>[^-]+)-(?P<arm>[^-]+)-lr(?P<rate>[0-9.e+-]+)-seed(?P<seed>[0-9]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,24 @@ class Manifest:
     def learned(self, size: str, arm: str) -> dict[str, Any]:
         """Return `plan.Arm.learned`."""
         return self.shared | self.arms[size][arm]
+
+    def rates(self, size: str, arm: str) -> list[float]:
+        """Return `plan.Plan.rates`."""
+        return rates_of(self.plan, self.learned(size, arm)["optim.lr"])
+
+    def cell(self, name: str) -> Cell | None:
+        """Return which run a folder's name says it is, None if it names no arm; a rate of no plan has the name's digits."""
+        named = _RUN.fullmatch(name)
+        if not named or named["arm"] not in self.arms.get(named["size"], {}):
+            return None
+        size, arm, seed = named["size"], named["arm"], int(named["seed"])
+        stage = "sweep" if seed == self.plan.rate_seed else "final"
+        try:
+            told = Cell(stage, size, arm, float(named["rate"]), seed)
+        except ValueError:
+            return None
+        exact = (dataclasses.replace(told, rate=rate) for rate in self.rates(size, arm))
+        return next((cell for cell in exact if cell.name == name), told)
 
 
 def write_manifest(plan: Plan, folder: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from conf.load import values_of
 
 FEWEST_RATES = 3  # tried, for a verdict
 UNFAIR = 0.01  # a mismatch beyond this blocks the verdict, whatever the plan allowed
-_NAME = re.compile(r"(?P<size>[^-]+)-(?P<arm>[^-]+)-lr(?P<rate>.+)-seed(?P<seed>\d+)")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +96,7 @@ class Results:
 
     def best_rate(self, size: str, arm: str) -> float | None:
         """Return the learning rate at which seeds are compared; None while it is not known, or if all diverged."""
-        rates = rates_of(self.manifest.plan, self.manifest.learned(size, arm)["optim.lr"])
+        rates = self.manifest.rates(size, arm)
         if len(rates) == 1:
             return rates[0]
         found = self.swept(size, arm)
@@ -189,7 +187,7 @@ def expected(results: Results) -> Iterator[Cell]:
     plan = results.manifest.plan
     for size in results.sizes:
         for arm in results.arms(size):
-            rates = rates_of(plan, results.manifest.learned(size, arm)["optim.lr"])
+            rates = results.manifest.rates(size, arm)
             if len(rates) > 1:
                 yield from (Cell("sweep", size, arm, rate, plan.rate_seed) for rate in rates)
             best = results.best_rate(size, arm)
@@ -215,17 +213,15 @@ def check_data_order(runs: dict[str, Run]) -> None:
 
 def _cell(manifest: Manifest, path: Path, config: dict[str, Any]) -> Cell:
     """Return which cell a run is, from its name and its learning rate."""
-    plan, named = manifest.plan, _NAME.fullmatch(path.name)
+    plan, named = manifest.plan, manifest.cell(path.name)
     no_run = f"{path} is no run of the plan {plan.name}"
-    if not named or named["arm"] not in manifest.arms.get(named["size"], {}):
+    if named is None:
         raise UserError(f"{no_run}: its name has no size and arm of the manifest")
-    seed = int(named["seed"])
-    if seed not in (*plan.seeds, plan.rate_seed):
-        raise UserError(f"{no_run}: seed={seed} is none of its seeds")
-    rate = config.get("optim.lr", math.nan)
-    cell = Cell("sweep" if seed == plan.rate_seed else "final", named["size"], named["arm"], rate, seed)
+    if named.seed not in (*plan.seeds, plan.rate_seed):
+        raise UserError(f"{no_run}: seed={named.seed} is none of its seeds")
+    cell = dataclasses.replace(named, rate=config.get("optim.lr", math.nan))
     if cell.name != path.name:
-        raise UserError(f"{no_run}: its optim.lr is {rate}")
+        raise UserError(f"{no_run}: its optim.lr is {cell.rate}")
     return cell
 
 

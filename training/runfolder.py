@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,8 @@ from conf.files import atomic_write, say_why
 from conf.load import from_yaml, to_yaml
 from conf.schema import Config
 from conf.validate import differences
+
+_ATTEMPTS, _PAUSE = 20, 0.05  # at a folder's lock; seconds
 
 
 class RunFolder:
@@ -50,7 +53,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a+")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self._lock)
         except OSError as error:
             raise UserError(
                 f"another process is training in {self.path}: wait for it, or give this run a name (run=NAME)"
@@ -156,3 +159,16 @@ class RunFolder:
                 os.dup2(copy, number)
                 os.close(copy)
             os.close(log)
+
+
+def _lock(file: IO[str]) -> None:
+    """Lock a file for this process. Who only asks whether a run is alive (`ablation/cells.py`) holds the lock for a moment.
+
+    Raises:
+        OSError: another process holds it for a second.
+    """
+    for _ in range(_ATTEMPTS):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(_PAUSE)
+    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ import pytest
 from conf.errors import UserError
 from conf.load import from_yaml, load
 from tests.training.tiny import overrides
+from training import runfolder
 from training.runfolder import RunFolder
 
 
@@ -79,13 +81,27 @@ def test_config_yaml_is_the_whole_configuration(folder, config):
     assert from_yaml(folder.path / "config.yaml") == config
 
 
-def test_the_lock_is_let_go(folder, config):
+def test_the_lock_is_let_go(folder, config, monkeypatch):
+    monkeypatch.setattr(runfolder.time, "sleep", lambda _: None)
     with pytest.raises(UserError, match="another process is training in"):
         RunFolder(config).claim(config)
     folder.close()
     again = RunFolder(config)
     again.claim(config)
     again.close()
+
+
+def test_who_asks_whether_a_run_is_alive_stops_none_from_beginning(folder, config, monkeypatch):
+    folder.close()
+    asks = open(folder.path / ".lock")
+    fcntl.flock(asks, fcntl.LOCK_SH)
+    monkeypatch.setattr(
+        runfolder.time, "sleep", lambda _: asks.close()
+    )  # while the run waits, the question is answered
+    begins = RunFolder(config)
+    begins.claim(config)
+    begins.close()
+    assert asks.closed
 
 
 def test_what_was_begun_goes_on_only_with_the_same_settings(folder, config):
