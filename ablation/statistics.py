@@ -81,17 +81,33 @@ def compare(
     if baseline not in losses:
         raise ValueError(f"no losses of the baseline {baseline!r}")
     blocked = blocked or {}
-    own = losses[baseline]
+    pairs = {arm: (of_arm, losses[baseline]) for arm, of_arm in losses.items() if arm != baseline}
+    of_all = dict.fromkeys(losses, blocked.get(baseline, ""))
+    return compare_pairs(pairs, smallest_effect, ceiling, of_all | blocked, resamples)
+
+
+def compare_pairs(
+    pairs: Mapping[str, tuple[Mapping[int, float], Mapping[int, float]]],
+    smallest_effect: float,
+    ceiling: float,
+    blocked: Mapping[str, str] | None = None,
+    resamples: int = _RESAMPLES,
+    margin: float = 0.0,
+) -> list[Comparison]:
+    """Compare as `compare` does, each arm with a baseline of its own; Holm's adjustment is for all of them.
+
+    Args:
+        pairs: the losses of the arm, and of its baseline, by seed. A pair without seeds counts in the adjustment.
+        margin: added to every difference, so that "better" says: by more than this, and "worse": not better by this.
+    """
     found = []
-    for arm, of_arm in losses.items():
-        if arm == baseline:
-            continue
-        seeds = sorted(of_arm.keys() & own.keys())
-        diverged = [sum(not math.isfinite(side[seed]) for seed in seeds) for side in (of_arm, own)]
-        counted = [[_counted(side[seed], ceiling) for seed in seeds] for side in (of_arm, own)]
-        differences = np.subtract(*counted) if seeds else np.empty(0)
+    for arm, sides in pairs.items():
+        seeds = sorted(sides[0].keys() & sides[1].keys())
+        diverged = [sum(not math.isfinite(side[seed]) for seed in seeds) for side in sides]
+        counted = [[_counted(side[seed], ceiling) for seed in seeds] for side in sides]
+        differences = np.subtract(*counted) + margin if seeds else np.empty(0)
         found.append(_Test(arm, *diverged, *_paired(differences), _bootstrap(differences, resamples)))
-    return _judge(found, smallest_effect, dict.fromkeys(losses, blocked.get(baseline, "")) | blocked)
+    return _judge(found, smallest_effect, blocked or {})
 
 
 def compare_summaries(

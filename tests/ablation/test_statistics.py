@@ -13,6 +13,7 @@ from ablation.statistics import (
     POWER,
     Verdict,
     compare,
+    compare_pairs,
     compare_summaries,
     detectable_difference,
     effective_speed_up,
@@ -202,6 +203,24 @@ def test_a_blocked_arm_has_no_verdict_and_a_blocked_baseline_leaves_none():
         data, "arm0", 0.01, CEILING, blocked={"arm0": "the baseline's best rate is the lowest", "arm1": "own"}
     )
     assert {c.arm: c.reason for c in found} == {"arm1": "own", "arm2": "the baseline's best rate is the lowest"}
+
+
+def test_pairs_have_their_own_baselines_and_are_adjusted_for_all_of_them():
+    one, other = {0: 1.00, 1: 1.02, 2: 0.97}, {0: 1.50, 1: 1.53, 2: 1.49}
+    own, others = {0: 1.10, 1: 1.13, 2: 1.06}, {0: 1.40, 1: 1.44, 2: 1.40}
+    found = {c.arm: c for c in compare_pairs({"a": (one, own), "b": (other, others), "none": ({}, {})}, 0.01, 9.0)}
+    [alone] = compare({"a": one, "base": own}, "base", 0.01, 9.0)
+    assert (found["a"].difference, found["a"].p) == (alone.difference, alone.p)
+    assert found["b"].difference == pytest.approx(0.28 / 3)
+    first = min(found["a"], found["b"], key=lambda c: c.p)
+    assert first.p_holm == pytest.approx(3 * first.p)  # one without seeds counts
+    assert (found["none"].seeds, found["none"].verdict) == (0, Verdict.UNDERPOWERED)
+
+
+def test_a_margin_moves_what_better_and_worse_are_beside():
+    pair = {"a": ({0: 1.0, 1: 1.1, 2: 1.2}, {0: 1.101, 1: 1.199, 2: 1.3})}  # better by 0.1
+    verdicts = [compare_pairs(pair, 0.001, 9.0, margin=margin)[0].verdict for margin in (0.0, 0.05, 0.15)]
+    assert verdicts == [Verdict.BETTER, Verdict.BETTER, Verdict.WORSE]
 
 
 def test_a_missing_baseline_is_an_error():
