@@ -9,7 +9,10 @@
     results.py      what the runs of a plan showed, checked
     statistics.py   paired differences, intervals, what could have been detected, verdicts
     efficiency.py   what a loss costs: compute, seconds, memory
+    measures.py     other figures of runs, by seed
     verdict.py      the verdict in a sentence
+    claims.py       what articles claim (claims.yaml), and what runs say of it
+    status.py       how the runs of a plan stand, at a glance
     report.py       report.html (page.html is its frame), results.csv and figures (figures.py)
     dashboard.py    workspaces, a report and a table of a plan on W&B
 

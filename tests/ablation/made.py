@@ -7,8 +7,9 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ablation.manifest import write_manifest
@@ -26,6 +27,7 @@ PER_LAYER = {  # name: (first layer, last layer, how it grows over the run)
 }  # fmt: skip
 
 Losses = Callable[[Cell], float]  # final loss; nan: it diverges
+Figures = Callable[[Cell], dict[str, float | list[float]]]
 
 
 def plan_of(*words: str) -> Plan:
@@ -44,18 +46,26 @@ def losses(effects: dict[str, float], noise: float = 0.004, best: float = 1.0, o
     return loss
 
 
-def make(plan: Plan, folder: Path, loss: Losses, cells: list[Cell] | None = None, half: str = "") -> Path:
+def make(
+    plan: Plan,
+    folder: Path,
+    loss: Losses,
+    cells: list[Cell] | None = None,
+    half: str = "",
+    figures: Figures | None = None,
+) -> Path:
     """Write the folder of a plan whose runs have all ended, and return it.
 
     Args:
         folder: of plans.
         cells: the runs that there are; None: all, each arm's seeds at the rate with the lowest loss.
         half: the name of a run that was killed in the middle of a line.
+        figures: other values for lines of metrics.jsonl.
     """
     folder = folder / plan.config.name
     write_manifest(plan, folder)
     for cell in all_cells(plan, loss) if cells is None else cells:
-        write_run(plan, cell, folder, loss(cell))
+        write_run(plan, cell, folder, loss(cell), figures(cell) if figures else {})
     if half:
         path = folder / "runs" / half / "metrics.jsonl"
         path.write_bytes(path.read_bytes()[:-20])
@@ -76,8 +86,14 @@ def all_cells(plan: Plan, loss: Losses) -> list[Cell]:
     return cells
 
 
-def write_run(plan: Plan, cell: Cell, folder: Path, final: float) -> None:
-    """Write one run that ended with a loss, or diverged (nan)."""
+def write_run(
+    plan: Plan,
+    cell: Cell,
+    folder: Path,
+    final: float,
+    figures: Mapping[str, float | list[float]] = MappingProxyType({}),
+) -> None:
+    """Write one run that ended with a loss, or diverged (nan); lines have those `figures` that they have anyway."""
     run = folder / "runs" / cell.name
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
@@ -111,6 +127,7 @@ def write_run(plan: Plan, cell: Cell, folder: Path, final: float) -> None:
                           "bits_per_byte": curve / 2.5, "held_out_tokens": 32768})  # fmt: skip
     if ends < 1.0:
         lines.append({"kind": "event", "event": "diverged", "step": last, "tokens": last * batch.tokens_per_step})
+    lines = [line | {name: value for name, value in figures.items() if name in line} for line in lines]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     counts = parameters(shape_of(config))
     summary = {

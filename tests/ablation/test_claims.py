@@ -1,0 +1,347 @@
+"""Claims: each can be supported and contradicted by what runs show, and nothing is said of more than was shown."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import math
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ablation.cells import outcome, read_metrics
+from ablation.claims import CONTRADICTED, OPEN, SUPPORTED, Answer, judge, main, markdown, read_claims
+from ablation.manifest import read_manifest
+from ablation.measures import by_seed, log_speed_up
+from ablation.plan import Cell, Plan
+from ablation.results import Results, Run, read_results
+from conf.errors import UserError
+from conf.load import choices
+from kernels.formula import parse
+from kernels.symbolic import compile_formula
+from kernels.telemetry import figures as telemetry_figures
+from kernels.telemetry import sums_of
+from tests.ablation.made import losses, make, plan_of
+from training import telemetry
+
+CLAIMS = {claim.claim: claim for claim in read_claims()}
+NOT_OF_TELEMETRY = {"final_eval_loss", "tokens_per_second", "recovered", "speed_up", "ffn_parameters", "spread"}
+
+
+@functools.cache
+def plan(*arms: str, words: tuple[str, ...] = (), seeds: str = "[0,1,2]") -> Plan:
+    named = [f"ablation.arms=[{','.join(arms)}]", f"ablation.baseline={arms[0]}"]
+    return plan_of("ablation=glu_variants", *named, f"ablation.seeds={seeds}", "tokens=600000", *words)
+
+
+def answer(
+    text: str, folder: Path, of_plan: Plan, effects: dict | None = None, figures: dict | None = None, **more
+) -> Answer:
+    """Make runs and judge a claim by them.
+
+    Args:
+        effects: on the loss, by arm, or by size and arm.
+        figures: by arm, of metrics.jsonl; a seed changes them by about 1%.
+    """
+    sizes = {size: (effects or {}).get(size, effects or {}) for size in of_plan.arms}
+    rules = {size: losses(of_size, noise=0.001) for size, of_size in sizes.items()}
+
+    def rule(cell: Cell) -> float:
+        return more.get("loss", lambda _: None)(cell) or rules[cell.size](cell)
+
+    def of_metrics(cell: Cell) -> dict[str, float]:
+        chance = random.Random(f"{cell.arm} {cell.seed}")
+        return {name: value * chance.gauss(1, 0.01) for name, value in (figures or {}).get(cell.arm, {}).items()}
+
+    shutil.rmtree(folder, ignore_errors=True)
+    made = make(of_plan, folder, rule, more.get("cells"), figures=of_metrics)
+    manifest = read_manifest(made)  # and the runs without the checks of `read_results`, which take the longest
+    paths = sorted((made / "runs").glob("*"))
+    runs = {p.name: Run(manifest.cell(p.name), p, outcome(p), read_metrics(p)[0]) for p in paths}
+    [found] = judge([CLAIMS[text]], [Results(made, manifest, runs, ())])
+    return found
+
+
+GATED = ("glu", "sigmoid", "reglu", "relu", "geglu", "gelu", "swiglu", "silu")
+TWO_WIDTHS = ("ablation.sizes={narrow: model=nano, wide: model=nano model.d_model=384}",)
+SPREAD = {"relu": 0.0, "gelu": -0.1, "swiglu": -0.3}
+TENTH = {arm: effect / 10 for arm, effect in SPREAD.items()}
+DEAD = {"relu": {"dead": 0.2}, "leaky_relu": {"dead": 0.0}, "prelu": {"dead": 0.0}}
+SAFE = {
+    "relu": {"gradient_first_over_last": 3.0, "max": 20.0},
+    "swiglu": {"gradient_first_over_last": 1.0, "max": 10.0},
+}
+
+CASES = {  # claim: (arms, what supports it, what contradicts it): each (effects on the loss, figures)
+    "SwiGLU beats ReLU": (("relu", "swiglu"), ({"swiglu": -0.05}, {}), [({"swiglu": 0.05}, {}), ({}, {})]),
+    "Swish improves upon GELU": (("gelu", "silu"), ({"silu": -0.05}, {}), [({"silu": 0.05}, {})]),
+    "GLU variants almost always beat the same curve without a gate": (
+        GATED,
+        ({"glu": -0.05, "reglu": -0.05, "geglu": -0.05, "swiglu": 0.05}, {}),
+        [({"glu": -0.05, "reglu": -0.05, "geglu": 0.05, "swiglu": 0.05}, {})],
+    ),
+    "Squared ReLU has comparable quality and is more efficient": (
+        ("swiglu", "relu2"),
+        ({}, {"relu2": {"tokens_per_second": 20e3}, "swiglu": {"tokens_per_second": 17e3}}),
+        [
+            ({"relu2": 0.05}, {"relu2": {"tokens_per_second": 20e3}, "swiglu": {"tokens_per_second": 17e3}}),
+            ({}, {"relu2": {"tokens_per_second": 17e3}, "swiglu": {"tokens_per_second": 20e3}}),
+        ],
+    ),
+    "ReLU units die and never recover": (
+        ("relu", "gelu"),
+        ({}, {"relu": {"dead": 0.2, "revived": 0.0}}),
+        [({}, {"relu": {"dead": 0.2, "revived": 0.1}}), ({}, {"relu": {"dead": 0.001, "revived": 0.0}})],
+    ),
+    "ReLU's unboundedness explodes gradients, and SwiGLU is safer": (
+        ("relu", "swiglu"),
+        ({}, SAFE),
+        [
+            ({}, SAFE | {"swiglu": SAFE["swiglu"] | {"max": 40.0}}),
+            ({}, SAFE | {"swiglu": SAFE["swiglu"] | {"gradient_first_over_last": 9.0}}),
+        ],
+    ),
+    "Where ReLU's units die, LeakyReLU and PReLU are the cure": (
+        ("relu", "leaky_relu", "prelu"),
+        ({"prelu": -0.05, "leaky_relu": 0.05}, DEAD),
+        [
+            ({"prelu": 0.05, "leaky_relu": 0.05}, DEAD),
+            ({"prelu": -0.05, "leaky_relu": -0.05}, DEAD | {"leaky_relu": {"dead": 0.2}}),
+        ],
+    ),
+    "Sigmoid zigzags, tanh does not": (
+        ("sigmoid", "tanh"),
+        ({}, {"sigmoid": {"sign_agreement": 0.76}, "tanh": {"sign_agreement": 0.05}}),
+        [
+            ({}, {"sigmoid": {"sign_agreement": 0.76}, "tanh": {"sign_agreement": 0.7}}),
+            ({}, {"sigmoid": {"sign_agreement": 0.05}, "tanh": {"sign_agreement": 0.05}}),
+        ],
+    ),
+    "SwiGLU converges in fewer steps": (("relu", "swiglu"), ({"swiglu": -0.05}, {}), [({"swiglu": 0.05}, {})]),
+    "The wider the model, the less the choice matters": (
+        ("relu", "gelu", "swiglu"),
+        ({"narrow": SPREAD, "wide": TENTH}, {}),
+        [({"narrow": TENTH, "wide": SPREAD}, {}), ({"narrow": SPREAD, "wide": SPREAD}, {})],
+    ),
+}
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_runs_can_support_and_contradict_a_claim(text, tmp_path):
+    arms, (effects, figures), contradictions = CASES[text]
+    of_plan = plan(*arms, words=TWO_WIDTHS if "narrow" in effects else ())
+    found = answer(text, tmp_path, of_plan, effects, figures)
+    assert (found.state, found.findings[0].why) == (SUPPORTED, "")
+    assert found.verdict.startswith("supported at ")
+    assert found.findings[0].details
+    for effects, figures in contradictions:
+        found = answer(text, tmp_path, of_plan, effects, figures)
+        assert found.state == CONTRADICTED, found.verdict
+
+
+def test_parameters_are_settled_by_the_manifest_alone(tmp_path):
+    text = "SwiGLU costs more parameters"
+    matched = answer(text, tmp_path / "matched", plan("relu", "swiglu"), cells=[])
+    assert matched.verdict == "contradicted at nano only"
+    assert matched.findings[0].details == ["ffn_parameters: swiglu x1.0000 beside relu, at d_ff 512 and 768"]
+    unmatched = answer(text, tmp_path / "unmatched", plan("relu", "swiglu", words=("ablation.budget=none",)), cells=[])
+    assert unmatched.verdict == "supported at nano only"
+    assert unmatched.findings[0].details == ["ffn_parameters: swiglu x1.5000 beside relu, at d_ff 768 and 768"]
+    both = Answer(CLAIMS[text], [*matched.findings, *unmatched.findings], True)
+    assert both.verdict == "not settled: contradicted at nano of glu_variants, supported at nano of glu_variants"
+
+
+def test_every_claim_has_a_case():
+    assert {*CASES, "SwiGLU costs more parameters"} == CLAIMS.keys()
+
+
+def test_what_claims_name_there_is():
+    formula = compile_formula(parse("silu(gate) * up"))
+    names = set(telemetry_figures(sums_of(formula), 2, [1.0] * 99, 1.0))
+    names |= telemetry.Window(1).figures([torch.ones(1)], 1).keys()
+    names |= set(re.findall(r'"(\w+)":', inspect.getsource(telemetry._Look.figures)))
+    for claim in CLAIMS.values():
+        assert claim.literature
+        for test in (*claim.given, *claim.test):
+            assert test.figure in names | NOT_OF_TELEMETRY
+            assert bool(test.less) != bool(test.more)
+            assert test.scale in ("linear", "log")
+            assert test.needed <= len(test.pairs)
+            if test.figure != "spread":
+                assert set(test.arms) <= set(choices("ffn"))
+
+
+# ------------------------------------------------------------------------------------------ no more than what was shown
+
+
+def test_two_sizes_make_it_general_and_two_that_disagree_do_not_settle_it(tmp_path):
+    text, of_plan = "SwiGLU beats ReLU", plan("relu", "swiglu", words=TWO_WIDTHS)
+    found = answer(text, tmp_path, of_plan, {"swiglu": -0.05})
+    assert found.verdict == "supported at narrow and wide"
+    found = answer(text, tmp_path, of_plan, {"narrow": {"swiglu": -0.05}, "wide": {"swiglu": 0.05}})
+    assert found.state == OPEN
+    assert found.verdict == ("not settled: supported at narrow of glu_variants, contradicted at wide of glu_variants")
+
+
+def test_one_model_under_two_names_is_one_size(tmp_path):
+    words = ("ablation.sizes={fp32: model=nano precision=fp32, bf16: model=nano precision=bf16}",)
+    found = answer("SwiGLU beats ReLU", tmp_path, plan("relu", "swiglu", words=words), {"swiglu": -0.05})
+    assert found.verdict == "supported at fp32 and bf16 only"
+
+
+def test_noise_does_not_settle_a_claim(tmp_path):
+    noise = lambda cell: 3.0 + 0.1 * random.Random(f"{cell.arm} {cell.seed}").random()  # noqa: E731
+    found = answer("SwiGLU beats ReLU", tmp_path, plan("relu", "swiglu"), loss=noise)
+    assert found.state == OPEN
+    assert re.fullmatch(r"not settled: (blocked|underpowered): .*", found.verdict)
+
+
+def test_two_seeds_do_not_settle_a_claim(tmp_path):
+    found = answer("SwiGLU beats ReLU", tmp_path, plan("relu", "swiglu", seeds="[0,1]"), {"swiglu": -0.5})
+    assert found.verdict == "not settled: underpowered: final_eval_loss of swiglu and relu, 2 seed(s)"
+    text, figures = "Sigmoid zigzags, tanh does not", CASES["Sigmoid zigzags, tanh does not"][1][1]
+    found = answer(text, tmp_path, plan("sigmoid", "tanh", seeds="[0,1]"), {}, figures)
+    assert found.verdict == "not settled: underpowered: sign_agreement of sigmoid and tanh, 2 seed(s)"
+
+
+def test_what_blocks_a_verdict_blocks_a_claim(tmp_path):
+    text, effects = "SwiGLU beats ReLU", {"swiglu": -0.05}
+
+    def verdict(*words: str, **more) -> str:
+        return answer(text, tmp_path, plan("relu", "swiglu", words=words), effects, **more).verdict
+
+    edge = losses(effects, noise=0.001, best=4.0)
+    assert "blocked: swiglu: its best learning rate, 0.008, is the highest" in verdict(loss=edge)
+    assert "blocked: swiglu: a verdict takes 3 learning rates" in verdict("ablation.rates=[1.0]")
+    assert "blocked: swiglu has +50.0% parameters in its feed-forward layers" in verdict("ablation.budget=none")
+    other = "ablation.arms={relu: ffn=relu, swiglu: ffn=custom ffn.formula=relu(gate)*up}"
+    assert "blocked: swiglu is not the arm of that name in conf/ffn" in verdict(other)
+    other = "ablation.arms={relu: ffn=relu, swiglu: ffn=swiglu ffn.per_layer.0=relu}"
+    assert "blocked: swiglu is not the arm of that name in conf/ffn" in verdict(other)
+    other = "ablation.arms={relu: ffn=relu, swiglu: ffn=swiglu optim.weight_decay=0.2}"
+    assert "blocked: swiglu and relu differ in optim.weight_decay" in verdict(other)
+
+
+def test_runs_that_are_missing_are_said_to_be(tmp_path):
+    text = "SwiGLU beats ReLU"
+    found = answer(text, tmp_path, plan("relu", "swiglu"), cells=[])
+    assert found.verdict == "not settled: no seed has final_eval_loss of swiglu and relu"
+    found = answer(text, tmp_path / "other", plan("relu", "gelu"), cells=[])
+    assert found.verdict == "not settled: no plan that was given has the arms (swiglu, relu)"
+    text = "The wider the model, the less the choice matters"
+    found = answer(text, tmp_path / "third", plan("relu", "gelu"), cells=[])
+    assert found.verdict == "not settled: no plan that was given has sizes of two widths"
+
+
+def test_pairs_that_a_plan_lacks_count_as_not_shown(tmp_path):
+    text = "GLU variants almost always beat the same curve without a gate"
+    found = answer(text, tmp_path, plan("relu", "reglu"), {"reglu": -0.05})
+    assert found.verdict == "not settled: the plan has not both glu and sigmoid"
+
+
+def test_a_claim_whose_premise_does_not_hold_is_not_settled(tmp_path):
+    text = "Where ReLU's units die, LeakyReLU and PReLU are the cure"
+    figures = {arm: {"dead": 0.001} for arm in ("relu", "leaky_relu", "prelu")}
+    found = answer(text, tmp_path, plan("relu", "leaky_relu", "prelu"), {"prelu": -0.05}, figures)
+    assert found.verdict.startswith("not settled: what it is said of is not so here: dead: relu 0.00")
+
+
+def test_a_difference_that_is_ruled_out_is_told_apart_from_the_opposite(tmp_path):
+    text, of_plan = "SwiGLU beats ReLU", plan("relu", "swiglu")
+    opposite = answer(text, tmp_path, of_plan, {"swiglu": 0.05})
+    assert opposite.verdict == "contradicted at nano only"
+    missing = answer(text, tmp_path, of_plan, {})
+    assert missing.verdict == "contradicted at nano only: a difference of 0.01 in final_eval_loss is ruled out"
+    same = answer(
+        "ReLU's unboundedness explodes gradients, and SwiGLU is safer",
+        tmp_path,
+        of_plan,
+        {},
+        SAFE | {"swiglu": SAFE["relu"]},
+    )
+    assert same.verdict == (
+        "contradicted at nano only: a difference by a factor of 1.1 in gradient_first_over_last is ruled out"
+    )
+
+
+def test_an_arm_that_diverges_supports_no_claim_of_its_own(tmp_path):
+    diverges = lambda cell: float("nan") if (cell.arm, cell.seed) == ("swiglu", 1) else None  # noqa: E731
+    for text in ("SwiGLU beats ReLU", "SwiGLU converges in fewer steps"):
+        found = answer(text, tmp_path, plan("relu", "swiglu"), {"swiglu": -0.05}, loss=diverges)
+        assert found.state == OPEN
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_figures_of_a_run_are_what_its_lines_say(tmp_path):
+    of_plan = plan("relu", "swiglu")
+    made = make(of_plan, tmp_path, losses({"swiglu": -0.05}, noise=0.0))
+    results = read_results(made)
+    runs, others = results.finals("nano", "swiglu"), results.finals("nano", "relu")
+    [path] = (made / "runs").glob("nano-swiglu-*-seed0")
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    looks = [line for line in lines if line["kind"] == "telemetry"]
+    assert by_seed("max", runs)[0] == max(looks[-1]["max"])
+    assert by_seed("kurtosis", runs)[0] == pytest.approx(sum(looks[-1]["kurtosis"]) / 4)
+    assert by_seed("gradient_first_over_last", runs)[0] == looks[-1]["gradient_first_over_last"]
+    again, dead = sum(sum(look["revived"]) / 4 for look in looks[5:]), sum(looks[-1]["dead"]) / 4
+    assert by_seed("recovered", runs)[0] == pytest.approx(again / (again + dead))
+    assert by_seed("no such figure", runs) == {}
+    assert by_seed("final_eval_loss", runs) == results.losses("nano")["swiglu"]
+    assert all(value > 0 for value in log_speed_up(runs, others).values())
+    assert all(value < 0 for value in log_speed_up(others, runs).values())
+
+
+def test_a_run_that_diverged_is_as_slow_as_can_be(tmp_path):
+    rule = lambda cell: math.nan if (cell.arm, cell.seed) in (("swiglu", 1), ("swiglu", 2), ("relu", 2)) else 3.0  # noqa: E731
+    results = read_results(make(plan("relu", "swiglu"), tmp_path, rule))
+    runs, others = results.finals("nano", "swiglu"), results.finals("nano", "relu")
+    assert log_speed_up(runs, others) == pytest.approx({0: 0.0, 1: -math.log(4)})  # of two nothing can be said
+    assert log_speed_up(others, runs) == pytest.approx({0: 0.0, 1: math.log(4)})
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def test_without_folders_no_claim_is_settled(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert out.count("not settled:") == len(CLAIMS)
+    assert {found.verdict for found in judge(CLAIMS.values(), [])} == {"not settled: no runs given"}
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_markdown_names_the_runs_and_the_plan_behind_a_verdict(tmp_path, capsys):
+    of_plan = plan("relu", "swiglu")
+    made = make(of_plan, tmp_path, losses({"swiglu": -0.05}, noise=0.001))
+    assert main([str(made), f"to={tmp_path / 'claims.md'}"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    text = (tmp_path / "claims.md").read_text(encoding="utf-8")
+    assert "| SwiGLU beats ReLU | supported at equal parameters | supported at nano only |" in text
+    assert text.count("|---|---|---|") == 1
+    section = text.partition("## SwiGLU beats ReLU")[2].partition("##")[0]
+    assert f"nano of {made}, plan glu_variants {of_plan.hash}: supported" in section
+    assert "`nano-swiglu-lr0.004-seed{0,1,2}`, `nano-relu-lr0.004-seed{0,1,2}`" in section
+    assert re.search(
+        r"final_eval_loss: swiglu -0\.0\d+ beside relu \(95% interval -0\.0\d+ to -0\.0\d+, 3 seeds\)", section
+    )
+    assert markdown(judge(CLAIMS.values(), [read_results(made)])) == text
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["{folder}"], "has no manifest.json: it is no folder of `python -m ablation.run`"),
+        (["two=FILE.md"], "unknown option 'two': did you mean 'to'?"),
+        (["to={folder}/none/claims.md"], "there is no such file or folder"),
+    ],
+)
+def test_bad_input_is_refused(words, sentence, tmp_path):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        main([word.format(folder=tmp_path) for word in words])
