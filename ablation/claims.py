@@ -272,6 +272,8 @@ def _decide(test: Criterion, results: Results, sizes: tuple[str, ...]) -> _Part:
 def _accounted(test: Criterion, results: Results, size: str) -> _Part:
     """Decide by the costs in the manifest, which no seed changes."""
     [(arm, other)] = test.pairs.items()
+    if strange := _strange(results, size, test.arms):
+        return _Part(OPEN, strange, [], [])
     cost = results.manifest.cost[size]
     ratio = cost[arm][test.figure] / cost[str(other)][test.figure]
     widths = " and ".join(str(results.manifest.learned(size, a)["model.d_ff"]) for a in (arm, str(other)))
@@ -351,6 +353,16 @@ def _pair(test: Criterion, results: Results, sizes: tuple[str, ...], arm: str, o
     )
 
 
+def _strange(results: Results, size: str, arms: list[str]) -> str:
+    """Return which of these arms is another one than its name says, or ""."""
+    for arm in arms:
+        stored = {key: _catalogue()[arm][key] for key in ("formula", "parameters", "init_scale")} | {"per_layer": {}}
+        learned = results.manifest.learned(size, arm)
+        if any(learned.get(name) != value for name, value in flatten(stored, "ffn.").items()):
+            return f"blocked: {arm} is not the arm of that name in conf/ffn"
+    return ""
+
+
 def _names(runs: Iterable[Run]) -> list[str]:
     return [run.folder.name for run in runs]
 
@@ -364,10 +376,8 @@ def _unfit(results: Results, size: str, arms: list[str]) -> str:
             return f"blocked: {arm}: {blocked[arm]}"
         if abs(cost[arm]["mismatch"]) > UNFAIR:  # of a plan that matches none
             return f"blocked: {arm} has {cost[arm]['mismatch']:+.1%} parameters in its feed-forward layers"
-    for arm in arms:
-        stored = {key: _catalogue()[arm][key] for key in ("formula", "parameters", "init_scale")} | {"per_layer": {}}
-        if any(learned[arm].get(name) != value for name, value in flatten(stored, "ffn.").items()):
-            return f"blocked: {arm} is not the arm of that name in conf/ffn"
+    if strange := _strange(results, size, arms):
+        return strange
     for name in sorted(set().union(*learned.values())):
         if not name.startswith(_ARM_DIFFERS_IN) and len({repr(of_arm.get(name)) for of_arm in learned.values()}) > 1:
             return f"blocked: {_list(learned)} differ in {name}"

@@ -293,7 +293,7 @@ def _totals(grid: Grid) -> list[Text]:
 
 
 def _duration(seconds: float) -> str:
-    minutes = math.ceil(seconds / 60)
+    minutes = max(1, math.ceil(seconds / 60))
     return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 

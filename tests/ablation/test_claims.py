@@ -221,6 +221,8 @@ def test_what_blocks_a_verdict_blocks_a_claim(tmp_path):
     assert "blocked: swiglu has +50.0% parameters in its feed-forward layers" in verdict("ablation.budget=none")
     other = "ablation.arms={relu: ffn=relu, swiglu: ffn=custom ffn.formula=relu(gate)*up}"
     assert "blocked: swiglu is not the arm of that name in conf/ffn" in verdict(other)
+    cost = answer("SwiGLU costs more parameters", tmp_path, plan("relu", "swiglu", words=(other,)), cells=[])
+    assert cost.verdict == "not settled: blocked: swiglu is not the arm of that name in conf/ffn"
     other = "ablation.arms={relu: ffn=relu, swiglu: ffn=swiglu ffn.per_layer.0=relu}"
     assert "blocked: swiglu is not the arm of that name in conf/ffn" in verdict(other)
     other = "ablation.arms={relu: ffn=relu, swiglu: ffn=swiglu optim.weight_decay=0.2}"
