@@ -175,7 +175,7 @@ class _Wandb:
         self.run.define_metric("tokens")
         for kind in KINDS:
             self.run.define_metric(f"{kind}/*", step_metric="tokens")
-        self.note = f"W&B: {self.run.url}"
+        self.note = f"W&B: {self.run.url or mode}"
         if mode in OFFLINE:
             self.note = f"W&B: offline; `wandb sync {folder / 'wandb' / 'latest-run'}` uploads it"
             lines = (folder / "metrics.jsonl").read_bytes()[:told].splitlines() if told else []
