@@ -169,7 +169,7 @@ def test_the_table_has_a_row_for_every_arm_with_the_numbers_of_the_comparison(wh
 def test_the_report_begins_with_the_verdict(whole, written):
     blocks = [text for block in written["report"]["spec"]["blocks"] if (text := text_of(block))]
     [verdict] = sentences(read_results(whole))
-    assert "swiglu is better than relu by" in verdict
+    assert "better than relu: swiglu by" in verdict
     assert blocks[0] == verdict == written["report"]["description"]
     table = next(text for text in blocks if text.startswith("| arm |"))
     assert [line.split("|")[1:3] for line in table.splitlines()[2:]] == [
