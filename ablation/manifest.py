@@ -19,11 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ablation.plan import Cell, Plan, digest, rates_of
+from ablation.plan import Cell, Plan, rates_of
 from conf.errors import UserError
 from conf.files import atomic_write, say_why
 from conf.load import flatten
 from conf.schema import AblationConfig
+from conf.validate import digest
 
 NAME = "manifest.json"
 _RUN = re.compile(r"(?P<size>[^-]+)-(?P<arm>[^-]+)-lr(?P<rate>[0-9.e+-]+)-seed(?P<seed>[0-9]+)")

@@ -10,7 +10,6 @@ A plan is `conf/ablation/<name>.yaml`, keys of `conf.schema.AblationConfig`. Wha
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -26,7 +25,7 @@ from ablation.budget import Width, match
 from conf.errors import UserError, suggest, unknown
 from conf.load import FOLDER, choices, load, quoted
 from conf.schema import AblationConfig, Config
-from conf.validate import Batch, validate, what_is_learned
+from conf.validate import Batch, digest, validate, what_is_learned
 from model.accounting import ffn_saved_bytes, flops_per_token, shape_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
@@ -143,11 +142,6 @@ def tags_of(plan_hash: str, size: str, stage: str) -> list[str]:
 
 def _tag(text: str) -> str:
     return text if len(text) <= LONGEST_TAG else f"{text[: LONGEST_TAG - 9]}:{digest(text, 4)}"
-
-
-def digest(content: Any, size: int = 8) -> str:
-    """Return the hash of what JSON can write, `size` bytes in hexadecimal."""
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=size).hexdigest()
 
 
 def rates_of(config: AblationConfig, lr: float) -> list[float]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ablation.cells import DIVERGED, ENDED, FINISHED, Outcome, outcome, read_metrics
 from ablation.manifest import Manifest, read_manifest
-from ablation.plan import Cell, rates_of
+from ablation.plan import Cell
 from ablation.statistics import Comparison, RateSweep, compare, sweep
 from conf.errors import UserError
 from conf.load import values_of
@@ -128,7 +128,7 @@ class Results:
             off = self.manifest.cost[size][arm]["mismatch"]
             if self.manifest.plan.budget != "none" and abs(off) > UNFAIR:
                 reasons[arm] = f"its {self.manifest.plan.budget} are off by {off:+.1%}"
-            elif len(rates_of(self.manifest.plan, 1.0)) < FEWEST_RATES:
+            elif len(self.manifest.rates(size, arm)) < FEWEST_RATES:
                 reasons[arm] = f"a verdict takes {FEWEST_RATES} learning rates an arm, the plan has fewer"
             elif rates and found is None:
                 reasons[arm] = "every learning rate diverged"
@@ -213,13 +213,13 @@ def check_data_order(runs: dict[str, Run]) -> None:
 
 def _cell(manifest: Manifest, path: Path, config: dict[str, Any]) -> Cell:
     """Return which cell a run is, from its name and its learning rate."""
-    plan, named = manifest.plan, manifest.cell(path.name)
+    plan, found = manifest.plan, manifest.cell(path.name)
     no_run = f"{path} is no run of the plan {plan.name}"
-    if named is None:
+    if found is None:
         raise UserError(f"{no_run}: its name has no size and arm of the manifest")
-    if named.seed not in (*plan.seeds, plan.rate_seed):
-        raise UserError(f"{no_run}: seed={named.seed} is none of its seeds")
-    cell = dataclasses.replace(named, rate=config.get("optim.lr", math.nan))
+    if found.seed not in (*plan.seeds, plan.rate_seed):
+        raise UserError(f"{no_run}: seed={found.seed} is none of its seeds")
+    cell = dataclasses.replace(found, rate=config.get("optim.lr", math.nan))
     if cell.name != path.name:
         raise UserError(f"{no_run}: its optim.lr is {cell.rate}")
     return cell

@@ -255,8 +255,13 @@ def what_is_learned(config: Config) -> dict[str, Any]:
 
 
 def config_hash(config: Config) -> str:
-    """Return the hash of what decides what is learned, 8 bytes in hexadecimal."""
-    return hashlib.blake2b(json.dumps(what_is_learned(config), sort_keys=True).encode(), digest_size=8).hexdigest()
+    """Return the hash of what decides what is learned."""
+    return digest(what_is_learned(config))
+
+
+def digest(content: Any, size: int = 8) -> str:
+    """Return the hash of what JSON can write, `size` bytes in hexadecimal."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=size).hexdigest()
 
 
 def differences(before: Config, now: Config) -> list[str]:
