@@ -224,10 +224,10 @@ def _table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[_Cell]]], ca
         + "</tr>"
         for kind, cells in rows
     ]
-    told = f"<caption>{escape(caption)}</caption>" if caption else ""
+    told = f'<p class="soft">{escape(caption)}</p>' if caption else ""
     return (
-        f'<div class="wide" tabindex="0"><table>{told}<thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f'{told}<div class="wide" tabindex="0"><table{_attribute("aria-label", caption or None)}>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
