@@ -17,13 +17,9 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from ablation.budget import Width, match
 from conf.errors import UserError, suggest, unknown
-from conf.load import FOLDER, choices, load, quoted
+from conf.load import choices, load, quoted, read_group
 from conf.schema import AblationConfig, Config
 from conf.validate import Batch, digest, validate, what_is_learned
 from model.accounting import ffn_saved_bytes, flops_per_token, shape_of
@@ -165,28 +161,7 @@ def read_plan(words: list[str]) -> tuple[AblationConfig, list[str]]:
     Raises:
         UserError: no plan is named, or an unknown one; an unknown key, or a value of the wrong type.
     """
-    names = [word.partition("=")[2] for word in words if word.startswith("ablation=")]
-    if not names:
-        raise UserError(f"say which plan: ablation=NAME; there are {', '.join(choices('ablation'))}")
-    if names[-1] not in choices("ablation"):
-        raise unknown("plan", names[-1], choices("ablation"))
-    typed = [word.removeprefix("ablation.") for word in words if word.startswith("ablation.")]
-    others = [word for word in words if not word.startswith(("ablation=", "ablation."))]
-    known = [field.name for field in dataclasses.fields(AblationConfig)]
-    for word in typed:
-        name = re.split(r"[.=]", word, maxsplit=1)[0]
-        if name not in known:
-            raise unknown("key of ablation", name, known)
-    try:
-        settings: Any = OmegaConf.to_container(OmegaConf.load(FOLDER / "ablation" / f"{names[-1]}.yaml"))
-        for word in typed:  # sizes={...} replaces what the plan says, sizes.deep=... adds to it
-            [(name, value)] = OmegaConf.to_container(OmegaConf.from_dotlist([word])).items()  # type: ignore[union-attr]
-            adds = "." in word.partition("=")[0] and isinstance(settings.get(name), dict)
-            settings[name] = {**settings[name], **value} if adds else value
-        config = OmegaConf.merge(OmegaConf.structured(AblationConfig), {"name": names[-1], **settings})
-        return OmegaConf.to_object(config), others  # type: ignore[return-value]
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"plan {names[-1]}: {str(error).splitlines()[0]}") from error
+    return read_group("ablation", AblationConfig, words, "plan")
 
 
 def resolve(config: AblationConfig, others: list[str] = (), seconds: Any = None) -> Plan:

@@ -35,7 +35,7 @@ from ablation.plan import Cell, Plan, next_rate, read_plan, resolve
 from ablation.speed import step_time
 from ablation.statistics import sweep
 from conf.errors import UserError
-from conf.load import run_command
+from conf.load import choices, run_command
 from conf.options import read_options
 
 _OPTIONS = {"yes": False, "jobs": 1, "ranks": 0, "folder": "ablations"}
@@ -45,6 +45,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 def main(argv: list[str]) -> int:
     if not argv or any(word in ("-h", "--help") for word in argv):
         print(__doc__)
+        for name in choices("ablation"):
+            print(f"    {name:<16}{read_plan([f'ablation={name}'])[0].question}")
         return 0
     own = [word for word in argv if word.partition("=")[0] in _OPTIONS]
     options = read_options(own, _OPTIONS, {"jobs": 1, "ranks": 0})

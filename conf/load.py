@@ -23,6 +23,7 @@ from typing import Any
 from conf.errors import UserError, unknown
 from conf.schema import GROUPS, Config
 
+Group = typing.TypeVar("Group")
 FOLDER = Path(__file__).resolve().parent
 FREE_FORM = ("data.parts", "ffn.parameters", "ffn.per_layer")  # dictionaries whose keys are the user's own
 PLAIN_TEXT = (
@@ -93,6 +94,49 @@ def load(argv: list[str], program: str = "train.py") -> Config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def read_group(group: str, schema: type[Group], words: list[str], called: str) -> tuple[Group, list[str]]:
+    """Read a group that is no part of a run's configuration: `GROUP=NAME GROUP.KEY=VALUE` of what was typed.
+
+    A dictionary that is typed whole replaces what the choice says; `GROUP.KEY.NAME=VALUE` adds to it.
+
+    Args:
+        schema: of the group; `name` becomes the name of the choice.
+        called: the word for a choice of this group, such as "plan".
+
+    Returns:
+        The group, and the words that are not of it.
+
+    Raises:
+        UserError: no choice is named, or an unknown one; an unknown key, or a value of the wrong type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    names = [word.partition("=")[2] for word in words if word.startswith(f"{group}=")]
+    if not names:
+        raise UserError(f"say which {called}: {group}=NAME; there are {', '.join(choices(group))}")
+    if names[-1] not in choices(group):
+        raise unknown(called, names[-1], choices(group))
+    typed = [word.removeprefix(f"{group}.") for word in words if word.startswith(f"{group}.")]
+    others = [word for word in words if not word.startswith((f"{group}=", f"{group}."))]
+    known = [field.name for field in dataclasses.fields(schema)]  # type: ignore[arg-type]
+    for word in typed:
+        name = re.split(r"[.=]", word, maxsplit=1)[0]
+        if name not in known:
+            raise unknown(f"key of {group}", name, known)
+    try:
+        settings: Any = OmegaConf.to_container(OmegaConf.load(FOLDER / group / f"{names[-1]}.yaml"))
+        for word in typed:
+            [(name, value)] = OmegaConf.to_container(OmegaConf.from_dotlist([word])).items()  # type: ignore[union-attr]
+            adds = "." in word.partition("=")[0] and isinstance(settings.get(name), dict)
+            settings[name] = {**settings[name], **value} if adds else value
+        config = OmegaConf.merge(OmegaConf.structured(schema), {"name": names[-1], **settings})
+        return OmegaConf.to_object(config), others  # type: ignore[return-value]
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"{called} {names[-1]}: {str(error).splitlines()[0]}") from error
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:

@@ -162,3 +162,11 @@ def test_runs_at_a_time_have_gpus_of_their_own_or_share_the_cores(monkeypatch):
     assert "OMP_NUM_THREADS" not in environment_of(0, jobs=1, ranks=1)
     assert launcher(1) == [sys.executable]
     assert launcher(2)[-1] == "--nproc-per-node=2"
+
+
+@pytest.mark.slow
+def test_a_plan_that_is_killed_again_and_again_ends_as_in_peace(words, tmp_path):
+    overridden = [word for word in words if not word.startswith(("ablation=", "precision="))]
+    done = command(sys.executable, "-m", "bench.faults", "kills=3", f"folder={tmp_path / 'faults'}", *overridden)
+    assert done.status == 0, done.out + done.err
+    assert "8 runs, 0 identities: all the same" in done.out  # these runs have no logger
