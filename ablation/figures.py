@@ -399,7 +399,7 @@ def _line(axes: Axes, results: Results, arm: str, x: np.ndarray, rows: np.ndarra
 
 
 def _zoom(axes: Axes, means: Sequence[np.ndarray], above: float | None = None) -> None:
-    """Cut off the beginning, where all arms fall steeply: show the later half of the points."""
+    """Show the later half of the curves: before it all arms fall steeply, and side by side."""
     later = [value for mean in means for value in mean[len(mean) // 2 :] if math.isfinite(value)]
     if len(later) < 2:
         return
@@ -408,6 +408,10 @@ def _zoom(axes: Axes, means: Sequence[np.ndarray], above: float | None = None) -
         low, high = min(low, above), max(high, above)
     margin = 0.08 * (high - low) or 0.01
     axes.set_ylim(low - margin, high + margin)
+    begins = [
+        x[len(x) // 2 - 1] for line in axes.get_lines() if len(x := np.asarray(line.get_xdata())) == len(means[0])
+    ]
+    axes.set_xlim(left=min(begins, default=None))
 
 
 def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
