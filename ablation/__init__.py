@@ -3,6 +3,7 @@
     plan.py         a plan of conf/ablation, read and resolved: its runs, and what they cost
     budget.py       the width that makes an arm cost what the baseline costs
     speed.py        step times, for arms at equal time
+    command.py      the command that trains a run
     run.py          a plan becomes runs; goes on wherever it was stopped
     manifest.py     what the runs of a folder are, refused when it does not fit them
     cells.py        how a run stands, from its folder alone

@@ -30,6 +30,11 @@ class Outcome:
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def run_folders(folder: Path) -> list[Path]:
+    """Return the folders of the runs that have begun in the folder of a plan."""
+    return sorted(path.parent for path in (folder / "runs").glob("*/config.yaml"))
+
+
 def outcome(run: Path, lines: list[dict[str, Any]] | None = None) -> Outcome:
     """Return how the run in a folder stands, whose metrics may be at hand; a folder that is missing is of a run that waits."""
     summary = _json(run / "summary.json")
@@ -40,12 +45,12 @@ def outcome(run: Path, lines: list[dict[str, Any]] | None = None) -> Outcome:
     status = summary.get("status")
     if status == "finished":
         loss = summary.get("final_eval_loss")
-        finite = isinstance(loss, (int, float)) and math.isfinite(loss)
-        return Outcome(FINISHED if finite else DIVERGED, step, float(loss) if finite else math.nan, summary)
-    if status == "failed" and not is_running(run):
-        return Outcome(FAILED, step, summary=summary)
-    if is_running(run):
+        ends = is_finite(loss)
+        return Outcome(FINISHED if ends else DIVERGED, step, float(loss) if ends else math.nan, summary)
+    if is_running(run):  # whatever an earlier process wrote
         return Outcome(RUNNING, step, summary=summary)
+    if status == "failed":
+        return Outcome(FAILED, step, summary=summary)
     return Outcome(STOPPED if lines else WAITING, step, summary=summary)  # killed ones leave lines and no summary
 
 
@@ -79,6 +84,11 @@ def read_metrics(run: Path) -> tuple[list[dict[str, Any]], int]:
         else:
             broken += 1
     return lines, broken
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a value that JSON gave is a number that is neither nan nor infinite."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ablation.budget import REFUSE
 from ablation.measures import BySeed, by_seed, log_speed_up, log_spread
-from ablation.results import UNFAIR, Results, Run, read_results
+from ablation.results import Results, Run, read_results
 from ablation.statistics import Comparison, Verdict, compare_pairs
 from conf.arms import catalogue
 from conf.files import atomic_write, say_why
@@ -374,7 +375,7 @@ def _unfit(results: Results, size: str, arms: list[str]) -> str:
     for arm in learned:
         if arm in blocked:
             return f"blocked: {arm}: {blocked[arm]}"
-        if abs(cost[arm]["mismatch"]) > UNFAIR:  # of a plan that matches none
+        if abs(cost[arm]["mismatch"]) > REFUSE:  # of a plan that matches none
             return f"blocked: {arm} has {cost[arm]['mismatch']:+.1%} parameters in its feed-forward layers"
     if strange := _strange(results, size, arms):
         return strange

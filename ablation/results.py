@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ablation.cells import DIVERGED, ENDED, FINISHED, Outcome, outcome, read_metrics
+from ablation.budget import REFUSE
+from ablation.cells import DIVERGED, ENDED, FINISHED, Outcome, is_finite, outcome, read_metrics, run_folders
 from ablation.manifest import Manifest, read_manifest
 from ablation.plan import Cell
 from ablation.statistics import Comparison, RateSweep, compare, sweep
@@ -23,7 +24,6 @@ from conf.errors import UserError
 from conf.load import values_of
 
 FEWEST_RATES = 3  # tried, for a verdict
-UNFAIR = 0.01  # a mismatch beyond this blocks the verdict, whatever the plan allowed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Run:
 
     def curve(self) -> dict[int, float]:
         """Return the held-out loss by tokens trained on, every point on the same text: a run's last evaluation is on more."""
-        lines = [line for line in self.kind("eval") if _finite(line.get("loss"))]
+        lines = [line for line in self.kind("eval") if is_finite(line.get("loss"))]
         fewest = min((line["held_out_tokens"] for line in lines), default=0)
         return {line["tokens"]: line["loss"] for line in lines if line["held_out_tokens"] == fewest}
 
@@ -126,7 +126,7 @@ class Results:
         for arm in self.arms(size):
             found, rates = self.swept(size, arm), self.rate_losses(size, arm)
             off = self.manifest.cost[size][arm]["mismatch"]
-            if self.manifest.plan.budget != "none" and abs(off) > UNFAIR:
+            if self.manifest.plan.budget != "none" and abs(off) > REFUSE:  # whatever the plan allowed
                 reasons[arm] = f"its {self.manifest.plan.budget} are off by {off:+.1%}"
             elif len(self.manifest.rates(size, arm)) < FEWEST_RATES:
                 reasons[arm] = f"a verdict takes {FEWEST_RATES} learning rates an arm, the plan has fewer"
@@ -162,7 +162,7 @@ def read_results(folder: Path) -> Results:
     manifest = read_manifest(folder)
     notes: list[str] = []
     runs: dict[str, Run] = {}
-    for path in sorted(path.parent for path in (folder / "runs").glob("*/config.yaml")):
+    for path in run_folders(folder):
         config, (lines, broken) = values_of(path / "config.yaml"), read_metrics(path)
         run = Run(_cell(manifest, path, config), path, outcome(path, lines), lines)
         _check(manifest, run, config)
@@ -242,7 +242,3 @@ def _check(manifest: Manifest, run: Run, config: dict[str, Any]) -> None:
         if config.get(name) != value:
             what = f"{name} is {config.get(name)}, the plan has {value}"
             raise UserError(f"{run.folder} is no run of the plan {manifest.plan.name}: {what}")
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import queue
 import signal
 import statistics
@@ -29,7 +28,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ablation.cells import DIVERGED, ENDED, FAILED, FINISHED, Outcome, is_running, outcome
+from ablation.cells import DIVERGED, ENDED, FAILED, FINISHED, Outcome, is_running, outcome, run_folders
+from ablation.command import environment_of, ranks_of, train_command
 from ablation.manifest import check_manifest, write_manifest
 from ablation.plan import Cell, Plan, next_rate, read_plan, resolve
 from ablation.speed import step_time
@@ -39,7 +39,6 @@ from conf.load import choices, run_command
 from conf.options import read_options
 
 _OPTIONS = {"yes": False, "jobs": 1, "ranks": 0, "folder": "ablations"}
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +51,8 @@ def main(argv: list[str]) -> int:
     options = read_options(own, _OPTIONS, {"jobs": 1, "ranks": 0})
     config, others = read_plan([word for word in argv if word not in own])
     folder = Path(options["folder"]) / config.name
-    plan = resolve(config, others, step_time(config, others, folder) if config.budget == "wallclock" else None)
+    timed = config.budget == "wallclock"
+    plan = resolve(config, others, step_time(config, others, folder, options["ranks"]) if timed else None)
     check_manifest(plan, folder)
     console = Console(file=sys.stdout, highlight=False, markup=False)
     show(plan, folder, console)
@@ -86,7 +86,7 @@ def show(plan: Plan, folder: Path, console: Console) -> None:
         console.print(f"warning: {warning}", soft_wrap=True)
     arms_and_sizes = f"{len(next(iter(plan.arms.values())))} arms x {len(plan.arms)} size(s)"
     swept = len(config.rates) if len(config.rates) > 1 else 0
-    runs, done = plan.runs(), [cell for cell in _folders(folder) if outcome(cell).state in ENDED]
+    runs, done = plan.runs(), [cell for cell in run_folders(folder) if outcome(cell).state in ENDED]
     console.print(
         f"{runs} runs: {arms_and_sizes} x ({swept} rates with seed {config.rate_seed} + {len(config.seeds)} seeds), "
         f"equal in {config.budget}; {plan.flops():.3g} FLOPs; {_hours(plan, folder)}",
@@ -96,14 +96,10 @@ def show(plan: Plan, folder: Path, console: Console) -> None:
         console.print(f"{len(done)} of them have ended already, in {folder}", soft_wrap=True)
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in (folder / "runs").glob("*/config.yaml"))
-
-
 def _hours(plan: Plan, folder: Path) -> str:
     """Say how long the plan takes, from runs that have finished: of this plan, or else of others beside it."""
     nearby = (*folder.parent.glob("*/runs/*/config.yaml"), *Path("runs").glob("*/config.yaml"))
-    for where, runs in (("this plan", _folders(folder)), ("other runs", [path.parent for path in nearby])):
+    for where, runs in (("this plan", run_folders(folder)), ("other runs", [path.parent for path in nearby])):
         rates = []
         for run in runs:
             summary = outcome(run, []).summary
@@ -123,28 +119,6 @@ def _agreed() -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
-
-
-def launcher(ranks: int) -> list[str]:
-    """Return what stands before train.py so that it runs on that many ranks of this machine."""
-    if ranks == 1:
-        return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-
-
-def environment_of(place: int, jobs: int, ranks: int) -> dict[str, str]:
-    """Return the environment of a run, one of `jobs` at a time: a GPU for each of its ranks, or its share of the cores."""
-    environment = dict(os.environ)
-    gpus = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or [
-        str(i) for i in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
-    ]
-    if gpus:
-        own = (gpus[(place * ranks + i) % len(gpus)] for i in range(ranks))
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(own))
-    elif jobs * ranks > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // (jobs * ranks))))
-    return environment
 
 
 class Runner:
@@ -167,7 +141,7 @@ class Runner:
             if complete:
                 finals = [self.plan.final(*place, rate) for place, rate in best.items() if rate is not None]
                 complete = self._train([cell for of_seed in zip(*finals, strict=True) for cell in of_seed])
-        outcomes = [outcome(run) for run in _folders(self.folder)]
+        outcomes = [outcome(run) for run in run_folders(self.folder)]
         ended, diverged = (sum(found.state in states for found in outcomes) for states in (ENDED, (DIVERGED,)))
         self.console.print(f"{ended} runs have ended in {self.folder}, {diverged} of them diverged", soft_wrap=True)
         if self._stopping:
@@ -224,14 +198,11 @@ class Runner:
             self._places.put(place)
 
     def _run(self, cell: Cell, place: int) -> None:
-        words, parallel = (
-            self.plan.words(cell, str(self.folder / "runs")),
-            self.plan.arms[cell.size][cell.arm].config.parallel,
-        )
-        ranks = self.ranks or parallel.tensor * parallel.context
+        words = self.plan.words(cell, str(self.folder / "runs"))
+        ranks = self.ranks or ranks_of(self.plan.arms[cell.size][cell.arm].config)
         with open(self.folder / "logs" / f"{cell.name}.log", "ab") as log:
             process = subprocess.Popen(
-                [*launcher(ranks), str(_ROOT / "train.py"), *words],
+                train_command(words, ranks),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env=environment_of(place, self.jobs, ranks),
                 start_new_session=True,  # a Ctrl-C reaches it once, as our SIGTERM

@@ -12,11 +12,11 @@ import json
 import shutil
 import statistics
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from ablation.cells import read_metrics
+from ablation.command import environment_of, ranks_of, train_command
 from ablation.plan import Plan, resolve
 from conf.errors import UserError
 from conf.files import atomic_write, say_why
@@ -26,20 +26,24 @@ NAME = "step_times.json"
 RUNS = "step_times"  # the folder of the short runs, until the times are written
 STEPS, FIRST, ROUNDS = 40, 10, 3  # of a short run; those before `FIRST` do not count
 _WIDTHS = (0.75, 1.25)  # times the width of equal parameters
-_ROOT = Path(__file__).resolve().parents[1]
 
 Times = dict[str, dict[str, dict[int, float]]]  # by size, arm and d_ff: seconds a step
 
 
-def step_time(config: AblationConfig, others: list[str], folder: Path) -> Callable[[str, str, int], float]:
+def step_time(
+    config: AblationConfig, others: list[str], folder: Path, ranks: int = 0
+) -> Callable[[str, str, int], float]:
     """Return the seconds of a step of (size, arm, d_ff), measured now unless the plan's folder has them.
+
+    Args:
+        ranks: of a run; 0: as many as it needs.
 
     Raises:
         UserError: a short run failed, or an arm's time does not rise with its width.
     """
     path = folder / NAME
     if not path.exists():
-        times = measure(resolve(dataclasses.replace(config, budget="parameters"), others), folder)
+        times = measure(resolve(dataclasses.replace(config, budget="parameters"), others), folder, ranks)
         with say_why("write step times", path), atomic_write(path) as file:
             json.dump(times, file, indent=1)
         shutil.rmtree(folder / RUNS, ignore_errors=True)
@@ -53,7 +57,7 @@ def step_time(config: AblationConfig, others: list[str], folder: Path) -> Callab
     return lambda size, arm, d_ff: _line(times, size, arm, path)(d_ff)
 
 
-def measure(plan: Plan, folder: Path) -> Times:
+def measure(plan: Plan, folder: Path, ranks: int = 0) -> Times:
     """Measure the step times of every arm at two widths."""
     with say_why("write to the folder of the plan", folder):
         (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -67,24 +71,24 @@ def measure(plan: Plan, folder: Path) -> Times:
     seconds: dict[tuple[str, str, int], list[float]] = {place: [] for place in todo}
     for turn in range(ROUNDS):
         for place in todo:
-            seconds[place] += _short_run(plan, *place, folder, turn)
+            seconds[place] += _short_run(plan, *place, folder, turn, ranks)
     times: Times = {}
     for (size, arm, d_ff), of_place in seconds.items():
         times.setdefault(size, {}).setdefault(arm, {})[d_ff] = statistics.median(of_place)
     return times
 
 
-def _short_run(plan: Plan, size: str, arm: str, d_ff: int, folder: Path, turn: int) -> list[float]:
+def _short_run(plan: Plan, size: str, arm: str, d_ff: int, folder: Path, turn: int, ranks: int) -> list[float]:
     """Return the seconds of every step that counts."""
     of_arm, name = plan.arms[size][arm], f"{size}-{arm}-{d_ff}-{turn}"
     words = [word for word in of_arm.words if word.partition("=")[0] not in ("steps", "tokens")]
     quiet = [f"{key}=0" for key in ("eval_every", "save_every", "sample_every", "telemetry_every")]
     words += [f"model.d_ff={d_ff}", f"steps={STEPS}", "log_every=1", "logger=none", *quiet]
-    runs = folder / RUNS
+    runs, ranks = folder / RUNS, ranks or ranks_of(of_arm.config)
     log = folder / "logs" / f"step_time-{name}.log"
     with open(log, "wb") as file:
         status = subprocess.run(
-            [sys.executable, str(_ROOT / "train.py"), *words, f"runs={runs}", f"run={name}"],
+            train_command([*words, f"runs={runs}", f"run={name}"], ranks), env=environment_of(0, 1, ranks),
             stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False,
         ).returncode  # fmt: skip
     lines = [line for line in read_metrics(runs / name)[0] if line["kind"] == "train"]

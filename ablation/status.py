@@ -35,6 +35,7 @@ from ablation.cells import (
     Outcome,
     outcome,
     read_metrics,
+    run_folders,
 )
 from ablation.manifest import Manifest, read_manifest
 from ablation.plan import Cell
@@ -144,7 +145,7 @@ class Watcher:
     def look(self) -> Grid:
         """Return how all runs stand now."""
         found: dict[Cell, Outcome] = {}
-        for path in sorted(path.parent for path in (self.folder / "runs").glob("*/config.yaml")):
+        for path in run_folders(self.folder):
             cell = self.manifest.cell(path.name)
             if cell is not None:
                 found[cell] = self._outcome(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ablation.cells import DIVERGED, FAILED, FINISHED, STOPPED, WAITING, outcome, read_metrics
-from ablation.run import environment_of, launcher
+from ablation.command import environment_of, launcher
 from tests.training.tiny import PATIENCE, ROOT, TINY, Result, command, environment, shared_corpus
 
 ARMS = ("relu", "swiglu")
