@@ -36,16 +36,6 @@ def plan() -> Plan:
     return plan_of("ablation=glu_variants", "ablation.arms=[relu,gelu,swiglu]", "tokens=600000")
 
 
-@pytest.fixture(scope="module")
-def whole(plan, tmp_path_factory) -> Path:
-    return make(plan, tmp_path_factory.mktemp("made"), RULE)
-
-
-@pytest.fixture
-def copy(whole, tmp_path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "glu_variants"))
-
-
 def log_out(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)

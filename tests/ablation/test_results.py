@@ -25,16 +25,6 @@ def plan() -> Plan:
     return plan_of("ablation=glu_variants", "ablation.arms=[relu,gelu,swiglu]", "tokens=600000")
 
 
-@pytest.fixture(scope="module")
-def whole(plan, tmp_path_factory) -> Path:
-    return make(plan, tmp_path_factory.mktemp("made"), RULE)
-
-
-@pytest.fixture
-def copy(whole, tmp_path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "glu_variants"))
-
-
 def change(path: Path, **values) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(content | values), encoding="utf-8")

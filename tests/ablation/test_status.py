@@ -30,16 +30,6 @@ def plan() -> Plan:
     return plan_of("ablation=glu_variants", "tokens=600000")
 
 
-@pytest.fixture(scope="module")
-def whole(plan, tmp_path_factory) -> Path:
-    return make(plan, tmp_path_factory.mktemp("made"), RULE)
-
-
-@pytest.fixture
-def copy(whole, tmp_path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "glu_variants"))
-
-
 def unfinished(folder: Path, name: str, lines: int, **summary) -> Path:
     """Make a run one that has written so many lines and this summary, and return its folder."""
     run = folder / "runs" / name
