@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -50,12 +52,16 @@ class Curve:
 def curve(results: Results, size: str, arm: str) -> Curve | None:
     """Return the curve of an arm, of seeds that did not diverge, at the tokens that all have; None without one."""
     runs = [run for run in results.finals(size, arm) if math.isfinite(run.outcome.loss)]
-    curves = [run.curve() for run in runs]
-    common = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
-    if not common:
+    tokens, losses = aligned([run.curve() for run in runs])
+    if not len(tokens):
         return None
-    speed = float(np.median([run.tokens_per_second for run in runs]))
-    return Curve(np.array(common), np.array([[c[at] for at in common] for c in curves]), speed)
+    return Curve(tokens, losses, float(np.median([run.tokens_per_second for run in runs])))
+
+
+def aligned(series: Sequence[Mapping[int, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens (points,) at which all of several {tokens: value} have one, and the values (series, points, ...)."""
+    common = sorted(set.intersection(*map(set, series))) if series else []
+    return np.array(common), np.array([[of_one[at] for at in common] for of_one in series])
 
 
 def efficiency(results: Results, size: str) -> dict[str, Efficiency]:

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
 
-from ablation.efficiency import curve, efficiency
+from ablation.efficiency import aligned, curve, efficiency
 from ablation.results import Results
 from ablation.statistics import Verdict, rank_stability
 from conf.files import atomic_write
@@ -184,11 +184,12 @@ def differences(results: Results) -> Drawn | None:
                 for run in results.finals(size, arm)
                 if run.cell.seed in base and math.isfinite(run.outcome.loss)
             ]
-            common = sorted(set.intersection(*(set(own) & set(other) for own, other in pairs))) if pairs else []
-            if not common:
+            tokens, gaps = aligned(
+                [{at: own[at] - other[at] for at in own.keys() & other.keys()} for own, other in pairs]
+            )
+            if not len(tokens):
                 continue
-            gaps = np.array([[own[at] - other[at] for at in common] for own, other in pairs])
-            _line(axes, results, arm, np.array(common) / 1e6, gaps)
+            _line(axes, results, arm, tokens / 1e6, gaps)
             ends[arm] = gaps.mean(0)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_xlabel("million tokens")
@@ -318,10 +319,8 @@ def telemetry(results: Results, size: str, arm: str, key: str) -> tuple[np.ndarr
         rows = {line["tokens"]: [math.nan if v is None else v for v in line[key]] for line in lines}
         if any(math.isfinite(v) for row in rows.values() for v in row):
             series.append(rows)
-    common = sorted(set.intersection(*(set(rows) for rows in series))) if series else []
-    if not common:
-        return None
-    return np.array(common), np.mean([[rows[at] for at in common] for rows in series], axis=0)
+    tokens, values = aligned(series)
+    return (tokens, values.mean(0)) if len(tokens) else None
 
 
 def _phenomenon(results: Results, name: str, what: str, key: str, axis: str, logarithmic: bool) -> Drawn | None:
