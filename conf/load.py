@@ -122,7 +122,8 @@ def read_group(group: str, schema: type[Group], words: list[str], called: str) -
         raise unknown(called, names[-1], choices(group))
     typed = [word.removeprefix(f"{group}.") for word in words if word.startswith(f"{group}.")]
     others = [word for word in words if not word.startswith((f"{group}=", f"{group}."))]
-    known = [field.name for field in dataclasses.fields(schema)]  # type: ignore[arg-type]
+    types = typing.get_type_hints(schema)
+    known = list(types)
     for word in typed:
         name = re.split(r"[.=]", word, maxsplit=1)[0]
         if name not in known:
@@ -130,6 +131,10 @@ def read_group(group: str, schema: type[Group], words: list[str], called: str) -
     try:
         settings: Any = OmegaConf.to_container(OmegaConf.load(FOLDER / group / f"{names[-1]}.yaml"))
         for word in typed:
+            name, _, text = word.partition("=")
+            if types.get(name) in (str, typing.Optional[str]) and text != "null":  # YAML takes 1:00:00 for a number
+                settings[name] = text
+                continue
             [(name, value)] = OmegaConf.to_container(OmegaConf.from_dotlist([word])).items()  # type: ignore[union-attr]
             adds = "." in word.partition("=")[0] and isinstance(settings.get(name), dict)
             settings[name] = {**settings[name], **value} if adds else value

@@ -226,4 +226,48 @@ class AblationConfig:
     smallest_effect: float = key(0.01, "the difference that is worth finding, nats a token")
 
 
+@dataclass
+class HardwareConfig:
+    """What a node is made of. Rates are in one direction; FLOP/s are dense, without sparsity."""
+
+    device: str = key("", "what the GPU is called")
+    memory_gib: float = key(80.0, "of a GPU")
+    bf16_flops: float = key(1e15, "peak FLOP/s of a GPU in bf16")
+    fp32_flops: float = key(6.7e13, "peak FLOP/s of a GPU in fp32")
+    memory_bandwidth: float = key(3.35e12, "bytes/s between a GPU and its memory")
+    node_bandwidth: float = key(4.5e11, "bytes/s that a GPU sends to others of its node")
+    network_bandwidth: float = key(5e10, "bytes/s that a GPU sends to other nodes")
+    host_bandwidth: float = key(5.5e10, "bytes/s between a GPU and the host's memory")
+    watts: float = key(700.0, "power limit of a GPU")
+    full_watts: float = key(700.0, "power at which it reaches its peak")
+    node_watts: float = key(10200.0, "of a whole node under load, cooling not counted")
+    dollars_per_gpu_hour: float = key(2.5, "price; a rented GPU's, or your own")
+
+
+@dataclass
+class ClusterConfig:
+    """`cluster=`: a machine that `launch.slurm` submits to and `launch.estimate` reckons with; typed as `cluster.KEY=VALUE`."""
+
+    name: str = key("", "name of the choice")
+    gpus_per_node: int = key(8, "GPUs of a node; 0: it has none, and ranks share its cores")
+    cpus_per_node: int = key(96, "cores of a node")
+    partition: Optional[str] = key(None, "of SLURM")
+    account: Optional[str] = key(None, "of SLURM")
+    qos: Optional[str] = key(None, "of SLURM")
+    constraint: Optional[str] = key(None, "of SLURM: features that nodes must have")
+    memory: Optional[str] = key("0", "of a node, as SLURM takes it; 0: all")
+    time: str = key("24:00:00", "limit of a job; one that is not done goes on in another")
+    signal_seconds: int = key(120, "before the limit or a preemption, to save in")
+    gpu_request: str = key("--gpus-per-node", "how GPUs are asked for: --gpus-per-node, --gres, or none")
+    tasks: str = key("gpu", "tasks of srun on a node: gpu, one a GPU; node, one that starts its ranks itself")
+    container: str = key("none", "none, apptainer, or pyxis")
+    image: Optional[str] = key(None, "of the container")
+    mounts: Any = key([], "of the container, HOST:INSIDE")
+    modules: Any = key([], "to load before")
+    setup: Any = key([], "lines of shell before, such as the activation of an environment")
+    environment: Any = key({}, "variables of every rank, such as NCCL_SOCKET_IFNAME")
+    sbatch: Any = key([], "further options of sbatch, one an item")
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+
 GROUPS = ("ffn", "model", "data", "tokenizer", "optim", "schedule", "zero", "parallel", "precision", "logger")

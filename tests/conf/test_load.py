@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 import conf.load
 from conf.errors import UserError
-from conf.load import FOLDER, choices, find_run, flatten, from_yaml, keys, load, to_dict, to_yaml
-from conf.schema import GROUPS, Config
+from conf.load import FOLDER, choices, find_run, flatten, from_yaml, keys, load, read_group, to_dict, to_yaml
+from conf.schema import GROUPS, ClusterConfig, Config
 from conf.validate import validate
 
 # What a choice needs beside its name.
@@ -317,3 +317,28 @@ def test_the_keys_are_complete_and_unique():
     names = [name for name, _, _ in keys()]
     assert len(set(names)) == len(names)
     assert set(names) == set(flatten(to_dict(load([]))))
+
+
+def test_a_group_beside_the_configuration_is_read_with_what_was_typed():
+    words = ["cluster=h100", "ffn=relu", "cluster.time=1:30:00", "cluster.hardware.watts=500", "cluster.modules=[cuda]"]
+    cluster, others = read_group("cluster", ClusterConfig, words, "cluster")
+    assert others == ["ffn=relu"]
+    assert (cluster.name, cluster.time, cluster.modules) == ("h100", "1:30:00", ["cuda"])
+    assert (cluster.hardware.watts, cluster.hardware.bf16_flops) == (500.0, 989.4e12)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ([], "say which cluster: cluster=NAME; there are a100, cpu, h100, h200"),
+        (["cluster=h10"], "unknown cluster 'h10': did you mean h100"),
+        (["cluster=cpu", "cluster.tiem=1"], "unknown key of cluster 'tiem': did you mean time"),
+        (
+            ["cluster=cpu", "cluster.gpus_per_node=many"],
+            "cluster cpu: Value 'many' of type 'str' could not be converted",
+        ),
+    ],
+)
+def test_a_mistyped_group_is_one_sentence(words, why):
+    with pytest.raises(UserError, match=re.escape(why)):
+        read_group("cluster", ClusterConfig, words, "cluster")
