@@ -1,12 +1,14 @@
 """Run a plan: `python -m ablation.run ablation=glu_variants`.
 
     ablation=NAME            a plan of conf/ablation        folder=ablations   where plans have their folders
-    ablation.KEY=VALUE       another value of the plan      jobs=1             runs at a time, each on a GPU of its own
+    ablation.KEY=VALUE       another value of the plan      jobs=N             runs at a time, each on a GPU of its own
     KEY=VALUE                an override of every run       ranks=N            ranks a run; as many as it needs if not said
-                                                            yes=true           do not ask before it begins
+    cluster=NAME             submit the runs to SLURM       yes=true           do not ask before it begins
+    cluster.KEY=VALUE        another value of the cluster
 
 Prints what the plan costs, asks, and trains run after run, each a `train.py` of its own. Stop it at any moment and type the
-same again: runs that ended are left alone, a half-finished one goes on, one that diverged stays diverged.
+same again: runs that ended are left alone, a half-finished one goes on, one that diverged stays diverged. On a cluster
+(conf/cluster) the runs become tasks of job arrays, `jobs` of them at a time, which may be resubmitted one by one.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import queue
+import shlex
 import signal
 import statistics
 import subprocess
@@ -28,6 +31,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ablation import slurm
 from ablation.cells import DIVERGED, ENDED, FAILED, FINISHED, Outcome, is_running, outcome, run_folders
 from ablation.command import environment_of, ranks_of, train_command
 from ablation.manifest import check_manifest, write_manifest
@@ -38,7 +42,7 @@ from conf.errors import UserError
 from conf.load import choices, run_command
 from conf.options import read_options
 
-_OPTIONS = {"yes": False, "jobs": 1, "ranks": 0, "folder": "ablations"}
+_OPTIONS = {"yes": False, "jobs": 0, "ranks": 0, "folder": "ablations", "task": ""}  # task: what a job array starts
 
 
 def main(argv: list[str]) -> int:
@@ -49,18 +53,26 @@ def main(argv: list[str]) -> int:
         return 0
     own = [word for word in argv if word.partition("=")[0] in _OPTIONS]
     options = read_options(own, _OPTIONS, {"jobs": 1, "ranks": 0})
-    config, others = read_plan([word for word in argv if word not in own])
+    cluster, words = slurm.read_cluster([word for word in argv if word not in own])
+    config, others = read_plan(words)
     folder = Path(options["folder"]) / config.name
     timed = config.budget == "wallclock"
+    if timed and cluster:
+        slurm.refuse_unmeasured(folder)
     plan = resolve(config, others, step_time(config, others, folder, options["ranks"]) if timed else None)
     check_manifest(plan, folder)
     console = Console(file=sys.stdout, highlight=False, markup=False)
+    runner = Runner(plan, folder, max(1, options["jobs"]), options["ranks"], console)
+    if options["task"]:
+        return runner.task(options["task"])
     show(plan, folder, console)
+    if cluster:
+        jobs = slurm.jobs(plan, folder, cluster, runner, options["jobs"], words, shlex.join(argv))
     if not options["yes"] and not _agreed():
         print("nothing was run")
         return 0
     write_manifest(plan, folder)
-    return Runner(plan, folder, options["jobs"], options["ranks"], console).go()
+    return slurm.submit_all(jobs, cluster, folder) if cluster else runner.go()
 
 
 # ------------------------------------------------------------------------------------------------- before it begins
@@ -136,9 +148,9 @@ class Runner:
         """Run what is left; return the exit status: 0 when every run ended, 1 when one failed or was stopped."""
         (self.folder / "logs").mkdir(exist_ok=True)
         with self._stopped_by_signals():
-            best = self._sweeps()
-            complete = best is not None
+            complete = self._sweeps(list(self.plan.places()))
             if complete:
+                best = {place: self.swept(*place)[1] for place in self.plan.places()}
                 finals = [self.plan.final(*place, rate) for place, rate in best.items() if rate is not None]
                 complete = self._train([cell for of_seed in zip(*finals, strict=True) for cell in of_seed])
         outcomes = [outcome(run) for run in run_folders(self.folder)]
@@ -149,31 +161,64 @@ class Runner:
         self.console.print(f"python -m ablation.report {self.folder}   shows what they say", soft_wrap=True)
         return 0 if complete and not self._stopping else 1
 
-    def _sweeps(self) -> dict[tuple[str, str], float | None] | None:
-        """Try learning rates; return the best one by (size, arm), None where all diverged; None when it was stopped."""
-        cells = {place: self.plan.sweep(*place) for place in self.plan.places()}
-        best: dict[tuple[str, str], float | None] = {
-            place: self.plan.rates(*place)[0] for place, of_place in cells.items() if not of_place
-        }
+    def task(self, name: str) -> int:
+        """Run what a task of a job array is to run; return the exit status, as `go` does.
+
+        Raises:
+            UserError: it is no task of this plan, or one for which a sweep has to end first.
+        """
+        (self.folder / "logs").mkdir(exist_ok=True)
+        found = [
+            (place, seed)
+            for place in self.plan.places()
+            for seed in (self.plan.config.rate_seed, *self.plan.config.seeds)
+            if slurm.name_of(*place, seed) == name
+        ]
+        if not found:
+            raise UserError(f"task={name} is no task of {self.plan.config.name}")
+        [(place, seed)] = found
+        with self._stopped_by_signals():
+            if seed == self.plan.config.rate_seed:
+                complete = self._sweeps([place])
+            else:
+                left, rate = self.swept(*place)
+                if left:
+                    raise UserError(
+                        f"the sweep of {place[1]} at {place[0]} has not ended: {left[0].name} is {self.outcome(left[0]).state}"
+                    )
+                complete = rate is None or self._train(
+                    [cell for cell in self.plan.final(*place, rate) if cell.seed == seed]
+                )
+        return 0 if complete and not self._stopping else 1
+
+    def _sweeps(self, places: list[tuple[str, str]]) -> bool:
+        """Try learning rates, at first all of the plan, then beyond an edge; return whether all have ended."""
+        while left := [cell for place in places for cell in self.swept(*place)[0]]:
+            if not self._train(left):
+                return False
+        return True
+
+    def swept(self, size: str, arm: str) -> tuple[list[Cell], float | None]:
+        """Return the runs by which the sweep of an arm goes on now, none if it has ended, and the best rate then.
+
+        The rate is None where every one diverged.
+        """
+        cells = self.plan.sweep(size, arm)
+        if not cells:
+            return [], self.plan.rates(size, arm)[0]
         for extension in range(self.plan.config.rate_extensions + 1):
-            open_cells = [cell for place, of_place in cells.items() if place not in best for cell in of_place]
-            if not self._train(open_cells):
-                return None
-            for place, of_place in cells.items():
-                if place in best:
-                    continue
-                losses = {cell.rate: self.outcome(cell).loss for cell in of_place}
-                try:
-                    found = sweep(losses)
-                except ValueError:
-                    best[place] = None  # every rate diverged
-                    continue
-                if not found.edge or extension == self.plan.config.rate_extensions or len(losses) < 2:
-                    best[place] = found.best
-                else:
-                    rate = next_rate(list(losses), found.edge)
-                    of_place.append(dataclasses.replace(of_place[0], rate=rate))
-        return best
+            found = {cell: self.outcome(cell) for cell in cells}
+            if left := [cell for cell in cells if found[cell].state not in ENDED]:
+                return left, None
+            losses = {cell.rate: found[cell].loss for cell in cells}
+            try:
+                tried = sweep(losses)
+            except ValueError:
+                return [], None  # every rate diverged
+            if not tried.edge or extension == self.plan.config.rate_extensions:
+                break
+            cells.append(dataclasses.replace(cells[0], rate=next_rate(list(losses), tried.edge)))
+        return [], tried.best
 
     def outcome(self, cell: Cell) -> Outcome:
         """Return how a run of this plan stands."""
@@ -238,7 +283,10 @@ class Runner:
                 with contextlib.suppress(ProcessLookupError):
                     process.send_signal(signal.SIGTERM)
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        before = {
+            number: signal.signal(number, stop)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+        }
         try:
             yield
         finally:

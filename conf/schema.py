@@ -260,6 +260,7 @@ class ClusterConfig:
     signal_seconds: int = key(120, "before the limit or a preemption, to save in")
     gpu_request: str = key("--gpus-per-node", "how GPUs are asked for: --gpus-per-node, --gres, or none")
     tasks: str = key("gpu", "tasks of srun on a node: gpu, one a GPU; node, one that starts its ranks itself")
+    python: Optional[str] = key(None, "interpreter; null: the one that submits, or python inside a container")
     container: str = key("none", "none, apptainer, or pyxis")
     image: Optional[str] = key(None, "of the container")
     mounts: Any = key([], "of the container, HOST:INSIDE")

@@ -1,7 +1,8 @@
 """Whether the launcher that started this rank is still there.
 
 `deepspeed` on one node passes no signal on: a SIGTERM ends it alone, and its child launch.py, which started the ranks, goes on
-without it. A rank that knows the launchers above it can see that itself, and stop as if it had got the signal.
+without it. Nor does anyone tell the ranks of `srun` when the daemon that watches them on their node dies. A rank that knows the
+launchers above it can see that itself, and stop as if it had got the signal.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ _NAMES = {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch",
 
 
 class Launchers:
-    """The unbroken line of launcher processes above this one, as it is now: none under plain `python` or `srun`."""
+    """The unbroken line of launcher processes above this one, as it is now: none under plain `python`."""
 
     def __init__(self) -> None:
         self.pids: list[int] = []
         for process in psutil.Process().parents():
             try:
-                words = process.cmdline()
+                words, name = process.cmdline(), process.name()
             except psutil.Error:
+                break
+            if name == "slurmstepd":  # of `srun`, on this node
+                self.pids.append(process.pid)
                 break
             # `python .../deepspeed ...` or `python -u -m deepspeed.launcher.launch ...`, not `timeout 5h deepspeed ...`
             script = next((word for word in words[1:] if not word.startswith("-")), "")

@@ -58,8 +58,10 @@ def test_every_choice_of_every_group_composes_validates_and_reads_back(choice, t
 
 
 def test_the_groups_are_the_folders():
-    # Plans are read by ablation/plan.py.
-    assert sorted([*GROUPS, "ablation"]) == sorted(path.name for path in FOLDER.iterdir() if list(path.glob("*.yaml")))
+    # Plans are read by ablation/plan.py, clusters by launch/slurm.py.
+    assert sorted([*GROUPS, "ablation", "cluster"]) == sorted(
+        path.name for path in FOLDER.iterdir() if list(path.glob("*.yaml"))
+    )
 
 
 @pytest.mark.parametrize("group", ["ffn", "model", "data", "tokenizer", "optim", "schedule", "precision", "logger"])
@@ -330,9 +332,9 @@ def test_a_group_beside_the_configuration_is_read_with_what_was_typed():
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ([], "say which cluster: cluster=NAME; there are a100, cpu, h100, h200"),
-        (["cluster=h10"], "unknown cluster 'h10': did you mean h100"),
-        (["cluster=cpu", "cluster.tiem=1"], "unknown key of cluster 'tiem': did you mean time"),
+        ([], "say which cluster: cluster=NAME; there are a100, cpu, h100, h200, slurm"),
+        (["cluster=h10"], "unknown cluster 'h10': did you mean 'h100'"),
+        (["cluster=cpu", "cluster.tiem=1"], "unknown key of cluster 'tiem': did you mean 'time'"),
         (
             ["cluster=cpu", "cluster.gpus_per_node=many"],
             "cluster cpu: Value 'many' of type 'str' could not be converted",
