@@ -13,6 +13,7 @@ def main(argv: list[str]) -> int:
     from launch.ranks import export, find_ranks, take_local_rank
 
     launchers = Launchers()
+    launchers.listen()
     argv, local_rank = take_local_rank(argv)
     ranks = find_ranks(local_rank=local_rank)
     export(ranks)

@@ -9,8 +9,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-WAITING, RUNNING, STOPPED, FAILED, DIVERGED, FINISHED = (
+WAITING, QUEUED, RUNNING, STOPPED, FAILED, DIVERGED, FINISHED = (
     "waiting",
+    "queued",  # by SLURM, which only `ablation.slurm` knows
     "running",
     "stopped",
     "failed",

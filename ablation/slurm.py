@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ablation import speed
-from ablation.cells import ENDED
+from ablation.cells import ENDED, QUEUED, RUNNING
 from ablation.command import ranks_of
 from ablation.plan import Plan
 from conf.errors import UserError
 from conf.load import read_group
 from conf.schema import ClusterConfig
-from launch.sbatch import Job, check, python_of, refuse_queued, submit
+from launch.sbatch import RUNS, Job, check, python_of, queued, refuse_queued, submit
 
 if TYPE_CHECKING:
     from ablation.run import Runner
@@ -87,6 +87,28 @@ def jobs(
         )
         for stage, tasks in stages.items()
         if tasks
+    ]
+
+
+def states(folder: Path) -> dict[str, str]:
+    """Return how the tasks of a plan's arrays stand in SLURM's queue: RUNNING or QUEUED by the task's name."""
+    found = {}
+    for job in queued(folder):
+        stage = job.name.rpartition("-")[2]
+        tasks = _tasks(folder / "slurm" / f"{stage}.sh")
+        if job.task is not None and job.task < len(tasks):
+            found[tasks[job.task]] = RUNNING if job.state in RUNS else QUEUED
+    return found
+
+
+def _tasks(script: Path) -> list[str]:
+    """Return the names of an array's tasks, from its script."""
+    try:
+        text = script.read_text(encoding="utf-8")
+    except OSError:
+        return []
+    return [
+        shlex.split(line, comments=True)[0] for line in text.partition("tasks=(\n")[2].partition("\n)")[0].splitlines()
     ]
 
 

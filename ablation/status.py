@@ -4,8 +4,9 @@
     once=true    print it once; on a terminal it is kept up to date until every run has ended, or Ctrl-C
 
 A row is an arm, a column a learning rate of the sweep or a seed. A cell is the final held-out loss in nats a token, the share
-of its steps that a running run has done, or `stop`, `fail`, `div` (diverged), or `.` for a run that waits. Rates beyond the
-plan's stand there once a sweep goes on past an edge. What runs hold is checked by `ablation.results`, not here.
+of its steps that a running run has done, or `stop`, `fail`, `div` (diverged), `q` for one in SLURM's queue, or `.` for a run
+that waits. Rates beyond the plan's stand there once a sweep goes on past an edge. What runs hold is checked by
+`ablation.results`, not here.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ablation.cells import (
     ENDED,
     FAILED,
     FINISHED,
+    QUEUED,
     RUNNING,
     STOPPED,
     WAITING,
@@ -39,14 +41,24 @@ from ablation.cells import (
 )
 from ablation.manifest import Manifest, read_manifest
 from ablation.plan import Cell
+from ablation.slurm import name_of, states
 from conf.errors import UserError
 from conf.load import run_command
 from conf.options import read_options
 
 _OPTIONS = {"once": False}
 _PAUSE = 2.0  # seconds between looks
-_STYLES = {FINISHED: "green", RUNNING: "cyan", STOPPED: "yellow", FAILED: "red", DIVERGED: "magenta", WAITING: "dim"}
-_WORDS = {STOPPED: "stop", FAILED: "fail", DIVERGED: "div", WAITING: "."}
+_ASK_SLURM = 15.0  # seconds between questions to SLURM, which serves others too
+_STYLES = {
+    FINISHED: "green",
+    RUNNING: "cyan",
+    STOPPED: "yellow",
+    FAILED: "red",
+    DIVERGED: "magenta",
+    WAITING: "dim",
+    QUEUED: "dim",
+}
+_WORDS = {STOPPED: "stop", FAILED: "fail", DIVERGED: "div", WAITING: ".", QUEUED: "q"}
 _FAILED_SHOWN = 4
 
 
@@ -141,9 +153,13 @@ class Watcher:
     def __init__(self, folder: Path) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
         self._ended: dict[str, tuple[list[int], Outcome]] = {}
+        self._queue: dict[str, str] = {}
+        self._asked = -math.inf
 
     def look(self) -> Grid:
         """Return how all runs stand now."""
+        if time.monotonic() - self._asked > _ASK_SLURM:
+            self._queue, self._asked = states(self.folder), time.monotonic()
         found: dict[Cell, Outcome] = {}
         for path in run_folders(self.folder):
             cell = self.manifest.cell(path.name)
@@ -167,11 +183,20 @@ class Watcher:
 
     def _place(self, cell: Cell, found: Outcome | None) -> Place:
         cost, steps = self.manifest.cost[cell.size][cell.arm], self.manifest.learned(cell.size, cell.arm)["steps"]
+        found = self._on_cluster(cell, found or Outcome(WAITING))
         speed = math.nan
-        if found is not None and found.state == RUNNING:
+        if found.state == RUNNING:
             lines, _ = read_metrics(self.folder / "runs" / cell.name)
             speed = next((line["tokens_per_second"] for line in reversed(lines) if line["kind"] == "train"), math.nan)
-        return Place(cell, found or Outcome(WAITING), steps, cost["tokens"], cost["flops_per_token"], speed)
+        return Place(cell, found, steps, cost["tokens"], cost["flops_per_token"], speed)
+
+    def _on_cluster(self, cell: Cell, found: Outcome) -> Outcome:
+        """Return how a run stands that SLURM may know more of: a folder does not show that another node trains in it."""
+        state = self._queue.get(name_of(cell.size, cell.arm, cell.seed))
+        if state is None or found.state in (*ENDED, RUNNING):
+            return found
+        begun = found.state == STOPPED and not found.summary
+        return dataclasses.replace(found, state=RUNNING if state == RUNNING and begun else QUEUED)
 
 
 def _cells(manifest: Manifest, found: dict[Cell, Outcome]) -> Iterator[Cell]:
@@ -273,7 +298,7 @@ def _shown(place: Place | None, digits: int) -> Text:
 def _totals(grid: Grid) -> list[Text]:
     counts = [
         f"{grid.count(state)} {state}"
-        for state in (FINISHED, DIVERGED, RUNNING, STOPPED, FAILED, WAITING)
+        for state in (FINISHED, DIVERGED, RUNNING, QUEUED, STOPPED, FAILED, WAITING)
         if grid.count(state)
     ]
     line = f"{len(grid.places)} runs: {', '.join(counts)}"

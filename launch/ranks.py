@@ -79,10 +79,25 @@ def find_ranks(environment: MutableMapping[str, str] = os.environ, local_rank: i
             raise UserError(f"{rank}={ranks.rank} does not fit {world}={ranks.world_size}")
         if local_rank is not None and local_rank != ranks.local_rank:
             raise UserError(f"--local_rank={local_rank} contradicts {local}={ranks.local_rank} of the environment")
+        if launcher != "srun" and "SLURM_STEP_ID" in environment:
+            _check_against_slurm(ranks, rank, world, environment)
         return ranks
     if local_rank:
         raise UserError(f"--local_rank={local_rank} was given, but no launcher set RANK and WORLD_SIZE")
     return Ranks()
+
+
+def _check_against_slurm(ranks: Ranks, rank: str, world: str, environment: MutableMapping[str, str]) -> None:
+    """Refuse what a launcher inside a task of `srun` cannot have set: variables that were left over in the shell have."""
+    tasks, task = environment.get("SLURM_NTASKS", "1"), environment.get("SLURM_PROCID", "0")
+    if not (tasks.isdigit() and task.isdigit()):
+        return
+    if ranks.world_size < int(tasks):
+        raise UserError(
+            f"{world}={ranks.world_size} contradicts SLURM_NTASKS={tasks}: unset {rank} and {world} before srun"
+        )
+    if ranks.world_size == int(tasks) and ranks.rank != int(task):
+        raise UserError(f"{rank}={ranks.rank} contradicts SLURM_PROCID={task}: unset {rank} and {world} before srun")
 
 
 def export(ranks: Ranks, environment: MutableMapping[str, str] = os.environ) -> None:

@@ -3,21 +3,17 @@
 <folder>/slurm/job.sh      the script; `sbatch job.sh` submits it again
                code/       the code as it was when the job was submitted: later changes do not reach a job that goes on
                %j.log      what the job said
-               jobs.json   what was submitted
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from conf.errors import UserError
 from conf.files import atomic_write, say_why
@@ -25,11 +21,8 @@ from conf.schema import ClusterConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 _CODE = ("train.py", "ablation", "conf", "data", "kernels", "launch", "model", "training")
-# States of a job that still has something to do; the others are of one that has ended.
-WAITS, RUNS = (
-    ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED"),
-    ("RUNNING", "COMPLETING"),
-)
+RUNS = ("RUNNING", "COMPLETING")
+_OPEN = ("PENDING", "CONFIGURING", "SUSPENDED", *RUNS)  # states of a job that SLURM has not done with
 _WAIT = 20  # seconds from the first rank that ends well to the last: they leave together
 
 
@@ -128,7 +121,7 @@ def render(job: Job, cluster: ClusterConfig) -> str:
         f"if [ $status -eq 0 ]{f' && ! {job.stopped}' if job.stopped else ''}; then exit 0; fi",
         *([f"if {job.hopeless}; then exit 1; fi"] if job.hopeless else []),
         'told=$(scontrol -o show job "$SLURM_JOB_ID")',
-        "if [[ $told == *JobState=CANCELLED* ]]; then exit 1; fi",
+        "if [[ $told != *JobState=RUNNING* ]]; then exit 1; fi  # it was cancelled",
         'if [ "$(saved)" = "$before" ] && [[ $told != *PreemptTime=2* ]]; then',
         '    echo "job $SLURM_JOB_ID ended with status $status and saved nothing new: it is not started again" >&2',
         "    exit $((status > 0 ? status : 1))",
@@ -165,6 +158,7 @@ def _options(job: Job, cluster: ClusterConfig) -> list[str]:
     options = {
         "--job-name": job.name,
         "--output": job.folder / "slurm" / ("%A_%a.log" if job.tasks else "%j.log"),
+        "--comment": job.folder,  # by which `queued` finds it
         "--chdir": Path.cwd(),
         "--nodes": job.nodes,
         "--ntasks-per-node": job.per_node,
@@ -261,17 +255,6 @@ def submit(jobs: list[Job], cluster: ClusterConfig) -> list[str]:
     for job in jobs:
         after = [f"--dependency=afterany:{ids[-1]}"] if ids else []
         ids.append(_sbatch([*after, str(job.path)]))
-        submitted = [
-            {
-                "id": i,
-                "script": j.script,
-                "tasks": list(j.tasks),
-                "when": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
-            }
-            for i, j in zip(ids, jobs, strict=False)
-        ]
-        with say_why("write the job to", folder), atomic_write(folder / "jobs.json") as file:
-            json.dump(submitted, file, indent=1)
     return ids
 
 
@@ -279,7 +262,7 @@ def _sbatch(words: list[str]) -> str:
     try:
         told = subprocess.run(["sbatch", "--parsable", *words], capture_output=True, text=True, check=True)
     except FileNotFoundError:
-        print(Path(words[-1]).read_text(encoding="utf-8"))
+        print(Path(words[-1]).read_text(encoding="utf-8"), end="")
         raise UserError(
             f"there is no sbatch here: the script above is {words[-1]}; on a node of the cluster that sees this folder, "
             f"type  sbatch {words[-1]}"
@@ -307,30 +290,29 @@ def _keep_code(target: Path) -> None:
     partial.rename(target)
 
 
-def jobs_of(folder: Path) -> list[dict[str, Any]]:
-    """Return what was submitted last for a folder: `id`, `script`, `tasks` and `when` of every job."""
+@dataclasses.dataclass(frozen=True)
+class Queued:
+    """A job that SLURM has not done with, or a task of an array."""
+
+    number: str
+    state: str  # RUNS, or another one of a job that waits
+    name: str
+    task: int | None
+
+
+def queued(folder: Path) -> list[Queued]:
+    """Ask SLURM what waits or runs of a folder's jobs, whoever submitted them; nothing where there is no SLURM."""
+    asked = ["squeue", "--noheader", "--array", f"--states={','.join(_OPEN)}", "--format=%i|%T|%j|%K|%k"]
     try:
-        return json.loads((folder / "slurm" / "jobs.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
         return []
-
-
-def states(ids: list[str]) -> dict[str, str]:
-    """Ask SLURM how jobs stand: the state by number, `17` or `17_3` of a task of an array. Ended ones are missing.
-
-    Nothing is known, and {} returned, where there is no SLURM.
-    """
-    found: dict[str, str] = {}
-    for number in ids:
-        try:
-            told = subprocess.run(
-                ["squeue", "--noheader", "--array", f"--jobs={number}", "--format=%i %T"],
-                capture_output=True, text=True, check=True,
-            )  # fmt: skip
-        except (OSError, subprocess.CalledProcessError):
-            continue
-        found |= dict(line.split(maxsplit=1) for line in told.stdout.splitlines() if line.strip())
-    return {number: state for number, state in found.items() if state in (*WAITS, *RUNS)}
+    found = []
+    for line in told.splitlines():
+        number, state, name, task, whose = line.split("|", maxsplit=4)
+        if whose == str(folder.resolve()):
+            found.append(Queued(number, state, name, int(task) if task.isdigit() else None))
+    return found
 
 
 def refuse_queued(folder: Path) -> None:
@@ -339,9 +321,9 @@ def refuse_queued(folder: Path) -> None:
     Raises:
         UserError: which they are.
     """
-    if waiting := states([job["id"] for job in jobs_of(folder)]):
-        (number, state), more = next(iter(waiting.items())), len(waiting) - 1
+    if waiting := queued(folder):
+        first, more = waiting[0], len(waiting) - 1
         raise UserError(
-            f"{folder} has been submitted already: job {number} is {state.lower()}{f', and {more} more' if more else ''}; "
-            f"wait for it, or type  scancel {number.split('_')[0]}"
+            f"{folder} has been submitted already: job {first.number} is {first.state.lower()}"
+            f"{f', and {more} more' if more else ''}; wait for it, or type  scancel {first.number.split('_')[0]}"
         )

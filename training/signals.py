@@ -23,7 +23,7 @@ class StopRequest:
     """Notes SIGINT (Ctrl-C), SIGTERM and SIGUSR1 while it is entered; a second Ctrl-C interrupts at once.
 
     Args:
-        launchers: those that started this rank; their end is a request too.
+        launchers: those that started this rank; their end is a request too, and so is a SIGUSR1 that came before.
     """
 
     def __init__(self, launchers: Launchers) -> None:
@@ -35,6 +35,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        if self._launchers.warned:
+            self.reason = signal.SIGUSR1.name
         return self
 
     def __exit__(self, *_: object) -> None:

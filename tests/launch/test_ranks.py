@@ -72,7 +72,8 @@ def test_slurms_way_to_write_tasks_per_node(written, here):
 
 
 def test_a_launcher_inside_slurm_counts_before_slurm():
-    assert find_ranks(SRUN | TORCHRUN | {"RANK": "3"}).rank == 3
+    assert find_ranks(SRUN | TORCHRUN | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}) == Ranks(5, 8, 1, 4)
+    assert find_ranks(SRUN | TORCHRUN) == Ranks(5, 8, 1, 4)  # a launcher of one process, in each task
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,8 @@ def test_a_launcher_inside_slurm_counts_before_slurm():
         (DEEPSPEED | {"LOCAL_SIZE": ""}, None, "deepspeed set one of"),
         (SRUN | {"SLURM_PROCID": ""}, None, "srun set one of SLURM_PROCID, SLURM_NTASKS"),
         (MPIRUN | {"OMPI_COMM_WORLD_RANK": "9"}, None, "OMPI_COMM_WORLD_RANK=9 does not fit OMPI_COMM_WORLD_SIZE=8"),
+        (SRUN | TORCHRUN | {"RANK": "3"}, None, "RANK=3 contradicts SLURM_PROCID=5: unset RANK and WORLD_SIZE"),
+        (SRUN | dict.fromkeys(DEEPSPEED, "0") | {"WORLD_SIZE": "1"}, None, "WORLD_SIZE=1 contradicts SLURM_NTASKS=8"),
         (TORCHRUN, 2, "--local_rank=2 contradicts LOCAL_RANK=1 of the environment"),
         (SRUN, 0, "--local_rank=0 contradicts SLURM_LOCALID=1"),
         ({}, 1, "--local_rank=1 was given, but no launcher set RANK and WORLD_SIZE"),

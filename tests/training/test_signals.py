@@ -37,6 +37,18 @@ def test_handlers_are_restored_after_an_exception():
     assert [signal.getsignal(each) for each in NUMBERS] == before
 
 
+def test_a_warning_that_came_while_the_rank_started_stops_it():
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        launchers = Launchers()
+        launchers.listen()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with StopRequest(launchers) as stop:
+            assert stop.agreed() == "SIGUSR1"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_the_first_signal_names_the_stop():
     with StopRequest(Launchers()) as stop:
         os.kill(os.getpid(), signal.SIGTERM)

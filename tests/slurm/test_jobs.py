@@ -1,0 +1,209 @@
+"""Training under a real SLURM of several virtual nodes: the same run, whatever stops it on the way."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.slurm.cluster import until
+from tests.slurm.conftest import SETTINGS, log
+from tests.training.tiny import PATIENCE, command, overrides, shared_corpus
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    """The command line of a run, without its name."""
+    folder = shared_corpus(tmp_path_factory)
+    return overrides(
+        folder, tmp_path_factory.mktemp("runs"), steps=STEPS, save_every=10, eval_every=0, telemetry_every=0
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(words) -> Path:
+    return Path(next(word for word in words if word.startswith("runs=")).partition("=")[2])
+
+
+@pytest.fixture(scope="module")
+def local(words, runs) -> Path:
+    """The same run of two ranks on this machine, without SLURM, that nothing stops."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = command(sys.executable, *launcher, "train.py", *words, "run=local")
+    assert result.status == 0, result.err
+    return runs / "local"
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, STEPS + 1))
+    return [line["loss"] for line in lines if line["kind"] in ("train", "eval")]
+
+
+def resumes(run: Path) -> list[int]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if line.get("event") == "resumed"]
+
+
+@pytest.mark.parametrize("tasks", ["gpu", "node"])
+def test_two_nodes_learn_what_this_machine_learns(slurm, words, runs, tasks, tmp_path):
+    one = [*words, f"run=four-{tasks}", "steps=10"]
+    number = slurm.submit("nodes=2", "ranks_per_node=2", f"cluster.tasks={tasks}", *one)
+    slurm.wait(number, "COMPLETED")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    result = command(sys.executable, *launcher, "train.py", *one, f"runs={tmp_path}")
+    assert result.status == 0, result.err
+    shown = [
+        [line for line in (folder / f"four-{tasks}" / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+        for folder in (runs, tmp_path)
+    ]
+    on_slurm, here = ([json.loads(line)["loss"] for line in lines] for lines in shown)
+    assert len(here) == 11
+    assert on_slurm == here
+    started = next(json.loads(line) for line in (runs / f"four-{tasks}" / "metrics.jsonl").read_text().splitlines())
+    assert started["world_size"] == 4
+
+
+def test_a_warned_job_saves_and_goes_on_as_the_same_run(slurm, words, runs, local):
+    number = slurm.submit("nodes=2", *words, "run=warned")
+    slurm.wait_for_step(runs / "warned", number, 12)
+    slurm.run("scancel", "--batch", "--signal=USR1", number)  # as `--signal=B:USR1@120` does before the limit
+    slurm.wait(number, "PENDING")
+    [stopped] = re.findall(r"SIGUSR1: stopped after step (\d+)", log(runs / "warned", number))
+    slurm.go_on(number)
+    slurm.wait(number, "COMPLETED")
+    assert resumes(runs / "warned") == [int(stopped)]
+    assert losses(runs / "warned") == losses(local)
+
+
+@pytest.mark.parametrize("what", ["node", "watcher"])
+def test_a_lost_node_ends_the_job_within_a_minute_and_it_goes_on(slurm, words, runs, local, what):
+    run = runs / f"lost-{what}"
+    number = slurm.submit("nodes=2", *words, f"run={run.name}")
+    slurm.wait_for_step(run, number, 12)
+    # The last rank's node: its slurmstepd, alone or with its rank, as if the power had gone.
+    victim = next(rank for rank in slurm.ranks(run) if rank.environ()["SLURM_PROCID"] == "1")
+    watcher = victim.parent()
+    assert watcher.name() == "slurmstepd"
+    watcher.kill()
+    if what == "node":
+        victim.kill()
+    until(lambda: slurm.state(number) == "PENDING", "the job to be requeued", 60)
+    assert slurm.ranks(run) == []
+    slurm.go_on(number)
+    slurm.wait(number, "COMPLETED")
+    assert resumes(run)[0] >= 10
+    assert losses(run) == losses(local)
+
+
+def test_a_job_whose_time_is_up_goes_on_in_the_next(slurm, words, runs, local):
+    run = runs / "timed"
+    number = slurm.submit("nodes=2", "cluster.time=3", "cluster.signal_seconds=90", *words, f"run={run.name}")
+    slurm.wait_for_step(run, number, 12)
+    ranks = slurm.ranks(run)
+    for rank in ranks:
+        rank.suspend()  # its time passes, and no step is done
+    usr1 = 1 << (signal.SIGUSR1 - 1)
+
+    def warned(rank: psutil.Process) -> bool:
+        status = Path(f"/proc/{rank.pid}/status").read_text()
+        return bool(int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16) & usr1)
+
+    until(lambda: all(map(warned, ranks)), "SLURM to warn", PATIENCE)
+    for rank in ranks:
+        rank.resume()
+    slurm.wait(number, "PENDING")
+    slurm.go_on(number)
+    slurm.wait(number, "COMPLETED")
+    assert "SIGUSR1: stopped after step" in log(run, number)
+    assert len(resumes(run)) == 1
+    assert losses(run) == losses(local)
+
+
+def test_a_job_that_is_preempted_before_its_first_step_comes_again(slurm, words, runs):
+    run = runs / "preempted"
+    number = slurm.submit("nodes=2", *words, f"run={run.name}")
+    until(lambda: slurm.ranks(run), "ranks")
+    urgent = [
+        "sbatch",
+        "--parsable",
+        "--partition=urgent",
+        "--nodes=4",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=true",
+    ]
+    other = slurm.run(*urgent).strip()
+    slurm.wait(other, "COMPLETED")
+    assert slurm.state(number) == "PENDING"
+    slurm.run("scancel", number)
+
+
+def test_a_job_that_saves_nothing_new_is_not_started_again(slurm, words, runs):
+    run = runs / "refused"
+    (run / "checkpoints").parent.mkdir(parents=True)
+    (run / "checkpoints").write_text("in the way")
+    number = slurm.submit("nodes=2", *words, f"run={run.name}")
+    slurm.wait(number, "FAILED")
+    assert "a file of that name is in the way" in log(run, number)
+    assert re.search(
+        rf"job {number} ended with status \d+ and saved nothing new: it is not started again", log(run, number)
+    )
+
+
+def test_a_cancelled_job_saves_and_does_not_come_back(slurm, words, runs):
+    run = runs / "cancelled"
+    number = slurm.submit("nodes=2", *words, f"run={run.name}")
+    slurm.wait_for_step(run, number, 12)
+    again = slurm.launch("nodes=2", *words, f"run={run.name}")
+    assert again.status == 2
+    assert f"has been submitted already: job {number} is running" in again.err
+    slurm.run("scancel", number)
+    until(lambda: not slurm.run("squeue", "-h", "-j", number), "the job to leave")
+    assert slurm.state(number) == "CANCELLED"
+    assert slurm.ranks(run) == []
+    assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
+
+
+def test_slurms_own_words_say_why_a_job_is_not_taken(slurm, words):
+    result = slurm.launch("nodes=2", *words, "run=nowhere", "cluster.partition=nowhere")
+    assert result.status == 2
+    assert "SLURM did not take the job: " in result.err
+    assert "invalid partition specified: nowhere" in result.err
+    assert "Change what it asks for with cluster.KEY=VALUE" in result.err
+
+
+def test_a_plan_is_an_array_of_which_a_task_can_be_run_again(slurm, words, tmp_path):
+    plan = ["ablation=smoke", "ablation.sizes={tiny: model=nano}", "ablation.tile=1", "ablation.rates=[1.0]"]
+    kept = [word for word in words if not word.startswith(("run", "steps", "model=", "model.d_ff"))]
+    plan += [*kept, "tokens=3072", "eval_tokens=512", f"folder={tmp_path}", "yes=true", "jobs=2"]
+    folder = tmp_path / "smoke"
+    bad = folder / "runs" / "tiny-swiglu-lr0.01-seed0"
+    bad.mkdir(parents=True)
+    (bad / "checkpoints").write_text("in the way")
+    submit = [sys.executable, "-m", "ablation.run", *plan, *SETTINGS]
+    result = command(*submit, **slurm.environment)
+    assert result.status == 0, result.err
+    assert (number := re.search(r"job array (\d+) is submitted, 4 task\(s\)", result.out)[1])
+    assert "ArrayTaskThrottle=2" in slurm.run("scontrol", "-o", "show", "job", number)
+    status = [sys.executable, "-m", "ablation.status", folder]
+    assert "queued" in command(*status, **slurm.environment).out
+    again = command(*submit, **slurm.environment)
+    assert again.status == 2
+    assert "has been submitted already" in again.err
+    until(lambda: not slurm.run("squeue", "-h", "-j", number), "the array to end", PATIENCE)
+    shown = command(*status, **slurm.environment).out
+    assert "4 runs: 3 finished, 1 waiting" in shown
+    (bad / "checkpoints").unlink()
+    script = (folder / "slurm" / "seeds.sh").read_text()
+    task = re.search(r"'tiny-swiglu-lr\*-seed0'  # (\d)", script)[1]
+    number = slurm.run("sbatch", "--parsable", f"--array={task}", str(folder / "slurm" / "seeds.sh")).strip()
+    until(lambda: not slurm.run("squeue", "-h", "-j", number), "the task to end", PATIENCE)
+    assert "4 runs: 4 finished" in command(*status, **slurm.environment).out
