@@ -237,6 +237,7 @@ class HardwareConfig:
     memory_bandwidth: float = key(3.35e12, "bytes/s between a GPU and its memory")
     node_bandwidth: float = key(4.5e11, "bytes/s that a GPU sends to others of its node")
     network_bandwidth: float = key(5e10, "bytes/s that a GPU sends to other nodes")
+    network_latency: float = key(2e-6, "seconds of a hop between two ranks of a ring")
     host_bandwidth: float = key(5.5e10, "bytes/s between a GPU and the host's memory")
     watts: float = key(700.0, "power limit of a GPU")
     full_watts: float = key(700.0, "power at which it reaches its peak")

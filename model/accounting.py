@@ -18,6 +18,11 @@ from conf.schema import Config, FFNConfig, ParallelConfig
 from kernels.formula import Formula, parse
 
 VOCABULARY_MULTIPLE = 64  # rows of the embedding: GEMM tiles, and later vocabulary-parallel slices, divide it
+# Elements of one chunk of logits in the loss, and its least number of rows: with few rows the product for the weight gradient
+# spends its time on reading and writing the result.
+_CHUNK_ELEMENTS = 2**22
+_CHUNK_ROWS = 256
+GATHERED_BUCKETS = 20  # times `zero.bucket_elements`: how many elements stage 3 keeps whole, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,3 +275,96 @@ def state_bytes(
         "gradients": gradient * own / (1 if keeps_all else replicas),
         "optimizer": 0.0 if offload else (12 if copies else 8) * own / (replicas if stage >= 1 else 1),
     }
+
+
+def logits_rows(tokens: int, words: int) -> int:
+    """Return for how many tokens at a time the loss computes the logits of `words` words (model/loss.py)."""
+    return max(1, min(tokens, max(_CHUNK_ROWS, _CHUNK_ELEMENTS // words)))
+
+
+def activation_bytes(
+    shape: Shape, parallel: ParallelConfig, tokens: int, width: int, recompute: bool = False
+) -> dict[str, float]:
+    """Return the bytes that a rank needs for forward and backward of a micro-batch, beside weights and gradients.
+
+    A layer keeps, of every token: its inputs of norms and of products (4 d_model), queries, keys and values before and after
+    rotation and the result of attention, the logarithm of the softmax's sum, the inverse deviations of the norms, and what
+    `ffn.save` says. Attention scores are never kept: all backends recompute them.
+
+    Args:
+        tokens: of the micro-batch, a context rank's share of them.
+        width: bytes of an element.
+        recompute: whether each layer keeps its input only.
+
+    Returns:
+        "layers" is kept from forward to backward. On top are needed: "loss" at the end of forward, of which "output" (the
+        gradient of the output's weights, twice) stays until backward has used it; and "backward" within a layer's backward.
+    """
+    cut, tensor = parallel.tensor if parallel.sequence else 1, parallel.tensor
+    queries, keys = shape.n_heads * shape.head_dim / tensor, shape.n_kv_heads * shape.head_dim / tensor
+    deviations = 4 * (2 / cut + (shape.n_heads + shape.n_kv_heads) / tensor * shape.qk_norm)
+    attention = width * 3 * (queries + keys) + 4 * shape.n_heads / tensor
+    each = [
+        width * 4 * shape.d_model / cut + attention + deviations + ffn_saved_bytes(layer, width) / tensor
+        for layer in shape.ffn
+    ]
+    working = max(width * ((layer.matrices + 1) * layer.d_ff / tensor + 2 * shape.d_model) for layer in shape.ffn)
+    words = shape.vocab_size // tensor
+    states, output = tokens * shape.d_model * width, words * shape.d_model
+    chunk = logits_rows(tokens, words) * words * (width + (4 if tensor > 1 else 0))
+    layers = tokens * (shape.n_layers * width * shape.d_model / cut if recompute else sum(each))
+    return {
+        "layers": layers,
+        "loss": 2 * states + (4 + width) * output + chunk,  # the gradient of the output's weights is summed in fp32
+        "output": 2 * width * output,
+        "backward": 3 * states + tokens * (working + (max(each) if recompute else 0)),
+    }
+
+
+def peak_bytes(
+    config: Config, shape: Shape, replicas: int, micro_batch: int, micro_batches: int, bf16: bool = True
+) -> dict[str, float]:
+    """Return the most bytes that a rank needs at once, by part; the values add up.
+
+    That is at the end of forward, at the begin or the end of backward, or in the optimizer's step: what is there at the moment
+    that needs most.
+
+    Args:
+        replicas: ranks that ZeRO shares states among.
+        micro_batch: sequences of a rank at once.
+        micro_batches: of a step, on a rank.
+        bf16: else fp32.
+    """
+    zero, parallel, width = config.zero, config.parallel, 2 if bf16 else 4
+    offload = zero.offload_optimizer
+    states = state_bytes(shape, parallel.tensor, replicas, zero.stage, bf16, micro_batches, offload)
+    own, share = rank_parameters(shape, parallel.tensor), replicas if zero.stage >= 1 else 1
+    tokens = micro_batch * config.sequence_length // parallel.context
+    needs = activation_bytes(shape, parallel, tokens, width, config.model.activation_checkpointing)
+    bucket = min(zero.bucket_elements, own) if zero.stage and replicas > 1 else 0
+    reduces = bucket * (width * (2 if zero.overlap else 1) + (4 if bf16 and config.precision.reduce == "fp32" else 0))
+    gathered = width * min(GATHERED_BUCKETS * bucket, own) if zero.stage == 3 else 0.0
+    alone = zero.stage == 1 and replicas == 1 and not offload
+    # What stays from step to step: the sum of earlier micro-batches, or one that is kept in fp32 all the same.
+    waiting = states["gradients"] if micro_batches > 1 else 4.0 * own if alone and bf16 else 0.0
+    copies = (bf16 or zero.stage > 0) and not alone and not offload
+    stepping = (4 + (2 if bf16 and zero.stage < 3 else 0)) * own / share if copies else 0.0
+    gradients, layers, backward = states["gradients"], needs["layers"], needs["backward"]
+    moments = [
+        {"gradients": waiting, "activations": layers, "working": needs["loss"], "buffers": gathered},
+        {
+            "gradients": waiting,
+            "activations": layers,
+            "working": needs["output"] + backward,
+            "buffers": reduces + gathered,
+        },
+        {
+            "gradients": gradients,
+            "activations": layers / shape.n_layers,
+            "working": backward,
+            "buffers": reduces + gathered,
+        },
+        {"gradients": gradients, "activations": 0.0, "working": stepping, "buffers": reduces},
+    ]
+    worst = max(moments, key=lambda moment: sum(moment.values()))
+    return {"weights": states["weights"], "optimizer": states["optimizer"], **worst}

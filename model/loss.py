@@ -18,13 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.cross_entropy import cross_entropy_, serves
+from model.accounting import logits_rows
 from model.collectives import all_gather, gather, reduce
 from model.parallel import Axis
-
-# Elements of one chunk of logits, and its least number of rows: with few rows the
-# product for the weight gradient spends its time on reading and writing the result.
-_CHUNK_ELEMENTS = 2**22
-_CHUNK_ROWS = 256
 
 
 def linear_cross_entropy(
@@ -140,7 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = valid.sum().clamp_(min=1)
         nats = torch.zeros((), dtype=precise, device=hidden.device)
         squares = torch.zeros_like(nats)
-        rows = max(1, min(tokens, max(_CHUNK_ROWS, _CHUNK_ELEMENTS // words)))
+        rows = logits_rows(tokens, words)
         logits_buffer = states.new_empty(rows, words)
         rows_of = cross_entropy_
         if tensor.size > 1:

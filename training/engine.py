@@ -23,7 +23,7 @@ from conf.schema import Config, ParallelConfig
 from conf.validate import Batch
 from data.batches import IGNORED
 from launch.ranks import Ranks
-from model.accounting import Shape
+from model.accounting import GATHERED_BUCKETS, Shape
 from model.decoder import Cache, Decoder
 from model.initialise import initialise
 from model.parallel import Mesh, cut_of, join
@@ -79,8 +79,8 @@ def deepspeed_config(config: Config, batch: Batch, dtype: torch.dtype) -> dict[s
     if zero.stage == 3:
         result["zero_optimization"] |= {
             "stage3_prefetch_bucket_size": zero.bucket_elements,
-            "stage3_max_live_parameters": 20 * zero.bucket_elements,
-            "stage3_max_reuse_distance": 20 * zero.bucket_elements,
+            "stage3_max_live_parameters": GATHERED_BUCKETS * zero.bucket_elements,
+            "stage3_max_reuse_distance": GATHERED_BUCKETS * zero.bucket_elements,
             "stage3_param_persistence_threshold": min(100_000, zero.bucket_elements),
             "sub_group_size": 10**9,
         }

@@ -16,10 +16,13 @@ from conf.load import choices, load
 from conf.schema import Config, ParallelConfig
 from kernels import parse
 from model.accounting import (
+    activation_bytes,
     check_shares,
     default_d_ff,
     flops_per_token,
+    logits_rows,
     parameters,
+    peak_bytes,
     rank_parameters,
     shape_of,
     state_bytes,
@@ -219,3 +222,59 @@ def test_bytes_of_weights_gradients_and_optimizer(replicas, stage, bf16, micro_b
 
 def test_an_offloaded_optimizer_takes_nothing_on_the_device():
     assert state_bytes(shape_of(config_of()), 1, 2, 2, offload=True)["optimizer"] == 0
+
+
+def kept_bytes(decoder: Decoder, tokens: torch.Tensor) -> int:
+    """Return the bytes that autograd keeps of a forward pass: each storage once, without parameters and rotary tables."""
+    parameters_of = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
+    held, sizes = [], {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        held.append(tensor)  # or its address could be another's
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters_of and tensor.shape[1:] != (decoder.shape.head_dim // 2,):
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        decoder(tokens, tokens)
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("shape", ["grouped", "qk-norm", "wide heads"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_activations_are_those_that_autograd_keeps(build, arm, shape, recompute, dtype):
+    decoder = build(arm, dtype=dtype, activation_checkpointing=recompute, **SHAPES[shape]).train()
+    tokens, of = torch.randint(64, (2, 24)), decoder.shape
+    count = tokens.numel()
+    needs = activation_bytes(of, ParallelConfig(), count, dtype.itemsize, recompute)
+    # Hidden states and their gradient, the gradient of the output's weights; token numbers, the last norm's deviations.
+    loss = dtype.itemsize * (2 * count * of.d_model + of.vocab_size * of.d_model) + (8 + 4) * count
+    assert kept_bytes(decoder, tokens) == needs["layers"] + loss
+
+
+def test_the_loss_takes_what_its_chunk_takes():
+    shape = shape_of(load(["model=llama_1b"]))
+    one, two = (activation_bytes(shape, ParallelConfig(tensor=t), 8192, 2) for t in (1, 2))
+    states, output = 2 * 8192 * shape.d_model * 2, shape.vocab_size * shape.d_model
+    assert one["loss"] == states + 6 * output + logits_rows(8192, shape.vocab_size) * shape.vocab_size * 2
+    half = shape.vocab_size // 2
+    assert two["loss"] == states + 3 * output + logits_rows(8192, half) * half * (2 + 4)
+
+
+def test_peak_memory_is_of_the_moment_that_needs_most():
+    small = load(["model=llama_1b", "zero=1", "micro_batch_size=1", "global_batch_size=8", "sequence_length=128"])
+    large = load(["model=llama_1b", "zero=1", "micro_batch_size=8", "global_batch_size=64", "sequence_length=2048"])
+    shape = shape_of(small)
+    stepping, computing = peak_bytes(small, shape, 8, 1, 1), peak_bytes(large, shape, 8, 8, 1)
+    assert stepping["activations"] == 0
+    assert computing["activations"] == activation_bytes(shape, large.parallel, 8 * 2048, 2, False)["layers"]
+    states = state_bytes(shape, 1, 8, 1)
+    for peak in (stepping, computing):
+        assert (peak["weights"], peak["optimizer"]) == (states["weights"], states["optimizer"])
+    summed = peak_bytes(large, shape, 8, 8, 4)  # of four micro-batches the sum waits, in fp32
+    assert summed["gradients"] == 4 * rank_parameters(shape, 1)
+    recomputed = load(["model=llama_1b", "zero=1", "micro_batch_size=8", "global_batch_size=64", "sequence_length=2048",
+                       "model.activation_checkpointing=true"])  # fmt: skip
+    assert sum(peak_bytes(recomputed, shape, 8, 8, 1).values()) < sum(computing.values())

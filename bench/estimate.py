@@ -1,0 +1,275 @@
+"""Estimates beside what was measured and published: `python -m bench.estimate`.
+
+    out=FILE       where the tables go        memory=false   only the published step times, which take a moment
+
+Memory: the most bytes of tensors that are alive at once in a step, on ranks of this machine (CPU, gloo), beside
+`model.accounting.peak_bytes`; and the FLOPs that torch counts in matrix products beside `flops_per_token`, whose attention is
+left out, since torch does not count it on a CPU. Every tensor is counted that an operation returns, each storage once, from
+when it appears until it is freed.
+
+Step times: published runs on H100s beside `launch.step_time`, whose two constants are fitted to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import sys
+import weakref
+from typing import Any
+
+from bench.train import machine, options_of
+from conf.files import atomic_write
+from conf.load import load, run_command
+from conf.schema import Config, FFNConfig, HardwareConfig, ParallelConfig
+from launch.step_time import (
+    GEMM_EFFICIENCY,
+    NETWORK_EFFICIENCY,
+    Layout,
+    model_flops_utilization,
+    step_time,
+)
+from model.accounting import FFNShape, Shape, flops_per_token, peak_bytes, shape_of
+
+_MODEL = [
+    "model=nano", "model.d_model=512", "model.n_layers=4", "model.n_heads=8", "model.d_ff=1408", "model.attention=sdpa",
+    "sequence_length=512", "tokenizer.vocab_size=8192", "micro_batch_size=4", "telemetry_every=0", "logger=none", "steps=3",
+    "zero.bucket_elements=1000000",
+]  # fmt: skip
+# Arms, tensor and context sizes, ZeRO stages, checkpointing, one or two micro-batches; two ranks each.
+_MEASURED = """
+ffn=swiglu zero=1 precision=bf16 global_batch_size=8
+ffn=gelu zero=1 precision=bf16 global_batch_size=16
+ffn=swiglu zero=2 precision=bf16 global_batch_size=8 model.activation_checkpointing=true
+ffn=relu2 zero=3 precision=bf16 global_batch_size=8
+ffn=geglu zero=1 precision=fp32 global_batch_size=4 parallel.tensor=2
+ffn=swiglu zero=1 precision=bf16 global_batch_size=4 parallel.tensor=2 parallel.sequence=true
+ffn=relu zero=0 precision=fp32 global_batch_size=8
+ffn=swiglu zero=3 precision=fp32 global_batch_size=8 model.activation_checkpointing=true
+ffn=swiglu zero=2 precision=fp32 global_batch_size=4 parallel.context=2
+"""
+
+
+def main(argv: list[str]) -> None:
+    if any(word in ("-h", "--help") for word in argv):
+        print(__doc__)
+        return
+    if argv[:1] == ["--rank"]:
+        from bench.ranks import this_rank
+
+        with this_rank() as ranks:
+            print(json.dumps(_measured(ranks, argv[1:])))
+        return
+    options, _ = options_of(argv, out="bench/results/estimate.md", memory="true")
+    text = "# Estimates beside what was measured and published (`python -m bench.estimate`)\n"
+    text += _memory_table() if options["memory"] == "true" else ""
+    text += _time_table()
+    print(text)
+    with atomic_write(options["out"]) as file:
+        file.write(text)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def _memory_table() -> str:
+    from bench.ranks import on_ranks
+
+    lines = [
+        f"\n## Memory and FLOPs ({machine()}, 2 ranks)\n",
+        "The most MiB of live tensors in a step, beside `peak_bytes`; FLOPs a token of the matrix products, with what is",
+        "recomputed, as torch counts them and by `flops_per_token` (attention is not counted by torch on a CPU).\n",
+        f"`{' '.join(_MODEL)}`, and\n",
+        "| configuration | measured | estimate | off by | FLOPs counted | FLOPs estimated |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in _MEASURED.strip().splitlines():
+        told = on_ranks(2, "bench.estimate", [*_MODEL, *row.split()])[0]
+        config = load([*_MODEL, *row.split()])
+        flops = _products(config)
+        lines.append(
+            f"| {row} | {told['measured'] / 2**20:.1f} | {told['estimate'] / 2**20:.1f} | "
+            f"{told['estimate'] / told['measured'] - 1:+.1%} | {told['flops'] * config.parallel.tensor:,.0f} | {flops:,} |"
+        )
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines) + "\n"
+
+
+def _products(config: Config) -> int:
+    """Return the FLOPs a token of all matrix products of a step, recomputed ones too, without attention's own."""
+    shape = shape_of(config)
+    flops = flops_per_token(shape, config.sequence_length)
+    scores = 3 * shape.n_layers * 2 * shape.n_heads * shape.head_dim * (config.sequence_length + 1)
+    layers = flops["attention"] - scores + flops["ffn"]
+    return layers + flops["output"] + (layers // 3 if config.model.activation_checkpointing else 0)
+
+
+def _measured(ranks: Any, words: list[str]) -> dict[str, float]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from bench.ranks import engine_of, random_tokens
+
+    before = _alive()
+    engine, batch, shape = engine_of(words, ranks)
+    config = engine.config
+    tokens = random_tokens(batch, shape, config.sequence_length, ranks.rank)
+    for _ in range(2):  # the optimizer's state exists from the first step on
+        engine.train_step(tokens, 1.0)
+    gc.collect()
+    kept = {address: size for address, size in _alive().items() if address not in before}
+    with live_tensors()(set(kept)) as live:
+        engine.train_step(tokens, 1.0)
+    with FlopCounterMode(display=False) as counter:
+        engine.train_step(tokens, 1.0)
+    own = batch.micro_batch * batch.accumulation * config.sequence_length // config.parallel.context
+    bf16 = config.precision.name == "bf16"
+    estimate = peak_bytes(config, shape, engine.mesh.replicas.size, batch.micro_batch, batch.accumulation, bf16)
+    return {
+        "measured": sum(kept.values()) + live.peak,
+        "estimate": sum(estimate.values()),
+        "flops": counter.get_total_flops() / own,
+    }
+
+
+def _alive() -> dict[int, int]:
+    """Return the bytes of every storage of a tensor that Python knows, by its address."""
+    import torch
+
+    found = (thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and thing.device.type == "cpu")
+    return {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in found)}
+
+
+def live_tensors() -> type:
+    """Return the class that counts the bytes of storages that appear while it is entered; torch is imported now."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_map_only
+
+    class LiveTensors(TorchDispatchMode):
+        def __init__(self, known: set[int]) -> None:
+            super().__init__()
+            self.live = self.peak = 0
+            self._known = known
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            tree_map_only(torch.Tensor, self._see, out)
+            return out
+
+        def _see(self, tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            address, size = storage.data_ptr(), storage.nbytes()
+            if size and address not in self._known:
+                self._known.add(address)
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._freed, address, size)
+            return tensor
+
+        def _freed(self, address: int, size: int) -> None:
+            self._known.discard(address)
+            self.live -= size
+
+    return LiveTensors
+
+
+# ---------------------------------------------------------------------------------------------------------- step times
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A run that somebody measured: `value` is MFU, or tokens/s a GPU where it is above 1."""
+
+    name: str
+    layout: Layout
+    hardware: HardwareConfig
+    value: float
+
+    def predicted(self, efficiency: float = GEMM_EFFICIENCY, network: float = NETWORK_EFFICIENCY) -> float:
+        """Return what the model says."""
+        seconds = step_time(self.layout, self.hardware, efficiency, network).total
+        if self.value > 1:
+            return self.layout.tokens / seconds / self.layout.gpus
+        return model_flops_utilization(self.layout, self.hardware, seconds, causal=False)
+
+
+def published() -> list[Published]:
+    """Return the runs, as their sources describe them; what is assumed stands in the table's text."""
+    h100 = HardwareConfig(device="H100 SXM", bf16_flops=989.4e12)
+    # 96 GB of HBM2e, and a limit of 500 W.
+    torchtitan = dataclasses.replace(h100, memory_bandwidth=2.4e12, watts=500)
+    fsdp = {"gpus_per_node": 8, "stage": 3, "hidden": 1.0}
+    mpt = {**fsdp, "sequence_length": 2048, "gradient_width": 2}
+    sizes = {"7B": (4096, 32, 32), "30B": (7168, 48, 56), "70B": (8192, 80, 64)}
+    rows = [("7B", 8, 6, 0, 0.4644), ("7B", 128, 6, 0, 0.4571), ("7B", 512, 6, 0, 0.422),
+            ("30B", 128, 8, 1, 0.4185), ("70B", 512, 8, 1, 0.4125)]  # fmt: skip
+    runs = [
+        Published(
+            f"MPT {size}, {gpus} GPUs, MFU",
+            Layout(_gpt(*sizes[size], 50432), gpus=gpus, micro_batch=micro, recompute=recompute, **mpt),
+            h100,
+            value,
+        )
+        for size, gpus, micro, recompute, value in rows
+    ]
+    llama = shape_of(load(["model=llama3_8b", "ffn=swiglu"]))
+    for gpus, value in ((8, 6667.0), (128, 6514.0)):
+        layout = Layout(llama, 8192, gpus, micro_batch=2, recompute=0.5, **fsdp)
+        runs.append(Published(f"torchtitan Llama 3.1 8B, {gpus} GPUs, tokens/s a GPU", layout, torchtitan, value))
+    gpt = Layout(
+        _gpt(12288, 96, 96, 131072),
+        4096,
+        0,
+        8,
+        ParallelConfig(tensor=4, sequence=True),
+        hidden=1.0,
+        pipeline=8,
+        interleaved=6,
+    )
+    for gpus, value in ((96, 0.47), (4608, 0.42)):
+        layout = dataclasses.replace(gpt, gpus=gpus, micro_batches=1152 * gpt.parallel.tensor * gpt.pipeline // gpus)
+        runs.append(Published(f"Megatron-LM GPT-3 175B, {gpus} GPUs, MFU", layout, h100, value))
+    return runs
+
+
+def _gpt(d_model: int, layers: int, heads: int, vocabulary: int) -> Shape:
+    layer = FFNShape(FFNConfig(name="gelu", formula="gelu(x)"), 4 * d_model, 2, 0)
+    return Shape(d_model, layers, heads, heads, d_model // heads, (layer,) * layers, vocabulary, True, False)
+
+
+def _time_table() -> str:
+    lines = [
+        "\n## Step times on H100s\n",
+        f"Fitted to these rows: matrix products at {GEMM_EFFICIENCY:g} of peak, collectives at {NETWORK_EFFICIENCY:g} of the",
+        "data sheet's rate. MFU is quoted as its sources do, with attention's whole square. `without latency`: how far off",
+        "the model would be if a hop in a ring took no time; it takes 2 µs, a usual figure, not fitted.\n",
+        "| run | published | model | off by | without latency |",
+        "|---|---|---|---|---|",
+    ]
+    for run in published():
+        got, no_latency = run.predicted(), dataclasses.replace(run.hardware, network_latency=0.0)
+        without = dataclasses.replace(run, hardware=no_latency).predicted()
+        form = (lambda value: f"{value:,.0f}") if run.value > 1 else (lambda value: f"{value:.1%}")
+        lines.append(
+            f"| {run.name} | {form(run.value)} | {form(got)} | {got / run.value - 1:+.1%} | {without / run.value - 1:+.1%} |"
+        )
+    return "\n".join(lines) + "\n\n" + _SOURCES
+
+
+_SOURCES = """\
+Sources: MPT, MosaicML's llm-foundry benchmark tables (H100 80GB, bf16, sequences of 2048, FSDP fully sharded, batch a GPU 6 and
+8; 30B and 70B with every layer recomputed); torchtitan, its H100 benchmarks of December 2024 (H100 with HBM2e and a limit of
+500 W, batch a GPU 2 x 8192, FSDP, compiled; of its selective checkpointing half of the products are taken to be recomputed);
+Megatron-LM, the strong scaling of its README (1152 sequences of 4096 a step).
+
+Assumed where a source is silent: Megatron-LM at tensor 4, pipeline 8, interleaved 6, micro-batch 1; the batch a GPU of MPT 7B
+on 128 and 512 is that on 8. A GPU limited to 500 W of 700 is taken to run at the cube root of that. FSDP and Megatron-LM hide
+their traffic behind products; DeepSpeed hides none unless `zero.overlap=true`.
+
+What this does not show: any run of this codebase on a GPU. None was at hand.
+"""
+
+
+if __name__ == "__main__":
+    run_command(main)
