@@ -18,7 +18,7 @@ from ablation.plan import Plan
 from conf.errors import UserError
 from conf.load import read_group
 from conf.schema import ClusterConfig
-from launch.sbatch import RUNS, Job, check, python_of, queued, refuse_queued, submit
+from launch.sbatch import RUNS, Job, check, doctor_of, python_of, queued, refuse_queued, submit
 
 if TYPE_CHECKING:
     from ablation.run import Runner
@@ -78,6 +78,7 @@ def jobs(
             name=f"{plan.config.name}-{stage}",
             folder=folder,
             command=f'{shlex.join(command)} "task=$task"',
+            doctor=doctor_of(cluster, code, []),
             typed=f"python -m ablation.run {typed}",
             saved=f"{inside}/runs/$task/{{checkpoints/*,summary.json}}",
             ranks_per_node=ranks,

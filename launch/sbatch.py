@@ -34,6 +34,7 @@ class Job:
         name: of the job.
         folder: whose `slurm/` takes script, code and logs; absolute, and on a file system that all nodes see.
         command: what srun starts, in the shell's words; `$task` in it is the name of an array's task.
+        doctor: what srun starts on each node before that.
         typed: the command that made this job, for the reader of the script.
         saved: shell patterns of what a task leaves to go on from. A job that ends without anything new is not started again.
         stopped: a shell command that tells whether a task that ended with status 0 has only stopped; None: it never has.
@@ -46,6 +47,7 @@ class Job:
     name: str
     folder: Path
     command: str
+    doctor: str
     typed: str
     saved: str
     stopped: str | None = None
@@ -89,6 +91,7 @@ def check(cluster: ClusterConfig, ranks_per_node: int) -> None:
 def render(job: Job, cluster: ClusterConfig) -> str:
     """Return the script of a job."""
     seconds = cluster.signal_seconds
+    cpus = "--cpus-per-task=$SLURM_CPUS_PER_TASK"  # srun does not inherit it
     lines = [
         "#!/bin/bash",
         f"# {job.name}: {_many(job.nodes, 'node')} with {_many(job.ranks_per_node, 'rank')} each"
@@ -105,6 +108,9 @@ def render(job: Job, cluster: ClusterConfig) -> str:
         'export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}',
         "export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}  # two jobs on a node have two",
         "",
+        "# What stands in the way of a run on these nodes, if anything does.",
+        _srun(["--nodes=$SLURM_NNODES --ntasks=$SLURM_NNODES --ntasks-per-node=1", cpus], job.doctor, job, cluster),
+        "",
         *_names(job),
         "# What a task leaves to go on from. One that ends without anything new is not started again, unless it was preempted.",
         f"saved() {{ ls -d {job.saved} 2>/dev/null; }}",
@@ -113,7 +119,8 @@ def render(job: Job, cluster: ClusterConfig) -> str:
         f"# {seconds} s before its time is up SLURM sends USR1 to this script, which passes it on: all ranks then stop after",
         "# the same step and save. Before a preemption SLURM sends TERM, to this script, to the ranks, or to both.",
         "trap 'signalled=yes; kill -USR1 \"$step\"' USR1 TERM",
-        f"{_srun(job, cluster)} &",
+        # One rank that fails ends the others, and so does one that ends and leaves others behind (of a node that is lost).
+        _srun(["--kill-on-bad-exit=1", f"--wait={_WAIT}", cpus], job.command, job, cluster) + " &",
         "step=$!",
         'wait "$step"; status=$?',
         'while [ -n "$signalled" ]; do signalled=; wait "$step"; status=$?; done',
@@ -179,11 +186,9 @@ def _options(job: Job, cluster: ClusterConfig) -> list[str]:
     return [*written, "--requeue", "--open-mode=append", *map(str, cluster.sbatch)]
 
 
-def _srun(job: Job, cluster: ClusterConfig) -> str:
-    """Return the line that starts the ranks: one task a rank, or one task a node that starts the ranks of its node."""
-    command = job.command
-    # One rank that fails ends the others, and so does one that ends and leaves others behind (of a node that is lost).
-    words = ["srun", "--kill-on-bad-exit=1", f"--wait={_WAIT}", "--cpus-per-task=$SLURM_CPUS_PER_TASK"]
+def _srun(options: list[str], command: str, job: Job, cluster: ClusterConfig) -> str:
+    """Return the line that starts a command on the nodes of a job, in its container."""
+    words = ["srun", *options]
     if cluster.container != "none":
         mounts = [*dict.fromkeys(f"{path}:{path}" for path in (Path.cwd(), job.folder)), *map(str, cluster.mounts)]
         where, image = shlex.quote(str(Path.cwd())), shlex.quote(str(cluster.image))
@@ -194,6 +199,12 @@ def _srun(job: Job, cluster: ClusterConfig) -> str:
             gpus = "--nv " if cluster.gpus_per_node else ""
             command = f"apptainer exec {gpus}--bind {mounted} --pwd {where} {image} {command}"
     return " ".join([*words, "\\\n   ", command])
+
+
+def doctor_of(cluster: ClusterConfig, code: Path, words: list[str]) -> str:
+    """Return what looks at a node before a job trains on it."""
+    module = shlex.quote(str(code / "launch" / "run_module.py"))
+    return " ".join([python_of(cluster), "-u", module, "launch.doctor quick=true", *map(shlex.quote, words)])
 
 
 def command_of(cluster: ClusterConfig, nodes: int, ranks_per_node: int, code: Path, words: list[str]) -> str:

@@ -21,7 +21,7 @@ from conf.load import choices, load, read_group, run_command, to_yaml
 from conf.options import read_options
 from conf.schema import ClusterConfig
 from conf.validate import validate
-from launch.sbatch import Job, check, command_of, refuse_queued, render, submit
+from launch.sbatch import Job, check, command_of, doctor_of, refuse_queued, render, submit
 
 _OPTIONS = {"nodes": 1, "ranks_per_node": 0, "dry_run": False}
 
@@ -72,11 +72,12 @@ def plan(cluster: ClusterConfig, nodes: int, ranks_per_node: int, words: list[st
     name = str(config.run)
     # By its name, so that a default that changes later does not make another run of it.
     words = [*words, *(() if any(word.startswith("run=") for word in words) else (f"run={name}",))]
-    inside = shlex.quote(str(folder))
+    inside, code = shlex.quote(str(folder)), folder / "slurm" / "code"
     job = Job(
         name=name,
         folder=folder,
-        command=command_of(cluster, nodes, ranks_per_node, folder / "slurm" / "code", words),
+        command=command_of(cluster, nodes, ranks_per_node, code, words),
+        doctor=doctor_of(cluster, code, words),
         typed=f"python -m launch.slurm {typed}",
         saved=f"{inside}/checkpoints/*",
         stopped=f'grep -qs \'"status": "stopped"\' {inside}/summary.json',

@@ -58,6 +58,7 @@ def test_bash_can_read_every_script(name, tasks, container):
     read = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True)
     assert (read.returncode, read.stderr) == (0, "")
     assert text.index("module load cuda/12") < text.index("export NCCL_DEBUG='WARN x'") < text.index("\nsrun ")
+    assert text.index("launch.doctor quick=true") < text.index("train.py")
 
 
 def test_what_srun_starts():
@@ -77,7 +78,9 @@ def test_what_srun_starts():
 
 def test_the_tasks_of_an_array_are_read_back(tmp_path):
     names = ("nano-relu-lr*-seed0", "nano-swiglu-lr*-seed0")
-    job = Job("plan-seeds", tmp_path, 'run "task=$task"', "typed", "x", tasks=names, at_once=3, script="seeds.sh")
+    job = Job(
+        "plan-seeds", tmp_path, 'run "task=$task"', "doctor", "typed", "x", tasks=names, at_once=3, script="seeds.sh"
+    )
     text = render(job, cluster("cpu"))
     assert options(text)["--array"] == "0-1%3"
     (tmp_path / "seeds.sh").write_text(text)

@@ -1,0 +1,140 @@
+"""Planted faults are each named, with what to do; what is well is green; ranks really talk."""
+
+from __future__ import annotations
+
+import collections
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from conf.schema import ClusterConfig, HardwareConfig
+from launch import doctor
+from launch.doctor import GREEN, RED, YELLOW, Finding, collective, main
+from launch.ranks import Ranks
+from tests.training.tiny import command, environment
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_ID")
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def quick(capsys, *words: str) -> tuple[int, dict[str, str]]:
+    """Return the exit status, and the lines by the name of what was looked at."""
+    status = main(["quick=true", *words])
+    lines = capsys.readouterr().out.splitlines()
+    return status, {line[7:].split(":")[0].strip(): line for line in lines}
+
+
+def test_a_machine_that_is_well_is_green(capsys):
+    status, lines = quick(capsys)
+    assert status == 0
+    for name in ("Python", "packages", "compiler", "ranks", "disk space", "shared memory"):
+        assert lines[name].startswith("green "), lines[name]
+
+
+def test_five_planted_faults_are_each_named(capsys, monkeypatch, tmp_path):
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 1000))
+    monkeypatch.setattr(sys, "version_info", (3, 9, 1, "final", 0))
+    monkeypatch.setenv("PATH", str(tmp_path))  # no compiler
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")  # and no RANK
+    status, lines = quick(capsys, "model.attention=flash")
+    assert status == 1
+    expected = {
+        "Python": "3.9.1 is not 3.10 to 3.12 -> make PYTHON=",
+        "compiler": "there is no cc, gcc or clang",
+        "disk space": r"0.0 GB free in .*, 0.\d GB for 4 checkpoints -> free some",
+        "model.attention=flash": "flash_attn is not installed -> pip install flash-attn",
+        "ranks": "RANK, LOCAL_RANK is not set although WORLD_SIZE is: every process would train alone -> start it by",
+    }
+    for name, sentence in expected.items():
+        assert lines[name].startswith("red "), lines[name]
+        assert re.search(sentence, lines[name]), lines[name]
+    assert {line.split()[0] for name, line in lines.items() if name not in expected} <= {"green", "yellow"}
+
+
+def test_packages_that_are_missing_or_old_are_named(monkeypatch):
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name == "deepspeed":
+            raise metadata.PackageNotFoundError
+        return "1.0" if name == "sympy" else real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = {finding.name: finding for finding in doctor.packages()}
+    assert (found["deepspeed"].level, found["deepspeed"].advice) == (RED, "make setup")
+    assert (found["sympy"].level, found["sympy"].text) == (YELLOW, "1.0 is not >=1.13")
+
+
+def test_a_compiler_that_fails_and_few_files_are_yellow(monkeypatch, tmp_path):
+    bad = tmp_path / "cc"
+    bad.write_text("#!/bin/sh\necho no OpenMP here >&2; exit 1\n")
+    bad.chmod(0o755)
+    monkeypatch.setenv("CC", str(bad))
+    assert doctor.compiler() == Finding(
+        YELLOW, "compiler", f"{bad} does not compile with OpenMP: no OpenMP here", "apt install gcc libgomp1, or set CC"
+    )
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 2**20))
+    assert doctor.open_files().level == YELLOW
+
+
+def test_contradictory_ranks_are_red(monkeypatch):
+    for name, value in (("RANK", "4"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert doctor.launcher().level == RED
+    assert "RANK=4 does not fit WORLD_SIZE=4" in doctor.launcher().text
+
+
+@pytest.mark.parametrize(
+    ("told", "levels"),
+    [
+        ({}, {"collective": GREEN}),
+        ({"bytes_per_second": 1e9}, {"collective": YELLOW}),
+        ({"hosts": ["a", "b"], "clock_skew": 0.2}, {"collective": GREEN, "clocks": GREEN}),
+        ({"hosts": ["a", "b"], "clock_skew": 9.0}, {"collective": GREEN, "clocks": YELLOW}),
+        ({"versions": [{"torch": "1"}, {"torch": "2"}]}, {"collective": GREEN, "versions": RED}),
+    ],
+)
+def test_what_a_collective_shows_is_judged(monkeypatch, told, levels):
+    usual = {"bytes_per_second": 1e11, "bytes": 2**26, "backend": "nccl", "world_size": 2, "hosts": ["a"] * 2,
+             "versions": [{"torch": "1"}] * 2, "clock_skew": 9.0}  # fmt: skip
+    said = doctor.json.dumps(usual | told) + "\n"
+    done = subprocess.CompletedProcess([], 0, stdout=said, stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    cluster = ClusterConfig(name="h100", hardware=HardwareConfig(node_bandwidth=4.5e11))
+    assert {finding.name: finding.level for finding in collective(Ranks(), cluster)} == levels
+
+
+def test_ranks_that_cannot_talk_are_red(monkeypatch):
+    done = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nDistNetworkError: no route\nsee above\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    [finding] = collective(Ranks(), None)
+    assert (finding.level, finding.text) == (RED, "2 ranks could not talk: DistNetworkError: no route")
+
+
+def test_the_whole_of_it_on_this_machine():
+    result = command(sys.executable, "-m", "launch.doctor")
+    assert result.status == 0, result.out + result.err
+    assert re.search(r"green +collective: gloo, 2 ranks, all-reduce of 64 MiB: \d+\.\d\d GB/s", result.out)
+    for name in ("disk: ", "torch: ", "DeepSpeed: imports"):
+        assert name in result.out
+
+
+def test_under_a_launcher_every_rank_looks_and_one_tells_what_is_well():
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = ["launch/run_module.py", "launch.doctor", "quick=true", "model.attention=flash"]
+    result = subprocess.run([*launcher, *words], env=environment(), capture_output=True, text=True)
+    assert result.returncode == 1
+    assert len(re.findall(r"^red .*model.attention=flash", result.stdout, re.MULTILINE)) == 2
+    assert len(re.findall(r"^green .*Python", result.stdout, re.MULTILINE)) == 1
