@@ -4,9 +4,9 @@
     quick=true       only what takes a moment: for the beginning of a job
     cluster=NAME     a machine of conf/cluster, whose data sheet the measured bandwidth is held against
 
-A line a finding: green is well, yellow is slower or less than it could be, red will not work (then the status is 1).
-Under a launcher (`srun --ntasks-per-node=1 python -m launch.doctor`) every node looks at itself, the nodes' clocks and versions
-are compared, and a collective runs over all of them for five seconds; alone it runs over the GPUs of this machine, or two ranks.
+A line a finding: green is well, yellow is less than it could be, red will not work; the status is 1 if any is red. Under a
+launcher (`srun --ntasks-per-node=1 python -m launch.doctor`) every node looks at itself, the nodes' clocks and versions are
+compared, and a collective runs over all of them for five seconds; alone it runs over the GPUs of this machine, or two ranks.
 """
 
 from __future__ import annotations
