@@ -10,8 +10,11 @@ from conf.load import load, run_command
 
 def main(argv: list[str]) -> int:
     from launch.launchers import Launchers
+    from launch.multirun import FLAGS, multirun
     from launch.ranks import export, find_ranks, take_local_rank
 
+    if any(word in FLAGS for word in argv):
+        return multirun([word for word in argv if word not in FLAGS])
     launchers = Launchers()
     launchers.listen()
     argv, local_rank = take_local_rank(argv)

@@ -13,6 +13,7 @@ EXAMPLES = """\
   deepspeed --num_gpus 2 train.py ffn=reglu zero=2          two data-parallel ranks (on a CPU too)
   python train.py ffn=custom ffn.formula='x*sigmoid(1.702*x)'
   python train.py data=text data.path=notes/ steps=500
+  python train.py --multirun ffn=relu,swiglu seed=0,1       four runs, one after the other; nothing compares them
   deepspeed train.py model=llama_1b data=parquet data.path=fineweb/ tokenizer=huggingface tokenizer.path=tokenizer.json\
 """
 

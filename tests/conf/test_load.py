@@ -95,7 +95,7 @@ def test_what_is_typed_wins_over_a_preset():
         (["vocab_size=64"], "did you mean 'model.vocab_size' or 'tokenizer.vocab_size'?"),
         (["hydra.run.dir=x"], "unknown key 'hydra.run.dir'"),
         (["ffn@model=relu"], "unknown key 'ffn@model'"),
-        (["--multirun"], "unknown option '--multirun'"),
+        (["--multirum"], "unknown option '--multirum'"),
         (["-m"], "unknown option '-m'"),
         (["steps"], "'steps' is not an override"),
         (["~steps"], "'~steps' is not an override"),

@@ -1,0 +1,88 @@
+"""Sweeps of one command: which runs they are, that each has its own folder, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conf.errors import UserError
+from launch.multirun import expand, multirun
+from tests.training.tiny import ROOT, command, environment, overrides, shared_corpus
+
+
+def test_values_are_gone_through_in_order():
+    assert expand(["ffn=relu,swiglu", "seed=0,1", "steps=3"]) == [
+        [f"ffn={arm}", f"seed={seed}", "steps=3"] for arm in ("relu", "swiglu") for seed in (0, 1)
+    ]
+    assert expand(["seed=range(0,3)"]) == [["seed=0"], ["seed=1"], ["seed=2"]]
+    formulas = ["ffn=custom", "ffn.formula='max(x, 0)','x*atan(x)'"]
+    assert [run[1] for run in expand(formulas)] == ["ffn.formula='max(x, 0)'", "ffn.formula='x*atan(x)'"]
+    assert expand(["prompts=[a,b]", "ffn=relu,gelu"])[0] == ["prompts=[a,b]", "ffn=relu"]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["ffn=relu"], "--multirun wants several values of a key"),
+        (["ffn=relu,rellu"], "unknown"),
+        (["ffn=relu,gelu", "run=mine"], "would train several runs in one folder: leave run=NAME out"),
+        (["prompts=[a", "ffn=relu,gelu"], "cannot read 'prompts=[a'"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, why):
+    with pytest.raises(UserError, match=re.escape(why)):
+        expand(words)
+
+
+def test_a_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="--multirun starts its runs itself"):
+        multirun(["ffn=relu,gelu"])
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    return overrides(shared_corpus(tmp_path_factory), tmp_path_factory.mktemp("runs"), steps=3, ffn="relu,gelu")
+
+
+def folder_of(words: list[str]) -> Path:
+    return Path(next(word for word in words if word.startswith("runs=")).partition("=")[2])
+
+
+def test_every_run_is_trained_and_one_that_fails_does_not_stop_the_next(words):
+    (folder_of(words) / expand_names(words)[0]).write_text("in the way")
+    result = command(sys.executable, "train.py", "--multirun", *words)
+    assert result.status == 1
+    assert re.findall(r"^run (\d of 2): ", result.out, re.MULTILINE) == ["1 of 2", "2 of 2"]
+    assert re.search(r"^failed: .*ffn=relu", result.err, re.MULTILINE)
+    [summary] = folder_of(words).glob("*/summary.json")
+    assert json.loads(summary.read_text())["status"] == "finished"
+
+
+def expand_names(words: list[str]) -> list[str]:
+    from conf.load import load
+
+    return [str(load(run).run) for run in expand(words)]
+
+
+def test_a_stopped_sweep_saves_and_starts_no_more(words, tmp_path):
+    long = [word for word in words if not word.startswith(("runs=", "steps="))] + [f"runs={tmp_path}", "steps=100000"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "-m", *long], cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step   "):
+            break
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate()
+    assert process.returncode == 1, err
+    assert "stopped; the same command goes on from here" in out
+    assert [json.loads(path.read_text())["status"] for path in tmp_path.glob("*/summary.json")] == ["stopped"]
+    assert "run 2 of 2" not in out
