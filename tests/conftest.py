@@ -1,10 +1,10 @@
-"""The order of the test files: those that wait most begin first, so that the other worker's tests fill the time."""
+"""The order of the test files: those that take longest begin first, and the others fill the time beside them."""
 
 from __future__ import annotations
 
 import pytest
 
-_FIRST = ("tests/slurm/", "tests/test_train.py", "tests/ablation/test_run.py")
+_FIRST = ("tests/slurm/", "tests/training/test_parallel.py", "tests/test_train.py", "tests/ablation/test_run.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

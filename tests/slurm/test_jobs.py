@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -41,34 +42,37 @@ def local(words, runs) -> Path:
     return runs / "local"
 
 
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = lines_of(run)
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, STEPS + 1))
     return [line["loss"] for line in lines if line["kind"] in ("train", "eval")]
 
 
 def resumes(run: Path) -> list[int]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines if line.get("event") == "resumed"]
+    return [line["step"] for line in lines_of(run) if line.get("event") == "resumed"]
+
+
+@pytest.fixture(scope="module")
+def four(words, runs) -> list[float]:
+    """The losses of ten steps of four ranks on this machine."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    result = command(sys.executable, *launcher, "train.py", *words, "run=four", "steps=10")
+    assert result.status == 0, result.err
+    return [line["loss"] for line in lines_of(runs / "four") if "loss" in line]
 
 
 @pytest.mark.parametrize("tasks", ["gpu", "node"])
-def test_two_nodes_learn_what_this_machine_learns(slurm, words, runs, tasks, tmp_path):
-    one = [*words, f"run=four-{tasks}", "steps=10"]
-    number = slurm.submit("nodes=2", "ranks_per_node=2", f"cluster.tasks={tasks}", *one)
-    slurm.wait(number, "COMPLETED")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    result = command(sys.executable, *launcher, "train.py", *one, f"runs={tmp_path}")
-    assert result.status == 0, result.err
-    shown = [
-        [line for line in (folder / f"four-{tasks}" / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
-        for folder in (runs, tmp_path)
-    ]
-    on_slurm, here = ([json.loads(line)["loss"] for line in lines] for lines in shown)
-    assert len(here) == 11
-    assert on_slurm == here
-    started = next(json.loads(line) for line in (runs / f"four-{tasks}" / "metrics.jsonl").read_text().splitlines())
-    assert started["world_size"] == 4
+def test_two_nodes_learn_what_this_machine_learns(slurm, words, runs, four, tasks):
+    run = runs / f"four-{tasks}"
+    settings = ["nodes=2", "ranks_per_node=2", f"cluster.tasks={tasks}"]
+    slurm.wait(slurm.submit(*settings, *words, f"run={run.name}", "steps=10"), "COMPLETED")
+    assert [line["loss"] for line in lines_of(run) if "loss" in line] == four
+    assert len(four) == 11
+    assert lines_of(run)[0]["world_size"] == 4
 
 
 def test_a_warned_job_saves_and_goes_on_as_the_same_run(slurm, words, runs, local):
