@@ -85,7 +85,7 @@ def assert_same(run: Trained, single: Trained) -> None:
 RANKS = [(1, 1, False), (1, 2, False), *itertools.product((2,), (1, 2), (False, True)), (4, 1, False), (4, 1, True)]
 
 
-# The arm that learns has all that the others have; of these each, a few ways in every run of the tests, and all in the slow one.
+# The arm that learns has all that the others have: of these a few ways are tried in every run, and all in the slow one.
 FEW = {("1", 2, 2, True), ("3", 2, 2, True), ("0", 4, 1, False), ("2", 4, 1, True)}
 WAYS = [
     pytest.param(arm, *ranks, zero, marks=() if arm == "learned" or (zero, *ranks) in FEW else pytest.mark.slow)
