@@ -26,7 +26,7 @@ from conf.options import read_options
 from conf.schema import ClusterConfig, Config
 from conf.validate import Batch, validate
 from launch.sbatch import check
-from launch.step_time import Layout, StepTime, model_flops_utilization, step_time
+from launch.step_time import Layout, StepTime, model_flops_utilization, step_time, traffic
 from model.accounting import Shape, check_shares, flops_per_token, parameters, peak_bytes, shape_of
 
 _OPTIONS = {"nodes": 1, "ranks_per_node": 0, "plot": ""}
@@ -197,11 +197,14 @@ def _show(asked: Estimate, found: list[Estimate], console: Console) -> None:
     verdict = "fits" if asked.fits else "does not fit"
     memory.add_row("together", f"{sum(asked.memory.values()) / 2**30:.2f}  of {hardware.memory_gib:g}: {verdict}")
     console.print(memory)
-    step = Table("a step", "seconds", "share", box=box.SIMPLE)
+    step, sent = Table("a step", "seconds", "share", f"GB sent by a {device}", box=box.SIMPLE), traffic(asked.layout)
     for part, name in _PARTS.items():
-        if seconds := getattr(asked.step, part):
-            step.add_row(name, f"{seconds:.4g}", f"{seconds / asked.step.total:.1%}")
-    step.add_row("together", f"{asked.step.total:.4g}", "")
+        seconds, gigabytes = getattr(asked.step, part), sent.get(part, 0.0) / 1e9
+        if seconds or gigabytes:
+            step.add_row(
+                name, f"{seconds:.4g}", f"{seconds / asked.step.total:.1%}", f"{gigabytes:,.4g}" if gigabytes else ""
+            )
+    step.add_row("together", f"{asked.step.total:.4g}", "", f"{sum(sent.values()) / 1e9:,.4g}")
     console.print(step)
     console.print(
         f"{asked.tokens_per_second:,.0f} tokens/s, {asked.tokens_per_second / asked.gpus:,.0f} a {device}; "

@@ -116,25 +116,40 @@ def step_time(
     peak = (hardware.bf16_flops if layout.bf16 else hardware.fp32_flops) * power
     products = (sum(flops.values()) + again) * tokens / cut / (peak * efficiency)
     memory = elementwise_bytes(shape, width, layout.recompute) * tokens / cut / hardware.memory_bandwidth
-    sent = sum(tensor_traffic(shape, parallel, int(tokens), width, layout.recompute == 1).values()) / layout.pipeline
-    tensor = sent / (_rate(parallel.tensor, 1, layout, hardware) * network_efficiency) if parallel.tensor > 1 else 0.0
-    context = 0.0
-    if parallel.context > 1:
-        sent = context_traffic(shape, parallel, int(tokens), width, layout.recompute == 1)
-        context = sent / (_rate(parallel.context, parallel.tensor, layout, hardware) * network_efficiency)
     # A step.
-    parts = [seconds * layout.micro_batches for seconds in (products, memory, tensor, context)]
+    sent = traffic(layout)
+    tensor = sent["tensor"] / (_rate(parallel.tensor, 1, layout, hardware) * network_efficiency)
+    context = sent["context"] / (_rate(parallel.context, parallel.tensor, layout, hardware) * network_efficiency)
+    parts = [products * layout.micro_batches, memory * layout.micro_batches, tensor, context]
     bubble = math.fsum(parts) * (layout.pipeline - 1) / (layout.micro_batches * layout.interleaved)
     own = rank_parameters(shape, parallel.tensor) / layout.pipeline
     data = latency = 0.0
     if layout.replicas > 1:
-        sent = zero_traffic(int(own), layout.replicas, layout.stage, layout.micro_batches, width, layout.gradient_width)
         rate = _rate(layout.replicas, cut, layout, hardware) * network_efficiency
-        data = max(0.0, sum(sent.values()) / rate - layout.hidden * math.fsum(parts))
+        data = max(0.0, sent["data"] / rate - layout.hidden * math.fsum(parts))
         latency = _rings(layout, own) * (layout.replicas - 1) * hardware.network_latency
     share = layout.replicas if layout.stage else 1
     through = hardware.host_bandwidth if layout.offload else hardware.memory_bandwidth
     return StepTime(*parts, data, latency, bubble, _OPTIMIZER_BYTES * own / share / through)
+
+
+def traffic(layout: Layout) -> dict[str, float]:
+    """Return the bytes that a rank sends in a step to tensor ranks, to context ranks, and for ZeRO ("data")."""
+    shape, parallel, width = layout.shape, layout.parallel, 2 if layout.bf16 else 4
+    tokens = int(layout.micro_batch * layout.sequence_length / parallel.context)
+    again, times = layout.recompute == 1, layout.micro_batches
+    sent = dict.fromkeys(("tensor", "context", "data"), 0.0)
+    if parallel.tensor > 1:
+        of_layers = sum(tensor_traffic(shape, parallel, tokens, width, again).values())
+        sent["tensor"] = times * of_layers / layout.pipeline
+    if parallel.context > 1:
+        sent["context"] = times * context_traffic(shape, parallel, tokens, width, again)
+    if layout.replicas > 1:
+        own = int(rank_parameters(shape, parallel.tensor) / layout.pipeline)
+        sent["data"] = sum(
+            zero_traffic(own, layout.replicas, layout.stage, times, width, layout.gradient_width).values()
+        )
+    return sent
 
 
 def elementwise_bytes(shape: Shape, width: int, recompute: float = 0.0) -> float:

@@ -12,7 +12,7 @@ from conf.errors import UserError
 from conf.load import load, read_group
 from conf.schema import ClusterConfig, HardwareConfig, ParallelConfig
 from launch.estimate import estimate, main, search, what_would_fit
-from launch.step_time import GEMM_EFFICIENCY, NETWORK_EFFICIENCY, Layout, step_time
+from launch.step_time import GEMM_EFFICIENCY, NETWORK_EFFICIENCY, Layout, step_time, traffic
 from model.accounting import flops_per_token, shape_of, tensor_traffic, zero_traffic
 from tests.training.tiny import command
 
@@ -100,10 +100,21 @@ def test_when_nothing_fits_it_says_what_would(words, gpus, says):
     assert re.search(says, what_would_fit(estimate(config, H100, gpus, 8)))
 
 
+def step_sent(said: str) -> float:
+    """Return the gigabytes that a GPU sends in a step, as the command says."""
+    return float(re.search(r"ZeRO's traffic.* ([\d.]+) *$", said, re.MULTILINE)[1])
+
+
+def asked_traffic(words: list[str]) -> float:
+    return traffic(estimate(load(words), H100, 16, 8).layout)["data"]
+
+
 def test_the_command_says_it_all_and_draws(tmp_path, capsys):
     picture = tmp_path / "estimate.png"
     assert main(["cluster=h100", "nodes=2", "model=llama_1b", f"--plot={picture}"]) == 0
     said = capsys.readouterr().out
+    sent = step_sent(said)
+    assert sent == pytest.approx(asked_traffic(["model=llama_1b"]) / 1e9, rel=1e-3)
     for part in (
         "parameters",
         "weights",
