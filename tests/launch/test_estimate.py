@@ -13,7 +13,7 @@ from conf.load import load, read_group
 from conf.schema import ClusterConfig, HardwareConfig, ParallelConfig
 from launch.estimate import estimate, main, search, what_would_fit
 from launch.step_time import GEMM_EFFICIENCY, NETWORK_EFFICIENCY, Layout, step_time, traffic
-from model.accounting import flops_per_token, shape_of, tensor_traffic, zero_traffic
+from model.accounting import flops_per_token, rank_parameters, shape_of, tensor_traffic, zero_traffic
 from tests.training.tiny import command
 
 H100, _ = read_group("cluster", ClusterConfig, ["cluster=h100"], "cluster")
@@ -29,21 +29,13 @@ def test_a_step_is_made_of_what_is_counted():
     assert step.products == pytest.approx(flops / (hardware.bf16_flops * GEMM_EFFICIENCY))
     sent = 4 * sum(tensor_traffic(shape, layout.parallel, 2 * 8192, 2).values())
     assert step.tensor == pytest.approx(sent / (hardware.node_bandwidth * NETWORK_EFFICIENCY))
-    own = shape_of(LLAMA)  # of 16 ranks 8 have the same part; 4 of these are on a node, with a network card each
-    assert layout.replicas == 8
-    assert own == shape
-    total = sum(zero_traffic(int(_rank_parameters(shape)), 8, 1, 4, 2).values())
+    assert layout.replicas == 8  # of 16 ranks have the same part; 4 of these are on a node, with a network card each
+    total = sum(zero_traffic(rank_parameters(shape, 2), 8, 1, 4, 2).values())
     assert step.data == pytest.approx(total / (4 * hardware.network_bandwidth * NETWORK_EFFICIENCY))
     assert layout.tokens == 8 * tokens
     hidden = step_time(dataclasses.replace(layout, hidden=1.0), hardware)
     assert hidden.data == 0
     assert hidden.products == step.products
-
-
-def _rank_parameters(shape):
-    from model.accounting import rank_parameters
-
-    return rank_parameters(shape, 2)
 
 
 def test_more_power_memory_and_network_are_never_slower():
