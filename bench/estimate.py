@@ -108,16 +108,17 @@ def _products(config: Config) -> int:
 def _measured(ranks: Any, words: list[str]) -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode
 
+    from bench.memory import alive
     from bench.ranks import engine_of, random_tokens
 
-    before = _alive()
+    before = alive()
     engine, batch, shape = engine_of(words, ranks)
     config = engine.config
     tokens = random_tokens(batch, shape, config.sequence_length, ranks.rank)
     for _ in range(2):  # the optimizer's state exists from the first step on
         engine.train_step(tokens, 1.0)
     gc.collect()
-    kept = {address: size for address, size in _alive().items() if address not in before}
+    kept = {address: size for address, size in alive().items() if address not in before}
     with live_tensors()(set(kept)) as live:
         engine.train_step(tokens, 1.0)
     with FlopCounterMode(display=False) as counter:
@@ -130,14 +131,6 @@ def _measured(ranks: Any, words: list[str]) -> dict[str, float]:
         "estimate": sum(estimate.values()),
         "flops": counter.get_total_flops() / own,
     }
-
-
-def _alive() -> dict[int, int]:
-    """Return the bytes of every storage of a tensor that Python knows, by its address."""
-    import torch
-
-    found = (thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and thing.device.type == "cpu")
-    return {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in found)}
 
 
 def live_tensors() -> type:

@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
 def _measured(ranks: Ranks, words: list[str]) -> dict[str, float]:
     from model.accounting import rank_parameters, state_bytes
 
-    before = _alive()
+    before = alive()
     engine, batch, shape = engine_of(words, ranks)
     config = engine.config
     tokens = random_tokens(batch, shape, config.sequence_length, ranks.rank)
@@ -95,7 +95,7 @@ def _measured(ranks: Ranks, words: list[str]) -> dict[str, float]:
         backward(objective)
         gc.collect()
         gradients = [parameter.grad for parameter in engine.module.parameters()]  # else Python might not know of them
-        mine = (size for address, size in _alive().items() if address not in before)
+        mine = (size for address, size in alive().items() if address not in before)
         seen.append(sum(size for size in mine if size not in buffers))
         del gradients
 
@@ -111,7 +111,7 @@ def _measured(ranks: Ranks, words: list[str]) -> dict[str, float]:
     return {"measured": max(seen), "formula": sum(formula.values()), "paper": paper, "parameters": own}
 
 
-def _alive() -> dict[int, int]:
+def alive() -> dict[int, int]:
     """Return the bytes of every storage of a tensor that is alive, by its address."""
     sizes = {}
     for thing in gc.get_objects():
