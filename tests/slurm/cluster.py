@@ -18,7 +18,7 @@ from pathlib import Path
 
 NODES, CORES = 4, 4
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
-_PATIENCE = 60  # seconds until the nodes are idle
+_PATIENCE = 300  # seconds until what is waited for is taken for hung
 
 _CONF = """\
 ClusterName=virtual
@@ -83,7 +83,7 @@ class Cluster:
         """Start the daemons, and wait until every node is idle.
 
         Raises:
-            RuntimeError: they are not, after a minute; with what their logs say.
+            RuntimeError: they are not, after minutes; with what their logs say.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)  # munged looks whether others could have changed it
@@ -98,7 +98,7 @@ class Cluster:
         files = {"key-file": key, **{f"{name}-file": self.folder / f"munged.{name}" for name in ("pid", "log", "seed")}}
         files["socket"] = self.folder / "munge.socket"
         self._daemon(["munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in files.items())])
-        until(lambda: (self.folder / "munge.socket").exists(), "munged to listen", 20)
+        until(lambda: (self.folder / "munge.socket").exists(), "munged to listen")
         self._daemon(["slurmctld", "-D", "-c"])
         for number in range(1, NODES + 1):
             (self.folder / f"spool.node{number}").mkdir(exist_ok=True)
