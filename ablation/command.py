@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from conf.schema import Config
+from launch.ranks import installed_gpus
 
 _TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -32,7 +33,7 @@ def environment_of(place: int, jobs: int, ranks: int) -> dict[str, str]:
     """Return the environment of a run, one of `jobs` at a time: a GPU for each of its ranks, or its share of the cores."""
     environment = dict(os.environ)
     gpus = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or [
-        str(i) for i in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+        str(i) for i in range(installed_gpus())
     ]
     if gpus:
         own = (gpus[(place * ranks + i) % len(gpus)] for i in range(ranks))

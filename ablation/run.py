@@ -41,6 +41,7 @@ from ablation.statistics import sweep
 from conf.errors import UserError
 from conf.load import choices, run_command
 from conf.options import read_options
+from launch.sbatch import read_cluster
 
 _OPTIONS = {"yes": False, "jobs": 0, "ranks": 0, "folder": "ablations", "task": ""}  # task: what a job array starts
 
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
         return 0
     own = [word for word in argv if word.partition("=")[0] in _OPTIONS]
     options = read_options(own, _OPTIONS, {"jobs": 1, "ranks": 0})
-    cluster, words = slurm.read_cluster([word for word in argv if word not in own])
+    cluster, words = read_cluster([word for word in argv if word not in own])
     config, others = read_plan(words)
     folder = Path(options["folder"]) / config.name
     timed = config.budget == "wallclock"

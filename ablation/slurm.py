@@ -16,7 +16,6 @@ from ablation.cells import ENDED, QUEUED, RUNNING
 from ablation.command import ranks_of
 from ablation.plan import Plan
 from conf.errors import UserError
-from conf.load import read_group
 from conf.schema import ClusterConfig
 from launch.sbatch import RUNS, Job, check, doctor_of, python_of, queued, refuse_queued, submit
 
@@ -27,13 +26,6 @@ if TYPE_CHECKING:
 def name_of(size: str, arm: str, seed: int) -> str:
     """Return what a task is called: a pattern of the folders of its runs, whatever their learning rates."""
     return f"{size}-{arm}-lr*-seed{seed}"
-
-
-def read_cluster(words: list[str]) -> tuple[ClusterConfig | None, list[str]]:
-    """Return the cluster that was named, if one was, and the other words."""
-    if not any(word.startswith(("cluster=", "cluster.")) for word in words):
-        return None, words
-    return read_group("cluster", ClusterConfig, words, "cluster")
 
 
 def refuse_unmeasured(folder: Path) -> None:
@@ -60,10 +52,11 @@ def jobs(
     refuse_queued(folder)
     ranks = runner.ranks or max(ranks_of(plan.arms[size][arm].config) for size, arm in plan.places())
     check(cluster, ranks)
-    open_sweeps = [place for place in plan.places() if runner.swept(*place)[0]]
-    finals = []
+    open_sweeps, finals = [], []
     for place in plan.places():
         left, rate = runner.swept(*place)
+        if left:
+            open_sweeps.append(place)
         if not left and rate is None:
             continue  # it diverged at every rate
         ended = [] if left else [c.seed for c in plan.final(*place, rate) if runner.outcome(c).state in ENDED]

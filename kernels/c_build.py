@@ -20,7 +20,7 @@ from pathlib import Path
 
 from kernels.cache import folder as _cache
 
-_FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-x", "c", "-std=gnu11")
+FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-x", "c", "-std=gnu11")
 
 
 def build(text: str) -> ctypes.CDLL:
@@ -29,12 +29,10 @@ def build(text: str) -> ctypes.CDLL:
     Raises:
         OSError: no compiler, or it failed.
     """
-    compiler = (
-        shutil.which(os.environ.get("CC", "")) or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    )
+    compiler = find_compiler()
     if compiler is None:
         raise FileNotFoundError("there is no C compiler (cc, gcc or clang)")
-    identity = "\n".join((text, compiler, _version(compiler), _cpu(), *_FLAGS))
+    identity = "\n".join((text, compiler, _version(compiler), _cpu(), *FLAGS))
     name = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     folder = _cache()
     path = folder / f"{name}.so"
@@ -42,6 +40,11 @@ def build(text: str) -> ctypes.CDLL:
         if not _intact(path):
             _compile(compiler, text, path)
     return ctypes.CDLL(str(path))
+
+
+def find_compiler() -> str | None:
+    """Return the path of the compiler that kernels are built with: `CC`, cc, gcc or clang, the first that is there."""
+    return shutil.which(os.environ.get("CC", "")) or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 
 @contextlib.contextmanager
@@ -64,7 +67,7 @@ def _sum(path: Path) -> str:
 
 def _compile(compiler: str, text: str, path: Path) -> None:
     partial = path.with_suffix(f".{os.getpid()}.tmp")
-    command = [compiler, *_FLAGS, "-", "-o", str(partial), "-lm"]
+    command = [compiler, *FLAGS, "-", "-o", str(partial), "-lm"]
     try:
         done = subprocess.run([*command[:1], "-fopenmp", *command[1:]], input=text, capture_output=True, text=True)
         if done.returncode:  # a compiler without OpenMP still gives kernels, for one thread

@@ -32,11 +32,13 @@ from rich.console import Console
 from rich.text import Text
 
 from conf.errors import UserError
-from conf.load import load, read_group, run_command
+from conf.load import load, run_command
 from conf.login import wandb_mode
 from conf.options import read_options
 from conf.schema import ClusterConfig, Config
-from launch.ranks import Ranks, export, find_ranks, take_local_rank
+from kernels.c_build import FLAGS, find_compiler
+from launch.ranks import Ranks, export, find_ranks, installed_gpus, take_local_rank
+from launch.sbatch import read_cluster
 from model.accounting import parameters, shape_of
 
 GREEN, YELLOW, RED = "green", "yellow", "red"
@@ -66,9 +68,7 @@ def main(argv: list[str]) -> int:
     argv, local_rank = take_local_rank(argv)
     own = [word for word in argv if word.partition("=")[0] in _OPTIONS]
     options, words = read_options(own, _OPTIONS), [word for word in argv if word not in own]
-    cluster = None
-    if any(word.startswith(("cluster=", "cluster.")) for word in words):
-        cluster, words = read_group("cluster", ClusterConfig, words, "cluster")
+    cluster, words = read_cluster(words)
     config = load(words)
     console = Console(file=sys.stdout, highlight=False, markup=False)
     worst = GREEN
@@ -103,7 +103,7 @@ def findings(config: Config, cluster: ClusterConfig | None, ranks: Ranks, quick:
     if quick:
         return
     yield disk_speed(config)
-    yield from torch_and_gpus()
+    yield from torch_andinstalled_gpus()
     yield deepspeed_ops()
     yield from collective(ranks, cluster)
 
@@ -161,43 +161,30 @@ def asked_for(config: Config) -> Iterator[Finding]:
             yield Finding(RED, asked, f"{package} is not installed", f"pip install {install}, or leave {asked} out")
         elif asked:
             yield Finding(GREEN, asked, f"{package} is installed")
-        elif package in ("flash_attn", "triton") and _gpus():
+        elif package in ("flash_attn", "triton") and installed_gpus():
             text = "is installed" if there else "is not installed: torch's own kernels serve instead"
             yield Finding(GREEN if there else YELLOW, package, text, f"pip install {install}")
 
 
 def compiler() -> Finding:
     """Compile a line of C as the kernels are."""
-    name = next((n for n in (os.environ.get("CC", ""), "cc", "gcc", "clang") if n and shutil.which(n)), None)
+    name = find_compiler()
     if name is None:
         return Finding(
-            YELLOW if _gpus() else RED,
+            YELLOW if installed_gpus() else RED,
             "compiler",
             "there is no cc, gcc or clang: on a CPU kernels run as plain torch, several times slower",
             "apt install gcc, or module load gcc, or set CC",
         )
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            name,
-            "-O2",
-            "-march=native",
-            "-fopenmp",
-            "-fPIC",
-            "-shared",
-            "-x",
-            "c",
-            "-",
-            "-o",
-            f"{folder}/a.so",
-            "-lm",
-        ]
+        command = [name, "-fopenmp", *FLAGS, "-", "-o", f"{folder}/a.so", "-lm"]
         done = subprocess.run(command, input="int one(void) { return 1; }\n", capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
         return Finding(
             YELLOW, "compiler", f"{name} does not compile with OpenMP: {said}", "apt install gcc libgomp1, or set CC"
         )
-    return Finding(GREEN, "compiler", str(shutil.which(name)))
+    return Finding(GREEN, "compiler", name)
 
 
 def launcher() -> Finding:
@@ -266,11 +253,6 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _gpus() -> int:
-    """Return how many GPUs the driver shows."""
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-
-
 # -------------------------------------------------------------------------------------------------- what takes seconds
 
 
@@ -294,13 +276,13 @@ def disk_speed(config: Config) -> Finding:
     )
 
 
-def torch_and_gpus() -> Iterator[Finding]:
+def torch_andinstalled_gpus() -> Iterator[Finding]:
     import torch
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     if not torch.cuda.is_available():
-        if _gpus():
-            text = f"{torch.__version__} ({cuda}) does not see the {_gpus()} GPU(s) of this machine"
+        if installed_gpus():
+            text = f"{torch.__version__} ({cuda}) does not see the {installed_gpus()} GPU(s) of this machine"
             yield Finding(RED, "torch", text, "install the build for this driver: nvidia-smi says which CUDA it takes")
         else:
             yield Finding(GREEN, "torch", f"{torch.__version__} ({cuda}), {torch.get_num_threads()} thread(s)")
@@ -340,7 +322,7 @@ def collective(ranks: Ranks, cluster: ClusterConfig | None) -> Iterator[Finding]
         export(ranks)
         told = measure()
     else:
-        world = _gpus() or 2
+        world = installed_gpus() or 2
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
         alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         module = str(Path(__file__).with_name("run_module.py"))

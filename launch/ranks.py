@@ -10,6 +10,7 @@ import dataclasses
 import os
 import subprocess
 from collections.abc import MutableMapping
+from pathlib import Path
 
 from conf.errors import UserError
 
@@ -98,6 +99,11 @@ def _check_against_slurm(ranks: Ranks, rank: str, world: str, environment: Mutab
         )
     if ranks.world_size == int(tasks) and ranks.rank != int(task):
         raise UserError(f"{rank}={ranks.rank} contradicts SLURM_PROCID={task}: unset {rank} and {world} before srun")
+
+
+def installed_gpus() -> int:
+    """Return how many NVIDIA GPUs the driver shows, without torch."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 def export(ranks: Ranks, environment: MutableMapping[str, str] = os.environ) -> None:

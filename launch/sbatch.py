@@ -17,6 +17,7 @@ from pathlib import Path
 
 from conf.errors import UserError
 from conf.files import atomic_write, say_why
+from conf.load import read_group
 from conf.schema import ClusterConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +67,13 @@ class Job:
 
 
 # ----------------------------------------------------------------------------------------------------------- the script
+
+
+def read_cluster(words: list[str]) -> tuple[ClusterConfig | None, list[str]]:
+    """Return the cluster that was named, None if none was, and the other words."""
+    if not any(word.startswith(("cluster=", "cluster.")) for word in words):
+        return None, words
+    return read_group("cluster", ClusterConfig, words, "cluster")
 
 
 def check(cluster: ClusterConfig, ranks_per_node: int) -> None:
