@@ -87,7 +87,7 @@ def test_a_warned_job_saves_and_goes_on_as_the_same_run(slurm, words, runs, loca
     assert losses(runs / "warned") == losses(local)
 
 
-@pytest.mark.parametrize("what", ["node", "watcher"])
+@pytest.mark.parametrize("what", [pytest.param("node", marks=pytest.mark.slow), "watcher"])
 def test_a_lost_node_ends_the_job_and_it_goes_on(slurm, words, runs, local, what):
     run = runs / f"lost-{what}"
     number = slurm.submit("nodes=2", *words, f"run={run.name}")
@@ -107,6 +107,7 @@ def test_a_lost_node_ends_the_job_and_it_goes_on(slurm, words, runs, local, what
     assert losses(run) == losses(local)
 
 
+@pytest.mark.slow  # SLURM's shortest limit is a minute, and it looks once a minute
 def test_a_job_whose_time_is_up_goes_on_in_the_next(slurm, words, runs, local):
     run = runs / "timed"
     number = slurm.submit("nodes=2", "cluster.time=3", "cluster.signal_seconds=90", *words, f"run={run.name}")

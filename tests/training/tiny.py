@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import collections
 import dataclasses
+import functools
 import json
 import os
+import pickle
 import random
 import select
 import socket
@@ -15,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from conf.load import load
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 590  # seconds until a process that should have answered is taken for hung
@@ -74,6 +79,12 @@ def overrides(folder: Path, runs: Path | str = "", **changes: Any) -> list[str]:
     return [f"{key}={value}" for key, value in chosen]
 
 
+@functools.cache
+def composed(words: tuple[str, ...]) -> str:
+    """Return the configuration of a command line, pickled: composing it takes longer than a step, and ranks are many."""
+    return base64.b64encode(pickle.dumps(load(list(words)))).decode()
+
+
 def environment(**more: str) -> dict[str, str]:
     """Return the environment of a subprocess: one thread, no launcher's variables, no network."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
@@ -101,6 +112,8 @@ class Pool:
         """Let every rank do a job together, and return what each answered. A job that raises fails the test."""
         if not self._processes:
             self._start()
+        if job != "command":
+            arguments["config"] = composed(tuple(arguments.pop("words")))
         for process in self._processes:
             process.stdin.write(json.dumps({"job": job} | arguments, default=str) + "\n")
             process.stdin.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import collections
 import contextlib
 import dataclasses
@@ -11,6 +12,7 @@ import gc
 import io
 import json
 import os
+import pickle
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,7 +27,7 @@ import torch.distributed as dist
 
 from bench.traffic import Traffic
 from conf.errors import UserError
-from conf.load import load, run_command
+from conf.load import run_command
 from conf.schema import ParallelConfig
 from conf.validate import validate
 from data.batches import BatchStream, open_dataset, sample_hash
@@ -58,9 +60,9 @@ def exchange() -> checkpoint.Exchange:
 class Trainer:
     """What training/loop.py does around an engine, without its files: `do` takes one word of a script."""
 
-    def __init__(self, words: list[str]) -> None:
+    def __init__(self, config: str) -> None:
         deepspeed.utils.groups.mpu = None  # DeepSpeed keeps that of the engine before
-        self.config = load(words)
+        self.config = pickle.loads(base64.b64decode(config))
         self.batch = validate(self.config, RANKS.world_size)
         device = machine.find_device(RANKS)
         dtype = machine.find_dtype(self.config, device)
@@ -183,22 +185,23 @@ class Trainer:
         self.seen["values"].append(eval(expression, names | {"inner": checkpoint._inner(self.engine)}))
 
 
-def script(words: list[str], steps: list[list[Any]]) -> dict[str, Any]:
+def script(config: str, steps: list[list[Any]]) -> dict[str, Any]:
     """Build an engine and do with it what the steps say."""
-    trainer = Trainer(words)
+    trainer = Trainer(config)
     for step in steps:
         trainer.do(*step)
     result = trainer.seen | {"hash": trainer.hash}
     trainer.engine.deepspeed.destroy()
     del trainer
     gc.collect()
+    gc.freeze()  # what is left are modules and caches: DeepSpeed collects with every engine, and would visit them all
     dist.barrier()
     return result
 
 
-def failing_save(words: list[str], folder: str, faults: list[list[Any]]) -> list[Any]:
+def failing_save(config: str, folder: str, faults: list[list[Any]]) -> list[Any]:
     """Save, train on, and try to save under each (fault, rank); return what each raised, and what is in the folder."""
-    trainer = Trainer(words)
+    trainer = Trainer(config)
     trainer.train(1)
     trainer.save(folder)
     seen = []
