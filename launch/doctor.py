@@ -103,7 +103,7 @@ def findings(config: Config, cluster: ClusterConfig | None, ranks: Ranks, quick:
     if quick:
         return
     yield disk_speed(config)
-    yield from torch_andinstalled_gpus()
+    yield from torch_and_gpus()
     yield deepspeed_ops()
     yield from collective(ranks, cluster)
 
@@ -276,7 +276,7 @@ def disk_speed(config: Config) -> Finding:
     )
 
 
-def torch_andinstalled_gpus() -> Iterator[Finding]:
+def torch_and_gpus() -> Iterator[Finding]:
     import torch
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
