@@ -5,12 +5,14 @@ Colours of text and lines are placeholders on the page, which stand for its own 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ _OF_VERDICT = {
     Verdict.BLOCKED: "#8c8f9c",
 }
 _POINTS = 60  # of a curve: what a figure this wide can show
+_LETTERS_AN_INCH = 11  # of a title
 _STYLE = {
     "axes.edgecolor": FAINT, "axes.facecolor": "none", "axes.labelcolor": INK, "axes.titlecolor": INK,
     "axes.grid": True, "axes.axisbelow": True, "axes.spines.right": False, "axes.spines.top": False,
@@ -71,6 +74,9 @@ class Drawn:
     @functools.cached_property
     def svg(self) -> str:
         """The figure as SVG, without a background."""
+        return self._svg()
+
+    def _svg(self) -> str:
         text = io.StringIO()
         with matplotlib.rc_context(_STYLE):
             self.figure.savefig(text, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
@@ -89,16 +95,26 @@ class Drawn:
         return text.replace("<svg", f'<svg role="img" style="{width}" aria-label="{escape(self.title)}"', 1)
 
     def save(self, folder: Path) -> None:
-        """Write it as SVG and as PNG, on white."""
-        begins = self.svg.index(">") + 1
-        with atomic_write(folder / f"{self.name}.svg") as file:
-            file.write('<?xml version="1.0" encoding="utf-8"?>\n' + self.svg[:begins])
-            file.write('<rect width="100%" height="100%" fill="white"/>' + self.svg[begins:])
+        """Write it as SVG and as PNG, on white, below its title: a page says it beside the figure, a file must itself."""
         picture = io.BytesIO()
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(_STYLE), self._titled():
+            svg = self._svg()
             self.figure.savefig(picture, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+        begins = svg.index(">") + 1
+        with atomic_write(folder / f"{self.name}.svg") as file:
+            file.write('<?xml version="1.0" encoding="utf-8"?>\n' + svg[:begins])
+            file.write('<rect width="100%" height="100%" fill="white"/>' + svg[begins:])
         with atomic_write(folder / f"{self.name}.png", "wb") as file:
             file.write(picture.getvalue())
+
+    @contextlib.contextmanager
+    def _titled(self) -> Iterator[None]:
+        lines = textwrap.wrap(self.title, int(_LETTERS_AN_INCH * self.figure.get_figwidth()))
+        title = self.figure.suptitle("\n".join(lines), x=0.005, ha="left", fontsize=10, fontweight="bold", color=INK)
+        try:
+            yield
+        finally:
+            title.set(visible=False, in_layout=False)
 
 
 def draw(results: Results) -> list[Drawn]:

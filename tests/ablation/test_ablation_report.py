@@ -171,6 +171,20 @@ def test_every_figure_is_a_file_too(folder, page):
     assert (folder / "report" / "figures" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("page")
+def test_a_figure_says_its_point_on_the_page_and_in_its_file_once(folder):
+    of_page = (folder / "report" / "report.html").read_text(encoding="utf-8")
+    for path in (folder / "report" / "figures").glob("*.svg"):
+        [drawing] = re.findall(rf'<figure id="figure-{path.stem}">(.*?)</figure>', of_page, re.S)
+        title = html.unescape(re.match("<h3>(.*?)</h3>", drawing)[1])
+        words = [
+            html.unescape(text) for text in re.findall("<text[^>]*>([^<]*)</text>", path.read_text(encoding="utf-8"))
+        ]
+        assert title in " ".join(words)
+        on_page = re.findall("<text[^>]*>([^<]*)</text>", drawing)
+        assert title.split()[:4] not in [text.split()[:4] for text in on_page]
+
+
 def test_what_was_not_settled_is_told(plan, tmp_path):
     rule = lambda cell: math.nan if (cell.arm, cell.seed) == ("swiglu", 2) else RULE(cell)  # noqa: E731
     cells = [cell for cell in all_cells(plan, rule) if cell.name != "nano-gelu-lr0.004-seed4"]
