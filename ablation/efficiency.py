@@ -26,16 +26,17 @@ class Efficiency:
     memory_gib: float  # the most that one of them needed
     per_flop: SpeedUp  # compute of the baseline that reaches the arm's loss, over the arm's
     per_second: SpeedUp  # the same in seconds, each arm at its own speed
-    loss_at_equal_time: float  # when the fastest arm ends, nats a token
+    loss_at_equal_time: float  # on all held-out text, when the fastest arm ends; nats a token
     loss_at_equal_memory: float  # at the baseline's memory, between the arm's sizes; nats a token
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Held-out loss over tokens, of the compared runs of an arm."""
+    """Held-out loss over tokens, of the compared runs of an arm; evaluations within a run may be on a part of the text."""
 
     tokens: np.ndarray  # (points,)
     losses: np.ndarray  # (seeds, points)
+    final: float  # loss on all of the text at the end, mean over seeds
     tokens_per_second: float
 
     @property
@@ -55,7 +56,8 @@ def curve(results: Results, size: str, arm: str) -> Curve | None:
     tokens, losses = aligned([run.curve() for run in runs])
     if not len(tokens):
         return None
-    return Curve(tokens, losses, float(np.median([run.tokens_per_second for run in runs])))
+    final = float(np.mean([run.outcome.loss for run in runs]))
+    return Curve(tokens, losses, final, float(np.median([run.tokens_per_second for run in runs])))
 
 
 def aligned(series: Sequence[Mapping[int, Any]]) -> tuple[np.ndarray, np.ndarray]:
@@ -74,8 +76,8 @@ def efficiency(results: Results, size: str) -> dict[str, Efficiency]:
         runs = results.finals(size, arm)
         flops = {a: results.manifest.cost[size][a]["flops_per_token"] for a in (arm, results.baseline)}
         per_flop = per_second = SpeedUp(math.nan, False)
+        last = float(own.mean[-1])
         if base is not None:
-            last = float(own.mean[-1])
             compute = base.tokens * flops[results.baseline]
             per_flop = effective_speed_up(compute, base.mean, last, float(own.tokens[-1]) * flops[arm])
             per_second = effective_speed_up(base.seconds, base.mean, last, float(own.seconds[-1]))
@@ -84,7 +86,7 @@ def efficiency(results: Results, size: str) -> dict[str, Efficiency]:
             _memory(runs),
             per_flop,
             per_second,
-            loss_at(own.seconds, own.mean, min(ends)) if ends else math.nan,
+            own.final + loss_at(own.seconds, own.mean, min(ends)) - last if ends else math.nan,
             _at_equal_memory(results, size, arm),
         )
     return found

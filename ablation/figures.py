@@ -53,6 +53,7 @@ _OF_VERDICT = {
 }
 _POINTS = 60  # of a curve: what a figure this wide can show
 _LETTERS_AN_INCH = 11  # of a title
+_AXIS = "held-out loss within the run, nats a token"  # mostly on a part of the text; the final one is on all
 _STYLE = {
     "axes.edgecolor": FAINT, "axes.facecolor": "none", "axes.labelcolor": INK, "axes.titlecolor": INK,
     "axes.grid": True, "axes.axisbelow": True, "axes.spines.right": False, "axes.spines.top": False,
@@ -168,7 +169,7 @@ def curves(results: Results) -> Drawn | None:
         for arm, c in found.items():
             _line(axes, results, arm, c.tokens / 1e6, c.losses)
         axes.set_xlabel("million tokens")
-        axes.set_ylabel("held-out loss, nats a token")
+        axes.set_ylabel(_AXIS)
         axes.set_title(size)
         _zoom(axes, [c.mean for c in found.values()])
     _legend(figure, panels)
@@ -235,7 +236,7 @@ def costs(results: Results) -> Drawn | None:
                 flops = c.tokens * results.manifest.cost[size][arm]["flops_per_token"]
                 _line(axes, results, arm, flops if what == "FLOPs" else c.seconds, c.losses)
             axes.set_xlabel(what + ("" if what == "FLOPs" else " of training, at the median speed"))
-            axes.set_ylabel("held-out loss, nats a token")
+            axes.set_ylabel(_AXIS)
             axes.set_title(size)
             _zoom(axes, [c.mean for c in found.values()])
         gains = {

@@ -359,6 +359,8 @@ def _open(results: Results) -> str:
         f"A verdict takes {FEWEST_SEEDS} seeds; p-values are of paired t-tests, adjusted as in Holm 1979 so that a false "
         f"“better” or “worse” anywhere at a size has a chance below {ALPHA:.0%}; “detectable” would be found "
         f"with a probability of {POWER:.0%}",
+        "Evaluations within a run may be on a part of the held-out text (eval_tokens), and curves are of those; final "
+        "losses are on all of it, so that a curve need not end at the final loss",
         "Speed-ups and losses at equal time are read off curves within runs, whose learning rate still falls: they compare, "
         "and no verdict rests on them. * goes on past the baseline's last loss. A comparison at equal time is a plan with "
         "ablation.budget=wallclock",

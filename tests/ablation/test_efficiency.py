@@ -1,0 +1,65 @@
+"""What an arm is worth at equal compute and equal time, read off the curves of its runs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ablation.efficiency import curve, efficiency
+from ablation.plan import Plan
+from ablation.results import Results, read_results
+from tests.ablation.made import EASIER, losses, plan_of
+
+RULE = losses({"gelu": -0.05}, noise=0.0)
+SPEEDS = {"relu": 1000.0, "gelu": 800.0, "silu": 500.0}
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return plan_of("ablation=glu_variants", "ablation.arms=[relu, gelu, silu]", "tokens=614400")
+
+
+@pytest.fixture
+def results(whole) -> Results:
+    """The runs, each arm at a speed of its own."""
+
+    def at_speed(run):
+        lines = [
+            line | ({"tokens_per_second": SPEEDS[run.cell.arm]} if line["kind"] == "train" else {})
+            for line in run.lines
+        ]
+        return dataclasses.replace(run, lines=lines)
+
+    read = read_results(whole)
+    return dataclasses.replace(read, runs={name: at_speed(run) for name, run in read.runs.items()})
+
+
+def test_a_curve_is_of_one_text_and_the_final_loss_of_all(results):
+    own = curve(results, "nano", "gelu")
+    finals = list(results.losses("nano")["gelu"].values())
+    assert own.final == pytest.approx(np.mean(finals), rel=1e-12)
+    assert own.mean[-1] == pytest.approx(own.final - EASIER, rel=1e-12)
+    assert own.seconds[-1] == own.tokens[-1] / 800
+
+
+def test_at_equal_time_the_fastest_arm_has_its_final_loss_and_others_that_of_a_shorter_run(results):
+    found = efficiency(results, "nano")
+    assert found["relu"].loss_at_equal_time == pytest.approx(curve(results, "nano", "relu").final, rel=1e-12)
+    own = curve(results, "nano", "gelu")
+    # 0.8 of its tokens: of the five evaluations of a run the fourth.
+    assert own.tokens[3] == 0.8 * own.tokens[4]
+    assert found["gelu"].loss_at_equal_time == pytest.approx(own.mean[3] + EASIER, rel=1e-12)
+
+
+def test_the_speed_up_is_what_the_baseline_needs_for_the_arms_loss(results):
+    found = efficiency(results, "nano")
+    base, own = curve(results, "nano", "relu"), curve(results, "nano", "gelu")
+    assert own.mean[-1] < base.mean[-1]
+    assert found["gelu"].per_flop.extrapolated
+    assert found["gelu"].per_flop.factor > 1
+    # As many parameters in as many products: FLOPs are equal, and what a second is worth is the ratio of the speeds.
+    assert found["gelu"].per_second.factor == pytest.approx(0.8 * found["gelu"].per_flop.factor, rel=1e-6)
+    assert found["relu"].per_flop.factor == pytest.approx(1.0, rel=1e-9)
+    assert not found["relu"].per_flop.extrapolated
