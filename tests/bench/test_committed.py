@@ -1,0 +1,61 @@
+"""What stands in `bench/results/glu_variants` follows from the losses that stand beside it."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from ablation.statistics import compare
+from tests.training.tiny import ROOT
+
+FOLDER = ROOT / "bench" / "results" / "glu_variants"
+PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with open(FOLDER / name, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def recomputed(size: str) -> dict[str, object]:
+    losses: dict[str, dict[int, float]] = {}
+    for row in rows("results.csv"):
+        if (row["size"], row["stage"]) == (size, "final"):
+            losses.setdefault(row["arm"], {})[int(row["seed"])] = float(row["final_eval_loss"])
+    assert {len(of_arm) for of_arm in losses.values()} == {5}
+    return {c.arm: c for c in compare(losses, "relu", 0.01, math.log(4096))}
+
+
+@pytest.mark.parametrize("size", ["nano", "small"])
+def test_verdicts_follow_from_the_losses(size):
+    found = recomputed(size)
+    told = [row for row in rows("comparisons.csv") if row["size"] == size]
+    assert len(told) == len(found) == 7
+    for row in told:
+        c = found[row["arm"]]
+        assert row["verdict"] == c.verdict.value
+        figures = (c.difference, *c.interval, c.p, c.p_holm, c.detectable)
+        names = ("difference", "interval_low", "interval_high", "p", "p_holm", "detectable")
+        assert [float(row[name]) for name in names] == pytest.approx(figures, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", ["nano", "small"])
+def test_the_page_says_what_the_tables_say(size):
+    table = PAGE[PAGE.index(f"| {size} | verdict |") :].split("\n\n")[0].splitlines()[2:]
+    told = {row["arm"]: row for row in rows("comparisons.csv") if row["size"] == size}
+    assert len(table) == len(told)
+    for line in table:
+        arm, verdict, difference, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+        assert verdict == told[arm]["verdict"]
+        shown = [float(number) for number in re.findall(r"[-+][0-9.]+", difference)]
+        exact = [float(told[arm][name]) for name in ("difference", "interval_low", "interval_high")]
+        assert shown == pytest.approx(exact, abs=0.0005000001)  # three digits
+
+
+def test_every_figure_that_the_page_shows_is_there():
+    for name in re.findall(r"\]\(([^)]+)\)", PAGE):
+        assert Path(FOLDER / name).is_file(), name
