@@ -53,7 +53,8 @@ _OF_VERDICT = {
 }
 _POINTS = 60  # of a curve: what a figure this wide can show
 _LETTERS_AN_INCH = 11  # of a title
-_AXIS = "held-out loss within the run, nats a token"  # mostly on a part of the text; the final one is on all
+# Within runs they are mostly on a part of the held-out text; the final one is on all.
+_AXIS = "evaluations, nats a token"
 _STYLE = {
     "axes.edgecolor": FAINT, "axes.facecolor": "none", "axes.labelcolor": INK, "axes.titlecolor": INK,
     "axes.grid": True, "axes.axisbelow": True, "axes.spines.right": False, "axes.spines.top": False,
