@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import io
 import math
 import re
@@ -73,21 +72,9 @@ class Drawn:
     title: str  # its point, in a sentence
     figure: Figure
 
-    @functools.cached_property
-    def svg(self) -> str:
-        """The figure as SVG, without a background."""
-        return self._svg()
-
-    def _svg(self) -> str:
-        text = io.StringIO()
-        with matplotlib.rc_context(_STYLE):
-            self.figure.savefig(text, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
-        whole = text.getvalue()
-        return re.sub(r"<metadata>.*?</metadata>", "", whole[whole.index("<svg") :], flags=re.S)
-
     def on_page(self) -> str:
         """Return it as SVG for a page: no fixed size, no identifier that another figure has, the page's colours."""
-        text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", self.svg, count=1)
+        text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", self._svg(), count=1)
         text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
         text = re.sub(r'\bid="', f'id="{self.name}-', text)
         text = re.sub(r'(url\(|href=")#', rf"\1#{self.name}-", text)
@@ -98,16 +85,26 @@ class Drawn:
 
     def save(self, folder: Path) -> None:
         """Write it as SVG and as PNG, on white, below its title: a page says it beside the figure, a file must itself."""
-        picture = io.BytesIO()
-        with matplotlib.rc_context(_STYLE), self._titled():
+        with self._titled():
             svg = self._svg()
-            self.figure.savefig(picture, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+            png = self._rendered(format="png", dpi=160, facecolor="white", metadata={"Software": None})
         begins = svg.index(">") + 1
         with atomic_write(folder / f"{self.name}.svg") as file:
             file.write('<?xml version="1.0" encoding="utf-8"?>\n' + svg[:begins])
             file.write('<rect width="100%" height="100%" fill="white"/>' + svg[begins:])
         with atomic_write(folder / f"{self.name}.png", "wb") as file:
-            file.write(picture.getvalue())
+            file.write(png)
+
+    def _svg(self) -> str:
+        """Return it without a background."""
+        whole = self._rendered(format="svg", facecolor="none", metadata={"Date": None, "Creator": None}).decode()
+        return re.sub(r"<metadata>.*?</metadata>", "", whole[whole.index("<svg") :], flags=re.S)
+
+    def _rendered(self, **options: Any) -> bytes:
+        file = io.BytesIO()
+        with matplotlib.rc_context(_STYLE):
+            self.figure.savefig(file, **options)
+        return file.getvalue()
 
     @contextlib.contextmanager
     def _titled(self) -> Iterator[None]:

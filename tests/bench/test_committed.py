@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import math
 import re
-from pathlib import Path
 
 import pytest
 
-from ablation.statistics import compare
+from ablation.statistics import Comparison, compare
 from tests.training.tiny import ROOT
 
 FOLDER = ROOT / "bench" / "results" / "glu_variants"
@@ -21,7 +20,7 @@ def rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def recomputed(size: str) -> dict[str, object]:
+def recomputed(size: str) -> dict[str, Comparison]:
     losses: dict[str, dict[int, float]] = {}
     for row in rows("results.csv"):
         if (row["size"], row["stage"]) == (size, "final"):
@@ -58,4 +57,4 @@ def test_the_page_says_what_the_tables_say(size):
 
 def test_every_figure_that_the_page_shows_is_there():
     for name in re.findall(r"\]\(([^)]+)\)", PAGE):
-        assert Path(FOLDER / name).is_file(), name
+        assert (FOLDER / name).is_file(), name
