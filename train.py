@@ -30,4 +30,9 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    from launch.ranks import leave
+
+    try:
+        run_command(main)
+    except SystemExit as end:
+        leave(end.code)  # type: ignore[arg-type]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import sys
 import weakref
 from typing import Any
@@ -56,11 +55,9 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     if argv[:1] == ["--rank"]:
-        from bench.ranks import this_rank
+        from bench.ranks import as_rank
 
-        with this_rank() as ranks:
-            print(json.dumps(_measured(ranks, argv[1:])))
-        return
+        as_rank(lambda ranks: _measured(ranks, argv[1:]))
     options, _ = options_of(argv, out="bench/results/estimate.md", memory="true")
     text = "# Estimates beside what was measured and published (`python -m bench.estimate`)\n"
     text += _memory_table() if options["memory"] == "true" else ""

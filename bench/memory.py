@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
 import sys
 
 import torch
 
-from bench.ranks import engine_of, on_ranks, random_tokens, this_rank
+from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
 from bench.train import machine, options_of
 from conf.errors import UserError
 from conf.files import atomic_write
@@ -48,9 +47,7 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     if argv[:1] == ["--rank"]:
-        with this_rank() as ranks:
-            print(json.dumps(_measured(ranks, argv[1:])))
-        return
+        as_rank(lambda ranks: _measured(ranks, argv[1:]))
     options, overrides = options_of(argv, world="4", out="bench/results/cpu-memory.md")
     if not options["world"].isdigit() or int(options["world"]) < 2:
         raise UserError("world=N is a whole number, 2 or more")

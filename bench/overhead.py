@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.ranks import engine_of, on_ranks, random_tokens, this_rank
+from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
 from bench.train import machine, options_of
 from conf.errors import UserError
 from conf.files import atomic_write
@@ -36,9 +36,7 @@ def main(argv: list[str]) -> None:
         from training.machine import keep_freed_memory
 
         keep_freed_memory()
-        with this_rank() as ranks:
-            print(json.dumps(_seconds(ranks, int(argv[1]), argv[2:])))
-        return
+        as_rank(lambda ranks: _seconds(ranks, int(argv[1]), argv[2:]))
     options, overrides = options_of(argv, steps="60", out="bench/results/cpu-overhead.json")
     if not options["steps"].isdigit() or int(options["steps"]) < 12:
         raise UserError("steps=N is a whole number, 12 or more")

@@ -1,15 +1,14 @@
-"""Run a measurement on several ranks of this machine: `on_ranks` starts them, `this_rank` is what they call."""
+"""Run a measurement on several ranks of this machine: `on_ranks` starts them, `as_rank` is what they call."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from conf.errors import UserError
 from conf.load import load
 from conf.validate import Batch, validate
-from launch.ranks import Ranks, find_ranks
+from launch.ranks import Ranks, find_ranks, leave
 from model.accounting import Shape, check_shares, shape_of
 from model.attention import choose
 
@@ -52,17 +51,16 @@ def on_ranks(world: int, module: str, words: list[str], timeout: float = 600.0) 
     return told
 
 
-@contextlib.contextmanager
-def this_rank() -> Iterator[Ranks]:
-    """Be in the group of the ranks that `on_ranks` started."""
+def as_rank(measure: Callable[[Ranks], Any]) -> NoReturn:
+    """Call `measure` in the group of the ranks that `on_ranks` started, print what it returns as JSON, and end."""
     from training.engine import start_process_group
 
     ranks = find_ranks()
     start_process_group(ranks, torch.device("cpu"), 10.0)
-    try:
-        yield ranks
-    finally:  # gloo's threads must not outlive the interpreter
-        dist.destroy_process_group()
+    told = measure(ranks)
+    dist.barrier()
+    print(json.dumps(told))
+    leave(0)
 
 
 def engine_of(words: list[str], ranks: Ranks) -> tuple[Any, Batch, Shape]:

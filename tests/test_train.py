@@ -246,6 +246,26 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(whole, corpus, ru
     assert every == sorted(every)
 
 
+@pytest.fixture
+def aborting(tmp_path) -> dict[str, str]:
+    """An environment in which an interpreter that ends aborts its process, as threads of process groups have made it."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit, os\natexit.register(os.abort)\n")
+    done = command(sys.executable, "-c", "", PYTHONPATH=str(tmp_path))
+    assert done.status == -signal.SIGABRT
+    return {"PYTHONPATH": os.pathsep.join((str(tmp_path), environment()["PYTHONPATH"]))}
+
+
+def test_what_happens_while_the_interpreter_ends_does_not_change_the_status(whole, corpus, runs, aborting):
+    words = words_of(corpus, runs, whole[0].name)
+    assert command(sys.executable, *words, **aborting).status == 0
+    assert command(sys.executable, *words, "steps=no", **aborting).status == 2
+    words = words_of(corpus, runs, "stopped-aborting", save_every=0)
+    started = Started(sys.executable, *words, **aborting)
+    started.until("step  6/60")
+    started.process.send_signal(signal.SIGTERM)
+    assert started.end().status == 0
+
+
 def test_an_evaluation_that_a_stop_left_out_is_made_up_for(corpus, runs):
     words = words_of(corpus, runs, "made-up", steps=30, eval_every=1, save_every=0)
     started = Started(sys.executable, *words)

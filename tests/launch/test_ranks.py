@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -196,3 +198,11 @@ def test_nodes_that_scontrol_does_not_tell_are_refused_with_what_to_do(tmp_path,
     environment = NODES | {"MASTER_ADDR": "gpu07"}
     export(Ranks(), environment)
     assert environment["MASTER_ADDR"] == "gpu07"
+
+
+def test_leaving_runs_nothing_more_and_loses_no_output():
+    code = (
+        "import atexit, os; from launch.ranks import leave; atexit.register(os.abort); print('told', end=''); leave(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "told", "")
