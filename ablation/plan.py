@@ -14,14 +14,14 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ablation.budget import Width, match
 from conf.errors import UserError, suggest, unknown
 from conf.load import choices, load, quoted, read_group
 from conf.schema import AblationConfig, Config
-from conf.validate import Batch, digest, validate, what_is_learned
+from conf.validate import Batch, config_hash, digest, validate, what_is_learned
 from model.accounting import ffn_saved_bytes, flops_per_token, shape_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
@@ -181,11 +181,13 @@ def resolve(config: AblationConfig, others: list[str] = (), seconds: Any = None)
         for size, words in _named(config.sizes or {"nano": "model=nano"}, "sizes").items()
     }
     _check(config, arms)
+    of_arms = {arm: _of_arm(words, arm, config.common) for arm, words in arms.items()}
     resolved: dict[str, dict[str, Arm]] = {}
     warnings: list[str] = []
     for size, of_size in sizes.items():
-        words = {arm: (*of_size, *_of_arm(of_arm, arm), *config.common) for arm, of_arm in arms.items()}
+        words = {arm: (*of_size, *of_arm, *config.common) for arm, of_arm in of_arms.items()}
         configs = {arm: _load(of_arm, arm, size) for arm, of_arm in words.items()}
+        _check_apart(f"{size}: the arms", configs)
         batches = {arm: validate(c, c.parallel.tensor * c.parallel.context) for arm, c in configs.items()}
         base = configs[config.baseline]
         measured = (lambda arm, d_ff, size=size: seconds(size, arm, d_ff)) if seconds is not None else None
@@ -204,6 +206,7 @@ def resolve(config: AblationConfig, others: list[str] = (), seconds: Any = None)
             flops = sum(flops_per_token(shape, of_arm.sequence_length).values())
             saved = sum(map(ffn_saved_bytes, shape.ffn))
             resolved[size][arm] = Arm(words[arm], of_arm, batches[arm], widths[arm], flops, saved)
+    _check_apart("the sizes", {size: of_size[config.baseline].config for size, of_size in resolved.items()})
     return Plan(config, resolved, tuple(warnings))
 
 
@@ -236,18 +239,33 @@ def _split(words: Any, key: str) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _of_arm(words: Any, arm: str) -> tuple[str, ...]:
+def _of_arm(words: Any, arm: str, common: Sequence[str]) -> tuple[str, ...]:
     found = _split(words, f"arms.{arm}")
+    replaced = {_key(word): word for word in common}
     for word in found:
         if word.startswith("model.d_ff"):
             raise UserError(f"{word} of {arm}: widths follow from the budget; the baseline's is set by a size")
+        if _key(word) in replaced:
+            raise UserError(f"{replaced[_key(word)]} of every run would replace {word} of {arm}: change ablation.arms")
     return found
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
+
+
+def _check_apart(what: str, configs: Mapping[str, Config]) -> None:
+    """Refuse two names for one thing: nothing would be compared."""
+    found: dict[Any, str] = {}
+    for name, config in configs.items():
+        other = found.setdefault((config_hash(config), config.steps, config.tokens), name)
+        if other != name:
+            raise UserError(f"{what} {other} and {name} differ in nothing")
 
 
 def _load(words: tuple[str, ...], arm: str, size: str) -> Config:
     for word in words:
-        name = word.partition("=")[0].lstrip("+")
-        if name in _SET_BY_THE_PLAN:
+        if _key(word) in _SET_BY_THE_PLAN:
             raise UserError(f"{word} of {arm} at {size} is the plan's to set: ablation.seeds, and folder=FOLDER")
     try:
         return load(list(words))

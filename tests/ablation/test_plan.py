@@ -68,7 +68,8 @@ def test_wandb_finds_a_run_by_its_plan_its_arm_its_size_and_its_stage(smoke):
 
 
 def test_names_reach_wandb_as_they_are(tmp_path):
-    sizes = {"1e5": "model=nano", "x" * 80 + "1": "model=nano", "x" * 80 + "2": "model=nano"}
+    names = ("1e5", "x" * 80 + "1", "x" * 80 + "2")
+    sizes = {name: f"model=nano model.n_layers={layers}" for layers, name in enumerate(names, 1)}
     plan = plan_of(arms={"1e3": "ffn=relu", "null": "ffn=gelu"}, baseline="1e3", sizes=sizes,
                    common=["""logger.tags=["it's a \\\\",b]"""])  # fmt: skip
     loggers = [load(plan.words(plan.final(*place, 4e-3)[0], str(tmp_path))).logger for place in plan.places()]
@@ -114,6 +115,11 @@ def test_a_size_can_be_added_to_a_plan_and_all_can_be_replaced():
     assert config.sizes["deep"] == "model=nano model.n_layers=8"
     config, _ = read_plan(["ablation=smoke", "ablation.sizes={deep: model=nano model.n_layers=8}"])
     assert list(config.sizes) == ["deep"]
+
+
+def test_sizes_may_differ_in_their_length_alone():
+    plan = plan_of(sizes={"short": "model=nano steps=9", "long": "model=nano steps=90"}, common=[])
+    assert [of_size["relu"].batch.steps for of_size in plan.arms.values()] == [9, 90]
 
 
 def test_an_arm_may_be_a_formula_and_a_size_may_be_anything():
@@ -179,6 +185,10 @@ def test_words_that_are_refused(words, sentence):
             "model.d_ff=999 of wide: widths follow from",
         ),
         ({"common": ["stepz=3"]}, "relu at nano: "),
+        ({"common": ["ffn=relu"]}, "ffn=relu of every run would replace ffn=relu of relu: change ablation.arms"),
+        ({"common": ["+ffn=gelu"], "baseline": "swiglu"}, "+ffn=gelu of every run would replace ffn=relu of relu"),
+        ({"arms": {"relu": "ffn=relu", "other": "ffn=relu"}}, "nano: the arms relu and other differ in nothing"),
+        ({"sizes": {"a": "model=nano", "b": "model=nano"}}, "the sizes a and b differ in nothing"),
     ],
 )
 def test_plans_that_are_refused(keys, sentence):
