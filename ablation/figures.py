@@ -64,6 +64,9 @@ _STYLE = {
 }  # fmt: skip
 
 
+OF_LOSSES = ("verdicts", "differences", "curves", "costs", "learning_rates", "sizes")  # names; others are of PHENOMENA
+
+
 @dataclasses.dataclass(frozen=True)
 class Drawn:
     """A figure."""
@@ -183,42 +186,39 @@ def curves(results: Results) -> Drawn | None:
 
 def differences(results: Results) -> Drawn | None:
     """Draw the difference to the baseline over tokens, seed by seed."""
-    of_size = {size: found for size, found in _curves(results).items() if len(found) > 1 and results.baseline in found}
+    of_size = {size: found for size in results.sizes if (found := _gaps(results, size))}
     if not of_size:
         return None
     figure, panels = _panels(len(of_size))
     parts = []
     for axes, (size, found) in zip(panels, of_size.items(), strict=True):
-        base = {run.cell.seed: run.curve() for run in results.finals(size, results.baseline)}
-        ends = {}
-        for arm in found:
-            if arm == results.baseline:
-                continue
-            pairs = [
-                (run.curve(), base[run.cell.seed])
-                for run in results.finals(size, arm)
-                if run.cell.seed in base and math.isfinite(run.outcome.loss)
-            ]
-            tokens, gaps = aligned(
-                [{at: own[at] - other[at] for at in own.keys() & other.keys()} for own, other in pairs]
-            )
-            if not len(tokens):
-                continue
+        for arm, (tokens, gaps) in found.items():
             _line(axes, results, arm, tokens / 1e6, gaps)
-            ends[arm] = gaps.mean(0)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_xlabel("million tokens")
         axes.set_ylabel(f"nats a token less {results.baseline}'s")
         axes.set_title(size)
-        _zoom(axes, list(ends.values()), above=0.0)
-        kept = [
-            arm for arm, gaps in ends.items() if len(gaps) > 1 and np.sign(gaps[len(gaps) // 2]) == np.sign(gaps[-1])
-        ]
+        means = [gaps.mean(0) for _, gaps in found.values()]
+        _zoom(axes, means, above=0.0)
+        kept = sum(np.sign(mean[len(mean) // 2]) == np.sign(mean[-1]) for mean in means)
         parts.append(
-            f"{size}: {len(kept)} of {len(ends)} arms end on the side of {results.baseline} where they were half-way"
+            f"{size}: {kept} of {len(found)} arms end on the side of {results.baseline} where they were half-way"
         )
     _legend(figure, panels)
     return Drawn("differences", "; ".join(parts), figure)
+
+
+def _gaps(results: Results, size: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return, of every arm with two points or more, (tokens (points,), loss less the baseline's (seeds, points))."""
+    base = {run.cell.seed: run.curve() for run in results.finals(size, results.baseline)}
+    found = {}
+    for arm in results.arms(size):
+        runs = [run for run in results.finals(size, arm) if run.cell.seed in base and math.isfinite(run.outcome.loss)]
+        pairs = [(run.curve(), base[run.cell.seed]) for run in runs if arm != results.baseline]
+        tokens, gaps = aligned([{at: own[at] - other[at] for at in own.keys() & other.keys()} for own, other in pairs])
+        if len(tokens) > 1:
+            found[arm] = tokens, gaps
+    return found
 
 
 def costs(results: Results) -> Drawn | None:
@@ -407,6 +407,7 @@ def _line(axes: Axes, results: Results, arm: str, x: np.ndarray, rows: np.ndarra
     colour, dashes = colour_of(results, arm)
     keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), _POINTS)).round().astype(int))
     x, rows = x[keep], rows[:, keep]
+    marker = marker or ("o" if len(x) == 1 else "")  # no line goes through one point
     axes.plot(x, rows.mean(0), color=colour, linestyle=dashes, marker=marker, markersize=3.5, label=arm)
     if len(rows) > 1:
         axes.fill_between(x, rows.min(0), rows.max(0), color=colour, alpha=0.15, linewidth=0)
@@ -415,7 +416,7 @@ def _line(axes: Axes, results: Results, arm: str, x: np.ndarray, rows: np.ndarra
 def _zoom(axes: Axes, means: Sequence[np.ndarray], above: float | None = None) -> None:
     """Show the later half of the curves: before it all arms fall steeply, and side by side."""
     later = [value for mean in means for value in mean[len(mean) // 2 :] if math.isfinite(value)]
-    if len(later) < 2:
+    if max(map(len, means), default=0) < 2 or len(later) < 2:
         return
     low, high = min(later), max(later)
     if above is not None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from ablation.cells import ENDED
 from ablation.efficiency import Efficiency, efficiency
-from ablation.figures import Drawn, draw
+from ablation.figures import OF_LOSSES, PHENOMENA, Drawn, draw
 from ablation.results import Results, expected, read_results
 from ablation.statistics import ALPHA, FEWEST_SEEDS, POWER, Comparison, Verdict
 from ablation.verdict import sentences
@@ -59,6 +59,9 @@ def write_report(results: Results, to: Path) -> None:
         (to / "figures").mkdir(parents=True, exist_ok=True)
         for drawn in figures:
             drawn.save(to / "figures")
+        for name in {*OF_LOSSES, *(name for name, *_ in PHENOMENA)} - {drawn.name for drawn in figures}:
+            for kind in ("svg", "png"):  # of a report before this one, which had something to show there
+                (to / "figures" / f"{name}.{kind}").unlink(missing_ok=True)
         _write_csv(to / "results.csv", [run_row(results, name) for name in results.runs])
         _write_csv(to / "comparisons.csv", [row for size in results.sizes for row in comparison_rows(results, size)])
         with atomic_write(to / "report.html") as file:
@@ -126,8 +129,7 @@ def _missing(value: Any) -> bool:
 def page(results: Results, figures: Sequence[Drawn]) -> str:
     """Return report.html."""
     plan, drawn = results.manifest.plan, {figure.name: figure for figure in figures}
-    first = ("verdicts", "differences", "curves", "costs", "learning_rates", "sizes")
-    phenomena = [figure for name, figure in drawn.items() if name not in first]
+    phenomena = [figure for name, figure in drawn.items() if name not in OF_LOSSES]
     sections = [
         (
             "verdicts",
@@ -143,7 +145,7 @@ def page(results: Results, figures: Sequence[Drawn]) -> str:
         ("runs", "Runs", [_runs(results)]),
         ("plan", "The plan", [_plan(results)]),
     ]
-    sections = [(anchor, title, parts) for anchor, title, parts in sections if parts]
+    sections = [(anchor, title, parts) for anchor, title, parts in sections if any(parts)]
     links = " ".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _ in sections)
     body = [
         f"<h1>{escape(plan.question or plan.name)}</h1>",
@@ -306,6 +308,8 @@ def _rates(results: Results) -> str:
             edge = f"the {found.edge}" if found.edge else "no"
             cells = (_number(found.best, "g"), _number(found.loss), _number(found.rise), _text(tried), _text(edge))
             rows.append(("", (_text(size), _text(arm), *cells)))
+    if not rows:
+        return ""
     return _table(heads, rows, f"The sweep, with seed {results.manifest.plan.rate_seed}, which no verdict rests on")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from ablation.figures import draw
 from ablation.plan import Plan
 from ablation.report import page as whole_page
 from ablation.report import write_report
@@ -206,6 +207,30 @@ def test_the_command_of_a_plan_that_has_just_begun(plan, tmp_path):
     assert "48 run(s) have not begun" in done.err
     text = (tmp_path / "here" / "report.html").read_text(encoding="utf-8")
     assert "Provisional: 0 of 48 runs have ended, and seeds follow" in text
+
+
+def test_runs_that_were_evaluated_at_their_end_alone(tmp_path):
+    folder = make(plan_of("ablation=smoke", "ablation.rates=[1]"), tmp_path, RULE)
+    to = folder / "report"
+    write_report(read_results(folder), to)
+    before = {path.name for path in (to / "figures").iterdir()}
+    (to / "figures" / "mine.png").touch()
+    for path in folder.glob("runs/*/metrics.jsonl"):
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if '"train"' in line) + lines[-1])
+    write_report(read_results(folder), to)
+    page = Page((to / "report.html").read_text(encoding="utf-8"))
+    assert {name for name in page.ids if name.startswith("figure-") and name.count("-") == 1} == {
+        "figure-verdicts", "figure-curves", "figure-costs"
+    }  # fmt: skip
+    assert {"rates", "telemetry"}.isdisjoint(page.ids)  # no sweep, and nothing was looked at
+    left = {path.name for path in (to / "figures").iterdir()}
+    assert {"differences.svg", "dead.png"} <= before - left
+    assert left == {f"{name}.{kind}" for name in ("verdicts", "curves", "costs") for kind in ("svg", "png")} | {
+        "mine.png"
+    }
+    curves = {drawn.name: drawn for drawn in draw(read_results(folder))}["curves"].figure.axes[0]
+    assert [(len(line.get_xdata()), line.get_marker()) for line in curves.get_lines()] == [(1, "o"), (1, "o")]
 
 
 @pytest.mark.parametrize(
