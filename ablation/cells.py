@@ -52,7 +52,8 @@ def outcome(run: Path, lines: list[dict[str, Any]] | None = None) -> Outcome:
         return Outcome(RUNNING, step, summary=summary)
     if status == "failed":
         return Outcome(FAILED, step, summary=summary)
-    return Outcome(STOPPED if lines else WAITING, step, summary=summary)  # killed ones leave lines and no summary
+    begun = (run / "config.yaml").exists()  # one that was killed, or found its input bad, leaves no summary
+    return Outcome(STOPPED if begun else WAITING, step, summary=summary)
 
 
 def is_running(run: Path) -> bool:

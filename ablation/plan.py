@@ -22,7 +22,7 @@ from conf.errors import UserError, suggest, unknown
 from conf.load import choices, load, quoted, read_group
 from conf.schema import AblationConfig, Config
 from conf.validate import Batch, config_hash, digest, validate, what_is_learned
-from model.accounting import ffn_saved_bytes, flops_per_token, shape_of
+from model.accounting import check_shares, ffn_saved_bytes, flops_per_token, shape_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 LONGEST_TAG = 64  # characters that W&B takes
@@ -203,6 +203,10 @@ def resolve(config: AblationConfig, others: list[str] = (), seconds: Any = None)
             shape = shape_of(
                 dataclasses.replace(of_arm, model=dataclasses.replace(of_arm.model, d_ff=widths[arm].d_ff))
             )
+            try:
+                check_shares(shape, of_arm.parallel)
+            except UserError as error:
+                raise UserError(f"{arm} at {size}: {error}") from error
             flops = sum(flops_per_token(shape, of_arm.sequence_length).values())
             saved = sum(map(ffn_saved_bytes, shape.ffn))
             resolved[size][arm] = Arm(words[arm], of_arm, batches[arm], widths[arm], flops, saved)

@@ -256,17 +256,14 @@ class Runner:
         self._processes.add(process)
         if self._stopping:
             process.send_signal(signal.SIGTERM)
-        process.wait()
+        status = process.wait()
         self._processes.discard(process)
         ended = self.outcome(cell)
-        if ended.state == FINISHED:
+        how = ended.state
+        if how == FINISHED:
             how = f"finished, {ended.loss:.4f} nats a token"
-        else:
-            how = (
-                ended.state
-                if ended.state != FAILED
-                else f"failed: {self.folder / 'logs' / (cell.name + '.log')} says why"
-            )
+        elif how == FAILED or (how not in ENDED and status > 0):
+            how = f"failed: {self.folder / 'logs' / (cell.name + '.log')} says why"
         self.console.print(f"{cell.stage}  {cell.name}  {how}", soft_wrap=True)
 
     def _wait_for_another(self, run: Path) -> None:

@@ -185,6 +185,7 @@ def test_words_that_are_refused(words, sentence):
             "model.d_ff=999 of wide: widths follow from",
         ),
         ({"common": ["stepz=3"]}, "relu at nano: "),
+        ({"common": ["parallel.tensor=2"]}, "relu at nano: parallel.tensor=2 does not divide the 3 heads"),
         ({"common": ["ffn=relu"]}, "ffn=relu of every run would replace ffn=relu of relu: change ablation.arms"),
         ({"common": ["+ffn=gelu"], "baseline": "swiglu"}, "+ffn=gelu of every run would replace ffn=relu of relu"),
         ({"arms": {"relu": "ffn=relu", "other": "ffn=relu"}}, "nano: the arms relu and other differ in nothing"),

@@ -121,6 +121,25 @@ def test_nobody_to_ask_and_other_bad_input(words, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_runs_that_cannot_begin_are_told_of_with_their_logs(words, tmp_path):
+    more = [
+        "ablation.rates=[1]",
+        "ablation.seeds=[0,1]",
+        f"data.path={tmp_path / 'nothing'}",
+        f"data.prepared={tmp_path}",
+    ]
+    result = run([word for word in words if not word.startswith("data.p")], tmp_path, *more, "yes=true", "jobs=2")
+    assert result.status == 1
+    folder, names = tmp_path / "smoke", [f"tiny-{arm}-lr0.01-seed{seed}" for arm in ARMS for seed in (0, 1)]
+    for name in names:
+        assert f"final  {name}  failed: {folder / 'logs' / name}.log says why\n" in result.out
+        assert (
+            f"error: there is no file or folder {tmp_path / 'nothing'}" in (folder / "logs" / f"{name}.log").read_text()
+        )
+        assert outcome(folder / "runs" / name).state == STOPPED
+    assert f"0 runs have ended in {folder}, 0 of them diverged" in result.out
+
+
 # ------------------------------------------------------------------------------------------------- how a run stands
 
 
