@@ -9,6 +9,7 @@
 Prints what the plan costs, asks, and trains run after run, each a `train.py` of its own. Stop it at any moment and type the
 same again: runs that ended are left alone, a half-finished one goes on, one that diverged stays diverged. On a cluster
 (conf/cluster) the runs become tasks of job arrays, `jobs` of them at a time, which may be resubmitted one by one.
+Typed twice at once, the two share the runs that are left.
 """
 
 from __future__ import annotations
@@ -234,19 +235,24 @@ class Runner:
         return all(self.outcome(cell).state in ENDED for cell in cells)
 
     def _one(self, cell: Cell) -> None:
-        self._wait_for_another(self.folder / "runs" / cell.name)
-        if self._stopping or self.outcome(cell).state in ENDED:
-            return
-        place = self._places.get()  # there are as many as workers
-        try:
-            self._run(cell, place)
-        finally:
-            self._places.put(place)
+        run, taken = self.folder / "runs" / cell.name, True
+        while taken:  # by another runner, in the moment that we began it too
+            self._wait_for_another(run)
+            if self._stopping or self.outcome(cell).state in ENDED:
+                return
+            place = self._places.get()  # there are as many as workers
+            try:
+                status = self._run(cell, place)
+            finally:
+                self._places.put(place)
+            taken = status > 0 and is_running(run)
+        self._tell(cell, status)
 
-    def _run(self, cell: Cell, place: int) -> None:
+    def _run(self, cell: Cell, place: int) -> int:
+        """Train a run in a process of its own; return the status of that."""
         words = self.plan.words(cell, str(self.folder / "runs"))
         ranks = self.ranks or ranks_of(self.plan.arms[cell.size][cell.arm].config)
-        with open(self.folder / "logs" / f"{cell.name}.log", "ab") as log:
+        with open(self._log(cell), "ab") as log:
             process = subprocess.Popen(
                 train_command(words, ranks),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
@@ -256,15 +262,22 @@ class Runner:
         self._processes.add(process)
         if self._stopping:
             process.send_signal(signal.SIGTERM)
-        status = process.wait()
+        process.wait()
         self._processes.discard(process)
+        return process.returncode
+
+    def _tell(self, cell: Cell, status: int) -> None:
+        """Say how a run ended whose process ended with a status."""
         ended = self.outcome(cell)
         how = ended.state
         if how == FINISHED:
             how = f"finished, {ended.loss:.4f} nats a token"
         elif how == FAILED or (how not in ENDED and status > 0):
-            how = f"failed: {self.folder / 'logs' / (cell.name + '.log')} says why"
+            how = f"failed: {self._log(cell)} says why"
         self.console.print(f"{cell.stage}  {cell.name}  {how}", soft_wrap=True)
+
+    def _log(self, cell: Cell) -> Path:
+        return self.folder / "logs" / f"{cell.name}.log"
 
     def _wait_for_another(self, run: Path) -> None:
         """Wait for a process that trains there: one of ours that was killed leaves its runs behind, and they go on."""

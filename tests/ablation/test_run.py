@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -10,9 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ablation.cells import DIVERGED, FAILED, FINISHED, STOPPED, WAITING, outcome, read_metrics
 from ablation.command import environment_of, launcher
+from ablation.run import Runner
+from tests.ablation.made import plan_of, write_run
 from tests.training.tiny import PATIENCE, ROOT, TINY, Result, command, environment, shared_corpus
 
 ARMS = ("relu", "swiglu")
@@ -138,6 +142,29 @@ def test_runs_that_cannot_begin_are_told_of_with_their_logs(words, tmp_path):
         )
         assert outcome(folder / "runs" / name).state == STOPPED
     assert f"0 runs have ended in {folder}, 0 of them diverged" in result.out
+
+
+def test_a_run_that_another_runner_began_in_the_same_moment_is_waited_for(monkeypatch, tmp_path):
+    plan = plan_of("ablation=smoke", "ablation.rates=[1]", "ablation.seeds=[0,1]")
+    [cell, *_] = plan.final("nano", "relu", 4e-3)
+    folder, begun, trains = tmp_path / "smoke", [], iter([False, True, True, False])
+
+    def refused(*_) -> list[str]:
+        begun.append(cell)
+        return [sys.executable, "-c", "raise SystemExit(2)"]
+
+    def is_running(_) -> bool:
+        found = next(trains)
+        if begun and not found:
+            write_run(plan, cell, folder, 3.0)  # the other one's has ended
+        return found
+
+    monkeypatch.setattr("ablation.run.train_command", refused)
+    monkeypatch.setattr("ablation.run.is_running", is_running)
+    (folder / "logs").mkdir(parents=True)
+    runner = Runner(plan, folder, 1, 0, Console(file=io.StringIO()))
+    runner._one(cell)
+    assert (begun, next(trains, "asked to the end"), runner.console.file.getvalue()) == ([cell], "asked to the end", "")
 
 
 # ------------------------------------------------------------------------------------------------- how a run stands
