@@ -19,9 +19,9 @@ from typing import Any
 
 from ablation.budget import Width, match
 from conf.errors import UserError, suggest, unknown
-from conf.load import choices, load, quoted, read_group
+from conf.load import choices, load, quoted, read_group, to_dict
 from conf.schema import AblationConfig, Config
-from conf.validate import Batch, config_hash, digest, validate, what_is_learned
+from conf.validate import Batch, digest, validate, what_is_learned
 from model.accounting import check_shares, ffn_saved_bytes, flops_per_token, shape_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
@@ -260,9 +260,9 @@ def _key(word: str) -> str:
 
 def _check_apart(what: str, configs: Mapping[str, Config]) -> None:
     """Refuse two names for one thing: nothing would be compared."""
-    found: dict[Any, str] = {}
+    found: dict[str, str] = {}
     for name, config in configs.items():
-        other = found.setdefault((config_hash(config), config.steps, config.tokens), name)
+        other = found.setdefault(digest(to_dict(config)), name)
         if other != name:
             raise UserError(f"{what} {other} and {name} differ in nothing")
 

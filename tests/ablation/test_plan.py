@@ -117,9 +117,10 @@ def test_a_size_can_be_added_to_a_plan_and_all_can_be_replaced():
     assert list(config.sizes) == ["deep"]
 
 
-def test_sizes_may_differ_in_their_length_alone():
-    plan = plan_of(sizes={"short": "model=nano steps=9", "long": "model=nano steps=90"}, common=[])
-    assert [of_size["relu"].batch.steps for of_size in plan.arms.values()] == [9, 90]
+@pytest.mark.parametrize("words", ["steps=90", "model.activation_checkpointing=true"])
+def test_sizes_may_differ_in_their_length_or_their_cost_alone(words):
+    plan = plan_of(sizes={"one": "model=nano", "other": f"model=nano {words}"})
+    assert [words in plan.arms[size]["relu"].words for size in ("one", "other")] == [False, True]
 
 
 def test_an_arm_may_be_a_formula_and_a_size_may_be_anything():
