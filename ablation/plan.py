@@ -9,6 +9,7 @@ A plan is `conf/ablation/<name>.yaml`, keys of `conf.schema.AblationConfig`. Wha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -193,20 +194,16 @@ def resolve(config: AblationConfig, others: list[str] = (), seconds: Any = None)
         measured = (lambda arm, d_ff, size=size: seconds(size, arm, d_ff)) if seconds is not None else None
         tokens = batches[config.baseline].micro_batch * base.sequence_length
         settings = {"tensor": base.parallel.tensor, "tile": config.tile, "allowed": config.allowed_mismatch}
-        try:
+        with _said_of(size):
             widths, off = match(configs, config.baseline, config.budget, tokens=tokens, seconds=measured, **settings)
-        except UserError as error:
-            raise UserError(f"{size}: {error}") from error
         warnings += [f"{size}: {sentence}" for sentence in off]
         resolved[size] = {}
         for arm, of_arm in configs.items():
             shape = shape_of(
                 dataclasses.replace(of_arm, model=dataclasses.replace(of_arm.model, d_ff=widths[arm].d_ff))
             )
-            try:
+            with _said_of(f"{arm} at {size}"):
                 check_shares(shape, of_arm.parallel)
-            except UserError as error:
-                raise UserError(f"{arm} at {size}: {error}") from error
             flops = sum(flops_per_token(shape, of_arm.sequence_length).values())
             saved = sum(map(ffn_saved_bytes, shape.ffn))
             resolved[size][arm] = Arm(words[arm], of_arm, batches[arm], widths[arm], flops, saved)
@@ -271,10 +268,17 @@ def _load(words: tuple[str, ...], arm: str, size: str) -> Config:
     for word in words:
         if _key(word) in _SET_BY_THE_PLAN:
             raise UserError(f"{word} of {arm} at {size} is the plan's to set: ablation.seeds, and folder=FOLDER")
-    try:
+    with _said_of(f"{arm} at {size}"):
         return load(list(words))
+
+
+@contextlib.contextmanager
+def _said_of(what: str) -> Iterator[None]:
+    """Put before a complaint of what it is."""
+    try:
+        yield
     except UserError as error:
-        raise UserError(f"{arm} at {size}: {error}") from error
+        raise UserError(f"{what}: {error}") from error
 
 
 def _check(config: AblationConfig, arms: Mapping[str, Any]) -> None:
