@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 
 from conf.errors import UserError, unknown
 from conf.schema import Config
-from model.accounting import Shape, ffn_saved_bytes, flops_per_token, parameters, shape_of
+from launch.estimate.counts import Shape, ffn_saved_bytes, flops_per_token, parameters, shape_of
 
 BUDGETS = ("parameters", "flops", "memory", "wallclock", "none")
 WARN, REFUSE = 0.005, 0.01  # of the target

@@ -23,7 +23,7 @@ from conf.errors import UserError, suggest, unknown
 from conf.load import choices, load, quoted, read_group, to_dict
 from conf.schema import AblationConfig, Config
 from conf.validate import Batch, digest, validate, what_is_learned
-from model.accounting import check_shares, ffn_saved_bytes, flops_per_token, shape_of
+from launch.estimate.counts import check_divisibility, ffn_saved_bytes, flops_per_token, shape_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 LONGEST_TAG = 64  # characters that W&B takes
@@ -203,7 +203,7 @@ def resolve(config: AblationConfig, others: list[str] = (), seconds: Any = None)
                 dataclasses.replace(of_arm, model=dataclasses.replace(of_arm.model, d_ff=widths[arm].d_ff))
             )
             with _said_of(f"{arm} at {size}"):
-                check_shares(shape, of_arm.parallel)
+                check_divisibility(shape, of_arm.parallel)
             flops = sum(flops_per_token(shape, of_arm.sequence_length).values())
             saved = sum(map(ffn_saved_bytes, shape.ffn))
             resolved[size][arm] = Arm(words[arm], of_arm, batches[arm], widths[arm], flops, saved)

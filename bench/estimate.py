@@ -3,11 +3,11 @@
     out=FILE       where the tables go        memory=false   only the published step times, which take a moment
 
 Memory: the most bytes of tensors that are alive at once in a step, on ranks of this machine (CPU, gloo), beside
-`model.accounting.peak_bytes`; and the FLOPs that torch counts in matrix products beside `flops_per_token`, whose attention is
-left out, since torch does not count it on a CPU. Every tensor is counted that an operation returns, each storage once, from
-when it appears until it is freed.
+`launch.estimate.counts.peak_bytes`; and the FLOPs that torch counts in matrix products beside `flops_per_token`, whose
+attention is left out, since torch does not count it on a CPU. Every tensor is counted that an operation returns, each storage
+once, from when it appears until it is freed.
 
-Step times: published runs on H100s beside `launch.step_time`, whose two constants are fitted to them.
+Step times: published runs on H100s beside `launch.estimate.step_time`, whose two constants are fitted to them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from bench.train import machine, options_of
 from conf.files import atomic_write
 from conf.load import load, run_command
 from conf.schema import Config, FFNConfig, HardwareConfig, ParallelConfig
-from launch.step_time import (
+from launch.estimate.counts import FFNShape, Shape, flops_per_token, peak_bytes, shape_of
+from launch.estimate.step_time import (
     GEMM_EFFICIENCY,
     NETWORK_EFFICIENCY,
-    Layout,
+    ParallelLayout,
     model_flops_utilization,
     step_time,
 )
-from model.accounting import FFNShape, Shape, flops_per_token, peak_bytes, shape_of
 
 _MODEL = [
     "model=nano", "model.d_model=512", "model.n_layers=4", "model.n_heads=8", "model.d_ff=1408", "model.attention=sdpa",
@@ -172,7 +172,7 @@ class Published:
     """A run that somebody measured: `value` is MFU, or tokens/s a GPU where it is above 1."""
 
     name: str
-    layout: Layout
+    layout: ParallelLayout
     hardware: HardwareConfig
     value: float
 
@@ -197,7 +197,7 @@ def published() -> list[Published]:
     runs = [
         Published(
             f"MPT {size}, {gpus} GPUs, MFU",
-            Layout(_gpt(*sizes[size], 50432), gpus=gpus, micro_batch=micro, recompute=recompute, **mpt),
+            ParallelLayout(_gpt(*sizes[size], 50432), gpus=gpus, micro_batch=micro, recompute=recompute, **mpt),
             h100,
             value,
         )
@@ -205,9 +205,9 @@ def published() -> list[Published]:
     ]
     llama = shape_of(load(["model=llama3_8b", "ffn=swiglu"]))
     for gpus, value in ((8, 6667.0), (128, 6514.0)):
-        layout = Layout(llama, 8192, gpus, micro_batch=2, recompute=0.5, **fsdp)
+        layout = ParallelLayout(llama, 8192, gpus, micro_batch=2, recompute=0.5, **fsdp)
         runs.append(Published(f"torchtitan Llama 3.1 8B, {gpus} GPUs, tokens/s a GPU", layout, torchtitan, value))
-    gpt = Layout(
+    gpt = ParallelLayout(
         _gpt(12288, 96, 96, 131072),
         4096,
         0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from model.accounting import Shape
+from launch.estimate.counts import Shape
 
 
 def widths(shape: Shape) -> dict[str, Any]:

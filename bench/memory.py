@@ -5,8 +5,8 @@
 
 Every tensor that is alive in a process after a backward is counted, each storage once, less DeepSpeed's buffers of
 `zero.bucket_elements`, which do not grow with the model; of a step's micro-batches the one with most. The formula is
-`model.accounting.state_bytes`, and beside it stands the ZeRO paper's: 2 + 2 + 12 bytes a parameter in bf16, 4 + 4 + 8 in fp32,
-of which stage 1 shares the last, 2 the gradients too, and 3 all.
+`launch.estimate.counts.state_bytes`, and beside it stands the ZeRO paper's: 2 + 2 + 12 bytes per parameter in bf16,
+4 + 4 + 8 in fp32, of which stage 1 shares the last, 2 the gradients too, and 3 all.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
 
 
 def _measured(ranks: Ranks, words: list[str]) -> dict[str, float]:
-    from model.accounting import rank_parameters, state_bytes
+    from launch.estimate.counts import rank_parameters, state_bytes
 
     before = alive()
     engine, batch, shape = engine_of(words, ranks)

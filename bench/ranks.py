@@ -16,8 +16,8 @@ import torch.distributed as dist
 from conf.errors import UserError
 from conf.load import load
 from conf.validate import Batch, validate
+from launch.estimate.counts import Shape, check_divisibility, shape_of
 from launch.ranks import Ranks, find_ranks, leave
-from model.accounting import Shape, check_shares, shape_of
 from model.attention import choose
 
 
@@ -71,7 +71,7 @@ def engine_of(words: list[str], ranks: Ranks) -> tuple[Any, Batch, Shape]:
     config = load(words)
     batch = validate(config, ranks.world_size)
     shape = shape_of(config)
-    check_shares(shape, config.parallel)
+    check_divisibility(shape, config.parallel)
     device = machine.find_device(ranks)
     dtype = machine.find_dtype(config, device)
     attention = choose(config.model.attention, device, dtype, config.sequence_length)

@@ -131,7 +131,7 @@ def _measure_hf(name: str, arguments: list[str]) -> None:
     from bench.huggingface import widths
     from data.batches import BatchStream, open_dataset
     from data.prepare import prepare
-    from model.accounting import shape_of
+    from launch.estimate.counts import shape_of
 
     steps, config = int(arguments[0]), load(arguments[1:])
     dataset = open_dataset(prepare(config.data, config.tokenizer))

@@ -210,7 +210,7 @@ def _check_optimizer(config: Config) -> None:
 
 
 def _check_parallel(config: Config, world_size: int) -> None:
-    """What the shapes alone decide (heads, widths, vocabulary) is in `model.accounting.check_shares`."""
+    """What the shapes alone decide (heads, widths, vocabulary) is in `launch.estimate.counts.check_divisibility`."""
     tensor, context, length = config.parallel.tensor, config.parallel.context, config.sequence_length
     if world_size % (tensor * context):
         fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]

@@ -37,9 +37,9 @@ from conf.login import wandb_mode
 from conf.options import read_options
 from conf.schema import ClusterConfig, Config
 from kernels.c_build import FLAGS, find_compiler
+from launch.estimate.counts import parameters, shape_of
 from launch.ranks import Ranks, export, find_ranks, installed_gpus, take_local_rank
 from launch.sbatch import read_cluster
-from model.accounting import parameters, shape_of
 
 GREEN, YELLOW, RED = "green", "yellow", "red"
 _OPTIONS = {"quick": False}

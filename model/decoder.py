@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from conf.schema import ModelConfig
-from model.accounting import Shape
+from launch.estimate.counts import Shape
 from model.attention import attend, attend_cached
 from model.collectives import column_linear, heads_to_sequence, reduced, sequence_to_heads, whole_sequence
 from model.feed_forward import FeedForward

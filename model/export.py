@@ -30,7 +30,7 @@ from conf.options import read_options
 from conf.schema import Config
 from data.tokenizer import Tokenizer
 from kernels.formula import parse
-from model.accounting import Shape
+from launch.estimate.counts import Shape
 from model.decoder import Decoder
 from model.generate import load_run
 from model.huggingface.layout import CLASSES, FORMULA, Layout, layout_of, tensor_names

@@ -32,7 +32,7 @@ from kernels import FormulaError, activation
 from kernels.elementwise import Activation
 from kernels.statistics import gaussian_rms
 from kernels.telemetry import Statistics
-from model.accounting import FFNShape
+from launch.estimate.counts import FFNShape
 from model.collectives import gather, reduce
 from model.parallel import Axis, Mesh, cut_parameter
 

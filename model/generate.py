@@ -19,7 +19,7 @@ from conf.errors import UserError
 from conf.load import find_run, from_yaml, run_command
 from conf.options import read_options
 from data.tokenizer import Tokenizer, load_tokenizer
-from model.accounting import shape_of
+from launch.estimate.counts import shape_of
 from model.decoder import Cache, Decoder
 from model.weights import checkpoints, damage, load_weights
 

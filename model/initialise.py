@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.accounting import Shape
+from launch.estimate.counts import Shape
 from model.decoder import Decoder
 from model.feed_forward import FeedForward
 from model.parallel import cut_of, whole_shape

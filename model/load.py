@@ -27,7 +27,7 @@ from conf.load import load, run_command, to_yaml
 from conf.schema import Config
 from conf.validate import validate
 from data.tokenizer import Tokenizer, load_tokenizer
-from model.accounting import Shape, shape_of
+from launch.estimate.counts import Shape, shape_of
 from model.decoder import Decoder
 from model.huggingface.config import Described, choice_of, key_of, read_config
 from model.huggingface.layout import tensor_names

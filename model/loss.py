@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.cross_entropy import cross_entropy_, serves
-from model.accounting import logits_rows
+from launch.estimate.counts import logits_rows
 from model.collectives import all_gather, gather, reduce
 from model.parallel import Axis
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from conf.schema import Config
 from conf.validate import Batch
-from model.accounting import FFNShape, Shape, flops_per_token, parameters
+from launch.estimate.counts import FFNShape, Shape, flops_per_token, parameters
 
 
 def human(number: float) -> str:

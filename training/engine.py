@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from conf.schema import Config, ParallelConfig
 from conf.validate import Batch
 from data.batches import IGNORED
+from launch.estimate.counts import GATHERED_BUCKETS, Shape
 from launch.ranks import Ranks
-from model.accounting import GATHERED_BUCKETS, Shape
 from model.decoder import Cache, Decoder
 from model.initialise import initialise
 from model.parallel import Mesh, cut_of, join

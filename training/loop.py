@@ -22,9 +22,9 @@ from conf.schema import Config
 from conf.validate import Batch, config_hash, validate
 from data.batches import BatchStream, Dataset, open_dataset, sample_hash
 from data.prepare import prepare
+from launch.estimate.counts import Shape, check_divisibility, parameters, shape_of
 from launch.launchers import Launchers
 from launch.ranks import Ranks
-from model.accounting import Shape, check_shares, parameters, shape_of
 from model.attention import choose
 from model.decoder import Decoder
 from model.feed_forward import check_arms
@@ -329,7 +329,7 @@ def _shape(config: Config, dataset: Dataset) -> Shape:
             f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {dataset.vocab_size} pieces"
         )
     shape = shape_of(config, dataset.vocab_size)
-    check_shares(shape, config.parallel)
+    check_divisibility(shape, config.parallel)
     return shape
 
 

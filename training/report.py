@@ -13,7 +13,7 @@ import torch
 from conf.schema import Config
 from conf.validate import Batch
 from data.batches import Dataset
-from model.accounting import Shape, flops_per_token
+from launch.estimate.counts import Shape, flops_per_token
 from training import machine
 from training.console import Console, duration
 from training.evaluation import HeldOut

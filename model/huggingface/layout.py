@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kernels.formula import Formula, Node, parse
-from model.accounting import Shape
+from launch.estimate.counts import Shape
 
 LLAMA, ARCEE, FORMULA = "llama", "arcee", "formula_ffn"  # model_type in config.json
 CLASSES = {LLAMA: "LlamaForCausalLM", ARCEE: "ArceeForCausalLM", FORMULA: "FormulaForCausalLM"}

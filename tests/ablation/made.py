@@ -15,7 +15,7 @@ from typing import Any
 from ablation.manifest import write_manifest
 from ablation.plan import Cell, Plan, read_plan, resolve
 from conf.load import to_yaml
-from model.accounting import parameters, shape_of
+from launch.estimate.counts import parameters, shape_of
 
 LAYERS = 4
 VOCABULARY = 4096

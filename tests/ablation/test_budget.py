@@ -12,7 +12,7 @@ from ablation.budget import BUDGETS, WARN, match
 from conf.errors import UserError
 from conf.load import choices, load
 from conf.schema import Config
-from model.accounting import ffn_saved_bytes, flops_per_token, parameters, shape_of
+from launch.estimate.counts import ffn_saved_bytes, flops_per_token, parameters, shape_of
 
 SHAZEER = ("relu", "gelu", "silu", "glu", "bilinear", "reglu", "geglu", "swiglu")
 

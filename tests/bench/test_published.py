@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.estimate import live_tensors, published
-from launch.step_time import GEMM_EFFICIENCY, NETWORK_EFFICIENCY
+from launch.estimate.step_time import GEMM_EFFICIENCY, NETWORK_EFFICIENCY
 
 RUNS = {run.name: run for run in published()}
 

@@ -15,7 +15,7 @@ import yaml
 from conf.load import FOLDER, to_yaml
 from conf.schema import Config, FFNConfig
 from data.tokenizer import Tokenizer, train_sentencepiece
-from model.accounting import Shape, shape_of
+from launch.estimate.counts import Shape, shape_of
 from model.decoder import Decoder
 from model.initialise import initialise
 from model.weights import save_weights

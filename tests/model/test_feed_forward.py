@@ -12,7 +12,7 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import FFNConfig
 from kernels import activation, parse
-from model.accounting import FFNShape
+from launch.estimate.counts import FFNShape
 from model.feed_forward import FeedForward, check_arms
 
 D, WIDTH, TOKENS = 12, 40, 6

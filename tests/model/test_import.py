@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from conf.errors import UserError
 from conf.load import from_yaml, load
 from data.tokenizer import load_tokenizer
+from launch.estimate.counts import shape_of
 from model import export as export_command
-from model.accounting import shape_of
 from model.export import export
 from model.generate import load_run
 from model.huggingface.config import key_of

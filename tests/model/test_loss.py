@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import accounting
+from launch.estimate import counts
 from model.loss import linear_cross_entropy
 
 TOKENS, WORDS, WIDTH = 37, 101, 16
@@ -61,8 +61,8 @@ CASES = {
 @pytest.mark.parametrize("rows", [5, 37, 256], ids=lambda rows: f"chunks of {rows}")
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(monkeypatch, case, rows):
-    monkeypatch.setattr(accounting, "_CHUNK_ROWS", rows)
-    monkeypatch.setattr(accounting, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(counts, "_CHUNK_ROWS", rows)
+    monkeypatch.setattr(counts, "_CHUNK_ELEMENTS", 1)
     settings = CASES[case]
     hidden, weight, targets = inputs(settings.get("scale", 1.0))
     targets[settings.get("left_out", slice(0))] = -100
@@ -147,8 +147,8 @@ def test_evaluation_is_the_same_value_without_a_graph():
 
 def test_the_matrix_of_logits_never_exists(monkeypatch):
     """No tensor that the forward pass keeps or makes is as large as all logits."""
-    monkeypatch.setattr(accounting, "_CHUNK_ROWS", 4)
-    monkeypatch.setattr(accounting, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(counts, "_CHUNK_ROWS", 4)
+    monkeypatch.setattr(counts, "_CHUNK_ELEMENTS", 1)
     hidden, weight, targets = inputs()
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):

@@ -11,7 +11,7 @@ import torch
 from conf.load import load
 from data.batches import open_dataset
 from data.prepare import prepare
-from model.accounting import shape_of
+from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.weights import load_weights
 from training.evaluation import HeldOut

@@ -13,7 +13,7 @@ from torch import Tensor
 from conf.load import load
 from data.batches import BatchStream, open_dataset, sample_hash
 from data.prepare import prepare
-from model.accounting import shape_of
+from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.initialise import initialise
 from model.weights import CheckpointReader

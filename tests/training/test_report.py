@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from conf.load import load
-from model.accounting import shape_of
+from launch.estimate.counts import shape_of
 from tests.training.tiny import overrides
 from training.console import Console
 from training.report import Report

@@ -7,7 +7,7 @@ import collections
 import pytest
 
 from conf.load import load
-from model.accounting import context_traffic, rank_parameters, shape_of, tensor_traffic, zero_traffic
+from launch.estimate.counts import context_traffic, rank_parameters, shape_of, tensor_traffic, zero_traffic
 from tests.training.test_parallel import ARMS, SIZES
 from tests.training.tiny import overrides
 

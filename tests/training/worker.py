@@ -32,8 +32,8 @@ from conf.schema import ParallelConfig
 from conf.validate import validate
 from data.batches import BatchStream, open_dataset, sample_hash
 from data.prepare import prepare
+from launch.estimate.counts import shape_of
 from launch.ranks import find_ranks
-from model.accounting import shape_of
 from model.attention import choose
 from model.decoder import Cache
 from model.parallel import Mesh

@@ -90,7 +90,7 @@ def default_d_ff(d_ff_gated: int, formula: Formula) -> int:
     return d_ff_gated if formula.gated else d_ff_gated * 3 // 2
 
 
-def check_shares(shape: Shape, parallel: ParallelConfig) -> None:
+def check_divisibility(shape: Shape, parallel: ParallelConfig) -> None:
     """Refuse to cut what tensor and context ranks cannot share evenly.
 
     Raises:

@@ -2,7 +2,7 @@
 
 Two constants are fitted, to nine published runs on H100s (`python -m bench.estimate` prints them beside the model; all are
 within 10%): the share of its peak that a GPU reaches in matrix products, and the share of its data sheet's rate that a
-collective reaches. The rest is counted (model/accounting.py) or stands in conf/cluster:
+collective reaches. The rest is counted (launch/estimate/counts.py) or stands in conf/cluster:
 
     products    FLOPs with what is recomputed, at GEMM_EFFICIENCY of a peak that falls with the cube root of the power limit
     memory      reads and writes of all that is no matrix product, at the rate of the memory
@@ -21,7 +21,7 @@ import dataclasses
 import math
 
 from conf.schema import HardwareConfig, ParallelConfig
-from model.accounting import (
+from launch.estimate.counts import (
     Shape,
     context_traffic,
     flops_per_token,
@@ -39,7 +39,7 @@ _OPTIMIZER_BYTES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """How a model is spread over GPUs, and how a step is cut.
 
     Args:
@@ -100,7 +100,7 @@ class StepTime:
 
 
 def step_time(
-    layout: Layout,
+    layout: ParallelLayout,
     hardware: HardwareConfig,
     efficiency: float = GEMM_EFFICIENCY,
     network_efficiency: float = NETWORK_EFFICIENCY,
@@ -133,7 +133,7 @@ def step_time(
     return StepTime(*parts, data, latency, bubble, _OPTIMIZER_BYTES * own / share / through)
 
 
-def traffic(layout: Layout) -> dict[str, float]:
+def traffic(layout: ParallelLayout) -> dict[str, float]:
     """Return the bytes that a rank sends in a step to tensor ranks, to context ranks, and for ZeRO ("data")."""
     shape, parallel, width = layout.shape, layout.parallel, 2 if layout.bf16 else 4
     tokens = int(layout.micro_batch * layout.sequence_length / parallel.context)
@@ -163,7 +163,9 @@ def elementwise_bytes(shape: Shape, width: int, recompute: float = 0.0) -> float
     return width * ((3 + recompute) * layers + 6 * shape.vocab_size)
 
 
-def model_flops_utilization(layout: Layout, hardware: HardwareConfig, seconds: float, causal: bool = True) -> float:
+def model_flops_utilization(
+    layout: ParallelLayout, hardware: HardwareConfig, seconds: float, causal: bool = True
+) -> float:
     """Return the share of the GPUs' peak that the model's own FLOPs take, recomputation not counted.
 
     Args:
@@ -180,7 +182,7 @@ def model_flops_utilization(layout: Layout, hardware: HardwareConfig, seconds: f
     )
 
 
-def _rate(ranks: int, apart: int, layout: Layout, hardware: HardwareConfig) -> float:
+def _rate(ranks: int, apart: int, layout: ParallelLayout, hardware: HardwareConfig) -> float:
     """Return the bytes/s that each of a group sends to the next in a ring.
 
     Args:
@@ -193,7 +195,7 @@ def _rate(ranks: int, apart: int, layout: Layout, hardware: HardwareConfig) -> f
     return min(hardware.node_bandwidth, members * hardware.network_bandwidth)
 
 
-def _rings(layout: Layout, own: float) -> float:
+def _rings(layout: ParallelLayout, own: float) -> float:
     """Return how many collectives ZeRO makes in a step."""
     if layout.stage == 3:  # of every layer, the embedding and the output: gathered twice, reduced once
         return 3 * (layout.shape.n_layers / layout.pipeline + 2) * layout.micro_batches

@@ -15,9 +15,9 @@ from conf.errors import UserError
 from conf.load import choices, load
 from conf.schema import Config, ParallelConfig
 from kernels import parse
-from model.accounting import (
+from launch.estimate.counts import (
     activation_bytes,
-    check_shares,
+    check_divisibility,
     default_d_ff,
     flops_per_token,
     logits_rows,
@@ -180,13 +180,13 @@ def test_a_preset_has_the_parameters_that_its_name_says_whatever_the_arm(preset)
 def test_what_ranks_cannot_share_is_refused_with_what_they_could(model, tensor, context, sentence):
     parallel = ParallelConfig(tensor=tensor, context=context)
     with pytest.raises(UserError, match=re.escape(sentence)):
-        check_shares(shape_of(config_of(**model)), parallel)
+        check_divisibility(shape_of(config_of(**model)), parallel)
 
 
 @pytest.mark.parametrize("arm", ["swiglu", "prelu", "relu2"])
 def test_a_tensor_rank_has_its_share_of_the_matrices_and_all_else(arm):
     whole = shape_of(config_of(arm, n_kv_heads=4, qk_norm=True))
-    check_shares(whole, ParallelConfig(tensor=4))
+    check_divisibility(whole, ParallelConfig(tensor=4))
     for size in (1, 2, 4):
         mesh = Mesh(tensor=Axis(0, size))
         part = Decoder(whole, config_of(arm, n_kv_heads=4, qk_norm=True).model, "sdpa", mesh=mesh)

@@ -1,0 +1,52 @@
+"""What a run needs and costs, before it is started: `python -m launch.estimate cluster=h100 nodes=8 model=llama3_8b`.
+
+    cluster=NAME            a machine of conf/cluster      nodes=1              how many
+    cluster.KEY=VALUE       another value of it            ranks_per_node=N     one for each GPU of a node if not said
+    KEY=VALUE               as for train.py                --plot[=FILE]        draw MFU and cost against the number of GPUs
+
+Prints the memory of a GPU, the time of a step, and what the whole run takes; and which tensor size, ZeRO stage, micro-batch
+and checkpointing would fit and be fastest. No GPU is needed. launch/estimate/counts.py and
+step_time.py beside it say how this is estimated; bench/results/estimate.md holds it against published and measured runs.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+from conf.load import choices, load, read_group, run_command
+from conf.options import read_options
+from conf.schema import ClusterConfig
+from launch.estimate.console import show
+from launch.estimate.plot import draw
+from launch.estimate.search import estimate, fast_then_small, search
+from launch.sbatch import check
+
+_OPTIONS = {"nodes": 1, "ranks_per_node": 0, "plot": ""}
+
+
+def main(argv: list[str]) -> int:
+    if not argv or any(word in ("-h", "--help") for word in argv):
+        print(__doc__)
+        print(f"clusters: {', '.join(choices('cluster'))}; a file in conf/cluster makes another")
+        return 0
+    argv = ["plot=estimate.png" if word == "--plot" else word.removeprefix("--") for word in argv]
+    own = [word for word in argv if word.partition("=")[0] in _OPTIONS]
+    options = read_options(own, _OPTIONS, {"nodes": 1, "ranks_per_node": 1})
+    cluster, words = read_group("cluster", ClusterConfig, [word for word in argv if word not in own], "cluster")
+    per_node = options["ranks_per_node"] or max(1, cluster.gpus_per_node)
+    check(cluster, per_node)
+    config, gpus = load(words), options["nodes"] * per_node
+    asked = estimate(config, cluster, gpus, per_node)
+    found = sorted(search(config, cluster, gpus, per_node), key=fast_then_small)
+    console = Console(file=sys.stdout, highlight=False, markup=False)
+    show(asked, found, console)
+    if options["plot"]:
+        draw(config, cluster, per_node, options["plot"])
+        console.print(f"MFU and cost against GPUs: {options['plot']}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,81 @@
+"""`python -m launch.estimate`: what it prints and draws, and its complaints."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+from conf.errors import UserError
+from conf.load import load, read_group
+from conf.schema import ClusterConfig
+from launch.estimate.__main__ import main
+from launch.estimate.search import estimate
+from launch.estimate.step_time import traffic
+from tests.training.tiny import command
+
+H100, _ = read_group("cluster", ClusterConfig, ["cluster=h100"], "cluster")
+
+
+def step_sent(said: str) -> float:
+    """Return the gigabytes that a GPU sends in a step, as the command says."""
+    return float(re.search(r"ZeRO's traffic.* ([\d.]+) *$", said, re.MULTILINE)[1])
+
+
+def asked_traffic(words: list[str]) -> float:
+    return traffic(estimate(load(words), H100, 16, 8).layout)["data"]
+
+
+def test_the_command_says_it_all_and_draws(tmp_path, capsys):
+    picture = tmp_path / "estimate.png"
+    assert main(["cluster=h100", "nodes=2", "model=llama_1b", f"--plot={picture}"]) == 0
+    said = capsys.readouterr().out
+    sent = step_sent(said)
+    assert sent == pytest.approx(asked_traffic(["model=llama_1b"]) / 1e9, rel=1e-3)
+    for part in (
+        "parameters",
+        "weights",
+        "optimizer",
+        "fits",
+        "matrix products",
+        "MFU",
+        "hours",
+        "MWh",
+        "$",
+        "the first: ",
+    ):
+        assert part in said, part
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    first = re.search(r"the first: (.*)", said)[1].split()
+    config = load(["model=llama_1b", *first])
+    assert estimate(config, H100, 16, 8).fits
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["model=nano"], "say which cluster: cluster=NAME"),
+        (["cluster=h100", "nodes=3", "model=llama3_8b"], "cannot be shared evenly by 24"),
+        (["cluster=h100", "ranks_per_node=9"], "a node of h100 has 8 GPUs"),
+        (
+            ["cluster=h100", "parallel.tensor=3", "ranks_per_node=3", "model=llama3_8b"],
+            "parallel.tensor=3 does not divide",
+        ),
+        (["cluster=h100", "cluster.hardware.wats=3"], "wats"),
+        (["cluster=cpu", "plot=/nowhere/e.png"], "cannot write the picture /nowhere/e.png"),
+        (["cluster=cpu", "plot=/tmp/e.what"], "cannot write the picture /tmp/e.what"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, why):
+    with pytest.raises(UserError, match=re.escape(why)):
+        main(words)
+
+
+def test_it_needs_neither_torch_nor_a_gpu():
+    code = (
+        "import sys; from launch.estimate.__main__ import main; main(['cluster=h100']); print('torch' in sys.modules)"
+    )
+    result = command(sys.executable, "-c", code)
+    assert result.status == 0, result.err
+    assert result.out.splitlines()[-1] == "False"

@@ -1,0 +1,59 @@
+"""What is estimated of a configuration, which others fit, and what would have to change when none does."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from conf.load import load, read_group
+from conf.schema import ClusterConfig, HardwareConfig
+from launch.estimate.search import estimate, search, what_would_fit
+
+H100, _ = read_group("cluster", ClusterConfig, ["cluster=h100"], "cluster")
+LLAMA = load(["model=llama3_8b", "ffn=swiglu"])
+
+
+def test_the_fastest_that_fits_is_found():
+    found = list(search(LLAMA, H100, 8, 8))
+    asked = estimate(LLAMA, H100, 8, 8)
+    assert asked.fits
+    assert asked.choice in {each.choice for each in found}
+    fastest = min(found, key=lambda each: each.step.total)
+    assert fastest.step.total <= asked.step.total
+    assert all(each.fits for each in found)
+    whole = {each.choice for each in search(LLAMA, dataclasses.replace(H100, hardware=_memory(1e9)), 8, 8)}
+    assert {each.choice for each in found} < whole
+    small = {each.choice for each in search(LLAMA, dataclasses.replace(H100, hardware=_memory(40)), 8, 8)}
+    assert small < {each.choice for each in found}
+
+
+def _memory(gib: float) -> HardwareConfig:
+    return dataclasses.replace(H100.hardware, memory_gib=gib)
+
+
+def test_arms_differ_in_what_they_compute_and_keep():
+    common = ["model=llama3_8b", "zero=3", "model.activation_checkpointing=false"]
+    by_arm = {arm: estimate(load([*common, f"ffn={arm}"]), H100, 64, 8) for arm in ("swiglu", "relu2")}
+    gated, ungated = by_arm["swiglu"], by_arm["relu2"]
+    assert gated.step.products == pytest.approx(ungated.step.products, rel=1e-6)  # the same FFN parameters
+    # 2 x 14336 pre-activations against 21504.
+    assert gated.memory["activations"] > ungated.memory["activations"]
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus", "says"),
+    [
+        (["model=llama3_70b"], 8, r"nothing fits: the least is \d+\.\d GiB with .*, most of it optimizer; 4 nodes"),
+        (
+            ["model=llama_1b", "sequence_length=4194304", "global_batch_size=8", "micro_batch_size=1"],
+            8,
+            r"most of it .*; no number of nodes up to 16384 GPUs would do, or ",
+        ),
+    ],
+)
+def test_when_nothing_fits_it_says_what_would(words, gpus, says):
+    config = load(words)
+    assert list(search(config, H100, gpus, 8)) == []
+    assert re.search(says, what_would_fit(estimate(config, H100, gpus, 8)))
