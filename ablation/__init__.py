@@ -6,7 +6,7 @@
     command.py      the command that trains a run
     run.py          a plan becomes runs; goes on wherever it was stopped
     manifest.py     what the runs of a folder are, refused when it does not fit them
-    cells.py        how a run stands, from its folder alone
+    outcomes.py      how a run stands, from its folder alone
     results.py      what the runs of a plan showed, checked
     statistics.py   paired differences, intervals, what could have been detected, verdicts
     efficiency.py   what a loss costs: compute, seconds, memory

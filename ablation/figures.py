@@ -210,11 +210,13 @@ def differences(results: Results) -> Drawn | None:
 
 def _gaps(results: Results, size: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return, of every arm with two points or more, (tokens (points,), loss less the baseline's (seeds, points))."""
-    base = {run.cell.seed: run.curve() for run in results.finals(size, results.baseline)}
+    base = {run.planned.seed: run.curve() for run in results.finals(size, results.baseline)}
     found = {}
     for arm in results.arms(size):
-        runs = [run for run in results.finals(size, arm) if run.cell.seed in base and math.isfinite(run.outcome.loss)]
-        pairs = [(run.curve(), base[run.cell.seed]) for run in runs if arm != results.baseline]
+        runs = [
+            run for run in results.finals(size, arm) if run.planned.seed in base and math.isfinite(run.outcome.loss)
+        ]
+        pairs = [(run.curve(), base[run.planned.seed]) for run in runs if arm != results.baseline]
         tokens, gaps = aligned([{at: own[at] - other[at] for at in own.keys() & other.keys()} for own, other in pairs])
         if len(tokens) > 1:
             found[arm] = tokens, gaps

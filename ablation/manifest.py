@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ablation.plan import Cell, Plan, rates_of
+from ablation.plan import Plan, PlannedRun, rates_of
 from conf.errors import UserError
 from conf.files import atomic_write, say_why
 from conf.load import flatten
@@ -48,7 +48,7 @@ class Manifest:
         """Return `plan.Plan.rates`."""
         return rates_of(self.plan, self.learned(size, arm)["optim.lr"])
 
-    def cell(self, name: str) -> Cell | None:
+    def planned_run(self, name: str) -> PlannedRun | None:
         """Return which run a folder's name says it is, None if it names no arm; a rate of no plan has the name's digits."""
         named = _RUN.fullmatch(name)
         if not named or named["arm"] not in self.arms.get(named["size"], {}):
@@ -56,11 +56,11 @@ class Manifest:
         size, arm, seed = named["size"], named["arm"], int(named["seed"])
         stage = "sweep" if seed == self.plan.rate_seed else "final"
         try:
-            told = Cell(stage, size, arm, float(named["rate"]), seed)
+            told = PlannedRun(stage, size, arm, float(named["rate"]), seed)
         except ValueError:
             return None
         exact = (dataclasses.replace(told, rate=rate) for rate in self.rates(size, arm))
-        return next((cell for cell in exact if cell.name == name), told)
+        return next((planned for planned in exact if planned.name == name), told)
 
 
 def write_manifest(plan: Plan, folder: Path) -> None:

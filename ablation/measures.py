@@ -29,8 +29,8 @@ BySeed = dict[int, float]
 def by_seed(figure: str, runs: Iterable[Run], log: bool = False) -> BySeed:
     """Return a figure, or its logarithm, of an arm's runs. A seed whose run has none is left out, but for losses."""
     if figure == "final_eval_loss":
-        return {run.cell.seed: run.outcome.loss for run in runs}
-    values = {run.cell.seed: _figure(figure, run) for run in runs}
+        return {run.planned.seed: run.outcome.loss for run in runs}
+    values = {run.planned.seed: _figure(figure, run) for run in runs}
     if log:
         values = {seed: math.log(value) if value > 0 else math.nan for seed, value in values.items()}
     return _finite(values)
@@ -42,9 +42,9 @@ def log_speed_up(own: Iterable[Run], others: Iterable[Run]) -> BySeed:
     It is at most `MOST_SPEED_UP`, and one over it for a loss that the others have before their second evaluation. A run that
     diverged never comes as far as one that did not.
     """
-    of_seed = {run.cell.seed: run for run in others}
+    of_seed = {run.planned.seed: run for run in others}
     return _finite(
-        {run.cell.seed: _log_speed_up(run, of_seed[run.cell.seed]) for run in own if run.cell.seed in of_seed}
+        {run.planned.seed: _log_speed_up(run, of_seed[run.planned.seed]) for run in own if run.planned.seed in of_seed}
     )
 
 

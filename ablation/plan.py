@@ -31,7 +31,7 @@ _SET_BY_THE_PLAN = ("seed", "data_seed", "run", "runs", "resume")
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class PlannedRun:
     """One run of a plan."""
 
     stage: str  # "sweep" or "final"
@@ -92,25 +92,26 @@ class Plan:
         """Return the learning rates that the sweep begins with, ascending."""
         return rates_of(self.config, self.arms[size][arm].config.optim.lr)
 
-    def sweep(self, size: str, arm: str) -> list[Cell]:
+    def sweep(self, size: str, arm: str) -> list[PlannedRun]:
         """Return the runs that the sweep of an arm begins with; none when the plan has one rate."""
         rates = self.rates(size, arm)
-        return [Cell("sweep", size, arm, rate, self.config.rate_seed) for rate in rates] if len(rates) > 1 else []
+        return [PlannedRun("sweep", size, arm, rate, self.config.rate_seed) for rate in rates] if len(rates) > 1 else []
 
-    def final(self, size: str, arm: str, rate: float) -> list[Cell]:
+    def final(self, size: str, arm: str, rate: float) -> list[PlannedRun]:
         """Return the runs of an arm that are compared, at the rate that the sweep found."""
-        return [Cell("final", size, arm, rate, seed) for seed in self.config.seeds]
+        return [PlannedRun("final", size, arm, rate, seed) for seed in self.config.seeds]
 
-    def words(self, cell: Cell, runs: str) -> list[str]:
+    def words(self, planned: PlannedRun, runs: str) -> list[str]:
         """Return the command line of a run, for train.py."""
-        arm = self.arms[cell.size][cell.arm]
-        seeds = [f"seed={cell.seed}", f"data_seed={cell.seed}"]
-        tags = [*arm.config.logger.tags, *tags_of(self.hash, cell.size, cell.stage)]
+        arm = self.arms[planned.size][planned.arm]
+        seeds = [f"seed={planned.seed}", f"data_seed={planned.seed}"]
+        tags = [*arm.config.logger.tags, *tags_of(self.hash, planned.size, planned.stage)]
         labels = {
-            "group": quoted(self.config.name), "job_type": quoted(cell.arm), "tags": f"[{','.join(map(quoted, tags))}]",
+            "group": quoted(self.config.name), "job_type": quoted(planned.arm), "tags": f"[{','.join(map(quoted, tags))}]",
         }  # fmt: skip
         return [
-            *arm.words, f"model.d_ff={arm.width.d_ff}", f"optim.lr={cell.rate!r}", *seeds, f"runs={runs}", f"run={cell.name}",
+            *arm.words, f"model.d_ff={arm.width.d_ff}", f"optim.lr={planned.rate!r}", *seeds, f"runs={runs}",
+            f"run={planned.name}",
             *(f"logger.{name}={value}" for name, value in labels.items()),
         ]  # fmt: skip
 

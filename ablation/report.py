@@ -19,9 +19,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ablation.cells import ENDED
 from ablation.efficiency import Efficiency, efficiency
 from ablation.figures import OF_LOSSES, PHENOMENA, Drawn, draw
+from ablation.outcomes import ENDED
 from ablation.results import Results, expected, read_results
 from ablation.statistics import ALPHA, FEWEST_SEEDS, POWER, Comparison, Verdict
 from ablation.verdict import sentences
@@ -74,11 +74,11 @@ def write_report(results: Results, to: Path) -> None:
 def run_row(results: Results, name: str) -> dict[str, Any]:
     """Return the line of a run in results.csv."""
     run = results.runs[name]
-    cell, summary = run.cell, run.outcome.summary
+    planned, summary = run.planned, run.outcome.summary
     taken = ("bits_per_byte", "parameters", "ffn_parameters", "flops_per_token", "tokens", "steps", "wall_seconds")
     return {
-        "run": name, "stage": cell.stage, "size": cell.size, "arm": cell.arm, "learning_rate": cell.rate,
-        "seed": cell.seed, "state": run.outcome.state, "final_eval_loss": run.outcome.loss,
+        "run": name, "stage": planned.stage, "size": planned.size, "arm": planned.arm, "learning_rate": planned.rate,
+        "seed": planned.seed, "state": run.outcome.state, "final_eval_loss": run.outcome.loss,
         **{key: summary.get(key) for key in taken},
         "tokens_per_second": run.tokens_per_second, "memory_gib": run.memory_gib,
         "data_order_hash": summary.get("data_order_hash"), "config_hash": summary.get("config_hash"),
@@ -165,14 +165,14 @@ def page(results: Results, figures: Sequence[Drawn]) -> str:
 
 
 def _unfinished(results: Results) -> str:
-    cells = {cell.name for cell in expected(results)} | results.runs.keys()
+    planned_runs = {planned.name for planned in expected(results)} | results.runs.keys()
     ended = sum(run.outcome.state in ENDED for run in results.runs.values())
     known = all(results.best_rate(*place) for place in _places(results))
-    if ended == len(cells) and known:
+    if ended == len(planned_runs) and known:
         return ""
     more = "" if known else ", and seeds follow where a sweep has not ended"
     return (
-        f'<p class="unfinished">Provisional: {ended} of {len(cells)} runs have ended{more}. '
+        f'<p class="unfinished">Provisional: {ended} of {len(planned_runs)} runs have ended{more}. '
         "What stands here may change when the others do.</p>"
     )
 
@@ -193,7 +193,7 @@ def _figure(figure: Drawn) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cell:
+class TableCell:
     """A cell of a table: what is shown, by what it is sorted, and its class."""
 
     shown: str  # HTML
@@ -201,15 +201,15 @@ class _Cell:
     kind: str = ""
 
 
-def _number(value: Any, form: str = ".4f") -> _Cell:
-    return _Cell("–" if _missing(value) else format(value, form), "" if _missing(value) else repr(value))
+def _number(value: Any, form: str = ".4f") -> TableCell:
+    return TableCell("–" if _missing(value) else format(value, form), "" if _missing(value) else repr(value))
 
 
-def _text(value: Any, kind: str = "text") -> _Cell:
-    return _Cell(escape(str(value)), None, kind)
+def _text(value: Any, kind: str = "text") -> TableCell:
+    return TableCell(escape(str(value)), None, kind)
 
 
-def _table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[_Cell]]], caption: str = "") -> str:
+def _table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[TableCell]]], caption: str = "") -> str:
     """Return a table whose columns sort; a row is (its class, its cells)."""
     rows = list(rows)
     kinds = [cell.kind.partition(" ")[0] for cell in rows[0][1]] if rows else [""] * len(heads)
@@ -257,24 +257,24 @@ def _arms(results: Results, size: str) -> str:
     return _table(heads, rows, f"{size}: final held-out loss, compared seed by seed with {results.baseline}")
 
 
-def _compared(c: Comparison | None, scale: tuple[float, float]) -> tuple[_Cell, ...]:
+def _compared(c: Comparison | None, scale: tuple[float, float]) -> tuple[TableCell, ...]:
     if c is None:
-        return (_Cell("baseline", "", "text baseline-word"), *(_Cell("", "") for _ in range(7)))
+        return (TableCell("baseline", "", "text baseline-word"), *(TableCell("", "") for _ in range(7)))
     kind = c.verdict.value.replace(" ", "-")
     order = list(Verdict).index(c.verdict)
     return (
-        _Cell(escape(c.verdict.value), str(order), f"text {kind}"),
-        _Cell(_bar(c, scale), _number(c.difference).value, kind), _number(c.difference, "+.4f"),
+        TableCell(escape(c.verdict.value), str(order), f"text {kind}"),
+        TableCell(_bar(c, scale), _number(c.difference).value, kind), _number(c.difference, "+.4f"),
         _number(c.interval[0], "+.4f"), _number(c.interval[1], "+.4f"),
         _number(c.p, ".2g"), _number(c.p_holm, ".2g"), _number(c.detectable),
     )  # fmt: skip
 
 
-def _efficiency(cost: Efficiency | None) -> tuple[_Cell, ...]:
+def _efficiency(cost: Efficiency | None) -> tuple[TableCell, ...]:
     if cost is None:
         return tuple(_number(math.nan) for _ in range(4))
     speeds = (
-        _Cell(_number(s.factor, ".2f").shown + ("*" if s.extrapolated and not _missing(s.factor) else ""),
+        TableCell(_number(s.factor, ".2f").shown + ("*" if s.extrapolated and not _missing(s.factor) else ""),
               _number(s.factor).value)
         for s in (cost.per_flop, cost.per_second)
     )  # fmt: skip
@@ -337,9 +337,9 @@ def _fairness(results: Results) -> str:
             (
                 kind,
                 (
-                    _text(size), _text(arm), _Cell(f"<code>{escape(str(learned.get('ffn.formula')))}</code>", None, "text"),
+                    _text(size), _text(arm), TableCell(f"<code>{escape(str(learned.get('ffn.formula')))}</code>", None, "text"),
                     _number(learned["model.d_ff"], "d"), _number(cost["ffn_parameters"], ",d"),
-                    _Cell(f"{cost['mismatch']:+.2%}", repr(cost["mismatch"])), _text(orders),
+                    TableCell(f"{cost['mismatch']:+.2%}", repr(cost["mismatch"])), _text(orders),
                 ),
             )
         )  # fmt: skip
@@ -377,13 +377,14 @@ def _runs(results: Results) -> str:
     heads = ("run", "stage", "size", "arm", "learning rate", "seed", "state", "final loss", "bits a byte", "data order")
     rows = []
     for name, run in results.runs.items():
-        cell, summary = run.cell, run.outcome.summary
+        planned, summary = run.planned, run.outcome.summary
         rows.append(
             (
                 "",
                 (
-                    _Cell(f"<code>{escape(name)}</code>", name, "text"), _text(cell.stage), _text(cell.size), _text(cell.arm),
-                    _number(cell.rate, "g"), _number(cell.seed, "d"), _text(run.outcome.state),
+                    TableCell(f"<code>{escape(name)}</code>", name, "text"), _text(planned.stage),
+                    _text(planned.size), _text(planned.arm),
+                    _number(planned.rate, "g"), _number(planned.seed, "d"), _text(run.outcome.state),
                     _number(run.outcome.loss, ".6f"), _number(summary.get("bits_per_byte"), ".4f"),
                     _text(summary.get("data_order_hash") or "–"),
                 ),
@@ -403,7 +404,7 @@ def _plan(results: Results) -> str:
             (
                 _text(size),
                 _text(arm),
-                _Cell(escape(", ".join(f"{key}={value}" for key, value in values.items())), None, "why"),
+                TableCell(escape(", ".join(f"{key}={value}" for key, value in values.items())), None, "why"),
             ),
         )
         for size, arms in manifest.arms.items()

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ablation.budget import REFUSE
-from ablation.cells import DIVERGED, ENDED, FINISHED, Outcome, is_finite, outcome, read_metrics, run_folders
 from ablation.manifest import Manifest, read_manifest
-from ablation.plan import Cell
+from ablation.outcomes import DIVERGED, ENDED, FINISHED, Outcome, is_finite, outcome, read_metrics, run_folders
+from ablation.plan import PlannedRun
 from ablation.statistics import Comparison, RateSweep, compare, sweep
 from conf.errors import UserError
 from conf.load import values_of
@@ -30,7 +30,7 @@ FEWEST_RATES = 3  # tried, for a verdict
 class Run:
     """A run of a plan."""
 
-    cell: Cell
+    planned: PlannedRun
     folder: Path
     outcome: Outcome
     lines: list[dict[str, Any]]  # of its metrics
@@ -80,14 +80,15 @@ class Results:
 
     def place(self, size: str, arm: str, stage: str | None = None) -> list[Run]:
         """Return the runs of an arm at a size, of one stage or of both, by rate and seed."""
-        found = (run for run in self.runs.values() if (run.cell.size, run.cell.arm) == (size, arm))
+        found = (run for run in self.runs.values() if (run.planned.size, run.planned.arm) == (size, arm))
         return sorted(
-            (run for run in found if stage in (None, run.cell.stage)), key=lambda run: (run.cell.rate, run.cell.seed)
+            (run for run in found if stage in (None, run.planned.stage)),
+            key=lambda run: (run.planned.rate, run.planned.seed),
         )
 
     def rate_losses(self, size: str, arm: str) -> dict[float, float]:
         """Return the final loss by learning rate of the sweep, of runs that ended."""
-        return {r.cell.rate: r.outcome.loss for r in self.place(size, arm, "sweep") if r.outcome.state in ENDED}
+        return {r.planned.rate: r.outcome.loss for r in self.place(size, arm, "sweep") if r.outcome.state in ENDED}
 
     def swept(self, size: str, arm: str) -> RateSweep | None:
         """Return what the sweep showed; None before any of its runs has a loss."""
@@ -105,18 +106,18 @@ class Results:
     def finals(self, size: str, arm: str) -> list[Run]:
         """Return the runs that are compared, as far as they ended, by seed."""
         rate = self.best_rate(size, arm)
-        return [r for r in self.place(size, arm, "final") if r.cell.rate == rate and r.outcome.state in ENDED]
+        return [r for r in self.place(size, arm, "final") if r.planned.rate == rate and r.outcome.state in ENDED]
 
     def losses(self, size: str) -> dict[str, dict[int, float]]:
         """Return the final loss by arm and seed; nan where the run diverged."""
-        return {arm: {r.cell.seed: r.outcome.loss for r in self.finals(size, arm)} for arm in self.arms(size)}
+        return {arm: {r.planned.seed: r.outcome.loss for r in self.finals(size, arm)} for arm in self.arms(size)}
 
     def ceiling(self, size: str) -> float:
         """Return the loss of a model that knows nothing, ln(vocabulary), nats a token."""
         sizes = [
             run.outcome.summary["vocab_size"]
             for run in self.runs.values()
-            if run.cell.size == size and run.outcome.summary.get("vocab_size")
+            if run.planned.size == size and run.outcome.summary.get("vocab_size")
         ]
         return math.log(max(sizes)) if sizes else math.inf
 
@@ -164,7 +165,7 @@ def read_results(folder: Path) -> Results:
     runs: dict[str, Run] = {}
     for path in run_folders(folder):
         config, (lines, broken) = values_of(path / "config.yaml"), read_metrics(path)
-        run = Run(_cell(manifest, path, config), path, outcome(path, lines), lines)
+        run = Run(_planned_run(manifest, path, config), path, outcome(path, lines), lines)
         _check(manifest, run, config)
         runs[path.name] = run
         if broken:
@@ -175,24 +176,24 @@ def read_results(folder: Path) -> Results:
             notes.append(f"{path.name} is {run.outcome.state} at step {run.outcome.step}")
     check_data_order(runs)
     results = Results(folder, manifest, runs, ())
-    missing = [cell.name for cell in expected(results) if cell.name not in runs]
+    missing = [planned.name for planned in expected(results) if planned.name not in runs]
     if missing:
         some = ", ".join(missing[:4]) + (" ..." if len(missing) > 4 else "")
         notes.append(f"{len(missing)} run(s) have not begun: {some}")
     return dataclasses.replace(results, notes=tuple(notes))
 
 
-def expected(results: Results) -> Iterator[Cell]:
+def expected(results: Results) -> Iterator[PlannedRun]:
     """Yield the runs that the plan has, as far as they are known: final ones after the sweep of their arm."""
     plan = results.manifest.plan
     for size in results.sizes:
         for arm in results.arms(size):
             rates = results.manifest.rates(size, arm)
             if len(rates) > 1:
-                yield from (Cell("sweep", size, arm, rate, plan.rate_seed) for rate in rates)
+                yield from (PlannedRun("sweep", size, arm, rate, plan.rate_seed) for rate in rates)
             best = results.best_rate(size, arm)
             if best is not None:
-                yield from (Cell("final", size, arm, best, seed) for seed in plan.seeds)
+                yield from (PlannedRun("final", size, arm, best, seed) for seed in plan.seeds)
 
 
 def check_data_order(runs: dict[str, Run]) -> None:
@@ -206,23 +207,23 @@ def check_data_order(runs: dict[str, Run]) -> None:
         found = run.outcome.summary.get("data_order_hash")
         if run.outcome.state != FINISHED or not found:
             continue
-        other, expected = first.setdefault((run.cell.size, run.cell.seed), (name, found))
+        other, expected = first.setdefault((run.planned.size, run.planned.seed), (name, found))
         if found != expected:
             raise UserError(f"{name} saw other data than {other}: data_order_hash {found} and {expected}")
 
 
-def _cell(manifest: Manifest, path: Path, config: dict[str, Any]) -> Cell:
-    """Return which cell a run is, from its name and its learning rate."""
-    plan, found = manifest.plan, manifest.cell(path.name)
+def _planned_run(manifest: Manifest, path: Path, config: dict[str, Any]) -> PlannedRun:
+    """Return which planned a run is, from its name and its learning rate."""
+    plan, found = manifest.plan, manifest.planned_run(path.name)
     no_run = f"{path} is no run of the plan {plan.name}"
     if found is None:
         raise UserError(f"{no_run}: its name has no size and arm of the manifest")
     if found.seed not in (*plan.seeds, plan.rate_seed):
         raise UserError(f"{no_run}: seed={found.seed} is none of its seeds")
-    cell = dataclasses.replace(found, rate=config.get("optim.lr", math.nan))
-    if cell.name != path.name:
-        raise UserError(f"{no_run}: its optim.lr is {cell.rate}")
-    return cell
+    planned = dataclasses.replace(found, rate=config.get("optim.lr", math.nan))
+    if planned.name != path.name:
+        raise UserError(f"{no_run}: its optim.lr is {planned.rate}")
+    return planned
 
 
 def _check(manifest: Manifest, run: Run, config: dict[str, Any]) -> None:
@@ -231,9 +232,9 @@ def _check(manifest: Manifest, run: Run, config: dict[str, Any]) -> None:
     Raises:
         UserError: what differs.
     """
-    cell = run.cell
-    expected = manifest.learned(cell.size, cell.arm)
-    expected |= {"optim.lr": cell.rate, "seed": cell.seed, "data_seed": cell.seed}
+    planned = run.planned
+    expected = manifest.learned(planned.size, planned.arm)
+    expected |= {"optim.lr": planned.rate, "seed": planned.seed, "data_seed": planned.seed}
     if run.outcome.state == FINISHED:
         config = config | {"steps": run.outcome.summary.get("steps")}
     else:

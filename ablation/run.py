@@ -33,10 +33,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ablation import slurm
-from ablation.cells import DIVERGED, ENDED, FAILED, FINISHED, Outcome, is_running, outcome, run_folders
 from ablation.command import environment_of, ranks_of, train_command
 from ablation.manifest import check_manifest, write_manifest
-from ablation.plan import Cell, Plan, next_rate, read_plan, resolve
+from ablation.outcomes import DIVERGED, ENDED, FAILED, FINISHED, Outcome, is_running, outcome, run_folders
+from ablation.plan import Plan, PlannedRun, next_rate, read_plan, resolve
 from ablation.speed import step_time
 from ablation.statistics import sweep
 from conf.errors import UserError
@@ -100,7 +100,7 @@ def show(plan: Plan, folder: Path, console: Console) -> None:
         console.print(f"warning: {warning}", soft_wrap=True)
     arms_and_sizes = f"{len(next(iter(plan.arms.values())))} arms x {len(plan.arms)} size(s)"
     swept = len(config.rates) if len(config.rates) > 1 else 0
-    runs, done = plan.runs(), [cell for cell in run_folders(folder) if outcome(cell).state in ENDED]
+    runs, done = plan.runs(), [path for path in run_folders(folder) if outcome(path).state in ENDED]
     console.print(
         f"{runs} runs: {arms_and_sizes} x ({swept} rates with seed {config.rate_seed} + {len(config.seeds)} seeds), "
         f"equal in {config.budget}; {plan.flops():.3g} FLOPs; {_hours(plan, folder)}",
@@ -136,7 +136,7 @@ def _agreed() -> bool:
 
 
 class Runner:
-    """Trains the cells of a plan that have not ended, `jobs` at a time: the sweeps first, then seed after seed."""
+    """Trains the planned runs of a plan that have not ended, `jobs` at a time: the sweeps first, then seed after seed."""
 
     def __init__(self, plan: Plan, folder: Path, jobs: int, ranks: int, console: Console) -> None:
         self.plan, self.folder, self.jobs, self.ranks, self.console = plan, folder, jobs, ranks, console
@@ -154,7 +154,7 @@ class Runner:
             if complete:
                 best = {place: self.swept(*place)[1] for place in self.plan.places()}
                 finals = [self.plan.final(*place, rate) for place, rate in best.items() if rate is not None]
-                complete = self._train([cell for of_seed in zip(*finals, strict=True) for cell in of_seed])
+                complete = self._train([planned for of_seed in zip(*finals, strict=True) for planned in of_seed])
         outcomes = [outcome(run) for run in run_folders(self.folder)]
         ended, diverged = (sum(found.state in states for found in outcomes) for states in (ENDED, (DIVERGED,)))
         self.console.print(f"{ended} runs have ended in {self.folder}, {diverged} of them diverged", soft_wrap=True)
@@ -189,70 +189,70 @@ class Runner:
                         f"the sweep of {place[1]} at {place[0]} has not ended: {left[0].name} is {self.outcome(left[0]).state}"
                     )
                 complete = rate is None or self._train(
-                    [cell for cell in self.plan.final(*place, rate) if cell.seed == seed]
+                    [planned for planned in self.plan.final(*place, rate) if planned.seed == seed]
                 )
         return 0 if complete and not self._stopping else 1
 
     def _sweeps(self, places: list[tuple[str, str]]) -> bool:
         """Try learning rates, at first all of the plan, then beyond an edge; return whether all have ended."""
-        while left := [cell for place in places for cell in self.swept(*place)[0]]:
+        while left := [planned for place in places for planned in self.swept(*place)[0]]:
             if not self._train(left):
                 return False
         return True
 
-    def swept(self, size: str, arm: str) -> tuple[list[Cell], float | None]:
+    def swept(self, size: str, arm: str) -> tuple[list[PlannedRun], float | None]:
         """Return the runs by which the sweep of an arm goes on now, none if it has ended, and the best rate then.
 
         The rate is None where every one diverged.
         """
-        cells = self.plan.sweep(size, arm)
-        if not cells:
+        planned_runs = self.plan.sweep(size, arm)
+        if not planned_runs:
             return [], self.plan.rates(size, arm)[0]
         for extension in range(self.plan.config.rate_extensions + 1):
-            found = {cell: self.outcome(cell) for cell in cells}
-            if left := [cell for cell in cells if found[cell].state not in ENDED]:
+            found = {planned: self.outcome(planned) for planned in planned_runs}
+            if left := [planned for planned in planned_runs if found[planned].state not in ENDED]:
                 return left, None
-            losses = {cell.rate: found[cell].loss for cell in cells}
+            losses = {planned.rate: found[planned].loss for planned in planned_runs}
             try:
                 tried = sweep(losses)
             except ValueError:
                 return [], None  # every rate diverged
             if not tried.edge or extension == self.plan.config.rate_extensions:
                 break
-            cells.append(dataclasses.replace(cells[0], rate=next_rate(list(losses), tried.edge)))
+            planned_runs.append(dataclasses.replace(planned_runs[0], rate=next_rate(list(losses), tried.edge)))
         return [], tried.best
 
-    def outcome(self, cell: Cell) -> Outcome:
+    def outcome(self, planned: PlannedRun) -> Outcome:
         """Return how a run of this plan stands."""
-        return outcome(self.folder / "runs" / cell.name)
+        return outcome(self.folder / "runs" / planned.name)
 
-    def _train(self, cells: list[Cell]) -> bool:
+    def _train(self, planned_runs: list[PlannedRun]) -> bool:
         """Train those that have not ended; return whether all have, then."""
-        left = [cell for cell in cells if self.outcome(cell).state not in ENDED]
+        left = [planned for planned in planned_runs if self.outcome(planned).state not in ENDED]
         with ThreadPoolExecutor(self.jobs) as pool:
-            for future in as_completed([pool.submit(self._one, cell) for cell in left]):
+            for future in as_completed([pool.submit(self._one, planned) for planned in left]):
                 future.result()
-        return all(self.outcome(cell).state in ENDED for cell in cells)
+        return all(self.outcome(planned).state in ENDED for planned in planned_runs)
 
-    def _one(self, cell: Cell) -> None:
-        run, taken = self.folder / "runs" / cell.name, True
+    def _one(self, planned: PlannedRun) -> None:
+        run, taken = self.folder / "runs" / planned.name, True
         while taken:  # by another runner, in the moment that we began it too
             self._wait_for_another(run)
-            if self._stopping or self.outcome(cell).state in ENDED:
+            if self._stopping or self.outcome(planned).state in ENDED:
                 return
             place = self._places.get()  # there are as many as workers
             try:
-                status = self._run(cell, place)
+                status = self._run(planned, place)
             finally:
                 self._places.put(place)
             taken = status > 0 and is_running(run)
-        self._tell(cell, status)
+        self._tell(planned, status)
 
-    def _run(self, cell: Cell, place: int) -> int:
+    def _run(self, planned: PlannedRun, place: int) -> int:
         """Train a run in a process of its own; return the status of that."""
-        words = self.plan.words(cell, str(self.folder / "runs"))
-        ranks = self.ranks or ranks_of(self.plan.arms[cell.size][cell.arm].config)
-        with open(self._log(cell), "ab") as log:
+        words = self.plan.words(planned, str(self.folder / "runs"))
+        ranks = self.ranks or ranks_of(self.plan.arms[planned.size][planned.arm].config)
+        with open(self._log(planned), "ab") as log:
             process = subprocess.Popen(
                 train_command(words, ranks),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
@@ -266,18 +266,18 @@ class Runner:
         self._processes.discard(process)
         return process.returncode
 
-    def _tell(self, cell: Cell, status: int) -> None:
+    def _tell(self, planned: PlannedRun, status: int) -> None:
         """Say how a run ended whose process ended with a status."""
-        ended = self.outcome(cell)
+        ended = self.outcome(planned)
         how = ended.state
         if how == FINISHED:
             how = f"finished, {ended.loss:.4f} nats a token"
         elif how == FAILED or (how not in ENDED and status > 0):
-            how = f"failed: {self._log(cell)} says why"
-        self.console.print(f"{cell.stage}  {cell.name}  {how}", soft_wrap=True)
+            how = f"failed: {self._log(planned)} says why"
+        self.console.print(f"{planned.stage}  {planned.name}  {how}", soft_wrap=True)
 
-    def _log(self, cell: Cell) -> Path:
-        return self.folder / "logs" / f"{cell.name}.log"
+    def _log(self, planned: PlannedRun) -> Path:
+        return self.folder / "logs" / f"{planned.name}.log"
 
     def _wait_for_another(self, run: Path) -> None:
         """Wait for a process that trains there: one of ours that was killed leaves its runs behind, and they go on."""

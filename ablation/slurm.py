@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ablation import speed
-from ablation.cells import ENDED, QUEUED, RUNNING
 from ablation.command import ranks_of
+from ablation.outcomes import ENDED, QUEUED, RUNNING
 from ablation.plan import Plan
 from conf.errors import UserError
 from conf.schema import ClusterConfig

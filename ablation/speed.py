@@ -15,8 +15,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from ablation.cells import read_metrics
 from ablation.command import environment_of, ranks_of, train_command
+from ablation.outcomes import read_metrics
 from ablation.plan import Plan, resolve
 from conf.errors import UserError
 from conf.files import atomic_write, say_why

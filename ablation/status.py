@@ -25,7 +25,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ablation.cells import (
+from ablation.manifest import Manifest, read_manifest
+from ablation.outcomes import (
     DIVERGED,
     ENDED,
     FAILED,
@@ -39,8 +40,7 @@ from ablation.cells import (
     read_metrics,
     run_folders,
 )
-from ablation.manifest import Manifest, read_manifest
-from ablation.plan import Cell
+from ablation.plan import PlannedRun
 from ablation.slurm import name_of, states
 from conf.errors import UserError
 from conf.load import run_command
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
 class Place:
     """A run that is there or is to come."""
 
-    cell: Cell  # a final one that waits has the rate nan
+    planned: PlannedRun  # a final one that waits has the rate nan
     outcome: Outcome
     steps: int  # that it has in all
     tokens: int
@@ -160,13 +160,13 @@ class Watcher:
         """Return how all runs stand now."""
         if time.monotonic() - self._asked > _ASK_SLURM:
             self._queue, self._asked = states(self.folder), time.monotonic()
-        found: dict[Cell, Outcome] = {}
+        found: dict[PlannedRun, Outcome] = {}
         for path in run_folders(self.folder):
-            cell = self.manifest.cell(path.name)
-            if cell is not None:
-                found[cell] = self._outcome(path)
-        cells = _cells(self.manifest, found)
-        return Grid(self.folder, self.manifest, [self._place(cell, found.get(cell)) for cell in cells])
+            planned = self.manifest.planned_run(path.name)
+            if planned is not None:
+                found[planned] = self._outcome(path)
+        planned_runs = _planned_runs(self.manifest, found)
+        return Grid(self.folder, self.manifest, [self._place(planned, found.get(planned)) for planned in planned_runs])
 
     def _outcome(self, run: Path) -> Outcome:
         stamp = []
@@ -181,25 +181,28 @@ class Watcher:
             self._ended[run.name] = stamp, found
         return found
 
-    def _place(self, cell: Cell, found: Outcome | None) -> Place:
-        cost, steps = self.manifest.cost[cell.size][cell.arm], self.manifest.learned(cell.size, cell.arm)["steps"]
-        found = self._on_cluster(cell, found or Outcome(WAITING))
+    def _place(self, planned: PlannedRun, found: Outcome | None) -> Place:
+        cost, steps = (
+            self.manifest.cost[planned.size][planned.arm],
+            self.manifest.learned(planned.size, planned.arm)["steps"],
+        )
+        found = self._on_cluster(planned, found or Outcome(WAITING))
         speed = math.nan
         if found.state == RUNNING:
-            lines, _ = read_metrics(self.folder / "runs" / cell.name)
+            lines, _ = read_metrics(self.folder / "runs" / planned.name)
             speed = next((line["tokens_per_second"] for line in reversed(lines) if line["kind"] == "train"), math.nan)
-        return Place(cell, found, steps, cost["tokens"], cost["flops_per_token"], speed)
+        return Place(planned, found, steps, cost["tokens"], cost["flops_per_token"], speed)
 
-    def _on_cluster(self, cell: Cell, found: Outcome) -> Outcome:
+    def _on_cluster(self, planned: PlannedRun, found: Outcome) -> Outcome:
         """Return how a run stands that SLURM may know more of: a folder does not show that another node trains in it."""
-        state = self._queue.get(name_of(cell.size, cell.arm, cell.seed))
+        state = self._queue.get(name_of(planned.size, planned.arm, planned.seed))
         if state is None or found.state in (*ENDED, RUNNING):
             return found
         begun = found.state == STOPPED and not found.summary
         return dataclasses.replace(found, state=RUNNING if state == RUNNING and begun else QUEUED)
 
 
-def _cells(manifest: Manifest, found: dict[Cell, Outcome]) -> Iterator[Cell]:
+def _planned_runs(manifest: Manifest, found: dict[PlannedRun, Outcome]) -> Iterator[PlannedRun]:
     """Yield every run of a plan: those of the sweeps, as far as they have gone past an edge, and of the seeds.
 
     Seeds of which no run is there have the rate nan; an arm that diverged at every rate of its plan has none.
@@ -207,17 +210,19 @@ def _cells(manifest: Manifest, found: dict[Cell, Outcome]) -> Iterator[Cell]:
     for size, arms in manifest.arms.items():
         for arm in sorted(arms, key=lambda arm: arm != manifest.plan.baseline):
             rates = manifest.rates(size, arm)
-            cells = [cell for cell in found if (cell.size, cell.arm) == (size, arm)]
-            planned = (
-                [] if len(rates) < 2 else [Cell("sweep", size, arm, rate, manifest.plan.rate_seed) for rate in rates]
+            planned_runs = [planned for planned in found if (planned.size, planned.arm) == (size, arm)]
+            first = (
+                []
+                if len(rates) < 2
+                else [PlannedRun("sweep", size, arm, rate, manifest.plan.rate_seed) for rate in rates]
             )
-            swept = {cell.rate: cell for cell in (*planned, *cells) if cell.stage == "sweep"}
+            swept = {planned.rate: planned for planned in (*first, *planned_runs) if planned.stage == "sweep"}
             yield from (swept[rate] for rate in sorted(swept))
-            of_seed = {cell.seed: cell for cell in cells if cell.stage == "final"}
-            hopeless = bool(planned) and all(cell in found and found[cell].state == DIVERGED for cell in planned)
+            of_seed = {planned.seed: planned for planned in planned_runs if planned.stage == "final"}
+            hopeless = bool(first) and all(planned in found and found[planned].state == DIVERGED for planned in first)
             for seed in manifest.plan.seeds:
                 if seed in of_seed or not hopeless:
-                    yield of_seed.get(seed, Cell("final", size, arm, math.nan, seed))
+                    yield of_seed.get(seed, PlannedRun("final", size, arm, math.nan, seed))
 
 
 # ------------------------------------------------------------------------------------------------------- how it looks
@@ -246,15 +251,15 @@ def show(grid: Grid, width: int) -> list[Text | Table]:
 
 def _tables(grid: Grid, size: str, width: int) -> list[Table]:
     """Return the grid of a size, in as many tables as it takes to fit a width."""
-    places = [place for place in grid.places if place.cell.size == size]
-    arms = list(dict.fromkeys(place.cell.arm for place in places))
+    places = [place for place in grid.places if place.planned.size == size]
+    arms = list(dict.fromkeys(place.planned.arm for place in places))
     own = {arm: grid.manifest.learned(size, arm)["optim.lr"] for arm in arms}
-    found = {(place.cell.arm, _column(place.cell, own)): place for place in places}
+    found = {(place.planned.arm, _column(place.planned, own)): place for place in places}
     columns = sorted({column for _, column in found})
     rate = next(iter(own.values())) if len(set(own.values())) == 1 else None
     heads = {column: _head(column, rate) for column in columns}
     name_width, head_width = max(len(size), *map(len, arms)), max(map(len, heads.values()))
-    taken = {digits: 1 + max(head_width, digits + 2) for digits in (3, 4)}  # columns by a cell
+    taken = {digits: 1 + max(head_width, digits + 2) for digits in (3, 4)}  # columns of a cell
     digits = 4 if name_width + taken[4] * len(columns) <= width else 3
     fitting = max(1, (width - name_width) // taken[digits])
     tables = []
@@ -270,9 +275,9 @@ def _tables(grid: Grid, size: str, width: int) -> list[Table]:
     return tables
 
 
-def _column(cell: Cell, own: dict[str, float]) -> tuple[int, float]:
+def _column(planned: PlannedRun, own: dict[str, float]) -> tuple[int, float]:
     """Return where a run stands: rates as times of the arm's own, then seeds."""
-    return (0, float(f"{cell.rate / own[cell.arm]:.3g}")) if cell.stage == "sweep" else (1, cell.seed)
+    return (0, float(f"{planned.rate / own[planned.arm]:.3g}")) if planned.stage == "sweep" else (1, planned.seed)
 
 
 def _head(column: tuple[int, float], own: float | None) -> str:
@@ -311,7 +316,7 @@ def _totals(grid: Grid) -> list[Text]:
     else:
         line += f"; about {_duration(grid.seconds_left)} left"
         line += "" if grid.count(RUNNING) else ", one at a time, once they run"
-    failed = [place.cell.name for place in grid.places if place.outcome.state == FAILED]
+    failed = [place.planned.name for place in grid.places if place.outcome.state == FAILED]
     lines = [f"{grid.folder / 'logs' / name}.log says why it failed" for name in failed[:_FAILED_SHOWN]]
     if len(failed) > _FAILED_SHOWN:
         lines.append(f"and so for {len(failed) - _FAILED_SHOWN} more: {grid.folder / 'logs'}/RUN.log")

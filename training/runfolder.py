@@ -162,7 +162,7 @@ class RunFolder:
 
 
 def _lock(file: IO[str]) -> None:
-    """Lock a file for this process. Who only asks whether a run is alive (`ablation/cells.py`) holds the lock for a moment.
+    """Lock a file for this process. Who only asks whether a run is alive (`ablation/outcomes.py`) holds the lock for a moment.
 
     Raises:
         OSError: another process holds it for a second.

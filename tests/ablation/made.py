@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ablation.manifest import write_manifest
-from ablation.plan import Cell, Plan, read_plan, resolve
+from ablation.plan import Plan, PlannedRun, read_plan, resolve
 from conf.load import to_yaml
 from launch.estimate.counts import parameters, shape_of
 
@@ -27,8 +27,8 @@ PER_LAYER = {  # name: (first layer, last layer, how it grows over the run)
     "revived": (0.0, 0.01, 0.0),
 }  # fmt: skip
 
-Losses = Callable[[Cell], float]  # final loss; nan: it diverges
-Figures = Callable[[Cell], dict[str, float | list[float]]]
+Losses = Callable[[PlannedRun], float]  # final loss; nan: it diverges
+Figures = Callable[[PlannedRun], dict[str, float | list[float]]]
 
 
 def plan_of(*words: str) -> Plan:
@@ -39,10 +39,10 @@ def plan_of(*words: str) -> Plan:
 def losses(effects: dict[str, float], noise: float = 0.004, best: float = 1.0, own: float = 4e-3) -> Losses:
     """Return a rule for final losses: 3.0, what a seed adds to all arms, what an arm adds, noise, a valley over the rate."""
 
-    def loss(cell: Cell) -> float:
-        of_seed = random.Random(cell.seed).gauss(0, 0.02)
-        chance = random.Random(f"{cell.size} {cell.arm} {cell.seed}").gauss(0, noise)
-        return 3.0 + of_seed + effects.get(cell.arm, 0.0) + chance + 0.02 * math.log2(cell.rate / own / best) ** 2
+    def loss(planned: PlannedRun) -> float:
+        of_seed = random.Random(planned.seed).gauss(0, 0.02)
+        chance = random.Random(f"{planned.size} {planned.arm} {planned.seed}").gauss(0, noise)
+        return 3.0 + of_seed + effects.get(planned.arm, 0.0) + chance + 0.02 * math.log2(planned.rate / own / best) ** 2
 
     return loss
 
@@ -51,7 +51,7 @@ def make(
     plan: Plan,
     folder: Path,
     loss: Losses,
-    cells: list[Cell] | None = None,
+    planned_runs: list[PlannedRun] | None = None,
     half: str = "",
     figures: Figures | None = None,
 ) -> Path:
@@ -59,14 +59,14 @@ def make(
 
     Args:
         folder: of plans.
-        cells: the runs that there are; None: all, each arm's seeds at the rate with the lowest loss.
+        planned_runs: the runs that there are; None: all, each arm's seeds at the rate with the lowest loss.
         half: the name of a run that was killed in the middle of a line.
         figures: other values for lines of metrics.jsonl.
     """
     folder = folder / plan.config.name
     write_manifest(plan, folder)
-    for cell in all_cells(plan, loss) if cells is None else cells:
-        write_run(plan, cell, folder, loss(cell), figures(cell) if figures else {})
+    for planned in all_planned(plan, loss) if planned_runs is None else planned_runs:
+        write_run(plan, planned, folder, loss(planned), figures(planned) if figures else {})
     if half:
         path = folder / "runs" / half / "metrics.jsonl"
         path.write_bytes(path.read_bytes()[:-20])
@@ -74,17 +74,17 @@ def make(
     return folder
 
 
-def all_cells(plan: Plan, loss: Losses) -> list[Cell]:
+def all_planned(plan: Plan, loss: Losses) -> list[PlannedRun]:
     """Return the runs of a plan without extended sweeps."""
-    cells = []
+    planned_runs = []
     for place in plan.places():
         swept = plan.sweep(*place)
-        finite = [cell for cell in swept if math.isfinite(loss(cell))]
-        cells += swept
+        finite = [planned for planned in swept if math.isfinite(loss(planned))]
+        planned_runs += swept
         if finite or not swept:
             rate = min(finite, key=loss).rate if swept else plan.rates(*place)[0]
-            cells += plan.final(*place, rate)
-    return cells
+            planned_runs += plan.final(*place, rate)
+    return planned_runs
 
 
 def _evaluation(at: Mapping[str, int], loss: float, tokens: int) -> dict[str, Any]:
@@ -94,31 +94,31 @@ def _evaluation(at: Mapping[str, int], loss: float, tokens: int) -> dict[str, An
 
 def write_run(
     plan: Plan,
-    cell: Cell,
+    planned: PlannedRun,
     folder: Path,
     final: float,
     figures: Mapping[str, float | list[float]] = MappingProxyType({}),
 ) -> None:
     """Write one run that ended with a loss, or diverged (nan); lines have those `figures` that they have anyway."""
-    run = folder / "runs" / cell.name
+    run = folder / "runs" / planned.name
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
-    arm = plan.arms[cell.size][cell.arm]
+    arm = plan.arms[planned.size][planned.arm]
     config = dataclasses.replace(
-        arm.config, seed=cell.seed, data_seed=cell.seed, run=cell.name, runs=str(folder / "runs"),
-        optim=dataclasses.replace(arm.config.optim, lr=cell.rate),
+        arm.config, seed=planned.seed, data_seed=planned.seed, run=planned.name, runs=str(folder / "runs"),
+        optim=dataclasses.replace(arm.config.optim, lr=planned.rate),
         model=dataclasses.replace(arm.config.model, d_ff=arm.width.d_ff),
     )  # fmt: skip
     (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     batch, ends = arm.batch, 1.0 if math.isfinite(final) else 0.4
-    chance = random.Random(cell.name)
+    chance = random.Random(planned.name)
     lines: list[dict[str, Any]] = []
     last = 0
     for part in range(1, int(20 * ends) + 1):
         step = batch.steps * part // 20
         last, at = step, {"step": step, "tokens": step * batch.tokens_per_step}
         speed, curve = 17000 * chance.uniform(0.9, 1.1), (final if ends == 1.0 else 3.0) + 4 * (1 - part / 20) ** 2
-        lines.append({"kind": "train", **at, "loss": curve + 0.02, "lr": cell.rate, "grad_norm": 0.5,
+        lines.append({"kind": "train", **at, "loss": curve + 0.02, "lr": planned.rate, "grad_norm": 0.5,
                       "tokens_per_second": speed, "mfu": 0.2, "memory_gib": 0.9})  # fmt: skip
         if part % 2 == 0:
             share, own = part / 20, 1 + chance.random()
@@ -141,7 +141,7 @@ def write_run(
         "status": "finished" if ends == 1.0 else "stopped", "final_eval_loss": final if ends == 1.0 else None,
         "bits_per_byte": final / 2.5 if ends == 1.0 else None, "parameters": sum(counts.values()),
         "vocab_size": VOCABULARY, "ffn_parameters": counts["ffn"], "flops_per_token": arm.flops_per_token,
-        "data_order_hash": f"{cell.seed:016x}", "config_hash": "0" * 16, "steps": last,
+        "data_order_hash": f"{planned.seed:016x}", "config_hash": "0" * 16, "steps": last,
         "tokens": last * batch.tokens_per_step, "wall_seconds": 60.0,
     }  # fmt: skip
     (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")

@@ -19,7 +19,7 @@ from ablation.plan import Plan
 from ablation.report import page as whole_page
 from ablation.report import write_report
 from ablation.results import read_results
-from tests.ablation.made import all_cells, losses, make, plan_of
+from tests.ablation.made import all_planned, losses, make, plan_of
 from tests.training.tiny import command
 
 SIZES = "ablation.sizes={nano: model=nano, small: model=nano model.d_model=256 model.n_heads=4}"
@@ -92,7 +92,7 @@ def last_loss(folder: Path, run: str) -> float:
 
 def test_numbers_of_the_page_are_those_of_the_runs(plan, folder, page):
     rows = page.table("run", "final loss")
-    assert {row["run"][0] for row in rows} == {cell.name for cell in all_cells(plan, RULE)}
+    assert {row["run"][0] for row in rows} == {planned.name for planned in all_planned(plan, RULE)}
     for row in rows:
         assert float(row["final loss"][0]) == pytest.approx(last_loss(folder, row["run"][0]), abs=1e-6)
     arms = page.table("arm", "verdict", "less relu, nats")
@@ -187,9 +187,9 @@ def test_a_figure_says_its_point_on_the_page_and_in_its_file_once(folder):
 
 
 def test_what_was_not_settled_is_told(plan, tmp_path):
-    rule = lambda cell: math.nan if (cell.arm, cell.seed) == ("swiglu", 2) else RULE(cell)  # noqa: E731
-    cells = [cell for cell in all_cells(plan, rule) if cell.name != "nano-gelu-lr0.004-seed4"]
-    folder = make(plan, tmp_path, rule, cells, half="nano-silu-lr0.004-seed1")
+    rule = lambda planned: math.nan if (planned.arm, planned.seed) == ("swiglu", 2) else RULE(planned)  # noqa: E731
+    planned_runs = [planned for planned in all_planned(plan, rule) if planned.name != "nano-gelu-lr0.004-seed4"]
+    folder = make(plan, tmp_path, rule, planned_runs, half="nano-silu-lr0.004-seed1")
     text = Page(whole_page(read_results(folder), [])).text
     assert "Provisional: 126 of 128 runs have ended" in text
     assert "1 run(s) have not begun: nano-gelu-lr0.004-seed4" in text

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ablation.cells import outcome, read_metrics
 from ablation.claims import CONTRADICTED, OPEN, SUPPORTED, Answer, judge, main, markdown, read_claims
 from ablation.manifest import read_manifest
 from ablation.measures import by_seed, log_speed_up
-from ablation.plan import Cell, Plan
+from ablation.outcomes import outcome, read_metrics
+from ablation.plan import Plan, PlannedRun
 from ablation.results import Results, Run, read_results
 from conf.errors import UserError
 from conf.load import choices
@@ -51,18 +51,18 @@ def answer(
     sizes = {size: (effects or {}).get(size, effects or {}) for size in of_plan.arms}
     rules = {size: losses(of_size, noise=0.001) for size, of_size in sizes.items()}
 
-    def rule(cell: Cell) -> float:
-        return more.get("loss", lambda _: None)(cell) or rules[cell.size](cell)
+    def rule(planned: PlannedRun) -> float:
+        return more.get("loss", lambda _: None)(planned) or rules[planned.size](planned)
 
-    def of_metrics(cell: Cell) -> dict[str, float]:
-        chance = random.Random(f"{cell.arm} {cell.seed}")
-        return {name: value * chance.gauss(1, 0.01) for name, value in (figures or {}).get(cell.arm, {}).items()}
+    def of_metrics(planned: PlannedRun) -> dict[str, float]:
+        chance = random.Random(f"{planned.arm} {planned.seed}")
+        return {name: value * chance.gauss(1, 0.01) for name, value in (figures or {}).get(planned.arm, {}).items()}
 
     shutil.rmtree(folder, ignore_errors=True)
-    made = make(of_plan, folder, rule, more.get("cells"), figures=of_metrics)
+    made = make(of_plan, folder, rule, more.get("planned_runs"), figures=of_metrics)
     manifest = read_manifest(made)  # and the runs without the checks of `read_results`, which take the longest
     paths = sorted((made / "runs").glob("*"))
-    runs = {p.name: Run(manifest.cell(p.name), p, outcome(p), read_metrics(p)[0]) for p in paths}
+    runs = {p.name: Run(manifest.planned_run(p.name), p, outcome(p), read_metrics(p)[0]) for p in paths}
     [found] = judge([CLAIMS[text]], [Results(made, manifest, runs, ())])
     return found
 
@@ -146,10 +146,12 @@ def test_runs_can_support_and_contradict_a_claim(text, tmp_path):
 
 def test_parameters_are_settled_by_the_manifest_alone(tmp_path):
     text = "SwiGLU costs more parameters"
-    matched = answer(text, tmp_path / "matched", plan("relu", "swiglu"), cells=[])
+    matched = answer(text, tmp_path / "matched", plan("relu", "swiglu"), planned_runs=[])
     assert matched.verdict == "contradicted at nano only"
     assert matched.findings[0].details == ["ffn_parameters: swiglu x1.0000 beside relu, at d_ff 512 and 768"]
-    unmatched = answer(text, tmp_path / "unmatched", plan("relu", "swiglu", words=("ablation.budget=none",)), cells=[])
+    unmatched = answer(
+        text, tmp_path / "unmatched", plan("relu", "swiglu", words=("ablation.budget=none",)), planned_runs=[]
+    )
     assert unmatched.verdict == "supported at nano only"
     assert unmatched.findings[0].details == ["ffn_parameters: swiglu x1.5000 beside relu, at d_ff 768 and 768"]
     both = Answer(CLAIMS[text], [*matched.findings, *unmatched.findings], True)
@@ -195,7 +197,7 @@ def test_one_model_under_two_names_is_one_size(tmp_path):
 
 
 def test_noise_does_not_settle_a_claim(tmp_path):
-    noise = lambda cell: 3.0 + 0.1 * random.Random(f"{cell.arm} {cell.seed}").random()  # noqa: E731
+    noise = lambda planned: 3.0 + 0.1 * random.Random(f"{planned.arm} {planned.seed}").random()  # noqa: E731
     found = answer("SwiGLU beats ReLU", tmp_path, plan("relu", "swiglu"), loss=noise)
     assert found.state == OPEN
     assert re.fullmatch(r"not settled: (blocked|underpowered): .*", found.verdict)
@@ -221,7 +223,7 @@ def test_what_blocks_a_verdict_blocks_a_claim(tmp_path):
     assert "blocked: swiglu has +50.0% parameters in its feed-forward layers" in verdict("ablation.budget=none")
     other = "ablation.arms={relu: ffn=relu, swiglu: ffn=custom ffn.formula=relu(gate)*up}"
     assert "blocked: swiglu is not the arm of that name in conf/ffn" in verdict(other)
-    cost = answer("SwiGLU costs more parameters", tmp_path, plan("relu", "swiglu", words=(other,)), cells=[])
+    cost = answer("SwiGLU costs more parameters", tmp_path, plan("relu", "swiglu", words=(other,)), planned_runs=[])
     assert cost.verdict == "not settled: blocked: swiglu is not the arm of that name in conf/ffn"
     other = "ablation.arms={relu: ffn=relu, swiglu: ffn=swiglu ffn.per_layer.0=relu}"
     assert "blocked: swiglu is not the arm of that name in conf/ffn" in verdict(other)
@@ -231,12 +233,12 @@ def test_what_blocks_a_verdict_blocks_a_claim(tmp_path):
 
 def test_runs_that_are_missing_are_said_to_be(tmp_path):
     text = "SwiGLU beats ReLU"
-    found = answer(text, tmp_path, plan("relu", "swiglu"), cells=[])
+    found = answer(text, tmp_path, plan("relu", "swiglu"), planned_runs=[])
     assert found.verdict == "not settled: no seed has final_eval_loss of swiglu and relu"
-    found = answer(text, tmp_path / "other", plan("relu", "gelu"), cells=[])
+    found = answer(text, tmp_path / "other", plan("relu", "gelu"), planned_runs=[])
     assert found.verdict == "not settled: no plan that was given has the arms (swiglu, relu)"
     text = "The wider the model, the less the choice matters"
-    found = answer(text, tmp_path / "third", plan("relu", "gelu"), cells=[])
+    found = answer(text, tmp_path / "third", plan("relu", "gelu"), planned_runs=[])
     assert found.verdict == "not settled: no plan that was given has sizes of two widths"
 
 
@@ -272,7 +274,7 @@ def test_a_difference_that_is_ruled_out_is_told_apart_from_the_opposite(tmp_path
 
 
 def test_an_arm_that_diverges_supports_no_claim_of_its_own(tmp_path):
-    diverges = lambda cell: float("nan") if (cell.arm, cell.seed) == ("swiglu", 1) else None  # noqa: E731
+    diverges = lambda planned: float("nan") if (planned.arm, planned.seed) == ("swiglu", 1) else None  # noqa: E731
     for text in ("SwiGLU beats ReLU", "SwiGLU converges in fewer steps"):
         found = answer(text, tmp_path, plan("relu", "swiglu"), {"swiglu": -0.05}, loss=diverges)
         assert found.state == OPEN
@@ -301,7 +303,8 @@ def test_figures_of_a_run_are_what_its_lines_say(tmp_path):
 
 
 def test_a_run_that_diverged_is_as_slow_as_can_be(tmp_path):
-    rule = lambda cell: math.nan if (cell.arm, cell.seed) in (("swiglu", 1), ("swiglu", 2), ("relu", 2)) else 3.0  # noqa: E731
+    diverged = (("swiglu", 1), ("swiglu", 2), ("relu", 2))
+    rule = lambda planned: math.nan if (planned.arm, planned.seed) in diverged else 3.0  # noqa: E731
     results = read_results(make(plan("relu", "swiglu"), tmp_path, rule))
     runs, others = results.finals("nano", "swiglu"), results.finals("nano", "relu")
     assert log_speed_up(runs, others) == pytest.approx({0: 0.0, 1: -math.log(4)})  # of two nothing can be said

@@ -22,7 +22,7 @@ from ablation.results import read_results
 from ablation.verdict import sentences
 from conf.errors import UserError
 from conf.load import load
-from tests.ablation.made import all_cells, losses, make, plan_of
+from tests.ablation.made import all_planned, losses, make, plan_of
 from tests.training.tiny import command
 from training.loggers import _scalars
 
@@ -233,18 +233,20 @@ def test_the_runs_that_are_compared_are_those_that_are_shown(tmp_path, wandb):
     document = strictly(folder / "dashboard.json")
     assert [workspace["name"] for workspace in document["workspaces"]] == ["glu_variants small", "glu_variants deep"]
     assert len(wandb.views) == 2
-    loggers = [(cell, load(p.words(cell, "runs")).logger) for p in (plan, other) for cell in all_cells(p, RULE)[::7]]
+    loggers = [
+        (planned, load(p.words(planned, "runs")).logger) for p in (plan, other) for planned in all_planned(p, RULE)[::7]
+    ]
     foreign = {id(logger) for _, logger in loggers[len(loggers) // 2 :]}
     statistics = wandb.runs[0].settings
     for place, size in enumerate(("small", "deep")):
         for runset in runsets(document, place):
             assert [(key["section"], key["name"]) for key in runset["grouping"]] == [("run", "jobType")]
             assert chooses(runset, statistics["group"], statistics["tags"])
-            for cell, logger in loggers:
-                expected = (cell.size, cell.stage) == (size, "final") and id(logger) not in foreign
+            for planned, logger in loggers:
+                expected = (planned.size, planned.stage) == (size, "final") and id(logger) not in foreign
                 assert chooses(runset, logger.group, logger.tags) == expected
-    assert {cell.stage for cell, _ in loggers} == {"sweep", "final"}
-    assert {cell.size for cell, _ in loggers} == {"small", "deep"}
+    assert {planned.stage for planned, _ in loggers} == {"sweep", "final"}
+    assert {planned.size for planned, _ in loggers} == {"small", "deep"}
 
 
 def test_without_a_login_it_says_how_to_upload(whole, written):
@@ -295,7 +297,7 @@ def test_a_file_uploads_what_the_folder_would(copy, wandb):
 
 
 def test_what_is_missing_and_what_diverged_is_told(plan, tmp_path):
-    rule = lambda cell: math.nan if (cell.arm, cell.seed) == ("swiglu", 2) else RULE(cell)  # noqa: E731
+    rule = lambda planned: math.nan if (planned.arm, planned.seed) == ("swiglu", 2) else RULE(planned)  # noqa: E731
     folder = make(plan, tmp_path, rule)
     for seed in (1, 2, 3, 4):  # one seed is left: it has no deviation, and no p
         shutil.rmtree(folder / "runs" / f"nano-gelu-lr0.004-seed{seed}")
@@ -310,8 +312,8 @@ def test_what_is_missing_and_what_diverged_is_told(plan, tmp_path):
 
 
 def test_a_plan_that_has_only_begun_has_a_dashboard_too(plan, tmp_path):
-    cells = [cell for cell in all_cells(plan, RULE) if cell.stage == "sweep"]
-    folder = make(plan, tmp_path, RULE, cells[:2])
+    planned_runs = [planned for planned in all_planned(plan, RULE) if planned.stage == "sweep"]
+    folder = make(plan, tmp_path, RULE, planned_runs[:2])
     main([str(folder)])
     rows = strictly(folder / "dashboard.json")[STATISTICS]["data"]
     assert [row[COLUMNS.index("verdict")] for row in rows] == ["baseline", *["nothing to compare yet"] * 2]

@@ -27,7 +27,7 @@ def results(whole) -> Results:
 
     def at_speed(run):
         lines = [
-            line | ({"tokens_per_second": SPEEDS[run.cell.arm]} if line["kind"] == "train" else {})
+            line | ({"tokens_per_second": SPEEDS[run.planned.arm]} if line["kind"] == "train" else {})
             for line in run.lines
         ]
         return dataclasses.replace(run, lines=lines)

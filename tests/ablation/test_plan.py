@@ -89,10 +89,10 @@ def test_runs_of_one_seed_differ_in_nothing_but_the_arm_and_its_width(smoke):
 
 
 def test_the_sweep_has_a_seed_of_its_own_and_the_sizes_rate_in_it(smoke):
-    cells = smoke.sweep("nano", "relu")
-    assert {cell.seed for cell in cells} == {smoke.config.rate_seed}
-    assert [cell.rate for cell in cells] == [2e-3, 4e-3]
-    assert len({cell.name for place in smoke.places() for cell in smoke.sweep(*place)}) == 4
+    planned_runs = smoke.sweep("nano", "relu")
+    assert {planned.seed for planned in planned_runs} == {smoke.config.rate_seed}
+    assert [planned.rate for planned in planned_runs] == [2e-3, 4e-3]
+    assert len({planned.name for place in smoke.places() for planned in smoke.sweep(*place)}) == 4
 
 
 def test_a_sweep_goes_on_in_the_step_that_it_has_at_its_edge():

@@ -15,7 +15,7 @@ from ablation.results import expected, read_results
 from ablation.statistics import Verdict
 from conf.errors import UserError
 from conf.validate import digest
-from tests.ablation.made import VOCABULARY, all_cells, losses, make, plan_of, write_run
+from tests.ablation.made import VOCABULARY, all_planned, losses, make, plan_of, write_run
 
 RULE = losses({"gelu": -0.002, "swiglu": -0.05}, noise=0.002)
 
@@ -35,7 +35,11 @@ def test_losses_are_those_that_the_runs_wrote(plan, whole):
     assert results.notes == ()
     assert len(results.runs) == 3 * (3 + 5)
     assert results.losses("nano") == {
-        arm: {cell.seed: RULE(cell) for cell in all_cells(plan, RULE) if cell.stage == "final" and cell.arm == arm}
+        arm: {
+            planned.seed: RULE(planned)
+            for planned in all_planned(plan, RULE)
+            if planned.stage == "final" and planned.arm == arm
+        }
         for arm in ("relu", "gelu", "swiglu")
     }
     assert results.best_rate("nano", "swiglu") == 4e-3
@@ -140,7 +144,7 @@ def test_missing_and_half_written_runs_are_told_and_the_rest_stands(copy):
 
 
 def test_a_run_that_diverged_counts_as_a_model_that_knows_nothing(plan, tmp_path):
-    rule = lambda cell: math.nan if (cell.arm, cell.seed) == ("swiglu", 2) else RULE(cell)  # noqa: E731
+    rule = lambda planned: math.nan if (planned.arm, planned.seed) == ("swiglu", 2) else RULE(planned)  # noqa: E731
     results = read_results(make(plan, tmp_path, rule))
     found = {c.arm: c for c in results.comparisons("nano")}
     assert found["swiglu"].diverged == 1
@@ -157,8 +161,8 @@ def test_a_best_rate_at_the_edge_blocks_the_verdict(plan, tmp_path):
 
 
 def test_before_the_sweeps_have_ended_there_is_nothing_to_compare(plan, tmp_path):
-    cells = [cell for cell in all_cells(plan, RULE) if cell.stage == "sweep"][:-1]
-    results = read_results(make(plan, tmp_path, RULE, cells))
+    planned_runs = [planned for planned in all_planned(plan, RULE) if planned.stage == "sweep"][:-1]
+    results = read_results(make(plan, tmp_path, RULE, planned_runs))
     assert len(list(expected(results))) == 3 * 3 + 2 * 5
     assert all(math.isnan(c.difference) for c in results.comparisons("nano"))
 
@@ -172,6 +176,8 @@ def test_a_folder_without_a_manifest_is_refused(tmp_path):
 
 
 def test_a_run_may_be_written_again(plan, copy):
-    cell = next(cell for cell in all_cells(plan, RULE) if cell.stage == "final" and cell.arm == "swiglu")
-    write_run(plan, cell, copy, 2.5)
-    assert read_results(copy).losses("nano")["swiglu"][cell.seed] == 2.5
+    planned = next(
+        planned for planned in all_planned(plan, RULE) if planned.stage == "final" and planned.arm == "swiglu"
+    )
+    write_run(plan, planned, copy, 2.5)
+    assert read_results(copy).losses("nano")["swiglu"][planned.seed] == 2.5

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ablation.cells import DIVERGED, FAILED, FINISHED, STOPPED, WAITING, outcome, read_metrics
 from ablation.command import environment_of, launcher
+from ablation.outcomes import DIVERGED, FAILED, FINISHED, STOPPED, WAITING, outcome, read_metrics
 from ablation.run import Runner
 from tests.ablation.made import plan_of, write_run
 from tests.training.tiny import PATIENCE, ROOT, TINY, Result, command, environment, shared_corpus
@@ -146,25 +146,29 @@ def test_runs_that_cannot_begin_are_told_of_with_their_logs(words, tmp_path):
 
 def test_a_run_that_another_runner_began_in_the_same_moment_is_waited_for(monkeypatch, tmp_path):
     plan = plan_of("ablation=smoke", "ablation.rates=[1]", "ablation.seeds=[0,1]")
-    [cell, *_] = plan.final("nano", "relu", 4e-3)
+    [planned, *_] = plan.final("nano", "relu", 4e-3)
     folder, begun, trains = tmp_path / "smoke", [], iter([False, True, True, False])
 
     def refused(*_) -> list[str]:
-        begun.append(cell)
+        begun.append(planned)
         return [sys.executable, "-c", "raise SystemExit(2)"]
 
     def is_running(_) -> bool:
         found = next(trains)
         if begun and not found:
-            write_run(plan, cell, folder, 3.0)  # the other one's has ended
+            write_run(plan, planned, folder, 3.0)  # the other one's has ended
         return found
 
     monkeypatch.setattr("ablation.run.train_command", refused)
     monkeypatch.setattr("ablation.run.is_running", is_running)
     (folder / "logs").mkdir(parents=True)
     runner = Runner(plan, folder, 1, 0, Console(file=io.StringIO()))
-    runner._one(cell)
-    assert (begun, next(trains, "asked to the end"), runner.console.file.getvalue()) == ([cell], "asked to the end", "")
+    runner._one(planned)
+    assert (begun, next(trains, "asked to the end"), runner.console.file.getvalue()) == (
+        [planned],
+        "asked to the end",
+        "",
+    )
 
 
 # ------------------------------------------------------------------------------------------------- how a run stands

@@ -14,11 +14,11 @@ import pytest
 from rich.console import Console
 
 from ablation import status
-from ablation.cells import DIVERGED, FAILED, FINISHED, RUNNING, STOPPED, WAITING
-from ablation.plan import Cell, Plan
+from ablation.outcomes import DIVERGED, FAILED, FINISHED, RUNNING, STOPPED, WAITING
+from ablation.plan import Plan, PlannedRun
 from ablation.status import Watcher, main, show, watch
 from conf.errors import UserError
-from tests.ablation.made import all_cells, losses, make, plan_of, write_run
+from tests.ablation.made import all_planned, losses, make, plan_of, write_run
 
 RULE = losses({"swiglu": -0.05}, noise=0.002)
 WALL_SECONDS = 60.0  # of every run of `made`
@@ -52,16 +52,19 @@ def test_a_cell_says_how_its_run_stands(plan, copy, capsys):
     shutil.rmtree(copy / "runs" / "nano-gelu-lr0.004-seed0")
     unfinished(copy, "nano-gelu-lr0.004-seed1", 10)
     unfinished(copy, "nano-gelu-lr0.004-seed2", 10, status="failed")
-    write_run(plan, Cell("final", "nano", "gelu", 4e-3, 3), copy, math.nan)
+    write_run(plan, PlannedRun("final", "nano", "gelu", 4e-3, 3), copy, math.nan)
     run = unfinished(copy, "nano-gelu-lr0.004-seed4", 10)
     with open(run / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = printed(copy, capsys)
         grid = Watcher(copy).look()
-    [lines] = [place for place in grid.places if place.cell.name == run.name]
+    [lines] = [place for place in grid.places if place.planned.name == run.name]
     assert found["gelu"][3:] == [".", "stop", "fail", "div", f"{math.floor(100 * lines.share)}%"]
     assert found["nano"] == ["0.002", "0.004", "0.008", "s0", "s1", "s2", "s3", "s4"]
-    rule = {(cell.arm, cell.stage, cell.rate, cell.seed): f"{RULE(cell):.4f}" for cell in all_cells(plan, RULE)}
+    rule = {
+        (planned.arm, planned.stage, planned.rate, planned.seed): f"{RULE(planned):.4f}"
+        for planned in all_planned(plan, RULE)
+    }
     assert found["relu"][:3] == [rule["relu", "sweep", rate, 1000] for rate in (2e-3, 4e-3, 8e-3)]
     assert found["relu"][3:] == [rule["relu", "final", 4e-3, seed] for seed in range(5)]
     states = (WAITING, STOPPED, FAILED, DIVERGED, RUNNING, FINISHED)
@@ -91,9 +94,9 @@ def test_tokens_a_second_and_the_time_left_follow_from_runs_that_finished_and_ru
 
 
 def test_before_a_run_has_finished_the_speed_is_that_of_those_that_run(plan, tmp_path):
-    cells = all_cells(plan, RULE)[:1]
-    folder = make(plan, tmp_path, RULE, cells)
-    run = unfinished(folder, cells[0].name, 17)
+    planned_runs = all_planned(plan, RULE)[:1]
+    folder = make(plan, tmp_path, RULE, planned_runs)
+    run = unfinished(folder, planned_runs[0].name, 17)
     assert math.isnan(Watcher(folder).look().seconds_left)
     with open(run / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -103,9 +106,9 @@ def test_before_a_run_has_finished_the_speed_is_that_of_those_that_run(plan, tmp
 
 
 def test_rates_past_an_edge_have_a_column_and_arms_that_diverged_everywhere_no_seeds(plan, tmp_path, capsys):
-    rule = lambda cell: math.nan if cell.arm == "glu" else RULE(cell)  # noqa: E731
+    rule = lambda planned: math.nan if planned.arm == "glu" else RULE(planned)  # noqa: E731
     folder = make(plan, tmp_path, rule)
-    write_run(plan, Cell("sweep", "nano", "swiglu", 1.6e-2, 1000), folder, 2.5)
+    write_run(plan, PlannedRun("sweep", "nano", "swiglu", 1.6e-2, 1000), folder, 2.5)
     found = printed(folder, capsys)
     assert found["nano"][:4] == ["0.002", "0.004", "0.008", "0.016"]
     assert found["swiglu"][3] == "2.5000"
@@ -146,13 +149,13 @@ def test_it_fits_80_columns(words, tmp_path):
 
 
 def test_a_terminal_is_kept_up_to_date_until_every_run_has_ended(plan, copy, monkeypatch):
-    cell = next(cell for cell in all_cells(plan, RULE) if cell.stage == "final")
-    unfinished(copy, cell.name, 10)
+    planned = next(planned for planned in all_planned(plan, RULE) if planned.stage == "final")
+    unfinished(copy, planned.name, 10)
     pauses = []
 
     def pause(seconds: float) -> None:
         pauses.append(seconds)
-        write_run(plan, cell, copy, 2.1234)
+        write_run(plan, planned, copy, 2.1234)
 
     monkeypatch.setattr(status.time, "sleep", pause)
     console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=100, height=40)

@@ -11,7 +11,7 @@ import pytest
 from ablation.results import read_results
 from ablation.statistics import Verdict
 from ablation.verdict import sentences
-from tests.ablation.made import all_cells, losses, make, plan_of
+from tests.ablation.made import all_planned, losses, make, plan_of
 
 ARMS = "ablation.arms=[relu,gelu,silu,swiglu]"
 
@@ -68,17 +68,22 @@ def test_seeds_that_are_missing_are_told(plan, tmp_path):
 def test_a_diverged_seed_is_told(plan, tmp_path):
     rule = losses({"swiglu": -0.05}, noise=0.001)
     results = read_results(
-        make(plan, tmp_path, lambda cell: math.nan if (cell.arm, cell.seed) == ("swiglu", 2) else rule(cell))
+        make(
+            plan, tmp_path, lambda planned: math.nan if (planned.arm, planned.seed) == ("swiglu", 2) else rule(planned)
+        )
     )
     assert "1 of 5 seeds diverged" in sentences(results)[0]
 
 
 def test_before_there_is_anything_to_compare(plan, tmp_path):
     rule = losses({})
-    cells = [cell for cell in all_cells(plan, rule) if cell.stage == "sweep"]
+    planned_runs = [planned for planned in all_planned(plan, rule) if planned.stage == "sweep"]
     expected = ["At nano, nothing is known yet: no arm has a seed that relu has too."]
-    assert sentences(read_results(make(plan, tmp_path, rule, cells))) == expected
-    one = [*cells, next(cell for cell in all_cells(plan, rule) if (cell.stage, cell.arm) == ("final", "relu"))]
+    assert sentences(read_results(make(plan, tmp_path, rule, planned_runs))) == expected
+    one = [
+        *planned_runs,
+        next(planned for planned in all_planned(plan, rule) if (planned.stage, planned.arm) == ("final", "relu")),
+    ]
     assert sentences(read_results(make(plan, tmp_path / "one", rule, one))) == expected
 
 
