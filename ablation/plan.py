@@ -20,7 +20,8 @@ from typing import Any
 
 from ablation.budget import Width, match
 from conf.errors import UserError, suggest, unknown
-from conf.load import choices, load, quoted, read_group, to_dict
+from conf.keys import choices
+from conf.load import load, quoted, read_group, to_dict
 from conf.schema import AblationConfig, Config
 from conf.validate import Batch, digest, validate, what_is_learned
 from launch.estimate.counts import check_divisibility, ffn_saved_bytes, flops_per_token, shape_of

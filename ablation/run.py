@@ -40,7 +40,8 @@ from ablation.plan import Plan, PlannedRun, next_rate, read_plan, resolve
 from ablation.speed import step_time
 from ablation.statistics import sweep
 from conf.errors import UserError
-from conf.load import choices, run_command
+from conf.keys import choices
+from conf.load import run_command
 from conf.options import read_options
 from launch.sbatch import read_cluster
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 
-from conf.load import choices, keys
+from conf.keys import choices, keys
 from conf.schema import GROUPS, Config
 
 EXAMPLES = """\

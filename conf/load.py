@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError, unknown
+from conf.help import print_help
+from conf.keys import FOLDER, choices, keys
 from conf.schema import GROUPS, Config
 
 Group = typing.TypeVar("Group")
-FOLDER = Path(__file__).resolve().parent
 FREE_FORM = ("data.parts", "ffn.parameters", "ffn.per_layer")  # dictionaries whose keys are the user's own
 PLAIN_TEXT = (
     "ffn.formula",
@@ -50,21 +51,6 @@ NOT_IN_NAME = (
 )
 
 
-def choices(group: str) -> list[str]:
-    """Return the names that `group=` takes."""
-    return sorted(path.stem for path in (FOLDER / group).glob("*.yaml"))
-
-
-def keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
-    """Yield (dotted key, type, field) of every leaf of the schema."""
-    types = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(types[field.name]):
-            yield from keys(types[field.name], f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, types[field.name], field
-
-
 def load(argv: list[str], program: str = "train.py") -> Config:
     """Compose the configuration that `argv` (overrides, without the program's name) asks for.
 
@@ -74,8 +60,6 @@ def load(argv: list[str], program: str = "train.py") -> Config:
         UserError: an override that is not understood, an unknown group, choice or key, or a value of the wrong type.
     """
     if any(word in ("-h", "--help") for word in argv):
-        from conf.help import print_help
-
         print_help(program)
         raise SystemExit(0)
     show = "--cfg" in argv  # Hydra's own spelling is `--cfg job`

@@ -8,12 +8,15 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import platform
 import socket
 import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from launch.installed import installed_versions
 
 _SECONDS, _BYTES = 5.0, 64 * 2**20
 
@@ -25,8 +28,6 @@ def measure() -> dict[str, Any]:
         `bytes_per_second` that a rank sends, 2 (p - 1) / p bytes of each byte reduced; `bytes` of the tensor; `backend`;
         `world_size`; of every rank its `hosts` and `versions`; and the `clock_skew` between them, in seconds.
     """
-    from launch.doctor import versions
-
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -53,7 +54,7 @@ def measure() -> dict[str, Any]:
         assert float(tensor[0]) == world
         told: list[Any] = [None] * world
         dist.barrier()
-        dist.all_gather_object(told, (time.time(), socket.gethostname(), versions()))
+        dist.all_gather_object(told, (time.time(), socket.gethostname(), _versions()))
         clocks = [clock for clock, _, _ in told]
         return {
             "bytes_per_second": 2 * (world - 1) / world * _BYTES / best,
@@ -66,6 +67,12 @@ def measure() -> dict[str, Any]:
         }
     finally:
         dist.destroy_process_group()
+
+
+def _versions() -> dict[str, str]:
+    """Return what has to be the same on all nodes."""
+    packages = installed_versions("torch", "deepspeed", "triton", "numpy")
+    return {"python": platform.python_version(), **packages}
 
 
 if __name__ == "__main__":

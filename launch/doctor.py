@@ -16,7 +16,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import platform
 import resource
 import shutil
 import socket
@@ -38,6 +37,7 @@ from conf.options import read_options
 from conf.schema import ClusterConfig, Config
 from kernels.c_build import FLAGS, find_compiler
 from launch.estimate.counts import parameters, shape_of
+from launch.installed import installed_versions
 from launch.ranks import Ranks, export, find_ranks, installed_gpus, take_local_rank
 from launch.sbatch import read_cluster
 
@@ -143,7 +143,7 @@ def packages() -> Iterator[Finding]:
         else:
             text = f"{version} is not {requirement.specifier}"
             bad.append(Finding(YELLOW, requirement.name, text, f"pip install '{requirement}'"))
-    main_ones = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed") if _installed(name))
+    main_ones = ", ".join(f"{name} {version}" for name, version in installed_versions("torch", "deepspeed").items())
     yield Finding(GREEN, "packages", f"{good} of {good + len(bad)} as wanted ({main_ones})")
     yield from bad
 
@@ -243,14 +243,6 @@ def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 # -------------------------------------------------------------------------------------------------- what takes seconds
@@ -359,12 +351,6 @@ def collective(ranks: Ranks, cluster: ClusterConfig | None) -> Iterator[Finding]
     if len(versions) > 1:
         text = f"differ between nodes: {'; '.join(sorted(versions))}"
         yield Finding(RED, "versions", text, "one environment for all nodes, on a shared file system or in a container")
-
-
-def versions() -> dict[str, str]:
-    """Return what has to be the same on all nodes."""
-    names = ("torch", "deepspeed", "triton", "numpy")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names if _installed(name)}}
 
 
 if __name__ == "__main__":

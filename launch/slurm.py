@@ -17,7 +17,8 @@ from pathlib import Path
 
 from conf.errors import UserError
 from conf.files import atomic_write, say_why
-from conf.load import choices, load, read_group, run_command, to_yaml
+from conf.keys import choices
+from conf.load import load, read_group, run_command, to_yaml
 from conf.options import read_options
 from conf.schema import ClusterConfig
 from conf.validate import validate

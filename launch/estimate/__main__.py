@@ -15,7 +15,8 @@ import sys
 
 from rich.console import Console
 
-from conf.load import choices, load, read_group, run_command
+from conf.keys import choices
+from conf.load import load, read_group, run_command
 from conf.options import read_options
 from conf.schema import ClusterConfig
 from launch.estimate.console import show

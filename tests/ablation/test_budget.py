@@ -10,7 +10,8 @@ import pytest
 
 from ablation.budget import BUDGETS, WARN, match
 from conf.errors import UserError
-from conf.load import choices, load
+from conf.keys import choices
+from conf.load import load
 from conf.schema import Config
 from launch.estimate.counts import ffn_saved_bytes, flops_per_token, parameters, shape_of
 

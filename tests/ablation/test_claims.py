@@ -21,7 +21,7 @@ from ablation.outcomes import outcome, read_metrics
 from ablation.plan import Plan, PlannedRun
 from ablation.results import Results, Run, read_results
 from conf.errors import UserError
-from conf.load import choices
+from conf.keys import choices
 from kernels.formula import parse
 from kernels.symbolic import compile_formula
 from kernels.telemetry import figures as telemetry_figures

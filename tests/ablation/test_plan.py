@@ -10,7 +10,8 @@ import pytest
 from ablation.budget import WARN
 from ablation.plan import LONGEST_TAG, Plan, next_rate, read_plan, resolve
 from conf.errors import UserError
-from conf.load import choices, load
+from conf.keys import choices
+from conf.load import load
 from conf.schema import AblationConfig
 
 SMALL = {"arms": ["relu", "swiglu"], "baseline": "relu", "name": "small"}

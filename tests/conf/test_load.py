@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import conf.keys
 import conf.load
 from conf.errors import UserError
-from conf.load import FOLDER, choices, find_run, flatten, from_yaml, keys, load, read_group, to_dict, to_yaml
+from conf.keys import FOLDER, choices, keys
+from conf.load import find_run, flatten, from_yaml, load, read_group, to_dict, to_yaml
 from conf.schema import GROUPS, ClusterConfig, Config
 from conf.validate import validate
 
@@ -139,7 +141,8 @@ def test_one_length_is_typed_and_wins_over_the_presets(tmp_path, monkeypatch):
     # Beside the presets there are, one that is given in steps.
     folder = shutil.copytree(FOLDER, tmp_path / "conf")
     (folder / "model" / "short.yaml").write_text("# @package _global_\nmodel: {name: short}\nsteps: 30\n")
-    monkeypatch.setattr(conf.load, "FOLDER", folder)
+    for module in (conf.keys, conf.load):
+        monkeypatch.setattr(module, "FOLDER", folder)
     for preset in ("nano", "short"):
         by_tokens, by_steps = load([f"model={preset}", "tokens=1e9"]), load([f"model={preset}", "steps=7"])
         assert validate(by_tokens, 1).steps == 10**9 // (by_tokens.global_batch_size * by_tokens.sequence_length)

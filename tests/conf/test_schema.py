@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from conf.load import choices, keys, load
+from conf.keys import choices, keys
+from conf.load import load
 from conf.schema import GROUPS, Config
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from conf.errors import UserError
-from conf.load import keys
+from conf.keys import keys
 from conf.schema import Config
 from conf.validate import NOT_LEARNED, Batch, differences, validate
 from kernels import BACKENDS as KERNEL_BACKENDS

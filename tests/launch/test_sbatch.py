@@ -13,7 +13,8 @@ import pytest
 
 from ablation.slurm import _tasks
 from conf.errors import UserError
-from conf.load import choices, read_group
+from conf.keys import choices
+from conf.load import read_group
 from conf.schema import ClusterConfig
 from launch.sbatch import Job, command_of, render
 from launch.slurm import main, plan

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from conf.load import FOLDER, to_yaml
+from conf.keys import FOLDER
+from conf.load import to_yaml
 from conf.schema import Config, FFNConfig
 from data.tokenizer import Tokenizer, train_sentencepiece
 from launch.estimate.counts import Shape, shape_of

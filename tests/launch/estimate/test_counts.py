@@ -12,7 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conf.errors import UserError
-from conf.load import choices, load
+from conf.keys import choices
+from conf.load import load
 from conf.schema import Config, ParallelConfig
 from kernels import parse
 from launch.estimate.counts import (
