@@ -75,12 +75,14 @@ def match(
     if budget == "wallclock" and seconds is None:
         raise UserError("budget=wallclock needs measured step times")
 
+    shapes = {arm: shape_of(config) for arm, config in arms.items()}
+
     def cost_of(arm: str) -> Callable[[int], float]:
         if budget == "wallclock":
             return lambda d_ff: seconds(arm, d_ff)
-        return lambda d_ff: _cost(_with(arms[arm], d_ff), arms[arm].sequence_length, budget, tokens)
+        return lambda d_ff: _cost(_with(shapes[arm], d_ff), arms[arm].sequence_length, budget, tokens)
 
-    own = _widths(shape_of(arms[baseline]))
+    own = _widths(shapes[baseline])
     if own % tensor:
         raise UserError(f"parallel.tensor={tensor} does not divide the d_ff={own} of the baseline {baseline!r}")
     target = cost_of(baseline)(own)
@@ -90,7 +92,7 @@ def match(
             d_ff, of_tile = own, _tile_of(own // tensor, tile)
         else:
             d_ff, of_tile = _solve(cost_of(arm), target, own, tensor, tile)
-        shape = _with(arms[arm], d_ff)
+        shape = _with(shapes[arm], d_ff)
         width = widths[arm] = Width(arm, d_ff, of_tile, parameters(shape)["ffn"], cost_of(arm)(d_ff), target)
         off = f"{arm}: d_ff={d_ff} costs {width.mismatch:+.2%} of the baseline's {budget}"
         if budget != "none" and abs(width.mismatch) > allowed:
@@ -102,8 +104,9 @@ def match(
     return widths, warnings
 
 
-def _with(config: Config, d_ff: int) -> Shape:
-    return shape_of(dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=d_ff)))
+def _with(shape: Shape, d_ff: int) -> Shape:
+    """Return the shape with another width of all feed-forward layers."""
+    return dataclasses.replace(shape, ffn=tuple(dataclasses.replace(layer, d_ff=d_ff) for layer in shape.ffn))
 
 
 def _widths(shape: Shape) -> int:

@@ -22,6 +22,7 @@ from bench.train import machine, options_of
 from conf.files import atomic_write
 from conf.load import load, run_command
 from conf.schema import Config, FFNConfig, HardwareConfig, ParallelConfig
+from kernels.formula import parse
 from launch.estimate.counts import FFNShape, Shape, flops_per_token, peak_bytes, shape_of
 from launch.estimate.step_time import (
     GEMM_EFFICIENCY,
@@ -224,7 +225,8 @@ def published() -> list[Published]:
 
 
 def _gpt(d_model: int, layers: int, heads: int, vocabulary: int) -> Shape:
-    layer = FFNShape(FFNConfig(name="gelu", formula="gelu(x)"), 4 * d_model, 2, 0)
+    arm = FFNConfig(name="gelu", formula="gelu(x)")
+    layer = FFNShape(arm, parse(arm.formula), 4 * d_model)
     return Shape(d_model, layers, heads, heads, d_model // heads, (layer,) * layers, vocabulary, True, False)
 
 

@@ -9,36 +9,68 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from conf.errors import UserError, unknown
-from conf.load import FOLDER, choices
+from conf.keys import FOLDER, choices
 from conf.schema import Config, FFNConfig
+from kernels.formula import Formula, FormulaError, parse
 
 _OF_AN_ARM = ("name", "formula", "parameters", "init_scale", "from_output")  # what conf/ffn/<arm>.yaml says
 _CHANGEABLE = ("arm", "formula", "parameters", "from_output", "init_scale", "save")
 
 
-def layer_arms(config: Config) -> list[FFNConfig]:
-    """Return the arm of every layer.
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """The arm of a layer: its keys, as config.yaml holds them, and its formula, parsed."""
+
+    config: FFNConfig
+    formula: Formula
+
+
+def layer_arms(config: Config) -> list[Arm]:
+    """Return the arm of every layer. Layers that have one arm share one `Arm`, whose formula is parsed once.
 
     `ffn.per_layer` maps layers (3, last, layers_4_7) to the name of an arm of conf/ffn, or to what differs:
     {arm: ..., formula: ..., parameters: {...}, init_scale: ..., save: ...}.
 
     Raises:
-        UserError: a layer that does not exist or is named twice, an unknown arm or key.
+        UserError: a layer that does not exist or is named twice, an unknown arm or key, or a formula that is refused.
     """
+    if not config.ffn.formula:
+        raise UserError("ffn=custom needs its formula: add ffn.formula='x*sigmoid(1.702*x)', or one of gate and up")
     base = dataclasses.replace(config.ffn, per_layer={})
-    arms: list[FFNConfig] = [base] * config.model.n_layers
-    changed: dict[int, Any] = {}
+    changed = _changed_layers(config, base)
+    arms: dict[str, Arm] = {}  # by the key of ffn.per_layer, or "" where nothing is changed
+    by_layer = []
+    for index in range(config.model.n_layers):
+        key, ffn = changed.get(index, ("", base))
+        if key not in arms:
+            arms[key] = Arm(ffn, _parsed(ffn, "ffn.formula" if ffn == base else f"the arm of layer {index}"))
+        by_layer.append(arms[key])
+    return by_layer
+
+
+def _changed_layers(config: Config, base: FFNConfig) -> dict[int, tuple[str, FFNConfig]]:
+    """Return {layer: (its key in ffn.per_layer, its arm)} of the layers that `ffn.per_layer` changes."""
+    changed: dict[int, tuple[str, FFNConfig]] = {}
     if not isinstance(config.ffn.per_layer, dict):
         raise UserError(
             f"ffn.per_layer={config.ffn.per_layer!r} must map layers to arms, such as ffn.per_layer.0=relu2"
         )
     for layers, change in config.ffn.per_layer.items():
-        for index in _layers(str(layers), len(arms)):
+        key = str(layers)
+        for index in _layers(key, config.model.n_layers):
             if index in changed:
-                raise UserError(f"ffn.per_layer names layer {index} twice: {changed[index]} and {layers}")
-            changed[index] = layers
-            arms[index] = _changed(base, change, f"ffn.per_layer.{layers}")
-    return arms
+                raise UserError(f"ffn.per_layer names layer {index} twice: {changed[index][0]} and {key}")
+            changed[index] = key, _changed(base, change, f"ffn.per_layer.{key}")
+    return changed
+
+
+def _parsed(ffn: FFNConfig, key: str) -> Formula:
+    if not isinstance(ffn.parameters, dict):
+        raise UserError(f"ffn.parameters={ffn.parameters!r} must map names to numbers, or to {{init: 0.25}}")
+    try:
+        return parse(ffn.formula, ffn.parameters, ffn.from_output)
+    except FormulaError as error:
+        raise UserError(f"{key} is refused: {error}") from error
 
 
 def _layers(text: str, count: int) -> range:

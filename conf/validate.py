@@ -12,12 +12,12 @@ import json
 import math
 from typing import Any
 
-from conf.arms import layer_arms
+from conf.arms import Arm, layer_arms
 from conf.errors import UserError, unknown
 from conf.load import NOT_IN_NAME, flatten, to_dict
 from conf.schema import Config
 from kernels.domains import check_domains
-from kernels.formula import FormulaError, parse
+from kernels.formula import FormulaError
 
 _CHOICES = {
     "ffn.save": ("packed", "output", "everything", "input"),
@@ -157,23 +157,24 @@ def _check_values(values: dict[str, Any]) -> None:
 
 
 def _check_formulas(config: Config) -> None:
-    if not config.ffn.formula:
-        raise UserError("ffn=custom needs its formula: add ffn.formula='x*sigmoid(1.702*x)', or one of gate and up")
+    checked: list[Arm] = []
     for index, arm in enumerate(layer_arms(config)):
-        key = "ffn.formula" if arm == dataclasses.replace(config.ffn, per_layer={}) else f"the arm of layer {index}"
-        if not isinstance(arm.parameters, dict):
-            raise UserError(f"ffn.parameters={arm.parameters!r} must map names to numbers, or to {{init: 0.25}}")
-        if arm.init_scale is not None and not 0 <= arm.init_scale < math.inf:
-            raise UserError(f"ffn.init_scale={arm.init_scale} must be a finite number that is not negative")
+        if any(arm is other for other in checked):
+            continue
+        checked.append(arm)
+        ffn = arm.config
+        if ffn.init_scale is not None and not 0 <= ffn.init_scale < math.inf:
+            raise UserError(f"ffn.init_scale={ffn.init_scale} must be a finite number that is not negative")
         try:
-            formula = parse(arm.formula, arm.parameters, arm.from_output)
-            check_domains(formula)
+            check_domains(arm.formula)
         except FormulaError as error:
+            changed = ffn != dataclasses.replace(config.ffn, per_layer={})
+            key = f"the arm of layer {index}" if changed else "ffn.formula"
             raise UserError(f"{key} is refused: {error}") from error
-        if arm.save == "output" and not arm.from_output:
+        if ffn.save == "output" and not ffn.from_output:
             raise UserError(
-                f"ffn.save=output: the derivative of ffn={arm.name} is not known as a function of its output "
-                "(ffn.from_output says it, as a formula of h); ffn.save=packed keeps as little for ungated arms"
+                f"ffn.save=output needs the derivative of ffn={ffn.name} as a formula of the output h (ffn.from_output), "
+                "and none is given; ffn.save=packed keeps as little for ungated arms"
             )
 
 

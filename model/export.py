@@ -29,7 +29,7 @@ from conf.load import find_run, from_yaml, run_command
 from conf.options import read_options
 from conf.schema import Config
 from data.tokenizer import Tokenizer
-from kernels.formula import parse
+from kernels.formula import Formula
 from launch.estimate.counts import Shape
 from model.decoder import Decoder
 from model.generate import load_run
@@ -104,7 +104,7 @@ def _model_config(
         }
     module = _CODE.removesuffix(".py")
     layers = [
-        {"formula": ffn.arm.formula, "parameters": _plain(ffn.arm.formula, ffn.arm.parameters), "d_ff": ffn.d_ff}
+        {"formula": ffn.arm.formula, "parameters": _plain(ffn.formula, list(ffn.arm.parameters)), "d_ff": ffn.d_ff}
         for ffn in shape.ffn
     ]
     return found | {
@@ -117,9 +117,8 @@ def _model_config(
     }
 
 
-def _plain(text: str, parameters: dict[str, Any]) -> dict[str, Any]:
+def _plain(formula: Formula, parameters: list[str]) -> dict[str, Any]:
     """Return a formula's parameters with nothing left to a default."""
-    formula = parse(text, parameters)
     learned = {name: {"init": given.init, "share": given.share} for name, given in formula.learned.items()}
     return {name: learned.get(name, formula.fixed.get(name)) for name in parameters}
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from conf.arms import layer_arms
+from conf.arms import Arm, layer_arms
 from conf.errors import UserError
-from conf.schema import Config, FFNConfig, ParallelConfig
-from kernels.formula import Formula, parse
+from conf.schema import Config, FFNConfig, ModelConfig, ParallelConfig
+from kernels.formula import Formula
 
 VOCABULARY_MULTIPLE = 64  # rows of the embedding: GEMM tiles, and later vocabulary-parallel slices, divide it
 # Elements of one chunk of logits in the loss, and its least number of rows: with few rows the product for the weight gradient
@@ -30,10 +30,24 @@ class FFNShape:
     """One feed-forward layer with every choice resolved."""
 
     arm: FFNConfig
+    formula: Formula
     d_ff: int
-    matrices: int  # 3 for a gated arm, 2 for an ungated one
-    learned: int  # numbers that the formula learns
-    learned_by_layer: int = 0  # of these, those that the whole layer has in common
+
+    @property
+    def matrices(self) -> int:
+        """3 for a gated arm, 2 for an ungated one."""
+        return self.formula.matrices
+
+    @property
+    def learned_per_layer(self) -> int:
+        """Numbers that the formula learns once for the whole layer."""
+        return sum(parameter.share == "layer" for parameter in self.formula.learned.values())
+
+    @property
+    def learned(self) -> int:
+        """All numbers that the formula learns."""
+        per_channel = len(self.formula.learned) - self.learned_per_layer
+        return self.learned_per_layer + per_channel * self.d_ff
 
     def parameters(self, d_model: int) -> int:
         """Return the parameters of the layer."""
@@ -70,19 +84,15 @@ def shape_of(config: Config, tokenizer_size: int | None = None) -> Shape:
         n_heads=model.n_heads,
         n_kv_heads=model.n_kv_heads or model.n_heads,
         head_dim=model.head_dim or model.d_model // model.n_heads,
-        ffn=tuple(_ffn_shape(arm, config) for arm in layer_arms(config)),
+        ffn=tuple(_ffn_shape(arm, model) for arm in layer_arms(config)),
         vocab_size=model.vocab_size or -(-pieces // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
         tied=model.tie_embeddings,
         qk_norm=model.qk_norm,
     )
 
 
-def _ffn_shape(arm: FFNConfig, config: Config) -> FFNShape:
-    formula = parse(arm.formula, arm.parameters)
-    width = config.model.d_ff or default_d_ff(config.model.d_ff_gated, formula)
-    by_channel = sum(p.share == "channel" for p in formula.learned.values())
-    by_layer = len(formula.learned) - by_channel
-    return FFNShape(arm, width, formula.matrices, by_channel * width + by_layer, by_layer)
+def _ffn_shape(arm: Arm, model: ModelConfig) -> FFNShape:
+    return FFNShape(arm.config, arm.formula, model.d_ff or default_d_ff(model.d_ff_gated, arm.formula))
 
 
 def default_d_ff(d_ff_gated: int, formula: Formula) -> int:
@@ -181,7 +191,7 @@ def tensor_traffic(
     unit = tokens * shape.d_model * width * share  # of one all-gather or reduce-scatter
     norm = 2 * shape.d_model * width * share if sequence else 0.0
     heads = 2 * 2 * shape.head_dim * width * share if shape.qk_norm else 0.0
-    learned = [2 * 4 * layer.learned_by_layer * share for layer in shape.ffn]  # in fp32
+    learned = [2 * 4 * layer.learned_per_layer * share for layer in shape.ffn]  # in fp32
     layer = (10 if sequence else 8) * unit + (4 * unit if recompute else 0.0) + 2 * norm + heads
     return {
         "embedding": 2 * unit,
@@ -240,7 +250,7 @@ def zero_traffic(
 def rank_parameters(shape: Shape, tensor: int) -> int:
     """Return the parameters of a tensor rank: its share of the matrices, and all that is not cut."""
     counts = parameters(shape)
-    kept = counts["norms"] + sum(layer.learned_by_layer for layer in shape.ffn)
+    kept = counts["norms"] + sum(layer.learned_per_layer for layer in shape.ffn)
     return kept + (sum(counts.values()) - kept) // tensor
 
 

@@ -91,15 +91,14 @@ class Layout:
 
 def layout_of(shape: Shape) -> Layout:
     """Return the class that holds a decoder of this shape: a native one if it computes the same from the same numbers."""
-    arms = [parse(ffn.arm.formula, ffn.arm.parameters) for ffn in shape.ffn]
-    found = [recognise(arm) for arm in arms]
+    found = [recognise(ffn.formula) for ffn in shape.ffn]
     alike = all(one == found[0] for one in found) and len({ffn.d_ff for ffn in shape.ffn}) == 1
     # The native classes refuse a d_model that the heads do not divide, even where head_dim is given.
     if found[0] is None or not alike or shape.qk_norm or shape.d_model % shape.n_heads:
         return Layout(FORMULA)
     hidden_act, learned = found[0]
     stored = {ours: ACTIVATIONS[hidden_act].learned[theirs][0] for ours, theirs in learned.items()}
-    return Layout(LLAMA if arms[0].gated else ARCEE, hidden_act, stored)
+    return Layout(LLAMA if shape.ffn[0].formula.gated else ARCEE, hidden_act, stored)
 
 
 def recognise(formula: Formula) -> tuple[str, dict[str, str]] | None:

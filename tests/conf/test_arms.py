@@ -6,14 +6,15 @@ import pytest
 
 from conf.arms import layer_arms
 from conf.errors import UserError
-from conf.load import choices, load
+from conf.keys import choices
+from conf.load import load
 from conf.validate import validate
 
 
 def arms(*words: str) -> list:
     config = load(["steps=1", *words])
     validate(config, 1)
-    return layer_arms(config)
+    return [arm.config for arm in layer_arms(config)]
 
 
 def test_every_layer_has_the_same_arm_unless_told_otherwise():

@@ -169,16 +169,20 @@ def test_the_initial_output_is_that_of_swiglu_whatever_the_arm():
     assert layer(init_scale=0.3).down_scale == 0.3
 
 
+def shape_of_arm(arm: FFNConfig) -> FFNShape:
+    return FFNShape(arm, parse(arm.formula, arm.parameters), 8)
+
+
 def test_an_arm_whose_gradient_is_zero_says_so():
-    shape = FFNShape(FFNConfig(name="threshold", formula="where(x >= 0, 1, 0)"), 8, 2, 0)
+    shape = shape_of_arm(FFNConfig(name="threshold", formula="where(x >= 0, 1, 0)"))
     assert check_arms((shape,), *CPU) == [
         "ffn=threshold: the gradient of where(x >= 0, 1, 0) is 0 everywhere, so ffn.up learns nothing"
     ]
-    assert check_arms((FFNShape(FFNConfig(), 8, 3, 0),), *CPU) == []
+    assert check_arms((shape_of_arm(FFNConfig()),), *CPU) == []
 
 
 def test_a_formula_that_overflows_is_refused():
-    shape = FFNShape(FFNConfig(name="custom", formula="exp(x) / (1 + exp(x))"), 8, 2, 0)
+    shape = shape_of_arm(FFNConfig(name="custom", formula="exp(x) / (1 + exp(x))"))
     with pytest.raises(UserError, match=r"gives nan in 32-bit arithmetic at x = 100, where it is 1"):
         check_arms((shape,), *CPU)
 
@@ -186,13 +190,13 @@ def test_a_formula_that_overflows_is_refused():
 def test_an_arm_that_gives_nothing_to_derive_its_scale_from_is_refused():
     never = FFNConfig(name="custom", formula="relu(x - 100)")
     with pytest.raises(UserError, match=r"the root mean square of relu.x - 100. is 0, .* give ffn.init_scale"):
-        check_arms((FFNShape(never, 8, 2, 0),), *CPU)
+        check_arms((shape_of_arm(never),), *CPU)
     never.init_scale = 1.0
-    assert check_arms((FFNShape(never, 8, 2, 0),), *CPU) == []
+    assert check_arms((shape_of_arm(never),), *CPU) == []
 
 
 def test_a_backend_that_cannot_serve_is_refused():
-    shape = FFNShape(FFNConfig(backend="c"), 8, 3, 0)
+    shape = shape_of_arm(FFNConfig(backend="c"))
     with pytest.raises(
         UserError, match=r"ffn.backend=c: the C backend computes fp32 and bf16 on a CPU, not torch.float16"
     ):
