@@ -1,6 +1,6 @@
 """Train a LLaMA-style decoder: `deepspeed train.py ffn=swiglu` (also under torchrun, srun, and plain python).
 
-Parse, validate, train. `python train.py --help` lists every key; the same command again goes on where it stopped.
+Parse, validate, train. `python train.py --help` lists every key. Running the same command again resumes a stopped run.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from conf.load import load, run_command
 
 
 def main(argv: list[str]) -> int:
+    """Train with the overrides in `argv`, or once per combination with `--multirun`; return the exit status."""
     from launch.launchers import Launchers
     from launch.multirun import FLAGS, multirun
     from launch.ranks import export, find_ranks, take_local_rank
 
-    if any(word in FLAGS for word in argv):
-        return multirun([word for word in argv if word not in FLAGS])
+    if any(argument in FLAGS for argument in argv):
+        return multirun([argument for argument in argv if argument not in FLAGS])
     launchers = Launchers()
     launchers.listen()
     argv, local_rank = take_local_rank(argv)
@@ -35,4 +36,4 @@ if __name__ == "__main__":
     try:
         run_command(main)
     except SystemExit as end:
-        leave(end.code)  # type: ignore[arg-type]
+        leave(end.code if isinstance(end.code, int) else 1)  # run_command's is a number

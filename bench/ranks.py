@@ -66,7 +66,7 @@ def as_rank(measure: Callable[[Ranks], Any]) -> NoReturn:
 def engine_of(words: list[str], ranks: Ranks) -> tuple[Any, Batch, Shape]:
     """Build the engine of a configuration whose vocabulary is `tokenizer.vocab_size`; no corpus is read."""
     from training import machine
-    from training.engine import Engine, join_mesh
+    from training.engine import Engine, mesh_from_config
 
     config = load(words)
     batch = validate(config, ranks.world_size)
@@ -75,7 +75,7 @@ def engine_of(words: list[str], ranks: Ranks) -> tuple[Any, Batch, Shape]:
     device = machine.find_device(ranks)
     dtype = machine.find_dtype(config, device)
     attention = choose(config.model.attention, device, dtype, config.sequence_length)
-    mesh = join_mesh(config.parallel)
+    mesh = mesh_from_config(config.parallel)
     return Engine(config, batch, shape, device, dtype, attention, None, mesh), batch, shape
 
 

@@ -62,7 +62,7 @@ def compilers(tmp_path_factory) -> dict[str, str]:
     return watched(tmp_path_factory.mktemp("watched") / "bin", work=True)
 
 
-def words_of(corpus: Path, runs: Path, name: str, **changes) -> list[str]:
+def arguments_of(corpus: Path, runs: Path, name: str, **changes) -> list[str]:
     settings = {"steps": STEPS, "save_every": 4, "eval_every": 20, "run": name} | changes
     return [str(TRAIN), *overrides(corpus, runs, **settings)]
 
@@ -101,9 +101,9 @@ def assert_same_run(run: Path, other: Path) -> None:
 class Started:
     """A command whose output can be read to a certain line: it cannot get far ahead, since its pipe holds one page."""
 
-    def __init__(self, *words: str, **variables: str) -> None:
+    def __init__(self, *arguments: str, **variables: str) -> None:
         self.process = subprocess.Popen(
-            [str(word) for word in words], cwd=ROOT, env=environment(**variables),
+            [str(word) for word in arguments], cwd=ROOT, env=environment(**variables),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, bufsize=0,
         )  # fmt: skip
         # About 40 lines of steps; the test acts long before the last of 60.
@@ -134,7 +134,7 @@ def runs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def whole(corpus, runs, compilers) -> tuple[Path, Result]:
     """A run by plain python that nothing interrupted."""
-    result = command(sys.executable, *words_of(corpus, runs, "whole"), **compilers)
+    result = command(sys.executable, *arguments_of(corpus, runs, "whole"), **compilers)
     assert result.status == 0, result.err
     return runs / "whole", result
 
@@ -151,8 +151,8 @@ def test_nothing_is_built_but_the_kernels_of_the_model(compilers):
 
 
 def test_without_a_compiler_it_trains_all_the_same(whole, corpus, runs, tmp_path):
-    words = words_of(corpus, runs, "no-compiler", steps=3, eval_every=0, save_every=0)
-    result = command(*launched("torchrun"), *words, **watched(tmp_path / "bin", work=False))
+    arguments = arguments_of(corpus, runs, "no-compiler", steps=3, eval_every=0, save_every=0)
+    result = command(*launched("torchrun"), *arguments, **watched(tmp_path / "bin", work=False))
     assert result.status == 0, result.err
     sentence = "warning: no C kernels, slower plain PyTorch computes instead: "
     assert result.out.count(sentence) == 1
@@ -209,7 +209,7 @@ def test_checkpoints_kept_are_the_last_two_and_the_best(whole):
 def test_a_finished_run_is_left_as_it_is(whole, corpus):
     run, _ = whole
     before = contents(run)
-    result = command(sys.executable, *words_of(corpus, run.parent, "whole"))
+    result = command(sys.executable, *arguments_of(corpus, run.parent, "whole"))
     assert (result.status, result.err) == (0, "")
     assert f"has finished its {STEPS} steps: there is nothing to do" in result.out
     assert contents(run) == before
@@ -218,8 +218,8 @@ def test_a_finished_run_is_left_as_it_is(whole, corpus):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(whole, corpus, runs, number):
     name = signal.Signals(number).name
-    words = words_of(corpus, runs, name)
-    started = Started(sys.executable, *words)
+    arguments = arguments_of(corpus, runs, name)
+    started = Started(sys.executable, *arguments)
     started.until("step  9/60")  # the checkpoint of step 4 is on disk before the one of step 8 begins
     started.process.send_signal(number)
     result = started.end()
@@ -232,13 +232,13 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(whole, corpus, ru
         done = summary(run)["steps"]
         assert summary(run)["status"] == "stopped"
         assert 9 <= done < STEPS
-        assert f"{name}: stopped after step {done}; the same command goes on from here" in result.out
+        assert f"{name}: stopped after step {done}; the same command resumes the run" in result.out
         newest, _ = newest_intact(run / "checkpoints")
         assert newest.name == f"step_{done:08d}"
         assert metrics(run, "train")[-1]["step"] == done
-    result = command(sys.executable, *words)
+    result = command(sys.executable, *arguments)
     assert result.status == 0, result.err
-    assert "going on with" in result.out
+    assert "resuming " in result.out
     assert_same_run(run, whole[0])
     assert [line["step"] for line in metrics(run, "train")] == list(range(1, STEPS + 1))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -255,26 +255,26 @@ def aborting(tmp_path) -> dict[str, str]:
 
 
 def test_what_happens_while_the_interpreter_ends_does_not_change_the_status(whole, corpus, runs, aborting):
-    words = words_of(corpus, runs, whole[0].name)
-    assert command(sys.executable, *words, **aborting).status == 0
-    assert command(sys.executable, *words, "steps=no", **aborting).status == 2
-    words = words_of(corpus, runs, "stopped-aborting", save_every=0)
-    started = Started(sys.executable, *words, **aborting)
+    arguments = arguments_of(corpus, runs, whole[0].name)
+    assert command(sys.executable, *arguments, **aborting).status == 0
+    assert command(sys.executable, *arguments, "steps=no", **aborting).status == 2
+    arguments = arguments_of(corpus, runs, "stopped-aborting", save_every=0)
+    started = Started(sys.executable, *arguments, **aborting)
     started.until("step  6/60")
     started.process.send_signal(signal.SIGTERM)
     assert started.end().status == 0
 
 
 def test_an_evaluation_that_a_stop_left_out_is_made_up_for(corpus, runs):
-    words = words_of(corpus, runs, "made-up", steps=30, eval_every=1, save_every=0)
-    started = Started(sys.executable, *words)
+    arguments = arguments_of(corpus, runs, "made-up", steps=30, eval_every=1, save_every=0)
+    started = Started(sys.executable, *arguments)
     started.until("step  6/30")
     started.process.send_signal(signal.SIGTERM)
     assert started.end().status == 0
     run = runs / "made-up"
     done = summary(run)["steps"]
     assert [line["step"] for line in metrics(run, "eval")] == list(range(1, done))
-    assert command(sys.executable, *words).status == 0
+    assert command(sys.executable, *arguments).status == 0
     assert [line["step"] for line in metrics(run, "eval")] == list(range(1, 31))
 
 
@@ -282,7 +282,7 @@ def test_killed_between_its_last_checkpoint_and_its_summary(whole, corpus):
     run, _ = whole
     before, ended = contents(run), summary(run)
     (run / "summary.json").unlink()
-    result = command(sys.executable, *words_of(corpus, run.parent, "whole"))
+    result = command(sys.executable, *arguments_of(corpus, run.parent, "whole"))
     assert result.status == 0, result.err
     assert {key: value for key, value in summary(run).items() if key != "wall_seconds"} == {
         key: value for key, value in ended.items() if key != "wall_seconds"
@@ -305,7 +305,7 @@ def launched(launcher: str) -> list[str]:
 @pytest.fixture(scope="session")
 def by_deepspeed(corpus, runs, compilers) -> tuple[Path, Result]:
     """A run by the deepspeed launcher that nothing interrupted."""
-    result = command(*launched("deepspeed"), *words_of(corpus, runs, "deepspeed", zero=2), **compilers)
+    result = command(*launched("deepspeed"), *arguments_of(corpus, runs, "deepspeed", zero=2), **compilers)
     assert result.status == 0, result.out + result.err
     return runs / "deepspeed", result
 
@@ -338,8 +338,8 @@ def members(started: Started) -> Iterator[psutil.Process]:
     ("launcher", "how"), [("deepspeed", "Ctrl-C"), ("deepspeed", "SIGTERM"), ("torchrun", "SIGTERM")]
 )
 def test_a_stopped_launcher_leaves_a_checkpoint_and_no_process(by_deepspeed, corpus, runs, launcher, how):
-    words = words_of(corpus, runs, f"{how}-{launcher}", zero=2)
-    started = Started(*launched(launcher), *words)
+    arguments = arguments_of(corpus, runs, f"{how}-{launcher}", zero=2)
+    started = Started(*launched(launcher), *arguments)
     started.until("step  6/60")
     family = list(members(started))
     if how == "SIGTERM":  # `deepspeed` dies of it at once and passes nothing on: the ranks see that it has ended
@@ -356,25 +356,25 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_no_process(by_deepspeed, cor
     assert summary(run)["status"] == "stopped", result.out + result.err
     assert newest_intact(run / "checkpoints")[0].name == f"step_{done:08d}"
     if (launcher, how) == ("deepspeed", "SIGTERM"):  # and the other launcher goes on with it
-        result = command(*launched("torchrun"), *words)
+        result = command(*launched("torchrun"), *arguments)
         assert result.status == 0, result.out + result.err
         assert_same_run(run, by_deepspeed[0])
 
 
 def test_a_run_of_tensor_ranks_goes_on_as_one_process(corpus, runs):
-    """No conversion between: the same command, with other words for the ranks."""
+    """No conversion between: the same command, with other arguments for the ranks."""
     width = {"model__d_ff": 44, "optim__eps": 1e-4}
-    one = command(sys.executable, *words_of(corpus, runs, "not-shared", **width))
+    one = command(sys.executable, *arguments_of(corpus, runs, "not-shared", **width))
     assert one.status == 0, one.out + one.err
     shared = {"zero": 3, "parallel__tensor": 2, "parallel__sequence": "true"}
-    started = Started(*launched("deepspeed"), *words_of(corpus, runs, "shared", **width, **shared))
+    started = Started(*launched("deepspeed"), *arguments_of(corpus, runs, "shared", **width, **shared))
     started.until("step  6/60")
     started.process.send_signal(signal.SIGTERM)
     result = started.end()
     run = runs / "shared"
     assert summary(run)["status"] == "stopped", result.out + result.err
-    assert "parallel       tensor 2 with sequence x data 1" in result.out
-    result = command(sys.executable, *words_of(corpus, runs, "shared", **width))
+    assert "tensor 2 with sequence x data 1" in result.out
+    result = command(sys.executable, *arguments_of(corpus, runs, "shared", **width))
     assert result.status == 0, result.out + result.err
     assert_close(losses(run), losses(runs / "not-shared"))
     for key in (
@@ -393,24 +393,24 @@ def test_a_run_of_tensor_ranks_goes_on_as_one_process(corpus, runs):
 
 def test_a_run_that_diverges_fails(corpus, runs):
     # A rate that overflows the weights: no later step has a finite gradient.
-    words = words_of(corpus, runs, "diverged", optim__lr="1e38", schedule__warmup=0, eval_every=0, save_every=0)
-    result = command(sys.executable, *words)
+    arguments = arguments_of(corpus, runs, "diverged", optim__lr="1e38", schedule__warmup=0, eval_every=0, save_every=0)
+    result = command(sys.executable, *arguments)
     run = runs / "diverged"
     assert result.status == 1
-    assert "20 steps in a row had no finite gradient: the run has diverged" in result.err
+    assert "the run has diverged: the gradients of 20 steps in a row were not finite" in result.err
     assert summary(run)["status"] == "failed"
     assert summary(run)["final_eval_loss"] is None
     skipped = [line["step"] for line in metrics(run, "event") if line["event"] == "skipped_step"]
     assert len(skipped) == 20
-    assert result.out.count("had a gradient that is not finite and was skipped") == 20
+    assert result.out.count("was skipped: its gradient is not finite") == 20
     assert not list(checkpoints(run / "checkpoints"))
 
 
 def test_a_last_save_that_fails_fails_the_run_on_every_rank(whole, corpus, runs):
     # No file may grow beyond 200 KiB: metrics do not, a checkpoint does.
     name = "too-large"
-    words = words_of(corpus, runs, name, zero=1, steps=10, save_every=4, eval_every=0)
-    result = command("bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *launched("torchrun"), *words)
+    arguments = arguments_of(corpus, runs, name, zero=1, steps=10, save_every=4, eval_every=0)
+    result = command("bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *launched("torchrun"), *arguments)
     run = runs / name
     assert result.status == 1
     assert result.out.count("the checkpoint of step 4 could not be saved: ") == 1
@@ -424,15 +424,15 @@ def test_a_last_save_that_fails_fails_the_run_on_every_rank(whole, corpus, runs)
     assert (summary(run)["status"], summary(run)["final_eval_loss"]) == ("failed", None)
     assert list((run / "checkpoints").iterdir()) == []
     # With room again, the same command trains it.
-    result = command(sys.executable, *words)
+    result = command(sys.executable, *arguments)
     assert result.status == 0, result.err
     assert summary(run)["status"] == "finished"
 
 
 def test_a_generated_text_is_a_function_of_the_seed(whole):
     run, _ = whole
-    words = [sys.executable, "-m", "model.generate", f"run={run}", "prompt=ab", "tokens=6"]
-    first, second = command(*words), command(*words)
+    arguments = [sys.executable, "-m", "model.generate", f"run={run}", "prompt=ab", "tokens=6"]
+    first, second = command(*arguments), command(*arguments)
     assert first == second
     assert first.status == 0
     assert first.out.startswith("ab")

@@ -1,12 +1,13 @@
-"""Saving and loading under ZeRO and tensor parallelism; the format, which knows no topology, is `model/weights.py`.
+"""Save and load checkpoints under ZeRO and tensor parallelism. The format, independent of topology, is in `model/weights.py`.
 
-DeepSpeed's own files are pickles tied to a ZeRO stage and to a number of ranks, and it names the newest before all ranks have
-written. Its universal checkpoint gives every parameter group the first one's weight decay under ZeRO-3, and does not load into
-tensor ranks there. PyTorch's distributed checkpoint needs DTensors, which ZeRO's partitions are not. So each rank copies what
-it holds of the fp32 masters and of the optimizer's moments to host memory, through the fragments that ZeRO itself works on:
-training waits for that copy only. A thread then writes it to a file, all ranks at once and without a word between them but
-whether it succeeded; when all files are synced, rank 0 adds the index and renames the folder: one called `step_N` is
-complete. bf16 weights are not stored, they are the masters rounded.
+DeepSpeed's own files are pickles tied to a ZeRO stage and a number of ranks, and it names the newest checkpoint before all
+ranks have written theirs. Its universal checkpoint gives every parameter group the first one's weight decay under ZeRO-3, and
+does not load into tensor ranks there. PyTorch's distributed checkpoint requires DTensors, which ZeRO's partitions are not.
+
+So each rank copies its fragments of the fp32 masters and of the optimizer's moments to host memory, which is all that training
+waits for. A thread then writes them to a file. All ranks write at once and communicate only whether they succeeded. When all
+files are synced, rank 0 adds the index and renames the folder, so a folder called `step_N` is complete. bf16 weights are not
+stored: they are the masters, rounded.
 """
 
 from __future__ import annotations
@@ -45,155 +46,176 @@ from model.weights import (
     write_tensors,
 )
 from training.engine import Engine
+from training.zero import fragment_mapping, stage_3_parameter
+
+NamedPieces = list[tuple[str, Piece]]  # (parameter's name, the piece of it that a rank stores)
 
 
 @dataclasses.dataclass(frozen=True)
-class Saved:
+class SaveResult:
     """How a save ended; the same on every rank."""
 
     step: int
     path: Path
-    failure: str  # why there is no checkpoint; "" is none
-    warning: str  # older ones that could not be removed
-    waited_seconds: float  # for how long training stood still
-    seconds: float  # until it was complete
+    failure: str  # why there is no checkpoint; "": it was saved
+    warning: str  # why older checkpoints could not be removed; "": they were
+    blocked_seconds: float  # for which training stood still
+    seconds: float  # until the checkpoint was complete
 
 
 class Saver:
-    """Saves checkpoints of a run beside its training, one at a time. Every rank has one, and calls its methods together.
+    """Save checkpoints of a run in the background, one at a time. Every rank has a saver; all call its methods together.
 
     Args:
-        folder: that of the run's checkpoints.
-        exchange: with the savers of the other ranks.
-        keep_last: how many of the newest are kept, beside the best one; None: all.
+        folder: holds the run's checkpoints.
+        collectives: those that the savers of all ranks communicate through.
+        keep_last: how many of the newest checkpoints to keep, beside the best one; None: all.
     """
 
-    def __init__(self, engine: Engine, folder: Path, exchange: Exchange, keep_last: int | None = None) -> None:
+    def __init__(
+        self, engine: Engine, folder: Path, collectives: CheckpointCollectives, keep_last: int | None = None
+    ) -> None:
         self.engine, self.folder, self.keep_last = engine, folder, keep_last
-        self._exchange = exchange
-        self._host: dict[str, Tensor] = {}
+        self._collectives = collectives
+        self._host_buffers: dict[str, Tensor] = {}  # reused by every save
         self._thread: threading.Thread | None = None
-        self._ended: Saved | BaseException | None = None
+        self._result: SaveResult | BaseException | None = None
 
-    def begin(self, state: dict[str, Any]) -> None:
-        """Copy what this rank holds to host memory, and begin to write it as `step_N` for N = state["step"].
+    def start(self, state: dict[str, Any]) -> None:
+        """Copy this rank's fragments to host memory, and start to write them as `step_N` for N = state["step"].
 
-        The save before must have ended.
+        The result of the previous save must have been taken.
 
         Args:
-            state: what else must be known to go on, as JSON.
+            state: what else is needed to resume, as JSON.
         """
-        assert self._thread is None, "the save before has not been asked for its end"
-        began = time.perf_counter()
-        if not _inner(self.engine).state:  # no step was applied yet
-            _make_optimizer_state(self.engine, 0)
-        _link(self.engine)
-        pieces, tensors = self._copy()
+        assert self._thread is None, "the result of the previous save has not been taken"
+        started = time.perf_counter()
+        if not _inner_optimizer(self.engine).state:  # no step has been applied yet
+            _create_optimizer_state(self.engine, 0)
+        _link_optimizer_state(self.engine)
+        pieces, tensors = self._copy_to_host()
         state = {**state, "optimizer_steps": _optimizer_steps(self.engine)}
-        waited = time.perf_counter() - began
-        self._thread = threading.Thread(target=self._run, args=(pieces, tensors, state, began, waited), daemon=True)
+        blocked_seconds = time.perf_counter() - started
+        arguments = (pieces, tensors, state, started, blocked_seconds)
+        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True)
         self._thread.start()
 
-    def ended(self, wait: bool = False) -> Saved | None:
-        """Return how the last save ended, once; None while it goes on, unless `wait`, and when there is none."""
+    def take_result(self, wait: bool = False) -> SaveResult | None:
+        """Return the result of the last save, once; None if there is none, or, without `wait`, if it is still running."""
         if self._thread is None or (self._thread.is_alive() and not wait):
             return None
         self._thread.join()
-        self._thread, ended = None, self._ended
-        if isinstance(ended, BaseException):
-            raise ended
-        return ended
+        self._thread, result = None, self._result
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
-    def _copy(self) -> tuple[list[tuple[str, Piece]], dict[str, Tensor]]:
-        """Return this rank's pieces, and what they hold in host memory that the next save is going to use again."""
-        tensor, replica, rank = self.engine.mesh.tensor, self.engine.mesh.replicas.rank, dist.get_rank()
+    def _copy_to_host(self) -> tuple[NamedPieces, dict[str, Tensor]]:
+        """Return the pieces that this rank stores, and their tensors in host buffers that the next save overwrites."""
+        tensor, data_context_rank, rank = self.engine.mesh.tensor, self.engine.mesh.replicas.rank, dist.get_rank()
         pieces, tensors = [], {}
         on_gpu = self.engine.device.type == "cuda"
-        for part in _parts(self.engine):
-            other_has_it = (tensor.rank and cut_of(part.parameter) is None) or (self.engine.stage == 0 and replica)
-            if not part.size or other_has_it:
+        for fragment in _fragments(self.engine):
+            replicated = cut_of(fragment.parameter) is None
+            stored_elsewhere = (tensor.rank and replicated) or (self.engine.stage == 0 and data_context_rank)
+            if not fragment.size or stored_elsewhere:
                 continue
-            pieces.append((part.name, Piece(tensor.rank, part.start, part.size, rank)))
+            pieces.append((fragment.name, Piece(tensor.rank, fragment.start, fragment.size, rank)))
             for key in ("", *MOMENTS):
-                name, values = stored_name(part.name, key), part.read(key)
-                if name not in self._host:
-                    shape = part.shape if part.size == part.shape.numel() else (part.size,)
-                    self._host[name] = torch.empty(shape, dtype=torch.float32, pin_memory=on_gpu)
-                tensors[name] = self._host[name].copy_(values.view(self._host[name].shape), non_blocking=on_gpu)
+                name, values = stored_name(fragment.name, key), fragment.read(key)
+                if name not in self._host_buffers:
+                    complete = fragment.size == fragment.shape.numel()
+                    shape = fragment.shape if complete else (fragment.size,)
+                    self._host_buffers[name] = torch.empty(shape, dtype=torch.float32, pin_memory=on_gpu)
+                buffer = self._host_buffers[name]
+                tensors[name] = buffer.copy_(values.view(buffer.shape), non_blocking=on_gpu)
         if on_gpu:
             torch.cuda.synchronize(self.engine.device)
         return pieces, tensors
 
     def _run(
-        self, pieces: list, tensors: dict[str, Tensor], state: dict[str, Any], began: float, waited: float
+        self,
+        pieces: NamedPieces,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        started: float,
+        blocked_seconds: float,
     ) -> None:
         path, warning = self.folder / f"step_{state['step']:08d}", ""
         try:
-            failure = self._write(path, pieces, tensors, state)
-            if not failure and self.keep_last is not None and dist.get_rank() == 0:
-                warning = _attempt(lambda: prune(self.folder, self.keep_last))
-            self._ended = Saved(state["step"], path, failure, warning, waited, time.perf_counter() - began)
-        except BaseException as error:  # nothing of the disk's: it is raised where the run asks for the end
-            self._ended = error
+            failure, keep_last = self._write(path, pieces, tensors, state), self.keep_last
+            if not failure and keep_last is not None and dist.get_rank() == 0:
+                warning = _os_error_of(lambda: prune(self.folder, keep_last))
+            seconds = time.perf_counter() - started
+            self._result = SaveResult(state["step"], path, failure, warning, blocked_seconds, seconds)
+        except BaseException as error:  # not an error of the disk: `take_result` raises it in the training thread
+            self._result = error
 
-    def _write(self, path: Path, pieces: list, tensors: dict[str, Tensor], state: dict[str, Any]) -> str:
-        """Write the checkpoint together with the other ranks; return why there is none, or ""."""
-        rank, tell = dist.get_rank(), self._exchange
-        temporary, entry = path.with_name(f".{path.name}.tmp"), {}
+    def _write(self, path: Path, pieces: NamedPieces, tensors: dict[str, Tensor], state: dict[str, Any]) -> str:
+        """Write the checkpoint together with the other ranks; return why that failed, or ""."""
+        rank, collectives = dist.get_rank(), self._collectives
+        temporary = path.with_name(f".{path.name}.tmp")
+        manifest_entry: dict[str, Any] = {}
+        gathered: list[tuple[dict[str, Any], NamedPieces]] = []  # by rank
 
-        def begin() -> None:
-            _sweep(self.folder, path)
+        def create_folder() -> None:
+            _remove_leftovers(self.folder, path)
             temporary.mkdir(parents=True)
 
-        def write() -> None:
-            entry.update(write_tensors(temporary / file_of(rank), tensors))
+        def write_own_tensors() -> None:
+            manifest_entry.update(write_tensors(temporary / file_of(rank), tensors))
 
         def commit() -> None:
-            size = self.engine.mesh.tensor.size
-            index = {name: index_entry(p, size) for name, p in self.engine.module.named_parameters()}
-            for _, said in told:
-                for name, piece in said:
+            tensor_ranks = self.engine.mesh.tensor.size
+            index = {name: index_entry(p, tensor_ranks) for name, p in self.engine.module.named_parameters()}
+            for _, rank_pieces in gathered:
+                for name, piece in rank_pieces:
                     index[name]["pieces"].append(piece)
-            files = {file_of(number): entry for number, (entry, _) in enumerate(told)}
+            files = {file_of(number): entry for number, (entry, _) in enumerate(gathered)}
             write_rest(temporary, index, state, files)
             publish(temporary, path)
 
-        failure = tell.first(_attempt(begin) if rank == 0 else "")
+        failure = collectives.first_failure(_os_error_of(create_folder) if rank == 0 else "")
         if not failure:
-            failure = tell.first(_attempt(write))
+            failure = collectives.first_failure(_os_error_of(write_own_tensors))
         if not failure:
-            told = tell.to_rank_0((entry, pieces))
-            failure = tell.first(_attempt(commit) if rank == 0 else "")
+            gathered = collectives.gather_to_rank_0((manifest_entry, pieces))
+            failure = collectives.first_failure(_os_error_of(commit) if rank == 0 else "")
         if failure and rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         return failure
 
 
-class Exchange:
-    """Words between all ranks, spoken by a thread of their own while training goes on."""
+class CheckpointCollectives:
+    """Gloo collectives issued from the checkpoint thread, while training continues."""
 
     def __init__(self) -> None:
         self._size = dist.get_world_size()
-        # On GPUs too the words are the host's: NCCL's streams belong to training.
-        self._group = dist.new_group(backend="gloo") if self._size > 1 else None
+        # Gloo on GPUs too: NCCL's streams belong to training.
+        self._group: dist.ProcessGroup | None = None
+        if self._size > 1:
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+            self._group = group
 
-    def first(self, word: str) -> str:
-        """Return the first word that is not empty, the same on every rank. Collective."""
-        told: list[Any] = [word] * self._size
+    def first_failure(self, message: str) -> str:
+        """Return the first rank's message that is not empty, or ""; the same on every rank. Collective."""
+        messages: list[Any] = [message] * self._size
         if self._group is not None:
-            dist.all_gather_object(told, word, group=self._group)
-        return next(filter(None, told), "")
+            dist.all_gather_object(messages, message, group=self._group)
+        return next(filter(None, messages), "")
 
-    def to_rank_0(self, word: Any) -> list[Any]:
-        """Return, on rank 0, what each said. Collective."""
-        told: list[Any] = [word] * self._size
+    def gather_to_rank_0(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in order, on rank 0; other ranks must not use the result. Collective."""
+        values: list[Any] = [value] * self._size
         if self._group is not None:
-            dist.gather_object(word, told if dist.get_rank() == 0 else None, group=self._group)
-        return told
+            dist.gather_object(value, values if dist.get_rank() == 0 else None, group=self._group)
+        return values
 
 
-def _attempt(action: Callable[[], None]) -> str:
-    """Return why the operating system refused, or ""."""
+def _os_error_of(action: Callable[[], None]) -> str:
+    """Run `action`; return the message of the OSError that it raised, or ""."""
     try:
         action()
     except OSError as error:
@@ -202,152 +224,158 @@ def _attempt(action: Callable[[], None]) -> str:
 
 
 def load(engine: Engine, folder: Path) -> dict[str, Any]:
-    """Put a checkpoint's weights and optimizer state into the engine, and return the state it was saved with.
+    """Load a checkpoint's weights and optimizer state into the engine; return the state it was saved with. Collective.
 
-    Every rank must call it together; each reads what it needs from the shared files.
+    Each rank reads what it needs from the shared files.
 
     Raises:
         UserError: the checkpoint is of another model or format.
     """
     reader = CheckpointReader(folder)
-    _make_optimizer_state(engine, reader.state["optimizer_steps"])
+    _create_optimizer_state(engine, reader.state["optimizer_steps"])
     keys = ("", *MOMENTS) if reader.has_optimizer_state else ("",)
     tensor = engine.mesh.tensor
     with torch.no_grad():
-        for part in _parts(engine):
-            where = cut_of(part.parameter), tensor.rank, tensor.size
-            for key in keys if part.size else ():
-                part.write(key, reader.run(part.name, key, *where, part.start, part.start + part.size))
-            # Stages 1 and 2 have all of the weight on every replica, stage 3 that of a small parameter.
-            if engine.stage in (1, 2) or (engine.stage == 3 and part.parameter.numel() == part.shape.numel()):
-                whole = reader.run(part.name, "", *where, 0, part.shape.numel())
-                part.parameter.data.copy_(whole.view(part.shape))
+        for fragment in _fragments(engine):
+            name, parameter, numel = fragment.name, fragment.parameter, fragment.shape.numel()
+            shard = cut_of(parameter), tensor.rank, tensor.size
+            if fragment.size:
+                for key in keys:
+                    fragment.write(key, reader.run(name, key, *shard, fragment.start, fragment.start + fragment.size))
+            # Under stages 1 and 2 each data x context rank holds the whole weight; under stage 3, that of a small parameter.
+            if engine.stage in (1, 2) or (engine.stage == 3 and parameter.numel() == numel):
+                weight = reader.run(name, "", *shard, 0, numel)
+                parameter.data.copy_(weight.view(fragment.shape))
     return reader.state
 
 
 def prune(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the one with the lowest held-out loss."""
-    found = list(checkpoints(folder))
+    """Delete all checkpoints but the newest `keep_last` and the one with the lowest held-out loss."""
+    newest_first = list(checkpoints(folder))
     losses = {}
-    for path in found:
+    for path in newest_first:
         with contextlib.suppress(OSError, ValueError):
             losses[path] = json.loads((path / "state.json").read_text(encoding="utf-8")).get("eval_loss")
-    measured = {path: loss for path, loss in losses.items() if loss is not None}
-    best = min(measured, key=measured.__getitem__) if measured else None
-    for path in found[keep_last:]:
+    evaluated = {path: loss for path, loss in losses.items() if loss is not None}
+    best = min(evaluated, key=evaluated.__getitem__) if evaluated else None
+    for path in newest_first[keep_last:]:
         if path != best:
-            doomed = path.with_name("." + path.name + ".old")
-            path.rename(doomed)  # first, so that a half-deleted one is never taken for a checkpoint
-            shutil.rmtree(doomed)
+            renamed = path.with_name("." + path.name + ".old")
+            path.rename(renamed)  # first, so that a half-deleted folder is never taken for a checkpoint
+            shutil.rmtree(renamed)
 
 
-def _sweep(folder: Path, path: Path) -> None:
-    """Remove what an earlier process left unfinished, and a damaged checkpoint of the same step."""
-    for left in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old")):
-        shutil.rmtree(left, ignore_errors=True)
+def _remove_leftovers(folder: Path, path: Path) -> None:
+    """Remove what an interrupted process left unfinished, and move a damaged checkpoint of the same step out of the way."""
+    for leftover in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old")):
+        shutil.rmtree(leftover, ignore_errors=True)
     if path.exists():
         path.rename(path.with_name("." + path.name + ".old"))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """What this rank holds of a parameter: `size` elements from `start` on of its flattened tensor of `shape`.
+class _Fragment:
+    """The elements of a parameter that this rank holds: `size` from `start` on, of the flattened tensor of `shape`.
 
-    read(key) returns them, flat and in fp32, of the master weight (key "") or of a moment; write(key, values) puts them there.
+    `read(key)` returns them, flat and in fp32, of the master weight (key "") or of a moment. `write(key, values)` sets them.
     """
 
     name: str
     parameter: nn.Parameter
-    shape: torch.Size
+    shape: torch.Size  # of this tensor rank's shard
     start: int
     size: int
     read: Callable[[str], Tensor]
     write: Callable[[str, Tensor], None]
 
 
-def _parts(engine: Engine) -> Iterator[_Part]:
-    """Yield this rank's part of every parameter."""
-    kind = {0: _unpartitioned, 3: _of_stage_3}.get(engine.stage, _of_stages_1_and_2)
+def _fragments(engine: Engine) -> Iterator[_Fragment]:
+    """Yield this rank's fragment of every parameter."""
+    make = {0: _stage_0_fragment, 3: _stage_3_fragment}.get(engine.stage, _stage_1_or_2_fragment)
     for name, parameter in engine.module.named_parameters():
-        yield kind(engine, name, parameter)
+        yield make(engine, name, parameter)
 
 
-def _unpartitioned(engine: Engine, name: str, parameter: nn.Parameter) -> _Part:
+def _stage_0_fragment(engine: Engine, name: str, parameter: nn.Parameter) -> _Fragment:
     def read(key: str) -> Tensor:
         return (engine.optimizer.state[parameter][key] if key else parameter.data).view(-1)
 
     def write(key: str, values: Tensor) -> None:
         read(key).copy_(values)
 
-    return _Part(name, parameter, parameter.shape, 0, parameter.numel(), read, write)
+    return _Fragment(name, parameter, parameter.shape, 0, parameter.numel(), read, write)
 
 
-def _of_stages_1_and_2(_: Engine, name: str, parameter: nn.Parameter) -> _Part:
-    mapping = parameter._hp_mapping  # None where other replicas have all of it
-    address = mapping.lp_fragment_address if mapping else None
+def _stage_1_or_2_fragment(_: Engine, name: str, parameter: nn.Parameter) -> _Fragment:
+    mapping = fragment_mapping(parameter)
 
     def read(key: str) -> Tensor:
+        assert mapping is not None, "an empty fragment is not read"
         return mapping.get_hp_fragment(key or None).view(-1)
 
     def write(key: str, values: Tensor) -> None:
         read(key).copy_(values)
 
-    start, size = (address.start, address.numel) if address else (0, 0)
-    return _Part(name, parameter, parameter.shape, start, size, read, write)
+    start, size = 0, 0
+    if mapping is not None:
+        start, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+    return _Fragment(name, parameter, parameter.shape, start, size, read, write)
 
 
-def _of_stage_3(engine: Engine, name: str, parameter: nn.Parameter) -> _Part:
-    partition, numel = parameter.ds_tensor.numel(), parameter.ds_numel  # the last one is padded
-    start = min(engine.mesh.replicas.rank * partition, numel)
-    size = min(partition, numel - start)
+def _stage_3_fragment(engine: Engine, name: str, parameter: nn.Parameter) -> _Fragment:
+    partitioned = stage_3_parameter(parameter)
+    partition_numel, numel = partitioned.ds_tensor.numel(), partitioned.ds_numel  # the last partition is padded
+    start = min(engine.mesh.replicas.rank * partition_numel, numel)
+    size = min(partition_numel, numel - start)
 
     def read(key: str) -> Tensor:
-        own = safe_get_local_optimizer_state(parameter, key) if key else safe_get_local_fp32_param(parameter)
-        return own.view(-1)[:size]
+        partition = safe_get_local_optimizer_state(parameter, key) if key else safe_get_local_fp32_param(parameter)
+        return partition.view(-1)[:size]
 
     def write(key: str, values: Tensor) -> None:
-        padded = torch.zeros(partition, device=engine.device)
+        padded = torch.zeros(partition_numel, device=engine.device)
         padded[:size] = values
         if key:
             safe_set_local_optimizer_state(parameter, padded, key)
             return
         safe_set_local_fp32_param(parameter, padded)
-        parameter.ds_tensor.data.copy_(padded)  # setting the master leaves the weight that the model uses alone
+        partitioned.ds_tensor.data.copy_(padded)  # setting the master does not update the weight that the model uses
 
-    return _Part(name, parameter, parameter.ds_shape, start, size, read, write)
+    return _Fragment(name, parameter, partitioned.ds_shape, start, size, read, write)
 
 
 def _flat_parameters(engine: Engine) -> list[Tensor]:
-    """Return the tensors that the inner optimizer steps: the model's own, or ZeRO's flat fp32 partitions of them."""
+    """Return the tensors that the inner optimizer updates: the model's own, or ZeRO's flat fp32 partitions of them."""
     if engine.stage == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
 
 
-def _inner(engine: Engine) -> torch.optim.Optimizer:
+def _inner_optimizer(engine: Engine) -> torch.optim.Optimizer:
+    """Return torch's AdamW, which ZeRO wraps at every stage but 0."""
     return engine.optimizer if engine.stage == 0 else engine.optimizer.optimizer
 
 
 def _optimizer_steps(engine: Engine) -> int:
-    states = (_inner(engine).state[flat] for flat in _flat_parameters(engine))
+    states = (_inner_optimizer(engine).state[flat] for flat in _flat_parameters(engine))
     return max(int(state["step"]) for state in states if "step" in state)
 
 
-def _make_optimizer_state(engine: Engine, steps: int) -> None:
-    """Create the moments, which the optimizer would make in its first step, and let DeepSpeed find them."""
-    inner = _inner(engine)
+def _create_optimizer_state(engine: Engine, steps: int) -> None:
+    """Create zero moments, as the optimizer's first step would, and make DeepSpeed find them."""
+    inner = _inner_optimizer(engine)
     for flat in _flat_parameters(engine):
         state = inner.state[flat]
         state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=flat.device)
         for moment in MOMENTS:
             state[moment] = torch.zeros_like(flat)
-    _link(engine)
+    _link_optimizer_state(engine)
 
 
-def _link(engine: Engine) -> None:
-    """Let ZeRO-1 and 2's fragments find the optimizer state of every parameter group.
+def _link_optimizer_state(engine: Engine) -> None:
+    """Link the fragments of ZeRO stages 1 and 2 to the optimizer state of every parameter group.
 
-    DeepSpeed links parameters to their state once, in the step of its first group, when the later groups have none yet.
+    DeepSpeed links parameters to their state once, in the first group's first step, when later groups have no state yet.
     """
     if engine.stage in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False

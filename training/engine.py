@@ -1,8 +1,8 @@
-"""From the configuration to a DeepSpeed engine, and the few places where DeepSpeed has to be told, or watched.
+"""The DeepSpeed engine: built from the configuration, with the few corrections that DeepSpeed needs.
 
-The DeepSpeed configuration is built here and nowhere else. Its defaults that would change the training without a word (clipping
-at 1.0, gradients reduced in bf16) are always written out. Everything private that is used is named in
-tests/training/test_deepspeed_contract.py, so that an upgrade fails loudly.
+The DeepSpeed configuration is built here and nowhere else. DeepSpeed defaults that would silently change training (clipping
+at 1.0, gradients reduced in bf16) are always set explicitly. tests/training/test_deepspeed_contract.py covers every private
+name that is used, so that an upgrade fails loudly.
 """
 
 from __future__ import annotations
@@ -28,20 +28,22 @@ from model.decoder import Cache, Decoder
 from model.initialise import initialise
 from model.parallel import Mesh, cut_of, join
 from training.mpu import ModelParallelUnit
+from training.zero import fragment_mapping, index_in_group, stage_3_parameter
 
 
 def start_process_group(ranks: Ranks, device: torch.device, timeout_minutes: float) -> None:
-    """Join the ranks of this run: NCCL on GPUs, gloo on CPUs. One rank alone needs no port."""
+    """Initialise torch.distributed: NCCL on GPUs, gloo on CPUs. A single rank needs no port."""
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if ranks.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # public, but missing in torch's __all__
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
 
 
-def join_mesh(parallel: ParallelConfig) -> Mesh:
-    """Make the groups that the configuration asks for. Collective."""
+def mesh_from_config(parallel: ParallelConfig) -> Mesh:
+    """Return the mesh that the configuration describes, and create its process groups. Collective."""
     timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
     return join(parallel.tensor, parallel.context, parallel.sequence, timeout)
 
@@ -49,35 +51,45 @@ def join_mesh(parallel: ParallelConfig) -> Mesh:
 def deepspeed_config(config: Config, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
     """Return DeepSpeed's configuration as the dictionary that `deepspeed.initialize` takes.
 
-    To DeepSpeed a context rank is one more data-parallel rank: it too has a micro-batch of its own, of parts of sequences, and
-    the gradient is the mean over all of them.
+    To DeepSpeed a context rank is another data-parallel rank: its micro-batch consists of parts of sequences, and the gradient
+    is the mean over all ranks.
     """
     zero, bf16 = config.zero, dtype == torch.bfloat16
-    # With nobody to share with stage 1 is stage 0, which DeepSpeed does in half the time. In bf16 see below.
-    stage = 0 if _alone(config, batch) and not bf16 else zero.stage
+    # With nothing to partition, stage 1 equals stage 0, which DeepSpeed runs in half the time. For bf16 see below.
+    stage = 0 if _nothing_to_partition(config, batch) and not bf16 else zero.stage
     result: dict[str, Any] = {
         "train_batch_size": batch.global_batch * config.parallel.context,
         "train_micro_batch_size_per_gpu": batch.micro_batch,
         "gradient_accumulation_steps": batch.accumulation,
-        # Written even when 0: unset means 1.0 to DeepSpeed. Stage 0 is clipped in `_norm_without_zero`.
+        # Set even if it is 0: DeepSpeed's default is 1.0. `_clip_at_stage_0` clips stage 0.
         "gradient_clipping": config.optim.clip if stage else 0.0,
-        # Of several micro-batches: the bf16 gradients are dropped once they are summed; of one it is the slower way.
+        # With accumulation, bf16 gradients are freed as soon as they are summed. For a single micro-batch it is slower.
         "bf16": {"enabled": bf16, "immediate_grad_update": batch.accumulation > 1},
         "communication_data_type": config.precision.reduce if bf16 else "fp32",
         "steps_per_print": 10**9,
         "zero_force_ds_cpu_optimizer": False,  # offload with torch's AdamW: nothing is compiled
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": zero.bucket_elements,
-            "allgather_bucket_size": zero.bucket_elements,
-            "overlap_comm": zero.overlap,
-            "contiguous_gradients": True,
-        },
+        "zero_optimization": _zero_config(config, stage),
+    }
+    if bf16 and (batch.accumulation > 1 or _nothing_to_partition(config, batch)):
+        # Sum micro-batches in fp32: a long bf16 sum loses its small terms. And with nothing to partition, a step of DeepSpeed's
+        # optimizer with fp32 sums takes half as long as a step of the one that partitions.
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result
+
+
+def _zero_config(config: Config, stage: int) -> dict[str, Any]:
+    zero = config.zero
+    result: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": zero.bucket_elements,
+        "allgather_bucket_size": zero.bucket_elements,
+        "overlap_comm": zero.overlap,
+        "contiguous_gradients": True,
     }
     if zero.offload_optimizer:
-        result["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        result["offload_optimizer"] = {"device": "cpu"}
     if zero.stage == 3:
-        result["zero_optimization"] |= {
+        result |= {
             "stage3_prefetch_bucket_size": zero.bucket_elements,
             "stage3_max_live_parameters": GATHERED_BUCKETS * zero.bucket_elements,
             "stage3_max_reuse_distance": GATHERED_BUCKETS * zero.bucket_elements,
@@ -85,23 +97,19 @@ def deepspeed_config(config: Config, batch: Batch, dtype: torch.dtype) -> dict[s
             "sub_group_size": 10**9,
         }
         if zero.offload_parameters:
-            result["zero_optimization"]["offload_param"] = {"device": "cpu"}
-    if bf16 and (batch.accumulation > 1 or _alone(config, batch)):
-        # Micro-batches are summed in fp32: a bf16 sum of many loses the small ones. And where there is nothing to partition,
-        # DeepSpeed's optimizer for fp32 sums takes half as long a step as the one that partitions.
-        result["data_types"] = {"grad_accum_dtype": "fp32"}
+            result["offload_param"] = {"device": "cpu"}
     return result
 
 
-def _alone(config: Config, batch: Batch) -> bool:
-    """Whether stage 1 has nobody to share with."""
-    zero, replicas = config.zero, batch.data_parallel * config.parallel.context
-    return zero.stage == 1 and not zero.offload_optimizer and replicas == 1
+def _nothing_to_partition(config: Config, batch: Batch) -> bool:
+    """Whether stage 1 has a single data x context rank, and so nothing to partition."""
+    zero, data_context_ranks = config.zero, batch.data_parallel * config.parallel.context
+    return zero.stage == 1 and not zero.offload_optimizer and data_context_ranks == 1
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: matrices decay, vectors (norms) do not."""
-    # Under ZeRO-3 a parameter's own shape is a placeholder.
+    """Return the optimizer's parameter groups: matrices have weight decay, vectors (norms) have none."""
+    # Under ZeRO-3 a parameter's own shape is that of a placeholder.
     dimensions = {p: len(getattr(p, "ds_shape", p.shape)) for p in model.parameters()}
     return [
         {"params": [p for p, n in dimensions.items() if n > 1], "weight_decay": weight_decay},
@@ -110,28 +118,29 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 @dataclasses.dataclass(frozen=True)
-class GradientPiece:
-    """A rank's part of a parameter's gradient: the elements from `start` on of the flattened tensor of `shape`."""
+class GradientFragment:
+    """The elements of a parameter's gradient that a rank holds: from `start` on, of the flattened tensor of `shape`."""
 
     name: str
-    shape: torch.Size  # of this tensor rank's part
+    shape: torch.Size  # of this tensor rank's shard
     start: int
     values: Tensor  # (elements,)
-    shared: bool = False  # the other tensor ranks have the same piece
+    replicated: bool = False  # every tensor rank holds the same fragment
 
 
 class Observer(Protocol):
-    """Who looks at a step while it is taken, and changes nothing."""
+    """Watches a step without changing it."""
 
     def forward(self) -> contextlib.AbstractContextManager[None]:
-        """Be entered around each forward pass."""
+        """Return a context that is entered around each forward pass."""
+        ...
 
-    def backward(self, pieces: Iterator[GradientPiece]) -> None:
-        """Be given the gradient of the whole batch, before it is clipped."""
+    def backward(self, fragments: Iterator[GradientFragment]) -> None:
+        """Receive the gradient of the whole batch, before it is clipped."""
 
 
 class Engine:
-    """The model, its optimizer and ZeRO. `train_step` is one optimizer step; `evaluate` gives a loss."""
+    """The model, its optimizer and ZeRO. `train_step` takes one optimizer step; `evaluate` returns a loss."""
 
     def __init__(
         self,
@@ -146,13 +155,19 @@ class Engine:
     ) -> None:
         deepspeed = import_deepspeed()
         self.config, self.batch, self.device, self.dtype, self.mesh = config, batch, device, dtype, mesh
-        # The groups that DeepSpeed makes for itself are right as long as no matrix is shared.
+        # Without tensor ranks the groups that DeepSpeed creates by itself are right.
         mpu = ModelParallelUnit(mesh) if mesh.tensor.size > 1 else None
         settings = deepspeed_config(config, batch, dtype)
         partitioned = config.zero.stage == 3
-        with _whole_model(deepspeed, settings, partitioned, mesh, mpu):
+        with zero_init_context(deepspeed, settings, partitioned, mesh, mpu):
             self.module = Decoder(shape, config.model, attention, document_start, mesh)
-        gather = (lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0)) if partitioned else _as_it_is
+
+        def gather(parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
+            """Return a context in which rank 0 may write the whole parameter."""
+            if not partitioned:
+                return contextlib.nullcontext()
+            return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
         initialise(self.module, shape, config.seed, config.model.init_std, gather)
         if not partitioned:
             self.module.to(device)
@@ -166,103 +181,109 @@ class Engine:
             mpu=mpu,
             dist_init_required=False,
         )
-        if _alone(config, batch):
-            self.deepspeed.enable_backward_allreduce = False  # three passes over all gradients, to add up one summand
-        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        if _nothing_to_partition(config, batch):
+            # DeepSpeed would pass over all gradients three times to reduce them over one rank.
+            self.deepspeed.enable_backward_allreduce = False
+        self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.stage = settings["zero_optimization"]["stage"]
 
     def train_step(
-        self, tokens: Tensor, rate: float, observer: Observer | None = None
+        self, tokens: Tensor, lr_scale: float, observer: Observer | None = None
     ) -> tuple[Tensor, Tensor | float, bool]:
         """Take one optimizer step.
 
         Args:
             tokens: (sequences of this data rank, S + 1) int64 on the device.
-            rate: the share of the peak learning rate.
-            observer: who looks at this step.
+            lr_scale: factor on the peak learning rate.
+            observer: watches this step.
 
         Returns:
             The mean loss of this rank's tokens (a detached fp32 scalar on the device), the whole model's gradient norm before
-            clipping, and whether the step was applied: one with a gradient that is not finite is skipped on every rank.
+            clipping, and whether the step was applied. A step with a non-finite gradient is skipped on every rank.
         """
-        for group, peak in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = peak * rate
-        skipped, norm, total = self.deepspeed.skipped_steps, None, torch.zeros((), device=self.device)
-        for micro in tokens.split(self.batch.micro_batch):
+        for group, peak_lr in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
+            group["lr"] = peak_lr * lr_scale
+        skipped_before, norm, total = self.deepspeed.skipped_steps, None, torch.zeros((), device=self.device)
+        for micro_batch in tokens.split(self.batch.micro_batch):  # (micro-batch, S + 1)
+            inputs, targets = self._context_shard(micro_batch[:, :-1]), self._context_shard(micro_batch[:, 1:])
             with observer.forward() if observer else contextlib.nullcontext():
-                objective, nats = self.deepspeed(self._own(micro[:, :-1]), self._own(micro[:, 1:]))
+                objective, nats = self.deepspeed(inputs, targets)
             self.deepspeed.backward(objective)
             total += nats
             if observer and self.deepspeed.is_gradient_accumulation_boundary():
-                observer.backward(self._gradient_pieces())
+                observer.backward(self._gradient_fragments())
             if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
-                norm = self._norm_without_zero()
+                norm = self._clip_at_stage_0()
             self.deepspeed.step()
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
-            applied = self.deepspeed.skipped_steps == skipped
+            applied = self.deepspeed.skipped_steps == skipped_before
         else:
             applied = bool(torch.isfinite(norm))
         return total / self.batch.accumulation, norm, applied
 
-    def _norm_without_zero(self) -> Tensor:
-        """Stage 0 in fp32 neither reports the norm nor skips a step that is not finite: both are made good, then it clips."""
+    def _clip_at_stage_0(self) -> Tensor:
+        """Clip the gradient and return its norm before clipping; drop a gradient that is not finite, so the step is skipped.
+
+        Stage 0 in fp32 neither reports the norm nor skips a non-finite step.
+        """
         parameters = list(self.module.parameters())
         axis = self.mesh.tensor
         squares = torch.zeros((), device=self.device)
-        for cut in (True, False):  # what every tensor rank has counts once
-            gradients = [p.grad for p in parameters if p.grad is not None and (cut_of(p) is not None) == cut]
-            if cut or axis.rank == 0:
+        for sharded in (True, False):
+            gradients = [p.grad for p in parameters if p.grad is not None and (cut_of(p) is not None) == sharded]
+            if sharded or axis.rank == 0:  # a parameter that every tensor rank holds counts once
                 squares += torch.nn.utils.get_total_norm(gradients).square()
         if axis.size > 1:
             dist.all_reduce(squares, group=axis.group)
         norm = squares.sqrt()
         if not torch.isfinite(norm):
             for parameter in parameters:
-                parameter.grad = None  # AdamW leaves a parameter without a gradient alone
+                parameter.grad = None  # AdamW does not change a parameter without a gradient
         elif self.config.optim.clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, norm)
         return norm
 
-    def _gradient_pieces(self) -> Iterator[GradientPiece]:
-        """Yield this rank's share of the whole batch's gradient, which exists between backward and step.
+    def _gradient_fragments(self) -> Iterator[GradientFragment]:
+        """Yield this rank's fragments of the whole batch's gradient, which exists between backward and step.
 
-        The pieces of all replicas together are the gradient of every parameter of their tensor rank, once.
+        The fragments of all data x context ranks together are the gradient of every parameter of their tensor rank, once.
         """
         from deepspeed.utils import safe_get_local_grad
 
         rank, world = self.mesh.replicas.rank, self.mesh.replicas.size
         for name, parameter in self.module.named_parameters():
-            shared = cut_of(parameter) is None
-            if self.stage == 0:  # every rank has it all
+            replicated = cut_of(parameter) is None
+            if self.stage == 0:  # every rank holds the whole gradient and yields one of `world` equal ranges
+                assert parameter.grad is not None, f"{name} has no gradient between backward and step"
                 size = -(-parameter.numel() // world)
                 start = min(rank * size, parameter.numel())
                 values = parameter.grad.flatten()[start : start + size]
-                yield GradientPiece(name, parameter.shape, start, values, shared)
+                yield GradientFragment(name, parameter.shape, start, values, replicated)
             elif self.stage == 3:
-                part = safe_get_local_grad(parameter)
-                start = min(rank * part.numel(), parameter.ds_numel)
-                values = part.flatten()[: parameter.ds_numel - start]
-                yield GradientPiece(name, parameter.ds_shape, start, values, shared)
-            elif (mapping := parameter._hp_mapping) is not None:
-                part = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+                partitioned, partition = stage_3_parameter(parameter), safe_get_local_grad(parameter)
+                start = min(rank * partition.numel(), partitioned.ds_numel)
+                values = partition.flatten()[: partitioned.ds_numel - start]
+                yield GradientFragment(name, partitioned.ds_shape, start, values, replicated)
+            elif (mapping := fragment_mapping(parameter)) is not None:
+                values = mapping.get_lp_grad_fragment(index_in_group(parameter)).flatten()
                 start, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-                if part.numel() > size:  # stage 1 in bf16 with accumulation keeps the whole sum on every rank
-                    part = part[start : start + size]
-                yield GradientPiece(name, parameter.shape, start, part, shared)
+                if values.numel() > size:  # stage 1 in bf16 with accumulation keeps the whole sum on every rank
+                    values = values[start : start + size]
+                yield GradientFragment(name, parameter.shape, start, values, replicated)
 
-    def _own(self, tokens: Tensor) -> Tensor:
-        """(B, S) -> (B, S / C): what this context rank takes of each sequence."""
+    def _context_shard(self, tokens: Tensor) -> Tensor:
+        """(B, S) -> (B, S / C): this context rank's part of each sequence."""
         return tokens.chunk(self.mesh.context.size, 1)[self.mesh.context.rank].contiguous()
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the summed loss (fp32 scalar) of this rank's part of targets (B, S), and how many targets that is.
+        """Return the summed loss (fp32 scalar) of this rank's part of targets (B, S), and the number of targets in it.
 
-        Where a target is -100 it is left out.
+        Targets of -100 are ignored.
         """
         self.deepspeed.eval()
-        inputs, targets = self._own(inputs), self._own(targets)
+        inputs, targets = self._context_shard(inputs), self._context_shard(targets)
         _, nats = self.deepspeed(inputs, targets)
         self.deepspeed.train()
         valid = (targets != IGNORED).sum()
@@ -270,7 +291,7 @@ class Engine:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Return logits (B, S, V) of the newest tokens (B, S); every rank must call it together."""
+        """Return logits (B, S, V) of the newest tokens (B, S). Collective."""
         self.deepspeed.eval()
         result = self.deepspeed(tokens, None, cache)
         self.deepspeed.train()
@@ -278,35 +299,32 @@ class Engine:
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed so that nothing is compiled at start-up, and its logger writes where stdout points now."""
+    """Import DeepSpeed without compiling anything, and initialise its communication if torch's is initialised."""
     import deepspeed
     import deepspeed.ops
 
     # On a CPU `init_distributed` would build this op with a C++ compiler (20 to 40 s); only inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        return deepspeed
-    deepspeed.init_distributed(dist_init_required=False)
+    if dist.is_initialized():
+        deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
 
 
-def send_deepspeed_log_to(path: os.PathLike[str]) -> None:
-    """Let DeepSpeed's logger write to a file, and never to the console."""
+def redirect_deepspeed_log(path: os.PathLike[str]) -> None:
+    """Make DeepSpeed's logger write to a file, and not to the console."""
     logger = logging.getLogger("DeepSpeed")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
     logger.addHandler(logging.FileHandler(path))
 
 
-@contextlib.contextmanager
-def _as_it_is(_: nn.Parameter) -> Iterator[None]:
-    yield
-
-
-def _whole_model(
+def zero_init_context(
     deepspeed: Any, settings: dict[str, Any], partitioned: bool, mesh: Mesh, mpu: ModelParallelUnit | None
 ) -> contextlib.AbstractContextManager[Any]:
-    """Under ZeRO-3 parameters are partitioned as they are made: no rank ever holds the whole model."""
+    """Return the context in which the model is constructed.
+
+    Under ZeRO-3 each parameter is partitioned as soon as it exists, so no rank ever holds the whole model.
+    """
     if not partitioned:
         return contextlib.nullcontext()
     return deepspeed.zero.Init(data_parallel_group=mesh.replicas.group, config_dict_or_path=settings, mpu=mpu)

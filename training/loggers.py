@@ -1,6 +1,6 @@
-"""Mirrors of metrics.jsonl: Weights & Biases and TensorBoard. Neither can stop a run: what fails is said once and left.
+"""Copies of metrics.jsonl in Weights & Biases and TensorBoard. A logger that fails is switched off; the run continues.
 
-Nor does a run wait for W&B: it is spoken to from a thread, and what is left to upload at the end of a run has `PATIENCE`.
+W&B runs in a background thread, so training never waits for it. At the end of a run its upload has `UPLOAD_TIMEOUT_SECONDS`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, cast
 
 from conf.errors import UserError
 from conf.files import atomic_write
@@ -21,61 +21,76 @@ from conf.login import wandb_mode
 from conf.schema import Config
 from conf.validate import config_hash
 
-PATIENCE = 60.0  # seconds that the end of a run may wait for an upload
-KINDS = ("train", "eval", "telemetry", "event")  # of lines of metrics.jsonl
-OFFLINE = ("offline", "dryrun")  # modes of W&B
+UPLOAD_TIMEOUT_SECONDS = 60.0
+KINDS = ("train", "eval", "telemetry", "event")  # of the lines of metrics.jsonl
+OFFLINE_MODES = ("offline", "dryrun")  # of W&B
 
 
-class Mirrors:
-    """All mirrors that the configuration asks for. Every call returns at once if there are none.
+class Logger(Protocol):
+    """Receives every line of metrics.jsonl, then the summary."""
+
+    @property
+    def note(self) -> str:
+        """Where a person finds what was logged, as a line for the console."""
+        ...
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Log one line of metrics.jsonl."""
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Log the summary, flush and close."""
+
+
+class Loggers:
+    """The loggers that the configuration asks for. One that raises is dropped with a warning.
 
     Args:
-        config: the run's configuration; its `logger` group says which mirrors.
+        config: the run's configuration; its `logger` group selects the loggers.
         folder: the run folder.
-        warn: takes a sentence for the console.
+        warn: prints a warning on the console.
     """
 
     def __init__(self, config: Config, folder: Path, warn: Callable[[str], None]) -> None:
         self._warn = warn
-        self._mirrors: dict[str, Any] = {}
+        self._loggers: dict[str, Logger] = {}
         if config.logger.tensorboard:
-            self._start("TensorBoard", lambda: _TensorBoard(folder))
+            self._start("TensorBoard", lambda: TensorBoardLogger(folder))
         if config.logger.wandb:
-            mode, told = wandb_mode(), _size(folder / "metrics.jsonl")
-            self._start("W&B", lambda: _Behind(lambda: _Wandb(config, folder, mode, told)))
+            mode, earlier_bytes = wandb_mode(), _file_bytes(folder / "metrics.jsonl")
+            self._start("W&B", lambda: AsyncLogger(lambda: WandbLogger(config, folder, mode, earlier_bytes)))
 
-    def _start(self, name: str, make: Callable[[], Any]) -> None:
+    def _start(self, name: str, make: Callable[[], Logger]) -> None:
         try:
-            self._mirrors[name] = make()
+            self._loggers[name] = make()
         except UserError:
             raise
         except Exception as error:
             self._warn(f"{name} is off: {type(error).__name__}: {error}")
 
-    def _each(self, call: Callable[[Any], None]) -> None:
-        for name in list(self._mirrors):
+    def _for_each(self, action: Callable[[Logger], None]) -> None:
+        for name in list(self._loggers):
             try:
-                call(self._mirrors[name])
+                action(self._loggers[name])
             except Exception as error:
                 self._warn(f"{name} is off from here on: {type(error).__name__}: {error}")
-                del self._mirrors[name]
+                del self._loggers[name]
 
     def log(self, record: dict[str, Any]) -> None:
-        """Mirror one line of metrics.jsonl."""
-        self._each(lambda mirror: mirror.log(record))
+        """Log one line of metrics.jsonl."""
+        self._for_each(lambda logger: logger.log(record))
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Mirror the summary, and flush."""
-        self._each(lambda mirror: mirror.finish(summary))
+        """Log the summary, flush and close."""
+        self._for_each(lambda logger: logger.finish(summary))
 
     @property
     def notes(self) -> list[str]:
-        """Where each mirror can be seen, for the console."""
-        return [mirror.note for mirror in self._mirrors.values()]
+        """Where a person finds what was logged, a console line per logger."""
+        return [logger.note for logger in self._loggers.values()]
 
 
-def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the numbers of a line under their names; a figure of each layer under name/layer_0, name/layer_1 and so on."""
+def scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield (name, number) for each number of a line; a list with a value per layer becomes name/layer_0, name/layer_1, ..."""
     for name, value in record.items():
         if isinstance(value, (int, float)):
             yield name, value
@@ -83,77 +98,89 @@ def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield from ((f"{name}/layer_{i}", v) for i, v in enumerate(value) if isinstance(v, (int, float)))
 
 
-def _size(path: Path) -> int:
-    """Return the bytes of a file, 0 of one that is missing."""
+def _file_bytes(path: Path) -> int:
+    """Return the size of a file in bytes; 0 if it is missing."""
     return path.stat().st_size if path.exists() else 0
 
 
-class _Behind:
-    """A mirror in a thread of its own: it may have to wait for a network, or for another process."""
+class AsyncLogger:
+    """Run a logger in a background thread, because it may wait for the network or for another process."""
 
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._records: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
+    def __init__(self, make: Callable[[], Logger]) -> None:
+        self._queue: queue.SimpleQueue[tuple[Literal["log", "finish"], dict[str, Any]]] = queue.SimpleQueue()
         self._error: Exception | None = None
-        self._mirror: Any = None
+        self._logger: Logger | None = None
         self._thread = threading.Thread(target=self._work, args=(make,), daemon=True)
         self._thread.start()
 
-    def _work(self, make: Callable[[], Any]) -> None:
+    def _work(self, make: Callable[[], Logger]) -> None:
         try:
-            self._mirror = make()
-            call = "log"
-            while call != "finish":
-                call, record = self._records.get()
-                getattr(self._mirror, call)(record)
+            self._logger = logger = make()
+            while True:
+                call, record = self._queue.get()
+                if call == "finish":
+                    logger.finish(record)
+                    return
+                logger.log(record)
         except Exception as error:
-            self._error = error
+            self._error = error  # raised in the training thread by its next call
 
-    def _put(self, call: str, record: dict[str, Any]) -> None:
+    def _put(self, call: Literal["log", "finish"], record: dict[str, Any]) -> None:
         if self._error is not None:
             raise self._error
-        self._records.put((call, record))
+        self._queue.put((call, record))
 
     def log(self, record: dict[str, Any]) -> None:
+        """Queue one line of metrics.jsonl."""
         self._put("log", record)
 
     def finish(self, summary: dict[str, Any]) -> None:
+        """Queue the summary and wait up to `UPLOAD_TIMEOUT_SECONDS` for the upload.
+
+        Raises:
+            TimeoutError: the upload is not complete.
+            Exception: what the logger raised in its thread.
+        """
         self._put("finish", summary)
-        self._thread.join(PATIENCE)
+        self._thread.join(UPLOAD_TIMEOUT_SECONDS)
         if self._error is not None:
             raise self._error
         if self._thread.is_alive():
-            raise TimeoutError(f"not everything was uploaded after {PATIENCE:g} seconds: `wandb sync` does it later")
+            raise TimeoutError(
+                f"the upload was not complete after {UPLOAD_TIMEOUT_SECONDS:g} seconds: `wandb sync` completes it later"
+            )
 
     @property
     def note(self) -> str:
-        return self._mirror.note
+        """The logger's note. Valid after `finish`, when the logger surely exists."""
+        assert self._logger is not None, "the logger has not started yet"
+        return self._logger.note
 
 
-class _Wandb:
-    """One W&B run a run folder: its id is kept beside it, so a resumed run continues the same curves.
+class WandbLogger:
+    """One W&B run per run folder. Its id is stored in the folder, so a resumed run continues the same curves.
 
-    A run that is killed takes with it what W&B had not written, and one that goes on trains the steps after its checkpoint
-    once more. Offline, each sitting therefore begins with all that metrics.jsonl has kept: the newest file holds the whole
-    run, every line once. Online the server keeps what has reached it, and has the steps that are trained again twice, at the
-    same tokens.
+    A killed process loses what W&B had not written yet, and the next session retrains the steps after the last checkpoint.
+    Offline, each session therefore first logs all lines that metrics.jsonl kept: the newest file holds the whole run, every
+    line once. Online, the server keeps what reached it, so retrained steps appear twice, at the same token counts.
 
     Args:
-        mode: of `wandb_mode`.
-        told: bytes of metrics.jsonl that sittings before this one wrote.
+        mode: of W&B, as `wandb_mode` returned it.
+        earlier_bytes: size of metrics.jsonl when this session started.
     """
 
-    def __init__(self, config: Config, folder: Path, mode: str, told: int) -> None:
+    def __init__(self, config: Config, folder: Path, mode: str, earlier_bytes: int) -> None:
         import wandb
 
-        kept = folder / "wandb_id"
-        if not kept.exists():
-            with atomic_write(kept) as file:
+        id_path = folder / "wandb_id"
+        if not id_path.exists():
+            with atomic_write(id_path) as file:
                 file.write(secrets.token_hex(4))
         os.environ.setdefault("WANDB_SILENT", "true")
         self.run = wandb.init(
-            id=kept.read_text(encoding="utf-8").strip(),
+            id=id_path.read_text(encoding="utf-8").strip(),
             resume="allow",
-            mode=mode,  # type: ignore[arg-type]
+            mode=cast(Literal["online", "offline", "disabled", "shared"], mode),
             dir=str(folder),
             project=config.logger.project,
             entity=config.logger.entity,
@@ -168,7 +195,7 @@ class _Wandb:
                 disable_git=True,
                 init_timeout=60,
                 x_disable_stats=True,
-                finish_timeout=PATIENCE - 5,  # before our own
+                finish_timeout=UPLOAD_TIMEOUT_SECONDS - 5,  # W&B gives up before AsyncLogger does
                 finish_timeout_raises=True,
             ),
         )
@@ -176,24 +203,30 @@ class _Wandb:
         for kind in KINDS:
             self.run.define_metric(f"{kind}/*", step_metric="tokens")
         self.note = f"W&B: {self.run.url or mode}"
-        if mode in OFFLINE:
+        if mode in OFFLINE_MODES:
             self.note = f"W&B: offline; `wandb sync {folder / 'wandb' / 'latest-run'}` uploads it"
-            lines = (folder / "metrics.jsonl").read_bytes()[:told].splitlines() if told else []
-            for line in lines:
-                self.log(json.loads(line))
+            if earlier_bytes:
+                for line in (folder / "metrics.jsonl").read_bytes()[:earlier_bytes].splitlines():
+                    self.log(json.loads(line))
 
     def log(self, record: dict[str, Any]) -> None:
+        """Log the numbers of a line as kind/name, over tokens."""
         kind = record["kind"]
-        figures = {f"{kind}/{name}": value for name, value in _scalars(record)}
+        figures = {f"{kind}/{name}": value for name, value in scalars(record)}
         self.run.log({**figures, "tokens": record["tokens"], "step": record["step"]})
 
     def finish(self, summary: dict[str, Any]) -> None:
+        """Log the summary and finish the run; a failed run is marked as failed."""
         self.run.summary.update(summary)
         self.run.finish(exit_code=0 if summary.get("status") != "failed" else 1)
 
 
-class _TensorBoard:
-    """Event files in `<run>/tensorboard`."""
+class TensorBoardLogger:
+    """Event files in `<run>/tensorboard`.
+
+    Raises:
+        UserError: the package tensorboard is not installed.
+    """
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -206,9 +239,11 @@ class _TensorBoard:
         self.note = f"TensorBoard: `tensorboard --logdir {folder / 'tensorboard'}`"
 
     def log(self, record: dict[str, Any]) -> None:
-        for name, value in _scalars(record):
+        """Log the numbers of a line as kind/name, over steps."""
+        for name, value in scalars(record):
             if name != "step":
                 self.writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
-    def finish(self, summary: dict[str, Any]) -> None:  # noqa: ARG002 (the mirrors share one interface)
+    def finish(self, summary: dict[str, Any]) -> None:  # noqa: ARG002 (the interface of `Logger`)
+        """Flush and close the files."""
         self.writer.close()

@@ -1,7 +1,7 @@
-"""A run, from its first line to its last: check, prepare, build, resume, train, evaluate, save, sum up.
+"""A run from start to end: check, prepare, build, resume, train, evaluate, save, summarise.
 
-Everything that a user can have got wrong is found before the ranks join. Ranks then take the same decisions: they stop after
-the same step, and all take part in every save and evaluation.
+Every user error is found before the process group exists. After that the ranks take the same decisions: they stop after the
+same step, and all of them take part in every save and evaluation.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import contextlib
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -33,23 +34,26 @@ from model.weights import CheckpointReader, check_shapes, newest_intact
 from training import machine
 from training.console import Console
 from training.evaluation import HeldOut, evaluate
-from training.report import Report, held_out_line
+from training.recorder import RunRecorder, held_out_line
 from training.runfolder import RunFolder
-from training.schedule import rate
+from training.schedule import lr_scale
 from training.signals import StopRequest
 
-MOST_SKIPPED = 20  # steps in a row without a finite gradient: the run has diverged
+if TYPE_CHECKING:
+    from training.engine import Engine
+
+MAX_SKIPPED_STEPS = 20  # in a row, for a non-finite gradient: beyond that the run has diverged
 
 
 def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
-    """Train, and return the exit status: 0 when the run finished or was stopped by a signal and saved, 1 when it failed.
+    """Train, and return the exit status: 0 if the run finished, or was stopped by a signal and saved; 1 if it failed.
 
     Raises:
         UserError: bad input, found before any process group exists.
     """
-    started = time.monotonic()
+    launched_at = time.monotonic()
     batch = validate(config, ranks.world_size)
-    console = Console(speaks=ranks.rank == 0)
+    console = Console(enabled=ranks.rank == 0)
     device = machine.find_device(ranks)
     dtype = machine.find_dtype(config, device)
     attention = choose(config.model.attention, device, dtype, config.sequence_length)
@@ -62,222 +66,315 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
     try:
         dataset = open_dataset(prepare(config.data, config.tokenizer, show=ranks.rank == 0))
         shape = _shape(config, dataset)
-        for sentence in check_arms(shape.ffn, device, dtype, statistics=bool(config.telemetry_every)):
-            console.warn(sentence)
-        resumed, passed_over = newest_intact(folder.checkpoints)
-        for sentence in passed_over:
-            console.warn(sentence)
-        if resumed:
-            _check_checkpoint(resumed, dataset, shape, config)
-            # One killed between its last checkpoint and its summary still has to be summed up.
-            done = CheckpointReader(resumed).state["step"] >= batch.steps
-            if done and folder.read_summary().get("status") == "finished":
+        for warning in check_arms(shape.ffn, device, dtype, statistics=bool(config.telemetry_every)):
+            console.warn(warning)
+        checkpoint, warnings = newest_intact(folder.checkpoints)
+        for warning in warnings:
+            console.warn(warning)
+        if checkpoint:
+            _check_checkpoint(checkpoint, dataset, shape, config)
+            # A run killed between its last checkpoint and its summary still needs the summary.
+            complete = CheckpointReader(checkpoint).state["step"] >= batch.steps
+            if complete and folder.read_summary().get("status") == "finished":
                 return _already_finished(console, folder, batch)
-        report = Report(config, batch, shape, dataset, folder, console, speaks=ranks.rank == 0)
-        run = _Run(config, batch, ranks, folder, dataset, report)
-        run.build(shape, device, dtype, attention)
-        if resumed:
-            run.resume(resumed)
+        recorder = RunRecorder(config, batch, shape, dataset, folder, console, enabled=ranks.rank == 0)
+        engine = _build_engine(config, batch, ranks, folder, dataset, shape, device, dtype, attention)
+        run = _Run(config, batch, ranks, folder, dataset, shape, recorder, engine)
+        if checkpoint:
+            run.resume(checkpoint)
         if ranks.rank == 0:
             _copy_tokenizer(dataset, folder.path)
-        report.open()
-        peak, peak_from = machine.peak_flops(device, dtype)
-        if resumed:
-            console.say(f"going on with {folder.path} after step {run.step} of {batch.steps}")
+        recorder.open()
+        peak_flops, peak_source = machine.peak_flops(device, dtype)
+        if checkpoint:
+            console.print(f"resuming {folder.path} after step {run.step} of {batch.steps}")
         else:
-            console.summary(
-                config, shape, batch, report.rows(device, dtype, attention, peak, peak_from, ranks.world_size)
-            )
-        event = "resumed" if resumed else "started"
-        report.event(event, world_size=ranks.world_size, wall_seconds=run.trained_seconds)
-        return run.go(peak, launchers, started)
+            rows = recorder.summary_rows(device, dtype, attention, peak_flops, peak_source, ranks.world_size)
+            console.summary(config, shape, batch, rows)
+        event = "resumed" if checkpoint else "started"
+        recorder.event(event, world_size=ranks.world_size, wall_seconds=run.earlier_seconds)
+        return run.run(peak_flops, launchers, launched_at)
     finally:
         console.stop()
         folder.close()
 
 
+def _build_engine(
+    config: Config,
+    batch: Batch,
+    ranks: Ranks,
+    folder: RunFolder,
+    dataset: Dataset,
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+) -> Engine:
+    """Start the process group, and return the engine. Collective."""
+    from training.engine import Engine, mesh_from_config, redirect_deepspeed_log, start_process_group
+
+    start_process_group(ranks, device, config.parallel.timeout_minutes)
+    document_start = dataset.eos_id if config.model.mask_documents else None
+    with folder.quiet():
+        mesh = mesh_from_config(config.parallel)
+        engine = Engine(config, batch, shape, device, dtype, attention, document_start, mesh)
+        redirect_deepspeed_log(folder.path / "deepspeed.log")
+    return engine
+
+
+class _Throughput:
+    """Measures steps per second since the last log line, without the time of evaluations, samples and saves."""
+
+    def __init__(self, step: int) -> None:
+        self._first_step, self._started, self._paused_seconds = step, time.perf_counter(), 0.0
+
+    def restart(self, step: int) -> None:
+        """Measure from here on; `step` steps are done."""
+        self._first_step, self._started, self._paused_seconds = step, time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time while entered."""
+        started = time.perf_counter()
+        yield
+        self._paused_seconds += time.perf_counter() - started
+
+    def measure(self, step: int) -> tuple[int, float]:
+        """Return (steps, seconds) since the start, now that `step` steps are done."""
+        seconds = time.perf_counter() - self._started - self._paused_seconds
+        return step - self._first_step, max(seconds, 1e-9)
+
+
 class _Run:
-    """The state of a run while it trains. `step` steps are done, and `batches_hash` is the hash of this data rank's samples."""
+    """The state of a run during training. `step` steps are done; `batches_hash` is the hash of this data rank's samples."""
 
     def __init__(
-        self, config: Config, batch: Batch, ranks: Ranks, folder: RunFolder, dataset: Dataset, report: Report
+        self,
+        config: Config,
+        batch: Batch,
+        ranks: Ranks,
+        folder: RunFolder,
+        dataset: Dataset,
+        shape: Shape,
+        recorder: RunRecorder,
+        engine: Engine,
     ) -> None:
-        self.config, self.batch, self.ranks = config, batch, ranks
-        self.folder, self.dataset, self.report, self.console = folder, dataset, report, report.console
-        self.stream = BatchStream(dataset, config.sequence_length, config.data_seed)
-        self.step, self.batches_hash = 0, 0
-        self.trained_seconds = 0.0  # wall-clock of this run's earlier sittings
-        self.last_eval: HeldOut | None = None
-        self.evaluation_missed = False  # the sitting before stopped at a step whose evaluation was due
-        self.save_failed = ""  # why the newest checkpoint could not be saved, the same on every rank
-
-    def build(self, shape: Shape, device: torch.device, dtype: torch.dtype, attention: str) -> None:
-        """Join the ranks and make the engine."""
-        from training.checkpoint import Exchange, Saver
-        from training.engine import Engine, join_mesh, send_deepspeed_log_to, start_process_group
+        # These import DeepSpeed, which takes seconds: bad input is refused before that.
+        from training.checkpoint import CheckpointCollectives, Saver
         from training.telemetry import Telemetry
 
-        self.shape = shape
-        start_process_group(self.ranks, device, self.config.parallel.timeout_minutes)
-        document_start = self.dataset.eos_id if self.config.model.mask_documents else None
-        with self.folder.quiet():
-            self.mesh = join_mesh(self.config.parallel)
-            self.engine = Engine(self.config, self.batch, shape, device, dtype, attention, document_start, self.mesh)
-            send_deepspeed_log_to(self.folder.path / "deepspeed.log")
-        exchange = Exchange()
-        self.saver = Saver(self.engine, self.folder.checkpoints, exchange, self.config.keep_last)
-        self.telemetry = Telemetry(self.engine, self.config.telemetry_every, self.config.telemetry_window)
+        self.config, self.batch, self.ranks, self.shape = config, batch, ranks, shape
+        self.dataset, self.recorder, self.console = dataset, recorder, recorder.console
+        self.engine, self.mesh = engine, engine.mesh
+        self.saver = Saver(engine, folder.checkpoints, CheckpointCollectives(), config.keep_last)
+        self.telemetry = Telemetry(engine, config.telemetry_every, config.telemetry_window)
+        self.stream = BatchStream(dataset, config.sequence_length, config.data_seed)
+        self.step, self.batches_hash = 0, 0
+        self.skipped_in_a_row = 0
+        self.session_started = time.monotonic()
+        self.earlier_seconds = 0.0  # wall-clock time of the run's earlier sessions
+        self.last_eval: HeldOut | None = None
+        self.evaluation_missed = False  # the previous session stopped at a step whose evaluation was due
+        self.save_failed = ""  # why the newest checkpoint could not be saved, the same on every rank
 
     def resume(self, path: Path) -> None:
-        """Take up weights, optimizer and counters from a checkpoint."""
+        """Load weights, optimizer state and counters from a checkpoint. Collective."""
         from training import checkpoint
 
         state = checkpoint.load(self.engine, path)
-        self.step = self.report.step = state["step"]
+        self.step = self.recorder.step = state["step"]
         self.batches_hash = state["batches_hash"] if self.mesh.data.rank == 0 else 0
-        self.trained_seconds = state["wall_seconds"]
+        self.earlier_seconds = state["wall_seconds"]
         self.evaluation_missed = state["evaluation_missed"]
         if state["eval_loss"] is not None:
             self.last_eval = HeldOut(state["eval_loss"], self.dataset.held_out.tokens)
 
-    def go(self, peak: float, launchers: Launchers, launched: float) -> int:
-        """Train to the end, or to a signal, and sum up; return the exit status."""
-        self.started = time.monotonic()
+    def run(self, peak_flops: float, launchers: Launchers, launched_at: float) -> int:
+        """Train to the last step or to a signal, and write the summary; return the exit status.
+
+        Args:
+            peak_flops: FLOP/s per rank.
+            launched_at: time.monotonic() when the command started.
+        """
+        self.session_started = time.monotonic()
         try:
-            status = self._train(peak, launchers, launched)
+            status = self._train(peak_flops, launchers, launched_at)
         except BaseException:
             self._finish("failed")
             raise
         self.console.stop()
         return self._finish(status)
 
-    def _train(self, peak: float, launchers: Launchers, launched: float) -> str:
-        """Train to the last step, or to a signal; return the status."""
-        config, batch, world_size, data = self.config, self.batch, self.ranks.world_size, self.mesh.data
-        per_rank = batch.global_batch // data.size
+    def _train(self, peak_flops: float, launchers: Launchers, launched_at: float) -> str:
+        """Train to the last step or to a signal; return the status."""
+        config, batch = self.config, self.batch
         self.console.start(self.step, batch.steps)
         if self.step >= batch.steps and self.last_eval is None:
             self._evaluate(None)
         elif self.evaluation_missed:
             self._evaluate(config.eval_tokens)
-        skipped = 0
-        clock, clock_step, clock_pause = time.perf_counter(), self.step, 0.0
+        throughput = _Throughput(self.step)
         with StopRequest(launchers) as stop:
             while self.step < batch.steps:
-                first = self.step * batch.global_batch + data.rank * per_rank
-                rows = self.stream.samples(first, per_rank)
-                self.batches_hash = (self.batches_hash + sample_hash(first, rows)) % 2**64
-                tokens = torch.from_numpy(rows).to(self.engine.device)
-                share = rate(config.schedule, self.step, batch.steps)
-                loss, norm, applied = self.engine.train_step(tokens, share, self.telemetry.of(self.step + 1))
-                self._tell()  # of a step before, by now reduced
-                self._saved()
-                self.step = self.report.step = self.step + 1
-                self.telemetry.reduce(self.step, batch.tokens_per_step)
+                scale = lr_scale(config.schedule, self.step, batch.steps)
+                loss, grad_norm, applied = self._train_step(scale)
                 if self.step == 1:
-                    self.report.event("first_step", seconds_since_start=time.monotonic() - launched)
-                skipped = 0 if applied else skipped + 1
-                if not applied:
-                    self.report.event("skipped_step", grad_norm=float(norm))
-                    self.console.warn(f"step {self.step} had a gradient that is not finite and was skipped")
-                    if skipped >= MOST_SKIPPED:
-                        self.report.event("diverged", skipped=skipped)
-                        raise RuntimeError(
-                            f"{MOST_SKIPPED} steps in a row had no finite gradient: the run has diverged"
-                        )
+                    self.recorder.event("first_step", seconds_since_start=time.monotonic() - launched_at)
+                self._count_skipped(applied, grad_norm)
                 last = self.step == batch.steps
                 if self.step % config.log_every == 0 or last:
-                    dist.all_reduce(loss)
-                    seconds = time.perf_counter() - clock - clock_pause
-                    speed = (self.step - clock_step) * batch.tokens_per_step / max(seconds, 1e-9)
-                    lr, memory = config.optim.lr * share, machine.memory_gib(self.engine.device)
-                    self.report.train(float(loss) / world_size, float(norm), lr, speed, peak * world_size, memory)
-                    clock, clock_step, clock_pause = time.perf_counter(), self.step, 0.0
+                    self._record_training(loss, grad_norm, scale, throughput, peak_flops)
+                    throughput.restart(self.step)
                 self.console.advance(self.step)
-                pause = time.perf_counter()
-                reason = stop.agreed()
-                self._periodic(last, bool(reason))
-                clock_pause += time.perf_counter() - pause
+                with throughput.paused():
+                    reason = stop.agree()
+                    self._evaluate_sample_save(last, bool(reason))
                 if reason and not last:
-                    from_here = "" if self.save_failed else "; the same command goes on from here"
-                    self.console.say(f"{reason}: stopped after step {self.step}{from_here}")
+                    resumable = "" if self.save_failed else "; the same command resumes the run"
+                    self.console.print(f"{reason}: stopped after step {self.step}{resumable}")
                     return "stopped"
         return "finished"
 
-    def _periodic(self, last: bool, stopping: bool) -> None:
-        """Evaluate, sample and save where this step asks for it. A run that is stopping saves at once, and no more."""
+    def _train_step(self, scale: float) -> tuple[torch.Tensor, torch.Tensor | float, bool]:
+        """Take one step with `scale` times the peak learning rate; return what `Engine.train_step` does."""
+        data = self.mesh.data
+        sequences = self.batch.global_batch // data.size
+        first = self.step * self.batch.global_batch + data.rank * sequences
+        rows = self.stream.samples(first, sequences)
+        self.batches_hash = (self.batches_hash + sample_hash(first, rows)) % 2**64
+        tokens = torch.from_numpy(rows).to(self.engine.device)  # (sequences, S + 1)
+        result = self.engine.train_step(tokens, scale, self.telemetry.observer(self.step + 1))
+        self._record_telemetry()  # of an earlier step: its reduction ran beside this one
+        self._record_save()
+        self.step = self.recorder.step = self.step + 1
+        self.telemetry.reduce(self.step, self.batch.tokens_per_step)
+        return result
+
+    def _record_training(
+        self,
+        loss: torch.Tensor,
+        grad_norm: torch.Tensor | float,
+        scale: float,
+        throughput: _Throughput,
+        peak_flops: float,
+    ) -> None:
+        """Record the steps since the last log line. Collective.
+
+        Args:
+            loss: mean of this rank's tokens; afterwards it holds the sum over ranks.
+            peak_flops: FLOP/s per rank.
+        """
+        dist.all_reduce(loss)
+        ranks, (steps, seconds) = self.ranks.world_size, throughput.measure(self.step)
+        self.recorder.training(
+            loss=float(loss) / ranks,
+            grad_norm=float(grad_norm),
+            lr=self.config.optim.lr * scale,
+            tokens_per_second=steps * self.batch.tokens_per_step / seconds,
+            peak_flops=peak_flops * ranks,
+            memory_gib=machine.memory_gib(self.engine.device),
+        )
+
+    def _count_skipped(self, applied: bool, grad_norm: torch.Tensor | float) -> None:
+        """Report a skipped step.
+
+        Raises:
+            RuntimeError: `MAX_SKIPPED_STEPS` steps in a row were skipped.
+        """
+        if applied:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        self.recorder.event("skipped_step", grad_norm=float(grad_norm))
+        self.console.warn(f"step {self.step} was skipped: its gradient is not finite")
+        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            self.recorder.event("diverged", skipped=self.skipped_in_a_row)
+            raise RuntimeError(
+                f"the run has diverged: the gradients of {MAX_SKIPPED_STEPS} steps in a row were not finite"
+            )
+
+    def _due(self, every: int) -> bool:
+        """Whether this step is one of every `every` steps; 0: never."""
+        return bool(every) and self.step % every == 0
+
+    def _evaluate_sample_save(self, last: bool, stopping: bool) -> None:
+        """Do what is due at this step. A run that is stopping saves at once, and does nothing else."""
         config = self.config
-        due = lambda every: bool(every) and self.step % every == 0  # noqa: E731
         held_out = None
-        self.evaluation_missed = due(config.eval_every) and stopping and not last
-        if last or (due(config.eval_every) and not stopping):
-            some, every = config.eval_tokens, self.dataset.held_out.tokens
-            if last and config.eval_every and some is not None and some < every:
-                self._evaluate(some)  # the end of the curve, on the tokens of its other points
-            held_out = self._evaluate(None if last else config.eval_tokens)
-        if (last or due(config.sample_every)) and not stopping:
+        self.evaluation_missed = self._due(config.eval_every) and stopping and not last
+        if last or (self._due(config.eval_every) and not stopping):
+            periodic_tokens, all_tokens = config.eval_tokens, self.dataset.held_out.tokens
+            if last and config.eval_every and periodic_tokens is not None and periodic_tokens < all_tokens:
+                self._evaluate(periodic_tokens)  # the curve's last point, on the same tokens as its other points
+            held_out = self._evaluate(None if last else periodic_tokens)
+        if (last or self._due(config.sample_every)) and not stopping:
             self._sample()
-        if last or stopping or due(config.save_every):
+        if last or stopping or self._due(config.save_every):
             self._save(held_out)
         if last or stopping:
-            self._saved(wait=True)
+            self._record_save(wait=True)
 
     def _evaluate(self, tokens: int | None) -> HeldOut:
-        # All of it, then all units can be judged by it.
+        """Evaluate on the first `tokens` held-out tokens, or on all; record and return the result."""
+        # Only the whole held-out set is enough text to call a unit dead.
         with self.telemetry.dead_units() if tokens is None else contextlib.nullcontext([]) as dead:
             held_out = self.last_eval = evaluate(self.engine, self.dataset, self.config.sequence_length, tokens)
-        self.report.held_out(held_out, dead)
+        self.recorder.evaluation(held_out, dead)
         return held_out
 
-    def _tell(self) -> None:
-        """Report what was seen inside the layers, if a look at them is not told of yet."""
-        if (seen := self.telemetry.finished()) is not None:
-            self.report.telemetry(*seen)
+    def _record_telemetry(self) -> None:
+        """Record the last activation telemetry sample, unless that was done."""
+        if (sample := self.telemetry.take()) is not None:
+            self.recorder.telemetry(*sample)
 
     def _sample(self) -> None:
-        texts = []
-        for prompt in self.config.prompts:
-            arguments = (self.dataset.tokenizer, self.shape.n_layers, prompt, self.config.sample_tokens)
+        """Generate a text for each prompt."""
+        config, texts = self.config, []
+        for prompt in config.prompts:
+            arguments = (self.dataset.tokenizer, self.shape.n_layers, prompt, config.sample_tokens)
             with torch.no_grad():
                 texts.append(generate(self.engine.logits, *arguments, device=self.engine.device))
-        self.report.samples(texts)
+        self.recorder.samples(texts)
 
     def _save(self, held_out: HeldOut | None) -> None:
-        self._tell()  # a run that goes on from here would not
-        self._saved(wait=True)
-        whole = held_out is not None and held_out.tokens == self.dataset.held_out.tokens
+        """Start to save a checkpoint; `held_out` is the evaluation of this step."""
+        self._record_telemetry()  # a run resumed from this checkpoint would not record it
+        self._record_save(wait=True)
+        eval_loss = None
+        if held_out is not None and held_out.tokens == self.dataset.held_out.tokens:
+            eval_loss = held_out.loss
         state = {
             "step": self.step,
             "samples": self.step * self.batch.global_batch,
-            "tokens": self.report.tokens,
-            "batches_hash": self._whole_hash(),
+            "tokens": self.recorder.tokens,
+            "batches_hash": self._global_batches_hash(),
             "corpus_hash": self.dataset.corpus_hash,
             "tokenizer_hash": self.dataset.tokenizer.hash,
-            "eval_loss": held_out.loss if whole else None,
+            "eval_loss": eval_loss,
             "evaluation_missed": self.evaluation_missed,
-            "wall_seconds": self._wall(),
+            "wall_seconds": self._wall_seconds(),
         }
-        self.saver.begin(state)
+        self.saver.start(state)
 
-    def _saved(self, wait: bool = False) -> None:
-        """Tell how the last save ended, if it has ended. One that failed costs nothing that was saved before."""
-        saved = self.saver.ended(wait)
-        if saved is None:
+    def _record_save(self, wait: bool = False) -> None:
+        """Record the result of the last save, if it has ended. A failed save leaves earlier checkpoints intact."""
+        result = self.saver.take_result(wait)
+        if result is None:
             return
-        self.save_failed = saved.failure
-        if saved.failure:
-            self.console.warn(f"the checkpoint of step {saved.step} could not be saved: {saved.failure}")
-            self.report.event("save_failed", saved.step, path=saved.path.name, reason=saved.failure)
+        self.save_failed = result.failure
+        if result.failure:
+            self.console.warn(f"the checkpoint of step {result.step} could not be saved: {result.failure}")
+            self.recorder.event("save_failed", result.step, path=result.path.name, reason=result.failure)
         else:
-            seconds = {"seconds": saved.seconds, "waited_seconds": saved.waited_seconds}
-            self.report.event("saved", saved.step, path=saved.path.name, **seconds)
-        if saved.warning:
-            self.console.warn(f"older checkpoints could not be removed: {saved.warning}")
+            seconds = {"seconds": result.seconds, "waited_seconds": result.blocked_seconds}
+            self.recorder.event("saved", result.step, path=result.path.name, **seconds)
+        if result.warning:
+            self.console.warn(f"older checkpoints could not be removed: {result.warning}")
 
     def _finish(self, status: str) -> int:
-        """Write the summary, close the mirrors, and tell the end; return the exit status."""
-        together = status != "failed"  # an exception may be this rank's alone: no collective is safe after it
-        if together:
+        """Write the summary, close the loggers and print the end; return the exit status."""
+        synchronised = status != "failed"  # an exception may be this rank's alone, and then a collective would hang
+        if synchronised:
             status = "failed" if self.save_failed else status
             dist.barrier()
         counts = parameters(self.shape)
@@ -285,48 +382,55 @@ class _Run:
         summary = {
             "status": status,
             "final_eval_loss": final.loss if final else None,
-            "bits_per_byte": final.bits_per_byte(self.report.bytes_per_token) if final else None,
+            "bits_per_byte": final.bits_per_byte(self.recorder.bytes_per_token) if final else None,
             "xz_bits_per_byte": self.dataset.xz_bits_per_byte,
             "parameters": sum(counts.values()),
             "vocab_size": self.shape.vocab_size,
             "ffn_parameters": counts["ffn"],
-            "flops_per_token": self.report.flops_per_token,
-            "data_order_hash": f"{self._whole_hash():016x}" if together else None,
+            "flops_per_token": self.recorder.flops_per_token,
+            "data_order_hash": f"{self._global_batches_hash():016x}" if synchronised else None,
             "config_hash": config_hash(self.config),
             "steps": self.step,
-            "tokens": self.report.tokens,
-            "wall_seconds": self._wall(),
+            "tokens": self.recorder.tokens,
+            "wall_seconds": self._wall_seconds(),
         }
-        written = self.report.close(summary)
+        written = self.recorder.close(summary)
         if self.ranks.rank == 0 and status == "finished":
-            self.report.end(summary)
-        if together:
-            written = self._from_rank_0(written)
+            self.recorder.print_end(summary)
+        if synchronised:
+            written = self._broadcast(written)
             dist.barrier()
             dist.destroy_process_group()
         return 1 if status == "failed" or not written else 0
 
-    def _wall(self) -> float:
-        return self.trained_seconds + time.monotonic() - self.started
+    def _wall_seconds(self) -> float:
+        """Return the wall-clock time of the run, over all of its sessions."""
+        return self.earlier_seconds + time.monotonic() - self.session_started
 
-    def _whole_hash(self) -> int:
+    def _global_batches_hash(self) -> int:
         """Return the hash of all samples so far, over all data ranks. Collective."""
-        parts: list[int | None] = [None] * self.ranks.world_size
-        counts = self.mesh.tensor.rank == self.mesh.context.rank == 0  # the others have the same samples
-        dist.all_gather_object(parts, self.batches_hash if counts else 0)
-        return sum(parts) % 2**64  # type: ignore[arg-type]
+        # Tensor and context ranks of one data rank have the same samples: one of them counts.
+        counts = self.mesh.tensor.rank == self.mesh.context.rank == 0
+        hashes: list[Any] = [0] * self.ranks.world_size
+        dist.all_gather_object(hashes, self.batches_hash if counts else 0)
+        return sum(hashes) % 2**64
 
-    def _from_rank_0(self, value: Any) -> Any:
-        """Return what rank 0 passed. Collective."""
-        told = [value]
-        dist.broadcast_object_list(told, src=0)
-        return told[0]
+    def _broadcast(self, value: Any) -> Any:
+        """Return rank 0's value. Collective."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
 
 def _shape(config: Config, dataset: Dataset) -> Shape:
+    """Return the sizes of the model.
+
+    Raises:
+        UserError: the vocabulary is too small for the tokenizer, or sizes do not divide over the ranks.
+    """
     if config.model.vocab_size and config.model.vocab_size < dataset.vocab_size:
         raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {dataset.vocab_size} pieces"
+            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's vocabulary of {dataset.vocab_size}"
         )
     shape = shape_of(config, dataset.vocab_size)
     check_divisibility(shape, config.parallel)
@@ -334,29 +438,34 @@ def _shape(config: Config, dataset: Dataset) -> Shape:
 
 
 def _check_checkpoint(path: Path, dataset: Dataset, shape: Shape, config: Config) -> None:
-    """Refuse a checkpoint of another model or of other text, before the ranks join."""
+    """Refuse a checkpoint of another model or of other text, before the process group exists.
+
+    Raises:
+        UserError: it is one.
+    """
     reader = CheckpointReader(path)
     with torch.device("meta"):
         check_shapes(Decoder(shape, config.model, "sdpa"), reader)
     if reader.state["tokenizer_hash"] != dataset.tokenizer.hash:
         raise UserError(f"{path} was trained with another tokenizer than the one in {dataset.folder}")
-    if reader.state["corpus_hash"] not in (None, dataset.corpus_hash):  # None: imported, trained on nothing here
+    if reader.state["corpus_hash"] not in (None, dataset.corpus_hash):  # None: an imported model
         raise UserError(
-            f"{path} was trained on other text than what is in {dataset.folder}: give this run a name (run=NAME)"
+            f"{path} was trained on other text than what is in {dataset.folder}: give this run another name (run=NAME)"
         )
 
 
 def _already_finished(console: Console, folder: RunFolder, batch: Batch) -> int:
+    """Print that there is nothing to do; return the exit status."""
     summary = folder.read_summary()
-    console.say(f"{folder.path} has finished its {batch.steps} steps: there is nothing to do")
+    console.print(f"{folder.path} has finished its {batch.steps} steps: there is nothing to do")
     if summary.get("bits_per_byte"):
-        console.say(held_out_line(summary))
-    console.say("give another one a name (run=NAME), or override something: python train.py --help")
+        console.print(held_out_line(summary))
+    console.print("give a new run another name (run=NAME), or override a setting: python train.py --help")
     return 0
 
 
 def _copy_tokenizer(dataset: Dataset, run: Path) -> None:
-    """Keep the tokenizer beside the weights, so that a run folder can be moved and still write text."""
+    """Copy the tokenizer into the run folder, so that the folder can be moved and still generate text."""
     target = run / "tokenizer"
     if not target.exists():
         with say_why("write to the run folder", run):

@@ -1,4 +1,4 @@
-"""What this machine is: its device, the dtype to train in, threads, memory allocation, and its peak speed."""
+"""The hardware: device, dtype to train in, threads, memory allocation and peak speed."""
 
 from __future__ import annotations
 
@@ -15,60 +15,73 @@ from conf.errors import UserError
 from conf.schema import Config
 from launch.ranks import Ranks
 
-# Dense bf16 tensor-core peak of data-center GPUs in FLOP/s, from their makers' data sheets, by a part of the device's name.
-_PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
-_PEAK_BF16 |= {"B200": 2250e12, "GB200": 2500e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12}
+# Dense bf16 tensor-core peak in FLOP/s, from the vendors' data sheets, by a substring of the device's name. First match counts.
+_PEAK_BF16_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+}
 
-
-# Settings of <malloc.h> (glibc), as (number, value).
-_MALLOC = (
-    (-4, 0),  # M_MMAP_MAX: take every block from the heap, whatever its size
-    (-1, 2**31 - 1),  # M_TRIM_THRESHOLD: never give the top of the heap back
+# Parameters of glibc's mallopt (<malloc.h>): (number, value).
+_MALLOPT = (
+    (-4, 0),  # M_MMAP_MAX: allocate every block on the heap, whatever its size
+    (-1, 2**31 - 1),  # M_TRIM_THRESHOLD: never return the top of the heap to the kernel
     (-2, 256 * 2**20),  # M_TOP_PAD: grow the heap in large steps
-    (-8, 1),  # M_ARENA_MAX: all threads share the one heap that is warm
+    (-8, 1),  # M_ARENA_MAX: all threads share one heap, whose pages are already mapped
 )
 
 
 def keep_freed_memory() -> bool:
-    """Make the C library keep freed memory for the next allocation; call it before torch is imported.
+    """Make the C library keep freed memory for later allocations. Call it before the first tensor is allocated.
 
-    glibc takes each large block from the kernel and gives it back when it is freed, so that every step of a loop on a CPU
-    pays a page fault and a zeroed page for each 4 KiB of its activations. Kept on the heap, they stay the process's own. The
-    settings are made from inside, so it does not matter which launcher started the process. bench/LOG.md has the effect.
+    By default glibc maps each large block anew and unmaps it when it is freed, so every training step on a CPU pays a page
+    fault and a zeroed page per 4 KiB of activations. On the heap the pages stay mapped. `mallopt` works under any launcher,
+    unlike environment variables. bench/LOG.md has the measured effect.
 
     Returns:
-        Whether every setting was taken. False where the C library has none (musl, macOS); never raises.
+        Whether every parameter was accepted. False if the C library has no mallopt (musl, macOS); never raises.
     """
-    # Pages of 2 MiB for tensors that are larger than that; torch reads it at its first allocation.
+    # Huge pages (2 MiB) for tensors larger than one; torch reads this at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return sum(mallopt(setting, value) == 1 for setting, value in _MALLOC) == len(_MALLOC)
+    return sum(mallopt(parameter, value) == 1 for parameter, value in _MALLOPT) == len(_MALLOPT)
 
 
 def find_device(ranks: Ranks) -> torch.device:
-    """Return this rank's GPU, or the CPU where there is none. `DS_ACCELERATOR=cpu` chooses the CPU beside a GPU."""
+    """Return this rank's GPU, or the CPU if there is none. `DS_ACCELERATOR=cpu` selects the CPU on a machine with GPUs.
+
+    Raises:
+        UserError: the node has fewer GPUs than ranks.
+    """
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
         if ranks.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"rank {ranks.rank} is number {ranks.local_rank} on its node, which has {torch.cuda.device_count()} GPU(s)"
+                f"rank {ranks.rank} has local rank {ranks.local_rank}, but its node has {torch.cuda.device_count()} GPU(s)"
             )
         torch.cuda.set_device(ranks.local_rank)
         return torch.device("cuda", ranks.local_rank)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it had to guess
-    # torchrun sets OMP_NUM_THREADS=1 for everybody; anyone else who set it meant it.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it guessed
+    # torchrun always sets OMP_NUM_THREADS=1; without torchrun, a value is the user's choice.
     if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-        cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 10**6, _physical_cores())
-        torch.set_num_threads(max(1, cores // ranks.local_world_size))
-    # Gradients that fade below 1e-38 would otherwise slow the arithmetic down by an order of magnitude.
+        torch.set_num_threads(max(1, _usable_cores() // ranks.local_world_size))
+    # Denormal gradients (below 1e-38) would slow arithmetic down by an order of magnitude.
     torch.set_flush_denormal(True)
     return torch.device("cpu")
 
 
 def find_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """Resolve `precision=auto`: bf16 where the hardware multiplies bf16, else fp32; fp32 for ZeRO stage 0."""
+    """Resolve `precision=auto`: bf16 if the hardware multiplies bf16 and the ZeRO stage is not 0, else fp32."""
     if config.precision.name != "auto":
         return torch.bfloat16 if config.precision.name == "bf16" else torch.float32
     if config.zero.stage == 0:
@@ -78,44 +91,46 @@ def find_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Return (FLOP/s, where the figure is from) against which MFU is quoted.
+    """Return (peak FLOP/s of this device, the source of that figure). MFU is relative to it.
 
-    A GPU's is its data sheet's. A CPU's is measured: the best of 20 products of 1024 x 1024 matrices, a tenth of a second.
+    A GPU's peak is from its data sheet. A CPU's is measured: the best of 20 matmuls of 1024 x 1024, a tenth of a second.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for part, peak in _PEAK_BF16.items():
-            if part in name:
-                return peak, f"{name}, dense bf16 of its data sheet"
+        for model, peak in _PEAK_BF16_FLOPS.items():
+            if model in name:
+                return peak, f"data sheet of {name}, dense bf16"
     a = torch.randn(1024, 1024, device=device, dtype=dtype)
-    best = float("inf")
+    best_seconds = float("inf")
     for _ in range(20):
         start = time.perf_counter()
         (a @ a).sum().item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best, f"measured, {str(dtype).removeprefix('torch.')} product of 1024 x 1024 matrices"
+        best_seconds = min(best_seconds, time.perf_counter() - start)
+    return 2 * 1024**3 / best_seconds, f"measured, {str(dtype).removeprefix('torch.')} matmul of 1024 x 1024"
 
 
 def describe(device: torch.device) -> str:
-    """Return a few words for the summary."""
+    """Return a short description of the device for the console."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} thread(s)"
 
 
 def memory_gib(device: torch.device) -> float:
-    """Return the peak memory of this rank so far: of the device on a GPU, of the process on a CPU."""
+    """Return this rank's peak memory so far: of the device on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB; in bytes on macOS
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def _physical_cores() -> int:
-    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+def _usable_cores() -> int:
+    """Return the number of physical cores, or of CPUs that this process may run on if they are fewer."""
+    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return min(len(os.sched_getaffinity(0)), physical) if hasattr(os, "sched_getaffinity") else physical
 
 
 def _cpu_has_bf16() -> bool:
-    # Without these instructions bf16 products are emulated, and slower than fp32.
+    # Without these instructions bf16 matmuls are emulated, and slower than fp32.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

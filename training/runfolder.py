@@ -1,11 +1,11 @@
-"""The run folder: the truth about a run. W&B and TensorBoard only mirror it.
+"""The run folder, the authoritative record of a run. W&B and TensorBoard hold copies.
 
 runs/<name>/config.yaml      the configuration, every key resolved
-            metrics.jsonl    one JSON object a line: kind, step, tokens, then figures
+            metrics.jsonl    one JSON object per line: kind, step, tokens, then figures
             summary.json     how the run ended
             checkpoints/     (checkpoint.py)
-            samples.txt      what the model wrote, by step
-            deepspeed.log    what DeepSpeed had to say
+            samples.txt      text that the model generated, by step
+            deepspeed.log    the output of DeepSpeed and other libraries
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from conf.load import from_yaml, to_yaml
 from conf.schema import Config
 from conf.validate import differences
 
-_ATTEMPTS, _PAUSE = 20, 0.05  # at a folder's lock; seconds
+_LOCK_ATTEMPTS, _LOCK_PAUSE_SECONDS = 20, 0.05
 
 
 class RunFolder:
-    """One run's folder. Every rank may hold one; only rank 0 calls what writes."""
+    """A run's folder. Every rank may construct one; only rank 0 calls the methods that write."""
 
     def __init__(self, config: Config) -> None:
         self.path = Path(config.runs) / str(config.run)
         self._lock: IO[str] | None = None
         self._metrics: IO[bytes] | None = None
-        self._unwritten: list[str] = []  # lines of metrics.jsonl that a full disk refused
+        self._unwritten: list[str] = []  # lines of metrics.jsonl that could not be written, in order
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
     def claim(self, config: Config) -> None:
-        """Create the folder, or take one whose run this configuration continues, and lock it for this process.
+        """Create the folder, or take over that of a run that this configuration continues, and lock it for this process.
 
         Raises:
-            UserError: another process trains in it; it holds a run with other settings; it cannot be written.
+            UserError: another process trains in it, it holds a run with other settings, or it cannot be written.
         """
         with say_why("write to the run folder", self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -56,23 +56,24 @@ class RunFolder:
             _lock(self._lock)
         except OSError as error:
             raise UserError(
-                f"another process is training in {self.path}: wait for it, or give this run a name (run=NAME)"
+                f"another process is training in {self.path}: wait for it, or give this run another name (run=NAME)"
             ) from error
-        written = self.path / "config.yaml"
-        # A command that was refused before its first step leaves no metrics: its corrected version may take the folder.
-        if written.exists() and (self.path / "metrics.jsonl").exists():
+        config_path = self.path / "config.yaml"
+        # A command that failed before its first step leaves no metrics, so its corrected version may reuse the folder.
+        if config_path.exists() and (self.path / "metrics.jsonl").exists():
             if not config.resume:
                 raise UserError(f"{self.path} holds a run and resume=false: give this run another name (run=NAME)")
-            changed = differences(from_yaml(written), config)
+            changed = differences(from_yaml(config_path), config)
             if changed:
                 raise UserError(
-                    f"{self.path} holds a run with other settings ({'; '.join(changed)}): give this one a name (run=NAME)"
+                    f"{self.path} holds a run with other settings ({'; '.join(changed)}): "
+                    "give this run another name (run=NAME)"
                 )
-        with say_why("write to the run folder", self.path), atomic_write(written) as file:
+        with say_why("write to the run folder", self.path), atomic_write(config_path) as file:
             file.write(to_yaml(config))
 
     def rewind(self, step: int) -> None:
-        """Drop the summary, the metrics after `step`, and a half-written last line: a resumed run writes them again."""
+        """Delete the summary, the metrics after `step` and a partial last line: a resumed run writes them again."""
         path = self.path / "metrics.jsonl"
         with say_why("write to the run folder", self.path):
             (self.path / "summary.json").unlink(missing_ok=True)
@@ -87,45 +88,49 @@ class RunFolder:
                 file.writelines(line + "\n" for line in kept)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl; it is in the kernel's hands before this returns.
+        """Append one line to metrics.jsonl. A killed process does not lose it: nothing is buffered here.
 
         Raises:
-            OSError: it cannot be written now. The line is kept, and goes before the next one.
+            OSError: it cannot be written now. The line is kept, and written before the next one.
         """
         self._unwritten.append(json.dumps(record, allow_nan=True) + "\n")
         self.write_metrics()
 
     def write_metrics(self) -> None:
-        """Write the lines of metrics.jsonl that could not be written before; OSError as above."""
+        """Write the lines of metrics.jsonl that could not be written before.
+
+        Raises:
+            OSError: a line cannot be written now. It and those after it are kept.
+        """
         if self._metrics is None:
             self._metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
         while self._unwritten:
             line = self._unwritten[0].encode()
-            size = self._metrics.seek(0, os.SEEK_END)
+            size_before = self._metrics.seek(0, os.SEEK_END)
             try:
                 written = self._metrics.write(line)
-                if written < len(line):  # the first part fitted: the second call says why the rest does not
+                if written < len(line):  # only a part fitted: a second write raises the reason
                     written += self._metrics.write(line[written:])
                 if written < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._metrics.name)
             except OSError:
-                self._metrics.truncate(size)  # no half line stays
+                self._metrics.truncate(size_before)  # leave no partial line
                 raise
             self._unwritten.pop(0)
 
     def append_samples(self, text: str) -> None:
-        """Add a sample to samples.txt."""
+        """Append text to samples.txt."""
         with open(self.path / "samples.txt", "a", encoding="utf-8") as file:
             file.write(text)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json anew."""
+        """Replace summary.json."""
         with atomic_write(self.path / "summary.json") as file:
             json.dump(summary, file, indent=2)
             file.write("\n")
 
     def read_summary(self) -> dict[str, Any]:
-        """Return summary.json, or {} before there is one."""
+        """Return summary.json, or {} if there is none."""
         try:
             return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
@@ -143,11 +148,11 @@ class RunFolder:
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """Send what libraries print, Python or C++, to deepspeed.log instead of the console."""
+        """Redirect the output of libraries, Python or C++, to deepspeed.log while entered."""
         log = os.open(self.path / "deepspeed.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         sys.stdout.flush()
         sys.stderr.flush()
-        saved = os.dup(1), os.dup(2)
+        console = os.dup(1), os.dup(2)
         try:
             os.dup2(log, 1)
             os.dup2(log, 2)
@@ -155,20 +160,20 @@ class RunFolder:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            for number, copy in zip((1, 2), saved, strict=True):
-                os.dup2(copy, number)
-                os.close(copy)
+            for descriptor, duplicate in zip((1, 2), console, strict=True):
+                os.dup2(duplicate, descriptor)
+                os.close(duplicate)
             os.close(log)
 
 
 def _lock(file: IO[str]) -> None:
-    """Lock a file for this process. Who only asks whether a run is alive (`ablation/outcomes.py`) holds the lock for a moment.
+    """Lock a file for this process. Retry for a second: `ablation` holds the lock briefly to check whether a run is alive.
 
     Raises:
-        OSError: another process holds it for a second.
+        OSError: another process keeps the lock.
     """
-    for _ in range(_ATTEMPTS):
+    for _ in range(_LOCK_ATTEMPTS):
         with contextlib.suppress(BlockingIOError):
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        time.sleep(_PAUSE)
+        time.sleep(_LOCK_PAUSE_SECONDS)
     return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

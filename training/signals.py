@@ -1,14 +1,16 @@
-"""From signals to one decision that all ranks share: stop after this step.
+"""Stop requests: signals on any rank become one decision, shared by all ranks, to stop after the current step.
 
-A handler only notes the signal. The loop asks once a step, and the ranks agree over a small group of their own on the CPU, so
-that every one of them stops after the same step even when the signal reached only some.
+A handler only records the signal. The loop polls once per step, and the ranks agree through a small gloo group of their own.
+So all of them stop after the same step, even if the signal reached only some.
 """
 
 from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,45 +18,49 @@ import torch.distributed as dist
 from launch.launchers import Launchers
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_REASONS = ("", "the launcher has ended", *(number.name for number in _SIGNALS))
+_LAUNCHER_ENDED = "the launcher has ended"
+_REASONS = ("", _LAUNCHER_ENDED, *(number.name for number in _SIGNALS))  # in increasing priority
 
 
 class StopRequest:
-    """Notes SIGINT (Ctrl-C), SIGTERM and SIGUSR1 while it is entered; a second Ctrl-C interrupts at once.
+    """Record SIGINT (Ctrl-C), SIGTERM and SIGUSR1 while entered; a second Ctrl-C interrupts at once.
 
     Args:
-        launchers: those that started this rank; their end is a request too, and so is a SIGUSR1 that came before.
+        launchers: the launchers that started this rank. A launcher that ends is a stop request too, and so is a SIGUSR1 that
+            arrived before this object was entered.
     """
 
     def __init__(self, launchers: Launchers) -> None:
         self.reason = ""  # why this rank wants to stop: one of _REASONS
         self._launchers = launchers
-        self._when = 0.0
-        self._before: dict[int, object] = {}
+        self._received_at = 0.0  # time.monotonic() of the first signal
+        self._previous_handlers: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self._previous_handlers = {number: signal.signal(number, self._record) for number in _SIGNALS}
         if self._launchers.warned:
             self.reason = signal.SIGUSR1.name
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        # A launcher passes Ctrl-C on, so the same key press may arrive twice: only a later one is a person's second.
-        if self.reason == "SIGINT" and number == signal.SIGINT and time.monotonic() - self._when > 1.0:
+    def _record(self, number: int, _: FrameType | None) -> None:
+        # A launcher forwards Ctrl-C, so one key press may arrive twice. Only a later one is a second key press.
+        if self.reason == "SIGINT" and number == signal.SIGINT and time.monotonic() - self._received_at > 1.0:
             raise KeyboardInterrupt
         if not self.reason:
-            self.reason, self._when = signal.Signals(number).name, time.monotonic()
+            self.reason, self._received_at = signal.Signals(number).name, time.monotonic()
 
-    def agreed(self) -> str:
-        """Return why to stop: the name of the signal that some rank received, or else that some rank's launcher has
-        ended, or "" (the same on every rank)."""
+    def agree(self) -> str:
+        """Return why to stop, the same on every rank, or "" to continue. Collective.
+
+        The reason is the name of a signal that some rank received; else that some rank's launcher has ended.
+        """
         if not self.reason and self._launchers.gone():
-            self.reason = _REASONS[1]
+            self.reason = _LAUNCHER_ENDED
         if self._group is None:
             return self.reason
         index = torch.tensor([_REASONS.index(self.reason)])

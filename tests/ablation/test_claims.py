@@ -165,8 +165,8 @@ def test_every_claim_has_a_case():
 def test_what_claims_name_there_is():
     formula = compile_formula(parse("silu(gate) * up"))
     names = set(telemetry_figures(sums_of(formula), 2, [1.0] * 99, 1.0))
-    names |= telemetry.Window(1).figures([torch.ones(1)], 1).keys()
-    names |= set(re.findall(r'"(\w+)":', inspect.getsource(telemetry._Look.figures)))
+    names |= telemetry.ActivityWindow(1).update([torch.ones(1)], 1).keys()
+    names |= set(re.findall(r'"(\w+)":', inspect.getsource(telemetry.ReducedSample.figures)))
     for claim in CLAIMS.values():
         assert claim.literature
         for test in (*claim.given, *claim.test):

@@ -24,7 +24,7 @@ from conf.errors import UserError
 from conf.load import load
 from tests.ablation.made import all_planned, losses, make, plan_of
 from tests.training.tiny import command
-from training.loggers import _scalars
+from training.loggers import scalars
 
 pytest.importorskip("wandb_workspaces")
 RULE = losses({"gelu": 0.03, "swiglu": -0.05}, noise=0.001)
@@ -174,7 +174,7 @@ def test_panels_ask_for_what_runs_log_by_arm_and_over_tokens(whole, written):
     assert list(found) == SECTIONS
     run = next((whole / "runs").iterdir())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    logged = {f"{line['kind']}/{name}" for line in lines for name, _ in _scalars(line)}
+    logged = {f"{line['kind']}/{name}" for line in lines for name, _ in scalars(line)}
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     asked = []
     for panel in (panel for name in SECTIONS[1:] for panel in found[name]):

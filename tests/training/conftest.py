@@ -61,10 +61,10 @@ def trained(corpus, one_rank, two_ranks, tmp_path_factory) -> Callable[..., Trai
     @functools.cache
     def train(world: int, zero: str, precision: str = "fp32", accumulation: int = 1) -> Trained:
         micro = TINY["global_batch_size"] // world // accumulation
-        words = overrides(corpus, zero=zero, precision=precision, micro_batch_size=micro, optim__clip=0.5)
+        arguments = overrides(corpus, zero=zero, precision=precision, micro_batch_size=micro, optim__clip=0.5)
         path = folder / f"{world}-{zero}-{precision}-{accumulation}"
         steps = [["train", 5], ["save", str(path)], ["train", 5], ["save", str(path)], ["evaluate"]]
-        seen = (one_rank if world == 1 else two_ranks).run("script", words=words, steps=steps)
-        return Trained(seen, words, path / "step_00000005", path / "step_00000010")
+        results = (one_rank if world == 1 else two_ranks).run("script", arguments=arguments, steps=steps)
+        return Trained(results, arguments, path / "step_00000005", path / "step_00000010")
 
     return train

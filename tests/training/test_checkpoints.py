@@ -17,8 +17,8 @@ TOPOLOGIES = list(itertools.product(("0", "1", "2", "3"), (1, 2)))
 FP32 = 1e-5  # sums in another order, as in test_parity.py
 
 
-def after(seen: list[dict], steps: int, which: int) -> list[float]:
-    return seen[0]["losses"][steps * which : steps * (which + 1)]
+def after(results: list[dict], steps: int, which: int) -> list[float]:
+    return results[0]["losses"][steps * which : steps * (which + 1)]
 
 
 @pytest.mark.parametrize(("zero", "world"), TOPOLOGIES)
@@ -27,13 +27,13 @@ def test_a_run_goes_on_from_every_topology_under_every_other(trained, one_rank, 
     # The most foreign first, so that it is loaded into a fresh engine.
     sources = sorted(TOPOLOGIES, key=lambda t: (t[1] == world, abs(int(t[0]) - int(zero)) != 3, t[0] == zero))
     steps = [word for z, w in sources for word in (["load", str(trained(w, z).middle)], ["train", 3])]
-    seen = (one_rank if world == 1 else two_ranks).run("script", words=target.words, steps=steps)
+    results = (one_rank if world == 1 else two_ranks).run("script", arguments=target.arguments, steps=steps)
     for number, (z, w) in enumerate(sources):
         uninterrupted = trained(w, z).losses[5:8]
         if (z, w) == (zero, world):
-            assert after(seen, 3, number) == uninterrupted
+            assert after(results, 3, number) == uninterrupted
         else:
-            assert after(seen, 3, number) == pytest.approx(uninterrupted, rel=FP32), f"stage {z}, {w} rank(s)"
+            assert after(results, 3, number) == pytest.approx(uninterrupted, rel=FP32), f"stage {z}, {w} rank(s)"
 
 
 CASES = [("1", "bf16", 2), ("2", "bf16", 2), ("3", "bf16", 2), ("1", "bf16", 1), ("offload", "fp32", 2)]
@@ -43,9 +43,9 @@ CASES = [("1", "bf16", 2), ("2", "bf16", 2), ("3", "bf16", 2), ("1", "bf16", 1),
 def test_the_same_topology_goes_on_bit_for_bit(trained, two_ranks, tmp_path, zero, precision, accumulation):
     run = trained(2, zero, precision, accumulation)
     steps = [["load", str(run.middle)], ["train", 5], ["save", str(tmp_path)]]
-    seen = two_ranks.run("script", words=run.words, steps=steps)
-    assert seen[0]["losses"] == run.losses[5:]
-    assert seen[0]["norms"] == run.norms[5:]
+    results = two_ranks.run("script", arguments=run.arguments, steps=steps)
+    assert results[0]["losses"] == run.losses[5:]
+    assert results[0]["norms"] == run.norms[5:]
     assert same_tensors(run.end, tmp_path / run.end.name)
 
 
@@ -69,7 +69,7 @@ def test_a_failing_save_leaves_earlier_checkpoints_and_training_alone(trained, t
     run = trained(2, "2")
     faults = [("tensors on a full disk", 0), ("tensors on a full disk", 1)]
     faults += [("manifest on a full disk", 0), ("rename refused", 0)]
-    answers = two_ranks.run("failing_save", words=run.words, folder=str(tmp_path / "ck"), faults=faults)
+    answers = two_ranks.run("failing_save", arguments=run.arguments, folder=str(tmp_path / "ck"), faults=faults)
     for (said, left), other in zip(answers[0][:-1], answers[1][:-1], strict=True):
         assert "No space left on device" in said
         assert other == [said, left]  # whichever rank it was, all are told
@@ -82,15 +82,15 @@ def test_a_failing_save_leaves_earlier_checkpoints_and_training_alone(trained, t
 
 def test_a_checkpoint_before_the_first_applied_step(trained, two_ranks, tmp_path):
     for zero in ("0", "1", "2", "3"):
-        words = trained(2, zero).words
+        arguments = trained(2, zero).arguments
         folder = tmp_path / zero
         poison = ["poison", "norm.weight", 0, float("nan")]
         steps = [poison, ["save", str(folder)], ["load", str(folder / "step_00000001")], ["train", 1]]
-        seen = two_ranks.run("script", words=words, steps=steps)
+        results = two_ranks.run("script", arguments=arguments, steps=steps)
         reader = CheckpointReader(folder / "step_00000001")
         assert reader.state["optimizer_steps"] == 0
         assert not reader.tensor("head.weight", "exp_avg").any()
-        assert seen[0]["applied"] == [False, True]
+        assert results[0]["applied"] == [False, True]
 
 
 @pytest.fixture
@@ -169,14 +169,14 @@ def test_leftovers_of_interrupted_saves_are_ignored_and_swept(trained, one_rank,
     assert newest_intact(saved) == (saved / "step_00000010", [])
     assert [path.name for path in checkpoints(saved)] == ["step_00000010", "step_00000005"]
     steps = [["load", str(saved / "step_00000010")], ["train", 1], ["save", str(saved)]]
-    one_rank.run("script", words=trained(1, "1").words, steps=steps)
+    one_rank.run("script", arguments=trained(1, "1").arguments, steps=steps)
     assert sorted(path.name for path in saved.iterdir()) == ["step_00000005", "step_00000010", "step_00000011"]
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(trained, one_rank, saved):
     flip(saved / "step_00000010" / "rank_00000.safetensors", 100_000)
     steps = [["load", str(saved / "step_00000005")], ["train", 5], ["save", str(saved)]]
-    one_rank.run("script", words=trained(1, "1").words, steps=steps)
+    one_rank.run("script", arguments=trained(1, "1").arguments, steps=steps)
     assert newest_intact(saved) == (saved / "step_00000010", [])
     assert same_tensors(saved / "step_00000010", trained(1, "1").end)
 

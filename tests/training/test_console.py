@@ -1,4 +1,4 @@
-"""What a person reads: numbers, durations, and a line a step from rank 0 alone."""
+"""Console output: numbers, durations, and a line per step from rank 0 alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
-def test_a_line_a_step_with_every_figure(capsys):
+def test_a_line_per_step_with_every_figure(capsys):
     console = Console()
     console.start(0, 30)
     console.step(
@@ -55,9 +55,9 @@ def test_text_in_brackets_is_shown_as_it_is(capsys):
 
 
 def test_other_ranks_are_silent(capsys):
-    console = Console(speaks=False)
+    console = Console(enabled=False)
     console.start(0, 3)
-    console.say("x")
+    console.print("x")
     console.warn("x")
     console.step(1, 3, {"loss": 1, "lr": 1, "grad_norm": 1, "tokens_per_second": 1, "mfu": 1})
     console.stop()

@@ -26,9 +26,9 @@ def test_the_version_is_in_the_range_that_was_tried():
     assert Version("0.19.8") <= Version(deepspeed.__version__.partition("+")[0]) < Version("0.20")
 
 
-def look(pool, corpus, expressions: list[str], before: tuple = (), **changes) -> list:
-    steps = [*before, *(["look", expression] for expression in expressions)]
-    return pool.run("script", words=overrides(corpus, **changes), steps=steps)[0]["values"]
+def inspect_engine(pool, corpus, expressions: list[str], before: tuple = (), **changes) -> list:
+    steps = [*before, *(["inspect", expression] for expression in expressions)]
+    return pool.run("script", arguments=overrides(corpus, **changes), steps=steps)[0]["values"]
 
 
 def test_the_op_that_is_built_at_start_up_can_be_switched_off(monkeypatch):
@@ -57,7 +57,7 @@ def test_every_setting_that_would_change_training_is_written(corpus):
 
 
 def test_the_settings_arrive(corpus, one_rank):
-    values = look(
+    values = inspect_engine(
         one_rank, corpus,
         ["deepspeed.gradient_clipping()", "str(deepspeed.communication_data_type)", "deepspeed.zero_optimization_stage()",
          "deepspeed.gradient_accumulation_steps()", "deepspeed.steps_per_print()"],
@@ -82,26 +82,26 @@ WRAPPER = "type(optimizer).__name__"
 def test_the_optimizer_that_wraps_ours(corpus, one_rank, two_ranks, zero, precision, wrapper, alone):
     kept = "inner is (optimizer if engine.stage == 0 else optimizer.optimizer), type(inner).__name__"
     for pool, expected in ((two_ranks, wrapper), (one_rank, alone)):
-        values = look(pool, corpus, [WRAPPER, kept], zero=zero, precision=precision)
+        values = inspect_engine(pool, corpus, [WRAPPER, kept], zero=zero, precision=precision)
         assert values == [expected, [True, "AdamW"]]
 
 
 def test_bf16_with_fp32_accumulation_at_stage_1_is_another_wrapper(corpus, two_ranks):
-    values = look(two_ranks, corpus, [WRAPPER], zero=1, precision="bf16", micro_batch_size=2)
+    values = inspect_engine(two_ranks, corpus, [WRAPPER], zero=1, precision="bf16", micro_batch_size=2)
     assert values == ["BF16_Optimizer"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_rank_needs_no_reduction_and_can_leave_it_out(corpus, one_rank, precision):
     """The same losses with and without: what is left out adds up one summand. Both paths are DeepSpeed's."""
-    words = overrides(corpus, zero=1, precision=precision, micro_batch_size=4)
+    arguments = overrides(corpus, zero=1, precision=precision, micro_batch_size=4)
     losses = []
     for expression in ("deepspeed.enable_backward_allreduce", "setattr(deepspeed, 'enable_backward_allreduce', True)"):
-        seen = one_rank.run("script", words=words, steps=[["look", expression], ["train", 4]])[0]
-        losses.append(seen["losses"])
-    assert seen["values"] == [None]
+        results = one_rank.run("script", arguments=arguments, steps=[["inspect", expression], ["train", 4]])[0]
+        losses.append(results["losses"])
+    assert results["values"] == [None]
     assert losses[0] == losses[1]
-    values = look(one_rank, corpus, ["deepspeed.enable_backward_allreduce"], zero=1, precision=precision)
+    values = inspect_engine(one_rank, corpus, ["deepspeed.enable_backward_allreduce"], zero=1, precision=precision)
     assert values == [False]
 
 
@@ -109,7 +109,7 @@ def test_one_rank_needs_no_reduction_and_can_leave_it_out(corpus, one_rank, prec
 def test_states_of_later_groups_are_linked_only_when_told(corpus, one_rank, zero, accumulation):
     """Stage 1 and 2: the flag is set in the first step; setting it back and asking again links every group."""
     found = "[k for k in ('exp_avg',) for p in engine.module.parameters() if k not in p._hp_mapping.optim_fragment]"
-    values = look(
+    values = inspect_engine(
         one_rank, corpus,
         ["optimizer._hp_optimizer_states_linked", f"len({found})",
          "[setattr(optimizer, '_hp_optimizer_states_linked', False), optimizer._lazy_init_hp_params_optimizer_state()]",
@@ -122,7 +122,7 @@ def test_states_of_later_groups_are_linked_only_when_told(corpus, one_rank, zero
 
 def test_stage_3_keeps_flat_masters_and_partitions_with_padding(corpus, two_ranks):
     name = "dict(engine.module.named_parameters())"
-    values = look(
+    values = inspect_engine(
         two_ranks, corpus,
         ["[flat.dtype is torch.float32 for flat in optimizer.fp32_partitioned_groups_flat]",
          f"list({name}['layers.0.ffn.down'].ds_shape)", f"{name}['layers.0.ffn.down'].ds_tensor.numel()",
@@ -141,7 +141,7 @@ def test_a_rank_finds_its_piece_of_a_gradient(corpus, two_ranks, accumulation):
     sizes = f"[{held}, p._hp_mapping.lp_fragment_address.numel, p.numel()]"
     values = two_ranks.run(
         "script",
-        words=overrides(corpus, zero=1, precision="bf16", micro_batch_size=4 // accumulation),
+        arguments=overrides(corpus, zero=1, precision="bf16", micro_batch_size=4 // accumulation),
         steps=[["observe", f"[{sizes} for p in engine.module.parameters() if p._hp_mapping is not None]"]],
     )
     found = [size for each in values for size in each["values"][0]]
@@ -157,7 +157,7 @@ def test_a_skipped_step_is_counted_and_the_norm_reported(corpus, one_rank, two_r
         (one_rank, "2", "fp32"),
         (one_rank, "3", "fp32"),
     ):
-        values = look(
+        values = inspect_engine(
             pool, corpus, ["deepspeed.skipped_steps", "float(deepspeed.get_global_grad_norm()) > 0"],
             before=(["train", 1], poison, ["train", 1]), zero=zero, precision=precision,
         )  # fmt: skip
@@ -165,7 +165,7 @@ def test_a_skipped_step_is_counted_and_the_norm_reported(corpus, one_rank, two_r
 
 
 def test_stage_0_in_fp32_neither_skips_nor_reports(corpus, one_rank):
-    values = look(
+    values = inspect_engine(
         one_rank, corpus, ["deepspeed.skipped_steps", "deepspeed.get_global_grad_norm()"],
         before=(["train", 1], ["poison", "norm.weight", 0, float("nan")]), zero=0,
     )  # fmt: skip
@@ -189,7 +189,7 @@ def test_the_fragments_of_stages_1_and_2_are_views_of_what_the_optimizer_steps(c
     ]
     for zero in ("1", "2"):
         before = (["train", 1], ["save", str(tmp_path / zero)])  # saving links the later groups
-        assert look(two_ranks, corpus, expressions, before=before, zero=zero) == [True, True, True]
+        assert inspect_engine(two_ranks, corpus, expressions, before=before, zero=zero) == [True, True, True]
 
 
 def test_the_launcher_appends_its_local_rank():

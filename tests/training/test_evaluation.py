@@ -1,4 +1,4 @@
-"""Held-out text is measured as plain torch would, whoever measures it."""
+"""The held-out loss equals that of plain torch, under any ranks and ZeRO stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from training.evaluation import HeldOut
 def plain(trained):
     """The function that measures the first `windows` windows with cross_entropy over whole logits."""
     run = trained(1, "1")
-    config = load(run.words)
+    config = load(run.arguments)
     dataset = open_dataset(prepare(config.data, config.tokenizer))
     model = Decoder(shape_of(config, dataset.vocab_size), config.model, "sdpa")
     load_weights(model, run.end)
@@ -45,12 +45,14 @@ def plain(trained):
 
 @pytest.mark.parametrize("zero", ["1", "3"])
 def test_the_loss_is_that_of_plain_torch(trained, plain, ranks, zero):
-    # 96 tokens are 3 windows: two ranks cannot share them evenly. A micro-batch of 3 does not divide the windows either.
-    words = [*trained(1, "1").words, "global_batch_size=6", f"zero={zero}"]
-    words = [word for word in words if not word.startswith(("micro_batch", "zero=1", "global_batch_size=8"))]
+    # 96 tokens are 3 windows, which two ranks cannot divide evenly. A micro-batch of 3 does not divide the windows either.
+    arguments = [*trained(1, "1").arguments, "global_batch_size=6", f"zero={zero}"]
+    arguments = [
+        argument for argument in arguments if not argument.startswith(("micro_batch", "zero=1", "global_batch_size=8"))
+    ]
     load_it = ["load", str(trained(1, "1").end)]
     steps = [load_it, ["evaluate"], ["evaluate", 96], ["evaluate", 1], ["evaluate", 10**9]]
-    for rank in ranks.run("script", words=[*words, "micro_batch_size=3"], steps=steps):
+    for rank in ranks.run("script", arguments=[*arguments, "micro_batch_size=3"], steps=steps):
         whole, three, one, more = rank["evaluations"]
         # Two means, of fp32 logits and of fp64 ones: 2^-24 each way of rounding, over sums of some thousand terms.
         for measured, (loss, count) in ((whole, plain()), (three, plain(3)), (one, plain(1))):
@@ -59,7 +61,7 @@ def test_the_loss_is_that_of_plain_torch(trained, plain, ranks, zero):
         assert more == whole
 
 
-def test_bits_a_byte_and_perplexity():
+def test_bits_per_byte_and_perplexity():
     assert HeldOut(math.log(2), 10).bits_per_byte(1.0) == 1.0
     assert HeldOut(3 * math.log(2), 10).bits_per_byte(4.0) == 0.75
     assert HeldOut(math.log(7), 10).perplexity == pytest.approx(7)

@@ -20,7 +20,7 @@ def begun(corpus, one_rank, tmp_path_factory) -> tuple[Path, Path]:
     """The same weights in two checkpoints of step 1, which no step was applied to: with moments, and without."""
     folder = tmp_path_factory.mktemp("begun")
     steps = [["poison", "norm.weight", 0, float("nan")], ["save", str(folder / "whole")]]
-    one_rank.run("script", words=overrides(corpus, zero=1), steps=steps)
+    one_rank.run("script", arguments=overrides(corpus, zero=1), steps=steps)
     whole = folder / "whole" / "step_00000001"
     reader = CheckpointReader(whole)
     names = [name for name in reader.shapes() if not name.endswith(("exp_avg", "exp_avg_sq"))]
@@ -31,31 +31,31 @@ def begun(corpus, one_rank, tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("zero", ["0", "1", "2", "3"])
 def test_weights_alone_are_a_start_with_moments_of_zero(corpus, begun, ranks, zero):
-    words = overrides(corpus, zero=zero)
+    arguments = overrides(corpus, zero=zero)
     whole, bare = begun
     assert not any(name.endswith("exp_avg") for name in CheckpointReader(bare).shapes())
     assert damage(bare) == ""
     # Something is trained before, so that old moments would show.
     steps = [["train", 2], *(word for path in (whole, bare) for word in (["load", str(path)], ["train", 3]))]
-    losses = ranks.run("script", words=words, steps=steps)[0]["losses"]
+    losses = ranks.run("script", arguments=arguments, steps=steps)[0]["losses"]
     assert losses[5:8] == losses[2:5]
     assert len(set(losses[2:5])) == 3
 
 
 def test_an_exported_run_is_imported_and_trains_on(corpus, no_group, tmp_path):
-    def run(module: str, *words: str) -> str:
-        answer = no_group.run("command", module=module, words=list(words))[0]
+    def run(module: str, *arguments: str) -> str:
+        answer = no_group.run("command", module=module, arguments=list(arguments))[0]
         assert answer["status"] == 0, answer["err"]
         return answer["out"]
 
     runs = tmp_path / "runs"
     run("train", *overrides(corpus, runs, run="first", ffn="swish", steps=4, optim__lr=0.02))
     run("model.export", "run=first", f"runs={runs}", f"to={tmp_path / 'hf'}")
-    words = overrides(corpus, runs, run="second", steps=4, optim__lr=1e-12)
-    words = [word for word in words if not word.startswith(FROM_FOLDER)]
-    said = run("model.load", f"from={tmp_path / 'hf'}", *words)
+    arguments = overrides(corpus, runs, run="second", steps=4, optim__lr=1e-12)
+    arguments = [argument for argument in arguments if not argument.startswith(FROM_FOLDER)]
+    said = run("model.load", f"from={tmp_path / 'hf'}", *arguments)
     command = shlex.split(said.splitlines()[-1])[2:]
-    assert "going on with" in run("train", *command)
+    assert "resuming " in run("train", *command)
     first, second = (json.loads((runs / name / "summary.json").read_text()) for name in ("first", "second"))
     # Next to nothing was learned in between, so the held-out loss is that of the weights that were exported.
     assert second["final_eval_loss"] == pytest.approx(first["final_eval_loss"], rel=1e-6)

@@ -1,4 +1,4 @@
-"""W&B and TensorBoard mirror a run, keep its identity, and can never stop it."""
+"""W&B and TensorBoard log a run under one id, and can never stop it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from conf.load import load
 from conf.login import wandb_mode
 from conf.validate import config_hash
 from tests.training.tiny import overrides
-from training.loggers import Mirrors
+from training.loggers import Loggers
 
-RECORD = {"kind": "train", "step": 3, "tokens": 768, "loss": 2.5, "lr": 0.01, "event": "text is not mirrored"}
+RECORD = {"kind": "train", "step": 3, "tokens": 768, "loss": 2.5, "lr": 0.01, "event": "text is not logged"}
 
 
 @pytest.fixture
 def config(tmp_path):
-    """A run whose mirrors are both on."""
+    """A run whose loggers are both on."""
     return load(
         overrides(tmp_path, run="r", logger="all", logger__tags="[a,b]", logger__group="g", logger__job_type="j")
     )
 
 
 class FakeRun:
-    """A run of a W&B that keeps what it is told."""
+    """A W&B run that keeps what is logged."""
 
     url = "https://example.org/r"
 
@@ -46,7 +46,7 @@ class FakeRun:
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A module in W&B's place; `runs` are those that were started."""
+    """A fake module `wandb`; `runs` are those that were started."""
     module = types.ModuleType("wandb")
     module.runs = []
 
@@ -67,7 +67,7 @@ def only(config, which: str):
 
 def test_a_resumed_run_keeps_its_id(config, wandb, tmp_path):
     for _ in range(2):
-        Mirrors(only(config, "wandb"), tmp_path, pytest.fail).finish({})
+        Loggers(only(config, "wandb"), tmp_path, pytest.fail).finish({})
     first, second = wandb.runs
     assert first.settings == second.settings
     assert first.settings["id"] == (tmp_path / "wandb_id").read_text()
@@ -80,21 +80,21 @@ def test_a_resumed_run_keeps_its_id(config, wandb, tmp_path):
     assert first.settings["config"]["config_hash"] == config_hash(config)
 
 
-def test_offline_a_run_that_goes_on_tells_again_what_metrics_jsonl_kept(config, wandb, tmp_path, monkeypatch):
+def test_offline_a_resumed_run_logs_again_what_metrics_jsonl_kept(config, wandb, tmp_path, monkeypatch):
     kept = [RECORD | {"step": step} for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     for mode, steps in (("offline", [1, 2, 3]), ("online", [3])):
         monkeypatch.setenv("WANDB_MODE", mode)
-        mirrors = Mirrors(only(config, "wandb"), tmp_path, pytest.fail)
-        mirrors.log(RECORD)
-        mirrors.finish({})
+        loggers = Loggers(only(config, "wandb"), tmp_path, pytest.fail)
+        loggers.log(RECORD)
+        loggers.finish({})
         assert [logged["step"] for logged in wandb.runs[-1].logged] == steps
 
 
 def test_figures_go_over_tokens_under_their_kind(config, wandb, tmp_path):
-    mirrors = Mirrors(only(config, "wandb"), tmp_path, pytest.fail)
-    mirrors.log(RECORD)
-    mirrors.finish({"status": "finished", "final_eval_loss": 2.0})
+    loggers = Loggers(only(config, "wandb"), tmp_path, pytest.fail)
+    loggers.log(RECORD)
+    loggers.finish({"status": "finished", "final_eval_loss": 2.0})
     (run,) = wandb.runs
     (logged,) = run.logged
     assert {"train/loss": 2.5, "train/lr": 0.01, "tokens": 768, "step": 3}.items() <= logged.items()
@@ -105,9 +105,9 @@ def test_figures_go_over_tokens_under_their_kind(config, wandb, tmp_path):
 
 
 def test_a_figure_of_each_layer_has_a_curve_each(config, wandb, tmp_path):
-    mirrors = Mirrors(only(config, "wandb"), tmp_path, pytest.fail)
-    mirrors.log({"kind": "telemetry", "step": 3, "tokens": 768, "dead": [0.0, None, 0.5], "window_tokens": 768})
-    mirrors.finish({})
+    loggers = Loggers(only(config, "wandb"), tmp_path, pytest.fail)
+    loggers.log({"kind": "telemetry", "step": 3, "tokens": 768, "dead": [0.0, None, 0.5], "window_tokens": 768})
+    loggers.finish({})
     (logged,) = wandb.runs[0].logged
     assert logged == {
         "telemetry/dead/layer_0": 0.0,
@@ -118,46 +118,46 @@ def test_a_figure_of_each_layer_has_a_curve_each(config, wandb, tmp_path):
 
 
 def test_a_failed_run_is_marked_as_one(config, wandb, tmp_path):
-    Mirrors(only(config, "wandb"), tmp_path, pytest.fail).finish({"status": "failed"})
+    Loggers(only(config, "wandb"), tmp_path, pytest.fail).finish({"status": "failed"})
     assert wandb.runs[0].ended == 1
 
 
-def test_a_wandb_that_does_not_start_is_said_once(config, wandb, tmp_path):
-    said = []
+def test_a_wandb_that_does_not_start_is_reported_once(config, wandb, tmp_path):
+    warnings = []
 
     def init(**_):
         raise RuntimeError("no network")
 
     wandb.init = init
-    mirrors = Mirrors(only(config, "wandb"), tmp_path, said.append)
-    mirrors.log(RECORD)
-    mirrors.finish({})
-    assert said == ["W&B is off from here on: RuntimeError: no network"]
-    assert mirrors.notes == []
+    loggers = Loggers(only(config, "wandb"), tmp_path, warnings.append)
+    loggers.log(RECORD)
+    loggers.finish({})
+    assert warnings == ["W&B is off from here on: RuntimeError: no network"]
+    assert loggers.notes == []
 
 
 @pytest.mark.usefixtures("wandb")
 @pytest.mark.parametrize("call", ["log", "finish"])
-def test_a_wandb_that_breaks_later_is_said_once(config, tmp_path, monkeypatch, call):
-    said = []
+def test_a_wandb_that_breaks_later_is_reported_once(config, tmp_path, monkeypatch, call):
+    warnings = []
 
     def fail(*_, **__):
         raise OSError("disk full")
 
     monkeypatch.setattr(FakeRun, call, fail)
-    mirrors = Mirrors(only(config, "wandb"), tmp_path, said.append)
-    mirrors.log(RECORD)
-    mirrors.log(RECORD)
-    mirrors.finish({})
-    assert said == ["W&B is off from here on: OSError: disk full"]
+    loggers = Loggers(only(config, "wandb"), tmp_path, warnings.append)
+    loggers.log(RECORD)
+    loggers.log(RECORD)
+    loggers.finish({})
+    assert warnings == ["W&B is off from here on: OSError: disk full"]
 
 
 @pytest.fixture
 def online(wandb, monkeypatch):
-    """A W&B that is logged in, and whose server answers when `answer` is set."""
+    """A W&B that is logged in, and whose server responds when `answer` is set."""
     wandb.answer, answered = threading.Event(), wandb.init
     monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setattr("training.loggers.PATIENCE", 30.0)
+    monkeypatch.setattr("training.loggers.UPLOAD_TIMEOUT_SECONDS", 30.0)
 
     def init(**settings) -> FakeRun:
         assert wandb.answer.wait(30)
@@ -169,47 +169,47 @@ def online(wandb, monkeypatch):
 
 
 def test_a_run_does_not_wait_for_a_server_and_nothing_is_lost(config, online, tmp_path):
-    mirrors = Mirrors(only(config, "wandb"), tmp_path, pytest.fail)
+    loggers = Loggers(only(config, "wandb"), tmp_path, pytest.fail)
     for step in range(3):
-        mirrors.log(RECORD | {"step": step})
-    assert online.runs == []  # it has not answered yet
+        loggers.log(RECORD | {"step": step})
+    assert online.runs == []  # the server has not responded yet
     online.answer.set()
-    mirrors.log(RECORD | {"step": 3})
-    mirrors.finish({"status": "finished", "final_eval_loss": 2.0})
+    loggers.log(RECORD | {"step": 3})
+    loggers.finish({"status": "finished", "final_eval_loss": 2.0})
     (run,) = online.runs
     assert [logged["step"] for logged in run.logged] == [0, 1, 2, 3]
     assert (run.summary["final_eval_loss"], run.ended) == (2.0, 0)
-    assert mirrors.notes == ["W&B: https://example.org/r"]
+    assert loggers.notes == ["W&B: https://example.org/r"]
 
 
 @pytest.mark.usefixtures("online")
-def test_the_end_of_a_run_does_not_wait_for_ever(config, tmp_path, monkeypatch):
-    said = []
-    mirrors = Mirrors(only(config, "wandb"), tmp_path, said.append)
-    mirrors.log(RECORD)
-    monkeypatch.setattr("training.loggers.PATIENCE", 0.0)
-    mirrors.finish({})
-    assert [text.partition(":")[0] for text in said] == ["W&B is off from here on"]
-    assert "wandb sync" in said[0]
-    assert mirrors.notes == []
+def test_the_end_of_a_run_does_not_wait_forever(config, tmp_path, monkeypatch):
+    warnings = []
+    loggers = Loggers(only(config, "wandb"), tmp_path, warnings.append)
+    loggers.log(RECORD)
+    monkeypatch.setattr("training.loggers.UPLOAD_TIMEOUT_SECONDS", 0.0)
+    loggers.finish({})
+    assert [text.partition(":")[0] for text in warnings] == ["W&B is off from here on"]
+    assert "wandb sync" in warnings[0]
+    assert loggers.notes == []
 
 
-def test_one_broken_mirror_leaves_the_other(config, wandb, tmp_path):
-    said = []
+def test_one_broken_logger_leaves_the_other(config, wandb, tmp_path):
+    warnings = []
     wandb.init = lambda **_: 1 / 0
-    mirrors = Mirrors(config, tmp_path, said.append)
-    mirrors.log(RECORD)
-    mirrors.finish({})
-    assert len(said) == 1
-    assert len(mirrors.notes) == 1
+    loggers = Loggers(config, tmp_path, warnings.append)
+    loggers.log(RECORD)
+    loggers.finish({})
+    assert len(warnings) == 1
+    assert len(loggers.notes) == 1
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
 def test_tensorboard_has_the_figures(config, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    mirrors = Mirrors(only(config, "tensorboard"), tmp_path, pytest.fail)
-    mirrors.log(RECORD)
-    mirrors.finish({})
+    loggers = Loggers(only(config, "tensorboard"), tmp_path, pytest.fail)
+    loggers.log(RECORD)
+    loggers.finish({})
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (point,) = events.Scalars("train/loss")
     assert (point.step, point.value) == (3, 2.5)
@@ -220,19 +220,19 @@ def test_the_real_wandb_writes_offline_under_one_id(config, tmp_path, monkeypatc
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for _ in range(2):
-        mirrors = Mirrors(only(config, "wandb"), tmp_path, pytest.fail)
-        mirrors.log(RECORD)
-        mirrors.finish({"status": "finished"})
+        loggers = Loggers(only(config, "wandb"), tmp_path, pytest.fail)
+        loggers.log(RECORD)
+        loggers.finish({"status": "finished"})
     name = (tmp_path / "wandb_id").read_text()
     folders = list((tmp_path / "wandb").glob("offline-run-*"))
     assert len(folders) == len(list((tmp_path / "wandb").glob(f"offline-run-*/run-{name}.wandb"))) == 2
-    assert mirrors.notes == [f"W&B: offline; `wandb sync {tmp_path}/wandb/latest-run` uploads it"]
+    assert loggers.notes == [f"W&B: offline; `wandb sync {tmp_path}/wandb/latest-run` uploads it"]
 
 
-def test_no_mirror_is_no_work(config, tmp_path):
-    mirrors = Mirrors(only(config, "none"), tmp_path, pytest.fail)
-    mirrors.log(RECORD)
-    mirrors.finish({})
+def test_no_logger_is_no_work(config, tmp_path):
+    loggers = Loggers(only(config, "none"), tmp_path, pytest.fail)
+    loggers.log(RECORD)
+    loggers.finish({})
     assert list(tmp_path.iterdir()) == []
 
 

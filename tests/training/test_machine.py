@@ -41,20 +41,20 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    with pytest.raises(UserError, match=r"rank 3 is number 2 on its node, which has 2 GPU\(s\)"):
+    with pytest.raises(UserError, match=r"rank 3 has local rank 2, but its node has 2 GPU\(s\)"):
         machine.find_device(Ranks(3, 4, 2, 4))
 
 
 @pytest.mark.parametrize(("name", "peak"), [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12)])
 def test_peaks_are_the_data_sheets(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-    assert machine.peak_flops(torch.device("cuda"), torch.bfloat16) == (peak, f"{name}, dense bf16 of its data sheet")
+    assert machine.peak_flops(torch.device("cuda"), torch.bfloat16) == (peak, f"data sheet of {name}, dense bf16")
 
 
 def test_the_peak_of_a_cpu_is_measured():
     peak, where = machine.peak_flops(torch.device("cpu"), torch.float32)
     assert 1e8 < peak < 1e15
-    assert where == "measured, float32 product of 1024 x 1024 matrices"
+    assert where == "measured, float32 matmul of 1024 x 1024"
 
 
 def test_memory_is_that_of_this_process():
@@ -80,8 +80,10 @@ def given_back(word: str) -> tuple[bool, int]:
 
     Not page faults: a kernel that is short of memory takes pages of any process, and gives them back with a fault.
     """
-    words = [sys.executable, "-c", GIVEN_BACK, word]
-    said = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE).stdout
+    arguments = [sys.executable, "-c", GIVEN_BACK, word]
+    said = subprocess.run(
+        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE
+    ).stdout
     return said.split()[0] == "True", int(said.split()[1])
 
 

@@ -50,11 +50,11 @@ def ran(corpus, pool_of, tmp_path_factory):
     ) -> Trained:
         changes = ARMS[arm] | SIZES | {"zero": zero, "parallel.tensor": tensor, "parallel.context": context} | more
         changes["parallel.sequence"] = str(sequence).lower()
-        words = overrides(corpus, **{name.replace(".", "__"): value for name, value in changes.items()})
+        arguments = overrides(corpus, **{name.replace(".", "__"): value for name, value in changes.items()})
         path = folder / str(len(list(folder.iterdir())))
         steps = [["train", 5], ["save", str(path)], ["train", 5], ["save", str(path)], ["evaluate", 512]]
-        seen = pool_of(tensor * context * data).run("script", words=words, steps=steps)
-        return Trained(seen, words, path / "step_00000005", path / "step_00000010")
+        results = pool_of(tensor * context * data).run("script", arguments=arguments, steps=steps)
+        return Trained(results, arguments, path / "step_00000005", path / "step_00000010")
 
     return train
 
@@ -68,12 +68,12 @@ def worst(a: list[float], b: list[float]) -> float:
 def assert_same(run: Trained, single: Trained) -> None:
     assert min(single.norms) > 0.5, "clipping is not active"
     assert single.losses[-1] < 0.98 * single.losses[0], "nothing is learned"
-    for rank in run.seen:
+    for rank in run.results:
         assert worst(rank["losses"], single.losses) < FP32
         assert worst(rank["norms"], single.norms) < FP32
         assert rank["applied"] == [True] * STEPS
-        assert rank["evaluations"][0][0] == pytest.approx(single.seen[0]["evaluations"][0][0], rel=FP32)
-        assert rank["evaluations"][0][1] == single.seen[0]["evaluations"][0][1]
+        assert rank["evaluations"][0][0] == pytest.approx(single.results[0]["evaluations"][0][0], rel=FP32)
+        assert rank["evaluations"][0][1] == single.results[0]["evaluations"][0][1]
     here, there = CheckpointReader(run.end), CheckpointReader(single.end)
     assert here.shapes() == there.shapes()
     for name in there.shapes():
@@ -177,35 +177,37 @@ def test_what_zero_may_do_besides(ran, zero, tensor, sequence):
     [("1", 4, 1, True, 1), ("3", 2, 1, True, 2), ("3", 1, 1, False, 1)],
 )
 def test_logits_for_generation_are_those_of_one_process(ran, pool_of, zero, tensor, data, sequence, context):
-    """With a cache and without; every rank gets all words'."""
+    """With a cache and without; every rank returns the logits of the whole vocabulary."""
     one, run = ran("gated"), ran("gated", zero, tensor, data, sequence, context)
     steps = [["load", str(one.end)], ["logits", [[1, 2, 3], [4]]], ["logits", [[1, 2, 3, 4]]]]
-    expected = pool_of(1).run("script", words=one.words, steps=steps)[0]["values"]
+    expected = pool_of(1).run("script", arguments=one.arguments, steps=steps)[0]["values"]
     assert len(expected[0]) == 384
     assert expected[0] == pytest.approx(expected[1], rel=1e-4, abs=1e-5)
-    for rank in pool_of(tensor * data * context).run("script", words=run.words, steps=steps):
+    for rank in pool_of(tensor * data * context).run("script", arguments=run.arguments, steps=steps):
         for here, there in zip(rank["values"], expected, strict=True):
             assert here == pytest.approx(there, rel=1e-4, abs=1e-5)
 
 
 def test_what_all_tensor_ranks_have_stays_bit_equal_and_no_random_number_is_drawn(four_ranks, ran):
-    words = ran("learned", "1", 4, 1, True, **{"model.activation_checkpointing": "true"}).words
+    arguments = ran("learned", "1", 4, 1, True, **{"model.activation_checkpointing": "true"}).arguments
     sums = "{n: p.double().sum().item() for n, p in engine.module.named_parameters() if not hasattr(p, 'cut')}"
     state = "torch.get_rng_state().tolist()"
-    seen = four_ranks.run("script", words=words, steps=[["look", state], ["train", 5], ["look", state], ["look", sums]])
-    first = seen[0]["values"][2]
+    results = four_ranks.run(
+        "script", arguments=arguments, steps=[["inspect", state], ["train", 5], ["inspect", state], ["inspect", sums]]
+    )
+    first = results[0]["values"][2]
     assert len(first) == 7  # five norms, and the slope of each layer
-    for rank in seen:
+    for rank in results:
         before, after, replicated = rank["values"]
         assert replicated == first
         assert before == after
 
 
 def test_telemetry_is_that_of_the_whole_model(ran):
-    one = ran("gated").seen[0]["telemetry"]
+    one = ran("gated").results[0]["telemetry"]
     assert [step for step, _ in one] == [5, 10]
     for arguments in (("gated", "1", 2, 2, True), ("gated", "3", 4, 1, False), ("gated", "2", 1, 1, False, 2)):
-        for (_, here), (_, there) in zip(ran(*arguments).seen[0]["telemetry"], one, strict=True):
+        for (_, here), (_, there) in zip(ran(*arguments).results[0]["telemetry"], one, strict=True):
             assert here.keys() == there.keys()
             for name in there:
                 # Six digits are told, and a share of few units moves by whole units where one lies at the border.
@@ -245,9 +247,9 @@ def test_a_run_goes_on_from_any_sharing_under_any_other(ran, pool_of, arm, saved
     source, target = ran(arm, *saved_on), ran(arm, *loaded_on)
     _, tensor, data, _, context = loaded_on
     steps = [["load", str(source.middle)], ["train", 5]]
-    seen = pool_of(tensor * data * context).run("script", words=target.words, steps=steps)
-    assert seen[0]["losses"] == pytest.approx(source.losses[5:], rel=FP32)
-    assert seen[0]["norms"] == pytest.approx(source.norms[5:], rel=FP32)
+    results = pool_of(tensor * data * context).run("script", arguments=target.arguments, steps=steps)
+    assert results[0]["losses"] == pytest.approx(source.losses[5:], rel=FP32)
+    assert results[0]["norms"] == pytest.approx(source.norms[5:], rel=FP32)
 
 
 def test_gate_and_up_that_changed_places_would_be_noticed(ran, pool_of, tmp_path):
@@ -260,7 +262,7 @@ def test_gate_and_up_that_changed_places_would_be_noticed(ran, pool_of, tmp_path
     for number, weights in enumerate((whole, exchanged)):
         save_weights(tmp_path / f"{number}" / "step_00000005", weights.items(), {"step": 5})
         steps = [["load", str(tmp_path / f"{number}" / "step_00000005")], ["train", 2]]
-        losses.append(pool_of(2).run("script", words=source.words, steps=steps)[0]["losses"])
+        losses.append(pool_of(2).run("script", arguments=source.arguments, steps=steps)[0]["losses"])
     assert losses[0][0] == pytest.approx(source.losses[5], rel=FP32)  # of the weights alone: the next has other moments
     assert abs(losses[1][0] / losses[0][0] - 1) > 100 * FP32
 
@@ -268,6 +270,6 @@ def test_gate_and_up_that_changed_places_would_be_noticed(ran, pool_of, tmp_path
 @pytest.mark.parametrize("zero", ["0", "1", "2", "3"])
 def test_the_same_sharing_goes_on_bit_for_bit(ran, pool_of, zero):
     run = ran("gated", zero, 2, 2, True)
-    seen = pool_of(4).run("script", words=run.words, steps=[["load", str(run.middle)], ["train", 5]])
-    assert seen[0]["losses"] == run.losses[5:]
-    assert seen[0]["norms"] == run.norms[5:]
+    results = pool_of(4).run("script", arguments=run.arguments, steps=[["load", str(run.middle)], ["train", 5]])
+    assert results[0]["losses"] == run.losses[5:]
+    assert results[0]["norms"] == run.norms[5:]

@@ -17,7 +17,7 @@ from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.initialise import initialise
 from model.weights import CheckpointReader
-from training.schedule import rate
+from training.schedule import lr_scale
 
 STEPS = 10
 # Sums of fp32 numbers in another order: a few units in the last place (6e-8 each), carried through 10 steps.
@@ -40,7 +40,7 @@ def plain(trained):
 
     @functools.cache
     def train(dtype: torch.dtype) -> Plain:
-        config = load(trained(1, "0").words)
+        config = load(trained(1, "0").arguments)
         dataset = open_dataset(prepare(config.data, config.tokenizer))
         shape = shape_of(config, dataset.vocab_size)
         model = Decoder(shape, config.model, "sdpa").to(dtype)
@@ -59,7 +59,7 @@ def plain(trained):
             loss.backward()
             result.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
             for group in optimizer.param_groups:
-                group["lr"] = 0.01 * rate(config.schedule, step, config.steps)
+                group["lr"] = 0.01 * lr_scale(config.schedule, step, config.steps)
             optimizer.step()
             optimizer.zero_grad()
             result.losses.append(float(loss.detach()))
@@ -100,7 +100,7 @@ def test_fp32_follows_plain_pytorch(trained, plain, world, zero, accumulation):
         for name, p in reference.weights.items()
     ) ** 0.5  # fmt: skip
     assert error(CheckpointReader(run.end), exact.weights) < 3 * noise
-    assert all(rank["applied"] == [True] * STEPS for rank in run.seen)
+    assert all(rank["applied"] == [True] * STEPS for rank in run.results)
     assert run.order == reference.order
 
 
@@ -117,7 +117,7 @@ def test_bf16_on_two_ranks_is_within_the_noise_of_bf16(trained, plain, zero, acc
 
 
 def test_every_rank_reports_the_same(trained):
-    first, second = trained(2, "2").seen
+    first, second = trained(2, "2").results
     assert first["losses"] == second["losses"]
     assert first["norms"] == second["norms"]
     assert first["hash"] != second["hash"]  # each took its own half

@@ -19,8 +19,8 @@ def finished(corpus, no_group, tmp_path_factory) -> Path:
     """A folder with runs of 2 of 4 steps: `a`, and `b` of another model."""
     runs = tmp_path_factory.mktemp("finished")
     for name, width in (("a", 45), ("b", 47)):
-        words = overrides(corpus, runs, run=name, steps=2, model__d_ff=width, eval_every=0)
-        assert no_group.run("command", module="train", words=words)[0]["status"] == 0
+        arguments = overrides(corpus, runs, run=name, steps=2, model__d_ff=width, eval_every=0)
+        assert no_group.run("command", module="train", arguments=arguments)[0]["status"] == 0
     return runs
 
 
@@ -42,9 +42,9 @@ def own(tmp_path) -> Path:
 def refuse(no_group):
     """The function that runs train.py and returns the sentence that it is refused with; `kept` must stay as it is."""
 
-    def run(words: list[str], kept: Path, fault: str | None = None) -> str:
+    def run(arguments: list[str], kept: Path, fault: str | None = None) -> str:
         before = contents(kept)
-        answer = no_group.run("command", module="train", words=words, fault=fault)[0]
+        answer = no_group.run("command", module="train", arguments=arguments, fault=fault)[0]
         assert answer["status"] == 2, answer
         assert answer["joined"] is False
         assert "step 1/" not in answer["out"]
@@ -60,8 +60,8 @@ def refuse(no_group):
 
 
 def test_a_missing_file_is_named(refuse, own, tmp_path):
-    words = overrides(own, tmp_path / "runs", run="r", data__path=own / "missing.txt")
-    assert str(own / "missing.txt") in refuse(words, own)
+    arguments = overrides(own, tmp_path / "runs", run="r", data__path=own / "missing.txt")
+    assert str(own / "missing.txt") in refuse(arguments, own)
 
 
 def test_an_empty_file_is_named(refuse, own, tmp_path):
@@ -79,8 +79,8 @@ def test_what_is_not_utf8_is_named_with_its_offset(refuse, own, tmp_path):
 
 def test_a_corrected_command_may_have_the_name_of_the_refused_one(refuse, no_group, corpus, tmp_path):
     refuse(overrides(corpus, tmp_path / "runs", run="r", data__path=corpus / "typo"), corpus)
-    words = overrides(corpus, tmp_path / "runs", run="r", steps=1, eval_every=0)
-    answer = no_group.run("command", module="train", words=words)[0]
+    arguments = overrides(corpus, tmp_path / "runs", run="r", steps=1, eval_every=0)
+    answer = no_group.run("command", module="train", arguments=arguments)[0]
     assert answer["status"] == 0, answer
 
 
@@ -90,27 +90,27 @@ def test_a_sequence_beyond_the_text(refuse, corpus, tmp_path):
 
 
 def test_a_broken_shard_is_named(refuse, no_group, own, tmp_path):
-    words = overrides(own, tmp_path / "runs", run="r", tokenizer__vocab_size=300)
-    assert no_group.run("command", module="data.prepare", words=words)[0]["status"] == 0
+    arguments = overrides(own, tmp_path / "runs", run="r", tokenizer__vocab_size=300)
+    assert no_group.run("command", module="data.prepare", arguments=arguments)[0]["status"] == 0
     (shard,) = own.glob("prepared/*/train-00000.bin")
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    assert str(shard) in refuse(words, own)
+    assert str(shard) in refuse(arguments, own)
 
 
 def test_a_tokenizer_that_did_not_make_the_shards(refuse, no_group, corpus, own, tmp_path):
-    words = overrides(own, tmp_path / "runs", run="r", tokenizer__vocab_size=300)
-    assert no_group.run("command", module="data.prepare", words=words)[0]["status"] == 0
+    arguments = overrides(own, tmp_path / "runs", run="r", tokenizer__vocab_size=300)
+    assert no_group.run("command", module="data.prepare", arguments=arguments)[0]["status"] == 0
     (ours,), (foreign, *_) = own.glob("prepared/*/tokenizer.model"), corpus.glob("prepared/*/tokenizer.model")
     shutil.copy(foreign, ours)
-    sentence = refuse(words, own)
+    sentence = refuse(arguments, own)
     assert sentence.startswith(f"the tokenizer in {ours.parent} is not the one that made the shards")
 
 
 def test_a_run_of_that_name_with_another_model(refuse, corpus, runs):
-    words = overrides(corpus, runs, run="a", steps=4, model__d_ff=47, optim__lr=0.5)
-    sentence = refuse(words, runs)
+    arguments = overrides(corpus, runs, run="a", steps=4, model__d_ff=47, optim__lr=0.5)
+    sentence = refuse(arguments, runs)
     assert "other settings (model.d_ff: 45 -> 47; optim.lr: 0.01 -> 0.5)" in sentence
 
 
@@ -123,19 +123,19 @@ def test_a_run_of_that_name_with_another_model(refuse, corpus, runs):
     ],
 )
 def test_a_checkpoint_of_another_model(refuse, corpus, runs, width, layers, said):
-    words = overrides(corpus, runs, run="c", steps=4, model__d_ff=width, model__n_layers=layers)
+    arguments = overrides(corpus, runs, run="c", steps=4, model__d_ff=width, model__n_layers=layers)
     shutil.copytree(runs / "a" / "checkpoints", runs / "c" / "checkpoints")
-    assert said in refuse(words, runs)
+    assert said in refuse(arguments, runs)
 
 
 def test_a_checkpoint_of_other_text(refuse, runs, own):
     shutil.copytree(runs / "a" / "checkpoints", runs / "c" / "checkpoints")
     tokenizer = runs / "a" / "tokenizer" / "tokenizer.model"
-    words = overrides(own, runs, run="c", steps=4, tokenizer__path=tokenizer, tokenizer__vocab_size=None)
-    assert "was trained on other text" in refuse(words, runs)
-    words = overrides(own, runs, run="d", steps=4)
+    arguments = overrides(own, runs, run="c", steps=4, tokenizer__path=tokenizer, tokenizer__vocab_size=None)
+    assert "was trained on other text" in refuse(arguments, runs)
+    arguments = overrides(own, runs, run="d", steps=4)
     shutil.copytree(runs / "a" / "checkpoints", runs / "d" / "checkpoints")
-    assert "was trained with another tokenizer" in refuse(words, runs)
+    assert "was trained with another tokenizer" in refuse(arguments, runs)
 
 
 def test_a_run_that_exists_where_none_may(refuse, corpus, runs):
@@ -176,8 +176,8 @@ def test_a_run_folder_that_cannot_be_written(refuse, corpus, tmp_path, fault, wh
 
 
 def test_a_full_disk_while_preparing(refuse, own, runs):
-    words = overrides(own, runs, run="new", tokenizer__vocab_size=301)
-    assert "the disk is full" in refuse(words, runs, fault="full disk")
+    arguments = overrides(own, runs, run="new", tokenizer__vocab_size=301)
+    assert "the disk is full" in refuse(arguments, runs, fault="full disk")
 
 
 def test_stage_0_in_bf16(refuse, corpus, tmp_path):
@@ -193,8 +193,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(no_group, corpus, runs):
     data = bytearray((newest / "rank_00000.safetensors").read_bytes())
     data[-1] ^= 1
     (newest / "rank_00000.safetensors").write_bytes(data)
-    words = overrides(corpus, runs, run="a", steps=4, eval_every=0)
-    answer = no_group.run("command", module="train", words=words)[0]
+    arguments = overrides(corpus, runs, run="a", steps=4, eval_every=0)
+    answer = no_group.run("command", module="train", arguments=arguments)[0]
     assert answer["status"] == 0, answer
     warning = f"warning: checkpoint {newest} is damaged and was passed over: rank_00000.safetensors does not have"
     assert answer["out"].startswith(warning)
@@ -203,8 +203,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(no_group, corpus, runs):
 
 def test_as_a_process_it_is_one_line_and_status_2(corpus, runs):
     before = contents(runs)
-    words = overrides(corpus, runs, run="a", steps=4, model__d_ff=47)
-    result = command(sys.executable, ROOT / "train.py", *words)
+    arguments = overrides(corpus, runs, run="a", steps=4, model__d_ff=47)
+    result = command(sys.executable, ROOT / "train.py", *arguments)
     assert (result.status, result.out) == (2, "")
     assert result.err.count("\n") == 1
     assert result.err.startswith(f"error: {runs / 'a'} holds a run with other settings")

@@ -12,8 +12,8 @@ import torch
 from bench.formulas import formulas
 from kernels import activation
 from tests.training.tiny import command, overrides
-from training.engine import GradientPiece
-from training.telemetry import Window, add_signs
+from training.engine import GradientFragment
+from training.telemetry import ActivityWindow, add_signs
 
 # Sums of fp32 numbers in another order, as in test_parity.py.
 FP32 = 1e-5
@@ -22,11 +22,11 @@ STEPS = 3
 
 def looks(pool, corpus, **changes) -> tuple[list[float], list[dict]]:
     """Return the losses, and the figures of each step."""
-    words = overrides(corpus, **{"telemetry_every": 1} | changes)
-    seen = pool.run("script", words=words, steps=[["train", STEPS]])
-    assert all(each["telemetry"] == seen[0]["telemetry"] for each in seen), "ranks were told different figures"
-    assert [step for step, _ in seen[0]["telemetry"]] == list(range(1, len(seen[0]["telemetry"]) + 1))
-    return seen[0]["losses"], [figures for _, figures in seen[0]["telemetry"]]
+    arguments = overrides(corpus, **{"telemetry_every": 1} | changes)
+    results = pool.run("script", arguments=arguments, steps=[["train", STEPS]])
+    assert all(each["telemetry"] == results[0]["telemetry"] for each in results), "ranks were told different figures"
+    assert [step for step, _ in results[0]["telemetry"]] == list(range(1, len(results[0]["telemetry"]) + 1))
+    return results[0]["losses"], [figures for _, figures in results[0]["telemetry"]]
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +92,9 @@ def test_what_is_shown_of_a_gated_and_of_an_ungated_layer(reference):
     ("zero", "precision"), [("0", "fp32"), *((zero, dtype) for zero in "123" for dtype in ("fp32", "bf16"))]
 )
 def test_the_pieces_are_the_whole_gradient_once(two_ranks, corpus, zero, precision, micro_batch_size):
-    words = overrides(corpus, zero=zero, precision=precision, micro_batch_size=micro_batch_size)
-    for seen in two_ranks.run("script", words=words, steps=[["add_up_pieces"]]):
-        assert math.sqrt(seen["values"][0]) == pytest.approx(seen["norms"][0], rel=FP32)
+    arguments = overrides(corpus, zero=zero, precision=precision, micro_batch_size=micro_batch_size)
+    for results in two_ranks.run("script", arguments=arguments, steps=[["add_up_fragments"]]):
+        assert math.sqrt(results["values"][0]) == pytest.approx(results["norms"][0], rel=FP32)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -106,24 +106,24 @@ def test_a_run_is_the_same_with_and_without(two_ranks, corpus, precision):
 
 
 def test_only_every_so_many_steps(one_rank, corpus):
-    words = overrides(corpus, telemetry_every=2)
-    seen = one_rank.run("script", words=words, steps=[["train", 5]])[0]["telemetry"]
-    assert [step for step, _ in seen] == [2, 4]
-    assert [figures["window_tokens"] for _, figures in seen] == [256, 512]
+    arguments = overrides(corpus, telemetry_every=2)
+    results = one_rank.run("script", arguments=arguments, steps=[["train", 5]])[0]["telemetry"]
+    assert [step for step, _ in results] == [2, 4]
+    assert [figures["window_tokens"] for _, figures in results] == [256, 512]
 
 
 def test_the_held_out_text_judges_every_unit(two_ranks, corpus):
-    words = overrides(corpus, telemetry_every=1, ffn="custom", ffn__formula="'max(x-100, 0)'", ffn__init_scale=1)
-    seen = two_ranks.run("script", words=words, steps=[["evaluate"]])
-    assert [each["evaluations"][0][2] for each in seen] == [[1.0, 1.0]] * 2
-    words = overrides(corpus, telemetry_every=1, ffn="relu")
-    seen = two_ranks.run("script", words=words, steps=[["evaluate"]])
-    assert [each["evaluations"][0][2] for each in seen] == [[0.0, 0.0]] * 2
+    arguments = overrides(corpus, telemetry_every=1, ffn="custom", ffn__formula="'max(x-100, 0)'", ffn__init_scale=1)
+    results = two_ranks.run("script", arguments=arguments, steps=[["evaluate"]])
+    assert [each["evaluations"][0][2] for each in results] == [[1.0, 1.0]] * 2
+    arguments = overrides(corpus, telemetry_every=1, ffn="relu")
+    results = two_ranks.run("script", arguments=arguments, steps=[["evaluate"]])
+    assert [each["evaluations"][0][2] for each in results] == [[0.0, 0.0]] * 2
 
 
 def test_the_lines_of_a_run(corpus, tmp_path):
-    words = overrides(corpus, runs=tmp_path, run="r", telemetry_every=4, steps=10, save_every=5, eval_every=0)
-    ended = command("python", "train.py", *words)
+    arguments = overrides(corpus, runs=tmp_path, run="r", telemetry_every=4, steps=10, save_every=5, eval_every=0)
+    ended = command("python", "train.py", *arguments)
     assert ended.status == 0, ended.err
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     looked = [line for line in lines if line["kind"] == "telemetry"]
@@ -145,15 +145,15 @@ def test_the_lines_of_a_run(corpus, tmp_path):
 
 
 def test_a_unit_is_dead_when_a_whole_window_has_passed_without_it():
-    window = Window(300)
+    window = ActivityWindow(300)
     units = lambda *active: [torch.tensor(active, dtype=torch.float64)]  # noqa: E731
-    seen = [window.figures(each, 100) for each in (units(1, 0, 3, 1), units(1, 0, 0, 1), units(1, 0, 0, 1))]
-    assert [each["dead"] for each in seen] == [[0.25]] * 3  # the second, in all there is to see
-    assert [each["window_tokens"] for each in seen] == [100, 200, 300]
-    assert [each["revived"] for each in seen] == [[None], [0.0], [0.0]]
-    fourth = window.figures(units(1, 0, 0, 1), 100)  # 300 tokens since the third was active
+    results = [window.update(each, 100) for each in (units(1, 0, 3, 1), units(1, 0, 0, 1), units(1, 0, 0, 1))]
+    assert [each["dead"] for each in results] == [[0.25]] * 3  # the second, in all there is to see
+    assert [each["window_tokens"] for each in results] == [100, 200, 300]
+    assert [each["revived"] for each in results] == [[None], [0.0], [0.0]]
+    fourth = window.update(units(1, 0, 0, 1), 100)  # 300 tokens since the third was active
     assert (fourth["dead"], fourth["window_tokens"]) == ([0.5], 300)
-    fifth = window.figures(units(0, 2, 0, 1), 100)
+    fifth = window.update(units(0, 2, 0, 1), 100)
     assert (fifth["dead"], fifth["revived"]) == ([0.25], [0.25])
 
 
@@ -163,7 +163,7 @@ def test_signs_of_pieces_are_signs_of_the_whole(cuts):
     gradient[2, 3] = 0
     totals = torch.zeros(5, dtype=torch.float64)
     for start, end in itertools.pairwise(cuts):
-        add_signs(totals, GradientPiece("w", gradient.shape, start, gradient.flatten()[start:end]))
+        add_signs(totals, GradientFragment("w", gradient.shape, start, gradient.flatten()[start:end]))
     assert torch.equal(totals, gradient.sign().sum(1).double())
 
 
@@ -193,7 +193,7 @@ def test_known_sign_agreement_for_normal_pre_activations(name):
         h = function.forward(torch.randn(shape, generator=generator), [])
         gradient = torch.randn(outputs, 4096, generator=generator) @ h
         signs = torch.zeros(outputs, dtype=torch.float64)
-        add_signs(signs, GradientPiece("down", gradient.shape, 0, gradient.flatten()))
+        add_signs(signs, GradientFragment("down", gradient.shape, 0, gradient.flatten()))
         total += float(signs.abs().mean() / 256)
     ratio = {"sigmoid": 2.3957, "relu": 0.6830, "leaky_relu": 0.6737, "gelu": 0.4809, "silu": 0.3700, "relu2": 0.4472}
     assert total / 6 == pytest.approx(expected_agreement(ratio.get(name, 0.0)), rel=0.02)

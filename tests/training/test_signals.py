@@ -1,4 +1,4 @@
-"""A signal is noted, agreed on, and leaves no handler behind."""
+"""Stop requests: signals are recorded and agreed on, and handlers are restored."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def _alone(monkeypatch):
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_signal_is_noted_and_handlers_are_restored(number):
+def test_a_signal_is_recorded_and_handlers_are_restored(number):
     before = [signal.getsignal(each) for each in NUMBERS]
     with StopRequest(Launchers()) as stop:
-        assert stop.agreed() == ""
+        assert stop.agree() == ""
         os.kill(os.getpid(), number)
-        assert stop.agreed() == signal.Signals(number).name
+        assert stop.agree() == signal.Signals(number).name
     assert [signal.getsignal(each) for each in NUMBERS] == before
 
 
@@ -37,14 +37,14 @@ def test_handlers_are_restored_after_an_exception():
     assert [signal.getsignal(each) for each in NUMBERS] == before
 
 
-def test_a_warning_that_came_while_the_rank_started_stops_it():
+def test_a_warning_that_arrives_while_the_rank_starts_stops_it():
     before = signal.getsignal(signal.SIGUSR1)
     try:
         launchers = Launchers()
         launchers.listen()
         os.kill(os.getpid(), signal.SIGUSR1)
         with StopRequest(launchers) as stop:
-            assert stop.agreed() == "SIGUSR1"
+            assert stop.agree() == "SIGUSR1"
     finally:
         signal.signal(signal.SIGUSR1, before)
 
@@ -53,7 +53,7 @@ def test_the_first_signal_names_the_stop():
     with StopRequest(Launchers()) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.agreed() == "SIGTERM"
+        assert stop.agree() == "SIGTERM"
 
 
 def test_the_second_ctrl_c_interrupts_unless_it_is_the_launchers_copy(monkeypatch):
@@ -63,7 +63,7 @@ def test_the_second_ctrl_c_interrupts_unless_it_is_the_launchers_copy(monkeypatc
         os.kill(os.getpid(), signal.SIGINT)
         now = 100.5
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.agreed() == "SIGINT"
+        assert stop.agree() == "SIGINT"
         now = 101.5
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -74,9 +74,9 @@ def test_a_launcher_that_has_ended_is_a_request_and_a_signal_comes_first(monkeyp
     launchers = Launchers()
     monkeypatch.setattr(launchers, "gone", lambda: ended)
     with StopRequest(launchers) as stop:
-        assert stop.agreed() == ""
+        assert stop.agree() == ""
         ended = True
-        assert stop.agreed() == "the launcher has ended"
+        assert stop.agree() == "the launcher has ended"
     with StopRequest(launchers) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.agreed() == "SIGTERM"
+        assert stop.agree() == "SIGTERM"

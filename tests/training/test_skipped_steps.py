@@ -18,11 +18,11 @@ CASES += [("1", "bf16", 1), ("1", "bf16", 2), ("2", "bf16", 1), ("3", "bf16", 2)
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
     corpus, two_ranks, tmp_path, zero, precision, accumulation
 ):
-    words = overrides(corpus, zero=zero, precision=precision, micro_batch_size=4 // accumulation)
+    arguments = overrides(corpus, zero=zero, precision=precision, micro_batch_size=4 // accumulation)
     # One element, on one rank: first NaN on the last, then infinity on the first.
     steps = [["train", 2], ["save", tmp_path], ["poison", "layers.0.ffn.down", 1, math.nan], ["save", tmp_path]]
     steps += [["poison", "embedding.weight", 0, math.inf], ["save", tmp_path], ["train", 1], ["save", tmp_path]]
-    for rank in two_ranks.run("script", words=words, steps=steps):
+    for rank in two_ranks.run("script", arguments=arguments, steps=steps):
         assert rank["applied"] == [True, True, False, False, True]
         assert [math.isfinite(norm) for norm in rank["norms"]] == rank["applied"]
         assert all(math.isfinite(loss) for loss in rank["losses"])

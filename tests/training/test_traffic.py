@@ -20,14 +20,14 @@ def counted(corpus, two_ranks, four_ranks):
 
     def count(world: int, arm: str = "learned", **changes):
         changes = ARMS[arm] | SIZES | changes
-        words = overrides(corpus, **{name.replace(".", "__"): value for name, value in changes.items()})
+        arguments = overrides(corpus, **{name.replace(".", "__"): value for name, value in changes.items()})
         pool = two_ranks if world == 2 else four_ranks
-        seen = pool.run("script", words=words, steps=[["train", 1], ["count_traffic"]])[-1]["values"][0]
+        results = pool.run("script", arguments=arguments, steps=[["train", 1], ["count_traffic"]])[-1]["values"][0]
         sums: dict[str, float] = collections.defaultdict(float)
-        for name, sent in seen.items():
+        for name, sent in results.items():
             sums[name.split()[0]] += sent
-        config = load(words)
-        return sums, seen, config, shape_of(config, 384)
+        config = load(arguments)
+        return sums, results, config, shape_of(config, 384)
 
     return count
 
@@ -37,7 +37,7 @@ def counted(corpus, two_ranks, four_ranks):
 @pytest.mark.parametrize(("tensor", "sequence"), [(2, "false"), (2, "true"), (4, "false"), (4, "true")])
 def test_tensor_ranks(counted, tensor, sequence, recompute, precision):
     again = {"model.activation_checkpointing": recompute, "model.qk_norm": "true", "micro_batch_size": 4}
-    sums, seen, config, shape = counted(
+    sums, results, config, shape = counted(
         tensor, zero="1", precision=precision, **{"parallel.tensor": tensor, "parallel.sequence": sequence} | again
     )
     tokens, width = 4 * config.sequence_length, 4 if precision == "fp32" else 2
@@ -47,18 +47,18 @@ def test_tensor_ranks(counted, tensor, sequence, recompute, precision):
     unit = tokens * shape.d_model * width * (tensor - 1) / tensor
     a_layer = 14 if recompute == "true" else 10
     if sequence == "true":  # Korthikanti's: all of the activations' traffic are gathers and scatters
-        assert seen["tensor reduce_scatter_base"] == 2 * (LAYERS * (6 if recompute == "true" else 4) + 2) * unit
+        assert results["tensor reduce_scatter_base"] == 2 * (LAYERS * (6 if recompute == "true" else 4) + 2) * unit
         assert expected["layers"] == pytest.approx(LAYERS * a_layer * unit, rel=0.1)
     else:
         assert expected["layers"] == pytest.approx(LAYERS * (a_layer - 2) * unit, rel=0.01)
-    assert "tensor alltoall_base" not in seen
+    assert "tensor alltoall_base" not in results
 
 
 @pytest.mark.parametrize(("world", "tensor"), [(2, 1), (4, 2)])
 def test_context_ranks(counted, world, tensor):
-    _, seen, config, shape = counted(world, zero="1", **{"parallel.context": 2, "parallel.tensor": tensor})
+    _, results, config, shape = counted(world, zero="1", **{"parallel.context": 2, "parallel.tensor": tensor})
     tokens = 8 * config.sequence_length // 2
-    assert sum(sent for name, sent in seen.items() if name.endswith("alltoall_base")) == context_traffic(
+    assert sum(sent for name, sent in results.items() if name.endswith("alltoall_base")) == context_traffic(
         shape, config.parallel, tokens, 4
     )
 

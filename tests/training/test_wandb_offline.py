@@ -30,7 +30,7 @@ def figures(line: dict[str, Any]) -> dict[str, float]:
     return found | {"step": line["step"], "tokens": line["tokens"]}
 
 
-class Sitting:
+class Session:
     """What one process left in its .wandb file, as wandb's own command reads it."""
 
     def __init__(self, folder: Path) -> None:
@@ -58,8 +58,8 @@ def run(corpus, tmp_path_factory) -> Path:
     settings = {"steps": STEPS, "save_every": 20, "eval_every": 20, "run": "killed", "logger": "wandb"}
     labels = {"group": "'a plan'", "job_type": "'an arm'", "tags": "['size:nano','stage:final']"}
     settings |= {f"logger__{name}": value for name, value in labels.items()}
-    words = [str(ROOT / "train.py"), *overrides(corpus, runs, **settings)]
-    started = Started(sys.executable, *words, WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL="0.2")
+    arguments = [str(ROOT / "train.py"), *overrides(corpus, runs, **settings)]
+    started = Started(sys.executable, *arguments, WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL="0.2")
     started.until(f"step  30/{STEPS}")
     until = time.monotonic() + PATIENCE
     # Nobody reads its pipe now, which keeps the run from its end.
@@ -70,45 +70,45 @@ def run(corpus, tmp_path_factory) -> Path:
     assert started.end().status == -signal.SIGKILL
     checkpoint, _ = newest_intact(runs / "killed" / "checkpoints")
     assert checkpoint is not None
-    ended = command(sys.executable, *words)
+    ended = command(sys.executable, *arguments)
     assert ended.status == 0, ended.err
-    assert f"going on with {runs / 'killed'} after step {int(checkpoint.name.removeprefix('step_'))} of" in ended.out
+    assert f"resuming {runs / 'killed'} after step {int(checkpoint.name.removeprefix('step_'))} of" in ended.out
     return runs / "killed"
 
 
 @pytest.fixture(scope="module")
-def sittings(run) -> list[Sitting]:
+def sessions(run) -> list[Session]:
     """What the killed process wrote, and what the second one wrote."""
     folders = sorted((run / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
-    return [Sitting(folder) for folder in folders]
+    return [Session(folder) for folder in folders]
 
 
-def test_the_newest_file_holds_every_line_of_metrics_jsonl_once(run, sittings):
+def test_the_newest_file_holds_every_line_of_metrics_jsonl_once(run, sessions):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert sittings[-1].rows == [figures(line) for line in lines]
+    assert sessions[-1].rows == [figures(line) for line in lines]
     assert {line["kind"] for line in lines} == {"train", "eval", "telemetry", "event"}
-    assert [row["step"] for row in sittings[-1].rows if "train/loss" in row] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in sessions[-1].rows if "train/loss" in row] == list(range(1, STEPS + 1))
     assert (run / "wandb" / "latest-run").resolve().name == sorted((run / "wandb").glob("offline-run-*"))[-1].name
 
 
-def test_what_the_killed_process_wrote_says_the_same(sittings):
+def test_what_the_killed_process_wrote_says_the_same(sessions):
     """Up to the kill it may lack rows, which the process took with it; those that it has are of the same run."""
-    first, second = ({row["tokens"]: row["train/loss"] for row in s.rows if "train/loss" in row} for s in sittings)
+    first, second = ({row["tokens"]: row["train/loss"] for row in s.rows if "train/loss" in row} for s in sessions)
     assert len(first) > 5
     assert first.items() <= second.items()
 
 
-def test_it_has_one_id_and_what_it_is_found_by(run, sittings):
+def test_it_has_one_id_and_what_it_is_found_by(run, sessions):
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    assert sittings[-1].run is not None
-    assert len({sitting.id for sitting in sittings}) == 1
-    for sitting in sittings:
-        if sitting.run is None:
+    assert sessions[-1].run is not None
+    assert len({session.id for session in sessions}) == 1
+    for session in sessions:
+        if session.run is None:
             continue
-        assert sitting.run["run_id"] == (run / "wandb_id").read_text(encoding="utf-8")
-        assert sitting.run["resume"] is True
-        assert {"group": sitting.run["run_group"], **{n: sitting.run[n] for n in ("job_type", "tags")}} == LABELS
-        assert sitting.run["config"]["update"]["config_hash"] == summary["config_hash"]
-    assert sittings[-1].x_axes == dict.fromkeys(("train/*", "eval/*", "telemetry/*", "event/*"), "tokens")
-    assert sittings[-1].summary["final_eval_loss"] == summary["final_eval_loss"]
+        assert session.run["run_id"] == (run / "wandb_id").read_text(encoding="utf-8")
+        assert session.run["resume"] is True
+        assert {"group": session.run["run_group"], **{n: session.run[n] for n in ("job_type", "tags")}} == LABELS
+        assert session.run["config"]["update"]["config_hash"] == summary["config_hash"]
+    assert sessions[-1].x_axes == dict.fromkeys(("train/*", "eval/*", "telemetry/*", "event/*"), "tokens")
+    assert sessions[-1].summary["final_eval_loss"] == summary["final_eval_loss"]

@@ -1,4 +1,4 @@
-"""A tiny corpus, the overrides of a tiny model, and ranks that stay alive between tests, so that starting them is paid once."""
+"""A tiny corpus, the overrides of a tiny model, and ranks that stay alive between tests, so that they start only once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import pytest
 from conf.load import load
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 590  # seconds until a process that should have answered is taken for hung
+PATIENCE = 590  # seconds after which a process without a response counts as hung
 TINY = {
     # Odd sizes: under two ranks the halves of norms, of `ffn.down` and of the whole model do not divide evenly.
     "model.d_model": 33,
@@ -53,7 +53,7 @@ TINY = {
 
 
 def write_corpus(folder: Path, files: int = 40, seed: int = 0) -> Path:
-    """Write text files of made-up words, of which the frequent ones can be learned in a few steps."""
+    """Write text files of made-up words, with frequencies that can be learned in a few steps."""
     folder.mkdir(parents=True)
     chance = random.Random(seed)
     words = ["".join(chance.choices("abcdefghijklmnoprstuvwyz", k=chance.randint(2, 7))) for _ in range(200)]
@@ -64,7 +64,7 @@ def write_corpus(folder: Path, files: int = 40, seed: int = 0) -> Path:
 
 
 def shared_corpus(factory: pytest.TempPathFactory) -> Path:
-    """Return the folder with `corpus/` and `prepared/` that all tests of training share; made by the first who asks."""
+    """Return the folder with `corpus/` and `prepared/` that all tests of training share. The first caller creates it."""
     folder = factory.getbasetemp() / "training"
     if not folder.exists():
         write_corpus(folder / "corpus")
@@ -73,20 +73,20 @@ def shared_corpus(factory: pytest.TempPathFactory) -> Path:
 
 def overrides(folder: Path, runs: Path | str = "", **changes: Any) -> list[str]:
     """Return the command line of a tiny run; `changes` replace or add keys, with `__` for a dot and None to leave one out."""
-    words: dict[str, Any] = {"data": "text", "data.path": folder / "corpus", "data.prepared": folder / "prepared"}
-    words |= TINY | ({"runs": runs} if runs else {}) | {key.replace("__", "."): v for key, v in changes.items()}
-    chosen = sorted((item for item in words.items() if item[1] is not None), key=lambda item: "." in item[0])
+    settings: dict[str, Any] = {"data": "text", "data.path": folder / "corpus", "data.prepared": folder / "prepared"}
+    settings |= TINY | ({"runs": runs} if runs else {}) | {key.replace("__", "."): v for key, v in changes.items()}
+    chosen = sorted((item for item in settings.items() if item[1] is not None), key=lambda item: "." in item[0])
     return [f"{key}={value}" for key, value in chosen]
 
 
 @functools.cache
-def composed(words: tuple[str, ...]) -> str:
-    """Return the configuration of a command line, pickled: composing it takes longer than a step, and ranks are many."""
-    return base64.b64encode(pickle.dumps(load(list(words)))).decode()
+def composed(arguments: tuple[str, ...]) -> str:
+    """Return the configuration of a command line, pickled. Composing it takes longer than a step, so ranks do not repeat it."""
+    return base64.b64encode(pickle.dumps(load(list(arguments)))).decode()
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return the environment of a subprocess: one thread, no launcher's variables, no network."""
+    """Return the environment of a subprocess: one thread, no launcher variables, no network."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     kept = {k: v for k, v in kept.items() if not k.startswith(("WANDB_", "MASTER_", "TORCHELASTIC_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
@@ -95,29 +95,29 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
+    """Return a free port of this machine."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 class Pool:
-    """Processes of `worker.py` that answer one job after the other: `world` ranks, or one process of no group (world 0)."""
+    """Processes of `worker.py` that run one job after another: `world` ranks, or a process without a group (world 0)."""
 
     def __init__(self, world: int, folder: Path) -> None:
         self.world, self.folder = world, folder
         self._processes: list[subprocess.Popen[str]] = []
 
-    def run(self, job: str, **arguments: Any) -> list[Any]:
-        """Let every rank do a job together, and return what each answered. A job that raises fails the test."""
+    def run(self, job: str, **parameters: Any) -> list[Any]:
+        """Run a job on all ranks together; return the result of each. A job that raises fails the test."""
         if not self._processes:
             self._start()
         if job != "command":
-            arguments["config"] = composed(tuple(arguments.pop("words")))
+            parameters["config"] = composed(tuple(parameters.pop("arguments")))
         for process in self._processes:
-            process.stdin.write(json.dumps({"job": job} | arguments, default=str) + "\n")
+            process.stdin.write(json.dumps({"job": job} | parameters, default=str) + "\n")
             process.stdin.flush()
-        answers: dict[int, dict[str, Any]] = {}
+        responses: dict[int, dict[str, Any]] = {}
         streams = {process.stdout: rank for rank, process in enumerate(self._processes)}
         while streams:
             ready, _, _ = select.select(list(streams), [], [], PATIENCE)
@@ -127,17 +127,17 @@ class Pool:
                 rank, line = streams.pop(stream), stream.readline()
                 if not line:
                     self._fail(job, rank, "ended")
-                answers[rank] = json.loads(line)
-                if "error" in answers[rank]:  # the others may wait for this one for ever
+                responses[rank] = json.loads(line)
+                if "error" in responses[rank]:  # the others may wait for this one forever
                     self.stop()
-                    pytest.fail(f"{job} raised on rank {rank}:\n{answers[rank]['error']}", pytrace=False)
-        return [answers[rank]["result"] for rank in sorted(answers)]
+                    pytest.fail(f"{job} raised on rank {rank}:\n{responses[rank]['error']}", pytrace=False)
+        return [responses[rank]["result"] for rank in sorted(responses)]
 
     def _fail(self, job: str, rank: int, how: str) -> None:
         log = self.folder / f"{self.world}-{rank}.log"
-        said = log.read_text(errors="replace")[-3000:] if log.exists() else ""
+        tail = log.read_text(errors="replace")[-3000:] if log.exists() else ""
         self.stop()
-        pytest.fail(f"in {job} rank {rank} {how}; its log ends with\n{said}", pytrace=False)
+        pytest.fail(f"in {job} rank {rank} {how}; its log ends with\n{tail}", pytrace=False)
 
     def _start(self) -> None:
         port = str(free_port())
@@ -176,10 +176,10 @@ class Pool:
 Result = collections.namedtuple("Result", "status out err")
 
 
-def command(*words: str, timeout: float = PATIENCE, **variables: str) -> Result:
-    """Run a command in the project's folder to its end."""
+def command(*arguments: str, timeout: float = PATIENCE, **variables: str) -> Result:
+    """Run a command in the project's folder, and wait for it."""
     ended = subprocess.run(
-        [str(word) for word in words],
+        [str(argument) for argument in arguments],
         cwd=ROOT,
         env=environment(**variables),
         capture_output=True,
@@ -196,22 +196,22 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A short training: what each rank saw of 10 steps, the command line, and its checkpoints."""
+    """A short training: the results of each rank over 10 steps, the command line, and the checkpoints."""
 
-    seen: list[dict[str, Any]]
-    words: list[str]
+    results: list[dict[str, Any]]  # per rank
+    arguments: list[str]
     middle: Path  # after step 5
     end: Path  # after step 10
 
     @property
     def losses(self) -> list[float]:
-        return self.seen[0]["losses"]
+        return self.results[0]["losses"]
 
     @property
     def norms(self) -> list[float]:
-        return self.seen[0]["norms"]
+        return self.results[0]["norms"]
 
     @property
     def order(self) -> int:
         """The hash of all samples, over all ranks."""
-        return sum(rank["hash"] for rank in self.seen) % 2**64
+        return sum(rank["hash"] for rank in self.results) % 2**64

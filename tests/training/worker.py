@@ -1,4 +1,4 @@
-"""One rank that does the jobs it reads from its standard input, one JSON object a line, and answers each with another."""
+"""A rank that runs the jobs on its standard input, one JSON object per line, and writes the result of each in the same way."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from model.attention import choose
 from model.decoder import Cache
 from model.parallel import Mesh
 from training import checkpoint, machine
-from training.engine import Engine, GradientPiece, join_mesh, start_process_group
+from training.engine import Engine, GradientFragment, mesh_from_config, start_process_group
 from training.evaluation import evaluate
-from training.schedule import rate
+from training.schedule import lr_scale
 from training.telemetry import Telemetry
 
 RANKS = find_ranks()
@@ -48,20 +48,20 @@ RANKS = find_ranks()
 
 @functools.cache
 def mesh_of(parallel: tuple) -> Mesh:
-    """Groups live as long as the process: those of one mesh are made once."""
-    return join_mesh(ParallelConfig(**dict(parallel)))
+    """Groups live as long as the process, so those of one mesh are created once."""
+    return mesh_from_config(ParallelConfig(**dict(parallel)))
 
 
 @functools.cache
-def exchange() -> checkpoint.Exchange:
-    return checkpoint.Exchange()
+def collectives() -> checkpoint.CheckpointCollectives:
+    return checkpoint.CheckpointCollectives()
 
 
 class Trainer:
-    """What training/loop.py does around an engine, without its files: `do` takes one word of a script."""
+    """What training/loop.py does around an engine, without its files: `do` runs one instruction of a script."""
 
     def __init__(self, config: str) -> None:
-        deepspeed.utils.groups.mpu = None  # DeepSpeed keeps that of the engine before
+        deepspeed.utils.groups.mpu = None  # DeepSpeed keeps that of the previous engine
         self.config = pickle.loads(base64.b64decode(config))
         self.batch = validate(self.config, RANKS.world_size)
         device = machine.find_device(RANKS)
@@ -76,32 +76,32 @@ class Trainer:
         self.step, self.hash = 0, 0
         self.telemetry = Telemetry(self.engine, self.config.telemetry_every, self.config.telemetry_window)
         names = ("losses", "norms", "applied", "evaluations", "values", "telemetry")
-        self.seen: dict[str, list[Any]] = {name: [] for name in names}
+        self.results: dict[str, list[Any]] = {name: [] for name in names}
 
     def do(self, verb: str, *arguments: Any) -> None:
         getattr(self, verb)(*arguments)
 
     def train(self, steps: int) -> None:
-        """Take steps, and note the mean loss over ranks, the norm, and whether the step was applied."""
-        share = self.batch.global_batch // self.mesh.data.size
+        """Take steps; record the mean loss over ranks, the norm, and whether the step was applied."""
+        sequences = self.batch.global_batch // self.mesh.data.size
         for _ in range(steps):
-            first = self.step * self.batch.global_batch + self.mesh.data.rank * share
-            rows = self.stream.samples(first, share)
+            first = self.step * self.batch.global_batch + self.mesh.data.rank * sequences
+            rows = self.stream.samples(first, sequences)
             self.hash = (self.hash + sample_hash(first, rows)) % 2**64
-            at = rate(self.config.schedule, self.step, self.batch.steps)
-            observer = self.telemetry.of(self.step + 1)
-            loss, norm, applied = self.engine.train_step(torch.from_numpy(rows), at, observer)
+            scale = lr_scale(self.config.schedule, self.step, self.batch.steps)
+            observer = self.telemetry.observer(self.step + 1)
+            loss, norm, applied = self.engine.train_step(torch.from_numpy(rows), scale, observer)
             dist.all_reduce(loss)
             self.step += 1
             self.telemetry.reduce(self.step, self.batch.tokens_per_step)
-            if (looked := self.telemetry.finished()) is not None:
-                self.seen["telemetry"].append(looked)
-            self.seen["losses"].append(float(loss) / RANKS.world_size)
-            self.seen["norms"].append(float(norm))
-            self.seen["applied"].append(applied)
+            if (sample := self.telemetry.take()) is not None:
+                self.results["telemetry"].append(sample)
+            self.results["losses"].append(float(loss) / RANKS.world_size)
+            self.results["norms"].append(float(norm))
+            self.results["applied"].append(applied)
 
     def poison(self, name: str, rank: int, value: float) -> None:
-        """Take one step in which a gradient of `rank` has an element that is not finite."""
+        """Take one step in which a gradient of `rank` has a non-finite element."""
 
         def spoil(gradient: torch.Tensor) -> torch.Tensor:
             gradient = gradient.clone()
@@ -114,50 +114,50 @@ class Trainer:
         hook.remove()
 
     def count_traffic(self) -> None:
-        """Take one step, and note the bytes that this rank sends meanwhile, by whom it speaks to and how."""
+        """Take one step; record the bytes that this rank sends during it, by group and collective."""
         mesh = self.mesh
         axes = {"tensor": mesh.tensor, "context": mesh.context, "replicas": mesh.replicas}
         names = {tuple(dist.get_process_group_ranks(axis.group)): name for name, axis in axes.items() if axis.size > 1}
-        whole, self.engine.train_step = self.engine.train_step, self._counted
+        original, self.engine.train_step = self.engine.train_step, self._counted
         self.train(1)
-        self.engine.train_step = whole
-        told: dict[str, Any] = collections.defaultdict(float)
+        self.engine.train_step = original
+        sent_bytes: dict[str, Any] = collections.defaultdict(float)
         for (ranks, collective), sent in self.traffic.sent.items():
             if len(ranks) > 1:
-                told[f"{names.get(ranks, 'world')} {collective.strip('_')}"] += sent
-        self.seen["values"].append(told)
+                sent_bytes[f"{names.get(ranks, 'world')} {collective.strip('_')}"] += sent
+        self.results["values"].append(sent_bytes)
 
     def _counted(self, *arguments: Any) -> Any:
         with Traffic() as self.traffic:
             return Engine.train_step(self.engine, *arguments)
 
-    def add_up_pieces(self) -> None:
-        """Take one step, and note the sum of the squares of all ranks' pieces of its gradient."""
+    def add_up_fragments(self) -> None:
+        """Take one step; record the sum of the squares of all ranks' fragments of its gradient."""
         squares = torch.zeros(1, dtype=torch.float64)
 
-        def add_up(pieces: Iterator[GradientPiece]) -> None:
-            for piece in pieces:
-                squares.add_(piece.values.double().square().sum())
+        def add_up(fragments: Iterator[GradientFragment]) -> None:
+            for fragment in fragments:
+                squares.add_(fragment.values.double().square().sum())
 
         self._train_observed(add_up)
         dist.all_reduce(squares)
-        self.seen["values"].append(float(squares))
+        self.results["values"].append(float(squares))
 
     def observe(self, expression: str) -> None:
-        """Take one step, and note the value of an expression about the engine while the gradient exists."""
-        self._train_observed(lambda _: self.look(expression))
+        """Take one step; record the value of an expression about the engine while the gradient exists."""
+        self._train_observed(lambda _: self.inspect(expression))
 
-    def _train_observed(self, backward: Callable[[Iterator[GradientPiece]], None]) -> None:
+    def _train_observed(self, backward: Callable[[Iterator[GradientFragment]], None]) -> None:
         observer = mock.Mock(forward=contextlib.nullcontext, backward=backward)
-        telemetry, self.telemetry = self.telemetry, mock.Mock(of=lambda _: observer, finished=lambda: None)
+        telemetry, self.telemetry = self.telemetry, mock.Mock(observer=lambda _: observer, take=lambda: None)
         self.train(1)
         self.telemetry = telemetry
 
     def save(self, folder: str) -> str:
-        """Save, and return why that failed."""
-        saver = checkpoint.Saver(self.engine, Path(folder), exchange())
-        saver.begin({"step": self.step})
-        return saver.ended(wait=True).failure
+        """Save; return why that failed, or ""."""
+        saver = checkpoint.Saver(self.engine, Path(folder), collectives())
+        saver.start({"step": self.step})
+        return saver.take_result(wait=True).failure
 
     def load(self, folder: str) -> None:
         self.step = checkpoint.load(self.engine, Path(folder))["step"]
@@ -165,67 +165,67 @@ class Trainer:
     def evaluate(self, tokens: int | None = None) -> None:
         with self.telemetry.dead_units() as dead:
             held_out = evaluate(self.engine, self.dataset, self.config.sequence_length, tokens)
-        self.seen["evaluations"].append([held_out.loss, held_out.tokens, *([dead] if dead else [])])
+        self.results["evaluations"].append([held_out.loss, held_out.tokens, *([dead] if dead else [])])
 
     def logits(self, tokens: list[list[int]]) -> None:
-        """Note the logits of the last token of what is written in these stretches, one after the other."""
+        """Record the logits of the last token of these consecutive stretches."""
         cache = Cache(len(self.engine.module.layers))
         for stretch in tokens:
             result = self.engine.logits(torch.tensor([stretch]), cache)
-        self.seen["values"].append(result[0, -1].tolist())
+        self.results["values"].append(result[0, -1].tolist())
 
-    def look(self, expression: str) -> None:
-        """Note the value of an expression about the engine."""
+    def inspect(self, expression: str) -> None:
+        """Record the value of an expression about the engine."""
         names = {
             "engine": self.engine,
             "deepspeed": self.engine.deepspeed,
             "torch": torch,
             "optimizer": self.engine.optimizer,
         }
-        self.seen["values"].append(eval(expression, names | {"inner": checkpoint._inner(self.engine)}))
+        self.results["values"].append(eval(expression, names | {"inner": checkpoint._inner_optimizer(self.engine)}))
 
 
 def script(config: str, steps: list[list[Any]]) -> dict[str, Any]:
-    """Build an engine and do with it what the steps say."""
+    """Build an engine, and run the steps with it."""
     trainer = Trainer(config)
     for step in steps:
         trainer.do(*step)
-    result = trainer.seen | {"hash": trainer.hash}
+    result = trainer.results | {"hash": trainer.hash}
     trainer.engine.deepspeed.destroy()
     del trainer
     gc.collect()
-    gc.freeze()  # what is left are modules and caches: DeepSpeed collects with every engine, and would visit them all
+    gc.freeze()  # modules and caches remain: DeepSpeed collects garbage with every engine, and would visit them all
     dist.barrier()
     return result
 
 
 def failing_save(config: str, folder: str, faults: list[list[Any]]) -> list[Any]:
-    """Save, train on, and try to save under each (fault, rank); return what each raised, and what is in the folder."""
+    """Save, train on, and try to save under each (fault, rank); return each failure, and the names in the folder."""
     trainer = Trainer(config)
     trainer.train(1)
     trainer.save(folder)
-    seen = []
+    results = []
     for fault, rank in faults:
         trainer.train(1)
         with FAULTS[fault]() if RANKS.rank == rank else contextlib.nullcontext():
-            said = trainer.save(folder)
+            failure = trainer.save(folder)
         dist.barrier()
-        seen.append([said, sorted(os.listdir(folder))])
+        results.append([failure, sorted(os.listdir(folder))])
         dist.barrier()
     trainer.train(1)
     trainer.save(folder)
     trainer.engine.deepspeed.destroy()
-    return [*seen, [trainer.seen["losses"], sorted(os.listdir(folder))]]
+    return [*results, [trainer.results["losses"], sorted(os.listdir(folder))]]
 
 
-def command(module: str, words: list[str], fault: str | None = None) -> dict[str, Any]:
-    """Run a command line program as `python -m module words` would, under a fault; return its status and what it said."""
+def command(module: str, arguments: list[str], fault: str | None = None) -> dict[str, Any]:
+    """Run `python -m module arguments` in this process, under a fault; return its status and output."""
     import importlib
 
     main = importlib.import_module(module).main
     variables, before = dict(os.environ), sys.argv
     out, err, status = io.StringIO(), io.StringIO(), 0
-    sys.argv = [module, *words]
+    sys.argv = [module, *arguments]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             with FAULTS[fault]() if fault else contextlib.nullcontext():
@@ -244,7 +244,7 @@ def command(module: str, words: list[str], fault: str | None = None) -> dict[str
 
 
 def _forget_groups() -> None:
-    """Leave what a training that did not end well has joined; DeepSpeed keeps groups for the life of the process."""
+    """Destroy the groups of a training that did not end well; DeepSpeed keeps its own for the life of the process."""
     if dist.is_initialized():
         dist.destroy_process_group()
     groups = sys.modules.get("deepspeed.utils.groups")
@@ -262,18 +262,18 @@ def _raise(number: int) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _broken_text(number: int, ending: str) -> Iterator[None]:
-    whole = Path.write_text
+    original = Path.write_text
 
     def write(path: Path, *arguments: Any, **named: Any) -> int:
         if path.name.endswith(ending):
             raise OSError(number, os.strerror(number))
-        return whole(path, *arguments, **named)
+        return original(path, *arguments, **named)
 
     with mock.patch.object(Path, "write_text", write):
         yield
 
 
-# What a file system may answer, where.
+# Errors of a file system, by where they occur.
 FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "tensors on a full disk": lambda: mock.patch("training.checkpoint.write_tensors", _raise(errno.ENOSPC)),
     "manifest on a full disk": lambda: _broken_text(errno.ENOSPC, "manifest.json"),
@@ -286,19 +286,19 @@ JOBS = {"script": script, "failing_save": failing_save, "command": command}
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    responses = os.fdopen(os.dup(1), "w", buffering=1)
     log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)  # what DeepSpeed prints must not be taken for an answer
+    os.dup2(log, 1)  # the output of DeepSpeed must not be taken for a response
     os.dup2(log, 2)
     if "RANK" in os.environ:
         start_process_group(RANKS, machine.find_device(RANKS), 2.0)
     for line in sys.stdin:
-        arguments = json.loads(line)
+        parameters = json.loads(line)
         try:
-            answer = {"result": JOBS[arguments.pop("job")](**arguments)}
+            response = {"result": JOBS[parameters.pop("job")](**parameters)}
         except (Exception, UserError):
-            answer = {"error": traceback.format_exc()}
-        answers.write(json.dumps(answer) + "\n")
+            response = {"error": traceback.format_exc()}
+        responses.write(json.dumps(response) + "\n")
 
 
 if __name__ == "__main__":

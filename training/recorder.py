@@ -1,0 +1,216 @@
+"""The record of a run: lines of metrics.jsonl and their copies in loggers, samples, the summary, and longer console texts.
+
+Rank 0 alone records; on the other ranks every call returns at once. A full disk does not end a run: a line that cannot be
+written is kept in memory, with one warning, and written when there is space again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from conf.schema import Config
+from conf.validate import Batch
+from data.batches import Dataset
+from launch.estimate.counts import Shape, flops_per_token
+from training import machine
+from training.console import Console, duration
+from training.evaluation import HeldOut
+from training.loggers import Loggers
+from training.runfolder import RunFolder
+
+EXPECTED_MFU = 0.4  # assumed by the expected time, before anything is measured
+
+
+class RunRecorder:
+    """Records one run. `step` is the last step that is done; every line carries it.
+
+    Args:
+        enabled: whether this rank records: rank 0.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        batch: Batch,
+        shape: Shape,
+        dataset: Dataset,
+        folder: RunFolder,
+        console: Console,
+        enabled: bool,
+    ) -> None:
+        self.config, self.batch, self.dataset = config, batch, dataset
+        self.folder, self.console, self.enabled = folder, console, enabled
+        self.step = 0
+        self.bytes_per_token = dataset.held_out_bytes / max(1, dataset.held_out.tokens)
+        self.flops_per_token = sum(flops_per_token(shape, config.sequence_length).values())
+        self._last_sample = ""
+        self._write_failed = False  # whether the newest line of metrics.jsonl waits for space
+        self._loggers: Loggers | None = None
+
+    def open(self) -> None:
+        """Delete what was written after `step`, which will be written again, and start the loggers."""
+        if self.enabled:
+            self.folder.rewind(self.step)
+            self._loggers = Loggers(self.config, self.folder.path, self.console.warn)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.step * self.batch.tokens_per_step
+
+    def event(self, event: str, step: int | None = None, **details: Any) -> None:
+        """Record an event of the current step, or of an earlier one."""
+        self._write_line("event", {"event": event, **details}, step)
+
+    def training(
+        self, loss: float, grad_norm: float, lr: float, tokens_per_second: float, peak_flops: float, memory_gib: float
+    ) -> None:
+        """Record the steps since the last such line, and print the line of the step.
+
+        Args:
+            loss: nats per token, of the last step.
+            grad_norm: before clipping.
+            lr: the learning rate that was applied.
+            tokens_per_second: over all ranks.
+            peak_flops: FLOP/s of all ranks together.
+            memory_gib: peak memory of this rank.
+        """
+        figures = {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens_per_second": tokens_per_second,
+            "mfu": tokens_per_second * self.flops_per_token / peak_flops,
+            "memory_gib": memory_gib,
+        }
+        self._write_line("train", figures)
+        self.console.step(self.step, self.batch.steps, figures)
+
+    def evaluation(self, held_out: HeldOut, dead: list[float | None]) -> None:
+        """Record and print an evaluation.
+
+        Args:
+            dead: each layer's fraction of units that were active for none of its tokens; empty if that was not measured.
+        """
+        bits = held_out.bits_per_byte(self.bytes_per_token)
+        figures: dict[str, Any] = {
+            "loss": held_out.loss,
+            "perplexity": held_out.perplexity,
+            "bits_per_byte": bits,
+            "held_out_tokens": held_out.tokens,
+        }
+        if dead:
+            figures["dead"] = dead
+        self._write_line("eval", figures)
+        partial = "" if held_out.tokens == self.dataset.held_out.tokens else f" (on {held_out.tokens} tokens)"
+        self.console.print(
+            f"held-out: loss {held_out.loss:.4f} nats per token, perplexity {held_out.perplexity:.2f}, "
+            f"{bits:.4f} bits per byte{partial}"
+        )
+
+    def telemetry(self, step: int, figures: dict[str, Any]) -> None:
+        """Record an activation telemetry sample of the current step or of an earlier one."""
+        self._write_line("telemetry", figures, step)
+
+    def samples(self, texts: list[str]) -> None:
+        """Append generated texts to samples.txt."""
+        if self.enabled and texts:
+            rule = "-" * 80
+            try:
+                self.folder.append_samples("".join(f"{rule}\nstep {self.step}\n{rule}\n{text}\n" for text in texts))
+            except OSError as error:
+                self.console.warn(f"samples.txt could not be written: {error}")
+        self._last_sample = texts[-1] if texts else ""
+
+    def close(self, summary: dict[str, Any]) -> bool:
+        """Write the summary and close the loggers; return whether everything is on disk."""
+        if not self.enabled:
+            return True
+        written = True
+        try:
+            self.folder.write_metrics()
+            self.folder.write_summary(summary)
+        except OSError as error:
+            written = False
+            self.console.warn(f"the last metrics and the summary could not be written: {error}")
+        if self._loggers is not None:
+            self._loggers.finish(summary)
+        return written
+
+    def print_end(self, summary: dict[str, Any]) -> None:
+        """Print the last lines of a run that finished."""
+        console, config, path = self.console, self.config, self.folder.path
+        console.print("")
+        console.print(f"finished in {duration(summary['wall_seconds'])} after {summary['tokens']:,} tokens")
+        xz = summary["xz_bits_per_byte"]
+        console.print(held_out_line(summary) + (f"; xz -9 on the same text: {xz:.4f}" if xz else ""))
+        if self._last_sample:
+            console.print(f"a sample:\n{self._last_sample}\n")
+        console.print(f"run folder: {path}/ (config.yaml metrics.jsonl summary.json checkpoints/ samples.txt)")
+        for note in self._loggers.notes if self._loggers is not None else ():
+            console.print(note)
+        runs = "" if config.runs == "runs" else f" runs={config.runs}"
+        console.print("next steps:")
+        console.print(f"  python -m model.generate run={config.run}{runs} prompt='import '")
+        console.print("  deepspeed train.py ffn=relu2          # another arm with the same number of FFN parameters")
+        console.print("  python train.py --help")
+
+    def summary_rows(
+        self, device: torch.device, dtype: torch.dtype, attention: str, peak_flops: float, peak_source: str, ranks: int
+    ) -> list[tuple[str, str]]:
+        """Return the rows of the console's summary about data and machine: (name, text).
+
+        Args:
+            peak_flops: FLOP/s per rank.
+            ranks: the world size.
+        """
+        dataset, config, parallel = self.dataset, self.config, self.config.parallel
+        tokens = sum(part.train.tokens for part in dataset.parts)
+        epochs = self.batch.tokens / max(1, tokens)
+        corpus = f"{tokens:,} training tokens ({epochs:.1f} epochs), {dataset.held_out.tokens:,} held out"
+        masters = " with fp32 master weights" if dtype == torch.bfloat16 else ""
+        numbers = f"{str(dtype).removeprefix('torch.')}{masters}, ZeRO stage {config.zero.stage}"
+        rows = [
+            ("data", f"{config.data.name}: {corpus}, {self.bytes_per_token:.2f} bytes per token"),
+            ("machine", f"{machine.describe(device)} x {ranks}, {numbers}"),
+        ]
+        axes = []
+        if parallel.tensor > 1:
+            axes.append(f"tensor {parallel.tensor}{' with sequence' if parallel.sequence else ''}")
+        if parallel.context > 1:
+            axes.append(f"context {parallel.context}")
+        if axes:
+            rows.append(("parallel", " x ".join([*axes, f"data {self.batch.data_parallel}"])))
+        expected_seconds = self.batch.tokens * self.flops_per_token / (EXPECTED_MFU * peak_flops * ranks)
+        return [
+            *rows,
+            ("optimizer", f"{config.optim.name}, peak lr {config.optim.lr:g}, {config.schedule.name}"),
+            ("attention", attention),
+            ("peak", f"{peak_flops / 1e12:.3g} TFLOP/s per rank ({peak_source})"),
+            ("expected time", f"about {duration(expected_seconds)} at {EXPECTED_MFU:.0%} MFU"),
+        ]
+
+    def _write_line(self, kind: str, figures: dict[str, Any], step: int | None = None) -> None:
+        """Write a line of metrics.jsonl and pass it to the loggers."""
+        if not self.enabled:
+            return
+        step = self.step if step is None else step
+        record = {"kind": kind, "step": step, "tokens": step * self.batch.tokens_per_step, **figures}
+        try:
+            self.folder.append_metrics(record)
+            self._write_failed = False
+        except OSError as error:
+            if not self._write_failed:
+                self.console.warn(f"metrics.jsonl cannot be written; its lines are kept in memory: {error}")
+            self._write_failed = True
+        if self._loggers is not None:
+            self._loggers.log(record)
+
+
+def held_out_line(summary: dict[str, Any]) -> str:
+    """Return the held-out figures of a summary as one line."""
+    return (
+        f"held-out text: {summary['bits_per_byte']:.4f} bits per byte ({summary['final_eval_loss']:.4f} nats per token)"
+    )

@@ -1,0 +1,56 @@
+"""The attributes that ZeRO attaches to parameters, typed. This module computes nothing.
+
+DeepSpeed sets them on `nn.Parameter` objects at run time. tests/training/test_deepspeed_contract.py covers every one of them.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+
+class FragmentAddress(Protocol):
+    """The elements of a flattened parameter that a rank's partition holds."""
+
+    start: int
+    numel: int
+
+
+class FragmentMapping(Protocol):
+    """Where stages 1 and 2 keep a rank's fragment: fp32 master, optimizer state and gradient."""
+
+    lp_fragment_address: FragmentAddress
+
+    def get_hp_fragment(self, optim_state_key: str | None = None) -> Tensor: ...
+
+    def get_lp_grad_fragment(self, index_in_param_group: int) -> Tensor: ...
+
+
+class _Stage1Or2(Protocol):
+    _hp_mapping: FragmentMapping | None
+    _index_in_param_group: int
+
+
+class Stage3Parameter(Protocol):
+    """A parameter partitioned by stage 3. Outside `GatheredParameters` its own data is a placeholder."""
+
+    ds_tensor: Tensor  # this rank's partition, flat; the last one is padded
+    ds_numel: int  # elements of the gathered parameter
+    ds_shape: torch.Size
+
+
+def fragment_mapping(parameter: nn.Parameter) -> FragmentMapping | None:
+    """Return this rank's fragment of a parameter under stages 1 and 2; None if other ranks hold all of it."""
+    return cast(_Stage1Or2, parameter)._hp_mapping
+
+
+def index_in_group(parameter: nn.Parameter) -> int:
+    """Return the index under which stages 1 and 2 keep the gradient of a parameter in its optimizer group."""
+    return cast(_Stage1Or2, parameter)._index_in_param_group
+
+
+def stage_3_parameter(parameter: nn.Parameter) -> Stage3Parameter:
+    """Return a parameter under stage 3 with its attributes typed."""
+    return cast(Stage3Parameter, parameter)
