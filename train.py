@@ -5,7 +5,8 @@ Parse, validate, train. `python train.py --help` lists every key. Running the sa
 
 from __future__ import annotations
 
-from conf.load import load, run_command
+from conf.load import load
+from kernels.common.commands import run_command
 
 
 def main(argv: list[str]) -> int:

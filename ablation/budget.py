@@ -15,8 +15,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from conf.errors import UserError, unknown
 from conf.schema import Config
+from kernels.common.errors import UserError, unknown
 from launch.estimate.counts import Shape, ffn_saved_bytes, flops_per_token, parameters, shape_of
 
 BUDGETS = ("parameters", "flops", "memory", "wallclock", "none")

@@ -29,9 +29,10 @@ from ablation.measures import BySeed, by_seed, log_speed_up, log_spread
 from ablation.results import Results, Run, read_results
 from ablation.statistics import Comparison, Verdict, compare_pairs
 from conf.arms import catalogue
-from conf.files import atomic_write, say_why
-from conf.load import flatten, run_command
-from conf.options import read_options
+from conf.load import flatten
+from kernels.common.commands import run_command
+from kernels.common.files import atomic_write, say_why
+from kernels.common.options import read_options
 
 DATA = Path(__file__).with_name("claims.yaml")
 SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "not settled"

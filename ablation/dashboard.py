@@ -25,11 +25,12 @@ from typing import Any
 from ablation.plan import tags_of
 from ablation.results import Results, read_results
 from ablation.verdict import sentences
-from conf.errors import UserError
-from conf.files import atomic_write, say_why
-from conf.load import from_yaml, run_command
+from conf.load import from_yaml
 from conf.login import wandb_mode
-from conf.options import read_options
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_write, say_why
+from kernels.common.options import read_options
 
 NAME = "dashboard.json"
 STATISTICS = "statistics"  # name of the table, and job type of the run that logs it

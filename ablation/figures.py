@@ -25,7 +25,7 @@ from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
 from ablation.efficiency import aligned, curve, efficiency
 from ablation.results import Results
 from ablation.statistics import Verdict, rank_stability
-from conf.files import atomic_write
+from kernels.common.files import atomic_write
 
 INK, FAINT = "#1a1b22", "#c9cad4"
 _ON_PAGE = {INK: "var(--ink)", FAINT: "var(--line)"}

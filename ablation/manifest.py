@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from ablation.plan import Plan, PlannedRun, rates_of
-from conf.errors import UserError
-from conf.files import atomic_write, say_why
 from conf.load import flatten
 from conf.schema import AblationConfig
 from conf.validate import digest
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_write, say_why
 
 NAME = "manifest.json"
 _RUN = re.compile(r"(?P<size>[^-]+)-(?P<arm>[^-]+)-lr(?P<rate>[0-9.e+-]+)-seed(?P<seed>[0-9]+)")

@@ -3,7 +3,8 @@
     final_eval_loss     held-out, nats a token; nan of a run that diverged
     tokens_per_second   median
     recovered           of the units that were dead in the later half of a run, the share that was active again
-    any other           of telemetry (kernels/telemetry.py, training/telemetry.py): of the last look that has it, mean over
+    any other           of telemetry (kernels/activations/telemetry.py,
+                        training/telemetry.py): of the last look that has it, mean over
                         layers; `max` is the largest of them
     speed_up            of two arms: tokens with which the other's curve reaches this one's loss, over this one's
     spread              of all arms of a size: the standard deviation of their losses

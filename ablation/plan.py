@@ -19,11 +19,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ablation.budget import Width, match
-from conf.errors import UserError, suggest, unknown
 from conf.keys import choices
 from conf.load import load, quoted, read_group, to_dict
 from conf.schema import AblationConfig, Config
 from conf.validate import Batch, digest, validate, what_is_learned
+from kernels.common.errors import UserError, suggest, unknown
 from launch.estimate.counts import check_divisibility, ffn_saved_bytes, flops_per_token, shape_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")

@@ -25,10 +25,10 @@ from ablation.outcomes import ENDED
 from ablation.results import Results, expected, read_results
 from ablation.statistics import ALPHA, FEWEST_SEEDS, POWER, Comparison, Verdict
 from ablation.verdict import sentences
-from conf.errors import UserError
-from conf.files import atomic_write, say_why
-from conf.load import run_command
-from conf.options import read_options
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_write, say_why
+from kernels.common.options import read_options
 
 _PAGE = Path(__file__).with_name("page.html")
 

@@ -20,8 +20,8 @@ from ablation.manifest import Manifest, read_manifest
 from ablation.outcomes import DIVERGED, ENDED, FINISHED, Outcome, is_finite, outcome, read_metrics, run_folders
 from ablation.plan import PlannedRun
 from ablation.statistics import Comparison, RateSweep, compare, sweep
-from conf.errors import UserError
 from conf.load import values_of
+from kernels.common.errors import UserError
 
 FEWEST_RATES = 3  # tried, for a verdict
 

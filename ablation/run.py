@@ -39,10 +39,10 @@ from ablation.outcomes import DIVERGED, ENDED, FAILED, FINISHED, Outcome, is_run
 from ablation.plan import Plan, PlannedRun, next_rate, read_plan, resolve
 from ablation.speed import step_time
 from ablation.statistics import sweep
-from conf.errors import UserError
 from conf.keys import choices
-from conf.load import run_command
-from conf.options import read_options
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError
+from kernels.common.options import read_options
 from launch.sbatch import read_cluster
 
 _OPTIONS = {"yes": False, "jobs": 0, "ranks": 0, "folder": "ablations", "task": ""}  # task: what a job array starts

@@ -15,8 +15,8 @@ from ablation import speed
 from ablation.command import ranks_of
 from ablation.outcomes import ENDED, QUEUED, RUNNING
 from ablation.plan import Plan
-from conf.errors import UserError
 from conf.schema import ClusterConfig
+from kernels.common.errors import UserError
 from launch.sbatch import RUNS, Job, check, doctor_of, python_of, queued, refuse_queued, submit
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from pathlib import Path
 from ablation.command import environment_of, ranks_of, train_command
 from ablation.outcomes import read_metrics
 from ablation.plan import Plan, resolve
-from conf.errors import UserError
-from conf.files import atomic_write, say_why
 from conf.schema import AblationConfig
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_write, say_why
 
 NAME = "step_times.json"
 RUNS = "step_times"  # the folder of the short runs, until the times are written

@@ -42,9 +42,9 @@ from ablation.outcomes import (
 )
 from ablation.plan import PlannedRun
 from ablation.slurm import name_of, states
-from conf.errors import UserError
-from conf.load import run_command
-from conf.options import read_options
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError
+from kernels.common.options import read_options
 
 _OPTIONS = {"once": False}
 _PAUSE = 2.0  # seconds between looks

@@ -23,9 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conf.errors import UserError, unknown
-from conf.files import atomic_write
-from conf.load import run_command
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError, unknown
+from kernels.common.files import atomic_write
 
 ARMS = ("relu", "relu2", "silu", "gelu", "gelu_tanh", "swiglu", "geglu", "reglu", "xielu", "situ_glu")
 _DEFAULTS = {
@@ -119,8 +119,8 @@ def _one(arm: str, rows: int, width: int, dtype_name: str, rounds: int, compiled
 
     from bench.formulas import formulas
     from kernels import activation
-    from kernels.eager import plain
-    from kernels.properties import bytes_moved
+    from kernels.activations.eager import plain
+    from kernels.activations.properties import bytes_moved
 
     torch._dynamo.reset()  # each arm its own count of recompilations
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name]
@@ -184,8 +184,9 @@ def _compare(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]
 def _build_times() -> dict[str, Any]:
     """Return the seconds that all formulas of the catalogue take to compile, with no cache: on all cores, and one by one."""
     from bench.formulas import formulas
-    from kernels import c_source, parse
-    from kernels.symbolic import compile_formula
+    from kernels import parse
+    from kernels.activations import c_source
+    from kernels.formula.symbolic import compile_formula
 
     sources = [c_source.source(compile_formula(parse(*arm))) for arm in formulas().values()]
     workers = len(os.sched_getaffinity(0))
@@ -211,7 +212,7 @@ def _build(sources: list[str], workers: int) -> float:
 def _build_one() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    from kernels import c_build
+    from kernels.c import toolchain as c_build
 
     given = json.load(sys.stdin)
     start = time.perf_counter()

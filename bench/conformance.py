@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.formulas import formulas
-from conf.errors import UserError, unknown
-from conf.files import atomic_write
-from conf.load import run_command
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError, unknown
+from kernels.common.files import atomic_write
 
 CAP = 1.1
 LARGE_GIB = 9
@@ -134,7 +134,7 @@ def case_of(
     import torch
 
     from kernels import activation
-    from kernels.eager import plain
+    from kernels.activations.eager import plain
 
     function = activation(formula, parameters, backend)
     generator = torch.Generator().manual_seed(seed)

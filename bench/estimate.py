@@ -19,9 +19,10 @@ import weakref
 from typing import Any
 
 from bench.train import machine, options_of
-from conf.files import atomic_write
-from conf.load import load, run_command
+from conf.load import load
 from conf.schema import Config, FFNConfig, HardwareConfig, ParallelConfig
+from kernels.common.commands import run_command
+from kernels.common.files import atomic_write
 from kernels.formula import parse
 from launch.estimate.counts import FFNShape, Shape, flops_per_token, peak_bytes, shape_of
 from launch.estimate.step_time import (

@@ -24,9 +24,9 @@ from typing import Any
 
 import psutil
 
-from conf.errors import UserError
-from conf.load import run_command
-from conf.options import read_options
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError
+from kernels.common.options import read_options
 
 _OPTIONS = {"kills": 10, "seed": 0, "folder": ""}
 _ROOT = Path(__file__).resolve().parents[1]

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conf.errors import UserError, unknown
-from kernels import norm, rotary
+from kernels.common.errors import UserError, unknown
+from kernels.norm import norm
+from kernels.rotary import rotary
 from training.machine import keep_freed_memory
 
 EPS = 1e-5
@@ -139,6 +140,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from conf.load import run_command  # here, since bench/gpu.sh needs the rest where there is no Hydra
+    from kernels.common.commands import run_command  # here, since bench/gpu.sh needs the rest where there is no Hydra
 
     run_command(main)

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from bench import fused
 from bench.formulas import formulas
-from kernels import activation, reference, triton_backend
-from kernels.eager import plain
+from kernels import activation
+from kernels.activations import reference, triton_backend
+from kernels.activations.eager import plain
+from kernels.triton import runtime
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ((8192, 5632), (16384, 2816), (32768, 8192))  # tokens, d_ff
@@ -444,9 +446,9 @@ def main(given: list[str] | None = None) -> int:
     import triton
 
     options = arguments(given)
-    if not torch.cuda.is_available() and not (options.tiny and triton_backend.interpreted()):
+    if not torch.cuda.is_available() and not (options.tiny and runtime.interpreted()):
         raise SystemExit("no GPU is visible to torch; without one only TRITON_INTERPRET=1 ... --tiny runs")
-    device = torch.device("cpu" if triton_backend.interpreted() else "cuda")
+    device = torch.device("cpu" if runtime.interpreted() else "cuda")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "the interpreter"
     record: dict[str, Any] = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
     record |= {section: [] for section in ("checks", "extremes", "far", "fused", "times", "tiles")}

@@ -19,9 +19,9 @@ import torch
 
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
 from bench.train import machine, options_of
-from conf.errors import UserError
-from conf.files import atomic_write
-from conf.load import run_command
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_write
 from launch.ranks import Ranks
 
 _MODEL = [

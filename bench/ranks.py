@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from conf.errors import UserError
 from conf.load import load
 from conf.validate import Batch, validate
+from kernels.common.errors import UserError
 from launch.estimate.counts import Shape, check_divisibility, shape_of
 from launch.ranks import Ranks, find_ranks, leave
 from model.attention import choose

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 
 from bench.formulas import formulas
-from kernels import parse, triton_backend
-from kernels.symbolic import Compiled, compile_formula
+from kernels import parse
+from kernels.activations import triton_backend, triton_source
+from kernels.formula.symbolic import Compiled, compile_formula
+from kernels.triton import runtime
 
 RESULT = Path(__file__).parent / "results" / "sm90.md"
 # Instructions that fit into the time in which a byte moves: 132 multiprocessors of an H200 issue 128 lanes a cycle at 1.98 GHz,
@@ -62,10 +64,10 @@ def offline(
         ImportError: Triton is not installed.
         RuntimeError: kernels are interpreted in this process (TRITON_INTERPRET).
     """
-    module, found = triton_backend.load(triton_backend.source(compiled)), []
+    module, found = runtime.load(triton_source.source(compiled)), []
     constants = {"UNIT": 8 if width_is_multiple_of_8 else 1, "TILE": triton_backend.TILE}
     functions = [getattr(module, name) for name in ("forward", "backward", "backward_with_h")]
-    functions.append(triton_backend.load(triton_backend.source_with_statistics(compiled)).statistics)
+    functions.append(runtime.load(triton_source.source_with_statistics(compiled)).statistics)
     for function in functions:
         name, kinds = function.__name__, {argument: _kind(argument, dtype) for argument in function.arg_names}
         found.append(_read(name, machine_code(function, kinds, constants, triton_backend.WARPS), compiled, dtype))
@@ -105,7 +107,7 @@ def machine_code(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if triton_backend.interpreted():
+    if runtime.interpreted():
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler: unset it")
     # What the launcher says of every tensor that torch has allocated: it begins on 16 bytes.
     known = [i for i, (name, kind) in enumerate(kinds.items()) if kind[0] == "*" or name in divisible]

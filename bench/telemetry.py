@@ -11,9 +11,10 @@ import statistics
 import sys
 
 from bench.train import machine, options_of, seconds_of_steps
-from conf.errors import UserError
-from conf.files import atomic_write
-from conf.load import load, run_command
+from conf.load import load
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_write
 
 EVERY = 4
 RESULT = "bench/results/cpu-telemetry.json"

@@ -23,10 +23,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from conf.errors import UserError
-from conf.files import atomic_write
-from conf.load import load, run_command
+from conf.load import load
 from conf.validate import validate
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_write
 
 CONTENDERS = ("ours", "hf", "hf+allocator")
 _FIXED = ["logger=none", "eval_every=0", "save_every=0", "eval_tokens=1", "prompts=[]", "log_every=1"]

@@ -8,9 +8,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from conf.errors import UserError, unknown
 from conf.keys import FOLDER, choices
 from conf.schema import Config, FFNConfig
+from kernels.common.errors import UserError, unknown
 from kernels.formula import Formula, FormulaError, parse
 
 _OF_AN_ARM = ("name", "formula", "parameters", "init_scale", "from_output")  # what conf/ffn/<arm>.yaml says

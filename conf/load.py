@@ -13,17 +13,16 @@ import dataclasses
 import hashlib
 import os
 import re
-import sys
 import typing
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conf.errors import UserError, unknown
 from conf.help import print_help
 from conf.keys import FOLDER, choices, keys
 from conf.schema import GROUPS, Config
+from kernels.common.errors import UserError, unknown
 
 Group = typing.TypeVar("Group")
 FREE_FORM = ("data.parts", "ffn.parameters", "ffn.per_layer")  # dictionaries whose keys are the user's own
@@ -126,24 +125,6 @@ def read_group(group: str, schema: type[Group], words: list[str], called: str) -
         return OmegaConf.to_object(config), others  # type: ignore[return-value]
     except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{called} {names[-1]}: {str(error).splitlines()[0]}") from error
-
-
-def run_command(main: Callable[[list[str]], int | None]) -> None:
-    """Run a command line program: `main(argv)`; bad input is one sentence on standard error and status 2."""
-    try:
-        status = main(sys.argv[1:])
-        sys.stdout.flush()
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # `... | head` closed the pipe: nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
-    raise SystemExit(status or 0)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

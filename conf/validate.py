@@ -13,11 +13,11 @@ import math
 from typing import Any
 
 from conf.arms import Arm, layer_arms
-from conf.errors import UserError, unknown
 from conf.load import NOT_IN_NAME, flatten, to_dict
 from conf.schema import Config
-from kernels.domains import check_domains
+from kernels.common.errors import UserError, unknown
 from kernels.formula import FormulaError
+from kernels.formula.domains import check_domains
 
 _CHOICES = {
     "ffn.save": ("packed", "output", "everything", "input"),

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from conf.errors import UserError
 from data.shards import ShardSet, open_shards, read_index
 from data.tokenizer import Tokenizer, load_tokenizer
+from kernels.common.errors import UserError
 
 IGNORED = -100  # target that no loss is taken of; the default of torch's cross_entropy
 BLOCK = 1000  # samples in which the parts of a blend have exactly their shares

@@ -16,9 +16,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conf.errors import UserError, unknown
 from conf.schema import DataConfig
 from data.files import find_files, need, not_utf8, read_chunks, read_lines, stamp
+from kernels.common.errors import UserError, unknown
 
 SOURCES = ("stdlib", "text", "jsonl", "parquet", "hf", "blend")
 SUFFIXES = {"text": None, "jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq")}

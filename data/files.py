@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from conf.errors import UserError, suggest
+from kernels.common.errors import UserError, suggest
 
 CHUNK = 1 << 20  # bytes read at once
 PACKED = (".gz", ".zst")

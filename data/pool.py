@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from conf.errors import UserError
 from data.shards import Shard, token_dtype, write_group, write_shard
 from data.tokenizer import Tokenizer, load_tokenizer
+from kernels.common.errors import UserError
 
 
 @dataclass(frozen=True)

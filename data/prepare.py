@@ -21,14 +21,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from conf.errors import UserError
-from conf.files import say_why
 from conf.schema import DataConfig, TokenizerConfig
 from data.documents import documents, fingerprint, parts
 from data.pool import Group, encode_groups, run_apart
 from data.progress import Report
 from data.shards import FORMAT, INDEX, SPLITS, finished_group, read_index, remove_leftovers, token_dtype, write_json
 from data.tokenizer import FILE_NAMES, TRAINER, Tokenizer, load_tokenizer, train_sentencepiece
+from kernels.common.errors import UserError
+from kernels.common.files import say_why
 
 MEGABYTE = 1 << 20
 FEW = 1000  # documents; in a corpus of fewer, chance alone may hold out none of them, or all
@@ -328,6 +328,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from conf.load import run_command
+    from kernels.common.commands import run_command
 
     run_command(main)

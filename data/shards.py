@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from conf.errors import UserError
-from conf.files import atomic_write, say_why
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_write, say_why
 
 FORMAT = 1  # of the folder; a folder of another format is prepared anew beside it
 INDEX = "index.json"

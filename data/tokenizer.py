@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from conf.errors import UserError
-from conf.files import atomic_write, say_why
 from data.files import need
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_write, say_why
 
 # Every option of the trainer. A document is one "sentence", so that pieces may hold line ends and indentation.
 TRAINER: dict[str, Any] = {

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from conf.errors import UserError
 from data.shards import Shard, read_index, shard_problem, token_dtype
 from data.tokenizer import load_tokenizer
+from kernels.common.errors import UserError
 
 
 def check_shard(folder: Path, shard: Shard, vocab_size: int, eos_id: int) -> str | None:
@@ -82,6 +82,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from conf.load import run_command
+    from kernels.common.commands import run_command
 
     run_command(main)

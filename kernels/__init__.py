@@ -1,6 +1,6 @@
 """An FFN activation, compiled from its formula.
 
-    from kernels import activation
+    from . import activation
     f = activation("silu(gate) * up")
     h = f(pre)                       # pre (..., 2, d_ff), gate first -> h (..., d_ff)
 
@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kernels.formula import Formula, FormulaError, Learned, parse
+from .formula import Formula, FormulaError, Learned, parse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from kernels.elementwise import Activation
+    from .activations.activation import Activation
 
 __all__ = ["BACKENDS", "Formula", "FormulaError", "Learned", "activation", "parse"]
 
@@ -27,12 +27,16 @@ BACKENDS = ("auto", "reference", "c", "triton")
 
 
 def activation(
-    formula: str, parameters: Mapping[str, Any] | None = None, backend: str = "auto", from_output: str = ""
+    formula: str | Formula,
+    parameters: Mapping[str, Any] | None = None,
+    backend: str = "auto",
+    from_output: str = "",
 ) -> Activation:
     """Return the function of pre-activations that `formula` describes.
 
     Args:
-        formula: of `x` (ungated), or of `gate` and `up` (gated), and of `parameters` by name.
+        formula: of `x` (ungated), or of `gate` and `up` (gated), and of `parameters` by name. A `Formula` that `parse`
+            returned carries its parameters and `from_output`: nothing else is given then.
         parameters: a number for each one that is fixed, {init: ..., share: layer | channel} for each one that is learned.
         backend: one of `BACKENDS`; "auto" is the fastest that the tensor's device and dtype have.
         from_output: the derivative as a formula of the output `h`, if it is one; checked against the derivative.
@@ -44,13 +48,18 @@ def activation(
 
     Raises:
         FormulaError: the formula is refused; the message points at the place.
-        ValueError: an unknown backend.
+        ValueError: an unknown backend, or parameters beside a parsed formula.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown kernel backend {backend!r}: choose from {', '.join(BACKENDS)}")
-    parsed = parse(formula, parameters, from_output)
-    from kernels.domains import check_domains
-    from kernels.elementwise import Activation
+    if isinstance(formula, Formula):
+        if parameters or from_output:
+            raise ValueError("a parsed formula carries its parameters and from_output: give them to `parse`")
+        parsed = formula
+    else:
+        parsed = parse(formula, parameters, from_output)
+    from .activations.activation import Activation
+    from .formula.domains import check_domains
 
     check_domains(parsed)
     return Activation(parsed, backend)

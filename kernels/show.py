@@ -11,7 +11,7 @@
     --c                         all of the generated C; without it the bodies of the two loops are shown
     --triton                    the generated Triton
 
-Prints h and its derivatives, cost and memory, and what the curve does: `kernels/properties.py` says how each figure is defined.
+Prints h and its derivatives, cost and memory, and what the curve does: `activations/properties.py` defines each figure.
 A formula that is refused is one sentence with a caret under the place, and exit status 2.
 """
 
@@ -22,14 +22,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernels.formula import Formula, FormulaError, parse
+from .formula import Formula, FormulaError, parse
 
 if TYPE_CHECKING:
     import sympy
 
-    from kernels.program import Program
-    from kernels.properties import Curve, Properties
-    from kernels.symbolic import Compiled
+    from .activations.properties import Curve, Properties
+    from .formula.program import Program
+    from .formula.symbolic import Compiled
 
 _ENDINGS = (".png", ".pdf", ".svg")
 
@@ -48,8 +48,8 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     formula, options = _read(argv)
-    from kernels.domains import check_domains
-    from kernels.symbolic import compile_formula
+    from .formula.domains import check_domains
+    from .formula.symbolic import compile_formula
 
     check_domains(formula)
     compiled = compile_formula(formula)  # all refusals come before torch is loaded, which takes a second or two
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
         _check_plot(options["plot"])
     if "triton" in options["code"]:
         _triton_source(compiled)
-    from kernels.properties import properties
+    from .activations.properties import properties
 
     found = properties(compiled)
     print("\n".join([*_formula(compiled), "", *_cost(compiled), "", *_shape(found), "", *_code(compiled, options)]))
@@ -158,7 +158,7 @@ def written(expression: sympy.Expr) -> str:
 
 
 def _cost(compiled: Compiled) -> list[str]:
-    from kernels.properties import bytes_moved, cost, saved_by_eager
+    from .activations.properties import bytes_moved, cost, saved_by_eager
 
     def line(program: Program) -> str:
         return ", ".join(f"{count} {name}" for name, count in sorted(cost(program).items())) or "none"
@@ -211,7 +211,7 @@ def _curve(curve: Curve) -> list[str]:
 
 
 def _code(compiled: Compiled, options: dict[str, Any]) -> list[str]:
-    from kernels import c_source
+    from .activations import c_source
 
     if "c" in options["code"]:
         lines = ["C", c_source.source(compiled)]
@@ -224,17 +224,17 @@ def _code(compiled: Compiled, options: dict[str, Any]) -> list[str]:
 
 
 def _body(program: Program) -> list[str]:
-    from kernels.c_source import body
+    from .activations.c_source import body
 
     return [f"    {line}" for line in body(program).splitlines()]
 
 
 def _triton_source(compiled: Compiled) -> str:
     try:
-        from kernels import triton_backend  # type: ignore[attr-defined]
+        from .activations import triton_source
     except ImportError:
         raise _Refused("--triton: the Triton backend is not in this build") from None
-    return triton_backend.source(compiled)
+    return triton_source.source(compiled)
 
 
 # ------------------------------------------------------------------------------------------------------------ plotting
@@ -259,7 +259,7 @@ def _plot(compiled: Compiled, path: str) -> None:
     import torch
     from matplotlib import pyplot
 
-    from kernels.properties import _Sampler
+    from .activations.properties import _Sampler
 
     sample, silu = _Sampler(compiled), torch.nn.functional.silu
     x = torch.linspace(-5, 5, 2001, dtype=torch.float64, requires_grad=True)

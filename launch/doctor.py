@@ -30,12 +30,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from conf.errors import UserError
-from conf.load import load, run_command
+from conf.load import load
 from conf.login import wandb_mode
-from conf.options import read_options
 from conf.schema import ClusterConfig, Config
-from kernels.c_build import FLAGS, find_compiler
+from kernels.c.toolchain import FLAGS, find_compiler
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError
+from kernels.common.options import read_options
 from launch.estimate.counts import parameters, shape_of
 from launch.installed import installed_versions
 from launch.ranks import Ranks, export, find_ranks, installed_gpus, take_local_rank

@@ -15,8 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conf.errors import UserError
 from conf.load import load
+from kernels.common.errors import UserError
 
 FLAGS = ("--multirun", "-m")
 _TRAIN = Path(__file__).resolve().parents[1] / "train.py"

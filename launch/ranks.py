@@ -14,7 +14,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import NoReturn
 
-from conf.errors import UserError
+from kernels.common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conf.errors import UserError
-from conf.files import atomic_write, say_why
 from conf.load import read_group
 from conf.schema import ClusterConfig
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_write, say_why
 
 ROOT = Path(__file__).resolve().parents[1]
 _CODE = ("train.py", "ablation", "conf", "data", "kernels", "launch", "model", "training")

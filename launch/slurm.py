@@ -15,13 +15,14 @@ import shlex
 import sys
 from pathlib import Path
 
-from conf.errors import UserError
-from conf.files import atomic_write, say_why
 from conf.keys import choices
-from conf.load import load, read_group, run_command, to_yaml
-from conf.options import read_options
+from conf.load import load, read_group, to_yaml
 from conf.schema import ClusterConfig
 from conf.validate import validate
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_write, say_why
+from kernels.common.options import read_options
 from launch.sbatch import Job, check, command_of, doctor_of, refuse_queued, render, submit
 
 _OPTIONS = {"nodes": 1, "ranks_per_node": 0, "dry_run": False}

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conf.errors import UserError
+from kernels.common.errors import UserError
 from model.attention_blocks import causal_attention
 
 BACKENDS = ("auto", "flash", "sdpa", "flex", "blocks")

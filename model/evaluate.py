@@ -24,11 +24,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from conf.errors import UserError, suggest
-from conf.files import atomic_write, say_why
-from conf.load import find_run, run_command
-from conf.options import read_options
+from conf.load import find_run
 from data.files import need
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError, suggest
+from kernels.common.files import atomic_write, say_why
+from kernels.common.options import read_options
 from model.export import export
 from model.weights import checkpoints
 

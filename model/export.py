@@ -23,12 +23,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from conf.errors import UserError, unknown
-from conf.files import atomic_folder, say_why
-from conf.load import find_run, from_yaml, run_command
-from conf.options import read_options
+from conf.load import find_run, from_yaml
 from conf.schema import Config
 from data.tokenizer import Tokenizer
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError, unknown
+from kernels.common.files import atomic_folder, say_why
+from kernels.common.options import read_options
 from kernels.formula import Formula
 from launch.estimate.counts import Shape
 from model.decoder import Decoder

@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conf.errors import UserError
 from conf.schema import FFNConfig
 from kernels import FormulaError, activation
-from kernels.elementwise import Activation
-from kernels.statistics import gaussian_rms
-from kernels.telemetry import Statistics
+from kernels.activations.activation import Activation
+from kernels.activations.telemetry import Statistics
+from kernels.common.errors import UserError
+from kernels.formula.gaussian import gaussian_rms
 from launch.estimate.counts import FFNShape
 from model.collectives import gather, reduce
 from model.parallel import Axis, Mesh, cut_parameter

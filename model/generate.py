@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conf.errors import UserError
-from conf.load import find_run, from_yaml, run_command
-from conf.options import read_options
+from conf.load import find_run, from_yaml
 from data.tokenizer import Tokenizer, load_tokenizer
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError
+from kernels.common.options import read_options
 from launch.estimate.counts import shape_of
 from model.decoder import Cache, Decoder
 from model.weights import checkpoints, damage, load_weights

@@ -21,12 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from conf.errors import UserError
-from conf.files import atomic_folder, say_why
-from conf.load import load, run_command, to_yaml
+from conf.load import load, to_yaml
 from conf.schema import Config
 from conf.validate import validate
 from data.tokenizer import Tokenizer, load_tokenizer
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_folder, say_why
 from launch.estimate.counts import Shape, shape_of
 from model.decoder import Decoder
 from model.huggingface.config import Described, choice_of, key_of, read_config

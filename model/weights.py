@@ -29,8 +29,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from conf.errors import UserError
-from conf.files import atomic_folder
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_folder
 from model.parallel import Cut, cut_of, whole_shape
 
 FORMAT = 2

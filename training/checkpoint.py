@@ -32,7 +32,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from conf.files import publish
+from kernels.common.files import publish
 from model.parallel import cut_of
 from model.weights import (
     MOMENTS,

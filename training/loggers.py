@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from conf.errors import UserError
-from conf.files import atomic_write
 from conf.load import to_dict
 from conf.login import wandb_mode
 from conf.schema import Config
 from conf.validate import config_hash
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_write
 
 UPLOAD_TIMEOUT_SECONDS = 60.0
 KINDS = ("train", "eval", "telemetry", "event")  # of the lines of metrics.jsonl

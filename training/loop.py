@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from conf.errors import UserError
-from conf.files import say_why
 from conf.schema import Config
 from conf.validate import Batch, config_hash, validate
 from data.batches import BatchStream, Dataset, open_dataset, sample_hash
 from data.prepare import prepare
+from kernels.common.errors import UserError
+from kernels.common.files import say_why
 from launch.estimate.counts import Shape, check_divisibility, parameters, shape_of
 from launch.launchers import Launchers
 from launch.ranks import Ranks

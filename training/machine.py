@@ -11,8 +11,8 @@ import time
 import psutil
 import torch
 
-from conf.errors import UserError
 from conf.schema import Config
+from kernels.common.errors import UserError
 from launch.ranks import Ranks
 
 # Dense bf16 tensor-core peak in FLOP/s, from the vendors' data sheets, by a substring of the device's name. First match counts.

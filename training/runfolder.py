@@ -21,11 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from conf.errors import UserError
-from conf.files import atomic_write, say_why
 from conf.load import from_yaml, to_yaml
 from conf.schema import Config
 from conf.validate import differences
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_write, say_why
 
 _LOCK_ATTEMPTS, _LOCK_PAUSE_SECONDS = 20, 0.05
 

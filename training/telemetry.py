@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.telemetry import Statistics, figures
+from kernels.activations.telemetry import Statistics, figures
 from model.decoder import Decoder
 from model.feed_forward import FeedForward
 from training.engine import Engine, GradientFragment

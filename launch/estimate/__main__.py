@@ -16,9 +16,10 @@ import sys
 from rich.console import Console
 
 from conf.keys import choices
-from conf.load import load, read_group, run_command
-from conf.options import read_options
+from conf.load import load, read_group
 from conf.schema import ClusterConfig
+from kernels.common.commands import run_command
+from kernels.common.options import read_options
 from launch.estimate.console import show
 from launch.estimate.plot import draw
 from launch.estimate.search import estimate, fast_then_small, search

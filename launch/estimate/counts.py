@@ -13,8 +13,8 @@ import dataclasses
 import math
 
 from conf.arms import Arm, layer_arms
-from conf.errors import UserError
 from conf.schema import Config, FFNConfig, ModelConfig, ParallelConfig
+from kernels.common.errors import UserError
 from kernels.formula import Formula
 
 VOCABULARY_MULTIPLE = 64  # rows of the embedding: GEMM tiles, and later vocabulary-parallel slices, divide it

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from conf.errors import UserError
-from conf.files import say_why
 from conf.schema import ClusterConfig, Config
+from kernels.common.errors import UserError
+from kernels.common.files import say_why
 from launch.estimate.search import MOST_GPUS, Estimate, fast_then_small, search
 
 

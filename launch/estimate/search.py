@@ -6,9 +6,9 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from conf.errors import UserError
 from conf.schema import ClusterConfig, Config
 from conf.validate import Batch, validate
+from kernels.common.errors import UserError
 from launch.estimate.counts import Shape, check_divisibility, peak_bytes, shape_of
 from launch.estimate.step_time import ParallelLayout, StepTime, model_flops_utilization, step_time
 

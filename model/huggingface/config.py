@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from conf.arms import catalogue
-from conf.errors import UserError, unknown
+from kernels.common.errors import UserError, unknown
 from kernels.formula import FormulaError, parse
 from model.huggingface.layout import ACTIVATIONS, ARCEE, CLASSES, FORMULA, LLAMA, Layout, Native, canonical
 

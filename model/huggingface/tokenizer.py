@@ -15,9 +15,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conf.errors import UserError
 from data.files import need
 from data.tokenizer import PROBE, SPACE, Tokenizer
+from kernels.common.errors import UserError
 
 ORIGINAL = {
     "tokenizer.model": "tokenizer.model",

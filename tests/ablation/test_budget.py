@@ -9,10 +9,10 @@ import re
 import pytest
 
 from ablation.budget import BUDGETS, WARN, match
-from conf.errors import UserError
 from conf.keys import choices
 from conf.load import load
 from conf.schema import Config
+from kernels.common.errors import UserError
 from launch.estimate.counts import ffn_saved_bytes, flops_per_token, parameters, shape_of
 
 SHAZEER = ("relu", "gelu", "silu", "glu", "bilinear", "reglu", "geglu", "swiglu")

@@ -20,12 +20,12 @@ from ablation.measures import by_seed, log_speed_up
 from ablation.outcomes import outcome, read_metrics
 from ablation.plan import Plan, PlannedRun
 from ablation.results import Results, Run, read_results
-from conf.errors import UserError
 from conf.keys import choices
+from kernels.activations.telemetry import figures as telemetry_figures
+from kernels.activations.telemetry import sums_of
+from kernels.common.errors import UserError
 from kernels.formula import parse
-from kernels.symbolic import compile_formula
-from kernels.telemetry import figures as telemetry_figures
-from kernels.telemetry import sums_of
+from kernels.formula.symbolic import compile_formula
 from tests.ablation.made import losses, make, plan_of
 from training import telemetry
 

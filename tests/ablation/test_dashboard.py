@@ -20,8 +20,8 @@ from ablation.dashboard import COLUMNS, STATISTICS, content_of, main
 from ablation.plan import Plan
 from ablation.results import read_results
 from ablation.verdict import sentences
-from conf.errors import UserError
 from conf.load import load
+from kernels.common.errors import UserError
 from tests.ablation.made import all_planned, losses, make, plan_of
 from tests.training.tiny import command
 from training.loggers import scalars

@@ -9,10 +9,10 @@ import pytest
 
 from ablation.budget import WARN
 from ablation.plan import LONGEST_TAG, Plan, next_rate, read_plan, resolve
-from conf.errors import UserError
 from conf.keys import choices
 from conf.load import load
 from conf.schema import AblationConfig
+from kernels.common.errors import UserError
 
 SMALL = {"arms": ["relu", "swiglu"], "baseline": "relu", "name": "small"}
 

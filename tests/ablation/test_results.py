@@ -13,8 +13,8 @@ from ablation.manifest import check_manifest, read_manifest
 from ablation.plan import Plan
 from ablation.results import expected, read_results
 from ablation.statistics import Verdict
-from conf.errors import UserError
 from conf.validate import digest
+from kernels.common.errors import UserError
 from tests.ablation.made import VOCABULARY, all_planned, losses, make, plan_of, write_run
 
 RULE = losses({"gelu": -0.002, "swiglu": -0.05}, noise=0.002)

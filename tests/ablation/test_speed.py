@@ -10,7 +10,7 @@ import pytest
 from ablation import speed
 from ablation.manifest import check_manifest, write_manifest
 from ablation.plan import read_plan, resolve
-from conf.errors import UserError
+from kernels.common.errors import UserError
 from tests.training.tiny import TINY, shared_corpus
 
 WORDS = ["ablation=glu_variants", "ablation.arms=[relu,swiglu]", "ablation.budget=wallclock", "ablation.tile=1"]

@@ -17,7 +17,7 @@ from ablation import status
 from ablation.outcomes import DIVERGED, FAILED, FINISHED, RUNNING, STOPPED, WAITING
 from ablation.plan import Plan, PlannedRun
 from ablation.status import Watcher, main, show, watch
-from conf.errors import UserError
+from kernels.common.errors import UserError
 from tests.ablation.made import all_planned, losses, make, plan_of, write_run
 
 RULE = losses({"swiglu": -0.05}, noise=0.002)

@@ -9,7 +9,7 @@ import pytest
 from bench import activations
 from bench.activations import ARMS, _compare, _plan, main
 from bench.formulas import formulas
-from conf.errors import UserError
+from kernels.common.errors import UserError
 
 
 def test_every_arm_has_a_formula():

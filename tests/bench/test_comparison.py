@@ -12,7 +12,7 @@ import pytest
 
 from bench import telemetry
 from bench.train import CONTENDERS, _report, main, options_of
-from conf.errors import UserError
+from kernels.common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

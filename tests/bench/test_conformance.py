@@ -10,8 +10,8 @@ import torch
 from bench import conformance
 from bench.conformance import error, main
 from bench.formulas import formulas
-from conf.errors import UserError
-from kernels import reference
+from kernels.activations import reference
+from kernels.common.errors import UserError
 
 
 def test_the_error_is_relative_to_the_root_mean_square():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.fused import main
-from conf.errors import UserError
+from kernels.common.errors import UserError
 
 
 def test_a_line_for_each_dtype(capsys):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from conf.arms import layer_arms
-from conf.errors import UserError
 from conf.keys import choices
 from conf.load import load
 from conf.validate import validate
+from kernels.common.errors import UserError
 
 
 def arms(*words: str) -> list:

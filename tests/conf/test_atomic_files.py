@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from conf.errors import UserError
-from conf.files import atomic_folder, atomic_write, say_why
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_folder, atomic_write, say_why
 
 
 def fail(*_: object) -> None:

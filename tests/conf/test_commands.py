@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from conf.errors import UserError, suggest, unknown
-from conf.load import run_command
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError, suggest, unknown
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,7 +83,7 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
 
 
 def test_a_closed_pipe_is_no_error():
-    code = "from conf.load import run_command; run_command(lambda _: print('x' * 10**6))"
+    code = "from kernels.common.commands import run_command; run_command(lambda _: print('x' * 10**6))"
     writer = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 
 import conf.keys
 import conf.load
-from conf.errors import UserError
 from conf.keys import FOLDER, choices, keys
 from conf.load import find_run, flatten, from_yaml, load, read_group, to_dict, to_yaml
 from conf.schema import GROUPS, ClusterConfig, Config
 from conf.validate import validate
+from kernels.common.errors import UserError
 
 # What a choice needs beside its name.
 NEEDS = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from conf.errors import UserError
-from conf.options import read_options
+from kernels.common.errors import UserError
+from kernels.common.options import read_options
 
 DEFAULTS = {"run": "", "step": -1, "temperature": 0.8, "yes": False}
 

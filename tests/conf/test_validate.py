@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from conf.errors import UserError
 from conf.keys import keys
 from conf.schema import Config
 from conf.validate import NOT_LEARNED, Batch, differences, validate
 from kernels import BACKENDS as KERNEL_BACKENDS
+from kernels.common.errors import UserError
 from model.attention import BACKENDS as ATTENTION_BACKENDS
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from conf.errors import UserError
 from data.batches import (
     BLOCK,
     IGNORED,
@@ -20,6 +19,7 @@ from data.batches import (
     permute,
     sample_hash,
 )
+from kernels.common.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from conf.errors import UserError
 from conf.schema import DataConfig
 from data import documents as module
 from data.documents import documents, fingerprint, parts
+from kernels.common.errors import UserError
 
 zstandard = pytest.importorskip("zstandard")
 

@@ -15,13 +15,13 @@ import pytest
 
 import data.pool
 import data.prepare
-from conf.errors import UserError
 from conf.schema import DataConfig, TokenizerConfig
 from data.batches import open_dataset
 from data.prepare import folder_of, prepare
 from data.shards import INDEX, read_index
 from data.tokenizer import train_sentencepiece
 from data.verify import verify
+from kernels.common.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("small_shards")
 
@@ -200,7 +200,7 @@ def test_an_interrupt_ends_cleanly_and_leaves_what_is_finished(corpus, python, w
     command = script(corpus, DIE_AFTER_TWO.format(call=f"{whom}, signal.SIGINT)")).splitlines()
     # A shell's background job, such as these tests may be, is born deaf to Ctrl-C.
     hears = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
-    command[-1] = f"from conf.load import run_command\n{hears}\nrun_command(lambda argv: {command[-1]})"
+    command[-1] = f"from kernels.common.commands import run_command\n{hears}\nrun_command(lambda argv: {command[-1]})"
     process = python("\n".join(command))
     _, complaint = process.communicate(timeout=60)
     assert (process.returncode, complaint) == (130, "interrupted\n")
@@ -293,7 +293,7 @@ def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, python, with_sign
                 for child in multiprocessing.active_children() if "tokenizing" in self.stage else []:
                     os.kill(child.pid, signal.{with_signal})
         data.prepare.Report = Report
-        from conf.errors import UserError
+        from kernels.common.errors import UserError
         try:
             data.prepare.prepare(config, tokenizer)
         except UserError as error:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import data.shards
-from conf.errors import UserError
 from data.batches import open_dataset
 from data.shards import ShardSet, open_shards, read_index, token_dtype, write_shard
 from data.tokenizer import train_sentencepiece
 from data.verify import verify
+from kernels.common.errors import UserError
 
 EOS = 9
 

@@ -9,9 +9,9 @@ import random
 import pytest
 import sentencepiece
 
-from conf.errors import UserError
 from data import tokenizer as module
 from data.tokenizer import load_tokenizer, train_sentencepiece
+from kernels.common.errors import UserError
 
 WORDS = ["def", "return", "self", "value", "index", "for", "in", "range", "if", "else", "none", "not", "print", "class"]
 WORDS += ["import", "from", "while", "true", "error", "with", "yield"]

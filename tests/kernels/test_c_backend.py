@@ -15,8 +15,11 @@ import torch._dynamo.testing
 from torch import Tensor
 from torch.library import opcheck
 
-from kernels import activation, c, c_build, reference
-from kernels.elementwise import Activation
+from kernels import activation
+from kernels.activations import c_backend as c
+from kernels.activations import reference
+from kernels.activations.activation import Activation
+from kernels.c import toolchain as c_build
 
 try:
     c_build.build("int one(void) { return 1; }")
@@ -226,7 +229,9 @@ def test_a_damaged_library_is_built_again(cache, ending, damage):
     number = 100 + len(ending) * 10 + len(damage or b"missing")  # a library that is loaded stays loaded: other names
     text = f"int value(void) {{ return {number}; }}"
     subprocess.run(
-        [sys.executable, "-c", f"from kernels import c_build; c_build.build({text!r})"], cwd=ROOT, check=True
+        [sys.executable, "-c", f"from kernels.c import toolchain as c_build; c_build.build({text!r})"],
+        cwd=ROOT,
+        check=True,
     )
     (whole,) = cache.glob("*.so")
     good, broken = whole.read_bytes(), whole.with_suffix(ending)
@@ -252,7 +257,7 @@ def test_two_processes_build_the_same_library_once(cache):
     """Whoever comes second waits, and finds the library."""
     code = (
         "import os, pathlib\n"
-        "from kernels import c_build\n"
+        "from kernels.c import toolchain as c_build\n"
         "whole = c_build._compile\n"
         "def counted(*arguments):\n"
         f"    pathlib.Path({str(cache.parent)!r}, f'built.{{os.getpid()}}').touch()\n"

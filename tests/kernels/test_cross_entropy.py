@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from poisoned import Poisoned
 from torch import Tensor
 
-from kernels import cross_entropy
-from kernels.cross_entropy import cross_entropy_
+from kernels.cross_entropy import cross_entropy, cross_entropy_
 
 pytestmark = pytest.mark.skipif(cross_entropy._library() is None, reason="no C compiler")
 DTYPES = (torch.float32, torch.bfloat16)

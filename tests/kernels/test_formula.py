@@ -6,7 +6,17 @@ import re
 
 import pytest
 
-from kernels.formula import CONSTANTS, DEEPEST, FUNCTIONS, LONGEST, MOST_OPERATIONS, FormulaError, Learned, Node, parse
+from kernels.formula.grammar import (
+    CONSTANTS,
+    DEEPEST,
+    FUNCTIONS,
+    LONGEST,
+    MOST_OPERATIONS,
+    FormulaError,
+    Learned,
+    Node,
+    parse,
+)
 
 
 def shown(node: Node) -> str:

@@ -16,8 +16,8 @@ from poisoned import Poisoned
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import c, norm
-from kernels.norm import rms_norm
+from kernels.activations import c_backend as c
+from kernels.norm import norm, rms_norm
 
 EPS = 1e-5
 # Both round fp32 at the store and as often before it, so the two errors are drawn from one distribution. What a row rounds once
@@ -260,7 +260,7 @@ def test_tensors_that_do_not_fit_are_refused(wrong):
 
 def check_triton() -> None:
     """In the interpreter: the error, any width, strides, and no memory but the outputs'."""
-    from kernels import norm_triton
+    from kernels.norm import triton as norm_triton
 
     norm._backend = lambda x: norm.Backend(norm_triton.forward, norm_triton.backward)  # noqa: ARG005
     for add in (False, True):
@@ -287,7 +287,7 @@ def check_triton() -> None:
 
 def check_far_offsets() -> None:
     """The last rows of tensors of more than 2**31 elements, which hold memory nowhere but at their ends."""
-    from kernels import norm_triton
+    from kernels.norm import triton as norm_triton
 
     width, rows = 1024, 2**21 + 1
     x, y = far_tensors(2, rows, width)
@@ -317,7 +317,7 @@ def test_offsets_beyond_32_bits(interpreter):
 
 def machine_code_of(kernel: Any, dtype: str, run: int, width: int, add: bool) -> Any:
     from bench.sm90 import machine_code
-    from kernels.norm_triton import tile_of
+    from kernels.norm.triton import tile_of
 
     rows, columns, warps = tile_of(run, width)
     numbers = {"tiles", "all_tiles", "share", "run", "stride", "dy_stride", "s_stride", "width"}
@@ -332,7 +332,7 @@ def machine_code_of(kernel: Any, dtype: str, run: int, width: int, add: bool) ->
 @pytest.mark.parametrize(("run", "width"), [(12, 64), (2048, 1024), (2048, 4096), (2048, 8192)])
 def test_machine_code_for_hopper(run, width, add):
     """No spills, and the rows themselves 128 bits a load and store."""
-    from kernels.norm_triton import backward_kernel, forward_kernel
+    from kernels.norm.triton import backward_kernel, forward_kernel
 
     for kernel in (forward_kernel, backward_kernel):
         code = machine_code_of(kernel, "bf16", run, width, add)
@@ -344,7 +344,7 @@ def test_machine_code_for_hopper(run, width, add):
 
 @needs_triton
 def test_rows_of_odd_widths_are_compiled_too():
-    from kernels.norm_triton import backward_kernel
+    from kernels.norm.triton import backward_kernel
 
     code = machine_code_of(backward_kernel, "fp32", 2048, 1030, True)
     assert not code.spilled

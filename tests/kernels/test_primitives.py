@@ -1,4 +1,4 @@
-"""kernels/primitives.h: every function against float64, in ulp where tensors are fp32, at every number there is in bf16.
+"""kernels/c/primitives.h: every function against float64, in ulp where tensors are fp32, at every number there is in bf16.
 
 A bound in ulp is derived: half an ulp for the last rounding, and as much again for each rounding before it that the function's
 slope does not damp. Results below the smallest normal number, 2^-126, may come out as 0 (as torch's do).
@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import activation, c, parse
-from kernels.program import Line, Program
-from kernels.symbolic import Compiled, compile_formula
+from kernels import activation, parse
+from kernels.activations import c_backend as c
+from kernels.formula.program import Line, Program
+from kernels.formula.symbolic import Compiled, compile_formula
 
 try:
     c.build("int one(void) { return 1; }")

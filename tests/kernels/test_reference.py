@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from kernels import FormulaError, activation
-from kernels.formula import FUNCTIONS
+from kernels.formula.grammar import FUNCTIONS
 
 FFN = Path(__file__).parents[2] / "conf" / "ffn"
 erf = np.vectorize(math.erf)

@@ -14,8 +14,8 @@ from poisoned import Poisoned
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import c, rotary
-from kernels.rotary import rotate
+from kernels.activations import c_backend as c
+from kernels.rotary import rotary, rotate
 
 # Two products and a sum in fp32 each, with one rounding less where they are fused. Over thousands of elements the ratio of two
 # such errors is known to within a percent or two.
@@ -233,7 +233,7 @@ def test_tensors_that_do_not_fit_are_refused(wrong):
 
 def check_triton() -> None:
     """In the interpreter: the error, any width, strides, and no memory but the outputs'."""
-    from kernels import rotary_triton
+    from kernels.rotary import triton as rotary_triton
 
     rotary._backend = lambda x: rotary_triton.rotate  # noqa: ARG005
     assert_errs_as_plain(draw(64, torch.float32, length=11), torch.float32)
@@ -250,7 +250,7 @@ def check_triton() -> None:
 
 def check_far_offsets() -> None:
     """The last token of tensors of more than 2**31 elements, which hold memory nowhere but at their ends."""
-    from kernels import rotary_triton
+    from kernels.rotary import triton as rotary_triton
 
     heads, width, tokens = 16, 64, 2**21 + 1
     x, y = far_tensors(2, tokens, 1, heads, width)
@@ -281,7 +281,7 @@ def test_offsets_beyond_32_bits(interpreter):
 def test_machine_code_for_hopper(heads, half, dtype):
     """No spills, and heads 128 bits a load and store."""
     from bench.sm90 import machine_code
-    from kernels.rotary_triton import rotate_kernel, tile_of
+    from kernels.rotary.triton import rotate_kernel, tile_of
 
     tall, pairs, warps = tile_of(heads, half)
     tensors = {"x": f"*{dtype}", "y": f"*{dtype}", "cos": "*fp32", "sin": "*fp32", "turned": "fp32"}

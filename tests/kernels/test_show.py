@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from kernels.activations.properties import Properties, bytes_moved, cost, properties, saved_by_eager
 from kernels.formula import FormulaError, parse
-from kernels.properties import Properties, bytes_moved, cost, properties, saved_by_eager
+from kernels.formula.symbolic import compile_formula
 from kernels.show import _Refused, main, written
-from kernels.symbolic import compile_formula
 
 ROOT = Path(__file__).parents[2]
 

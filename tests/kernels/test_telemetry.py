@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from bench.formulas import formulas
-from kernels import activation, c, c_build
-from kernels.eager import plain
-from kernels.elementwise import Activation
-from kernels.telemetry import SATURATED, Seen, Statistics, figures, sums_of
+from kernels import activation
+from kernels.activations import c_backend as c
+from kernels.activations.activation import Activation
+from kernels.activations.eager import plain
+from kernels.activations.telemetry import SATURATED, Seen, Statistics, figures, sums_of
+from kernels.c import toolchain as c_build
 
 ALL = formulas()
 FEW = ("swiglu", "relu", "xielu", "prelu_channel", "maxout")

@@ -20,9 +20,11 @@ from poisoned import Poisoned
 from torch import Tensor
 
 from bench.formulas import formulas
-from kernels import activation, parse, reference, triton_backend
-from kernels.program import Program, run
-from kernels.symbolic import OUTPUT, Compiled, compile_formula
+from kernels import activation, parse
+from kernels.activations import reference, triton_backend, triton_source
+from kernels.formula.program import Program, run
+from kernels.formula.symbolic import OUTPUT, Compiled, compile_formula
+from kernels.triton import runtime
 from tests.kernels.test_telemetry import assert_seen, inputs
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -189,10 +191,10 @@ def check_from_output(formula: str, derivative: str, width: int) -> None:
 def check_changed(name: str, width: int, old: str, new: str, eps: float = 2.0**-24) -> None:
     """`check`, of kernels with something else in their source."""
     compiled = compile_formula(parse(*ALL[name]))
-    text = triton_backend.source(compiled)
+    text = triton_source.source(compiled)
     assert old in text
     kernels = triton_backend.Kernels(compiled)
-    kernels.module = triton_backend.load(text.replace(old, new))
+    kernels.module = runtime.load(text.replace(old, new))
     check(name, width, kernels, eps)
 
 
@@ -203,9 +205,9 @@ def check_statistics(name: str, width: int, old: str = "", new: str = "") -> Non
     pre, learned = inputs(function, 5, width, torch.float32)
     kernels = triton_backend.Kernels(compiled)
     if old:
-        text = triton_backend.source_with_statistics(compiled)
+        text = triton_source.source_with_statistics(compiled)
         assert old in text
-        kernels.module_with_statistics = triton_backend.load(text.replace(old, new))
+        kernels.module_with_statistics = runtime.load(text.replace(old, new))
     with Poisoned() as poisoned:
         pre, learned = poisoned.copy(pre), [poisoned.copy(each) for each in learned]
         h = kernels.forward(compiled, pre, learned)
@@ -349,22 +351,22 @@ def test_without_a_gpu_it_refuses_by_name_and_auto_takes_another():
 
 
 def test_without_triton_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(triton_backend, "installed", lambda: False)
+    monkeypatch.setattr(runtime, "installed", lambda: False)
     with pytest.raises(ImportError, match="needs the package triton, which is not installed: pip install triton"):
         activation("relu(x)", backend="triton")(torch.zeros(3))
-    triton_backend.warn_if_missing.cache_clear()
+    runtime.warn_if_missing.cache_clear()
     with pytest.warns(UserWarning, match="the slower reference backend computes the activation instead"):
-        triton_backend.warn_if_missing()
-    triton_backend.warn_if_missing.cache_clear()
+        runtime.warn_if_missing()
+    runtime.warn_if_missing.cache_clear()
 
 
 def test_a_damaged_file_is_written_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(triton_backend, "folder", lambda: tmp_path)
-    text = triton_backend.source(compile_formula(parse("relu(x)")))
-    triton_backend.load.__wrapped__(text)
+    monkeypatch.setattr(runtime, "folder", lambda: tmp_path)
+    text = triton_source.source(compile_formula(parse("relu(x)")))
+    runtime.load.__wrapped__(text)
     (path,) = tmp_path.glob("*.py")
     path.write_text("half of", encoding="utf-8")
-    assert triton_backend.load.__wrapped__(text).forward
+    assert runtime.load.__wrapped__(text).forward
     assert path.read_text(encoding="utf-8") == text
     assert [each.name for each in tmp_path.iterdir() if each.suffix != ".pyc" and each.is_file()] == [path.name]
 
@@ -419,4 +421,4 @@ def test_machine_code_is_counted_without_padding_and_in_the_loop():
     assert [at for at, _ in instructions(code)] == [0, 0x10, 0x20, 0x30, 0x40]
     assert len(_hot(instructions(code))) == 3
     assert _bits(_hot(instructions(code)), "LDG") == [16, 128]
-    assert re.search("PRECISE", triton_backend.source(compile_formula(parse("x"))))
+    assert re.search("PRECISE", triton_source.source(compile_formula(parse("x"))))

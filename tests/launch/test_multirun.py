@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.errors import UserError
+from kernels.common.errors import UserError
 from launch.multirun import expand, multirun
 from tests.training.tiny import ROOT, command, environment, overrides, shared_corpus
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.errors import UserError
+from kernels.common.errors import UserError
 from launch.ranks import Ranks, export, find_ranks, take_local_rank
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from ablation.slurm import _tasks
-from conf.errors import UserError
 from conf.keys import choices
 from conf.load import read_group
 from conf.schema import ClusterConfig
+from kernels.common.errors import UserError
 from launch.sbatch import Job, command_of, render
 from launch.slurm import main, plan
 from tests.training.tiny import ROOT, command

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conf.errors import UserError
+from kernels.common.errors import UserError
 from model import attention, attention_blocks
 from model.attention import attend, attend_cached, choose
 

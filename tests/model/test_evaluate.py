@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from conf.errors import UserError
+from kernels.common.errors import UserError
 from model import evaluate as command
 from model.evaluate import main, table
 from model.generate import load_run

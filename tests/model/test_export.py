@@ -9,9 +9,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from conf.errors import UserError
 from kernels import activation
-from kernels.formula import FUNCTIONS
+from kernels.common.errors import UserError
+from kernels.formula.grammar import FUNCTIONS
 from model import export as command
 from model.export import export, main
 from model.generate import generate, load_run

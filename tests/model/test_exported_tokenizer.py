@@ -8,8 +8,8 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
-from conf.errors import UserError
 from data.tokenizer import load_tokenizer, train_sentencepiece
+from kernels.common.errors import UserError
 from model.huggingface import tokenizer as exported
 from model.huggingface.tokenizer import write_tokenizer
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conf.errors import UserError
 from conf.schema import FFNConfig
 from kernels import activation, parse
+from kernels.common.errors import UserError
 from launch.estimate.counts import FFNShape
 from model.feed_forward import FeedForward, check_arms
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from conf.errors import UserError
 from conf.load import to_yaml
+from kernels.common.errors import UserError
 from model import generate as command
 from model.generate import generate, load_run, main
 

@@ -11,9 +11,9 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-from conf.errors import UserError
 from conf.load import from_yaml, load
 from data.tokenizer import load_tokenizer
+from kernels.common.errors import UserError
 from launch.estimate.counts import shape_of
 from model import export as export_command
 from model.export import export

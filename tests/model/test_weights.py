@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from conf.errors import UserError
+from kernels.common.errors import UserError
 from model.parallel import Cut
 from model.weights import (
     CheckpointReader,

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from conf.errors import UserError
 from conf.schema import Config
+from kernels.common.errors import UserError
 from launch.ranks import Ranks
 from tests.training.tiny import PATIENCE, ROOT, environment
 from training import machine

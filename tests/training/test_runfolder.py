@@ -10,8 +10,8 @@ import subprocess
 
 import pytest
 
-from conf.errors import UserError
 from conf.load import from_yaml, load
+from kernels.common.errors import UserError
 from tests.training.tiny import overrides
 from training import runfolder
 from training.runfolder import RunFolder

@@ -26,12 +26,12 @@ import torch
 import torch.distributed as dist
 
 from bench.traffic import Traffic
-from conf.errors import UserError
-from conf.load import run_command
 from conf.schema import ParallelConfig
 from conf.validate import validate
 from data.batches import BatchStream, open_dataset, sample_hash
 from data.prepare import prepare
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError
 from launch.estimate.counts import shape_of
 from launch.ranks import find_ranks
 from model.attention import choose

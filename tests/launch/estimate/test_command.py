@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from conf.errors import UserError
 from conf.load import load, read_group
 from conf.schema import ClusterConfig
+from kernels.common.errors import UserError
 from launch.estimate.__main__ import main
 from launch.estimate.search import estimate
 from launch.estimate.step_time import traffic

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from conf.errors import UserError
 from conf.keys import choices
 from conf.load import load
 from conf.schema import Config, ParallelConfig
 from kernels import parse
+from kernels.common.errors import UserError
 from launch.estimate.counts import (
     activation_bytes,
     check_divisibility,

@@ -13,7 +13,7 @@ from typing import Any
 
 import sympy
 
-from kernels.formula import PRE_ACTIVATIONS
+from .grammar import PRE_ACTIVATIONS
 
 Argument = str | float  # the name of an input or of a line, or a number
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from conf.errors import UserError
+from .errors import UserError
 
 
 @contextlib.contextmanager

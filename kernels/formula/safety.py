@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from kernels.domains import LEARNED_REACH, REACH
-from kernels.formula import Formula, FormulaError, Node
-from kernels.program import Program, run
+from .domains import LEARNED_REACH, REACH
+from .grammar import Formula, FormulaError, Node
+from .program import Program, run
 
 _GRID = (0.0, *(s * m for m in (1e-3, 0.7, 5.0, 20.0, 100.0, 1e3, REACH) for s in (1, -1)))
 

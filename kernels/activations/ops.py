@@ -7,32 +7,23 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kernels.elementwise import Activation
-
-_NAME = "formula_ffn"
-
-
-def key_of(text: str, parameters: dict[str, Any], backend: str) -> str:
-    """Return the string by which an operator finds its activation again, in any process."""
-    return json.dumps([text, parameters, backend])
+from ..formula import parse
+from .activation import NAMESPACE, Activation
 
 
 @functools.lru_cache(maxsize=256)
 def activation_of(key: str) -> Activation:
-    """Return the activation of a key."""
-    from kernels import activation
-
+    """Rebuild the activation of a key (`Activation.key`), in any process."""
     text, parameters, backend = json.loads(key)
-    return activation(text, parameters, backend)
+    return Activation(parse(text, parameters), backend)
 
 
-@torch.library.custom_op(f"{_NAME}::forward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::forward", mutates_args=())
 def forward(pre: Tensor, learned: list[Tensor], key: str) -> Tensor:
     """Compute h; see `Activation.forward`."""
     return activation_of(key).compute(pre, learned)
@@ -43,7 +34,7 @@ def _(pre: Tensor, learned: list[Tensor], key: str) -> Tensor:  # noqa: ARG001
     return pre.new_empty(_h_shape(pre, key))
 
 
-@torch.library.custom_op(f"{_NAME}::backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::backward", mutates_args=())
 def backward(pre: Tensor, dh: Tensor, learned: list[Tensor], key: str, with_h: bool) -> list[Tensor]:
     """Compute [gradient of pre, h if asked, gradients of learned ...]; see `Activation.backward`."""
     dpre, h, dlearned = activation_of(key).compute_backward(pre, dh, learned, with_h)
@@ -64,7 +55,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: AR
 
 def _backward(ctx: Any, dh: Tensor) -> tuple:
     pre, *learned = ctx.saved_tensors
-    dpre, *dlearned = torch.ops.formula_ffn.backward(pre, dh, learned, ctx.key, False)
+    dpre, *dlearned = backward(pre, dh, learned, ctx.key, False)
     return dpre, [d.to(p.dtype) for d, p in zip(dlearned, learned, strict=True)], None
 
 

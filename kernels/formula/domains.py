@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from kernels.formula import Formula, FormulaError, Node
+from .grammar import Formula, FormulaError, Node
 
 REACH = 1e4  # pre-activations up to this size are answered for
 LEARNED_REACH = 10.0  # and learned parameters that move this far from their start

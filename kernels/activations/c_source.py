@@ -12,15 +12,13 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
-from kernels.program import INFIX, Argument, Line, Program
-from kernels.symbolic import OUTPUT, Compiled
-from kernels.telemetry import ACTIVE, PEAK, STORED, statistics_program
+from ..c.library import DTYPES, PRIMITIVES
+from ..formula.program import INFIX, Argument, Line, Program
+from ..formula.symbolic import OUTPUT, Compiled
+from .telemetry import ACTIVE, PEAK, STORED, statistics_program
 
-DTYPES = ("f32", "bf16")
 _BLOCKS = 64  # of rows
-PRIMITIVES = Path(__file__).with_name("primitives.h")
 _OPERATORS = INFIX | {"neg": "-{}"}
 # These have a shorter form that is exact enough for bf16.
 _SHORT = ("div", "exp", "expm1", "softplus", "erf", "normal_cdf")

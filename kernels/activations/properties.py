@@ -14,12 +14,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.eager import plain
-from kernels.formula import Formula
-from kernels.program import Program
-from kernels.symbolic import Compiled
-from kernels.telemetry import SATURATED
+from ..formula import Formula
+from ..formula.program import Program
+from ..formula.symbolic import Compiled
+from . import reference
+from .eager import plain
+from .telemetry import SATURATED
 
 REACH = 10.0
 _STEP = 1 / 1024

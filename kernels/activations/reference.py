@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.program import Program, run
-from kernels.symbolic import OUTPUT, Compiled
-from kernels.telemetry import STORED, Seen, statistics_program
+from ..formula.program import Program, run
+from ..formula.symbolic import OUTPUT, Compiled
+from .telemetry import STORED, Seen, statistics_program
 
 _BLOCK = 1 << 16  # elements: what a block's intermediate results need stays in a core's cache
 
@@ -32,7 +32,7 @@ def forward(compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> Tenso
 
 
 def forward_with_statistics(compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, Seen]:
-    """Return h, and what can be seen of it and of the slopes there (`kernels/telemetry.py`)."""
+    """Return h, and what can be seen of it and of the slopes there (`kernels/activations/telemetry.py`)."""
     h = forward(compiled, pre, learned)
     return h, statistics(compiled, pre, h, learned)
 

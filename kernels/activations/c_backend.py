@@ -1,35 +1,24 @@
 """The C backend: fp32 and bf16 tensors on a CPU, fp32 inside, one rounding at the store.
 
-The kernels of a formula are printed (`c_source.py`), compiled once by the machine's own compiler (`c_build.py`), and called
-through ctypes; `load_file` does so with an operation that is written by hand. Every function of the grammar is inlined vector
-arithmetic (`primitives.h`).
+`c_source.py` generates the kernels of a formula, `kernels/c` compiles and loads them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.c_build import build
-from kernels.c_source import DTYPES, PRIMITIVES, source, source_with_statistics
-from kernels.symbolic import Compiled
-from kernels.telemetry import Seen, sums_of
+from ..c.library import NAMES, load
+from ..formula.symbolic import Compiled
+from . import reference
+from .c_source import source, source_with_statistics
+from .telemetry import Seen, sums_of
 
-NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _libraries: dict[Compiled, Library] = {}
-_compiler_failed = False  # a process that found no compiler is told so once, and asks no more
-
-
-def serves(pre: Tensor) -> bool:
-    """Whether tensors of this kind can be computed here."""
-    return pre.device.type == "cpu" and pre.dtype in NAMES
 
 
 def library(compiled: Compiled) -> Library | None:
@@ -40,38 +29,6 @@ def library(compiled: Compiled) -> Library | None:
             return None
         _libraries.setdefault(compiled, Library(compiled, built))
     return _libraries[compiled]
-
-
-def load_file(name: str, signatures: Mapping[str, Sequence[type]]) -> ctypes.CDLL | None:
-    """Return the functions of a C file of this folder; None where no compiler works.
-
-    The file stands once for each dtype, whose name replaces the word DTYPE in it.
-
-    Args:
-        name: of the file.
-        signatures: for each function the types of its arguments; it is called `<function>_<dtype>` and returns an int.
-    """
-    template = Path(__file__).with_name(name).read_text(encoding="utf-8")
-    parts = [PRIMITIVES.read_text(encoding="utf-8"), *(template.replace("DTYPE", dtype) for dtype in DTYPES)]
-    built = load("\n".join(parts))
-    if built is not None:
-        for function, types in signatures.items():
-            for dtype in DTYPES:
-                getattr(built, f"{function}_{dtype}").argtypes = types
-    return built
-
-
-def load(text: str) -> ctypes.CDLL | None:
-    """Return a library built from C source; None (and one warning a process) where no compiler works."""
-    global _compiler_failed
-    if _compiler_failed:
-        return None
-    try:
-        return build(text)
-    except OSError as error:
-        _compiler_failed = True
-        warnings.warn(f"no C kernels, slower plain PyTorch computes instead: {error}", stacklevel=2)
-        return None
 
 
 class Library:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from conf.errors import UserError, unknown
+from .errors import UserError, unknown
 
 
 def read_options(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.tensors import on_device_of
+from ..tensors import on_device_of
 
 _TILE = 1024  # pairs of channels of a program
 

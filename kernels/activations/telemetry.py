@@ -20,8 +20,8 @@ import torch
 from sympy.core.parameters import distribute
 from torch import Tensor
 
-from kernels.program import Line, Lowering, Program
-from kernels.symbolic import Compiled, abs, max, where_ge, where_gt
+from ..formula.program import Line, Lowering, Program
+from ..formula.symbolic import Compiled, abs, max, where_ge, where_gt
 
 SATURATED = 0.01  # a slope smaller than this hardly learns
 STORED = "0h"  # h as an input: "h" may be the name of a parameter, and no name begins with a digit

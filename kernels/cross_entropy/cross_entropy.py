@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kernels import c
-from kernels.tensors import is_plain
+from ..c import library as c
+from ..tensors import is_plain
 
 
 def serves(logits: Tensor) -> bool:
@@ -54,4 +55,6 @@ def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, differentiate
 @functools.lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    return c.load_file("cross_entropy.c", {"cross_entropy": [pointer] * 4 + [number] * 3 + [ctypes.c_float]})
+    return c.load_file(
+        Path(__file__).with_suffix(".c"), {"cross_entropy": [pointer] * 4 + [number] * 3 + [ctypes.c_float]}
+    )

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import ops, reference
-from kernels.formula import Formula
-from kernels.symbolic import Compiled, compile_formula
-from kernels.telemetry import Seen
-from kernels.tensors import is_plain
+from ..formula import Formula
+from ..formula.symbolic import Compiled, compile_formula
+from ..tensors import is_plain
+from . import reference
+from .telemetry import Seen
+
+# Of the operators in `ops.py`; this room may be imported under two names, and each registers its own.
+NAMESPACE = __name__.partition(".")[0]
+
+
+def _operators() -> Any:
+    return getattr(torch.ops, NAMESPACE)
 
 
 class Activation:
@@ -22,7 +30,7 @@ class Activation:
     def __init__(self, formula: Formula, backend: str) -> None:
         self.formula, self.backend = formula, backend
         learned = {name: {"init": p.init, "share": p.share} for name, p in formula.learned.items()}
-        self.key = ops.key_of(formula.text, {**formula.fixed, **learned}, backend)
+        self.key = json.dumps([formula.text, {**formula.fixed, **learned}, backend])  # what an operator is called with
 
     @functools.cached_property
     def compiled(self) -> Compiled:
@@ -34,7 +42,7 @@ class Activation:
         if learned.keys() != self.formula.learned.keys():
             raise TypeError(f"{self!r} takes {list(self.formula.learned)} as keywords, not {list(learned)}")
         if not is_plain(pre):
-            return torch.ops.formula_ffn.forward(pre, [learned[name] for name in self.formula.learned], self.key)
+            return _operators().forward(pre, [learned[name] for name in self.formula.learned], self.key)
         return _Elementwise.apply(self, pre, *(learned[name] for name in self.formula.learned))
 
     def check(self, pre: Tensor) -> None:
@@ -68,10 +76,10 @@ class Activation:
         """Compute h without recording a gradient; `learned` in the formula's order."""
         if is_plain(pre):
             return self.compute(pre, learned)
-        return torch.ops.formula_ffn.forward(pre, list(learned), self.key)
+        return _operators().forward(pre, list(learned), self.key)
 
     def forward_with_statistics(self, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, Seen]:
-        """`forward`, the same to the last bit, and what the kernel saw on the way: see `kernels/telemetry.py`.
+        """`forward`, the same to the last bit, and what the kernel saw on the way: see `kernels/activations/telemetry.py`.
 
         Raises:
             TypeError: tensors that torch.compile traces, or that have no data of their own.
@@ -91,7 +99,7 @@ class Activation:
         """
         if is_plain(pre):
             return self.compute_backward(pre, dh, learned, with_h)
-        dpre, *rest = torch.ops.formula_ffn.backward(pre, dh, list(learned), self.key, with_h)
+        dpre, *rest = _operators().backward(pre, dh, list(learned), self.key, with_h)
         return dpre, rest.pop(0) if with_h else None, rest
 
     def backward_from_output(self, h: Tensor, dh: Tensor) -> Tensor:
@@ -145,17 +153,19 @@ class Activation:
         if self.backend == "reference":
             return reference
         if self.backend == "triton" or (self.backend == "auto" and pre.is_cuda):
-            from kernels import triton_backend
+            from ..triton import runtime
+            from . import triton_backend
 
-            if triton_backend.serves(pre):
+            if runtime.serves(pre):
                 return triton_backend.kernels(self.compiled)
             if self.backend == "triton":
-                raise triton_backend.refusal(pre)
-            triton_backend.warn_if_missing()
-        from kernels import c
+                raise runtime.refusal(pre)
+            runtime.warn_if_missing()
+        from ..c.library import serves
+        from . import c_backend
 
-        if c.serves(pre):
-            return c.library(self.compiled) or reference
+        if serves(pre):
+            return c_backend.library(self.compiled) or reference
         if self.backend == "c":
             raise ValueError(f"the C backend computes fp32 and bf16 on a CPU, not {pre.dtype} on {pre.device.type}")
         return reference

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.tensors import on_device_of, runs
+from ..tensors import on_device_of, runs
 
 WIDEST = 8192  # a row, and all that backward computes with it, fits the registers of 16 warps
 _TILE = 2048  # elements of a tile at least, where a run has as many

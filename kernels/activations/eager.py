@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.formula import Formula, Node
+from ..formula import Formula, Node
 
 Value = Any  # a Tensor, or a number
 

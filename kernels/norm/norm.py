@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import c
-from kernels.tensors import is_plain, runs
+from ..c import library as c
+from ..tensors import is_plain, runs
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -63,11 +64,11 @@ def _backend(x: Tensor) -> Backend | None:
     if not is_plain(x):
         return None
     if x.is_cuda:
-        from kernels import triton_backend
+        from ..triton import runtime
 
-        if not triton_backend.serves(x):
+        if not runtime.serves(x):
             return None
-        from kernels import norm_triton
+        from . import triton as norm_triton
 
         return Backend(norm_triton.forward, norm_triton.backward) if x.shape[-1] <= norm_triton.WIDEST else None
     return C if c.serves(x) and _library() else PLAIN
@@ -105,7 +106,7 @@ PLAIN = Backend(_plain_forward, _plain_backward)
 def _library() -> ctypes.CDLL | None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     signatures = {"forward": [pointer] * 6 + [number] * 4 + [ctypes.c_float], "backward": [pointer] * 7 + [number] * 5}
-    return c.load_file("norm.c", signatures)
+    return c.load_file(Path(__file__).with_suffix(".c"), signatures)
 
 
 def _c_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

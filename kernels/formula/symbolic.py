@@ -13,9 +13,9 @@ import math
 import sympy
 from sympy.core.parameters import distribute
 
-from kernels.formula import Formula, Node
-from kernels.program import Lowering, Program, keep_nan
-from kernels.safety import check_from_output, check_overflow, loses_nan
+from .grammar import Formula, Node
+from .program import Lowering, Program, keep_nan
+from .safety import check_from_output, check_overflow, loses_nan
 
 
 class Primitive(sympy.Function):

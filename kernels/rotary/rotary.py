@@ -9,14 +9,15 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import c
-from kernels.tensors import is_plain
+from ..c import library as c
+from ..tensors import is_plain
 
 # (x, cos, sin, turned) -> x rotated; `turned` is 1, or -1 for the rotation back.
 Backend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -48,10 +49,10 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 def _backend(x: Tensor) -> Backend:
     """Return what computes tensors like x."""
     if x.is_cuda:
-        from kernels import triton_backend
+        from ..triton import runtime
 
-        if triton_backend.serves(x):
-            from kernels import rotary_triton
+        if runtime.serves(x):
+            from . import triton as rotary_triton
 
             return rotary_triton.rotate
     return _c if c.serves(x) and _library() else _plain
@@ -71,7 +72,9 @@ def _plain(x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
-    return c.load_file("rotary.c", {"rotate": [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 7 + [ctypes.c_float]})
+    return c.load_file(
+        Path(__file__).with_suffix(".c"), {"rotate": [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 7 + [ctypes.c_float]}
+    )
 
 
 def _c(x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:

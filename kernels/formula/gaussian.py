@@ -8,10 +8,10 @@ import math
 
 import numpy as np
 
-from kernels.formula import Formula
-from kernels.program import run
-from kernels.safety import NUMPY
-from kernels.symbolic import Compiled, compile_formula
+from .grammar import Formula
+from .program import run
+from .safety import NUMPY
+from .symbolic import Compiled, compile_formula
 
 _NODES = 180  # a dimension: kinks and steps leave an error of about 1e-3
 

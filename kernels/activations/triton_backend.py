@@ -1,0 +1,141 @@
+"""The Triton backend: bf16, fp16 and fp32 tensors on a GPU, and fp32 on a CPU under TRITON_INTERPRET=1.
+
+fp32 inside, one rounding at the store. A program of the grid computes one row and a tile of columns; row offsets are int64.
+`triton_source.py` generates the kernels. Importing this module does not import Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formula.symbolic import Compiled
+from ..tensors import on_device_of
+from ..triton.runtime import load
+from .telemetry import Seen, sums_of
+from .triton_source import source, source_with_statistics
+
+TILE = 1024  # columns per program: 128 threads with 8 each, which in 16 bits is one load
+WARPS = 4
+_SUMS = 256  # at most so many blocks of rows, whose gradients of learned parameters are added up apart
+
+
+class Kernels:
+    """The kernels of one formula."""
+
+    def __init__(self, compiled: Compiled) -> None:
+        self.compiled, self.module = compiled, load(source(compiled))
+        self.pre = len(compiled.formula.pre_activations)
+        self.shares = [learned.share for learned in compiled.formula.learned.values()]
+
+    @functools.cached_property
+    def module_with_statistics(self) -> ModuleType:
+        """The variant of the forward kernel that tells of itself, printed when it is first asked for."""
+        return load(source_with_statistics(self.compiled))
+
+    def forward(self, _: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
+        """See `reference.forward`."""
+        width = pre.shape[-1]
+        h = self._empty_h(pre)
+        if h.numel():
+            self._launch(self.module.forward, h.numel() // width, width, [pre, h, *_detached(learned)])
+        return h
+
+    def forward_with_statistics(
+        self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]
+    ) -> tuple[Tensor, Seen]:
+        """See `reference.forward_with_statistics`."""
+        width, count = pre.shape[-1], len(sums_of(compiled)) + 1
+        h = self._empty_h(pre)
+        if not h.numel():
+            nothing = torch.zeros(count, device=pre.device)
+            return h, Seen(nothing[:-1], nothing[-1], torch.zeros(width, device=pre.device), 0)
+        rows = h.numel() // width
+        share, blocks = _blocks(rows)
+        totals = torch.empty((count, blocks, _tiles(width)), dtype=torch.float32, device=pre.device)
+        active = torch.empty((blocks, width), dtype=torch.float32, device=pre.device)
+        tensors = [pre, h, *_detached(learned), totals, active]
+        self._launch(self.module_with_statistics.statistics, blocks, width, tensors, rows, share)
+        return h, Seen(totals[:-1].sum((1, 2)), totals[-1].amax(), active.sum(0), h.numel())
+
+    def backward(
+        self, _: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """See `reference.backward`."""
+        width, dpre = pre.shape[-1], torch.empty_like(pre)
+        h = torch.empty_like(dh) if with_h else None
+        if not dh.numel():
+            return dpre, h, [torch.zeros(p.shape, dtype=torch.float32, device=pre.device) for p in learned]
+        rows, kernel = dh.numel() // width, self.module.backward_with_h if with_h else self.module.backward
+        tensors = [pre, dh, dpre, *([h] if h is not None else []), *_detached(learned)]
+        if not learned:
+            self._launch(kernel, rows, width, tensors)
+            return dpre, h, []
+        share, blocks = _blocks(rows)
+        sums = [
+            torch.empty((blocks, width if kind == "channel" else _tiles(width)), dtype=torch.float32, device=pre.device)
+            for kind in self.shares
+        ]
+        self._launch(kernel, blocks, width, [*tensors, *sums], rows, share)
+        return dpre, h, [_total(s, p) for s, p in zip(sums, learned, strict=True)]
+
+    def backward_from_output(self, _: Compiled, h: Tensor, dh: Tensor) -> Tensor:
+        """See `reference.backward_from_output`."""
+        dpre = torch.empty_like(h)
+        if h.numel():
+            self._launch(self.module.from_output, h.numel() // h.shape[-1], h.shape[-1], [h, dh, dpre])
+        return dpre
+
+    def _empty_h(self, pre: Tensor) -> Tensor:
+        shape = pre.shape if self.pre == 1 else (*pre.shape[:-2], pre.shape[-1])
+        return torch.empty(shape, dtype=pre.dtype, device=pre.device)
+
+    def _launch(self, kernel: Any, programs: int, width: int, tensors: list[Tensor], *rows: int) -> None:
+        unit = unit_of(width)
+        with on_device_of(tensors[0]):
+            kernel[(programs, _tiles(width))](
+                *tensors, *rows, width // unit, UNIT=unit, TILE=_tile(width), num_warps=WARPS
+            )
+
+
+def unit_of(width: int) -> int:
+    """Return what a width is passed in units of."""
+    return 1 if width % 8 else 8
+
+
+def _tile(width: int) -> int:
+    return min(TILE, max(128, 1 << (width - 1).bit_length()))
+
+
+def _tiles(width: int) -> int:
+    return math.ceil(width / _tile(width))
+
+
+def _blocks(rows: int) -> tuple[int, int]:
+    """Return how many rows one program adds up, and how many programs that takes."""
+    share = math.ceil(rows / _SUMS)
+    return share, math.ceil(rows / share)
+
+
+def _detached(learned: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor.detach().contiguous() for tensor in learned]
+
+
+def _total(sums: Tensor, parameter: Tensor) -> Tensor:
+    return (sums.sum(0) if sums.shape[1] == parameter.numel() else sums.sum()).view(parameter.shape)
+
+
+_kernels: dict[Compiled, Kernels] = {}
+
+
+def kernels(compiled: Compiled) -> Kernels:
+    """Return the kernels of a formula, printed and imported at the first call."""
+    if compiled not in _kernels:
+        _kernels[compiled] = Kernels(compiled)
+    return _kernels[compiled]

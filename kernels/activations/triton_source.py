@@ -1,0 +1,230 @@
+"""A formula's programs printed as Triton kernels.
+
+- One template for forward and one for backward; a formula contributes its program.
+- A width that is a multiple of 8 is passed as its eighth, so that the compiler knows that rows begin on 16 bytes and loads
+  128 bits at once, whether or not the width is a multiple of 16.
+- The gradient of a learned parameter is added up in an order that only the shape decides, so results repeat exactly.
+
+The functions of the grammar are in `kernels/triton/primitives.py`. Importing this module does not import Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from ..formula.program import INFIX, Argument, Line, Program
+from ..formula.symbolic import OUTPUT, Compiled
+from .telemetry import STORED, statistics_program
+
+_PACKAGE = __name__.rpartition(".activations.")[0]  # "kernels" or "formula_ffn", whichever this was imported as
+
+_OPERATORS = INFIX | {"neg": "{} * -1.0", "select": "tl.where({}, {}, {})"}
+_OPERATORS |= {"abs": "tl.abs({})", "max": "fn.maximum({}, {})", "min": "fn.minimum({}, {})"}
+# One form for fp32 tensors, a shorter one for 16 bits.
+_TWO_FORMS = ("exp", "expm1", "log", "softplus", "sqrt", "atan", "erf", "normal_cdf")
+_TWO_FORMS += ("sigmoid", "complement", "mul_sigmoid", "tanh", "sech2")
+
+
+def source(compiled: Compiled) -> str:
+    """Return the Python source of a formula's kernels: `forward`, `backward`, `backward_with_h`."""
+    return f"""{_imports(compiled)}
+
+{_forward(compiled)}
+
+{_backward(compiled, with_h=False)}
+
+{_backward(compiled, with_h=True)}
+{_from_output(compiled)}"""
+
+
+def source_with_statistics(compiled: Compiled) -> str:
+    """Return the Python source of `statistics`: the forward kernel that also tells of h and the slopes."""
+    return f"{_imports(compiled)}\n\n{_statistics(compiled)}"
+
+
+def _imports(compiled: Compiled) -> str:
+    return f"""# {" ".join(compiled.formula.text.split())}
+import triton
+import triton.language as tl
+
+from {_PACKAGE}.triton import primitives as fn
+"""
+
+
+_HEAD = """@triton.jit(do_not_specialize=[{numbers}])
+def {name}({pointers}, {numbers_bare}, UNIT: tl.constexpr, TILE: tl.constexpr):
+    PRECISE: tl.constexpr = pre.dtype.element_ty == tl.float32
+    width = width * UNIT
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = column < width
+"""
+
+
+def _head(name: str, pointers: Iterable[str], numbers: Sequence[str]) -> str:
+    quoted = ", ".join(f'"{number}"' for number in numbers)
+    return _HEAD.format(name=name, pointers=", ".join(pointers), numbers=quoted, numbers_bare=", ".join(numbers))
+
+
+def _load_learned(compiled: Compiled, *programs: Program) -> list[str]:
+    lines, used = [], frozenset().union(*(program.used for program in programs))
+    for name, parameter in compiled.formula.learned.items():
+        if name in used:
+            place = f"at_{name} + column, mask=inside" if parameter.share == "channel" else f"at_{name}"
+            lines.append(f"v_{name} = tl.load({place}).to(tl.float32)")
+    return lines
+
+
+def _load_pre(compiled: Compiled, *programs: Program) -> list[str]:
+    names, used = compiled.formula.pre_activations, frozenset().union(*(program.used for program in programs))
+    return [
+        f"v_{name} = tl.load({_pre_at('pre', len(names), i)}, mask=inside).to(tl.float32)"
+        for i, name in enumerate(names)
+        if name in used
+    ]
+
+
+def _pre_at(tensor: str, count: int, index: int) -> str:
+    return f"{tensor} + row * width + column" if count == 1 else f"{tensor} + (row * 2 + {index}) * width + column"
+
+
+def _store(place: str, value: Argument, program: Program) -> str:
+    return f"tl.store({place}, {_argument(value, program)}, mask=inside)"
+
+
+def _forward(compiled: Compiled) -> str:
+    pointers = ["pre", "h", *(f"at_{name}" for name in compiled.formula.learned)]
+    body = [
+        "row = tl.program_id(0).to(tl.int64)",
+        *_load_learned(compiled, compiled.forward),
+        *_load_pre(compiled, compiled.forward),
+        *_lines(compiled.forward),
+        _store("h + row * width + column", compiled.forward.outputs["h"], compiled.forward),
+    ]
+    return _head("forward", pointers, ["width"]) + _indented(body, 1)
+
+
+def _statistics(compiled: Compiled) -> str:
+    """Print the forward kernel in which a program walks a block of rows and adds up what `statistics_program` says."""
+    program, learned = statistics_program(compiled), compiled.formula.learned
+    *sums, peak, active = program.outputs
+    pointers = ["pre", "h", *(f"at_{name}" for name in learned), "totals", "active"]
+    before = [
+        *_load_learned(compiled, program, compiled.forward),
+        *(f"sum_{name} = tl.full((), 0.0, tl.float32)" for name in (*sums, peak)),
+        "units = tl.zeros((TILE,), tl.float32)",
+        *_WALK,
+    ]
+    counted = lambda name: f"tl.where(inside, {_argument(program.outputs[name], program)}, 0.0)"  # noqa: E731
+    row = [
+        *_load_pre(compiled, program, compiled.forward),
+        *_lines(compiled.forward),
+        f"stored = {_rounded(compiled)}",
+        "tl.store(h + row * width + column, stored, mask=inside)",
+        f"v_{STORED} = stored.to(tl.float32)",
+        *_lines(program),
+        *(f"sum_{name} += tl.sum({counted(name)})" for name in sums),
+        f"sum_{peak} = tl.maximum(sum_{peak}, tl.max({counted(peak)}))",
+        f"units += {counted(active)}",
+        "row += 1",
+    ]
+    place = "({} * tl.num_programs(0).to(tl.int64) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)"
+    after = [f"tl.store(totals + {place.format(i)}, sum_{name})" for i, name in enumerate((*sums, peak))]
+    after.append("tl.store(active + tl.program_id(0).to(tl.int64) * width + column, units, mask=inside)")
+    head = _head("statistics", pointers, ["rows", "share", "width"])
+    return head + _indented(before, 1) + _indented(row, 2) + _indented(after, 1)
+
+
+def _rounded(compiled: Compiled) -> str:
+    """Print h as a vector of the output's type; a formula may be a number."""
+    return f"tl.where(inside, {_argument(compiled.forward.outputs['h'], compiled.forward)}, 0.0).to(h.dtype.element_ty)"
+
+
+# A program that walks a block of rows.
+_WALK = (
+    "row = tl.program_id(0).to(tl.int64) * share",
+    "last = tl.minimum(row + share, rows)",
+    "while row < last:",  # the interpreter has no range of what is not known beforehand
+)
+
+
+def _backward(compiled: Compiled, with_h: bool) -> str:
+    """Print a backward kernel. With learned parameters a program walks a block of rows, and keeps its sums in registers."""
+    program = compiled.backward_with_h if with_h else compiled.backward
+    names, learned = compiled.formula.pre_activations, compiled.formula.learned
+    pointers = ["pre", "dh", "dpre", *(["h"] if with_h else []), *(f"at_{name}" for name in learned)]
+    row = _load_pre(compiled, program)
+    if "dh" in program.used:
+        row.append("v_dh = tl.load(dh + row * width + column, mask=inside).to(tl.float32)")
+    row += _lines(program)
+    row += [
+        _store(_pre_at("dpre", len(names), i), program.outputs[f"d{name}"], program) for i, name in enumerate(names)
+    ]
+    if with_h:
+        row.append(_store("h + row * width + column", program.outputs["h"], program))
+    # Outside of the tensor stands no 0 but anything, NaN included: chosen away, not multiplied away.
+    row += [
+        f"sum_{name} += tl.where(inside, {_argument(program.outputs[f'd{name}'], program)}, 0.0)" for name in learned
+    ]
+    name = "backward_with_h" if with_h else "backward"
+    if learned:
+        row.append("row += 1")
+    else:
+        return _head(name, pointers, ["width"]) + _indented(["row = tl.program_id(0).to(tl.int64)", *row], 1)
+    pointers += [f"sums_{name}" for name in learned]
+    before = [
+        *_load_learned(compiled, program),
+        *(f"sum_{name} = tl.zeros((TILE,), tl.float32)" for name in learned),
+        *_WALK,
+    ]
+    after = [
+        f"tl.store(sums_{name} + tl.program_id(0).to(tl.int64) * width + column, sum_{name}, mask=inside)"
+        if parameter.share == "channel"
+        else f"tl.store(sums_{name} + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(sum_{name}))"
+        for name, parameter in learned.items()
+    ]
+    head = _head(name, pointers, ["rows", "share", "width"])
+    return head + _indented(before, 1) + _indented(row, 2) + _indented(after, 1)
+
+
+def _from_output(compiled: Compiled) -> str:
+    """Print the kernel that computes the gradient from h, which it calls `pre`; nothing where h is not enough."""
+    program = compiled.from_output
+    if program is None:
+        return ""
+    body = [
+        "row = tl.program_id(0).to(tl.int64)",
+        f"v_{OUTPUT} = tl.load(pre + row * width + column, mask=inside).to(tl.float32)",
+        "v_dh = tl.load(dh + row * width + column, mask=inside).to(tl.float32)",
+        *_lines(program),
+        _store("dpre + row * width + column", program.outputs[f"d{OUTPUT}"], program),
+    ]
+    return "\n" + _head("from_output", ["pre", "dh", "dpre"], ["width"]) + _indented(body, 1)
+
+
+def _indented(lines: Iterable[str], levels: int) -> str:
+    return "".join(f"{'    ' * levels}{line}\n" for line in lines)
+
+
+def _lines(program: Program) -> list[str]:
+    return [f"{line.name} = {_operation(line, program)}" for line in program.lines]
+
+
+def _operation(line: Line, program: Program) -> str:
+    printed = [_argument(argument, program) for argument in line.arguments]
+    if not any(isinstance(argument, str) for argument in line.arguments):  # Triton's functions take no bare numbers
+        printed = [f"tl.full((), {number}, tl.float32)" for number in printed]
+    if line.operation in _OPERATORS:
+        return _OPERATORS[line.operation].format(*printed)
+    return f"fn.{line.operation}({', '.join(printed)}{', PRECISE' if line.operation in _TWO_FORMS else ''})"
+
+
+def _argument(argument: Argument, program: Program) -> str:
+    """Print a name, or a number as the fp32 that it is computed with."""
+    if isinstance(argument, str):  # a parameter may have any name: the prefix keeps it off Python's and the kernel's
+        return f"v_{argument}" if argument in program.inputs else argument
+    with np.errstate(over="ignore"):
+        number = float(np.float32(argument))
+    return f"({number!r})" if math.isfinite(number) else f'float("{number}")'

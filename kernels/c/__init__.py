@@ -1,0 +1,1 @@
+"""C kernels on a CPU: the toolchain, the loading of libraries, and the vector primitives."""

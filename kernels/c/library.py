@@ -1,0 +1,58 @@
+"""Loading C kernels through ctypes: generated sources, and the hand-written files of the ops.
+
+`toolchain.py` compiles and caches; the vector arithmetic that every kernel is made of is in `primitives.h`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .toolchain import build
+
+DTYPES = ("f32", "bf16")
+NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+PRIMITIVES = Path(__file__).with_name("primitives.h")
+_compiler_failed = False  # warn once per process, and do not try again
+
+
+def serves(tensor: Tensor) -> bool:
+    """Return whether the C kernels compute tensors of this device and dtype."""
+    return tensor.device.type == "cpu" and tensor.dtype in NAMES
+
+
+def load_file(path: Path, signatures: Mapping[str, Sequence[type]]) -> ctypes.CDLL | None:
+    """Build and load a hand-written C file, once for each dtype; None where no compiler works.
+
+    The word DTYPE in the file is replaced by the name of the dtype.
+
+    Args:
+        path: the C file.
+        signatures: argument types of each function, which is called `<function>_<dtype>` and returns an int.
+    """
+    template = path.read_text(encoding="utf-8")
+    parts = [PRIMITIVES.read_text(encoding="utf-8"), *(template.replace("DTYPE", dtype) for dtype in DTYPES)]
+    built = load("\n".join(parts))
+    if built is not None:
+        for function, types in signatures.items():
+            for dtype in DTYPES:
+                getattr(built, f"{function}_{dtype}").argtypes = types
+    return built
+
+
+def load(text: str) -> ctypes.CDLL | None:
+    """Build and load C source; None (with one warning per process) where no compiler works."""
+    global _compiler_failed
+    if _compiler_failed:
+        return None
+    try:
+        return build(text)
+    except OSError as error:
+        _compiler_failed = True
+        warnings.warn(f"no C kernels, slower plain PyTorch computes instead: {error}", stacklevel=2)
+        return None

@@ -1,0 +1,1 @@
+"""What every room needs: errors that are sentences, atomic files, options of commands, the cache of kernels."""

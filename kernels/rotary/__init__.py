@@ -1,0 +1,5 @@
+"""Rotary position embedding of queries and keys."""
+
+from .rotary import rotate
+
+__all__ = ["rotate"]

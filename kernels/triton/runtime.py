@@ -1,0 +1,86 @@
+"""Whether Triton serves a tensor, and the loading of generated kernels. Importing this module does not import Triton."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..common.cache import folder
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.lru_cache(maxsize=1)
+def installed() -> bool:
+    """Whether there is a Triton to import."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: on a CPU, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def serves(pre: Tensor) -> bool:
+    """Whether tensors of this kind can be computed here."""
+    if not installed():
+        return False
+    if interpreted():
+        return pre.dtype == torch.float32  # the interpreter's bf16 is wrong
+    return pre.is_cuda and torch.version.cuda is not None and pre.dtype in _DTYPES
+
+
+def refusal(pre: Tensor) -> Exception:
+    """Return what to raise where this backend was asked for by name and does not serve `pre`."""
+    if not installed():
+        return ImportError("the Triton backend needs the package triton, which is not installed: pip install triton")
+    kind = f"{pre.dtype} on {pre.device.type}".removeprefix("torch.")
+    if interpreted():
+        return ValueError(f"under TRITON_INTERPRET=1 the Triton backend computes float32, not {kind}")
+    return ValueError(f"the Triton backend computes float32, bfloat16 and float16 on an NVIDIA GPU, not {kind}")
+
+
+@functools.lru_cache(maxsize=1)
+def warn_if_missing() -> None:
+    """Say once a process that a GPU is used without Triton."""
+    if not installed():
+        warnings.warn(
+            "no Triton kernels, the slower reference backend computes the activation instead: pip install triton",
+            stacklevel=2,
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def load(text: str) -> ModuleType:
+    """Write kernels to a file, since Triton reads their source back from one, and import it.
+
+    The name is the hash of the text, and the file appears whole or not at all: processes that write the same one do not meet.
+    """
+    name = f"triton_{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+    path = folder() / f"{name}.py"
+    if not _holds(path, text):
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            file.write(text)
+        os.replace(file.name, path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _holds(path: Path, text: str) -> bool:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8") == text
+    return False
