@@ -9,8 +9,13 @@ from torch import Tensor
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has data of its own here and now: not while torch.compile traces, and no FakeTensor or DTensor."""
-    return not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
+    """Whether a tensor has data of its own here and now.
+
+    Not while torch.compile traces or torch.func transforms, and no FakeTensor or DTensor.
+    """
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
