@@ -1,0 +1,1 @@
+"""Models of Transformers with the fused layer."""
