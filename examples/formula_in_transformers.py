@@ -68,7 +68,7 @@ def train(model: LlamaForCausalLM, text: torch.Tensor, steps: int) -> tuple[list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=100)
     steps = parser.parse_args().steps
     text = torch.tensor(list(inspect.getsource(argparse).encode()))
