@@ -191,7 +191,7 @@ def published() -> list[Published]:
     h100 = HardwareConfig(device="H100 SXM", bf16_flops=989.4e12)
     # 96 GB of HBM2e, and a limit of 500 W.
     torchtitan = dataclasses.replace(h100, memory_bandwidth=2.4e12, watts=500)
-    fsdp = {"gpus_per_node": 8, "stage": 3, "hidden": 1.0}
+    fsdp = {"gpus_per_node": 8, "stage": 3, "overlap": 1.0}
     mpt = {**fsdp, "sequence_length": 2048, "gradient_width": 2}
     sizes = {"7B": (4096, 32, 32), "30B": (7168, 48, 56), "70B": (8192, 80, 64)}
     rows = [("7B", 8, 6, 0, 0.4644), ("7B", 128, 6, 0, 0.4571), ("7B", 512, 6, 0, 0.422),
@@ -215,7 +215,7 @@ def published() -> list[Published]:
         0,
         8,
         ParallelConfig(tensor=4, sequence=True),
-        hidden=1.0,
+        overlap=1.0,
         pipeline=8,
         interleaved=6,
     )

@@ -1,13 +1,13 @@
-"""Batches: which tokens are sample number i of a run, and the windows that the held-out text is judged on.
+"""Batches: which tokens make up sample i of a run, and the windows on which the held-out loss is computed.
 
 Notable here:
 - a sample is a function of (corpus, seed, sequence length, its number) alone: no state, so any rank can compute any
   sample, a resumed run needs only the count of tokens consumed, and 1, 2 or 4 ranks see the same batches;
-- the order of an epoch is a pseudo-random permutation that is computed number by number, in no memory;
-- each epoch cuts the text into other windows;
+- the order of an epoch is a pseudo-random permutation, computed index by index without storing it;
+- each epoch splits the text into different windows;
 - integer arithmetic and BLAKE2 only: the same on every platform and with every version of NumPy.
 
-How tokens lie on disk is in `shards.py`.
+The on-disk format of tokens is in `shards.py`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from data.shards import ShardSet, open_shards, read_index
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.common.errors import UserError
 
-IGNORED = -100  # target that no loss is taken of; the default of torch's cross_entropy
-BLOCK = 1000  # samples in which the parts of a blend have exactly their shares
+IGNORED = -100  # target excluded from the loss; the default ignore_index of torch's cross_entropy
+BLOCK = 1000  # samples; within each block the parts of a blend have exactly their weights
 ROUNDS = 8  # of the Feistel network; 4 already give a pseudo-random permutation (Luby and Rackoff, 1988)
 
 
@@ -35,7 +35,7 @@ class Part:
 
     name: str
     folder: Path
-    weight: float  # share of the samples; all add to 1
+    weight: float  # fraction of the samples; weights sum to 1
     train: ShardSet
     corpus_hash: str
 
@@ -47,8 +47,8 @@ class Dataset:
     folder: Path
     tokenizer: Tokenizer
     parts: list[Part]
-    held_out: ShardSet  # of all parts, one after the other
-    xz_bits_per_byte: float | None  # what xz -9 makes of the held-out text; None: too large to try, or none
+    held_out: ShardSet  # of all parts, concatenated
+    xz_bits_per_byte: float | None  # of xz -9 on the held-out text; None: it is too large, or there is none
     corpus_hash: str  # of the text, the tokenizer and the weights
 
     @property
@@ -90,9 +90,9 @@ def open_dataset(folder: str | Path) -> Dataset:
         held_out.append(open_shards(where, part, "held_out"))
         if held_out[-1].tokens:
             xz_bits += held_out[-1].text_bytes * (part["xz_bits_per_byte"] or math.nan)
-    together = ShardSet([shard for shards in held_out for shard in shards.shards], parts[0].train.dtype)
-    xz = xz_bits / together.text_bytes if together.tokens else math.nan
-    return Dataset(folder, tokenizer, parts, together, None if math.isnan(xz) else xz, index["corpus_hash"])
+    all_held_out = ShardSet([shard for shards in held_out for shard in shards.shards], parts[0].train.dtype)
+    xz = xz_bits / all_held_out.text_bytes if all_held_out.tokens else math.nan
+    return Dataset(folder, tokenizer, parts, all_held_out, None if math.isnan(xz) else xz, index["corpus_hash"])
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -111,9 +111,9 @@ def _keys(count: int, *names: object) -> np.ndarray:
 
 
 def permute(numbers: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Apply a pseudo-random permutation of [0, size) that `keys` (uint64, one a round) chooses.
+    """Apply a pseudo-random permutation of [0, size) that `keys` (uint64, one per round) select.
 
-    A balanced Feistel network permutes the next power of 4; a result outside [0, size) is permuted again until it is
+    A balanced Feistel network permutes the next power of 4. A result outside [0, size) is permuted again until it is
     inside (cycle walking: Black and Rogaway, 2002), fewer than 4 times on average.
 
     Args:
@@ -137,9 +137,9 @@ class BatchStream:
     """The endless stream of samples of a run.
 
     A sample is sequence_length + 1 neighbouring tokens: the inputs, and the same shifted by one as targets. The tokens
-    of a part are a ring (`ShardSet`) of N tokens; epoch e cuts it, from a random place on, into N // sequence_length
-    windows and takes them in a random order. Fewer than sequence_length tokens are no target in an epoch, others in
-    each.
+    of a part are a ring (`ShardSet`) of N tokens; epoch e splits it, from a random offset, into N // sequence_length
+    windows and visits them in random order. Fewer than sequence_length tokens are left out of an epoch, different ones
+    each time.
     """
 
     def __init__(self, dataset: Dataset, sequence_length: int, seed: int) -> None:
@@ -154,7 +154,7 @@ class BatchStream:
                     f"{part.folder}; set it below {max(2, part.train.tokens)}"
                 )
         self.windows = [part.train.tokens // sequence_length for part in dataset.parts]  # in an epoch of each part
-        self._counts = _shares([part.weight for part in dataset.parts])  # of each part in a block
+        self._counts = _block_counts([part.weight for part in dataset.parts])  # of each part in a block
         for part, count in zip(dataset.parts, self._counts, strict=True):
             if count == 0:
                 raise UserError(
@@ -164,7 +164,7 @@ class BatchStream:
         self._epochs: dict[tuple[int, int], tuple[np.ndarray, int]] = {}
 
     def parts_of(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return, for sample numbers (n,), the part that each is of, and its number in that part: int64, (n,) each."""
+        """Return the part of each sample number (n,), and its index within that part: int64, (n,) each."""
         if len(self.dataset.parts) == 1:
             return np.zeros(len(numbers), np.int64), np.asarray(numbers, np.int64)
         part, nth = np.empty(len(numbers), np.int64), np.empty(len(numbers), np.int64)
@@ -172,13 +172,13 @@ class BatchStream:
         for block in np.unique(blocks).tolist():
             order = np.argsort(_keys(BLOCK, "blend", self.seed, block), kind="stable")
             slots = self._slots[order]
-            before = np.empty(BLOCK, np.int64)  # samples of the same part earlier in the block
+            earlier = np.empty(BLOCK, np.int64)  # samples of the same part earlier in the block
             for p, count in enumerate(self._counts):
-                before[slots == p] = np.arange(count)
+                earlier[slots == p] = np.arange(count)
             here = blocks == block
             place = numbers[here] - block * BLOCK
             part[here] = slots[place]
-            nth[here] = block * np.array(self._counts)[slots[place]] + before[place]
+            nth[here] = block * np.array(self._counts)[slots[place]] + earlier[place]
         return part, nth
 
     def _epoch(self, part: int, epoch: int) -> tuple[np.ndarray, int]:
@@ -208,8 +208,8 @@ class BatchStream:
         return out
 
 
-def _shares(weights: Sequence[float]) -> list[int]:
-    """Divide BLOCK samples by weights (which add to 1); largest remainders are rounded up, first of equals first."""
+def _block_counts(weights: Sequence[float]) -> list[int]:
+    """Apportion BLOCK samples by weights that sum to 1, by largest remainder; ties go to the earlier part."""
     exact = [weight * BLOCK for weight in weights]
     counts = [int(x + 1e-9) for x in exact]  # 0.3 * 1000 must be 300 in floating point too
     remainders = sorted(range(len(exact)), key=lambda p: (counts[p] - exact[p], p))
@@ -219,7 +219,7 @@ def _shares(weights: Sequence[float]) -> list[int]:
 
 
 def held_out_count(dataset: Dataset, sequence_length: int) -> int:
-    """Return how many windows the held-out text has."""
+    """Return the number of windows of the held-out text."""
     return -(-dataset.held_out.tokens // sequence_length)
 
 
@@ -228,12 +228,12 @@ def held_out_windows(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (inputs, targets) of the held-out text, int64, (up to `rows`, sequence_length) each.
 
-    Window k has the tokens from k * sequence_length on as targets, and the tokens one before them as inputs (an
-    end-of-text before the very first): every held-out token is a target exactly once. The last window is filled up with
-    end-of-text inputs and IGNORED targets.
+    The targets of window k start at token k * sequence_length; its inputs start one token earlier (the very first input
+    is an end-of-text). Every held-out token is a target exactly once. The last window is padded with end-of-text inputs
+    and IGNORED targets.
 
     Args:
-        which: numbers of the windows, below `held_out_count`; None: all. range(rank, count, ranks) is a rank's share.
+        which: numbers of the windows, below `held_out_count`; None: all. range(rank, count, ranks) are those of a rank.
     """
     tokens = dataset.held_out.tokens
     which = range(held_out_count(dataset, sequence_length)) if which is None else which
@@ -250,7 +250,7 @@ def held_out_windows(
 
 
 def sample_hash(first: int, rows: np.ndarray) -> int:
-    """Return a hash of samples first, first + 1, ...: the sum of one hash each, mod 2^64, so that ranks can add theirs.
+    """Return a hash of samples first, first + 1, ...: the sum of their hashes mod 2^64, so that ranks can add theirs up.
 
     Args:
         rows: int64, (count, any).

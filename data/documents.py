@@ -1,7 +1,7 @@
-"""Where text comes from: one reader a source, each an iterator of documents in an order that never changes.
+"""Readers of text: one per source, each an iterator of documents in an order that never changes.
 
-Also what a corpus is known by (`fingerprint`) and what the parts of a blend are. Finding and unpacking files is in
-`files.py`; what becomes of the documents is in `prepare.py`.
+This module also has the fingerprint of a corpus and the parts of a blend. Finding and unpacking files is in `files.py`;
+`prepare.py` turns documents into shards.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from kernels.common.errors import UserError, unknown
 SOURCES = ("stdlib", "text", "jsonl", "parquet", "hf", "blend")
 SUFFIXES = {"text": None, "jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq")}
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-# A text file is one document up to WHOLE bytes. A longer one is cut at line ends into documents of about CUT bytes:
-# memory stays bounded, and of a corpus that is one large file a share can be held out.
+# A text file is one document up to WHOLE bytes. A longer one is split at line ends into documents of about SPLIT bytes:
+# memory stays bounded, and a fraction of a corpus that is one large file can be held out.
 WHOLE = 256 << 10
-CUT = 64 << 10
+SPLIT = 64 << 10
 
 
 class Document(NamedTuple):
     """One document."""
 
-    name: str  # where it stands: file, file:line, file row, ...
+    name: str  # where it comes from: file, file:line, file row, ...
     text: str  # not empty, valid Unicode
-    share: float  # of the source that has been read with it, 0 to 1, for a progress bar
+    fraction: float  # of the source read up to its end, 0 to 1, for a progress bar
 
 
 def documents(config: DataConfig) -> Iterator[Document]:
@@ -47,17 +47,17 @@ def documents(config: DataConfig) -> Iterator[Document]:
     readers = {"stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "parquet": _parquet, "hf": _hf}
     if config.source not in readers:
         raise unknown("data source", config.source, readers)
-    nothing = True
+    is_empty = True
     for document in readers[config.source](config):
         if document.text:
-            nothing = False
+            is_empty = False
             yield document
-    if nothing:
+    if is_empty:
         raise UserError(f"there is no text in data={config.name}" + (f" ({config.path})" if config.path else ""))
 
 
 def fingerprint(config: DataConfig) -> str:
-    """Return what a corpus is known by: equal when the documents are, without reading large files.
+    """Return what identifies a corpus: equal when its documents are, without reading large files.
 
     stdlib: a hash of the content. Files: path, size and time of change. hf: names, and the data set's own fingerprint.
     Raises UserError as `documents` does for what is missing.
@@ -80,7 +80,7 @@ def fingerprint(config: DataConfig) -> str:
 
 
 def parts(config: DataConfig) -> dict[str, tuple[float, DataConfig]]:
-    """Return the parts of a blend: their share of the samples (all shares add to 1) and their own configuration.
+    """Return the parts of a blend: their fraction of the samples (fractions sum to 1) and their own configuration.
 
     A part's source is its key `source`, or its name where that is a source; keys that it does not set are the blend's.
 
@@ -123,7 +123,7 @@ def _files(config: DataConfig) -> list[Path]:
 
 
 def _sized(config: DataConfig) -> Iterator[tuple[Path, float, float]]:
-    """Yield every file with the share of the corpus before it and its own share."""
+    """Yield every file with the fraction of the corpus before it, and its own."""
     files = _files(config)
     sizes = [stamp(path)[1] for path in files]
     total, before = max(1, sum(sizes)), 0
@@ -157,20 +157,20 @@ def _stdlib(_: DataConfig) -> Iterator[Document]:
         try:
             yield Document(name, path.read_bytes().decode("utf-8"), (i + 1) / len(files))
         except UnicodeDecodeError:
-            continue  # only tests of codecs are like that, and a corpus that nobody chose should not stop anybody
+            continue  # only tests of codecs are not UTF-8, and the default corpus must not stop a run
 
 
 def _text(config: DataConfig) -> Iterator[Document]:
     for path, before, own in _sized(config):
         size = max(1, path.stat().st_size)
-        buffer, offset, cutting = b"", 0, False
+        buffer, offset, splitting = b"", 0, False
         for chunk, read in read_chunks(path):
             buffer += chunk
-            cutting = cutting or len(buffer) > WHOLE
-            while cutting and len(buffer) > 2 * CUT:
+            splitting = splitting or len(buffer) > WHOLE
+            while splitting and len(buffer) > 2 * SPLIT:
                 end = _line_end(buffer)
-                share = before + own * read / size
-                yield Document(f"{path} at byte {offset}", _decode(path, buffer[:end], offset), share)
+                fraction = before + own * read / size
+                yield Document(f"{path} at byte {offset}", _decode(path, buffer[:end], offset), fraction)
                 buffer, offset = buffer[end:], offset + end
         if buffer:
             name = f"{path} at byte {offset}" if offset else str(path)
@@ -178,11 +178,11 @@ def _text(config: DataConfig) -> Iterator[Document]:
 
 
 def _line_end(buffer: bytes) -> int:
-    """Return where to cut: after the last line feed of the first CUT bytes, or else between two characters."""
-    end = buffer.rfind(b"\n", 0, CUT) + 1
+    """Return where to split: after the last line feed of the first SPLIT bytes, or else between two characters."""
+    end = buffer.rfind(b"\n", 0, SPLIT) + 1
     if end == 0:
-        end = CUT
-        while end > CUT - 4 and buffer[end] & 0xC0 == 0x80:  # 10xxxxxx continues a character
+        end = SPLIT
+        while end > SPLIT - 4 and buffer[end] & 0xC0 == 0x80:  # 10xxxxxx continues a character
             end -= 1
     return end
 
@@ -207,12 +207,12 @@ def _jsonl(config: DataConfig) -> Iterator[Document]:
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"{path} line {number} is not JSON: {error.msg} at column {error.colno}; "
-                    f"data=jsonl takes one JSON object a line"
+                    f"data=jsonl takes one JSON object per line"
                 ) from error
             if not isinstance(record, dict):
                 raise UserError(f"{path} line {number} is a JSON {type(record).__name__}, not an object with fields")
             value = _field(record, config.field, f"{path} line {number}")
-            if "\\u" in text:  # the one way in which half of a surrogate pair gets into a string
+            if "\\u" in text:  # only an escape can put half of a surrogate pair into a string
                 try:
                     value.encode("utf-8")
                 except UnicodeEncodeError as error:
@@ -229,9 +229,9 @@ def _field(record: dict[str, Any], name: str, where: str) -> str:
     return record[name]
 
 
-def _no_field(name: str, where: str, fields_there: Any) -> UserError:
-    there = ", ".join(map(str, fields_there)) or "none"
-    return UserError(f"{where} has no field {name!r}; its fields are {there}: set data.field")
+def _no_field(name: str, where: str, available: Any) -> UserError:
+    listed = ", ".join(map(str, available)) or "none"
+    return UserError(f"{where} has no field {name!r}; its fields are {listed}: set data.field")
 
 
 def _parquet(config: DataConfig) -> Iterator[Document]:
@@ -283,7 +283,7 @@ def _load_hf(config: DataConfig) -> Any:
             )
     except UserError:
         raise
-    except Exception as error:  # the library raises a dozen kinds for what a user mistypes
+    except Exception as error:  # the library raises a dozen kinds of exceptions for a mistyped name
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load the data set {config.path} (split {config.split}): {reason}") from error
     if config.field not in loaded.column_names:

@@ -1,7 +1,7 @@
-"""Finding the files that a path means, and reading them in chunks, compressed or not.
+"""Find the files that a path means, and read them in chunks, compressed or not.
 
 A path is a file, a glob, a folder, or a list of them. `.gz` and `.zst` are unpacked on the way. Every refusal is one
-sentence that names the file. What the bytes mean is none of this file's business: that is `documents.py`.
+sentence that names the file. Parsing their content is in `documents.py`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _walk(folder: Path, suffixes: tuple[str, ...] | None) -> Iterator[Path]:
 
 
 def stamp(path: Path) -> list[Any]:
-    """Return what a file is recognised by without reading it: absolute path, size in bytes, time of change in ns."""
+    """Return what identifies a file without reading it: absolute path, size in bytes, modification time in ns."""
     try:
         status = path.stat()
     except OSError as error:
@@ -92,7 +92,7 @@ def read_chunks(path: Path) -> Iterator[tuple[bytes, int]]:
     """Yield the unpacked content of a file in chunks, each with the count of bytes read from the file itself so far.
 
     Raises:
-        UserError: the file cannot be read, or its compression is damaged or cut short.
+        UserError: the file cannot be read, or its compressed data is damaged or truncated.
     """
     try:
         with open(path, "rb") as raw:
@@ -107,15 +107,15 @@ def read_chunks(path: Path) -> Iterator[tuple[bytes, int]]:
                 while chunk := raw.read(CHUNK):
                     yield chunk, raw.tell()
     except EOFError as error:
-        raise UserError(f"{path} is cut short: its gzip data stops before its end") from error
+        raise UserError(f"{path} is truncated: its gzip data ends early") from error
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is not a sound gzip file: {error}") from error
+        raise UserError(f"{path} is not a valid gzip file: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _unpack_zst(raw: Any, path: Path) -> Iterator[bytes]:
-    # Frame by frame: a stream reader would take a file that is cut short for a file that ends.
+    # Frame by frame: a stream reader takes a truncated file for a complete one.
     zstandard = need("zstandard", f"reading {path}")
     unpacker = zstandard.ZstdDecompressor()
     frame = None
@@ -128,13 +128,13 @@ def _unpack_zst(raw: Any, path: Path) -> Iterator[bytes]:
                 chunk = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame
     except zstandard.ZstdError as error:
-        raise UserError(f"{path} is not a sound zstd file: {error}") from error
+        raise UserError(f"{path} is not a valid zstd file: {error}") from error
     if frame is not None:
-        raise UserError(f"{path} is cut short: its zstd data stops before its end")
+        raise UserError(f"{path} is truncated: its zstd data ends early")
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Yield the lines of a file, without line feeds, each with the bytes read from the file so far."""
+    """Yield the lines of a file, without line feeds, each with the count of bytes read from the file so far."""
     rest, read = b"", 0
     for chunk, read in read_chunks(path):
         lines = (rest + chunk).split(b"\n") if b"\n" in chunk else [rest + chunk]

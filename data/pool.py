@@ -1,7 +1,7 @@
-"""Worker processes: what a worker does, and how groups of documents are handed out, collected and stopped.
+"""Worker processes: they tokenize groups of documents; the parent submits, collects and stops them.
 
 Workers are spawned, not forked (the parent may hold threads and a GPU), and import neither the program that started
-them nor torch. They end with their parent, however it ends. What a group is, is decided in `prepare.py`.
+them nor torch. They end with their parent, however it ends. `prepare.py` forms the groups.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -32,13 +32,13 @@ from kernels.common.errors import UserError
 
 @dataclass(frozen=True)
 class Group:
-    """A stretch of the corpus: what one worker turns into at most one shard a split."""
+    """Consecutive documents of the corpus, which one worker turns into at most one shard per split."""
 
     number: int
     texts: dict[str, list[str]]  # split -> documents
     text_bytes: dict[str, int]  # split -> UTF-8 bytes of them
     text_hash: str  # of all documents, in order
-    share: float  # of the corpus that has been read with it, for the progress bar
+    fraction: float  # of the corpus read up to its end, for the progress bar
 
 
 def encode_group(folder: Path, tokenizer: Tokenizer, group: Group) -> list[Shard]:
@@ -46,7 +46,7 @@ def encode_group(folder: Path, tokenizer: Tokenizer, group: Group) -> list[Shard
     shards = []
     for split, texts in group.texts.items():
         if texts:
-            # A document at a time, packed at once: Python's integers take 16 times the memory of the tokens on disk.
+            # Each document is packed at once: Python integers take 16 times the memory of the tokens on disk.
             ids = [np.array(tokenizer.encode(text), token_dtype(tokenizer.vocab_size)) for text in texts]
             size = group.text_bytes[split]
             shards.append(
@@ -56,12 +56,14 @@ def encode_group(folder: Path, tokenizer: Tokenizer, group: Group) -> list[Shard
     return shards
 
 
-_worker_tokenizer: Tokenizer | None = None  # of this worker process: loaded once, used for all of its groups
+_worker_tokenizer: Tokenizer | None = None  # of this worker process, loaded once for all of its groups
 
 
 def _start_worker(tokenizer_path: Path | None) -> None:
     global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once and silently; files appear whole or not
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Ctrl-C ends a worker at once and silently: files are written atomically
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if tokenizer_path is not None:
@@ -69,8 +71,10 @@ def _start_worker(tokenizer_path: Path | None) -> None:
 
 
 def _end_with_parent() -> None:
-    # A parent that is killed cannot tell its workers, and they would wait for it for ever.
-    wait([multiprocessing.parent_process().sentinel])  # type: ignore[union-attr]
+    # A killed parent cannot stop its workers, and they would wait for it forever.
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this runs in a worker
+    wait([parent.sentinel])
     os._exit(1)
 
 
@@ -81,7 +85,7 @@ def _work(folder: Path, group: Group) -> list[Shard]:
 
 @contextlib.contextmanager
 def _no_main_module() -> Iterator[None]:
-    # A spawned process imports its parent's __main__: a training script, and with it torch. Nothing here needs that.
+    # A spawned process imports its parent's __main__: a training script, and with it torch. Workers need neither.
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
@@ -91,8 +95,8 @@ def _no_main_module() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _pool(workers: int, tokenizer_path: Path | None, too_much: str) -> Iterator[Callable[..., Future]]:
-    """Yield a `submit`; on any failure, Ctrl-C included, the workers are ended at once."""
+def _pool(workers: int, tokenizer_path: Path | None, remedy: str) -> Iterator[Callable[..., Future]]:
+    """Yield a `submit`; on any failure, Ctrl-C included, terminate the workers at once."""
     context = multiprocessing.get_context("spawn")
     before = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_path,))
@@ -108,23 +112,23 @@ def _pool(workers: int, tokenizer_path: Path | None, too_much: str) -> Iterator[
             child.terminate()
         executor.shutdown(wait=True, cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
-            raise UserError(f"a worker process died, most likely for lack of memory; {too_much}") from error
+            raise UserError(f"a worker process died, most likely for lack of memory; {remedy}") from error
         raise
     executor.shutdown(wait=True)
 
 
-def run_apart(function: Callable, *arguments: Any) -> Any:
-    """Run one long call of a C++ library in a process of its own: Ctrl-C then ends it at once."""
+def run_in_subprocess(function: Callable, *arguments: Any) -> Any:
+    """Run one long call of a C++ library in its own process, so that Ctrl-C ends it at once."""
     with _pool(1, None, "lower tokenizer.train_megabytes") as submit:
         return submit(function, *arguments).result()
 
 
 def encode_groups(
     groups: Iterable[Group], folder: Path, tokenizer_path: Path, workers: int
-) -> Iterator[tuple[Group, list]]:
-    """Tokenize groups on `workers` processes and yield (group, its shards) in order.
+) -> Generator[tuple[Group, list[Shard]]]:
+    """Tokenize groups in `workers` processes and yield (group, its shards) in order.
 
-    At most `workers` + 1 groups are in memory here. A corpus of one group is done in this process.
+    At most `workers` + 1 groups are in memory here. A corpus of one group is tokenized in this process.
 
     Raises:
         UserError: a worker could not write, or was killed.

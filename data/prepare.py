@@ -1,14 +1,15 @@
-"""`python -m data.prepare`: a corpus becomes a prepared folder of tokens, in parallel, and resumed where it stopped.
+"""Turn a corpus into a prepared folder of tokens, in parallel; resume where it stopped: `python -m data.prepare`.
 
-Which documents are held out, what the tokenizer is trained on and how documents are grouped into shards is decided
-here. How documents are read is in `documents.py`, how a shard is written in `shards.py`, and the worker processes are
-in `pool.py`.
+    data=NAME data.KEY=VALUE         the corpus, as for train.py
+    tokenizer=NAME tokenizer.KEY=VALUE
+
+This module selects the held-out documents and the tokenizer's training text, and groups documents into shards. Reading
+documents is in `documents.py`, writing a shard in `shards.py`, the worker processes in `pool.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import heapq
 import itertools
@@ -21,10 +22,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from conf.schema import DataConfig, TokenizerConfig
 from data.documents import documents, fingerprint, parts
-from data.pool import Group, encode_groups, run_apart
-from data.progress import Report
+from data.pool import Group, encode_groups, run_in_subprocess
+from data.progress import ProgressReporter
 from data.shards import FORMAT, INDEX, SPLITS, finished_group, read_index, remove_leftovers, token_dtype, write_json
 from data.tokenizer import FILE_NAMES, TRAINER, Tokenizer, load_tokenizer, train_sentencepiece
 from kernels.common.errors import UserError
@@ -36,33 +39,34 @@ XZ_LIMIT = 32 << 20  # bytes of held-out text that xz is tried on: xz -9 takes a
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, show: bool = False) -> Path:
-    """Make sure that a corpus is prepared, and return its folder; at once if it is.
+    """Prepare a corpus unless it is prepared already, and return its folder.
 
-    Any number of processes may call this together: one prepares, the others wait for it. An interrupted call leaves
-    finished shards, and the next call goes on after them, with the same result as one call would have had.
+    Any number of processes may call this at once: one prepares, the others wait for it. An interrupted call leaves
+    finished shards; the next call continues after them, with the same result as an uninterrupted one.
 
     Args:
         show: report progress on standard error, as a bar where that is a terminal.
 
     Raises:
-        UserError: bad input, a full disk, a folder that cannot be written (one sentence, see the rooms' readers).
+        UserError: bad input, a full disk, a folder that cannot be written.
     """
     folder = folder_of(data, tokenizer)
     if _complete(folder):
         return folder
-    report = Report(show)
+    progress = ProgressReporter(show)
     with say_why("create the folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder, report):
+    with _locked(folder, progress):
         if not _complete(folder):
-            with say_why("prepare", folder), report:
+            with say_why("prepare", folder), progress:
                 remove_leftovers(folder)
-                (_prepare_blend if data.source == "blend" else _prepare_corpus)(data, tokenizer, folder, report)
+                prepare_source = _prepare_blend if data.source == "blend" else _prepare_corpus
+                prepare_source(data, tokenizer, folder, progress)
     return folder
 
 
 def folder_of(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
-    """Return the folder that a corpus is prepared in; its name holds a hash of all that decides the content."""
+    """Return the folder of a prepared corpus; its name holds a hash of everything that determines its content."""
     _check(data, tokenizer)
     if tokenizer.path:
         settings: Any = load_tokenizer(tokenizer.path).hash
@@ -78,11 +82,11 @@ def folder_of(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
 
 def _check(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     if not 0 <= data.held_out < 1:
-        raise UserError(f"data.held_out is a share of the documents, from 0 to below 1, not {data.held_out}")
+        raise UserError(f"data.held_out is a fraction of the documents, from 0 to below 1, not {data.held_out}")
     if data.shard_megabytes < 1 or tokenizer.train_megabytes < 1:
         raise UserError("data.shard_megabytes and tokenizer.train_megabytes must be at least 1")
     if data.workers < 0:
-        raise UserError(f"data.workers is a number of processes, or 0 for one a core, not {data.workers}")
+        raise UserError(f"data.workers is a number of processes, or 0 for one per core, not {data.workers}")
     if tokenizer.kind not in ("sentencepiece", "huggingface"):
         raise UserError(f"tokenizer.kind is sentencepiece or huggingface, not {tokenizer.kind!r}")
     foreign = tokenizer.kind == "huggingface"
@@ -103,59 +107,62 @@ def _complete(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, report: Report) -> Iterator[None]:
+def _locked(folder: Path, progress: ProgressReporter) -> Iterator[None]:
     path = folder.with_name(f".{folder.name}.lock")
-    with say_why("lock", path):
-        lock = open(path, "a")
-    with lock:  # closing it lets go of the lock, and so does the end of this process, however it comes
+    # Without the fallback to a lock file that outlives a killed process: the kernel releases this one with its process.
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report.say(f"waiting for the process that prepares {folder}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise UserError(
-                f"cannot lock {path} ({error.strerror}); set data.prepared to another file system"
-            ) from error
+            lock.acquire(blocking=False)
+        except Timeout:
+            progress.print(f"waiting for the process that prepares {folder}")
+            lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"cannot lock {path} ({error.strerror}); set data.prepared to a folder on another file system"
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def _prepare_blend(data: DataConfig, config: TokenizerConfig, folder: Path, report: Report) -> None:
+def _prepare_blend(data: DataConfig, config: TokenizerConfig, folder: Path, progress: ProgressReporter) -> None:
     """Prepare every part with one tokenizer, and write the index that names them."""
-    of_blend = parts(data)
+    blend_parts = parts(data)
 
     def sample(budget: int) -> list[str]:
-        """Draw from every part by its weight, leaving out what the part holds out."""
+        """Sample every part in proportion to its weight, without its held-out documents."""
         texts = []
-        for share, part in of_blend.values():
-            texts += _sample(part, _threshold(part), int(budget * share), report)
+        for weight, part in blend_parts.values():
+            texts += _sample(part, _threshold(part), int(budget * weight), progress)
         return texts
 
-    tokenizer, path = _tokenizer(config, folder, sample, report)
+    tokenizer, path = _tokenizer(config, folder, sample, progress)
     shared = replace(config, kind="sentencepiece" if path.suffix == ".model" else "huggingface", path=str(path))
-    report.close()  # every part reports for itself
+    progress.close()  # every part reports its own
     records, known = [], hashlib.blake2b(digest_size=16)
-    for name, (share, part) in of_blend.items():
-        report.say(f"part {name}, {share:.1%} of the samples")
-        prepared = prepare(replace(part, prepared=data.prepared, workers=data.workers), shared, report.show)
-        records.append({"name": name, "weight": share, "folder": os.path.relpath(prepared, folder)})
-        known.update(f"{name}\0{share!r}\0{read_index(prepared)['corpus_hash']}\0".encode())
+    for name, (weight, part) in blend_parts.items():
+        progress.print(f"part {name}, {weight:.1%} of the samples")
+        prepared = prepare(replace(part, prepared=data.prepared, workers=data.workers), shared, progress.show)
+        records.append({"name": name, "weight": weight, "folder": os.path.relpath(prepared, folder)})
+        known.update(f"{name}\0{weight!r}\0{read_index(prepared)['corpus_hash']}\0".encode())
     index = {"format": FORMAT, "name": data.name, "source": "blend", "corpus_hash": known.hexdigest(), "parts": records}
     write_json(folder / INDEX, index | _about(tokenizer))
 
 
 @dataclass
 class _Facts:
-    """What is gathered while a corpus is read; complete when the last group has been cut."""
+    """Facts collected while a corpus is read, complete after its last group."""
 
     corpus: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))  # of the text and of what is held out
     held_out_text: bytearray | None = field(default_factory=bytearray)  # None: more than XZ_LIMIT
 
 
-def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, report: Report) -> None:
+def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, progress: ProgressReporter) -> None:
     before = fingerprint(data)
     threshold = _threshold(data)
-    tokenizer, path = _tokenizer(config, folder, lambda budget: _sample(data, threshold, budget, report), report)
+    tokenizer, path = _tokenizer(config, folder, lambda budget: _sample(data, threshold, budget, progress), progress)
     dtype = token_dtype(tokenizer.vocab_size)
     facts, done = _Facts(), {}
     workers = data.workers or len(os.sched_getaffinity(0))
@@ -168,18 +175,18 @@ def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, rep
             else:
                 done[group.number] = shards
 
-    report.start(f"tokenizing {data.name}")
+    progress.start(f"tokenizing {data.name}")
     with contextlib.closing(encode_groups(unfinished(), folder, path, workers)) as encoded:
         for group, shards in encoded:
             done[group.number] = shards
-            report.share(group.share)
+            progress.update(group.fraction)
     if fingerprint(data) != before:
         raise UserError(f"the corpus data={data.name} was changed while it was read; run the same command again")
     shards = [shard for number in sorted(done) for shard in done[number]]
     facts.corpus.update(tokenizer.hash.encode())
-    report.start("compressing the held-out text with xz, for comparison")
+    progress.start("compressing the held-out text with xz, for comparison")
     held_out = facts.held_out_text
-    xz = _xz(held_out, report) * 8 / len(held_out) if held_out else None
+    xz = _xz(held_out, progress) * 8 / len(held_out) if held_out else None
     index = {
         "format": FORMAT,
         "name": data.name,
@@ -195,12 +202,12 @@ def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, rep
     write_json(folder / INDEX, index | _about(tokenizer))
 
 
-def _xz(text: bytearray, report: Report) -> int:
-    """Return the bytes that `xz -9` makes of a text; in steps, so that Ctrl-C ends it."""
+def _xz(text: bytearray, progress: ProgressReporter) -> int:
+    """Return the size in bytes of a text compressed with `xz -9`; in steps, so that Ctrl-C ends it."""
     compressor, size = lzma.LZMACompressor(preset=9), 0
     for start in range(0, len(text), MEGABYTE):
         size += len(compressor.compress(text[start : start + MEGABYTE]))
-        report.share(start / len(text))
+        progress.update(start / len(text))
     return size + len(compressor.flush())
 
 
@@ -209,15 +216,15 @@ def _about(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _digest(raw: bytes) -> tuple[int, int]:
-    """Return two independent 64-bit numbers of a text: by the first it is held out, by the second it is sampled."""
+    """Return two independent 64-bit hashes of a text: the first decides whether it is held out, the second samples it."""
     digest = hashlib.blake2b(raw, digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
 def _threshold(data: DataConfig) -> int:
-    """Return the number below which a document's first hash number means that it is held out.
+    """Return the threshold: documents whose first hash lies below it are held out.
 
-    Equal texts fall on the same side. In a corpus of few documents it is moved so that each side has one at least.
+    Equal texts fall on the same side. In a corpus of few documents the threshold is moved so that each side has at least one.
     """
     limit = int(data.held_out * 2**64)
     if limit == 0:
@@ -234,12 +241,12 @@ def _threshold(data: DataConfig) -> int:
     return limit
 
 
-def _sample(data: DataConfig, threshold: int, budget: int, report: Report) -> list[str]:
-    """Return an even sample of the documents that are not held out, of about `budget` bytes, in the corpus's order.
+def _sample(data: DataConfig, threshold: int, budget: int, progress: ProgressReporter) -> list[str]:
+    """Return a uniform sample of the training documents, about `budget` bytes, in the order of the corpus.
 
-    Kept are those with the smallest second hash number: neither the order nor the size of files has a say.
+    It keeps those with the smallest second hash, so neither the order nor the size of files matters.
     """
-    report.start(f"reading {data.name} for the tokenizer")
+    progress.start(f"reading {data.name} for the tokenizer")
     kept: list[tuple[int, int, int, str]] = []  # a heap: (-second number, place, bytes, text)
     size = 0
     for place, document in enumerate(documents(data)):
@@ -250,12 +257,14 @@ def _sample(data: DataConfig, threshold: int, budget: int, report: Report) -> li
             size += len(raw)
             while size > budget and len(kept) > 1:
                 size -= heapq.heappop(kept)[2]
-        report.share(document.share)
+        progress.update(document.fraction)
     return [text[:budget] for _, _, _, text in sorted(kept, key=lambda entry: entry[1])]
 
 
-def _tokenizer(config: TokenizerConfig, folder: Path, sample: Any, report: Report) -> tuple[Tokenizer, Path]:
-    """Return the tokenizer and its file in `folder`: the one that is there, the one that `config` names, or a new one.
+def _tokenizer(
+    config: TokenizerConfig, folder: Path, sample: Any, progress: ProgressReporter
+) -> tuple[Tokenizer, Path]:
+    """Return the tokenizer and its file in `folder`: the existing one, the one that `config` names, or a new one.
 
     `sample(bytes)` gives the documents to train on; it is called only if one is trained.
     """
@@ -267,18 +276,18 @@ def _tokenizer(config: TokenizerConfig, folder: Path, sample: Any, report: Repor
     else:
         texts = sample(config.train_megabytes * MEGABYTE)
         megabytes = sum(map(len, texts)) / 1e6
-        report.start(f"training a tokenizer of {config.vocab_size} pieces on {megabytes:.2f} MB")
-        tokenizer = run_apart(train_sentencepiece, texts, config.vocab_size, folder / FILE_NAMES[0])
+        progress.start(f"training a tokenizer of {config.vocab_size} pieces on {megabytes:.2f} MB")
+        tokenizer = run_in_subprocess(train_sentencepiece, texts, config.vocab_size, folder / FILE_NAMES[0])
     return tokenizer, tokenizer.save(folder)
 
 
 def _groups(data: DataConfig, threshold: int, facts: _Facts) -> Iterator[Group]:
-    """Cut the corpus into groups of about `data.shard_megabytes` of text; a document is never cut."""
+    """Split the corpus into groups of about `data.shard_megabytes` of text, between documents."""
 
     def empty() -> tuple[dict[str, list[str]], dict[str, int], Any]:
         return {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0), hashlib.blake2b(digest_size=16)
 
-    number, share = 0, 0.0
+    number, fraction = 0, 0.0
     texts, sizes, text_hash = empty()
     for document in documents(data):
         raw = document.text.encode()
@@ -286,7 +295,7 @@ def _groups(data: DataConfig, threshold: int, facts: _Facts) -> Iterator[Group]:
         split = "held_out" if held_out else "train"
         texts[split].append(document.text)
         sizes[split] += len(raw)
-        share = document.share
+        fraction = document.fraction
         mark = hashlib.blake2b(raw, digest_size=16).digest() + bytes([held_out])
         text_hash.update(mark)
         facts.corpus.update(mark)
@@ -295,15 +304,15 @@ def _groups(data: DataConfig, threshold: int, facts: _Facts) -> Iterator[Group]:
             if len(facts.held_out_text) > XZ_LIMIT:
                 facts.held_out_text = None
         if sum(sizes.values()) >= data.shard_megabytes * MEGABYTE:
-            yield Group(number, texts, sizes, text_hash.hexdigest(), share)
+            yield Group(number, texts, sizes, text_hash.hexdigest(), fraction)
             number += 1
             texts, sizes, text_hash = empty()
     if any(texts.values()):
-        yield Group(number, texts, sizes, text_hash.hexdigest(), share)
+        yield Group(number, texts, sizes, text_hash.hexdigest(), fraction)
 
 
 def main(argv: list[str]) -> int:
-    """The command: prepare what the overrides say and print what came out."""
+    """Prepare the corpus that the overrides select, and print its statistics."""
     from conf.load import load
     from data.batches import open_dataset
 
@@ -318,12 +327,12 @@ def main(argv: list[str]) -> int:
         print(
             f"  part       {part.name}: {part.weight:.1%} of the samples, {part.train.tokens:,} tokens in {part.folder}"
         )
-    print(f"  tokenizer  {dataset.vocab_size:,} pieces, {size / tokens:.3f} bytes a token")
+    print(f"  tokenizer  {dataset.vocab_size:,} pieces, {size / tokens:.3f} bytes per token")
     print(f"  documents  {count:,}, of which held out {held_out.documents:,}")
     print(f"  tokens     {tokens:,}, of which held out {held_out.tokens:,}")
     print(f"  text       {size / 1e6:,.2f} MB, of which held out {held_out.text_bytes / 1e6:,.2f} MB")
     if dataset.xz_bits_per_byte is not None:
-        print(f"  xz -9      {dataset.xz_bits_per_byte:.3f} bits a byte of the held-out text")
+        print(f"  xz -9      {dataset.xz_bits_per_byte:.3f} bits per byte of the held-out text")
     return 0
 
 

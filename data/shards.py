@@ -1,8 +1,8 @@
-"""Shards: the format on disk (drawn in `data/__init__.py`), how one is written, and reading tokens across shards.
+"""Shards: write the on-disk format (see `data/__init__.py`), check it, and read tokens across shards.
 
-Nothing appears under its final name half-written. Every open checks every size; checksums cost a read of the whole set,
-so `open_shards` checks them itself only where that takes well under a second, and `python -m data.verify` anywhere.
-What is written into which shard is decided in `prepare.py`.
+Every file is written atomically. Opening checks every size. Checksums require reading the whole set, so `open_shards`
+verifies them only where that takes well under a second; `python -m data.verify` always does. `prepare.py` decides which
+documents go into which shard.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy as np
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, say_why
 
-FORMAT = 1  # of the folder; a folder of another format is prepared anew beside it
+FORMAT = 1  # of the folder; a folder of another format is prepared again beside it
 INDEX = "index.json"
 SPLITS = ("train", "held_out")
-VERIFY_AT_OPEN = 256 << 20  # bytes of a set whose checksums are checked at every open: a quarter of a second
-OPEN_FILES = 256  # maps that a reader keeps; each holds a file descriptor, and 1024 is a common limit of a process
+VERIFY_AT_OPEN = 256 << 20  # bytes of a set whose checksums every open verifies: a quarter of a second
+OPEN_FILES = 256  # maps that a reader keeps open; each holds a file descriptor, and 1024 is a common limit per process
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Shard:
 
     name: str  # "train-00012", without .bin
     split: str  # train | held_out
-    tokens: int  # with one end-of-text a document
+    tokens: int  # with one end-of-text per document
     documents: int
     bytes: int  # of text, UTF-8
     checksum: str  # blake2b of the .bin, then the .idx
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Return the number format of tokens on disk: 2 bytes as long as every id fits."""
+    """Return the dtype of tokens on disk: 2 bytes if every id fits, else 4."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -49,15 +49,15 @@ def write_shard(
     folder: Path,
     split: str,
     number: int,
-    documents: Sequence[Sequence[int]],
+    documents: Sequence[Sequence[int] | np.ndarray],
     text_bytes: int,
     eos_id: int,
     vocab_size: int,
 ) -> Shard:
-    """Write the tokens of some documents, each followed by `eos_id`, as one shard, and return its record.
+    """Write the tokens of documents, each followed by `eos_id`, as one shard, and return its record.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; nothing is left under the shard's name then.
+        UserError: the disk is full or the folder cannot be written; no file of the shard's name is left then.
     """
     name = f"{split}-{number:05d}"
     ends = np.cumsum([len(ids) + 1 for ids in documents], dtype="<i8")
@@ -96,14 +96,14 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is {what}; run python -m data.prepare with its data=... overrides") from error
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and prepare the folder again") from error
-    whole = isinstance(index, dict) and {"vocab_size", "eos_id", "tokenizer_hash", "corpus_hash"} <= index.keys()
-    if not whole or index.get("format") != FORMAT:
+    is_complete = isinstance(index, dict) and {"vocab_size", "eos_id", "tokenizer_hash", "corpus_hash"} <= index.keys()
+    if not is_complete or index.get("format") != FORMAT:
         raise UserError(f"{path} is not of format {FORMAT}; delete the folder and prepare it again")
     return index
 
 
 def shard_checksum(folder: Path, shard: Shard) -> str:
-    """Return the checksum of a shard's files as they are now (hex)."""
+    """Return the checksum of a shard's files as they are now, in hexadecimal."""
     checksum = hashlib.blake2b(digest_size=16)
     for suffix in (".bin", ".idx"):
         with open(folder / (shard.name + suffix), "rb") as file:
@@ -113,7 +113,7 @@ def shard_checksum(folder: Path, shard: Shard) -> str:
 
 
 def shard_problem(folder: Path, shard: Shard, dtype: np.dtype, checksum: bool = True) -> str | None:
-    """Say in half a sentence what is wrong with a shard ("FILE is ..."), or None if it is sound.
+    """Return what is wrong with a shard as a clause ("FILE is ..."), or None if it is intact.
 
     Args:
         checksum: read the files and compare their checksum; else only compare their sizes.
@@ -121,28 +121,28 @@ def shard_problem(folder: Path, shard: Shard, dtype: np.dtype, checksum: bool = 
     for suffix, size in ((".bin", shard.tokens * dtype.itemsize), (".idx", shard.documents * 8)):
         path = folder / (shard.name + suffix)
         try:
-            found = path.stat().st_size
+            actual = path.stat().st_size
         except OSError as error:
             return f"{path} cannot be read ({error.strerror})"
-        if found != size:
-            return f"{path} has {found} bytes and should have {size}"
+        if actual != size:
+            return f"{path} has {actual} bytes and should have {size}"
     if checksum and shard_checksum(folder, shard) != shard.checksum:
-        return f"{folder / shard.name}.bin or .idx is not what was written (its checksum differs)"
+        return f"{folder / shard.name}.bin or .idx differs from what was written (its checksum does not match)"
     return None
 
 
 class ShardSet:
     """The tokens of several shards as one sequence, memory-mapped.
 
-    The sequence is a ring: it goes on at its beginning after its end. Its last token is an end-of-text, so that token
-    -1, the one before the first, is one too, and the seam is a document end like any other.
+    The sequence is a ring: after its end it continues at its beginning. Its last token is an end-of-text, and so is token
+    -1, the one before the first: the wrap-around is an ordinary end of a document.
 
     Attributes:
         tokens: length of the sequence. documents, text_bytes: what it holds.
     """
 
     def __init__(self, shards: Sequence[tuple[Path, Shard]], dtype: np.dtype) -> None:
-        """Take shards in order, each with its folder, and the dtype of all. `open_shards` checks them first."""
+        """Take shards in order, each with its folder, and their common dtype. `open_shards` checks them first."""
         self.shards, self.dtype = list(shards), dtype
         self._ends = np.cumsum([shard.tokens for _, shard in self.shards], dtype=np.int64)
         self.tokens = int(self._ends[-1]) if self.shards else 0
@@ -159,7 +159,7 @@ class ShardSet:
             raise UserError(f"cannot read the shard {path}: {error}") from error
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return tokens [start, start + count) of the ring: int64, (count,). Any `start` is good, -1 included."""
+        """Return tokens [start, start + count) of the ring: int64, (count,). Any `start` is valid, -1 included."""
         if self.tokens == 0:
             raise IndexError("a set without tokens")
         out = np.empty(count, np.int64)
@@ -198,7 +198,7 @@ def open_shards(folder: Path, index: dict[str, Any], split: str) -> ShardSet:
 
 
 def write_group(folder: Path, number: int, text_hash: str, tokenizer_hash: str, shards: Sequence[Shard]) -> None:
-    """Record that the shards of stretch `number` are complete; written after them."""
+    """Record that the shards of group `number` are complete; written after them."""
     record = {"text_hash": text_hash, "tokenizer_hash": tokenizer_hash, "shards": [asdict(shard) for shard in shards]}
     write_json(folder / f"group-{number:05d}.json", record)
 
@@ -206,16 +206,16 @@ def write_group(folder: Path, number: int, text_hash: str, tokenizer_hash: str, 
 def finished_group(
     folder: Path, number: int, text_hash: str, tokenizer_hash: str, dtype: np.dtype
 ) -> list[Shard] | None:
-    """Return the shards of stretch `number` if an earlier preparation finished them from this very text, else None."""
+    """Return the shards of group `number` if an earlier preparation finished them from the same text, else None."""
     path = folder / f"group-{number:05d}.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         same = (record["text_hash"], record["tokenizer_hash"]) == (text_hash, tokenizer_hash)
         shards = [Shard(**shard) for shard in record["shards"]]
     except (OSError, ValueError, TypeError, KeyError):
-        return None  # not written yet, or by a version that wrote something else: done again
-    sound = same and not any(shard_problem(folder, shard, dtype) for shard in shards)
-    return shards if sound else None
+        return None  # not written yet, or by a version with another record: prepared again
+    intact = same and not any(shard_problem(folder, shard, dtype) for shard in shards)
+    return shards if intact else None
 
 
 def remove_leftovers(folder: Path, keep: set[str] | None = None) -> None:

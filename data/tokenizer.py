@@ -1,11 +1,11 @@
-"""Text to token ids and back: SentencePiece tokenizers that are trained here, and foreign ones that are loaded.
+"""Encode and decode text: SentencePiece tokenizers trained here, and Hugging Face or SentencePiece ones that are loaded.
 
 Notable here:
-- a tokenizer trained here is exact: decode(encode(text)) == text for every text that UTF-8 can hold;
-- what looks like a special token in a text ("</s>") is text, never the end of a document;
-- long texts are encoded in stretches, so that time and memory grow linearly.
+- a tokenizer trained here is lossless: decode(encode(text)) == text for every text that UTF-8 can encode;
+- a special token spelled out in a text ("</s>") is text, never the end of a document;
+- long texts are encoded in pieces, so that time and memory grow linearly.
 
-Which text it is trained on is decided in `prepare.py`.
+`prepare.py` selects the training text.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ SPACE = "\u2581"  # what SentencePiece writes for a space; in a text it can only
 UNKNOWN = "\u2585"  # what its trainer writes for an unknown character; it leaves out documents that hold it
 STRETCH = (
     1 << 16
-)  # characters encoded at once; SentencePiece is slower a character, and needs GBs, on much longer texts
+)  # characters encoded at once; on much longer texts SentencePiece is slower per character and needs gigabytes
 EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<end_of_text>")
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 PROBE = "  a  b\t\r\n\x00</s> \u00e9e\u0301\ufb01\u3000\U0001f600 \n   def"  # changed by whatever normalises
 
 
 class Tokenizer(abc.ABC):
-    """What both kinds share. `load_tokenizer` and `train_sentencepiece` make one.
+    """The interface of both kinds. `load_tokenizer` and `train_sentencepiece` return one.
 
     Attributes:
         vocab_size: number of ids; every id is below it.
@@ -79,7 +79,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of some ids. Bytes that are no UTF-8 (a cut character) become U+FFFD."""
+        """Return the text of token ids. Bytes that are not UTF-8 (part of a character) become U+FFFD."""
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the model file into `folder` as tokenizer.model or tokenizer.json and return its path."""
@@ -142,7 +142,7 @@ class _SentencePiece(Tokenizer):
 
 
 def _stretches(text: str) -> Iterator[str | None]:
-    """Cut a text after line ends into stretches of at most STRETCH characters, with None in place of every U+2581."""
+    """Split a text after line ends into stretches of at most STRETCH characters, with None for every U+2581."""
     for i, piece in enumerate(text.split(SPACE)):
         if i:
             yield None
@@ -184,7 +184,7 @@ class _HuggingFace(Tokenizer):
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Load a SentencePiece `.model`, a Hugging Face `tokenizer.json`, or the one that lies in a folder.
+    """Load a SentencePiece `.model`, a Hugging Face `tokenizer.json`, or the one in a folder.
 
     Raises:
         UserError: it is missing or unreadable, no tokenizer, or has no end-of-text token.
@@ -199,7 +199,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
-    return (_HuggingFace if path.suffix == ".json" else _SentencePiece)(raw, str(path))
+    kind = _HuggingFace if path.suffix == ".json" else _SentencePiece
+    return kind(raw, str(path))
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str] | None = None) -> Tokenizer:
@@ -226,7 +227,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
     tokenizer = _SentencePiece(model.getvalue(), "the trained tokenizer")
     if not tokenizer.exact:
         raise UserError(
-            "the trained tokenizer does not give texts back exactly; TRAINER in data/tokenizer.py is to blame"
+            "the trained tokenizer does not give texts back exactly; an option of TRAINER in data/tokenizer.py is lossy"
         )
     if path is not None:
         with say_why("write", path), atomic_write(path, "wb") as file:

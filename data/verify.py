@@ -1,7 +1,7 @@
-"""`python -m data.verify FOLDER`, or with the overrides of `data.prepare`: every bit of a prepared folder is checked.
+"""Check every byte of a prepared folder: `python -m data.verify FOLDER`, or with the overrides of `data.prepare`.
 
-Checksums, sizes, document boundaries, that every token is in the vocabulary, and that the tokenizer is the one that
-made the shards.
+It checks checksums, sizes and document boundaries, that every token is in the vocabulary, and that the tokenizer is the
+one that made the shards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kernels.common.errors import UserError
 
 
 def check_shard(folder: Path, shard: Shard, vocab_size: int, eos_id: int) -> str | None:
-    """Say what is wrong with a shard, or None. Reads all of it."""
+    """Read all of a shard and return what is wrong with it, or None."""
     dtype = token_dtype(vocab_size)
     if problem := shard_problem(folder, shard, dtype):
         return problem
@@ -33,7 +33,7 @@ def check_shard(folder: Path, shard: Shard, vocab_size: int, eos_id: int) -> str
 
 
 def verify(folder: str | os.PathLike[str]) -> list[str]:
-    """Check a prepared folder, and the parts of a blend; print a line a shard, return what is wrong, a sentence each.
+    """Check a prepared folder, and the parts of a blend; print a line per shard and return a sentence per problem.
 
     Raises:
         UserError: there is no readable index to check against.
@@ -62,7 +62,7 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """The command: status 1 and a sentence for each thing that is broken."""
+    """Print a sentence per problem; return 1 if there are any."""
     import sys
 
     if len(argv) == 1 and (os.path.isdir(argv[0]) or ("=" not in argv[0] and not argv[0].startswith("-"))):
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if not problems:
-        print("all is as it was written")
+        print("all files are as they were written")
     return 1 if problems else 0
 
 

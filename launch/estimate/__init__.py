@@ -1,7 +1,7 @@
-"""What a run needs and costs, before it is started, from its configuration alone and without torch.
+"""Estimates of memory, time and cost from a configuration alone, without torch.
 
-counts.py       parameters, FLOPs and bytes: of the model's shape, of what ranks send, of what they keep
+counts.py       parameters, FLOPs, bytes sent and bytes kept
 step_time.py    the time of a step on a cluster's hardware
-search.py       memory, time and money of a configuration; which others would fit and be fastest
-console.py      what `python -m launch.estimate` prints; plot.py draws it
+search.py       memory, time and cost of a configuration; a search for the fastest one that fits
+console.py      the console output of `python -m launch.estimate`; plot.py draws its figure
 """

@@ -1,12 +1,12 @@
-"""What a run needs and costs, before it is started: `python -m launch.estimate cluster=h100 nodes=8 model=llama3_8b`.
+"""Estimate memory, time and cost before a run starts: `python -m launch.estimate cluster=h100 nodes=8 model=llama3_8b`.
 
-    cluster=NAME            a machine of conf/cluster      nodes=1              how many
-    cluster.KEY=VALUE       another value of it            ranks_per_node=N     one for each GPU of a node if not said
-    KEY=VALUE               as for train.py                --plot[=FILE]        draw MFU and cost against the number of GPUs
+    cluster=NAME            a file of conf/cluster         nodes=1              number of nodes
+    cluster.KEY=VALUE       overrides one of its keys      ranks_per_node=N     default: one per GPU of a node
+    KEY=VALUE               as for train.py                --plot[=FILE]        plot MFU and cost against the number of GPUs
 
-Prints the memory of a GPU, the time of a step, and what the whole run takes; and which tensor size, ZeRO stage, micro-batch
-and checkpointing would fit and be fastest. No GPU is needed. launch/estimate/counts.py and
-step_time.py beside it say how this is estimated; bench/results/estimate.md holds it against published and measured runs.
+Prints the memory per GPU, the time per step, and the cost of the whole run; then the tensor sizes, ZeRO stages, micro-batches
+and checkpointing settings that fit, fastest first. No GPU is needed. launch/estimate/counts.py and
+step_time.py beside it define the estimate; bench/results/estimate.md compares it with published and measured runs.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def main(argv: list[str]) -> int:
     argv = ["plot=estimate.png" if word == "--plot" else word.removeprefix("--") for word in argv]
     own = [word for word in argv if word.partition("=")[0] in _OPTIONS]
     options = read_options(own, _OPTIONS, {"nodes": 1, "ranks_per_node": 1})
-    cluster, words = read_group("cluster", ClusterConfig, [word for word in argv if word not in own], "cluster")
+    cluster, overrides = read_group("cluster", ClusterConfig, [word for word in argv if word not in own], "cluster")
     per_node = options["ranks_per_node"] or max(1, cluster.gpus_per_node)
     check(cluster, per_node)
-    config, gpus = load(words), options["nodes"] * per_node
-    asked = estimate(config, cluster, gpus, per_node)
-    found = sorted(search(config, cluster, gpus, per_node), key=fast_then_small)
+    config, gpus = load(overrides), options["nodes"] * per_node
+    requested = estimate(config, cluster, gpus, per_node)
+    candidates = sorted(search(config, cluster, gpus, per_node), key=fast_then_small)
     console = Console(file=sys.stdout, highlight=False, markup=False)
-    show(asked, found, console)
+    show(requested, candidates, console)
     if options["plot"]:
         draw(config, cluster, per_node, options["plot"])
         console.print(f"MFU and cost against GPUs: {options['plot']}")

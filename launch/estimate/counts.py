@@ -1,9 +1,9 @@
-"""Parameters, FLOPs and bytes of a configuration, without torch: what the summary prints and what estimates build on.
+"""Parameters, FLOPs and bytes of a configuration, without torch.
 
-Conventions: a multiply-add is two FLOPs; backward costs twice forward; the token embedding is a look-up and costs none.
-Of collectives what a rank sends is counted, in a ring of p ranks: 2 n (p - 1) / p bytes of an all-reduce of n bytes, half of
-that of an all-gather, a reduce-scatter or an all-to-all. Attention is counted causal, as in PaLM (arXiv 2204.02311, appendix
-B) but with half of its square, since no backend here computes the masked half on purpose. MFU is then FLOPs a token x
+Conventions: a multiply-add is two FLOPs; backward costs twice forward; the token embedding is a lookup and costs none.
+Traffic is the bytes that a rank sends in a ring of p ranks: 2 n (p - 1) / p for an all-reduce of n bytes, half of that for
+an all-gather, a reduce-scatter or an all-to-all. Attention is counted causal, as in PaLM (arXiv 2204.02311, appendix
+B) but with half of its square, since no backend here computes the masked half on purpose. MFU is FLOPs per token x
 tokens/s / peak FLOP/s.
 """
 
@@ -17,17 +17,17 @@ from conf.schema import Config, FFNConfig, ModelConfig, ParallelConfig
 from kernels.common.errors import UserError
 from kernels.formula import Formula
 
-VOCABULARY_MULTIPLE = 64  # rows of the embedding: GEMM tiles, and later vocabulary-parallel slices, divide it
-# Elements of one chunk of logits in the loss, and its least number of rows: with few rows the product for the weight gradient
-# spends its time on reading and writing the result.
+VOCABULARY_MULTIPLE = 64  # of the embedding's rows, so that GEMM tiles and tensor ranks divide them
+# Elements in one chunk of logits of the loss, and its minimum number of rows: with few rows the matmul of the weight gradient
+# spends its time reading and writing the result.
 _CHUNK_ELEMENTS = 2**22
 _CHUNK_ROWS = 256
-GATHERED_BUCKETS = 20  # times `zero.bucket_elements`: how many elements stage 3 keeps whole, at most
+GATHERED_BUCKETS = 20  # times `zero.bucket_elements`: the most elements that stage 3 keeps gathered
 
 
 @dataclasses.dataclass(frozen=True)
 class FFNShape:
-    """One feed-forward layer with every choice resolved."""
+    """One feed-forward layer, fully resolved."""
 
     arm: FFNConfig
     formula: Formula
@@ -56,14 +56,14 @@ class FFNShape:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A decoder with every choice resolved."""
+    """A decoder, fully resolved."""
 
     d_model: int
     n_layers: int
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    ffn: tuple[FFNShape, ...]  # of every layer
+    ffn: tuple[FFNShape, ...]  # per layer
     vocab_size: int  # rows of the embedding, the tokenizer's rounded up
     tied: bool
     qk_norm: bool
@@ -74,7 +74,7 @@ def shape_of(config: Config, tokenizer_size: int | None = None) -> Shape:
 
     Args:
         config: the run's configuration.
-        tokenizer_size: pieces of the tokenizer; None before it exists, then `tokenizer.vocab_size` stands for it.
+        tokenizer_size: pieces of the tokenizer; None: it does not exist yet, and `tokenizer.vocab_size` is taken.
     """
     model = config.model
     pieces = config.tokenizer.vocab_size if tokenizer_size is None else tokenizer_size
@@ -96,15 +96,15 @@ def _ffn_shape(arm: Arm, model: ModelConfig) -> FFNShape:
 
 
 def default_d_ff(d_ff_gated: int, formula: Formula) -> int:
-    """Return the width that gives an arm the FFN parameters of a gated one: 3/2 of it where there are 2 matrices, not 3."""
+    """Return the width at which an arm has the FFN parameters of a gated one: 3/2 of it with 2 matrices instead of 3."""
     return d_ff_gated if formula.gated else d_ff_gated * 3 // 2
 
 
 def check_divisibility(shape: Shape, parallel: ParallelConfig) -> None:
-    """Refuse to cut what tensor and context ranks cannot share evenly.
+    """Refuse tensor and context sizes that do not divide the heads, widths and vocabulary.
 
     Raises:
-        UserError: what cannot be cut, and the sizes that would do.
+        UserError: what is not divisible, and the sizes that would do.
     """
     tensor, context = parallel.tensor, parallel.context
     widths = {f"the d_ff={layer.d_ff} of ffn={layer.arm.name}": layer.d_ff for layer in shape.ffn}
@@ -114,15 +114,15 @@ def check_divisibility(shape: Shape, parallel: ParallelConfig) -> None:
         if size % tensor:
             common = math.gcd(*heads.values(), *widths.values(), *vocabulary.values())
             raise UserError(
-                f"parallel.tensor={tensor} does not divide {what}: this model can be cut over "
+                f"parallel.tensor={tensor} does not divide {what}: this model can be sharded over "
                 f"{_listed(common)} rank(s) (model.n_heads, model.n_kv_heads, model.d_ff and model.vocab_size decide)"
             )
     for what, size in heads.items():
         if size // tensor % context:
             each = "" if tensor == 1 else f", of which a tensor rank has {size // tensor}"
             raise UserError(
-                f"parallel.context={context} does not divide {what}{each}: around attention each of these ranks takes its "
-                f"share of the heads; {_listed(math.gcd(*heads.values()) // tensor)} would do"
+                f"parallel.context={context} does not divide {what}{each}: around attention each rank takes an equal "
+                f"number of heads; {_listed(math.gcd(*heads.values()) // tensor)} would do"
             )
 
 
@@ -133,7 +133,7 @@ def _listed(number: int) -> str:
 
 
 def parameters(shape: Shape) -> dict[str, int]:
-    """Return the number of parameters by part; the values add up to the whole model."""
+    """Return the number of parameters by part; the values sum to the whole model."""
     queries, keys_values = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     attention = shape.d_model * (2 * queries + 2 * keys_values)  # in: q, k, v; out: o
     norms = 2 * shape.d_model + (2 * shape.head_dim if shape.qk_norm else 0)
@@ -148,9 +148,9 @@ def parameters(shape: Shape) -> dict[str, int]:
 
 
 def flops_per_token(shape: Shape, sequence_length: int) -> dict[str, int]:
-    """Return training FLOPs (forward and backward) a token by part; the values add up to the whole step."""
+    """Return training FLOPs (forward and backward) per token by part; the values sum to the whole step."""
     by_part = parameters(shape)
-    # Scores and their product with the values: 2 x 2 x head_dim x positions seen, on average (length + 1) / 2.
+    # Scores and their product with the values: 2 x 2 x head_dim x positions attended to, on average (length + 1) / 2.
     scores = shape.n_layers * 2 * shape.n_heads * shape.head_dim * (sequence_length + 1)
     forward = {
         "attention": 2 * by_part["attention"] + scores,
@@ -161,10 +161,10 @@ def flops_per_token(shape: Shape, sequence_length: int) -> dict[str, int]:
 
 
 def ffn_saved_bytes(layer: FFNShape, width: int = 2) -> int:
-    """Return the bytes a token that a feed-forward layer keeps for backward as `ffn.save` says, beside its input.
+    """Return the bytes per token that a feed-forward layer saves for backward (`ffn.save`), without its input.
 
     Args:
-        width: bytes of an element.
+        width: bytes per element.
     """
     pre_activations = layer.matrices - 1
     kept = {"packed": pre_activations, "output": 1, "everything": pre_activations + 1, "input": 0}[layer.arm.save]
@@ -176,22 +176,22 @@ def tensor_traffic(
 ) -> dict[str, float]:
     """Return the bytes that a tensor rank sends for forward and backward of one micro-batch, by part.
 
-    Of a layer that is 4 all-reduces of the activations, 8 b s h (t - 1) / t elements: Narayanan 2021, arXiv 2104.04473, section
+    Per layer that is 4 all-reduces of the activations, 8 b s h (t - 1) / t elements: Narayanan 2021, arXiv 2104.04473, section
     3.2. Sequence parallelism makes them 4 reduce-scatters and 4 all-gathers, of the same volume, and gathers the input of two
-    products again in backward, 2 more: Korthikanti 2022, arXiv 2205.05198, section 4.2.2. The rest is small: what a token's
-    loss needs of other ranks, and the gradients of parameters that every rank has.
+    matmuls again in backward, 2 more: Korthikanti 2022, arXiv 2205.05198, section 4.2.2. The rest is small: the loss
+    needs a few numbers per token from other ranks, and gradients of replicated parameters are reduced.
 
     Args:
-        tokens: of a rank's micro-batch, b s; a context rank's share of them.
-        width: bytes of an element of the activations.
-        recompute: whether each layer's forward is computed again in backward.
+        tokens: of a rank's micro-batch, b s, divided over context ranks.
+        width: bytes per element of the activations.
+        recompute: whether backward recomputes each layer's forward.
     """
-    share = (parallel.tensor - 1) / parallel.tensor
+    ring = (parallel.tensor - 1) / parallel.tensor
     sequence = parallel.sequence and parallel.tensor > 1
-    unit = tokens * shape.d_model * width * share  # of one all-gather or reduce-scatter
-    norm = 2 * shape.d_model * width * share if sequence else 0.0
-    heads = 2 * 2 * shape.head_dim * width * share if shape.qk_norm else 0.0
-    learned = [2 * 4 * layer.learned_per_layer * share for layer in shape.ffn]  # in fp32
+    unit = tokens * shape.d_model * width * ring  # of one all-gather or reduce-scatter
+    norm = 2 * shape.d_model * width * ring if sequence else 0.0
+    heads = 2 * 2 * shape.head_dim * width * ring if shape.qk_norm else 0.0
+    learned = [2 * 4 * layer.learned_per_layer * ring for layer in shape.ffn]  # in fp32
     layer = (10 if sequence else 8) * unit + (4 * unit if recompute else 0.0) + 2 * norm + heads
     return {
         "embedding": 2 * unit,
@@ -201,41 +201,41 @@ def tensor_traffic(
 
 
 def context_traffic(shape: Shape, parallel: ParallelConfig, tokens: int, width: int, recompute: bool = False) -> float:
-    """Return the bytes that a context rank sends around attention for one micro-batch, in all layers.
+    """Return the bytes that a context rank sends around attention for one micro-batch, over all layers.
 
-    Two all-to-alls each way, of queries, keys and values and of the result: Jacobs 2023, arXiv 2309.14509, section 3.2.
+    Two all-to-alls each in forward and backward: of queries, keys and values, and of the result
+    (Jacobs 2023, arXiv 2309.14509, section 3.2).
 
     Args:
-        tokens: of this rank's share of the micro-batch.
+        tokens: of this rank's part of the micro-batch.
     """
     heads = (2 * shape.n_heads + 2 * shape.n_kv_heads) // parallel.tensor
-    share = (parallel.context - 1) / parallel.context
-    return (3 if recompute else 2) * shape.n_layers * heads * shape.head_dim * tokens * width * share
+    ring = (parallel.context - 1) / parallel.context
+    return (3 if recompute else 2) * shape.n_layers * heads * shape.head_dim * tokens * width * ring
 
 
 def zero_traffic(
     rank_parameters: int,
-    replicas: int,
+    dp_cp: int,
     stage: int,
     accumulation: int,
     width: int,
     gradient_width: int = 4,
     gathers: int | None = None,
 ) -> dict[str, float]:
-    """Return the bytes that a rank sends for ZeRO in a step.
+    """Return the bytes that a rank sends for ZeRO per step.
 
     In units of the parameters, ZeRO (Rajbhandari 2020, arXiv 1910.02054, section 7) needs 2 for stages 1 and 2, and 3 for
-    stage 3. DeepSpeed 0.19 adds up gradients with an all-reduce in stages 1 and 2, where a reduce-scatter would do: 3.
-    Padding is left out.
+    stage 3. DeepSpeed 0.19 reduces gradients with an all-reduce in stages 1 and 2, where a reduce-scatter would do: 3.
+    Padding is not counted.
 
     Args:
-        rank_parameters: of the model's part on a tensor rank.
-        width, gradient_width: bytes of a weight, and of a gradient on its way.
-        gathers: how often a weight is gathered in a step of stage 3; None: for forward and backward of each micro-batch. It
-        is less
-            for what DeepSpeed keeps meanwhile (`zero.bucket_elements` bounds that).
+        rank_parameters: parameters of a tensor rank.
+        width, gradient_width: bytes per weight, and per gradient element in communication.
+        gathers: how often a step of stage 3 gathers each weight; None: for forward and backward of every micro-batch.
+            DeepSpeed gathers weights less often that it keeps in between (`zero.bucket_elements` bounds them).
     """
-    unit = rank_parameters * (replicas - 1) / replicas
+    unit = rank_parameters * (dp_cp - 1) / dp_cp
     if stage < 3:
         gathers = min(stage, 1)
     elif gathers is None:
@@ -248,48 +248,51 @@ def zero_traffic(
 
 
 def rank_parameters(shape: Shape, tensor: int) -> int:
-    """Return the parameters of a tensor rank: its share of the matrices, and all that is not cut."""
+    """Return the parameters of a tensor rank: its shards, and everything that is replicated."""
     counts = parameters(shape)
-    kept = counts["norms"] + sum(layer.learned_per_layer for layer in shape.ffn)
-    return kept + (sum(counts.values()) - kept) // tensor
+    replicated = counts["norms"] + sum(layer.learned_per_layer for layer in shape.ffn)
+    return replicated + (sum(counts.values()) - replicated) // tensor
 
 
 def state_bytes(
     shape: Shape,
     tensor: int,
-    replicas: int,
+    dp_cp: int,
     stage: int,
     bf16: bool = True,
     micro_batches: int = 1,
     offload: bool = False,
 ) -> dict[str, float]:
-    """Return the bytes of a rank's weights, gradients and optimizer state, without buffers that do not grow with the model.
+    """Return the bytes of a rank's weights, gradients and optimizer state, without buffers of fixed size.
 
-    The ZeRO paper (Rajbhandari 2020, arXiv 1910.02054, section 5) counts 2 + 2 + 12 bytes a parameter in bf16 and shares the
-    optimizer's from stage 1 on, the gradients from 2 on, the weights at 3. DeepSpeed 0.19 does otherwise in three places:
-    stage 1 frees the gradients of others as they are reduced, unless micro-batches are summed; these are summed in fp32; and
-    in fp32 ZeRO steps a copy of the weights. A replica that has nobody to share with is not partitioned at stage 1.
+    The ZeRO paper (Rajbhandari 2020, arXiv 1910.02054, section 5) counts 2 + 2 + 12 bytes per parameter in bf16 and partitions
+    the optimizer state from stage 1 on, the gradients from 2 on, the weights at 3. DeepSpeed 0.19 differs in three places:
+    stage 1 frees the gradients of other partitions once reduced, unless it accumulates micro-batches; it accumulates in fp32;
+    and in fp32 ZeRO updates a copy of the weights. Stage 1 on a single rank partitions nothing.
 
     Args:
-        micro_batches: of a step, on a rank.
+        dp_cp: ranks that ZeRO partitions over, data-parallel x context-parallel.
+        micro_batches: per step and rank.
         offload: whether the optimizer state is on the host, not on the device.
     """
-    own, width, alone = rank_parameters(shape, tensor), 2 if bf16 else 4, stage == 1 and replicas == 1 and not offload
+    own, width = rank_parameters(shape, tensor), 2 if bf16 else 4
+    unpartitioned = stage == 1 and dp_cp == 1 and not offload
     gradient = width
-    if bf16 and (micro_batches > 1 or alone):  # a sum in fp32; the bf16 gradients stay only beside a sum of one
+    # Accumulated in fp32; beside a single micro-batch the bf16 gradients stay.
+    if bf16 and (micro_batches > 1 or unpartitioned):
         gradient = 4 if micro_batches > 1 else 6
-    copies = bf16 or not (stage == 0 or alone)
+    copies = bf16 or not (stage == 0 or unpartitioned)
     keeps_all = stage == 0 or (stage == 1 and micro_batches > 1)
     return {
-        "weights": width * own / (replicas if stage >= 3 else 1),
-        "gradients": gradient * own / (1 if keeps_all else replicas),
-        "optimizer": 0.0 if offload else (12 if copies else 8) * own / (replicas if stage >= 1 else 1),
+        "weights": width * own / (dp_cp if stage >= 3 else 1),
+        "gradients": gradient * own / (1 if keeps_all else dp_cp),
+        "optimizer": 0.0 if offload else (12 if copies else 8) * own / (dp_cp if stage >= 1 else 1),
     }
 
 
-def logits_rows(tokens: int, words: int) -> int:
-    """Return for how many tokens at a time the loss computes the logits of `words` words (model/loss.py)."""
-    return max(1, min(tokens, max(_CHUNK_ROWS, _CHUNK_ELEMENTS // words)))
+def logits_rows(tokens: int, vocabulary: int) -> int:
+    """Return the number of tokens per chunk of logits in the loss, for this many vocabulary entries (model/loss.py)."""
+    return max(1, min(tokens, max(_CHUNK_ROWS, _CHUNK_ELEMENTS // vocabulary)))
 
 
 def activation_bytes(
@@ -297,32 +300,33 @@ def activation_bytes(
 ) -> dict[str, float]:
     """Return the bytes that a rank needs for forward and backward of a micro-batch, beside weights and gradients.
 
-    A layer keeps, of every token: its inputs of norms and of products (4 d_model), queries, keys and values before and after
-    rotation and the result of attention, the logarithm of the softmax's sum, the inverse deviations of the norms, and what
-    `ffn.save` says. Attention scores are never kept: all backends recompute them.
+    A layer saves, per token: the inputs of its norms and matmuls (4 d_model), queries, keys and values before and after
+    the rotary embedding, the output of attention, the softmax's logsumexp, the inverse RMS of the norms, and what `ffn.save`
+    selects. Attention scores are never saved: all backends recompute them.
 
     Args:
-        tokens: of the micro-batch, a context rank's share of them.
-        width: bytes of an element.
-        recompute: whether each layer keeps its input only.
+        tokens: of the micro-batch, divided over context ranks.
+        width: bytes per element.
+        recompute: whether each layer saves its input only.
 
     Returns:
-        "layers" is kept from forward to backward. On top are needed: "loss" at the end of forward, of which "output" (the
+        "layers" is kept from forward to backward. On top come: "loss" at the end of forward, of which "output" (the
         gradient of the output's weights, twice) stays until backward has used it; and "backward" within a layer's backward.
     """
-    cut, tensor = parallel.tensor if parallel.sequence else 1, parallel.tensor
+    tensor = parallel.tensor
+    sequence = tensor if parallel.sequence else 1  # ranks that split the tokens between matmuls
     queries, keys = shape.n_heads * shape.head_dim / tensor, shape.n_kv_heads * shape.head_dim / tensor
-    deviations = 4 * (2 / cut + (shape.n_heads + shape.n_kv_heads) / tensor * shape.qk_norm)
+    inverse_rms = 4 * (2 / sequence + (shape.n_heads + shape.n_kv_heads) / tensor * shape.qk_norm)
     attention = width * 3 * (queries + keys) + 4 * shape.n_heads / tensor
     each = [
-        width * 4 * shape.d_model / cut + attention + deviations + ffn_saved_bytes(layer, width) / tensor
+        width * 4 * shape.d_model / sequence + attention + inverse_rms + ffn_saved_bytes(layer, width) / tensor
         for layer in shape.ffn
     ]
     working = max(width * ((layer.matrices + 1) * layer.d_ff / tensor + 2 * shape.d_model) for layer in shape.ffn)
-    words = shape.vocab_size // tensor
-    states, output = tokens * shape.d_model * width, words * shape.d_model
-    chunk = logits_rows(tokens, words) * words * (width + (4 if tensor > 1 else 0))
-    layers = tokens * (shape.n_layers * width * shape.d_model / cut if recompute else sum(each))
+    vocabulary = shape.vocab_size // tensor
+    states, output = tokens * shape.d_model * width, vocabulary * shape.d_model
+    chunk = logits_rows(tokens, vocabulary) * vocabulary * (width + (4 if tensor > 1 else 0))
+    layers = tokens * (shape.n_layers * width * shape.d_model / sequence if recompute else sum(each))
     return {
         "layers": layers,
         "loss": 2 * states + (4 + width) * output + chunk,  # the gradient of the output's weights is summed in fp32
@@ -332,33 +336,32 @@ def activation_bytes(
 
 
 def peak_bytes(
-    config: Config, shape: Shape, replicas: int, micro_batch: int, micro_batches: int, bf16: bool = True
+    config: Config, shape: Shape, dp_cp: int, micro_batch: int, micro_batches: int, bf16: bool = True
 ) -> dict[str, float]:
-    """Return the most bytes that a rank needs at once, by part; the values add up.
+    """Return the peak bytes of a rank, by part; the values sum to the peak.
 
-    That is at the end of forward, at the begin or the end of backward, or in the optimizer's step: what is there at the moment
-    that needs most.
+    The peak is at the end of forward, at the start or the end of backward, or in the optimizer step, whichever needs most.
 
     Args:
-        replicas: ranks that ZeRO shares states among.
-        micro_batch: sequences of a rank at once.
-        micro_batches: of a step, on a rank.
+        dp_cp: ranks that ZeRO partitions over, data-parallel x context-parallel.
+        micro_batch: sequences per rank at once.
+        micro_batches: per step and rank.
         bf16: else fp32.
     """
     zero, parallel, width = config.zero, config.parallel, 2 if bf16 else 4
     offload = zero.offload_optimizer
-    states = state_bytes(shape, parallel.tensor, replicas, zero.stage, bf16, micro_batches, offload)
-    own, share = rank_parameters(shape, parallel.tensor), replicas if zero.stage >= 1 else 1
+    states = state_bytes(shape, parallel.tensor, dp_cp, zero.stage, bf16, micro_batches, offload)
+    own, partitions = rank_parameters(shape, parallel.tensor), dp_cp if zero.stage >= 1 else 1
     tokens = micro_batch * config.sequence_length // parallel.context
     needs = activation_bytes(shape, parallel, tokens, width, config.model.activation_checkpointing)
-    bucket = min(zero.bucket_elements, own) if zero.stage and replicas > 1 else 0
+    bucket = min(zero.bucket_elements, own) if zero.stage and dp_cp > 1 else 0
     reduces = bucket * (width * (2 if zero.overlap else 1) + (4 if bf16 and config.precision.reduce == "fp32" else 0))
     gathered = width * min(GATHERED_BUCKETS * bucket, own) if zero.stage == 3 else 0.0
-    alone = zero.stage == 1 and replicas == 1 and not offload
-    # What stays from step to step: the sum of earlier micro-batches, or one that is kept in fp32 all the same.
-    waiting = states["gradients"] if micro_batches > 1 else 4.0 * own if alone and bf16 else 0.0
-    copies = (bf16 or zero.stage > 0) and not alone and not offload
-    stepping = (4 + (2 if bf16 and zero.stage < 3 else 0)) * own / share if copies else 0.0
+    unpartitioned = zero.stage == 1 and dp_cp == 1 and not offload
+    # Kept during forward: the sum over earlier micro-batches, or the fp32 gradient that stage 1 on a single rank keeps.
+    waiting = states["gradients"] if micro_batches > 1 else 4.0 * own if unpartitioned and bf16 else 0.0
+    copies = (bf16 or zero.stage > 0) and not unpartitioned and not offload
+    stepping = (4 + (2 if bf16 and zero.stage < 3 else 0)) * own / partitions if copies else 0.0
     gradients, layers, backward = states["gradients"], needs["layers"], needs["backward"]
     moments = [
         {"gradients": waiting, "activations": layers, "working": needs["loss"], "buffers": gathered},

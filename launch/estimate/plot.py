@@ -20,13 +20,13 @@ def draw(config: Config, cluster: ClusterConfig, per_node: int, path: str) -> No
     import matplotlib.ticker
     from matplotlib.figure import Figure
 
-    # A power of two can be shared by every number of GPUs that is one.
+    # Every power-of-two number of GPUs divides a power-of-two batch.
     config = dataclasses.replace(config, global_batch_size=2 ** round(math.log2(config.global_batch_size)))
-    best: list[Estimate] = []
+    best: list[Estimate] = []  # of each number of GPUs
     gpus = 1
     while gpus <= MOST_GPUS:
-        found = search(config, cluster, gpus, min(per_node, gpus))
-        if fastest := min(found, key=fast_then_small, default=None):
+        candidates = search(config, cluster, gpus, min(per_node, gpus))
+        if fastest := min(candidates, key=fast_then_small, default=None):
             best.append(fastest)
         gpus *= 2
     if not best:
@@ -47,7 +47,7 @@ def draw(config: Config, cluster: ClusterConfig, per_node: int, path: str) -> No
     lower.plot(counts, [e.hours for e in best], marker="s", color="#047857", label="hours")
     lower.set_yscale("log")
     lower.set_xscale("log", base=2)
-    lower.set_xlabel(f"GPUs ({cluster.hardware.device or cluster.name}, {per_node} a node)")
+    lower.set_xlabel(f"GPUs ({cluster.hardware.device or cluster.name}, {per_node} per node)")
     lower.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
     lower.legend()
     for axes in (upper, lower):

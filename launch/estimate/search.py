@@ -1,4 +1,4 @@
-"""What a configuration needs and costs on a number of GPUs, and which ones would fit and be fastest."""
+"""Memory, time and cost of a configuration on a number of GPUs; a search for the fastest one that fits."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from kernels.common.errors import UserError
 from launch.estimate.counts import Shape, check_divisibility, peak_bytes, shape_of
 from launch.estimate.step_time import ParallelLayout, StepTime, model_flops_utilization, step_time
 
-_SPARE = 0.08  # of a GPU's memory, for the CUDA context, NCCL and what the allocator cannot use
+_RESERVED = 0.08  # fraction of a GPU's memory: the CUDA context, NCCL and fragmentation
 MOST_GPUS = 16384
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a configuration needs on a number of GPUs."""
+    """Memory, time and cost of a configuration on a number of GPUs."""
 
     config: Config
     cluster: ClusterConfig
     gpus: int
     batch: Batch
     shape: Shape
-    memory: dict[str, float]  # bytes a GPU, by part
+    memory: dict[str, float]  # bytes per GPU, by part
     layout: ParallelLayout
     step: StepTime
 
     @property
     def fits(self) -> bool:
-        """Whether a GPU has that much memory, less a spare."""
-        return sum(self.memory.values()) <= (1 - _SPARE) * self.cluster.hardware.memory_gib * 2**30
+        """Whether a GPU has enough memory, a reserve included."""
+        return sum(self.memory.values()) <= (1 - _RESERVED) * self.cluster.hardware.memory_gib * 2**30
 
     @property
     def tokens_per_second(self) -> float:
@@ -48,7 +48,7 @@ class Estimate:
 
     @property
     def megawatt_hours(self) -> float:
-        """Of the nodes, cooling not counted."""
+        """Energy of the nodes, without cooling."""
         hardware, per_node = self.cluster.hardware, max(1, self.cluster.gpus_per_node)
         return self.hours * self.gpus * hardware.node_watts / per_node / 1e6
 
@@ -58,14 +58,14 @@ class Estimate:
 
     @property
     def choice(self) -> tuple[int, int, int, bool]:
-        """What `search` varies: tensor size, ZeRO stage, micro-batch, checkpointing."""
+        """The settings that `search` varies: tensor size, ZeRO stage, micro-batch, activation checkpointing."""
         config = self.config
         checkpoints = config.model.activation_checkpointing
         return config.parallel.tensor, config.zero.stage, self.batch.micro_batch, checkpoints
 
 
 def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int, shape: Shape | None = None) -> Estimate:
-    """Return what a configuration needs.
+    """Return the memory, time and cost of a configuration.
 
     Raises:
         UserError: it cannot train on that many ranks.
@@ -74,40 +74,51 @@ def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int, s
     shape = shape or shape_of(config)
     check_divisibility(shape, config.parallel)
     zero, bf16 = config.zero, config.precision.name != "fp32"
-    reduce = 2 if bf16 and config.precision.reduce == "bf16" else 4
+    gradient_width = 2 if bf16 and config.precision.reduce == "bf16" else 4
     # Stage 3 overlaps with the whole step, the others with the backward of the last micro-batch.
-    hidden = (1.0 if zero.stage == 3 else 2 / 3 / batch.accumulation) if zero.overlap else 0.0
+    overlap = (1.0 if zero.stage == 3 else 2 / 3 / batch.accumulation) if zero.overlap else 0.0
     layout = ParallelLayout(
-        shape, config.sequence_length, gpus, min(per_node, gpus), config.parallel, zero.stage, batch.micro_batch,
-        batch.accumulation, float(config.model.activation_checkpointing), hidden, bf16, reduce, zero.bucket_elements,
-        zero.offload_optimizer,
-    )  # fmt: skip
-    memory = peak_bytes(config, shape, layout.replicas, batch.micro_batch, batch.accumulation, bf16)
+        shape=shape,
+        sequence_length=config.sequence_length,
+        gpus=gpus,
+        gpus_per_node=min(per_node, gpus),
+        parallel=config.parallel,
+        stage=zero.stage,
+        micro_batch=batch.micro_batch,
+        micro_batches=batch.accumulation,
+        recompute=float(config.model.activation_checkpointing),
+        overlap=overlap,
+        bf16=bf16,
+        gradient_width=gradient_width,
+        bucket=zero.bucket_elements,
+        offload=zero.offload_optimizer,
+    )
+    memory = peak_bytes(config, shape, layout.dp_cp, batch.micro_batch, batch.accumulation, bf16)
     return Estimate(config, cluster, gpus, batch, shape, memory, layout, step_time(layout, cluster.hardware))
 
 
 def search(config: Config, cluster: ClusterConfig, gpus: int, per_node: int) -> Iterator[Estimate]:
-    """Yield what fits of all tensor sizes within a node, ZeRO stages, micro-batches and checkpointing on or off."""
+    """Yield what fits among all tensor sizes within a node, ZeRO stages, micro-batches, and checkpointing on or off."""
     shape = shape_of(config)
-    for tried in _combinations(config, gpus, per_node):
+    for candidate in _combinations(config, gpus, per_node):
         try:
-            found = estimate(tried, cluster, gpus, per_node, shape)
+            estimated = estimate(candidate, cluster, gpus, per_node, shape)
         except UserError:
             continue
-        if found.fits:
-            yield found
+        if estimated.fits:
+            yield estimated
 
 
-def fast_then_small(found: Estimate) -> tuple[float, float]:
-    """Order by time, and where that is the same to a hundredth by memory."""
-    return round(math.log(found.step.total), 2), sum(found.memory.values())
+def fast_then_small(candidate: Estimate) -> tuple[float, float]:
+    """Return a sort key: by time, and where times agree to one percent by memory."""
+    return round(math.log(candidate.step.total), 2), sum(candidate.memory.values())
 
 
 def _combinations(config: Config, gpus: int, per_node: int) -> Iterator[Config]:
-    share = config.global_batch_size * config.parallel.context
+    sequences = config.global_batch_size * config.parallel.context
     for tensor in (size for size in (1, 2, 4, 8, 16) if size <= min(per_node, gpus)):
-        own = share * tensor // gpus  # sequences of a rank in a step
-        for stage, micro in ((stage, 2**n) for stage in (1, 2, 3) for n in range(7) if 2**n <= max(1, own)):
+        per_rank = sequences * tensor // gpus  # in a step
+        for stage, micro in ((stage, 2**n) for stage in (1, 2, 3) for n in range(7) if 2**n <= max(1, per_rank)):
             for checkpoints in (False, True):
                 yield dataclasses.replace(
                     config,
@@ -118,36 +129,38 @@ def _combinations(config: Config, gpus: int, per_node: int) -> Iterator[Config]:
                 )
 
 
-def overrides_of(best: Estimate) -> list[str]:
-    tensor, stage, micro, checkpoints = best.choice
-    return [
-        f"parallel.tensor={tensor}", *(["parallel.sequence=true"] if tensor > 1 else []), f"zero={stage}",
-        f"micro_batch_size={micro}", f"model.activation_checkpointing={str(checkpoints).lower()}",
-    ]  # fmt: skip
+def overrides_of(candidate: Estimate) -> list[str]:
+    """Return the overrides that select what `search` varies."""
+    tensor, stage, micro, checkpoints = candidate.choice
+    overrides = [f"parallel.tensor={tensor}"]
+    if tensor > 1:
+        overrides.append("parallel.sequence=true")
+    overrides += [f"zero={stage}", f"micro_batch_size={micro}"]
+    return [*overrides, f"model.activation_checkpointing={str(checkpoints).lower()}"]
 
 
-def what_would_fit(asked: Estimate) -> str:
-    """Return the sentence that says what would have to change when no combination fits."""
-    config, cluster, per_node = asked.config, asked.cluster, asked.layout.gpus_per_node
-    gpus = asked.gpus
+def what_would_fit(requested: Estimate) -> str:
+    """Return a sentence on what would have to change so that a combination fits."""
+    config, cluster, per_node = requested.config, requested.cluster, requested.layout.gpus_per_node
+    gpus = requested.gpus
     while gpus <= MOST_GPUS:
         if any(True for _ in search(config, cluster, gpus, per_node)):
             break
         gpus *= 2
     sizes = []
-    for tried in _combinations(config, asked.gpus, per_node):
+    for candidate in _combinations(config, requested.gpus, per_node):
         try:
-            sizes.append(estimate(tried, cluster, asked.gpus, per_node, asked.shape))
+            sizes.append(estimate(candidate, cluster, requested.gpus, per_node, requested.shape))
         except UserError:
             continue
-    least = min(sizes, key=lambda e: sum(e.memory.values()), default=asked)
-    most = max(least.memory, key=least.memory.get)
+    least = min(sizes, key=lambda e: sum(e.memory.values()), default=requested)
+    largest = max(least.memory, key=lambda part: least.memory[part])
     needs = f"{sum(least.memory.values()) / 2**30:.1f} GiB with {' '.join(overrides_of(least))}"
     enough = gpus <= MOST_GPUS
     more = f"{gpus // per_node} nodes would do" if enough else f"no number of nodes up to {MOST_GPUS} GPUs would do"
     also = (
-        "zero=3 zero.offload_optimizer=true keeps the optimizer's state on the host" if most == "optimizer"
-        else "a shorter sequence_length or parallel.context=2 takes less" if most in ("activations", "working")
+        "zero=3 zero.offload_optimizer=true keeps the optimizer's state on the host" if largest == "optimizer"
+        else "a shorter sequence_length or parallel.context=2 takes less" if largest in ("activations", "working")
         else "a smaller model or GPUs with more memory"
     )  # fmt: skip
-    return f"nothing fits: the least is {needs}, most of it {most}; {more}, or {also}"
+    return f"nothing fits: the least is {needs}, most of it {largest}; {more}, or {also}"

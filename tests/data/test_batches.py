@@ -1,4 +1,4 @@
-"""Batches: sample i is a function of the seed and i alone, an epoch takes every window once, shares are exact."""
+"""Batches: sample i is a function of the seed and i alone, an epoch visits every window once, blend weights are exact."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from data.batches import (
     BLOCK,
     IGNORED,
     BatchStream,
+    _block_counts,
     _keys,
-    _shares,
     held_out_count,
     held_out_windows,
     open_dataset,
@@ -99,7 +99,7 @@ def test_a_sample_is_a_stretch_of_the_corpus(dataset):
         assert row.astype("<u2").tobytes() in text
 
 
-def test_blend_shares_are_exact_in_every_block(blend):
+def test_the_weights_of_a_blend_are_exact_in_every_block(blend):
     stream = BatchStream(blend, 16, seed=0)
     orders = []
     for block in (0, 1, 77):
@@ -119,10 +119,10 @@ def test_blend_shares_are_exact_in_every_block(blend):
     assert not np.array_equal(rows[part == 0][:5], rows[part == 1][:5])
 
 
-def test_shares_by_largest_remainder():
-    assert _shares([1 / 3, 1 / 3, 1 / 3]) == [334, 333, 333]
-    assert _shares([0.1, 0.2, 0.7]) == [100, 200, 700]
-    assert sum(_shares([0.12345, 0.5, 0.37655])) == BLOCK
+def test_block_counts_by_largest_remainder():
+    assert _block_counts([1 / 3, 1 / 3, 1 / 3]) == [334, 333, 333]
+    assert _block_counts([0.1, 0.2, 0.7]) == [100, 200, 700]
+    assert sum(_block_counts([0.12345, 0.5, 0.37655])) == BLOCK
 
 
 def test_a_weight_too_small_to_keep_is_refused(blend):

@@ -45,9 +45,9 @@ def test_text_from_files_globs_folders_and_packed_files(tmp_path):
     assert texts("text", str(tmp_path / "**/*.md")) == ["c"]
     listed = [str(tmp_path / "sub"), str(tmp_path / "b.txt"), str(tmp_path / "sub/c.md")]
     assert texts("text", listed) == ["c", "b\r\nü\r"]  # in the order of the list, each file once
-    shares = [d.share for d in documents(DataConfig(source="text", path=str(tmp_path)))]
-    assert all(b >= a - 1e-9 for a, b in itertools.pairwise(shares))
-    assert shares[-1] == pytest.approx(1)
+    fractions = [d.fraction for d in documents(DataConfig(source="text", path=str(tmp_path)))]
+    assert all(b >= a - 1e-9 for a, b in itertools.pairwise(fractions))
+    assert fractions[-1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("line", ["ä" * 70 + "\n", "äöü漢🙂"], ids=["lines", "one line"])
@@ -57,7 +57,7 @@ def test_a_large_text_is_cut_into_documents_without_loss(tmp_path, line):
     found = texts("text", str(tmp_path / "large.txt"))
     assert "".join(found) == whole
     assert len(found) > 10
-    assert max(len(text.encode()) for text in found) <= 2 * module.CUT
+    assert max(len(text.encode()) for text in found) <= 2 * module.SPLIT
     if "\n" in line:
         assert all(text.endswith("\n") for text in found)
 
@@ -89,10 +89,10 @@ def test_missing_empty_and_damaged_files_are_refused_by_name(tmp_path, monkeypat
     (tmp_path / "cut.txt.zst").write_bytes(zstandard.compress(bytes(range(256)) * 999)[:-5])
     (tmp_path / "fake.txt.gz").write_bytes(b"plain text")
     (tmp_path / "fake.txt.zst").write_bytes(b"plain text")
-    assert "cut.txt.gz is cut short" in refusal("text", str(tmp_path / "cut.txt.gz"))
-    assert "cut.txt.zst is cut short" in refusal("text", str(tmp_path / "cut.txt.zst"))
-    assert "fake.txt.gz is not a sound gzip file" in refusal("text", str(tmp_path / "fake.txt.gz"))
-    assert "fake.txt.zst is not a sound zstd file" in refusal("text", str(tmp_path / "fake.txt.zst"))
+    assert "cut.txt.gz is truncated" in refusal("text", str(tmp_path / "cut.txt.gz"))
+    assert "cut.txt.zst is truncated" in refusal("text", str(tmp_path / "cut.txt.zst"))
+    assert "fake.txt.gz is not a valid gzip file" in refusal("text", str(tmp_path / "fake.txt.gz"))
+    assert "fake.txt.zst is not a valid zstd file" in refusal("text", str(tmp_path / "fake.txt.zst"))
 
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")

@@ -151,7 +151,7 @@ def test_killed_and_resumed_is_the_same_as_uninterrupted(corpus, tmp_path, pytho
         return encode(folder, tokenizer, group)
 
     monkeypatch.setattr(data.pool, "encode_group", watch)
-    monkeypatch.setattr(data.prepare, "run_apart", None)  # the tokenizer is not trained again
+    monkeypatch.setattr(data.prepare, "run_in_subprocess", None)  # the tokenizer is not trained again
     assert prepare(config, tokenizer) == folder
     assert encoded[0] == 1
     assert encoded[1] == 4
@@ -176,15 +176,15 @@ def test_a_resume_with_shards_of_another_size_leaves_nothing_of_the_old(corpus, 
 DIE_AFTER_TWO = """
     config.workers = 2
     count = []
-    class Report(data.progress.Report):
-        def share(self, done):
+    class ProgressReporter(data.progress.ProgressReporter):
+        def update(self, fraction):
             if self.stage == "tokenizing":
                 count.append(1)
                 if len(count) == 2:
                     os.{call}
         def start(self, stage):
             self.stage = stage.split()[0]
-    data.prepare.Report = Report
+    data.prepare.ProgressReporter = ProgressReporter
 """
 
 
@@ -276,7 +276,7 @@ def test_a_folder_that_cannot_be_written_is_named(corpus, monkeypatch, tmp_path)
 
 def test_an_interrupt_does_not_wait_for_what_a_worker_is_doing(python):
     code = "import signal, time, data.pool; signal.signal(signal.SIGALRM, signal.default_int_handler)\n"
-    process = python(code + "signal.alarm(2); data.pool.run_apart(time.sleep, 600)")
+    process = python(code + "signal.alarm(2); data.pool.run_in_subprocess(time.sleep, 600)")
     _, complaint = process.communicate(timeout=60)
     assert complaint.rstrip().endswith("KeyboardInterrupt")
 
@@ -286,13 +286,13 @@ def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, python, with_sign
     kill = f"""
         import multiprocessing
         config.workers = 2
-        class Report(data.progress.Report):
+        class ProgressReporter(data.progress.ProgressReporter):
             def start(self, stage):
                 self.stage = stage
-            def share(self, done):
+            def update(self, fraction):
                 for child in multiprocessing.active_children() if "tokenizing" in self.stage else []:
                     os.kill(child.pid, signal.{with_signal})
-        data.prepare.Report = Report
+        data.prepare.ProgressReporter = ProgressReporter
         from kernels.common.errors import UserError
         try:
             data.prepare.prepare(config, tokenizer)
@@ -338,9 +338,9 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(corpus, monkeypatch):
 def test_the_tokenizer_is_trained_on_an_even_sample_without_held_out_text(corpus):
     config, _ = corpus
     threshold = data.prepare._threshold(config)
-    report = data.prepare.Report(False)
-    whole = data.prepare._sample(config, threshold, 1 << 30, report)
-    some = data.prepare._sample(config, threshold, 20_000, report)
+    progress = data.prepare.ProgressReporter(False)
+    whole = data.prepare._sample(config, threshold, 1 << 30, progress)
+    some = data.prepare._sample(config, threshold, 20_000, progress)
     dataset = open_dataset(prepare(*corpus))
     assert whole == decoded(dataset, dataset.parts[0].train)
     assert set(some) < set(whole)

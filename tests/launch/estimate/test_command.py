@@ -18,9 +18,9 @@ from tests.training.tiny import command
 H100, _ = read_group("cluster", ClusterConfig, ["cluster=h100"], "cluster")
 
 
-def step_sent(said: str) -> float:
-    """Return the gigabytes that a GPU sends in a step, as the command says."""
-    return float(re.search(r"ZeRO's traffic.* ([\d.]+) *$", said, re.MULTILINE)[1])
+def step_sent(printed: str) -> float:
+    """Return the gigabytes that a GPU sends per step, as the command prints them."""
+    return float(re.search(r"ZeRO traffic, not overlapped.* ([\d.]+) *$", printed, re.MULTILINE)[1])
 
 
 def asked_traffic(words: list[str]) -> float:
@@ -30,8 +30,8 @@ def asked_traffic(words: list[str]) -> float:
 def test_the_command_says_it_all_and_draws(tmp_path, capsys):
     picture = tmp_path / "estimate.png"
     assert main(["cluster=h100", "nodes=2", "model=llama_1b", f"--plot={picture}"]) == 0
-    said = capsys.readouterr().out
-    sent = step_sent(said)
+    printed = capsys.readouterr().out
+    sent = step_sent(printed)
     assert sent == pytest.approx(asked_traffic(["model=llama_1b"]) / 1e9, rel=1e-3)
     for part in (
         "parameters",
@@ -43,11 +43,11 @@ def test_the_command_says_it_all_and_draws(tmp_path, capsys):
         "hours",
         "MWh",
         "$",
-        "the first: ",
+        "overrides of the first: ",
     ):
-        assert part in said, part
+        assert part in printed, part
     assert picture.read_bytes().startswith(b"\x89PNG")
-    first = re.search(r"the first: (.*)", said)[1].split()
+    first = re.search(r"overrides of the first: (.*)", printed)[1].split()
     config = load(["model=llama_1b", *first])
     assert estimate(config, H100, 16, 8).fits
 

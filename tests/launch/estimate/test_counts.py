@@ -159,23 +159,23 @@ def test_a_preset_has_the_parameters_that_its_name_says_whatever_the_arm(preset)
 @pytest.mark.parametrize(
     ("model", "tensor", "context", "sentence"),
     [
-        ({}, 3, 1, "parallel.tensor=3 does not divide the 4 heads: this model can be cut over 1 or 2 rank(s)"),
+        ({}, 3, 1, "parallel.tensor=3 does not divide the 4 heads: this model can be sharded over 1 or 2 rank(s)"),
         (
             {},
             4,
             1,
-            "parallel.tensor=4 does not divide the 2 key/value heads: this model can be cut over 1 or 2 rank(s)",
+            "parallel.tensor=4 does not divide the 2 key/value heads: this model can be sharded over 1 or 2 rank(s)",
         ),
         (
             {"d_ff": 45, "n_kv_heads": 4},
             2,
             1,
-            "does not divide the d_ff=45 of ffn=swiglu: this model can be cut over 1 rank(s)",
+            "does not divide the d_ff=45 of ffn=swiglu: this model can be sharded over 1 rank(s)",
         ),
         ({"vocab_size": 65, "n_kv_heads": 4}, 2, 1, "parallel.tensor=2 does not divide the vocabulary of 65 rows"),
         ({}, 1, 4, "parallel.context=4 does not divide the 2 key/value heads: around attention"),
         ({}, 2, 2, "does not divide the 2 key/value heads, of which a tensor rank has 1: around attention"),
-        ({"n_heads": 8, "n_kv_heads": 8}, 2, 3, "takes its share of the heads; 1, 2 or 4 would do"),
+        ({"n_heads": 8, "n_kv_heads": 8}, 2, 3, "takes an equal number of heads; 1, 2 or 4 would do"),
     ],
 )
 def test_what_ranks_cannot_share_is_refused_with_what_they_could(model, tensor, context, sentence):
@@ -195,7 +195,7 @@ def test_a_tensor_rank_has_its_share_of_the_matrices_and_all_else(arm):
 
 
 @pytest.mark.parametrize(
-    ("replicas", "stage", "bf16", "micro_batches", "bytes_a_parameter"),
+    ("dp_cp", "stage", "bf16", "micro_batches", "bytes_per_parameter"),
     [  # weights, gradients, optimizer; found by counting live tensors, `python -m bench.memory`
         (2, 0, False, 1, 4 + 4 + 8),
         (2, 1, True, 1, 2 + 1 + 6),
@@ -214,11 +214,11 @@ def test_a_tensor_rank_has_its_share_of_the_matrices_and_all_else(arm):
         (1, 2, False, 1, 4 + 4 + 12),
     ],
 )
-def test_bytes_of_weights_gradients_and_optimizer(replicas, stage, bf16, micro_batches, bytes_a_parameter):
+def test_bytes_of_weights_gradients_and_optimizer(dp_cp, stage, bf16, micro_batches, bytes_per_parameter):
     shape = shape_of(config_of())
     for tensor in (1, 2):
-        found = state_bytes(shape, tensor, replicas, stage, bf16, micro_batches)
-        assert sum(found.values()) == bytes_a_parameter * rank_parameters(shape, tensor)
+        found = state_bytes(shape, tensor, dp_cp, stage, bf16, micro_batches)
+        assert sum(found.values()) == bytes_per_parameter * rank_parameters(shape, tensor)
 
 
 def test_an_offloaded_optimizer_takes_nothing_on_the_device():

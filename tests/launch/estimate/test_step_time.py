@@ -24,13 +24,13 @@ def test_a_step_is_made_of_what_is_counted():
     assert step.products == pytest.approx(flops / (hardware.bf16_flops * GEMM_EFFICIENCY))
     sent = 4 * sum(tensor_traffic(shape, layout.parallel, 2 * 8192, 2).values())
     assert step.tensor == pytest.approx(sent / (hardware.node_bandwidth * NETWORK_EFFICIENCY))
-    assert layout.replicas == 8  # of 16 ranks have the same part; 4 of these are on a node, with a network card each
+    assert layout.dp_cp == 8  # of 16 ranks have the same part; 4 of these are on a node, with a network card each
     total = sum(zero_traffic(rank_parameters(shape, 2), 8, 1, 4, 2).values())
     assert step.data == pytest.approx(total / (4 * hardware.network_bandwidth * NETWORK_EFFICIENCY))
     assert layout.tokens == 8 * tokens
-    hidden = step_time(dataclasses.replace(layout, hidden=1.0), hardware)
-    assert hidden.data == 0
-    assert hidden.products == step.products
+    overlapped = step_time(dataclasses.replace(layout, overlap=1.0), hardware)
+    assert overlapped.data == 0
+    assert overlapped.products == step.products
 
 
 def test_more_power_memory_and_network_are_never_slower():
