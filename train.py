@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     from training.machine import keep_freed_memory
 
     keep_freed_memory()
-    from training.loop import train
+    from training.run import train
 
     return train(config, ranks, launchers)
 

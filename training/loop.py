@@ -1,14 +1,11 @@
-"""A run from start to end: check, prepare, build, resume, train, evaluate, save, summarise.
+"""The training loop: train, evaluate, sample and save until the last step or a signal, then write the summary.
 
-Every user error is found before the process group exists. After that the ranks take the same decisions: they stop after the
-same step, and all of them take part in every save and evaluation.
+The ranks take the same decisions: they stop after the same step, and all of them take part in every save and evaluation.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,23 +15,15 @@ import torch
 import torch.distributed as dist
 
 from conf.schema import Config
-from conf.validate import Batch, config_hash, validate
-from data.batches import BatchStream, Dataset, open_dataset, sample_hash
-from data.prepare import prepare
-from kernels.common.errors import UserError
-from kernels.common.files import say_why
-from launch.estimate.counts import Shape, check_divisibility, parameters, shape_of
+from conf.validate import Batch, config_hash
+from data.batches import BatchStream, Dataset, sample_hash
+from launch.estimate.counts import Shape, parameters
 from launch.launchers import Launchers
 from launch.ranks import Ranks
-from model.attention import choose
-from model.decoder import Decoder
-from model.feed_forward import check_arms
 from model.generate import generate
-from model.weights import CheckpointReader, check_shapes, newest_intact
 from training import machine
-from training.console import Console
 from training.evaluation import HeldOut, evaluate
-from training.recorder import RunRecorder, held_out_line
+from training.recorder import RunRecorder
 from training.runfolder import RunFolder
 from training.schedule import lr_scale
 from training.signals import StopRequest
@@ -43,83 +32,6 @@ if TYPE_CHECKING:
     from training.engine import Engine
 
 MAX_SKIPPED_STEPS = 20  # in a row, for a non-finite gradient: beyond that the run has diverged
-
-
-def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
-    """Train, and return the exit status: 0 if the run finished, or was stopped by a signal and saved; 1 if it failed.
-
-    Raises:
-        UserError: bad input, found before any process group exists.
-    """
-    launched_at = time.monotonic()
-    batch = validate(config, ranks.world_size)
-    console = Console(enabled=ranks.rank == 0)
-    device = machine.find_device(ranks)
-    dtype = machine.find_dtype(config, device)
-    attention = choose(config.model.attention, device, dtype, config.sequence_length)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    folder = RunFolder(config)
-    if ranks.rank == 0:
-        folder.claim(config)
-    try:
-        dataset = open_dataset(prepare(config.data, config.tokenizer, show=ranks.rank == 0))
-        shape = _shape(config, dataset)
-        for warning in check_arms(shape.ffn, device, dtype, statistics=bool(config.telemetry_every)):
-            console.warn(warning)
-        checkpoint, warnings = newest_intact(folder.checkpoints)
-        for warning in warnings:
-            console.warn(warning)
-        if checkpoint:
-            _check_checkpoint(checkpoint, dataset, shape, config)
-            # A run killed between its last checkpoint and its summary still needs the summary.
-            complete = CheckpointReader(checkpoint).state["step"] >= batch.steps
-            if complete and folder.read_summary().get("status") == "finished":
-                return _already_finished(console, folder, batch)
-        recorder = RunRecorder(config, batch, shape, dataset, folder, console, enabled=ranks.rank == 0)
-        engine = _build_engine(config, batch, ranks, folder, dataset, shape, device, dtype, attention)
-        run = _Run(config, batch, ranks, folder, dataset, shape, recorder, engine)
-        if checkpoint:
-            run.resume(checkpoint)
-        if ranks.rank == 0:
-            _copy_tokenizer(dataset, folder.path)
-        recorder.open()
-        peak_flops, peak_source = machine.peak_flops(device, dtype)
-        if checkpoint:
-            console.print(f"resuming {folder.path} after step {run.step} of {batch.steps}")
-        else:
-            rows = recorder.summary_rows(device, dtype, attention, peak_flops, peak_source, ranks.world_size)
-            console.summary(config, shape, batch, rows)
-        event = "resumed" if checkpoint else "started"
-        recorder.event(event, world_size=ranks.world_size, wall_seconds=run.earlier_seconds)
-        return run.run(peak_flops, launchers, launched_at)
-    finally:
-        console.stop()
-        folder.close()
-
-
-def _build_engine(
-    config: Config,
-    batch: Batch,
-    ranks: Ranks,
-    folder: RunFolder,
-    dataset: Dataset,
-    shape: Shape,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str,
-) -> Engine:
-    """Start the process group, and return the engine. Collective."""
-    from training.engine import Engine, mesh_from_config, redirect_deepspeed_log, start_process_group
-
-    start_process_group(ranks, device, config.parallel.timeout_minutes)
-    document_start = dataset.eos_id if config.model.mask_documents else None
-    with folder.quiet():
-        mesh = mesh_from_config(config.parallel)
-        engine = Engine(config, batch, shape, device, dtype, attention, document_start, mesh)
-        redirect_deepspeed_log(folder.path / "deepspeed.log")
-    return engine
 
 
 class _Throughput:
@@ -145,8 +57,11 @@ class _Throughput:
         return step - self._first_step, max(seconds, 1e-9)
 
 
-class _Run:
-    """The state of a run during training. `step` steps are done; `batches_hash` is the hash of this data rank's samples."""
+class TrainingLoop:
+    """One session of a run, from its start or a checkpoint to the last step or a signal.
+
+    `step` steps are done; `batches_hash` is the hash of this data rank's samples.
+    """
 
     def __init__(
         self,
@@ -420,57 +335,3 @@ class _Run:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
-
-
-def _shape(config: Config, dataset: Dataset) -> Shape:
-    """Return the sizes of the model.
-
-    Raises:
-        UserError: the vocabulary is too small for the tokenizer, or sizes do not divide over the ranks.
-    """
-    if config.model.vocab_size and config.model.vocab_size < dataset.vocab_size:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's vocabulary of {dataset.vocab_size}"
-        )
-    shape = shape_of(config, dataset.vocab_size)
-    check_divisibility(shape, config.parallel)
-    return shape
-
-
-def _check_checkpoint(path: Path, dataset: Dataset, shape: Shape, config: Config) -> None:
-    """Refuse a checkpoint of another model or of other text, before the process group exists.
-
-    Raises:
-        UserError: it is one.
-    """
-    reader = CheckpointReader(path)
-    with torch.device("meta"):
-        check_shapes(Decoder(shape, config.model, "sdpa"), reader)
-    if reader.state["tokenizer_hash"] != dataset.tokenizer.hash:
-        raise UserError(f"{path} was trained with another tokenizer than the one in {dataset.folder}")
-    if reader.state["corpus_hash"] not in (None, dataset.corpus_hash):  # None: an imported model
-        raise UserError(
-            f"{path} was trained on other text than what is in {dataset.folder}: give this run another name (run=NAME)"
-        )
-
-
-def _already_finished(console: Console, folder: RunFolder, batch: Batch) -> int:
-    """Print that there is nothing to do; return the exit status."""
-    summary = folder.read_summary()
-    console.print(f"{folder.path} has finished its {batch.steps} steps: there is nothing to do")
-    if summary.get("bits_per_byte"):
-        console.print(held_out_line(summary))
-    console.print("give a new run another name (run=NAME), or override a setting: python train.py --help")
-    return 0
-
-
-def _copy_tokenizer(dataset: Dataset, run: Path) -> None:
-    """Copy the tokenizer into the run folder, so that the folder can be moved and still generate text."""
-    target = run / "tokenizer"
-    if not target.exists():
-        with say_why("write to the run folder", run):
-            partial = run / ".tokenizer.tmp"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            dataset.tokenizer.save(partial)
-            partial.rename(target)
