@@ -1,4 +1,4 @@
-"""The command line, end to end: any launcher, any interruption, the same result."""
+"""The command line, end to end: the result is the same under any launcher and after any interruption."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FP32 = 1e-5  # sums in another order, as in training/test_parity.py
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """The corpus that all tests of training share."""
+    """The corpus that all tests of training use."""
     return shared_corpus(tmp_path_factory)
 
 
@@ -45,12 +45,12 @@ COMPILERS = ("c++", "g++", "gcc", "cc", "clang", "clang++", "ninja", "nvcc")
 
 
 def watched(folder: Path, work: bool) -> dict[str, str]:
-    """Return an environment in which every compiler tells that it was asked, and only `cc` can work."""
+    """Return an environment in which every compiler call is logged to `calls`; if `work`, `cc` works."""
     folder.mkdir()
     for name in COMPILERS:
         real = shutil.which(name)
         then = f'exec "{real}" "$@"' if work and name == "cc" and real else "exit 1"
-        (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "{folder}/asked"\n{then}\n')
+        (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "{folder}/calls"\n{then}\n')
         (folder / name).chmod(0o755)
     places = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "XDG_CACHE_HOME": str(folder / "cache")}
     return {"PATH": f"{folder}{os.pathsep}{environment()['PATH']}", **places}
@@ -58,7 +58,7 @@ def watched(folder: Path, work: bool) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def compilers(tmp_path_factory) -> dict[str, str]:
-    """An environment in which compilers are watched."""
+    """An environment in which compiler calls are logged."""
     return watched(tmp_path_factory.mktemp("watched") / "bin", work=True)
 
 
@@ -88,7 +88,7 @@ def final(run: Path) -> CheckpointReader:
 
 
 def assert_same_run(run: Path, other: Path) -> None:
-    """Assert that two runs came to the same end, bit for bit."""
+    """Assert that two runs ended the same, bit for bit."""
     for key in ("status", "final_eval_loss", "bits_per_byte", "data_order_hash", "config_hash", "steps", "tokens"):
         assert summary(run)[key] == summary(other)[key], key
     assert losses(run) == losses(other)
@@ -99,19 +99,19 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 
 class Started:
-    """A command whose output can be read to a certain line: it cannot get far ahead, since its pipe holds one page."""
+    """A command whose output is read line by line. It cannot get far ahead: its pipe holds one page."""
 
     def __init__(self, *arguments: str, **variables: str) -> None:
         self.process = subprocess.Popen(
             [str(word) for word in arguments], cwd=ROOT, env=environment(**variables),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, bufsize=0,
         )  # fmt: skip
-        # About 40 lines of steps; the test acts long before the last of 60.
+        # About 40 lines of steps: the run blocks well before the last of 60.
         fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, 4096)
         self.out = b""
 
     def until(self, text: str) -> None:
-        """Read up to the line that begins with `text`."""
+        """Read up to the line that starts with `text`."""
         while True:
             line = self.process.stdout.readline()
             self.out += line
@@ -132,44 +132,44 @@ def runs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(corpus, runs, compilers) -> tuple[Path, Result]:
-    """A run by plain python that nothing interrupted."""
-    result = command(sys.executable, *arguments_of(corpus, runs, "whole"), **compilers)
+def uninterrupted(corpus, runs, compilers) -> tuple[Path, Result]:
+    """An uninterrupted run by plain python."""
+    result = command(sys.executable, *arguments_of(corpus, runs, "uninterrupted"), **compilers)
     assert result.status == 0, result.err
-    return runs / "whole", result
+    return runs / "uninterrupted", result
 
 
-@pytest.mark.usefixtures("whole", "by_deepspeed")
-def test_nothing_is_built_but_the_kernels_of_the_model(compilers):
-    said = Path(compilers["TORCH_EXTENSIONS_DIR"]).with_name("asked").read_text().splitlines()
-    ours = [line for line in said if line == "cc --version" or "/formula-ffn/kernels/" in line]
-    # Activation, the same with statistics, norm, rotation, cross-entropy: of three ranks one built each.
+@pytest.mark.usefixtures("uninterrupted", "by_deepspeed")
+def test_only_the_kernels_of_the_model_are_built(compilers):
+    calls = Path(compilers["TORCH_EXTENSIONS_DIR"]).with_name("calls").read_text().splitlines()
+    ours = [line for line in calls if line == "cc --version" or "/formula-ffn/kernels/" in line]
+    # Activation, activation with telemetry, norm, rotary, cross-entropy: one of three ranks built each.
     assert sum("/formula-ffn/kernels/" in line for line in ours) == 5
-    # Importing DeepSpeed probes for a library with one small file; what cannot be answered is taken for a no.
-    assert [line for line in said if line not in ours and "/test.c" not in line] == []
+    # On import, DeepSpeed probes for a library by compiling one small file; a failure counts as its absence.
+    assert [line for line in calls if line not in ours and "/test.c" not in line] == []
     assert not list(Path(compilers["TORCH_EXTENSIONS_DIR"]).rglob("*.so"))
 
 
-def test_without_a_compiler_it_trains_all_the_same(whole, corpus, runs, tmp_path):
+def test_it_trains_without_a_compiler(uninterrupted, corpus, runs, tmp_path):
     arguments = arguments_of(corpus, runs, "no-compiler", steps=3, eval_every=0, save_every=0)
     result = command(*launched("torchrun"), *arguments, **watched(tmp_path / "bin", work=False))
     assert result.status == 0, result.err
     sentence = "warning: no C kernels, slower plain PyTorch computes instead: "
     assert result.out.count(sentence) == 1
-    # Other roundings of the activation and of a sum over two ranks, three steps on.
-    assert losses(runs / "no-compiler")[0] == pytest.approx(losses(whole[0])[0], rel=FP32)
+    # The activation and a sum over two ranks round differently; after three steps.
+    assert losses(runs / "no-compiler")[0] == pytest.approx(losses(uninterrupted[0])[0], rel=FP32)
 
 
-def test_a_step_is_a_line_and_the_end_is_told(whole):
-    run, result = whole
+def test_a_line_per_step_and_the_end_are_printed(uninterrupted):
+    run, result = uninterrupted
     steps = [line for line in result.out.splitlines() if line.startswith("step ")]
     assert [int(line.split()[1].split("/")[0]) for line in steps] == list(range(1, STEPS + 1))
     assert "finished in" in result.out
-    assert f"python -m model.generate run=whole runs={run.parent} prompt='import '" in result.out
+    assert f"python -m model.generate run=uninterrupted runs={run.parent} prompt='import '" in result.out
 
 
-def test_the_run_folder_has_what_is_promised(whole):
-    run, _ = whole
+def test_the_run_folder_is_complete(uninterrupted):
+    run, _ = uninterrupted
     expected = {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "samples.txt", "tokenizer"}
     assert expected <= {path.name for path in run.iterdir()}
     train, evaluated = metrics(run, "train"), metrics(run, "eval")
@@ -183,10 +183,8 @@ def test_the_run_folder_has_what_is_promised(whole):
     assert events[:2] == ["started", "first_step"]
     assert events.count("saved") == STEPS / 4
     ended = summary(run)
-    promised = (
-        "status final_eval_loss bits_per_byte parameters ffn_parameters flops_per_token data_order_hash config_hash"
-    )
-    assert {*promised.split(), "tokens", "wall_seconds"} <= ended.keys()
+    keys = "status final_eval_loss bits_per_byte parameters ffn_parameters flops_per_token data_order_hash config_hash"
+    assert {*keys.split(), "tokens", "wall_seconds"} <= ended.keys()
     assert ended["status"] == "finished"
     assert ended["final_eval_loss"] == evaluated[-1]["loss"]
     assert ended["tokens"] == 256 * STEPS
@@ -197,8 +195,8 @@ def test_the_run_folder_has_what_is_promised(whole):
     assert losses(run)[-1] < losses(run)[0] - 0.5  # it learns
 
 
-def test_checkpoints_kept_are_the_last_two_and_the_best(whole):
-    run, _ = whole
+def test_checkpoints_kept_are_the_last_two_and_the_best(uninterrupted):
+    run, _ = uninterrupted
     evaluated = {line["step"]: line["loss"] for line in metrics(run, "eval")}
     best = min(evaluated, key=evaluated.__getitem__)
     kept = {int(path.name.removeprefix("step_")) for path in checkpoints(run / "checkpoints")}
@@ -206,21 +204,21 @@ def test_checkpoints_kept_are_the_last_two_and_the_best(whole):
     assert not list((run / "checkpoints").glob(".*"))
 
 
-def test_a_finished_run_is_left_as_it_is(whole, corpus):
-    run, _ = whole
+def test_a_finished_run_is_not_changed(uninterrupted, corpus):
+    run, _ = uninterrupted
     before = contents(run)
-    result = command(sys.executable, *arguments_of(corpus, run.parent, "whole"))
+    result = command(sys.executable, *arguments_of(corpus, run.parent, "uninterrupted"))
     assert (result.status, result.err) == (0, "")
     assert f"has finished its {STEPS} steps: there is nothing to do" in result.out
     assert contents(run) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(whole, corpus, runs, number):
+def test_an_interrupted_run_resumes_as_if_nothing_had_happened(uninterrupted, corpus, runs, number):
     name = signal.Signals(number).name
     arguments = arguments_of(corpus, runs, name)
     started = Started(sys.executable, *arguments)
-    started.until("step  9/60")  # the checkpoint of step 4 is on disk before the one of step 8 begins
+    started.until("step  9/60")  # the checkpoint of step 4 is on disk before that of step 8 is started
     started.process.send_signal(number)
     result = started.end()
     run = runs / name
@@ -239,23 +237,23 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(whole, corpus, ru
     result = command(sys.executable, *arguments)
     assert result.status == 0, result.err
     assert "resuming " in result.out
-    assert_same_run(run, whole[0])
+    assert_same_run(run, uninterrupted[0])
     assert [line["step"] for line in metrics(run, "train")] == list(range(1, STEPS + 1))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    every = [line["step"] for line in lines if line.get("event") != "saved"]  # a save ends beside later steps
+    every = [line["step"] for line in lines if line.get("event") != "saved"]  # a save completes during later steps
     assert every == sorted(every)
 
 
 @pytest.fixture
 def aborting(tmp_path) -> dict[str, str]:
-    """An environment in which an interpreter that ends changes the status, as threads of process groups did by an abort."""
+    """An environment in which interpreter shutdown changes the status, as aborts in threads of process groups did."""
     (tmp_path / "sitecustomize.py").write_text("import atexit, os\natexit.register(os._exit, 134)\n")
     assert command(sys.executable, "-c", "", PYTHONPATH=str(tmp_path)).status == 134
     return {"PYTHONPATH": os.pathsep.join((str(tmp_path), environment()["PYTHONPATH"]))}
 
 
-def test_what_happens_while_the_interpreter_ends_does_not_change_the_status(whole, corpus, runs, aborting):
-    arguments = arguments_of(corpus, runs, whole[0].name)
+def test_interpreter_shutdown_does_not_change_the_status(uninterrupted, corpus, runs, aborting):
+    arguments = arguments_of(corpus, runs, uninterrupted[0].name)
     assert command(sys.executable, *arguments, **aborting).status == 0
     assert command(sys.executable, *arguments, "steps=no", **aborting).status == 2
     arguments = arguments_of(corpus, runs, "stopped-aborting", save_every=0)
@@ -265,7 +263,7 @@ def test_what_happens_while_the_interpreter_ends_does_not_change_the_status(whol
     assert started.end().status == 0
 
 
-def test_an_evaluation_that_a_stop_left_out_is_made_up_for(corpus, runs):
+def test_an_evaluation_that_a_stop_prevented_is_made_after_resuming(corpus, runs):
     arguments = arguments_of(corpus, runs, "made-up", steps=30, eval_every=1, save_every=0)
     started = Started(sys.executable, *arguments)
     started.until("step  6/30")
@@ -278,18 +276,18 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up_for(corpus, runs):
     assert [line["step"] for line in metrics(run, "eval")] == list(range(1, 31))
 
 
-def test_killed_between_its_last_checkpoint_and_its_summary(whole, corpus):
-    run, _ = whole
+def test_killed_between_its_last_checkpoint_and_its_summary(uninterrupted, corpus):
+    run, _ = uninterrupted
     before, ended = contents(run), summary(run)
     (run / "summary.json").unlink()
-    result = command(sys.executable, *arguments_of(corpus, run.parent, "whole"))
+    result = command(sys.executable, *arguments_of(corpus, run.parent, "uninterrupted"))
     assert result.status == 0, result.err
     assert {key: value for key, value in summary(run).items() if key != "wall_seconds"} == {
         key: value for key, value in ended.items() if key != "wall_seconds"
     }
     assert [line["step"] for line in metrics(run, "train")] == list(range(1, STEPS + 1))
-    assert [line["step"] for line in metrics(run, "eval")] == [20, 40, 60]  # it was measured already
-    for name, data in before.items():  # for the tests that come after this one
+    assert [line["step"] for line in metrics(run, "eval")] == [20, 40, 60]  # the evaluation of step 60 is not repeated
+    for name, data in before.items():  # for later tests
         (run / name).write_bytes(data)
 
 
@@ -304,24 +302,24 @@ def launched(launcher: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def by_deepspeed(corpus, runs, compilers) -> tuple[Path, Result]:
-    """A run by the deepspeed launcher that nothing interrupted."""
+    """An uninterrupted run by the deepspeed launcher."""
     result = command(*launched("deepspeed"), *arguments_of(corpus, runs, "deepspeed", zero=2), **compilers)
     assert result.status == 0, result.out + result.err
     return runs / "deepspeed", result
 
 
 def assert_close(a: list[float], b: list[float]) -> None:
-    # Rounding differs from the first step, and 60 steps of training carry it on: bound the first 10 tightly.
+    # Rounding differs from the first step on, and 60 steps amplify it: bound the first 10 tightly.
     assert a[:10] == pytest.approx(b[:10], rel=FP32)
     assert a == pytest.approx(b, rel=1e-3)
 
 
-def test_the_deepspeed_launcher_trains_the_same(whole, by_deepspeed):
+def test_the_deepspeed_launcher_trains_the_same(uninterrupted, by_deepspeed):
     run, result = by_deepspeed
-    assert_close(losses(run), losses(whole[0]))
-    assert summary(run)["data_order_hash"] == summary(whole[0])["data_order_hash"]
-    assert summary(run)["final_eval_loss"] == pytest.approx(summary(whole[0])["final_eval_loss"], rel=1e-3)
-    # One rank speaks.
+    assert_close(losses(run), losses(uninterrupted[0]))
+    assert summary(run)["data_order_hash"] == summary(uninterrupted[0])["data_order_hash"]
+    assert summary(run)["final_eval_loss"] == pytest.approx(summary(uninterrupted[0])["final_eval_loss"], rel=1e-3)
+    # Only one rank prints.
     steps = [line for line in result.out.splitlines() if line.startswith("step ")]
     assert len(steps) == len(set(steps)) == STEPS
     assert result.out.count("finished in") == 1
@@ -342,9 +340,9 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_no_process(by_deepspeed, cor
     started = Started(*launched(launcher), *arguments)
     started.until("step  6/60")
     family = list(members(started))
-    if how == "SIGTERM":  # `deepspeed` dies of it at once and passes nothing on: the ranks see that it has ended
+    if how == "SIGTERM":  # kills `deepspeed` at once; nothing is forwarded, but the ranks detect that it has ended
         started.process.send_signal(signal.SIGTERM)
-    else:  # a terminal sends Ctrl-C to all
+    else:  # a terminal sends Ctrl-C to every process
         os.killpg(started.process.pid, signal.SIGINT)
     result = started.end()
     run = runs / f"{how}-{launcher}"
@@ -355,28 +353,28 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_no_process(by_deepspeed, cor
     done = summary(run)["steps"]
     assert summary(run)["status"] == "stopped", result.out + result.err
     assert newest_intact(run / "checkpoints")[0].name == f"step_{done:08d}"
-    if (launcher, how) == ("deepspeed", "SIGTERM"):  # and the other launcher goes on with it
+    if (launcher, how) == ("deepspeed", "SIGTERM"):  # the other launcher resumes the run
         result = command(*launched("torchrun"), *arguments)
         assert result.status == 0, result.out + result.err
         assert_same_run(run, by_deepspeed[0])
 
 
-def test_a_run_of_tensor_ranks_goes_on_as_one_process(corpus, runs):
-    """No conversion between: the same command, with other arguments for the ranks."""
+def test_a_run_of_tensor_ranks_resumes_as_one_process(corpus, runs):
+    """Without conversion: the same command with other parallelism settings."""
     width = {"model__d_ff": 44, "optim__eps": 1e-4}
-    one = command(sys.executable, *arguments_of(corpus, runs, "not-shared", **width))
+    one = command(sys.executable, *arguments_of(corpus, runs, "one-process", **width))
     assert one.status == 0, one.out + one.err
-    shared = {"zero": 3, "parallel__tensor": 2, "parallel__sequence": "true"}
-    started = Started(*launched("deepspeed"), *arguments_of(corpus, runs, "shared", **width, **shared))
+    parallel = {"zero": 3, "parallel__tensor": 2, "parallel__sequence": "true"}
+    started = Started(*launched("deepspeed"), *arguments_of(corpus, runs, "tensor-ranks", **width, **parallel))
     started.until("step  6/60")
     started.process.send_signal(signal.SIGTERM)
     result = started.end()
-    run = runs / "shared"
+    run = runs / "tensor-ranks"
     assert summary(run)["status"] == "stopped", result.out + result.err
     assert "tensor 2 with sequence x data 1" in result.out
-    result = command(sys.executable, *arguments_of(corpus, runs, "shared", **width))
+    result = command(sys.executable, *arguments_of(corpus, runs, "tensor-ranks", **width))
     assert result.status == 0, result.out + result.err
-    assert_close(losses(run), losses(runs / "not-shared"))
+    assert_close(losses(run), losses(runs / "one-process"))
     for key in (
         "status",
         "parameters",
@@ -386,13 +384,13 @@ def test_a_run_of_tensor_ranks_goes_on_as_one_process(corpus, runs):
         "config_hash",
         "tokens",
     ):
-        assert summary(run)[key] == summary(runs / "not-shared")[key], key
+        assert summary(run)[key] == summary(runs / "one-process")[key], key
     resumed = next(line for line in metrics(run, "event") if line["event"] == "resumed")
     assert (resumed["world_size"], resumed["step"]) == (1, max(6, resumed["step"]))
 
 
 def test_a_run_that_diverges_fails(corpus, runs):
-    # A rate that overflows the weights: no later step has a finite gradient.
+    # A learning rate that overflows the weights: no later step has a finite gradient.
     arguments = arguments_of(corpus, runs, "diverged", optim__lr="1e38", schedule__warmup=0, eval_every=0, save_every=0)
     result = command(sys.executable, *arguments)
     run = runs / "diverged"
@@ -406,8 +404,8 @@ def test_a_run_that_diverges_fails(corpus, runs):
     assert not list(checkpoints(run / "checkpoints"))
 
 
-def test_a_last_save_that_fails_fails_the_run_on_every_rank(whole, corpus, runs):
-    # No file may grow beyond 200 KiB: metrics do not, a checkpoint does.
+def test_a_last_save_that_fails_fails_the_run_on_every_rank(uninterrupted, corpus, runs):
+    # No file may exceed 200 KiB: a checkpoint would, metrics do not.
     name = "too-large"
     arguments = arguments_of(corpus, runs, name, zero=1, steps=10, save_every=4, eval_every=0)
     result = command("bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *launched("torchrun"), *arguments)
@@ -416,21 +414,21 @@ def test_a_last_save_that_fails_fails_the_run_on_every_rank(whole, corpus, runs)
     assert result.out.count("the checkpoint of step 4 could not be saved: ") == 1
     assert result.out.count("the checkpoint of step 10 could not be saved: ") == 1
     assert "File too large" in result.out
-    assert "loop.py" not in result.err  # torchrun tells of its ranks' status at length; they raised nothing
+    assert "loop.py" not in result.err  # no traceback: torchrun reports the ranks' status, but they raised nothing
     assert losses(run)[:2] == pytest.approx(
-        losses(whole[0])[:2], rel=0.05
-    )  # it went on: the rates differ, the start does not
+        losses(uninterrupted[0])[:2], rel=0.05
+    )  # it trained: the learning rates differ, the initial weights do not
     assert [line["step"] for line in metrics(run, "train")] == list(range(1, 11))
     assert (summary(run)["status"], summary(run)["final_eval_loss"]) == ("failed", None)
     assert list((run / "checkpoints").iterdir()) == []
-    # With room again, the same command trains it.
+    # With disk space again, the same command completes the run.
     result = command(sys.executable, *arguments)
     assert result.status == 0, result.err
     assert summary(run)["status"] == "finished"
 
 
-def test_a_generated_text_is_a_function_of_the_seed(whole):
-    run, _ = whole
+def test_a_generated_text_is_a_function_of_the_seed(uninterrupted):
+    run, _ = uninterrupted
     arguments = [sys.executable, "-m", "model.generate", f"run={run}", "prompt=ab", "tokens=6"]
     first, second = command(*arguments), command(*arguments)
     assert first == second
@@ -439,16 +437,16 @@ def test_a_generated_text_is_a_function_of_the_seed(whole):
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "error"),
     [
         ("run=nowhere", "error: there is no run 'nowhere' in "),
         ("temprature=1", "error: unknown option 'temprature': did you mean 'temperature'?"),
         ("step=59", "has no checkpoint of step 59: there are "),
     ],
 )
-def test_generation_refuses_in_one_sentence(whole, option, said):
-    run, _ = whole
-    result = command(sys.executable, "-m", "model.generate", "run=whole", f"runs={run.parent}", option)
+def test_generation_refuses_in_one_sentence(uninterrupted, option, error):
+    run, _ = uninterrupted
+    result = command(sys.executable, "-m", "model.generate", "run=uninterrupted", f"runs={run.parent}", option)
     assert (result.status, result.out) == (2, "")
-    assert said in result.err
+    assert error in result.err
     assert result.err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The corpus and the ranks that tests of training share."""
+"""The corpus and the ranks that tests of training have in common."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def four_ranks(tmp_path_factory) -> Iterator[Pool]:
 
 @pytest.fixture(scope="session")
 def no_group(tmp_path_factory) -> Iterator[Pool]:
-    """A process that no launcher started, and that has joined nobody."""
+    """A process without launcher and without process group."""
     yield from _pool(0, tmp_path_factory)
 
 
@@ -55,7 +55,7 @@ def ranks(request) -> Pool:
 
 @pytest.fixture(scope="session")
 def trained(corpus, one_rank, two_ranks, tmp_path_factory) -> Callable[..., Trained]:
-    """The function that trains 10 steps on `world` ranks, once for the same arguments."""
+    """A function that trains 10 steps on `world` ranks, once for the same arguments."""
     folder = tmp_path_factory.mktemp("trained")
 
     @functools.cache

@@ -1,4 +1,4 @@
-"""A run goes on under any number of ranks and any ZeRO stage, and no failure of a save costs an earlier checkpoint."""
+"""A run resumes under any number of ranks and any ZeRO stage, and a failed save leaves earlier checkpoints intact."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def after(results: list[dict], steps: int, which: int) -> list[float]:
 
 
 @pytest.mark.parametrize(("zero", "world"), TOPOLOGIES)
-def test_a_run_goes_on_from_every_topology_under_every_other(trained, one_rank, two_ranks, zero, world):
+def test_a_run_resumes_from_every_topology_under_every_other(trained, one_rank, two_ranks, zero, world):
     target = trained(world, zero)
-    # The most foreign first, so that it is loaded into a fresh engine.
+    # The most different topology first, so that it is loaded into a new engine.
     sources = sorted(TOPOLOGIES, key=lambda t: (t[1] == world, abs(int(t[0]) - int(zero)) != 3, t[0] == zero))
-    steps = [word for z, w in sources for word in (["load", str(trained(w, z).middle)], ["train", 3])]
+    steps = [step for z, w in sources for step in (["load", str(trained(w, z).middle)], ["train", 3])]
     results = (one_rank if world == 1 else two_ranks).run("script", arguments=target.arguments, steps=steps)
     for number, (z, w) in enumerate(sources):
         uninterrupted = trained(w, z).losses[5:8]
@@ -40,7 +40,7 @@ CASES = [("1", "bf16", 2), ("2", "bf16", 2), ("3", "bf16", 2), ("1", "bf16", 1),
 
 
 @pytest.mark.parametrize(("zero", "precision", "accumulation"), CASES)
-def test_the_same_topology_goes_on_bit_for_bit(trained, two_ranks, tmp_path, zero, precision, accumulation):
+def test_the_same_topology_resumes_bit_for_bit(trained, two_ranks, tmp_path, zero, precision, accumulation):
     run = trained(2, zero, precision, accumulation)
     steps = [["load", str(run.middle)], ["train", 5], ["save", str(tmp_path)]]
     results = two_ranks.run("script", arguments=run.arguments, steps=steps)
@@ -50,7 +50,7 @@ def test_the_same_topology_goes_on_bit_for_bit(trained, two_ranks, tmp_path, zer
 
 
 def same_tensors(a: Path, b: Path) -> bool:
-    """Whether two checkpoints hold the same weights and moments, bit for bit."""
+    """Return whether two checkpoints hold the same weights and moments, bit for bit."""
     first, second = CheckpointReader(a), CheckpointReader(b)
     assert first.shapes() == second.shapes()
     keys = ("", *MOMENTS)
@@ -59,7 +59,7 @@ def same_tensors(a: Path, b: Path) -> bool:
     )
 
 
-def test_sizes_that_two_ranks_do_not_divide_are_among_those_tried(trained):
+def test_sizes_that_two_ranks_do_not_divide_are_covered(trained):
     reader = CheckpointReader(trained(1, "0").end)
     odd = [name for name in reader.shapes() if reader.tensor(name).numel() % 2]
     assert {"norm.weight", "layers.0.ffn.down"} <= set(odd)
@@ -69,12 +69,12 @@ def test_a_failing_save_leaves_earlier_checkpoints_and_training_alone(trained, t
     run = trained(2, "2")
     faults = [("tensors on a full disk", 0), ("tensors on a full disk", 1)]
     faults += [("manifest on a full disk", 0), ("rename refused", 0)]
-    answers = two_ranks.run("failing_save", arguments=run.arguments, folder=str(tmp_path / "ck"), faults=faults)
-    for (said, left), other in zip(answers[0][:-1], answers[1][:-1], strict=True):
-        assert "No space left on device" in said
-        assert other == [said, left]  # whichever rank it was, all are told
+    results = two_ranks.run("failing_save", arguments=run.arguments, folder=str(tmp_path / "ck"), faults=faults)
+    for (failure, left), other in zip(results[0][:-1], results[1][:-1], strict=True):
+        assert "No space left on device" in failure
+        assert other == [failure, left]  # every rank returns the failure, whichever rank had it
         assert left == ["step_00000001"]
-    losses, left = answers[0][-1]
+    losses, left = results[0][-1]
     assert losses == run.losses[:6]
     assert left == ["step_00000001", "step_00000006"]
     assert [damage(path) for path in checkpoints(tmp_path / "ck")] == ["", ""]
@@ -109,9 +109,9 @@ def flip(path: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("file", ["rank_00000.safetensors", "index.json", "state.json", "manifest.json"])
-def test_one_wrong_bit_anywhere_is_found_and_the_older_checkpoint_used(saved, file):
+def test_one_wrong_bit_anywhere_is_detected_and_the_older_checkpoint_used(saved, file):
     newest = saved / "step_00000010"
-    # In the manifest every kind of byte is tried: names, sizes, hashes, and what makes it JSON.
+    # In the manifest, every kind of byte: names, sizes, hashes and JSON syntax.
     size = (newest / file).stat().st_size
     places = range(0, size, 7) if file == "manifest.json" else (0, size // 2, size - 1)
     for at in places:
@@ -119,7 +119,7 @@ def test_one_wrong_bit_anywhere_is_found_and_the_older_checkpoint_used(saved, fi
         path, sentences = newest_intact(saved)
         text = (newest / file).read_bytes()[max(0, at - 20) : at + 20]
         assert path in (saved / "step_00000005", newest), text
-        if path == newest:  # white space, or the format's number, which nobody reads
+        if path == newest:  # white space, or the format number, which is not read
             assert file == "manifest.json", at
         else:
             assert len(sentences) == 1
@@ -129,11 +129,11 @@ def test_one_wrong_bit_anywhere_is_found_and_the_older_checkpoint_used(saved, fi
     assert newest_intact(saved) == (newest, [])
 
 
-def test_a_missing_or_short_file_is_found(saved):
+def test_a_missing_or_short_file_is_detected(saved):
     newest = saved / "step_00000010"
-    whole = (newest / "rank_00000.safetensors").read_bytes()
-    (newest / "rank_00000.safetensors").write_bytes(whole[:-1])
-    assert f"has {len(whole) - 1} bytes, not {len(whole)}" in damage(newest)
+    content = (newest / "rank_00000.safetensors").read_bytes()
+    (newest / "rank_00000.safetensors").write_bytes(content[:-1])
+    assert f"has {len(content) - 1} bytes, not {len(content)}" in damage(newest)
     (newest / "rank_00000.safetensors").unlink()
     assert damage(newest) == "rank_00000.safetensors is missing"
     (newest / "manifest.json").unlink()
@@ -144,14 +144,14 @@ def test_a_missing_or_short_file_is_found(saved):
     assert len(sentences) == 1
 
 
-def test_a_missing_or_short_file_of_another_rank_is_found_and_the_older_checkpoint_used(trained, tmp_path):
+def test_a_missing_or_short_file_of_another_rank_is_detected_and_the_older_checkpoint_used(trained, tmp_path):
     run = trained(2, "2")
     for path in (run.middle, run.end):
         shutil.copytree(path, tmp_path / path.name)
     newest, shard = tmp_path / run.end.name, tmp_path / run.end.name / "rank_00001.safetensors"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[: len(whole) // 2])
-    wrong = f"rank_00001.safetensors has {len(whole) // 2} bytes, not {len(whole)}"
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    wrong = f"rank_00001.safetensors has {len(content) // 2} bytes, not {len(content)}"
     assert newest_intact(tmp_path) == (
         tmp_path / run.middle.name,
         [f"checkpoint {newest} is damaged and was passed over: {wrong}"],
@@ -162,7 +162,7 @@ def test_a_missing_or_short_file_of_another_rank_is_found_and_the_older_checkpoi
     assert sentences == [f"checkpoint {newest} is damaged and was passed over: rank_00001.safetensors is missing"]
 
 
-def test_leftovers_of_interrupted_saves_are_ignored_and_swept(trained, one_rank, saved):
+def test_leftovers_of_interrupted_saves_are_ignored_and_removed(trained, one_rank, saved):
     (saved / ".step_00000020.123.tmp").mkdir()
     (saved / ".step_00000020.123.tmp" / "rank_00000.safetensors").write_bytes(b"half")
     (saved / ".step_00000001.old").mkdir()

@@ -1,4 +1,4 @@
-"""What is relied on in DeepSpeed without being promised: after an upgrade, the name of a test says what changed."""
+"""Undocumented behaviour of DeepSpeed that training relies on. A test that fails after an upgrade is named for what changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.training.tiny import overrides
 from training.engine import deepspeed_config
 
 
-def test_the_version_is_in_the_range_that_was_tried():
+def test_the_version_is_in_the_tested_range():
     assert Version("0.19.8") <= Version(deepspeed.__version__.partition("+")[0]) < Version("0.20")
 
 
@@ -31,19 +31,19 @@ def inspect_engine(pool, corpus, expressions: list[str], before: tuple = (), **c
     return pool.run("script", arguments=overrides(corpus, **changes), steps=steps)[0]["values"]
 
 
-def test_the_op_that_is_built_at_start_up_can_be_switched_off(monkeypatch):
+def test_the_op_that_is_built_at_startup_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
     assert deepspeed.ops.op_builder.cpu.ShareMemCommBuilder.NAME == "deepspeed_shm_comm"
     assert build_shm_op() is None  # with True it would start a compiler
 
 
-def test_clipping_is_on_when_it_is_not_written_and_off_when_it_is_0():
+def test_clipping_is_on_if_unset_and_off_if_0():
     assert get_gradient_clipping({}) == 1.0
     assert get_gradient_clipping({"gradient_clipping": 0.0}) == 0.0
 
 
-def test_every_setting_that_would_change_training_is_written(corpus):
+def test_every_default_that_would_change_training_is_overridden(corpus):
     for zero, precision in (("1", "bf16"), ("0", "fp32")):
         config = load(overrides(corpus, zero=zero, precision=precision, optim__clip=0.7))
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -70,18 +70,18 @@ WRAPPER = "type(optimizer).__name__"
 
 
 @pytest.mark.parametrize(
-    ("zero", "precision", "wrapper", "alone"),
+    ("zero", "precision", "wrapper", "wrapper_of_one_rank"),
     [
         ("0", "fp32", "AdamW", "AdamW"),
-        ("1", "fp32", "DeepSpeedZeroOptimizer", "AdamW"),  # alone it is stage 0
+        ("1", "fp32", "DeepSpeedZeroOptimizer", "AdamW"),  # a single rank uses stage 0
         ("1", "bf16", "DeepSpeedZeroOptimizer", "BF16_Optimizer"),
         ("2", "bf16", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer"),
         ("3", "bf16", "DeepSpeedZeroOptimizer_Stage3", "DeepSpeedZeroOptimizer_Stage3"),
     ],
 )
-def test_the_optimizer_that_wraps_ours(corpus, one_rank, two_ranks, zero, precision, wrapper, alone):
+def test_the_optimizer_that_wraps_ours(corpus, one_rank, two_ranks, zero, precision, wrapper, wrapper_of_one_rank):
     kept = "inner is (optimizer if engine.stage == 0 else optimizer.optimizer), type(inner).__name__"
-    for pool, expected in ((two_ranks, wrapper), (one_rank, alone)):
+    for pool, expected in ((two_ranks, wrapper), (one_rank, wrapper_of_one_rank)):
         values = inspect_engine(pool, corpus, [WRAPPER, kept], zero=zero, precision=precision)
         assert values == [expected, [True, "AdamW"]]
 
@@ -92,8 +92,8 @@ def test_bf16_with_fp32_accumulation_at_stage_1_is_another_wrapper(corpus, two_r
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_one_rank_needs_no_reduction_and_can_leave_it_out(corpus, one_rank, precision):
-    """The same losses with and without: what is left out adds up one summand. Both paths are DeepSpeed's."""
+def test_one_rank_can_skip_the_gradient_reduction(corpus, one_rank, precision):
+    """The losses are the same with and without it: over one rank a sum has one term. Both paths are DeepSpeed's."""
     arguments = overrides(corpus, zero=1, precision=precision, micro_batch_size=4)
     losses = []
     for expression in ("deepspeed.enable_backward_allreduce", "setattr(deepspeed, 'enable_backward_allreduce', True)"):
@@ -106,14 +106,14 @@ def test_one_rank_needs_no_reduction_and_can_leave_it_out(corpus, one_rank, prec
 
 
 @pytest.mark.parametrize(("zero", "accumulation"), [("1", 1), ("2", 1), ("1", 2)])
-def test_states_of_later_groups_are_linked_only_when_told(corpus, one_rank, zero, accumulation):
-    """Stage 1 and 2: the flag is set in the first step; setting it back and asking again links every group."""
-    found = "[k for k in ('exp_avg',) for p in engine.module.parameters() if k not in p._hp_mapping.optim_fragment]"
+def test_optimizer_states_of_later_groups_are_linked_only_on_request(corpus, one_rank, zero, accumulation):
+    """Stages 1 and 2: the first step sets the flag. Clearing it and calling again links every group."""
+    unlinked = "[k for k in ('exp_avg',) for p in engine.module.parameters() if k not in p._hp_mapping.optim_fragment]"
     values = inspect_engine(
         one_rank, corpus,
-        ["optimizer._hp_optimizer_states_linked", f"len({found})",
+        ["optimizer._hp_optimizer_states_linked", f"len({unlinked})",
          "[setattr(optimizer, '_hp_optimizer_states_linked', False), optimizer._lazy_init_hp_params_optimizer_state()]",
-         "optimizer._hp_optimizer_states_linked", f"len({found})"],
+         "optimizer._hp_optimizer_states_linked", f"len({unlinked})"],
         before=(["train", 1],), zero=zero, precision="bf16", micro_batch_size=8 // accumulation,
     )  # fmt: skip
     assert values[0] is True
@@ -130,13 +130,13 @@ def test_stage_3_keeps_flat_masters_and_partitions_with_padding(corpus, two_rank
         zero=3, precision="bf16",
     )  # fmt: skip
     assert values[0] == [True, True]
-    assert values[1:3] == [[33, 45], 743]  # 1485 elements in two halves: the second has one of padding
+    assert values[1:3] == [[33, 45], 743]  # 1485 elements in two partitions: the second has one element of padding
     assert set(values[3]) == {0}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_rank_finds_its_piece_of_a_gradient(corpus, two_ranks, accumulation):
-    """Stage 1 in bf16: the piece itself, or with accumulation the whole gradient, of which the address tells the piece."""
+def test_a_rank_finds_its_fragment_of_a_gradient(corpus, two_ranks, accumulation):
+    """Stage 1 in bf16 keeps the fragment, or with accumulation the whole gradient, where the address locates it."""
     held = "p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).numel()"
     sizes = f"[{held}, p._hp_mapping.lp_fragment_address.numel, p.numel()]"
     values = two_ranks.run(
@@ -144,9 +144,9 @@ def test_a_rank_finds_its_piece_of_a_gradient(corpus, two_ranks, accumulation):
         arguments=overrides(corpus, zero=1, precision="bf16", micro_batch_size=4 // accumulation),
         steps=[["observe", f"[{sizes} for p in engine.module.parameters() if p._hp_mapping is not None]"]],
     )
-    found = [size for each in values for size in each["values"][0]]
-    assert any(piece < whole for _, piece, whole in found)
-    assert all(held == (piece if accumulation == 1 else whole) for held, piece, whole in found)
+    sizes_of_all = [size for each in values for size in each["values"][0]]
+    assert any(fragment < numel for _, fragment, numel in sizes_of_all)
+    assert all(held == (fragment if accumulation == 1 else numel) for held, fragment, numel in sizes_of_all)
 
 
 def test_a_skipped_step_is_counted_and_the_norm_reported(corpus, one_rank, two_ranks):
@@ -169,10 +169,10 @@ def test_stage_0_in_fp32_neither_skips_nor_reports(corpus, one_rank):
         one_rank, corpus, ["deepspeed.skipped_steps", "deepspeed.get_global_grad_norm()"],
         before=(["train", 1], ["poison", "norm.weight", 0, float("nan")]), zero=0,
     )  # fmt: skip
-    assert values == [0, None]  # or else the engine's own accounts of both are no longer needed
+    assert values == [0, None]  # otherwise the engine need not do both itself
 
 
-def test_the_documented_access_is_there():
+def test_the_documented_accessors_exist():
     names = ("get_local_fp32_param", "get_local_optimizer_state", "get_local_grad")
     names += ("set_local_fp32_param", "set_local_optimizer_state")
     assert all(callable(getattr(deepspeed.utils, f"safe_{name}")) for name in names)
@@ -193,7 +193,7 @@ def test_the_fragments_of_stages_1_and_2_are_views_of_what_the_optimizer_steps(c
 
 
 def test_the_launcher_appends_its_local_rank():
-    assert "--local_rank=" in inspect.getsource(launch.main)  # launch/ranks.py takes it off
+    assert "--local_rank=" in inspect.getsource(launch.main)  # launch/ranks.py removes it
 
 
 def test_private_names_of_the_wrappers():

@@ -19,7 +19,7 @@ from training.evaluation import HeldOut
 
 @pytest.fixture(scope="module")
 def plain(trained):
-    """The function that measures the first `windows` windows with cross_entropy over whole logits."""
+    """A function that measures the first `windows` windows with cross_entropy over full logits."""
     run = trained(1, "1")
     config = load(run.arguments)
     dataset = open_dataset(prepare(config.data, config.tokenizer))
@@ -53,12 +53,12 @@ def test_the_loss_is_that_of_plain_torch(trained, plain, ranks, zero):
     load_it = ["load", str(trained(1, "1").end)]
     steps = [load_it, ["evaluate"], ["evaluate", 96], ["evaluate", 1], ["evaluate", 10**9]]
     for rank in ranks.run("script", arguments=[*arguments, "micro_batch_size=3"], steps=steps):
-        whole, three, one, more = rank["evaluations"]
-        # Two means, of fp32 logits and of fp64 ones: 2^-24 each way of rounding, over sums of some thousand terms.
-        for measured, (loss, count) in ((whole, plain()), (three, plain(3)), (one, plain(1))):
+        complete, three, one, more = rank["evaluations"]
+        # Two means over thousands of terms, of fp32 and of fp64 logits: relative rounding of 2^-24 each way.
+        for measured, (loss, count) in ((complete, plain()), (three, plain(3)), (one, plain(1))):
             assert measured[1] == count
             assert measured[0] == pytest.approx(loss, rel=1e-6)
-        assert more == whole
+        assert more == complete
 
 
 def test_bits_per_byte_and_perplexity():

@@ -91,7 +91,7 @@ def test_offline_a_resumed_run_logs_again_what_metrics_jsonl_kept(config, wandb,
         assert [logged["step"] for logged in wandb.runs[-1].logged] == steps
 
 
-def test_figures_go_over_tokens_under_their_kind(config, wandb, tmp_path):
+def test_figures_are_logged_over_tokens_under_their_kind(config, wandb, tmp_path):
     loggers = Loggers(only(config, "wandb"), tmp_path, pytest.fail)
     loggers.log(RECORD)
     loggers.finish({"status": "finished", "final_eval_loss": 2.0})
@@ -104,7 +104,7 @@ def test_figures_go_over_tokens_under_their_kind(config, wandb, tmp_path):
     assert run.ended == 0
 
 
-def test_a_figure_of_each_layer_has_a_curve_each(config, wandb, tmp_path):
+def test_a_figure_per_layer_has_a_curve_per_layer(config, wandb, tmp_path):
     loggers = Loggers(only(config, "wandb"), tmp_path, pytest.fail)
     loggers.log({"kind": "telemetry", "step": 3, "tokens": 768, "dead": [0.0, None, 0.5], "window_tokens": 768})
     loggers.finish({})
@@ -205,7 +205,7 @@ def test_one_broken_logger_leaves_the_other(config, wandb, tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
-def test_tensorboard_has_the_figures(config, tmp_path):
+def test_tensorboard_logs_the_figures(config, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     loggers = Loggers(only(config, "tensorboard"), tmp_path, pytest.fail)
     loggers.log(RECORD)
@@ -229,7 +229,7 @@ def test_the_real_wandb_writes_offline_under_one_id(config, tmp_path, monkeypatc
     assert loggers.notes == [f"W&B: offline; `wandb sync {tmp_path}/wandb/latest-run` uploads it"]
 
 
-def test_no_logger_is_no_work(config, tmp_path):
+def test_without_loggers_nothing_is_written(config, tmp_path):
     loggers = Loggers(only(config, "none"), tmp_path, pytest.fail)
     loggers.log(RECORD)
     loggers.finish({})
@@ -262,7 +262,7 @@ def test_a_server_of_ones_own(logged_out, monkeypatch):
 
 
 @pytest.mark.usefixtures("logged_out")
-def test_a_key_means_online_and_the_mode_that_is_set_wins(monkeypatch):
+def test_a_key_means_online_and_an_explicit_mode_wins(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "x")
     assert wandb_mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")

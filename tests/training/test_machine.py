@@ -1,4 +1,4 @@
-"""Devices, dtypes and memory: what is chosen when nobody says, and that freed memory stays."""
+"""Devices, dtypes and memory: the defaults, and that freed memory is kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def dtype_of(precision: str, stage: int, fast: bool, monkeypatch) -> torch.dtype
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_auto_is_bf16_where_the_machine_multiplies_it(stage, monkeypatch):
+def test_auto_is_bf16_if_the_machine_multiplies_it(stage, monkeypatch):
     assert dtype_of("auto", stage, True, monkeypatch) == torch.bfloat16
     assert dtype_of("auto", stage, False, monkeypatch) == torch.float32
 
@@ -32,7 +32,7 @@ def test_auto_is_fp32_at_stage_0(monkeypatch):
     assert dtype_of("auto", 0, True, monkeypatch) == torch.float32
 
 
-def test_what_was_asked_for_is_taken(monkeypatch):
+def test_an_explicit_precision_is_used(monkeypatch):
     assert dtype_of("fp32", 1, True, monkeypatch) == torch.float32
     assert dtype_of("bf16", 1, False, monkeypatch) == torch.bfloat16
 
@@ -46,7 +46,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "peak"), [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12)])
-def test_peaks_are_the_data_sheets(name, peak, monkeypatch):
+def test_gpu_peaks_are_from_data_sheets(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     assert machine.peak_flops(torch.device("cuda"), torch.bfloat16) == (peak, f"data sheet of {name}, dense bf16")
 
@@ -75,16 +75,16 @@ print(kept, alive - size())
 """
 
 
-def given_back(word: str) -> tuple[bool, int]:
-    """Return whether the settings were made, and by how many bytes the address space shrinks when 64 MB are freed.
+def given_back(mode: str) -> tuple[bool, int]:
+    """Return whether the settings were accepted, and by how many bytes the address space shrinks when 64 MB are freed.
 
     Not page faults: a kernel that is short of memory takes pages of any process, and gives them back with a fault.
     """
-    arguments = [sys.executable, "-c", GIVEN_BACK, word]
-    said = subprocess.run(
+    arguments = [sys.executable, "-c", GIVEN_BACK, mode]
+    output = subprocess.run(
         arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE
     ).stdout
-    return said.split()[0] == "True", int(said.split()[1])
+    return output.split()[0] == "True", int(output.split()[1])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")

@@ -1,4 +1,4 @@
-"""Tensor, sequence and context parallelism change where numbers are kept, not what is learned; under every ZeRO stage."""
+"""Tensor, sequence and context parallelism do not change what is learned, under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from model.weights import CheckpointReader, save_weights
 from tests.training.tiny import Trained, overrides
 
 STEPS = 10
-# Sums of fp32 numbers in another order: a few units in the last place (6e-8 each), carried through 10 steps.
+# Sums of fp32 numbers in another order: a few units in the last place (6e-8 each), propagated through 10 steps.
 FP32 = 1e-5
 LEARNED = {
     "ffn": "custom",
@@ -21,21 +21,21 @@ LEARNED = {
     "ffn.parameters": "{b: {init: 1.0, share: channel}, a: {init: 0.1, share: layer}}",
 }
 ARMS: dict[str, dict[str, Any]] = {"ungated": {"ffn": "relu2"}, "gated": {"ffn": "swiglu"}, "learned": LEARNED}
-# Sizes that four tensor ranks share, and that their shares or ZeRO's partitions of them do not divide further.
+# Sizes that divide over four tensor ranks, but whose shards do not divide further over ZeRO's partitions.
 SIZES = {"model.n_heads": 8, "model.n_kv_heads": 4, "model.head_dim": 6, "model.d_ff": 44, "optim.clip": 0.5}
-# Where a gradient is almost 0, AdamW divides rounding by rounding: with this epsilon its step is a smooth function of it.
+# If a gradient is almost 0, AdamW divides noise by noise. With this epsilon its step is a smooth function of the gradient.
 SIZES |= {"optim.eps": 1e-4}
 
 
 @pytest.fixture(scope="session")
 def pool_of(one_rank, two_ranks, four_ranks):
-    """The ranks of a world size."""
+    """A function that returns the pool of a world size."""
     return {1: one_rank, 2: two_ranks, 4: four_ranks}.__getitem__
 
 
 @pytest.fixture(scope="session")
 def ran(corpus, pool_of, tmp_path_factory):
-    """The function that trains 10 steps of an arm on tensor x context x data ranks, once for the same arguments."""
+    """A function that trains 10 steps of an arm on tensor x context x data ranks, once for the same arguments."""
     folder = tmp_path_factory.mktemp("parallel")
 
     @functools.cache
@@ -85,7 +85,7 @@ def assert_same(run: Trained, single: Trained) -> None:
 RANKS = [(1, 1, False), (1, 2, False), *itertools.product((2,), (1, 2), (False, True)), (4, 1, False), (4, 1, True)]
 
 
-# The arm that learns has all that the others have: of these a few ways are tried in every run, and all in the slow one.
+# The arm with learned parameters covers the others, which run with a few topologies only, and with all if slow tests run.
 FEW = {("1", 2, 2, True), ("3", 2, 2, True), ("0", 4, 1, False), ("2", 4, 1, True)}
 WAYS = [
     pytest.param(arm, *ranks, zero, marks=() if arm == "learned" or (zero, *ranks) in FEW else pytest.mark.slow)
@@ -94,7 +94,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("arm", "tensor", "data", "sequence", "zero"), WAYS)
-def test_every_way_to_share_learns_what_one_process_learns(ran, arm, tensor, data, sequence, zero):
+def test_every_topology_learns_what_one_process_learns(ran, arm, tensor, data, sequence, zero):
     assert_same(ran(arm, zero, tensor, data, sequence), ran(arm))
 
 
@@ -109,7 +109,7 @@ def test_every_way_to_share_learns_what_one_process_learns(ran, arm, tensor, dat
         ("3", 1, 1, False),
     ],
 )
-def test_ranks_that_share_sequences_learn_what_one_process_learns(ran, zero, tensor, data, sequence):
+def test_context_ranks_learn_what_one_process_learns(ran, zero, tensor, data, sequence):
     assert_same(ran("gated", zero, tensor, data, sequence, context=2), ran("gated"))
 
 
@@ -124,15 +124,15 @@ OPTIONS = {
 @pytest.mark.parametrize(
     ("zero", "tensor", "sequence", "context"), [("1", 2, True, 2), ("3", 2, False, 1), ("0", 1, False, 2)]
 )
-def test_what_a_model_may_have_besides(ran, zero, tensor, sequence, context):
-    """Documents that attention does not cross, norms of queries and keys, z-loss, a tied head."""
+def test_model_options_under_every_parallelism(ran, zero, tensor, sequence, context):
+    """Document masking, QK-norm, z-loss and a tied head."""
     one = ran("gated", "0", **OPTIONS)
     assert one.losses != ran("gated", "0").losses
     assert_same(ran("gated", zero, tensor, 1, sequence, context, **OPTIONS), one)
 
 
 @pytest.mark.parametrize("zero", ["1", "3"])
-def test_layers_that_are_recomputed_draw_no_random_numbers_of_their_own(ran, zero):
+def test_recomputed_layers_draw_no_random_numbers(ran, zero):
     again = {"model.activation_checkpointing": "true", "micro_batch_size": 2}
     assert_same(ran("gated", zero, 2, 1, True, **again), ran("gated"))
 
@@ -153,7 +153,7 @@ def test_accumulation_and_offload_with_tensor_ranks(ran, zero):
     ],
 )
 def test_bf16_is_within_its_noise(ran, zero, tensor, data, sequence, context, micro):
-    """The noise is what bf16 itself costs one process; two runs that both have it differ by at most twice as much."""
+    """The noise is the effect of bf16 on one process; two bf16 runs differ by at most twice as much."""
     exact = ran("gated")
     one = ran("gated", "1", precision="bf16", micro_batch_size=8)
     run = ran("gated", zero, tensor, data, sequence, context, precision="bf16", micro_batch_size=micro)
@@ -164,8 +164,8 @@ def test_bf16_is_within_its_noise(ran, zero, tensor, data, sequence, context, mi
 
 
 @pytest.mark.parametrize(("zero", "tensor", "sequence"), [("1", 2, True), ("2", 2, False), ("3", 2, True)])
-def test_what_zero_may_do_besides(ran, zero, tensor, sequence):
-    """Reduce while backward still runs; in stage 3, parameters in CPU memory."""
+def test_zero_options_with_tensor_ranks(ran, zero, tensor, sequence):
+    """Overlapped reduction; in stage 3, parameters and optimizer state in CPU memory."""
     more = {"zero.overlap": "true", "zero.bucket_elements": 3000}
     if zero == "3":
         more |= {"zero.offload_parameters": "true", "zero.offload_optimizer": "true"}
@@ -188,7 +188,7 @@ def test_logits_for_generation_are_those_of_one_process(ran, pool_of, zero, tens
             assert here == pytest.approx(there, rel=1e-4, abs=1e-5)
 
 
-def test_what_all_tensor_ranks_have_stays_bit_equal_and_no_random_number_is_drawn(four_ranks, ran):
+def test_replicated_parameters_stay_bit_equal_and_no_random_number_is_drawn(four_ranks, ran):
     arguments = ran("learned", "1", 4, 1, True, **{"model.activation_checkpointing": "true"}).arguments
     sums = "{n: p.double().sum().item() for n, p in engine.module.named_parameters() if not hasattr(p, 'cut')}"
     state = "torch.get_rng_state().tolist()"
@@ -196,7 +196,7 @@ def test_what_all_tensor_ranks_have_stays_bit_equal_and_no_random_number_is_draw
         "script", arguments=arguments, steps=[["inspect", state], ["train", 5], ["inspect", state], ["inspect", sums]]
     )
     first = results[0]["values"][2]
-    assert len(first) == 7  # five norms, and the slope of each layer
+    assert len(first) == 7  # five norms, and the learned slope of each layer
     for rank in results:
         before, after, replicated = rank["values"]
         assert replicated == first
@@ -210,7 +210,7 @@ def test_telemetry_is_that_of_the_whole_model(ran):
         for (_, here), (_, there) in zip(ran(*arguments).results[0]["telemetry"], one, strict=True):
             assert here.keys() == there.keys()
             for name in there:
-                # Six digits are told, and a share of few units moves by whole units where one lies at the border.
+                # Six digits are recorded, and a fraction of few units moves by whole units if one lies at a threshold.
                 assert torch.tensor(flat(here[name])).allclose(torch.tensor(flat(there[name])), rtol=1e-3, atol=1e-6), (
                     name
                 )
@@ -243,7 +243,7 @@ PAIRS = [
     ("arm", "saved_on", "loaded_on"),
     [(arm, *pair) for pair, arm in zip(PAIRS, itertools.cycle(("gated", "learned")), strict=False)],
 )
-def test_a_run_goes_on_from_any_sharing_under_any_other(ran, pool_of, arm, saved_on, loaded_on):
+def test_a_run_resumes_from_any_parallelism_under_any_other(ran, pool_of, arm, saved_on, loaded_on):
     source, target = ran(arm, *saved_on), ran(arm, *loaded_on)
     _, tensor, data, _, context = loaded_on
     steps = [["load", str(source.middle)], ["train", 5]]
@@ -252,23 +252,23 @@ def test_a_run_goes_on_from_any_sharing_under_any_other(ran, pool_of, arm, saved
     assert results[0]["norms"] == pytest.approx(source.norms[5:], rel=FP32)
 
 
-def test_gate_and_up_that_changed_places_would_be_noticed(ran, pool_of, tmp_path):
-    """What the tests above rest on: the losses of a checkpoint in which they are exchanged are others."""
+def test_exchanged_gate_and_up_would_be_noticed(ran, pool_of, tmp_path):
+    """The tests above rely on this: exchanging them in a checkpoint changes the losses."""
     source = ran("gated", "2", 2, 1)
     reader = CheckpointReader(source.middle)
-    whole = {name: reader.tensor(name) for name in reader.shapes()}
-    exchanged = {name: tensor.flip(0) if name.endswith("ffn.up") else tensor for name, tensor in whole.items()}
+    weights = {name: reader.tensor(name) for name in reader.shapes()}
+    exchanged = {name: tensor.flip(0) if name.endswith("ffn.up") else tensor for name, tensor in weights.items()}
     losses = []
-    for number, weights in enumerate((whole, exchanged)):
-        save_weights(tmp_path / f"{number}" / "step_00000005", weights.items(), {"step": 5})
+    for number, tensors in enumerate((weights, exchanged)):
+        save_weights(tmp_path / f"{number}" / "step_00000005", tensors.items(), {"step": 5})
         steps = [["load", str(tmp_path / f"{number}" / "step_00000005")], ["train", 2]]
         losses.append(pool_of(2).run("script", arguments=source.arguments, steps=steps)[0]["losses"])
-    assert losses[0][0] == pytest.approx(source.losses[5], rel=FP32)  # of the weights alone: the next has other moments
+    assert losses[0][0] == pytest.approx(source.losses[5], rel=FP32)  # of the weights alone, unlike the next loss
     assert abs(losses[1][0] / losses[0][0] - 1) > 100 * FP32
 
 
 @pytest.mark.parametrize("zero", ["0", "1", "2", "3"])
-def test_the_same_sharing_goes_on_bit_for_bit(ran, pool_of, zero):
+def test_the_same_parallelism_resumes_bit_for_bit(ran, pool_of, zero):
     run = ran("gated", zero, 2, 2, True)
     results = pool_of(4).run("script", arguments=run.arguments, steps=[["load", str(run.middle)], ["train", 5]])
     assert results[0]["losses"] == run.losses[5:]

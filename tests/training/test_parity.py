@@ -1,4 +1,4 @@
-"""ZeRO changes where numbers are kept, not what is learned: every stage on every number of ranks follows plain PyTorch."""
+"""ZeRO does not change what is learned: every stage on every number of ranks matches plain PyTorch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from model.weights import CheckpointReader
 from training.schedule import lr_scale
 
 STEPS = 10
-# Sums of fp32 numbers in another order: a few units in the last place (6e-8 each), carried through 10 steps.
+# Sums of fp32 numbers in another order: a few units in the last place (6e-8 each), propagated through 10 steps.
 FP32 = 1e-5
 
 
 @dataclasses.dataclass
 class Plain:
-    """What a loop of plain PyTorch saw: no DeepSpeed, one process, the whole batch at once."""
+    """The result of a plain PyTorch loop: no DeepSpeed, one process, the whole batch at once."""
 
     losses: list[float]
     norms: list[float]
@@ -36,7 +36,7 @@ class Plain:
 
 @pytest.fixture(scope="session")
 def plain(trained):
-    """The function that trains as plain PyTorch does, in a dtype."""
+    """A function that trains with plain PyTorch in a dtype."""
 
     @functools.cache
     def train(dtype: torch.dtype) -> Plain:
@@ -78,8 +78,8 @@ def worst(a: list[float], b: list[float]) -> float:
 def error(trained_weights: CheckpointReader, plain_weights: dict[str, Tensor]) -> float:
     """Return the root of the summed squares of all differences."""
     squares = [
-        (trained_weights.tensor(name).double() - whole.detach().double()).square().sum()
-        for name, whole in plain_weights.items()
+        (trained_weights.tensor(name).double() - weight.detach().double()).square().sum()
+        for name, weight in plain_weights.items()
     ]
     return float(torch.stack(squares).sum().sqrt())
 
@@ -94,7 +94,7 @@ def test_fp32_follows_plain_pytorch(trained, plain, world, zero, accumulation):
     assert min(reference.norms) > 0.5, "clipping is not active"
     assert worst(run.losses, reference.losses) < FP32
     assert worst(run.norms, reference.norms) < FP32
-    # In the weights Adam turns rounding into steps where a gradient is almost 0, as it does for plain fp32.
+    # If a gradient is almost 0, Adam turns its rounding into steps, in plain fp32 too.
     noise = sum(
         float((p.detach().double() - exact.weights[name].detach()).square().sum())
         for name, p in reference.weights.items()
@@ -111,8 +111,8 @@ def test_bf16_on_two_ranks_is_within_the_noise_of_bf16(trained, plain, zero, acc
     for name in ("losses", "norms"):
         reference = getattr(plain(torch.float32), name)
         noise = worst(getattr(one, name), reference)
-        assert 1e-5 < noise < 0.02  # it is bf16 (8 bits), and it learns the same
-        assert worst(getattr(two, name), getattr(one, name)) < 2 * noise  # both have it
+        assert 1e-5 < noise < 0.02  # the noise of bf16 (8 bits), and no more
+        assert worst(getattr(two, name), getattr(one, name)) < 2 * noise  # both have that noise
     assert two.order == one.order
 
 
@@ -120,4 +120,4 @@ def test_every_rank_reports_the_same(trained):
     first, second = trained(2, "2").results
     assert first["losses"] == second["losses"]
     assert first["norms"] == second["norms"]
-    assert first["hash"] != second["hash"]  # each took its own half
+    assert first["hash"] != second["hash"]  # each trained on its own half

@@ -1,4 +1,4 @@
-"""Bad input: one sentence on standard error, status 2, before any rank joins, and nothing that existed is touched."""
+"""Bad input: one sentence on standard error, status 2, before any process group exists; existing files stay untouched."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ def runs(finished, tmp_path) -> Path:
 
 @pytest.fixture
 def own(tmp_path) -> Path:
-    """A folder with a corpus of one test's own."""
+    """A folder with a corpus for one test only."""
     write_corpus(tmp_path / "own" / "corpus", files=8)
     return tmp_path / "own"
 
 
 @pytest.fixture
 def refuse(no_group):
-    """The function that runs train.py and returns the sentence that it is refused with; `kept` must stay as it is."""
+    """A function that runs train.py and returns the sentence of its refusal; the folder `kept` must not change."""
 
     def run(arguments: list[str], kept: Path, fault: str | None = None) -> str:
         before = contents(kept)
-        answer = no_group.run("command", module="train", arguments=arguments, fault=fault)[0]
-        assert answer["status"] == 2, answer
-        assert answer["joined"] is False
-        assert "step 1/" not in answer["out"]
-        lines = [line for line in answer["err"].splitlines() if line.startswith("error: ")]
-        others = [line for line in answer["err"].splitlines() if line not in lines]
-        assert len(lines) == 1, answer["err"]
+        result = no_group.run("command", module="train", arguments=arguments, fault=fault)[0]
+        assert result["status"] == 2, result
+        assert result["joined"] is False
+        assert "step 1/" not in result["out"]
+        lines = [line for line in result["err"].splitlines() if line.startswith("error: ")]
+        others = [line for line in result["err"].splitlines() if line not in lines]
+        assert len(lines) == 1, result["err"]
         assert not any("Traceback" in line for line in others)
         after = contents(kept)
         assert {name: data for name, data in after.items() if name in before} == before
@@ -77,11 +77,11 @@ def test_what_is_not_utf8_is_named_with_its_offset(refuse, own, tmp_path):
     assert "110" in sentence
 
 
-def test_a_corrected_command_may_have_the_name_of_the_refused_one(refuse, no_group, corpus, tmp_path):
+def test_a_corrected_command_may_reuse_the_name_of_the_refused_one(refuse, no_group, corpus, tmp_path):
     refuse(overrides(corpus, tmp_path / "runs", run="r", data__path=corpus / "typo"), corpus)
     arguments = overrides(corpus, tmp_path / "runs", run="r", steps=1, eval_every=0)
-    answer = no_group.run("command", module="train", arguments=arguments)[0]
-    assert answer["status"] == 0, answer
+    result = no_group.run("command", module="train", arguments=arguments)[0]
+    assert result["status"] == 0, result
 
 
 def test_a_sequence_beyond_the_text(refuse, corpus, tmp_path):
@@ -115,17 +115,17 @@ def test_a_run_of_that_name_with_another_model(refuse, corpus, runs):
 
 
 @pytest.mark.parametrize(
-    ("width", "layers", "said"),
+    ("width", "layers", "sentence"),
     [
         (47, 2, "of another shape: layers.0.ffn.up is (2, 45, 33) there and (2, 47, 33) here"),
         (45, 3, "of another model: it holds no layers.2.attention_norm.weight"),
         (45, 1, "of another model: it holds layers.1.attention.out, which this one has not"),
     ],
 )
-def test_a_checkpoint_of_another_model(refuse, corpus, runs, width, layers, said):
+def test_a_checkpoint_of_another_model(refuse, corpus, runs, width, layers, sentence):
     arguments = overrides(corpus, runs, run="c", steps=4, model__d_ff=width, model__n_layers=layers)
     shutil.copytree(runs / "a" / "checkpoints", runs / "c" / "checkpoints")
-    assert said in refuse(arguments, runs)
+    assert sentence in refuse(arguments, runs)
 
 
 def test_a_checkpoint_of_other_text(refuse, runs, own):
@@ -138,7 +138,7 @@ def test_a_checkpoint_of_other_text(refuse, runs, own):
     assert "was trained with another tokenizer" in refuse(arguments, runs)
 
 
-def test_a_run_that_exists_where_none_may(refuse, corpus, runs):
+def test_an_existing_run_without_resume(refuse, corpus, runs):
     sentence = refuse(overrides(corpus, runs, run="a", steps=2, eval_every=0, resume="false"), runs)
     assert "holds a run and resume=false" in sentence
 
@@ -189,15 +189,15 @@ def test_stage_0_in_bf16(refuse, corpus, tmp_path):
 def test_a_damaged_checkpoint_is_passed_over_and_named(no_group, corpus, runs):
     newest = runs / "a" / "checkpoints" / "step_00000002"
     older = newest.with_name("step_00000001")
-    shutil.copytree(newest, older)  # stands for a checkpoint of step 2 under an older name
+    shutil.copytree(newest, older)  # an older checkpoint, in fact of step 2
     data = bytearray((newest / "rank_00000.safetensors").read_bytes())
     data[-1] ^= 1
     (newest / "rank_00000.safetensors").write_bytes(data)
     arguments = overrides(corpus, runs, run="a", steps=4, eval_every=0)
-    answer = no_group.run("command", module="train", arguments=arguments)[0]
-    assert answer["status"] == 0, answer
+    result = no_group.run("command", module="train", arguments=arguments)[0]
+    assert result["status"] == 0, result
     warning = f"warning: checkpoint {newest} is damaged and was passed over: rank_00000.safetensors does not have"
-    assert answer["out"].startswith(warning)
+    assert result["out"].startswith(warning)
     assert json.loads((runs / "a" / "summary.json").read_text())["status"] == "finished"
 
 

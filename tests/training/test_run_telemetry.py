@@ -1,4 +1,4 @@
-"""Telemetry of a run: the same figures whatever ranks, ZeRO and accumulation do, and the same training with and without it."""
+"""Telemetry of a run: its figures do not depend on ranks, ZeRO and accumulation, and it does not change training."""
 
 from __future__ import annotations
 
@@ -20,60 +20,60 @@ FP32 = 1e-5
 STEPS = 3
 
 
-def looks(pool, corpus, **changes) -> tuple[list[float], list[dict]]:
+def sampled(pool, corpus, **changes) -> tuple[list[float], list[dict]]:
     """Return the losses, and the figures of each step."""
     arguments = overrides(corpus, **{"telemetry_every": 1} | changes)
     results = pool.run("script", arguments=arguments, steps=[["train", STEPS]])
-    assert all(each["telemetry"] == results[0]["telemetry"] for each in results), "ranks were told different figures"
+    assert all(each["telemetry"] == results[0]["telemetry"] for each in results), "ranks have different figures"
     assert [step for step, _ in results[0]["telemetry"]] == list(range(1, len(results[0]["telemetry"]) + 1))
     return results[0]["losses"], [figures for _, figures in results[0]["telemetry"]]
 
 
 @pytest.fixture(scope="module")
 def reference(one_rank, corpus):
-    """The figures of one rank without ZeRO, of two layers of which the second is ungated."""
-    return looks(one_rank, corpus, zero="0", **MIXED)
+    """The figures of one rank without ZeRO; the second of two layers is ungated."""
+    return sampled(one_rank, corpus, zero="0", **MIXED)
 
 
 MIXED = {"ffn": "reglu", "ffn__per_layer": "{last: relu2}"}
 EXACT = ("dead", "revived", "window_tokens")
 
 
-def assert_same(found: list[dict], expected: list[dict]) -> None:
-    assert len(found) == len(expected) == STEPS
-    for one, other in zip(found, expected, strict=True):
+def assert_same(measured: list[dict], expected: list[dict]) -> None:
+    assert len(measured) == len(expected) == STEPS
+    for one, other in zip(measured, expected, strict=True):
         assert one.keys() == other.keys()
         for name in one:
             for a, b in zip(*(v if isinstance(v, list) else [v] for v in (one[name], other[name])), strict=True):
                 if name in EXACT or a is None or b is None:
                     assert a == b, name
                 else:
-                    # Counts may differ by a pre-activation at a threshold; a mean near 0 is a difference of large sums.
+                    # A pre-activation at a threshold may change a count; a mean near 0 is a difference of large sums.
                     assert a == pytest.approx(b, rel=100 * FP32, abs=1e-4), name
 
 
 @pytest.mark.parametrize("zero", ["1", "2", "3"])
-def test_zero_shows_the_same(one_rank, corpus, reference, zero):
-    losses, figures = looks(one_rank, corpus, zero=zero, **MIXED)
+def test_zero_does_not_change_the_figures(one_rank, corpus, reference, zero):
+    losses, figures = sampled(one_rank, corpus, zero=zero, **MIXED)
     assert losses == pytest.approx(reference[0], rel=FP32)
     assert_same(figures, reference[1])
 
 
 @pytest.mark.parametrize("zero", ["0", "1", "2", "3"])
-def test_two_ranks_show_what_one_sees(two_ranks, corpus, reference, zero):
-    assert_same(looks(two_ranks, corpus, zero=zero, **MIXED)[1], reference[1])
+def test_two_ranks_have_the_figures_of_one(two_ranks, corpus, reference, zero):
+    assert_same(sampled(two_ranks, corpus, zero=zero, **MIXED)[1], reference[1])
 
 
-def test_micro_batches_add_up(two_ranks, corpus, reference):
-    assert_same(looks(two_ranks, corpus, zero="2", micro_batch_size=2, **MIXED)[1], reference[1])
+def test_accumulation_does_not_change_the_figures(two_ranks, corpus, reference):
+    assert_same(sampled(two_ranks, corpus, zero="2", micro_batch_size=2, **MIXED)[1], reference[1])
 
 
-def test_a_layer_that_is_computed_again_is_not_counted_again(one_rank, corpus, reference):
-    _, figures = looks(one_rank, corpus, zero="1", model__activation_checkpointing=True, **MIXED)
+def test_a_recomputed_layer_is_not_counted_twice(one_rank, corpus, reference):
+    _, figures = sampled(one_rank, corpus, zero="1", model__activation_checkpointing=True, **MIXED)
     assert_same(figures, reference[1])
 
 
-def test_what_is_shown_of_a_gated_and_of_an_ungated_layer(reference):
+def test_figures_of_a_gated_and_of_an_ungated_layer(reference):
     first = reference[1][0]
     assert all(len(value) == 2 for value in first.values() if isinstance(value, list))
     assert first["gate_mean"][0] > 0
@@ -91,28 +91,28 @@ def test_what_is_shown_of_a_gated_and_of_an_ungated_layer(reference):
 @pytest.mark.parametrize(
     ("zero", "precision"), [("0", "fp32"), *((zero, dtype) for zero in "123" for dtype in ("fp32", "bf16"))]
 )
-def test_the_pieces_are_the_whole_gradient_once(two_ranks, corpus, zero, precision, micro_batch_size):
+def test_the_fragments_are_the_whole_gradient_once(two_ranks, corpus, zero, precision, micro_batch_size):
     arguments = overrides(corpus, zero=zero, precision=precision, micro_batch_size=micro_batch_size)
     for results in two_ranks.run("script", arguments=arguments, steps=[["add_up_fragments"]]):
         assert math.sqrt(results["values"][0]) == pytest.approx(results["norms"][0], rel=FP32)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_is_the_same_with_and_without(two_ranks, corpus, precision):
-    with_it, figures = looks(two_ranks, corpus, precision=precision)
-    without, none = looks(two_ranks, corpus, precision=precision, telemetry_every=0)
+def test_a_run_is_the_same_with_and_without_telemetry(two_ranks, corpus, precision):
+    with_it, figures = sampled(two_ranks, corpus, precision=precision)
+    without, none = sampled(two_ranks, corpus, precision=precision, telemetry_every=0)
     assert with_it == without
     assert (len(figures), none) == (STEPS, [])
 
 
-def test_only_every_so_many_steps(one_rank, corpus):
+def test_samples_are_taken_every_telemetry_every_steps(one_rank, corpus):
     arguments = overrides(corpus, telemetry_every=2)
     results = one_rank.run("script", arguments=arguments, steps=[["train", 5]])[0]["telemetry"]
     assert [step for step, _ in results] == [2, 4]
     assert [figures["window_tokens"] for _, figures in results] == [256, 512]
 
 
-def test_the_held_out_text_judges_every_unit(two_ranks, corpus):
+def test_the_held_out_set_decides_which_units_are_dead(two_ranks, corpus):
     arguments = overrides(corpus, telemetry_every=1, ffn="custom", ffn__formula="'max(x-100, 0)'", ffn__init_scale=1)
     results = two_ranks.run("script", arguments=arguments, steps=[["evaluate"]])
     assert [each["evaluations"][0][2] for each in results] == [[1.0, 1.0]] * 2
@@ -126,16 +126,16 @@ def test_the_lines_of_a_run(corpus, tmp_path):
     ended = command("python", "train.py", *arguments)
     assert ended.status == 0, ended.err
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
-    looked = [line for line in lines if line["kind"] == "telemetry"]
+    sampled_lines = [line for line in lines if line["kind"] == "telemetry"]
     tokens = 8 * 32
-    assert [(line["step"], line["tokens"]) for line in looked] == [(4, 4 * tokens), (8, 8 * tokens)]
-    assert {"zeros", "saturated", "kurtosis", "dead", "gate_mean", "gradient_norm", "sign_agreement"} <= looked[
+    assert [(line["step"], line["tokens"]) for line in sampled_lines] == [(4, 4 * tokens), (8, 8 * tokens)]
+    assert {"zeros", "saturated", "kurtosis", "dead", "gate_mean", "gradient_norm", "sign_agreement"} <= sampled_lines[
         0
     ].keys()
     places = {(line["kind"], line.get("event"), line["step"]): place for place, line in enumerate(lines)}
-    # A run that went on from the checkpoint of step 5 would not write the line of step 4 again.
+    # A run resumed from the checkpoint of step 5 would not write the line of step 4 again.
     assert places["telemetry", None, 4] < places["event", "saved", 5]
-    # Saves end beside later steps; their lines say which step was saved.
+    # Saves complete during later steps; their lines carry the step that was saved.
     saved = [line for line in lines if line.get("event") == "saved"]
     assert [(line["step"], line["path"]) for line in saved] == [(5, "step_00000005"), (10, "step_00000010")]
     assert [line for line in lines if line["kind"] == "eval"][-1]["dead"] == [0.0, 0.0]
@@ -144,21 +144,24 @@ def test_the_lines_of_a_run(corpus, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ definitions
 
 
-def test_a_unit_is_dead_when_a_whole_window_has_passed_without_it():
+def test_a_unit_is_dead_after_a_whole_window_without_activity():
     window = ActivityWindow(300)
-    units = lambda *active: [torch.tensor(active, dtype=torch.float64)]  # noqa: E731
+
+    def units(*active: int) -> list[torch.Tensor]:
+        return [torch.tensor(active, dtype=torch.float64)]
+
     results = [window.update(each, 100) for each in (units(1, 0, 3, 1), units(1, 0, 0, 1), units(1, 0, 0, 1))]
-    assert [each["dead"] for each in results] == [[0.25]] * 3  # the second, in all there is to see
+    assert [each["dead"] for each in results] == [[0.25]] * 3  # the second unit, over all tokens so far
     assert [each["window_tokens"] for each in results] == [100, 200, 300]
     assert [each["revived"] for each in results] == [[None], [0.0], [0.0]]
-    fourth = window.update(units(1, 0, 0, 1), 100)  # 300 tokens since the third was active
+    fourth = window.update(units(1, 0, 0, 1), 100)  # 300 tokens since the third unit was active
     assert (fourth["dead"], fourth["window_tokens"]) == ([0.5], 300)
     fifth = window.update(units(0, 2, 0, 1), 100)
     assert (fifth["dead"], fifth["revived"]) == ([0.25], [0.25])
 
 
 @pytest.mark.parametrize("cuts", [[0, 35], [0, 3, 35], [0, 7, 14, 35], [0, 1, 2, 20, 34, 35]])
-def test_signs_of_pieces_are_signs_of_the_whole(cuts):
+def test_signs_of_fragments_add_up_to_those_of_the_matrix(cuts):
     gradient = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     gradient[2, 3] = 0
     totals = torch.zeros(5, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The files of a run: metrics without doubles, a summary that is always whole, and a lock."""
+"""The files of a run: metrics without duplicates, a summary that is never partial, and a lock."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def steps(folder: RunFolder) -> list[int]:
     return [json.loads(line)["step"] for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_rewinding_drops_later_lines_and_half_of_one(folder):
+def test_rewinding_deletes_later_lines_and_a_partial_one(folder):
     for step in (0, 1, 2, 2, 3, 4):
         folder.append_metrics({"kind": "train", "step": step})
     folder.close()
@@ -53,13 +53,13 @@ def test_a_line_is_in_the_file_when_append_returns(folder):
     assert steps(folder) == [1]
 
 
-def test_a_line_that_the_disk_refuses_comes_later_and_whole(folder):
+def test_a_line_that_the_disk_refuses_is_written_later_and_complete(folder):
     record = {"kind": "train", "step": 1, "text": "x" * 100}
     folder.append_metrics(record)
     path = folder.path / "metrics.jsonl"
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:  # the second line fits in part
+    try:  # the second line fits only in part
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
         for step in (2, 3):
             with pytest.raises(OSError, match="File too large"):
@@ -71,17 +71,17 @@ def test_a_line_that_the_disk_refuses_comes_later_and_whole(folder):
     assert steps(folder) == [1, 2, 3, 4]
 
 
-def test_a_run_that_goes_on_has_no_summary(folder):
+def test_a_resumed_run_has_no_summary(folder):
     folder.write_summary({"status": "stopped"})
     folder.rewind(0)
     assert folder.read_summary() == {}
 
 
-def test_config_yaml_is_the_whole_configuration(folder, config):
+def test_config_yaml_is_the_complete_configuration(folder, config):
     assert from_yaml(folder.path / "config.yaml") == config
 
 
-def test_the_lock_is_let_go(folder, config, monkeypatch):
+def test_the_lock_is_released(folder, config, monkeypatch):
     monkeypatch.setattr(runfolder.time, "sleep", lambda _: None)
     with pytest.raises(UserError, match="another process is training in"):
         RunFolder(config).claim(config)
@@ -91,34 +91,32 @@ def test_the_lock_is_let_go(folder, config, monkeypatch):
     again.close()
 
 
-def test_who_asks_whether_a_run_is_alive_stops_none_from_beginning(folder, config, monkeypatch):
+def test_checking_whether_a_run_is_alive_stops_none_from_starting(folder, config, monkeypatch):
     folder.close()
-    asks = open(folder.path / ".lock")
-    fcntl.flock(asks, fcntl.LOCK_SH)
-    monkeypatch.setattr(
-        runfolder.time, "sleep", lambda _: asks.close()
-    )  # while the run waits, the question is answered
-    begins = RunFolder(config)
-    begins.claim(config)
-    begins.close()
-    assert asks.closed
+    check = open(folder.path / ".lock")
+    fcntl.flock(check, fcntl.LOCK_SH)
+    monkeypatch.setattr(runfolder.time, "sleep", lambda _: check.close())  # the check ends while the run waits
+    run = RunFolder(config)
+    run.claim(config)
+    run.close()
+    assert check.closed
 
 
-def test_what_was_begun_goes_on_only_with_the_same_settings(folder, config):
+def test_a_run_resumes_only_with_the_same_settings(folder, config):
     folder.append_metrics({"kind": "event", "step": 0})
     folder.close()
     config.optim.lr = 0.5
     with pytest.raises(UserError, match=r"other settings \(optim.lr: 0.01 -> 0.5\)"):
         RunFolder(config).claim(config)
     config.optim.lr = 0.01
-    config.steps = 99  # where to stop is not what is learned
+    config.steps = 99  # where a run stops does not change what it learns
     again = RunFolder(config)
     again.claim(config)
     again.close()
     assert from_yaml(folder.path / "config.yaml").steps == 99
 
 
-def test_a_summary_that_cannot_be_written_leaves_the_one_before(folder, monkeypatch):
+def test_a_summary_that_cannot_be_written_leaves_the_previous_one(folder, monkeypatch):
     folder.write_summary({"status": "stopped"})
     monkeypatch.setattr(os, "fsync", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -131,12 +129,12 @@ def test_no_summary_reads_as_empty(folder):
     assert folder.read_summary() == {}
 
 
-def test_what_libraries_print_goes_to_a_file(folder, capfd):
+def test_the_output_of_libraries_goes_to_a_file(folder, capfd):
     with folder.quiet():
         os.write(1, b"from a library\n")
         subprocess.run(["echo", "from a process"], check=True)
     os.write(1, b"afterwards\n")
     assert capfd.readouterr().out == "afterwards\n"
-    said = (folder.path / "deepspeed.log").read_text()
-    assert "from a library" in said
-    assert "from a process" in said
+    log = (folder.path / "deepspeed.log").read_text()
+    assert "from a library" in log
+    assert "from a process" in log

@@ -1,4 +1,4 @@
-"""A gradient that is not finite is reported, and changes nothing, on any rank of any stage."""
+"""A non-finite gradient is reported and changes nothing, on any rank of any stage."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ CASES += [("1", "bf16", 1), ("1", "bf16", 2), ("2", "bf16", 1), ("3", "bf16", 2)
 
 
 @pytest.mark.parametrize(("zero", "precision", "accumulation"), CASES)
-def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
-    corpus, two_ranks, tmp_path, zero, precision, accumulation
-):
+def test_a_step_with_a_non_finite_gradient_changes_nothing(corpus, two_ranks, tmp_path, zero, precision, accumulation):
     arguments = overrides(corpus, zero=zero, precision=precision, micro_batch_size=4 // accumulation)
     # One element, on one rank: first NaN on the last, then infinity on the first.
     steps = [["train", 2], ["save", tmp_path], ["poison", "layers.0.ffn.down", 1, math.nan], ["save", tmp_path]]

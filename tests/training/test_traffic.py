@@ -1,4 +1,4 @@
-"""What ranks send each other, counted at the collectives, is what the formulas say."""
+"""The bytes that ranks send, counted at the collectives, equal those of the formulas in launch.estimate.counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAYERS = 2
 
 @pytest.fixture(scope="session")
 def counted(corpus, two_ranks, four_ranks):
-    """The function that counts a step: (bytes by whom they are for, the configuration, the shape)."""
+    """A function that counts the traffic of a step: (bytes by group, bytes by collective, the configuration, the shape)."""
 
     def count(world: int, arm: str = "learned", **changes):
         changes = ARMS[arm] | SIZES | changes
@@ -42,11 +42,11 @@ def test_tensor_ranks(counted, tensor, sequence, recompute, precision):
     )
     tokens, width = 4 * config.sequence_length, 4 if precision == "fp32" else 2
     expected = tensor_traffic(shape, config.parallel, tokens, width, recompute == "true")
-    # Two micro-batches; then the norm: ZeRO asks every tensor rank for its part, 4 bytes in an all-reduce, twice for overflow.
+    # Two micro-batches, then the norm: ZeRO all-reduces 4 bytes over tensor ranks, twice for the overflow check.
     assert sums["tensor"] == pytest.approx(2 * sum(expected.values()), rel=0, abs=3 * 2 * 8)
     unit = tokens * shape.d_model * width * (tensor - 1) / tensor
     a_layer = 14 if recompute == "true" else 10
-    if sequence == "true":  # Korthikanti's: all of the activations' traffic are gathers and scatters
+    if sequence == "true":  # all traffic of activations are all-gathers and reduce-scatters (Korthikanti 2022)
         assert results["tensor reduce_scatter_base"] == 2 * (LAYERS * (6 if recompute == "true" else 4) + 2) * unit
         assert expected["layers"] == pytest.approx(LAYERS * a_layer * unit, rel=0.1)
     else:
@@ -63,7 +63,7 @@ def test_context_ranks(counted, world, tensor):
     )
 
 
-# Padding: of each parameter to whole partitions, or of a group to what DeepSpeed aligns to; and the norm. Bytes.
+# In bytes: padding, of each parameter to equal partitions or of a group to DeepSpeed's alignment, and the norm.
 PADDING = 4 * 4 * (2 * 20 + 8)
 
 
@@ -73,17 +73,17 @@ PADDING = 4 * 4 * (2 * 20 + 8)
 def test_zero(counted, zero, world, tensor, accumulation):
     changes = {"zero": zero, "micro_batch_size": 4 // accumulation, "parallel.tensor": tensor}
     sums, _, _, shape = counted(world, arm="gated", **changes)
-    # The whole model is small enough to stay gathered until the step changes it.
+    # The model is small enough to stay gathered until the step changes it.
     expected = sum(zero_traffic(rank_parameters(shape, tensor), 2, int(zero), accumulation, 4, gathers=1).values())
     assert expected <= sums["replicas"] <= expected + PADDING
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_zero_that_keeps_nothing_gathered(counted, accumulation):
+def test_zero_3_that_keeps_nothing_gathered(counted, accumulation):
     changes = {"zero": "3", "micro_batch_size": 4 // accumulation, "zero.bucket_elements": 1}
     sums, _, _, shape = counted(2, arm="gated", **changes)
     expected = sum(zero_traffic(rank_parameters(shape, 1), 2, 3, accumulation, 4).values())
     expected -= (
         accumulation * shape.vocab_size * shape.d_model * 4 / 2
-    )  # the head's backward follows its forward at once
+    )  # the head's backward directly follows its forward
     assert expected <= sums["replicas"] <= expected + accumulation * PADDING

@@ -1,4 +1,4 @@
-"""A run that was killed and went on, read back from what W&B wrote offline: the numbers of metrics.jsonl, under one id."""
+"""A killed and resumed run, as W&B recorded it offline: the numbers of metrics.jsonl, under one id."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from tests.test_train import Started
 from tests.training.tiny import PATIENCE, ROOT, command, overrides
 
 STEPS = 100
-ROWS = 10_000  # bytes of a .wandb file that 30 steps exceed
+ROWS = 10_000  # bytes; the .wandb file of 30 steps is larger
 LABELS = {"group": "a plan", "job_type": "an arm", "tags": ["size:nano", "stage:final"]}
 
 
 def figures(line: dict[str, Any]) -> dict[str, float]:
-    """Return what W&B is to hold of a line of metrics.jsonl: its numbers, and a list's one by one."""
-    found = {}
+    """Return what W&B must hold of a line of metrics.jsonl: its numbers, and each number of its lists."""
+    numbers = {}
     for name, value in line.items():
         for place, number in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if isinstance(number, (int, float)):
-                found[f"{line['kind']}/{name}" if place is None else f"{line['kind']}/{name}/layer_{place}"] = number
-    return found | {"step": line["step"], "tokens": line["tokens"]}
+                numbers[f"{line['kind']}/{name}" if place is None else f"{line['kind']}/{name}/layer_{place}"] = number
+    return numbers | {"step": line["step"], "tokens": line["tokens"]}
 
 
 class Session:
-    """What one process left in its .wandb file, as wandb's own command reads it."""
+    """The .wandb file of one process, as wandb's own command reads it."""
 
     def __init__(self, folder: Path) -> None:
         read = command(sys.executable, "-m", "wandb", "leet", "inspect", "--json", folder)
@@ -39,7 +39,7 @@ class Session:
         records = [json.loads(line) for line in read.out.splitlines()]
         of = {kind: [record[kind] for record in records if record["type"] == kind] for kind in ("run", "metric")}
         self.id = folder.name.rsplit("-", 1)[-1]
-        self.run = of["run"][0] if of["run"] else None  # a process that is killed takes its last 32 KiB with it
+        self.run = of["run"][0] if of["run"] else None  # a killed process loses its last 32 KiB
         self.x_axes = {metric["glob_name"]: metric["step_metric"] for metric in of["metric"] if "step_metric" in metric}
         self.rows = [
             {name: value for name, value in record["history"]["item"].items() if not name.startswith("_")}
@@ -53,7 +53,7 @@ class Session:
 
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory) -> Path:
-    """A run that was killed some steps after its checkpoint, and ended by a second command."""
+    """A run that was killed some steps after its checkpoint, and finished by a second command."""
     runs = tmp_path_factory.mktemp("runs")
     settings = {"steps": STEPS, "save_every": 20, "eval_every": 20, "run": "killed", "logger": "wandb"}
     labels = {"group": "'a plan'", "job_type": "'an arm'", "tags": "['size:nano','stage:final']"}
@@ -62,7 +62,7 @@ def run(corpus, tmp_path_factory) -> Path:
     started = Started(sys.executable, *arguments, WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL="0.2")
     started.until(f"step  30/{STEPS}")
     until = time.monotonic() + PATIENCE
-    # Nobody reads its pipe now, which keeps the run from its end.
+    # Its output pipe is no longer read, so the run cannot finish.
     while not any(file.stat().st_size > ROWS for file in (runs / "killed" / "wandb").glob("offline-run-*/*.wandb")):
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -78,7 +78,7 @@ def run(corpus, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sessions(run) -> list[Session]:
-    """What the killed process wrote, and what the second one wrote."""
+    """The files of the killed process and of the second one."""
     folders = sorted((run / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
     return [Session(folder) for folder in folders]
@@ -92,14 +92,14 @@ def test_the_newest_file_holds_every_line_of_metrics_jsonl_once(run, sessions):
     assert (run / "wandb" / "latest-run").resolve().name == sorted((run / "wandb").glob("offline-run-*"))[-1].name
 
 
-def test_what_the_killed_process_wrote_says_the_same(sessions):
-    """Up to the kill it may lack rows, which the process took with it; those that it has are of the same run."""
+def test_the_file_of_the_killed_process_has_the_same_numbers(sessions):
+    """It may lack rows that were lost with the process; those that it has are of the same run."""
     first, second = ({row["tokens"]: row["train/loss"] for row in s.rows if "train/loss" in row} for s in sessions)
     assert len(first) > 5
     assert first.items() <= second.items()
 
 
-def test_it_has_one_id_and_what_it_is_found_by(run, sessions):
+def test_it_has_one_id_and_its_labels(run, sessions):
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert sessions[-1].run is not None
     assert len({session.id for session in sessions}) == 1
