@@ -70,6 +70,7 @@ class TrainingLoop:
         ranks: Ranks,
         folder: RunFolder,
         dataset: Dataset,
+        stream: BatchStream,
         shape: Shape,
         recorder: RunRecorder,
         engine: Engine,
@@ -79,11 +80,10 @@ class TrainingLoop:
         from training.telemetry import Telemetry
 
         self.config, self.batch, self.ranks, self.shape = config, batch, ranks, shape
-        self.dataset, self.recorder, self.console = dataset, recorder, recorder.console
+        self.dataset, self.stream, self.recorder, self.console = dataset, stream, recorder, recorder.console
         self.engine, self.mesh = engine, engine.mesh
         self.saver = Saver(engine, folder.checkpoints, CheckpointCollectives(), config.keep_last)
         self.telemetry = Telemetry(engine, config.telemetry_every, config.telemetry_window)
-        self.stream = BatchStream(dataset, config.sequence_length, config.data_seed)
         self.step, self.batches_hash = 0, 0
         self.skipped_in_a_row = 0
         self.session_started = time.monotonic()

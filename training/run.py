@@ -15,7 +15,7 @@ import torch
 
 from conf.schema import Config
 from conf.validate import Batch, validate
-from data.batches import Dataset, open_dataset
+from data.batches import BatchStream, Dataset, open_dataset
 from data.prepare import prepare
 from kernels.common.errors import UserError
 from kernels.common.files import say_why
@@ -68,9 +68,10 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
             complete = CheckpointReader(checkpoint).state["step"] >= batch.steps
             if complete and folder.read_summary().get("status") == "finished":
                 return _already_finished(console, folder, batch)
+        stream = BatchStream(dataset, config.sequence_length, config.data_seed)  # refuses a sequence beyond the text
         recorder = RunRecorder(config, batch, shape, dataset, folder, console, enabled=ranks.rank == 0)
         engine = _build_engine(config, batch, ranks, folder, dataset, shape, device, dtype, attention)
-        loop = TrainingLoop(config, batch, ranks, folder, dataset, shape, recorder, engine)
+        loop = TrainingLoop(config, batch, ranks, folder, dataset, stream, shape, recorder, engine)
         if checkpoint:
             loop.resume(checkpoint)
         if ranks.rank == 0:
