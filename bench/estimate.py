@@ -124,7 +124,7 @@ def _measured(ranks: Any, words: list[str]) -> dict[str, float]:
         engine.train_step(tokens, 1.0)
     own = batch.micro_batch * batch.accumulation * config.sequence_length // config.parallel.context
     bf16 = config.precision.name == "bf16"
-    estimate = peak_bytes(config, shape, engine.mesh.replicas.size, batch.micro_batch, batch.accumulation, bf16)
+    estimate = peak_bytes(config, shape, engine.mesh.data_context.size, batch.micro_batch, batch.accumulation, bf16)
     return {
         "measured": sum(kept.values()) + live.peak,
         "estimate": sum(estimate.values()),

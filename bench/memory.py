@@ -100,7 +100,7 @@ def _measured(ranks: Ranks, words: list[str]) -> dict[str, float]:
     for _ in range(2):  # the optimizer's state exists from the first step on
         seen.clear()
         engine.train_step(tokens, 1.0)
-    tensor, replicas, stage = engine.mesh.tensor.size, engine.mesh.replicas.size, config.zero.stage
+    tensor, replicas, stage = engine.mesh.tensor.size, engine.mesh.data_context.size, config.zero.stage
     formula = state_bytes(shape, tensor, replicas, stage, config.precision.name == "bf16", batch.accumulation)
     own, width = rank_parameters(shape, tensor), 2 if config.precision.name == "bf16" else 4
     shares = [width * own, width * own, (16 - 2 * width) * own]  # weights, gradients, optimizer

@@ -112,7 +112,7 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q_scaled, k_flat, v_flat, document_ids, *kept = ctx.saved_tensors
         batch, length, heads, dim = q_scaled.shape
         kv_heads = k_flat.shape[0] // batch

@@ -7,7 +7,7 @@ runs=FOLDER       where the runs are
 The folder holds safetensors, config.json, generation_config.json and the tokenizer, and loads without this project:
 AutoModelForCausalLM.from_pretrained(FOLDER). An arm that Transformers knows becomes a LlamaForCausalLM or an ArceeForCausalLM.
 Every other becomes a FormulaForCausalLM, whose code lies in the folder: from_pretrained(FOLDER, trust_remote_code=True).
-The way back is `python -m model.load`.
+The way back is `python -m model.import_hf`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kernels.formula import Formula
 from launch.estimate.counts import Shape
 from model.decoder import Decoder
 from model.generate import load_run
-from model.huggingface.layout import CLASSES, FORMULA, Layout, layout_of, tensor_names
+from model.huggingface.layout import CLASSES, FORMULA, TransformersLayout, tensor_names, transformers_layout
 from model.huggingface.tokenizer import write_tokenizer
 
 _DEFAULTS = {"run": "", "to": "", "runs": "runs", "step": -1, "dtype": "fp32"}
@@ -61,7 +61,7 @@ def export(run: Path, to: Path, step: int = -1, dtype: str = "fp32") -> str:
         raise UserError(f"{to} exists and is not an empty folder: name another one (to=FOLDER)")
     config = from_yaml(run / "config.yaml")
     model, tokenizer, _ = load_run(run, step)
-    layout = layout_of(model.shape)
+    layout = transformers_layout(model.shape)
     with say_why("write", to):
         if to.exists():
             to.rmdir()
@@ -76,7 +76,7 @@ def export(run: Path, to: Path, step: int = -1, dtype: str = "fp32") -> str:
 
 
 def _model_config(
-    config: Config, shape: Shape, layout: Layout, tokenizer: Tokenizer, pad: int, dtype: str
+    config: Config, shape: Shape, layout: TransformersLayout, tokenizer: Tokenizer, pad: int, dtype: str
 ) -> dict[str, Any]:
     std = config.model.init_std
     found = {
@@ -135,7 +135,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _tensors(model: Decoder, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: Decoder, layout: TransformersLayout) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors by their name there, each a view of one of ours."""
     for name, parameter in model.named_parameters():
         rows = parameter.detach()
@@ -145,7 +145,7 @@ def _tensors(model: Decoder, layout: Layout) -> Iterator[tuple[str, Tensor]]:
             yield theirs, part
 
 
-def _write_weights(model: Decoder, layout: Layout, folder: Path, dtype: torch.dtype) -> None:
+def _write_weights(model: Decoder, layout: TransformersLayout, folder: Path, dtype: torch.dtype) -> None:
     """Write model.safetensors, or shards of it and their index."""
     shards: list[dict[str, Tensor]] = [{}]
     total = size = 0

@@ -1,9 +1,9 @@
-"""Initial weights: a function of (parameter's name, seed) alone.
+"""Initial weights: a function of a parameter's name, its full shape and the seed alone.
 
-So they are the same whatever the ranks that share a matrix, their number, or the ZeRO stage, and everything outside the FFN
-is the same for every arm. Matrices are normal; the two that write into the residual stream (attention.out, ffn.down) are
-scaled by 1 / sqrt(2 n_layers), so that its variance does not grow with depth (GPT-2, Radford 2019), and ffn.down also by its
-arm's `down_scale`. Norms start at 1, what a formula learns where the formula says.
+They do not depend on the mesh or on the ZeRO stage, and outside the FFN they are the same for every arm. Matrices are normal.
+The two that write into the residual stream (attention.out, ffn.down) are scaled by 1 / sqrt(2 n_layers), so that its variance
+does not grow with depth (GPT-2, Radford 2019); ffn.down is also scaled by its arm's `down_scale`. Norms start at 1, learned
+parameters of a formula at their `init`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from launch.estimate.counts import Shape
 from model.decoder import Decoder
 from model.feed_forward import FeedForward
-from model.parallel import cut_of, whole_shape
+from model.parallel import full_shape, shard_spec
 
 
 def initialise(
@@ -34,10 +34,10 @@ def initialise(
 
     Args:
         init_std: standard deviation of the matrices; None: 1 / sqrt(d_model).
-        gather: a context in which a parameter that ZeRO-3 has partitioned is whole and may be written.
+        gather: a context in which a parameter that ZeRO-3 has partitioned is gathered and may be written.
     """
     std = shape.d_model**-0.5 if init_std is None else init_std
-    constants, scales = _of_the_arms(model)
+    constants, scales = _arm_constants(model)
     tensor = model.mesh.tensor
     for name, parameter in model.named_parameters():
         with gather(parameter), torch.no_grad():
@@ -48,20 +48,21 @@ def initialise(
             scale = std / math.sqrt(2 * shape.n_layers) if residual else std
             scale *= scales.get(name, 1.0)
             generator = torch.Generator().manual_seed(_seed_of(name, seed))
-            whole = torch.empty(whole_shape(parameter, tensor.size), dtype=torch.float32)
-            whole.normal_(0.0, scale, generator=generator)
-            cut = cut_of(parameter)
-            parameter.copy_(whole if cut is None else cut.part(whole, tensor.rank, tensor.size))
+            full = torch.empty(full_shape(parameter, tensor.size), dtype=torch.float32)
+            full.normal_(0.0, scale, generator=generator)
+            spec = shard_spec(parameter)
+            parameter.copy_(full if spec is None else spec.shard(full, tensor.rank, tensor.size))
 
 
-def _of_the_arms(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
-    """Return what the formulas say of parameters, by name: the start of each learned one, and the scale of each ffn.down."""
-    constants, scales = {}, {}
+def _arm_constants(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
+    """Return {name of a formula's learned parameter: its initial value} and {name of an ffn.down: its `down_scale`}."""
+    constants: dict[str, float] = {}
+    scales: dict[str, float] = {}
     for name, module in model.named_modules():
         if isinstance(module, FeedForward):
             scales[f"{name}.down"] = module.down_scale
-            learned = module.activation.formula.learned
-            constants |= {f"{name}.learned.{each}": parameter.init for each, parameter in learned.items()}
+            for symbol, parameter in module.activation.formula.learned.items():
+                constants[f"{name}.learned.{symbol}"] = parameter.init
     return constants, scales
 
 

@@ -1,15 +1,17 @@
-"""The output projection: cross-entropy without the full matrix of logits, and logits for those who want them.
+"""The output projection: cross-entropy without the full matrix of logits, and logits for generation.
 
-A batch of N tokens over V words needs N * V logits, the largest tensor of a small
-model.  The gradient of the loss is known once the softmax is, so the forward pass
-computes it chunk by chunk, reduces it to the (small) gradients of the hidden states
-and of the weight, and drops the chunk.
+A batch of N tokens over a vocabulary of V entries has N x V logits, the largest tensor of a small model. The gradient of the
+loss is known as soon as the softmax is. So the forward pass works chunk by chunk: it computes a chunk of logits, turns it into
+its gradient, reduces that to the (small) gradients of the hidden states and of the weight, and drops the chunk.
 
-Where tensor ranks share the vocabulary, each computes its own words' logits, and of a token they exchange two numbers: the
-logarithm of the sum of exponentials over a rank's words, and the target's logit. Logits are never gathered in training.
+Over tensor ranks the vocabulary is sharded. Each rank computes the logits of its own entries, and ranks exchange two numbers
+per token: the log-sum-exp over a rank's entries, and the target's logit. Logits are never gathered in training.
+
+Shapes: N tokens, D d_model, V vocabulary entries, T tensor ranks, c tokens of a chunk.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.cross_entropy import cross_entropy_, serves
 from launch.estimate.counts import logits_rows
-from model.collectives import all_gather, gather, reduce
+from model.collectives import all_gather, gather_tokens, reduce_partial
 from model.parallel import Axis
 
 
@@ -30,55 +32,72 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     tensor: Axis = Axis(),
-    sequence: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of ``softmax(hidden @ weight.T)`` against ``targets``.
+    """Compute the mean cross-entropy of `softmax(hidden @ weight.T)` against `targets`.
 
-    Matrix products take the dtype of the inputs; the softmax and the sums are fp32 (fp64 for fp64 inputs). Outside `no_grad`
-    the forward pass computes the gradients. There is no branch on a value: on a GPU nothing waits.
+    Matrix products run in the dtype of the inputs; the softmax and the sums are fp32 (fp64 for fp64 inputs). Outside `no_grad`
+    the forward pass computes the gradients. No Python branch depends on a tensor's value, so a GPU is never synchronised.
 
     Args:
-        hidden: (..., d) hidden states, of any floating dtype; with `sequence` (N / T, d), this rank's share of N tokens.
-        weight: (V, d) output projection of the same dtype; over tensor ranks, this rank's rows of it.
-        targets: (...) int64 word numbers below V, or ``ignore_index``.
-        z_loss: coefficient of the mean of ``logsumexp(logits) ** 2``, added to the objective.
-        ignore_index: target of the tokens that do not count.
-        tensor: the ranks that share the vocabulary; each gets the same result.
-        sequence: whether they share the tokens too.
+        hidden: (..., D) hidden states, of any floating dtype; with sequence parallelism (N / T, D), this rank's tokens.
+        weight: (V, D) output projection of the same dtype; over tensor ranks (V / T, D), this rank's rows.
+        targets: (...) int64 token ids below V, or `ignore_index`; with sequence parallelism those of all N tokens.
+        z_loss: coefficient of the mean of `logsumexp(logits) ** 2`, which is added to the objective.
+        ignore_index: the target of tokens that are ignored.
+        tensor: the ranks that shard the vocabulary; each gets the same result.
 
     Returns:
-        The objective to differentiate and the mean nats per valid token (not
-        differentiable), both fp32 scalars; they are equal if ``z_loss`` is 0, and 0 if
-        no token is valid.
+        The objective to differentiate, and the mean nats per valid token (not differentiable), both fp32 scalars. They are
+        equal if `z_loss` is 0, and 0 if no token is valid.
 
     Raises:
-        ValueError: if the shapes do not fit together.
+        ValueError: the shapes do not match.
     """
-    fits = targets.numel() == len(hidden) * tensor.size if sequence else targets.shape == hidden.shape[:-1]
+    if tensor.sequence_parallel:
+        fits = targets.numel() == len(hidden) * tensor.size
+    else:
+        fits = targets.shape == hidden.shape[:-1]
     if not fits or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (hidden, weight, targets))
-        raise ValueError(f"shapes of hidden, weight and targets do not fit: {shapes}")
+        raise ValueError(f"shapes of hidden, weight and targets do not match: {shapes}")
     differentiate = torch.is_grad_enabled()  # always off inside Function.forward
-    shared = _Shared(tensor, sequence)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, ignore_index, differentiate, shared)
+    options = _Options(z_loss, ignore_index, differentiate, tensor)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, options)
 
 
-def gathered_logits(hidden: Tensor, weight: Tensor, tensor: Axis, sequence: bool) -> Tensor:
-    """Return the logits (..., V) of all words on every rank; with `sequence` (N, V) of (N / T, d). Without a gradient."""
-    logits = F.linear(gather(hidden, tensor, sequence).wait(), weight)
+def gathered_logits(hidden: Tensor, weight: Tensor, tensor: Axis) -> Tensor:
+    """Return the logits of the full vocabulary on every rank. Not differentiable over several ranks.
+
+    Args:
+        hidden: (..., D), or with sequence parallelism (N / T, D).
+        weight: (V / T, D), this rank's rows.
+
+    Returns:
+        (..., V), or (N, V).
+    """
+    logits = F.linear(gather_tokens(hidden, tensor).wait(), weight)  # (..., V / T)
     if tensor.size == 1:
         return logits
-    by_rank = all_gather(logits, tensor).wait().view(tensor.size, *logits.shape)
+    by_rank = all_gather(logits, tensor).wait().view(tensor.size, *logits.shape)  # (T, ..., V / T)
     return by_rank.movedim(0, -2).flatten(-2)
 
 
 def _plain_cross_entropy_(
     logits: Tensor, index: Tensor, z_loss: float, differentiate: bool, buffer: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.cross_entropy.cross_entropy_` in plain PyTorch; `buffer` (at least c, V) has the precise dtype."""
-    index = index.unsqueeze(1)
+    """Compute `kernels.cross_entropy.cross_entropy_` in plain PyTorch.
+
+    Args:
+        logits: (c, V); overwritten by their gradient if `differentiate`.
+        index: (c,) target token ids.
+        buffer: scratch space of at least (c, V) in the dtype of the softmax.
+
+    Returns:
+        Nats and log-sum-exp of every token, each (c,).
+    """
+    index = index.unsqueeze(1)  # (c, 1)
     p = torch.softmax(logits, -1, dtype=buffer.dtype, out=buffer[: logits.shape[0]])
-    # From the likeliest word, whose probability is at least 1 / V: the log of the target's own may underflow.
+    # From the likeliest entry, whose probability is at least 1 / V: the target's own probability may underflow.
     lse = logits.amax(-1, keepdim=True).to(p.dtype) - p.amax(-1, keepdim=True).log()  # (c, 1)
     nats = lse - logits.gather(1, index).to(p.dtype)
     if differentiate:
@@ -89,70 +108,85 @@ def _plain_cross_entropy_(
     return nats.squeeze(1), lse.squeeze(1)
 
 
-def _shared_cross_entropy_(
+def _vocab_parallel_cross_entropy_(
     logits: Tensor, index: Tensor, z_loss: float, differentiate: bool, buffer: Tensor, tensor: Axis
 ) -> tuple[Tensor, Tensor]:
-    """`_plain_cross_entropy_` where the words are shared: logits (c, V / T) of this rank's, index of all words."""
-    index = index.unsqueeze(1) - tensor.rank * logits.shape[1]  # among this rank's words, if it is one
-    mine = (index >= 0) & (index < logits.shape[1])
+    """Compute `_plain_cross_entropy_` over a sharded vocabulary.
+
+    Args:
+        logits: (c, V / T), of this rank's entries.
+        index: (c,) target token ids of the full vocabulary.
+    """
+    index = index.unsqueeze(1) - tensor.rank * logits.shape[1]  # (c, 1), relative to this rank's first entry
+    is_local = (index >= 0) & (index < logits.shape[1])
     index = index.clamp(0, logits.shape[1] - 1)
     p = torch.softmax(logits, -1, dtype=buffer.dtype, out=buffer[: logits.shape[0]])
-    own_lse = logits.amax(-1, keepdim=True).to(p.dtype) - p.amax(-1, keepdim=True).log()
-    target = torch.where(mine, logits.gather(1, index).to(p.dtype), 0)
-    told = all_gather(torch.cat((own_lse, target), 1), tensor).wait().view(tensor.size, -1, 2)
-    lse = told[..., 0].logsumexp(0).unsqueeze(1)  # (c, 1)
-    nats = lse - told[..., 1].sum(0).unsqueeze(1)
+    local_lse = logits.amax(-1, keepdim=True).to(p.dtype) - p.amax(-1, keepdim=True).log()  # (c, 1)
+    target_logit = torch.where(is_local, logits.gather(1, index).to(p.dtype), 0)  # (c, 1)
+    stats = all_gather(torch.cat((local_lse, target_logit), 1), tensor).wait().view(tensor.size, -1, 2)  # (T, c, 2)
+    lse = stats[..., 0].logsumexp(0).unsqueeze(1)  # (c, 1)
+    nats = lse - stats[..., 1].sum(0).unsqueeze(1)
     if differentiate:
-        scale = (own_lse - lse).exp()
+        scale = (local_lse - lse).exp()  # from the softmax of this rank's entries to that of all
         p *= scale * (1 + 2 * z_loss * lse) if z_loss else scale
-        p.scatter_add_(1, index, -mine.to(p.dtype))
+        p.scatter_add_(1, index, -is_local.to(p.dtype))
         logits.copy_(p)
     return nats.squeeze(1), lse.squeeze(1)
 
 
-class _Shared(NamedTuple):
+class _Options(NamedTuple):
+    """The arguments of the autograd function that are no tensors."""
+
+    z_loss: float
+    ignore_index: int
+    differentiate: bool
     tensor: Axis
-    sequence: bool
+
+
+def _chunk_function(logits: Tensor, dtype: torch.dtype, tensor: Axis) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return what computes a chunk: the vocabulary-parallel function, the fused kernel, or plain PyTorch.
+
+    Args:
+        logits: buffer (c, V / T) of the largest chunk.
+        dtype: of the softmax.
+    """
+    if tensor.size > 1:
+        buffer = torch.empty_like(logits, dtype=dtype)
+        return functools.partial(_vocab_parallel_cross_entropy_, buffer=buffer, tensor=tensor)
+    if serves(logits):
+        return cross_entropy_
+    return functools.partial(_plain_cross_entropy_, buffer=torch.empty_like(logits, dtype=dtype))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor,
-        z_loss: float, ignore_index: int, differentiate: bool, shared: _Shared,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        tensor, sequence = shared
-        states = gather(hidden, tensor, sequence).wait().flatten(0, -2)  # (N, d)
+        z_loss, ignore_index, differentiate, tensor = options
+        states = gather_tokens(hidden, tensor).wait().flatten(0, -2)  # (N, D)
         targets = targets.flatten()  # (N,)
-        tokens, words = states.shape[0], weight.shape[0]
-        precise = torch.promote_types(hidden.dtype, torch.float32)
-        want_hidden = differentiate and ctx.needs_input_grad[0]
-        want_weight = differentiate and ctx.needs_input_grad[1]
-        grad_hidden = torch.empty_like(states) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=precise) if want_weight else None
+        n_tokens, n_entries = len(states), len(weight)  # N, V / T
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        need_hidden, need_weight = (differentiate and need for need in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(states) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
 
-        valid = targets != ignore_index
-        count = valid.sum().clamp_(min=1)
-        nats = torch.zeros((), dtype=precise, device=hidden.device)
-        squares = torch.zeros_like(nats)
-        rows = logits_rows(tokens, words)
-        logits_buffer = states.new_empty(rows, words)
-        rows_of = cross_entropy_
-        if tensor.size > 1:
-            buffer = states.new_empty(rows, words, dtype=precise)
-            rows_of = functools.partial(_shared_cross_entropy_, buffer=buffer, tensor=tensor)
-        elif not serves(logits_buffer):
-            rows_of = functools.partial(_plain_cross_entropy_, buffer=states.new_empty(rows, words, dtype=precise))
-        for start in range(0, tokens, rows):
-            chunk = slice(start, min(start + rows, tokens))
-            x, kept = states[chunk], valid[chunk]  # (c, d), (c,)
-            logits = torch.mm(x, weight.t(), out=logits_buffer[: x.shape[0]])
-            # Rows that do not count get a gradient all the same.
-            row_nats, lse = rows_of(logits, targets[chunk].where(kept, 0), z_loss, differentiate)
-            nats, squares = nats + (row_nats * kept).sum(), squares + (lse.square() * kept).sum()
-            # Tokens that do not count are masked on the small side of each product, not in the logits.
-            mask = kept.unsqueeze(1).to(x.dtype)
+        valid = targets != ignore_index  # (N,)
+        n_valid = valid.sum().clamp_(min=1)
+        nats = torch.zeros((), dtype=dtype, device=hidden.device)
+        squares = torch.zeros_like(nats)  # of the log-sum-exp
+        rows = logits_rows(n_tokens, n_entries)
+        logits_buffer = states.new_empty(rows, n_entries)
+        chunk_function = _chunk_function(logits_buffer, dtype, tensor)
+        for start in range(0, n_tokens, rows):
+            chunk = slice(start, min(start + rows, n_tokens))
+            x, is_valid = states[chunk], valid[chunk]  # (c, D), (c,)
+            logits = torch.mm(x, weight.t(), out=logits_buffer[: x.shape[0]])  # (c, V / T)
+            # Ignored rows are given target 0 and get a gradient all the same.
+            row_nats, lse = chunk_function(logits, targets[chunk].where(is_valid, 0), z_loss, differentiate)
+            nats, squares = nats + (row_nats * is_valid).sum(), squares + (lse.square() * is_valid).sum()
+            # They are masked on the small side of each product, not in the logits (which are gradients by now).
+            mask = is_valid.unsqueeze(1).to(x.dtype)  # (c, 1)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[chunk])
                 grad_hidden[chunk] *= mask
@@ -160,19 +194,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += torch.mm(logits.t(), x * mask)
 
         if grad_hidden is not None:
-            grad_hidden = reduce(grad_hidden / count, tensor, sequence).wait().view_as(hidden)
+            grad_hidden = reduce_partial(grad_hidden / n_valid, tensor).wait().view_as(hidden)
         if grad_weight is not None:
-            grad_weight = grad_weight.div_(count).to(weight.dtype)
+            grad_weight = grad_weight.div_(n_valid).to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        nats = nats / count
-        objective = nats + z_loss * (squares / count)
+        nats = nats / n_valid
+        objective = nats + z_loss * (squares / n_valid)
         ctx.mark_non_differentiable(nats)
         return objective, nats
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
-            return (None,) * 7
-        grads = tuple(None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
-        return *grads, None, None, None, None, None
+            return None, None, None, None
+        grad_hidden, grad_weight = (
+            None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors
+        )
+        return grad_hidden, grad_weight, None, None

@@ -1,18 +1,19 @@
-"""Weights on disk: the format of a checkpoint, and how it is written, read and verified.
+"""The checkpoint format: how weights are written, read and verified.
 
 A checkpoint is a folder `step_00000100/`:
 
-    rank_00000.safetensors   what one rank held: pieces of parameters, and of their optimizer state, in fp32
-    index.json               where each piece belongs in the whole tensor of its name
+    rank_00000.safetensors   one rank's pieces of parameters and of their optimizer state, in fp32
+    index.json               the place of each piece in the full tensor of its name
     state.json               the counters of the run
     manifest.json            the size and BLAKE2 hash of each of these files
 
-Nothing in it depends on how many ranks there were. A piece is a run of consecutive elements of a tensor rank's part, and the
-index says how parts make the whole (`parallel.Cut`): any rank of any other topology finds what it needs, and one of the same
-topology finds it in one piece. So no rank gathers anything when it saves, all write at once, and no second, native format is
-needed for speed. In gated arms the axis of gate and up is one of the shape, which no cut touches: they cannot be mixed.
+The format does not depend on the topology. A piece is a range of consecutive elements of a flattened tensor-parallel shard, and
+the index holds the `parallel.ShardSpec` that unshards them. A rank of any other topology finds what it needs, and one of the
+same topology finds it in one piece. So ranks gather nothing to save, all of them write at once, and speed needs no second,
+native format. Gate and up of a gated arm are an axis of their own, which is never sharded, so they cannot be mixed.
 
-Reading executes nothing that a file contains. What a rank holds, and the optimizer's part, is `training/checkpoint.py`.
+Reading executes nothing that a file contains. Which pieces a rank holds, and the optimizer state, live in
+`training/checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from torch import Tensor, nn
 
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_folder
-from model.parallel import Cut, cut_of, whole_shape
+from model.parallel import ShardSpec, full_shape, shard_spec
 
 FORMAT = 2
-_FILE_BYTES = 2 << 30  # where whole tensors are written, a file is closed from this size on
+_FILE_BYTES = 2 << 30  # `save_weights` starts a new file at this size
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Piece(NamedTuple):
-    """A run of elements of a flattened part of a parameter: `size` from `start` on, of `tensor` rank, in `rank`'s file."""
+    """A range of elements of a flattened shard of a parameter."""
 
-    tensor: int
+    tensor: int  # tensor rank of the shard
     start: int
     size: int
-    rank: int
+    rank: int  # whose file holds it
 
 
 def file_of(rank: int) -> str:
@@ -53,27 +54,28 @@ def file_of(rank: int) -> str:
 
 
 def stored_name(name: str, key: str = "") -> str:
-    """Return the name under which a rank's file has its piece of a parameter, or of its optimizer state `key`."""
+    """Return the name of a parameter's piece in a rank's file, or of its optimizer state `key`."""
     return f"{name}.{key}" if key else name
 
 
 def index_entry(parameter: nn.Parameter, tensor: int) -> dict[str, Any]:
-    """Return what the index says of a parameter that is cut over `tensor` ranks, without its pieces."""
-    cut = cut_of(parameter)
+    """Return the index entry, still without pieces, of a parameter of a model on `tensor` tensor ranks."""
+    spec = shard_spec(parameter)
     return {
-        "shape": list(whole_shape(parameter, tensor)),
-        "tensor": tensor if cut else 1,
-        "cut": {"dim": cut.dim, "sections": list(cut.sections)} if cut else None,
+        "shape": list(full_shape(parameter, tensor)),
+        "tensor": tensor if spec else 1,
+        "cut": {"dim": spec.dim, "sections": list(spec.sections)} if spec else None,
         "pieces": [],
     }
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write fp32 tensors in host memory as a safetensors file, synced, and return its entry of the manifest.
+    """Write fp32 tensors in host memory as a safetensors file, sync it, and return its manifest entry.
 
-    The hash is taken of what is written, while it is written: a file of many GB is not read again, nor copied in memory.
+    The hash is computed while the bytes are written: a file of many GB is neither read again nor copied in memory.
     """
-    header, offset = {}, 0
+    header: dict[str, Any] = {}
+    offset = 0
     for name, tensor in tensors.items():
         end = offset + 4 * tensor.numel()
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
@@ -82,8 +84,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     text += b" " * (-len(text) % 8)
     digest, size = hashlib.blake2b(digest_size=16), 0
     with open(path, "wb", buffering=0) as file:
-        parts = (tensor.detach().contiguous().view(-1).numpy() for tensor in tensors.values())
-        for part in (len(text).to_bytes(8, "little"), text, *parts):
+        flat = (tensor.detach().contiguous().view(-1).numpy().data for tensor in tensors.values())
+        for part in (len(text).to_bytes(8, "little"), text, *flat):
             rest = memoryview(part).cast("B")
             digest.update(rest)
             size += len(rest)
@@ -94,7 +96,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def write_rest(folder: Path, index: dict[str, Any], state: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-    """Write what stands beside the ranks' files, whose entries of the manifest are `files`."""
+    """Write index.json, state.json and manifest.json beside the ranks' files.
+
+    Args:
+        files: the manifest entries of the ranks' files, by name.
+    """
     files = dict(files)
     for name, content in (("index.json", index), ("state.json", {**state, "format": FORMAT})):
         (folder / name).write_text(
@@ -106,37 +112,37 @@ def write_rest(folder: Path, index: dict[str, Any], state: dict[str, Any], files
 
 
 def save_weights(path: Path, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
-    """Write whole tensors, by the names of `Decoder.named_parameters`, as a checkpoint without optimizer state.
+    """Write full tensors, by the names of `Decoder.named_parameters`, as a checkpoint without optimizer state.
 
     Args:
-        path: the checkpoint's folder, `step_N` for N = state["step"]; there must be none.
-        tensors: taken one at a time; as many files are written as hold them a few at a time, as if ranks had.
+        path: the checkpoint's folder, `step_N` for N = state["step"]. It must not exist.
+        tensors: consumed one at a time. They are written to several files, as if by several ranks, to bound the memory used.
     """
     index: dict[str, Any] = {}
     files: dict[str, Any] = {}
-    held: dict[str, Tensor] = {}
+    buffered: dict[str, Tensor] = {}
     with atomic_folder(path) as folder:
 
         def write() -> None:
             name = file_of(len(files))
-            files[name] = write_tensors(folder / name, held)
-            held.clear()
+            files[name] = write_tensors(folder / name, buffered)
+            buffered.clear()
 
         for name, tensor in tensors:
-            held[name] = tensor.detach().to("cpu", torch.float32)
+            buffered[name] = tensor.detach().to("cpu", torch.float32)
             pieces = [Piece(0, 0, tensor.numel(), len(files))]
             index[name] = {"shape": list(tensor.shape), "tensor": 1, "cut": None, "pieces": pieces}
-            if sum(4 * part.numel() for part in held.values()) >= _FILE_BYTES:
+            if sum(4 * each.numel() for each in buffered.values()) >= _FILE_BYTES:
                 write()
         write()
         write_rest(folder, index, {**state, "optimizer_steps": 0}, files)
 
 
 class CheckpointReader:
-    """Reads the tensors of one checkpoint by name, whole or in part, from whichever files hold their pieces.
+    """Reads tensors of a checkpoint by name, in full or in part, from whichever files hold their pieces.
 
     Raises:
-        UserError: it is of another format.
+        UserError: the checkpoint has another format.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -145,62 +151,65 @@ class CheckpointReader:
         if self.state.get("format") != FORMAT:
             raise UserError(
                 f"{folder} has checkpoint format {self.state.get('format')}, and this version reads {FORMAT}: "
-                "go on with the version that wrote it, or begin a run of another name (run=NAME)"
+                "continue with the version that wrote it, or start a run of another name (run=NAME)"
             )
         self._index: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         self._files: dict[int, Any] = {}
 
     @property
     def has_optimizer_state(self) -> bool:
-        """Whether the moments of every parameter are there too; without them a run begins with zeros."""
+        """Whether the checkpoint holds the optimizer's moments; without them a run starts from zeros."""
         name, entry = next(iter(self._index.items()))
-        return stored_name(name, MOMENTS[0]) in self._file(entry["pieces"][0][3]).keys()  # noqa: SIM118 (no mapping)
+        return stored_name(name, MOMENTS[0]) in self._file(entry["pieces"][0][3]).keys()  # noqa: SIM118 (not a mapping)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the whole shape of every parameter by name, without reading one."""
+        """Return the full shape of every parameter by name, without reading any."""
         return {name: tuple(entry["shape"]) for name, entry in self._index.items()}
 
     def tensor(self, name: str, key: str = "") -> Tensor:
-        """Return a whole parameter, or its optimizer state `key`, in fp32.
+        """Return a full parameter, or its optimizer state `key`, in fp32.
 
         Raises:
-            UserError: there is none, or a part of it is missing.
+            UserError: the checkpoint does not hold it, or holds it incompletely.
         """
         entry = self._entry(name)
-        cut, tensor = entry["cut"], entry["tensor"]
+        sharding, tensor = entry["cut"], entry["tensor"]
         shape = list(entry["shape"])
-        if cut:
-            shape[cut["dim"]] //= tensor
-        parts = [self._run(name, key, rank, 0, math.prod(shape)).view(shape) for rank in range(tensor)]
-        return Cut(cut["dim"], tuple(cut["sections"])).whole(parts) if cut else parts[0]
+        if sharding:
+            shape[sharding["dim"]] //= tensor
+        shards = [self._stored_range(name, key, rank, 0, math.prod(shape)).view(shape) for rank in range(tensor)]
+        return ShardSpec(sharding["dim"], tuple(sharding["sections"])).unshard(shards) if sharding else shards[0]
 
-    def run(self, name: str, key: str, cut: Cut | None, rank: int, size: int, start: int, stop: int) -> Tensor:
-        """Return elements [start, stop) of the flattened part that tensor rank `rank` of `size` has of a parameter.
+    def shard_range(
+        self, name: str, key: str, spec: ShardSpec | None, rank: int, size: int, start: int, stop: int
+    ) -> Tensor:
+        """Return elements [start, stop) of the flattened shard of a parameter that belongs to tensor rank `rank` of `size`.
 
-        Where it was saved in the same parts, only the pieces that overlap are read.
+        If the checkpoint was saved with the same shards, only the pieces that overlap the range are read.
         """
         entry = self._entry(name)
-        if cut is None and entry["tensor"] == 1:
-            return self._run(name, key, 0, start, stop)
-        if cut is not None and entry["tensor"] == size and entry["cut"]:
-            return self._run(name, key, rank, start, stop)
-        whole = self.tensor(name, key)
-        part = whole if cut is None else cut.part(whole, rank, size)
-        return part.flatten()[start:stop]
+        if spec is None and entry["tensor"] == 1:
+            return self._stored_range(name, key, 0, start, stop)
+        if spec is not None and entry["tensor"] == size and entry["cut"]:
+            return self._stored_range(name, key, rank, start, stop)
+        full = self.tensor(name, key)
+        shard = full if spec is None else spec.shard(full, rank, size)
+        return shard.flatten()[start:stop]
 
-    def _run(self, name: str, key: str, tensor: int, start: int, stop: int) -> Tensor:
-        found, filled = torch.empty(stop - start), 0
+    def _stored_range(self, name: str, key: str, tensor: int, start: int, stop: int) -> Tensor:
+        """Return elements [start, stop) of the flattened shard that tensor rank `tensor` saved."""
+        values, filled = torch.empty(stop - start), 0
         for piece in (Piece(*numbers) for numbers in self._entry(name)["pieces"]):
             low, high = max(start, piece.start), min(stop, piece.start + piece.size)
             if piece.tensor == tensor and low < high:
                 stored = self._file(piece.rank).get_slice(stored_name(name, key))
                 inside = slice(low - piece.start, high - piece.start)
                 is_flat = len(stored.get_shape()) == 1
-                found[low - start : high - start] = stored[inside] if is_flat else stored[:].flatten()[inside]
+                values[low - start : high - start] = stored[inside] if is_flat else stored[:].flatten()[inside]
                 filled += high - low
         if filled != stop - start:
             raise UserError(f"{self.folder} holds {filled} of {stop - start} elements of {stored_name(name, key)}")
-        return found
+        return values
 
     def _entry(self, name: str) -> dict[str, Any]:
         if name not in self._index:
@@ -214,7 +223,7 @@ class CheckpointReader:
 
 
 def checkpoints(folder: Path) -> Iterator[Path]:
-    """Yield the complete checkpoints in `folder`, newest first: folders `step_N`. One of another name was never finished."""
+    """Yield the complete checkpoints in `folder`, newest first: folders `step_N`. An unfinished one has another name."""
     steps = {path: path.name.removeprefix("step_") for path in folder.glob("step_*") if path.is_dir()}
     yield from sorted(
         (path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]), reverse=True
@@ -231,7 +240,7 @@ def file_hash(path: Path) -> str:
 
 
 def damage(folder: Path) -> str:
-    """Return what is wrong with a checkpoint's files, or "" if each has the size and hash of the manifest."""
+    """Return what is wrong with a checkpoint's files; "" if each has the size and hash that the manifest gives."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         files = [(name, entry["bytes"], entry["blake2b"]) for name, entry in manifest["files"].items()]
@@ -249,39 +258,39 @@ def damage(folder: Path) -> str:
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint whose files are as they were saved, and a sentence for each damaged one passed over."""
-    passed_over = []
+    """Return the newest checkpoint whose files are intact, and a warning for each damaged one that was skipped."""
+    warnings = []
     for path in checkpoints(folder):
-        wrong = damage(path)
-        if not wrong:
-            return path, passed_over
-        passed_over.append(f"checkpoint {path} is damaged and was passed over: {wrong}")
-    return None, passed_over
+        problem = damage(path)
+        if not problem:
+            return path, warnings
+        warnings.append(f"checkpoint {path} is damaged and was skipped: {problem}")
+    return None, warnings
 
 
 def check_shapes(model: nn.Module, stored: CheckpointReader) -> None:
-    """Compare the parameters of a whole `model` (which may be on the meta device) with a checkpoint's, in both directions.
+    """Check that a checkpoint holds exactly the parameters of an unsharded `model` (which may be on the meta device).
 
     Raises:
         UserError: the checkpoint is of another model.
     """
-    expected, found = {name: tuple(p.shape) for name, p in model.named_parameters()}, stored.shapes()
+    expected, actual = {name: tuple(p.shape) for name, p in model.named_parameters()}, stored.shapes()
     for name, shape in expected.items():
-        if name not in found:
+        if name not in actual:
             raise UserError(f"{stored.folder} is a checkpoint of another model: it holds no {name}")
-        if found[name] != shape:
+        if actual[name] != shape:
             raise UserError(
-                f"{stored.folder} is a checkpoint of another shape: {name} is {found[name]} there and {shape} here"
+                f"{stored.folder} is a checkpoint of another shape: {name} is {actual[name]} there and {shape} here"
             )
-    foreign = sorted(found.keys() - expected.keys())
-    if foreign:
+    unexpected = sorted(actual.keys() - expected.keys())
+    if unexpected:
         raise UserError(
-            f"{stored.folder} is a checkpoint of another model: it holds {foreign[0]}, which this one has not"
+            f"{stored.folder} is a checkpoint of another model: it holds {unexpected[0]}, which this one does not have"
         )
 
 
 def load_weights(model: nn.Module, folder: Path) -> dict[str, Any]:
-    """Fill a whole `model`'s parameters from a checkpoint, and return the checkpoint's state.
+    """Fill the parameters of an unsharded `model` from a checkpoint, and return the checkpoint's state.
 
     Raises:
         UserError: the checkpoint is of another model.

@@ -33,7 +33,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from kernels.common.files import publish
-from model.parallel import cut_of
+from model.parallel import shard_spec
 from model.weights import (
     MOMENTS,
     CheckpointReader,
@@ -113,11 +113,11 @@ class Saver:
 
     def _copy_to_host(self) -> tuple[NamedPieces, dict[str, Tensor]]:
         """Return the pieces that this rank stores, and their tensors in host buffers that the next save overwrites."""
-        tensor, data_context_rank, rank = self.engine.mesh.tensor, self.engine.mesh.replicas.rank, dist.get_rank()
+        tensor, data_context_rank, rank = self.engine.mesh.tensor, self.engine.mesh.data_context.rank, dist.get_rank()
         pieces, tensors = [], {}
         on_gpu = self.engine.device.type == "cuda"
         for fragment in _fragments(self.engine):
-            replicated = cut_of(fragment.parameter) is None
+            replicated = shard_spec(fragment.parameter) is None
             stored_elsewhere = (tensor.rank and replicated) or (self.engine.stage == 0 and data_context_rank)
             if not fragment.size or stored_elsewhere:
                 continue
@@ -238,13 +238,15 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         for fragment in _fragments(engine):
             name, parameter, numel = fragment.name, fragment.parameter, fragment.shape.numel()
-            shard = cut_of(parameter), tensor.rank, tensor.size
+            shard = shard_spec(parameter), tensor.rank, tensor.size
             if fragment.size:
                 for key in keys:
-                    fragment.write(key, reader.run(name, key, *shard, fragment.start, fragment.start + fragment.size))
+                    fragment.write(
+                        key, reader.shard_range(name, key, *shard, fragment.start, fragment.start + fragment.size)
+                    )
             # Under stages 1 and 2 each data x context rank holds the whole weight; under stage 3, that of a small parameter.
             if engine.stage in (1, 2) or (engine.stage == 3 and parameter.numel() == numel):
-                weight = reader.run(name, "", *shard, 0, numel)
+                weight = reader.shard_range(name, "", *shard, 0, numel)
                 parameter.data.copy_(weight.view(fragment.shape))
     return reader.state
 
@@ -325,7 +327,7 @@ def _stage_1_or_2_fragment(_: Engine, name: str, parameter: nn.Parameter) -> _Fr
 def _stage_3_fragment(engine: Engine, name: str, parameter: nn.Parameter) -> _Fragment:
     partitioned = stage_3_parameter(parameter)
     partition_numel, numel = partitioned.ds_tensor.numel(), partitioned.ds_numel  # the last partition is padded
-    start = min(engine.mesh.replicas.rank * partition_numel, numel)
+    start = min(engine.mesh.data_context.rank * partition_numel, numel)
     size = min(partition_numel, numel - start)
 
     def read(key: str) -> Tensor:

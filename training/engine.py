@@ -26,7 +26,7 @@ from launch.estimate.counts import GATHERED_BUCKETS, Shape
 from launch.ranks import Ranks
 from model.decoder import Cache, Decoder
 from model.initialise import initialise
-from model.parallel import Mesh, cut_of, join
+from model.parallel import Mesh, init_mesh, shard_spec
 from training.mpu import ModelParallelUnit
 from training.zero import fragment_mapping, index_in_group, stage_3_parameter
 
@@ -45,7 +45,7 @@ def start_process_group(ranks: Ranks, device: torch.device, timeout_minutes: flo
 def mesh_from_config(parallel: ParallelConfig) -> Mesh:
     """Return the mesh that the configuration describes, and create its process groups. Collective."""
     timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
-    return join(parallel.tensor, parallel.context, parallel.sequence, timeout)
+    return init_mesh(parallel.tensor, parallel.context, parallel.sequence, timeout)
 
 
 def deepspeed_config(config: Config, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
@@ -231,7 +231,7 @@ class Engine:
         axis = self.mesh.tensor
         squares = torch.zeros((), device=self.device)
         for sharded in (True, False):
-            gradients = [p.grad for p in parameters if p.grad is not None and (cut_of(p) is not None) == sharded]
+            gradients = [p.grad for p in parameters if p.grad is not None and (shard_spec(p) is not None) == sharded]
             if sharded or axis.rank == 0:  # a parameter that every tensor rank holds counts once
                 squares += torch.nn.utils.get_total_norm(gradients).square()
         if axis.size > 1:
@@ -251,9 +251,9 @@ class Engine:
         """
         from deepspeed.utils import safe_get_local_grad
 
-        rank, world = self.mesh.replicas.rank, self.mesh.replicas.size
+        rank, world = self.mesh.data_context.rank, self.mesh.data_context.size
         for name, parameter in self.module.named_parameters():
-            replicated = cut_of(parameter) is None
+            replicated = shard_spec(parameter) is None
             if self.stage == 0:  # every rank holds the whole gradient and yields one of `world` equal ranges
                 assert parameter.grad is not None, f"{name} has no gradient between backward and step"
                 size = -(-parameter.numel() // world)
@@ -327,4 +327,4 @@ def zero_init_context(
     """
     if not partitioned:
         return contextlib.nullcontext()
-    return deepspeed.zero.Init(data_parallel_group=mesh.replicas.group, config_dict_or_path=settings, mpu=mpu)
+    return deepspeed.zero.Init(data_parallel_group=mesh.data_context.group, config_dict_or_path=settings, mpu=mpu)

@@ -50,5 +50,5 @@ def evaluate(engine: Engine, dataset: Dataset, sequence_length: int, tokens: int
         nats, count = engine.evaluate(inputs, targets)
         if batch is not None:
             totals += torch.stack([nats.double(), count.double()])
-    dist.all_reduce(totals, group=engine.mesh.replicas.group)
+    dist.all_reduce(totals, group=engine.mesh.data_context.group)
     return HeldOut(float(totals[0] / totals[1]), int(totals[1]))

@@ -16,7 +16,7 @@ class ModelParallelUnit:
     """Present tensor ranks as DeepSpeed's model-parallel ranks, and data x context ranks as its data-parallel ranks."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self._tensor, self._data_context = mesh.tensor, mesh.replicas
+        self._tensor, self._data_context = mesh.tensor, mesh.data_context
 
     def get_model_parallel_rank(self) -> int:
         return self._tensor.rank

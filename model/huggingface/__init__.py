@@ -1,4 +1,4 @@
-"""Our decoder in the words of Hugging Face Transformers: what `model.export` writes and `model.load` reads.
+"""Our decoder in the words of Hugging Face Transformers: what `model.export` writes and `model.import_hf` reads.
 
 layout.py     which class holds an arm, and what tensors are called there
 config.py     what a config.json says

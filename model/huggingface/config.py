@@ -12,7 +12,7 @@ from torch import Tensor
 from conf.arms import catalogue
 from kernels.common.errors import UserError, unknown
 from kernels.formula import FormulaError, parse
-from model.huggingface.layout import ACTIVATIONS, ARCEE, CLASSES, FORMULA, LLAMA, Layout, Native, canonical
+from model.huggingface.layout import ACTIVATIONS, ARCEE, CLASSES, FORMULA, LLAMA, Native, TransformersLayout, canonical
 
 Arm = tuple[str, dict[str, Any]]  # a formula and its parameters
 
@@ -25,13 +25,13 @@ class Stored(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Described:
+class ImportedConfig:
     """A decoder as its folder describes it."""
 
     model: dict[str, Any]  # keys of `model=` and their values
     arms: list[Arm]  # of every layer
     widths: list[int]  # d_ff of every layer
-    layout: Layout
+    layout: TransformersLayout
 
     @property
     def vocab_size(self) -> int:
@@ -39,7 +39,7 @@ class Described:
         return self.model["vocab_size"]
 
 
-def read_config(content: dict[str, Any], source: Path, stored: Stored) -> Described:
+def read_config(content: dict[str, Any], source: Path, stored: Stored) -> ImportedConfig:
     """Return what the object in `source`/config.json describes.
 
     Raises:
@@ -66,13 +66,13 @@ def read_config(content: dict[str, Any], source: Path, stored: Stored) -> Descri
     }
     if model_type == FORMULA:
         arms, widths = _layers(content, n_layers, path)
-        layout = Layout(FORMULA)
+        layout = TransformersLayout(FORMULA)
         sizes["qk_norm"] = bool(content.get("qk_norm", False))
     else:
         layout = _native(model_type, content.get("hidden_act"), path)
         arms = [_native_arm(layout, index, stored) for index in range(n_layers)]
         widths = [_count(content, "intermediate_size", path)] * n_layers
-    return Described(sizes | _widths(arms, widths, path), arms, widths, layout)
+    return ImportedConfig(sizes | _widths(arms, widths, path), arms, widths, layout)
 
 
 def key_of(formula: str, parameters: dict[str, Any]) -> tuple:
@@ -126,17 +126,17 @@ def _number(content: dict[str, Any], key: str, path: Path, default: float) -> fl
     return float(value)
 
 
-def _native(model_type: str, hidden_act: Any, path: Path) -> Layout:
+def _native(model_type: str, hidden_act: Any, path: Path) -> TransformersLayout:
     if hidden_act is None:  # the defaults of LlamaConfig and ArceeConfig
         hidden_act = {LLAMA: "silu", ARCEE: "relu2"}[model_type]
     if not isinstance(hidden_act, str) or hidden_act not in ACTIVATIONS:
         raise unknown(f"hidden_act in {path}:", str(hidden_act), ACTIVATIONS)
     native = ACTIVATIONS[hidden_act]
     stored = {name: theirs for name, (theirs, _) in native.learned.items()}
-    return Layout(model_type, hidden_act, stored, tuple(native.fixed))
+    return TransformersLayout(model_type, hidden_act, stored, tuple(native.fixed))
 
 
-def _native_arm(layout: Layout, index: int, stored: Stored) -> Arm:
+def _native_arm(layout: TransformersLayout, index: int, stored: Stored) -> Arm:
     native, there = ACTIVATIONS[layout.hidden_act], stored.names()
     parameters = dict(native.parameters)
     for name in native.fixed:

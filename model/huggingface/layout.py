@@ -1,11 +1,11 @@
-"""Our decoder in the words of Hugging Face Transformers: which class holds an arm, and what its tensors are called there.
+"""How Hugging Face Transformers represents our decoder: the class for an arm, and the names and shapes of its tensors.
 
     LlamaForCausalLM     act(gate) * up, for an `act` of `ACTIVATIONS`
-    ArceeForCausalLM     act(x)
+    ArceeForCausalLM     act(x), for an `act` of `ACTIVATIONS`
     FormulaForCausalLM   everything else (`modeling.py`): other formulas, layers that differ, QK-norm
 
-An arm is recognised by its parsed formula, never by its name. Both directions (`model/export.py`, `model/load.py`) are read off
-this one table of names. Neither Transformers nor a file is touched here.
+An arm is recognised by its parsed formula, never by its name. `model/export.py` and `model/import_hf.py` share this table of
+names. This module imports neither torch nor Transformers, and opens no file.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ ACTIVATIONS = {  # where two names compute the same, export takes the first
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class TransformersLayout:
     """How a model is held there: its `model_type`, its `hidden_act` (of llama and arcee), and what `act_fn` stores of it.
 
     `learned` maps a formula's learned parameter to the tensor in `mlp.act_fn`; `buffers` may be stored beside it.
@@ -89,16 +89,16 @@ class Layout:
     buffers: tuple[str, ...] = ()
 
 
-def layout_of(shape: Shape) -> Layout:
+def transformers_layout(shape: Shape) -> TransformersLayout:
     """Return the class that holds a decoder of this shape: a native one if it computes the same from the same numbers."""
     found = [recognise(ffn.formula) for ffn in shape.ffn]
     alike = all(one == found[0] for one in found) and len({ffn.d_ff for ffn in shape.ffn}) == 1
     # The native classes refuse a d_model that the heads do not divide, even where head_dim is given.
     if found[0] is None or not alike or shape.qk_norm or shape.d_model % shape.n_heads:
-        return Layout(FORMULA)
+        return TransformersLayout(FORMULA)
     hidden_act, learned = found[0]
     stored = {ours: ACTIVATIONS[hidden_act].learned[theirs][0] for ours, theirs in learned.items()}
-    return Layout(LLAMA if shape.ffn[0].formula.gated else ARCEE, hidden_act, stored)
+    return TransformersLayout(LLAMA if shape.ffn[0].formula.gated else ARCEE, hidden_act, stored)
 
 
 def recognise(formula: Formula) -> tuple[str, dict[str, str]] | None:
@@ -185,7 +185,7 @@ def _mentions(parts: Any, wanted: tuple) -> bool:
     return parts == wanted or (isinstance(parts, (tuple, list)) and any(_mentions(part, wanted) for part in parts))
 
 
-def tensor_names(name: str, shape: Shape, layout: Layout) -> list[tuple[str, tuple[int, ...]]]:
+def tensor_names(name: str, shape: Shape, layout: TransformersLayout) -> list[tuple[str, tuple[int, ...]]]:
     """Return the tensors that one of our parameters is there, with their shapes: blocks of its rows, in this order.
 
     Args:

@@ -1,10 +1,12 @@
-"""A run that starts from a Hugging Face folder has its weights and tokenizer; what ours cannot hold is refused by name."""
+"""A run that starts from a Hugging Face folder has its weights and tokenizer; unsupported ones are refused by name."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import tokenizers
@@ -19,7 +21,7 @@ from model import export as export_command
 from model.export import export
 from model.generate import load_run
 from model.huggingface.config import key_of
-from model.load import main
+from model.import_hf import main
 
 LEARNED = {"init": 0.25, "share": "channel"}
 OTHERS = {
@@ -92,8 +94,8 @@ def test_a_tokenizer_of_hugging_face_comes_back(make_run, tmp_path):
 def test_the_run_is_complete_and_its_command_goes_on(make_run, tmp_path, capsys):
     export(make_run("swish"), tmp_path / "hf")
     new = begin(tmp_path / "hf", tmp_path / "imported", "optim.lr=0.01", "model.z_loss=1e-4", "model=llama_60m")
-    said = capsys.readouterr().out.splitlines()
-    first, program, *words = shlex.split(said[-1])
+    printed = capsys.readouterr().out.splitlines()
+    first, program, *words = shlex.split(printed[-1])
     assert (first, program) == ("deepspeed", "train.py")
     assert load(words) == from_yaml(new / "config.yaml")
     config = from_yaml(new / "config.yaml")
@@ -196,7 +198,7 @@ def test_a_folder_of_transformers_gives_its_logits(foreign, family, settings, fo
         ({"num_hidden_layers": 3}, "it holds no tensor model.layers.2.input_layernorm.weight"),
         (
             {"num_hidden_layers": 1},
-            "holds model.layers.1.input_layernorm.weight, for which a decoder of ours has no place",
+            "holds model.layers.1.input_layernorm.weight, which is no tensor of this decoder",
         ),
         ({"num_key_value_heads": 3}, "model.n_kv_heads=3 does not divide model.n_heads=4"),
         ({"model_type": "formula_ffn"}, "must have in ffn a list of 2 layers, each with formula, parameters and d_ff"),
@@ -237,19 +239,19 @@ DAMAGES = {
     "no weights": (lambda f: _without(f, "model.safetensors"), "holds no model.safetensors and no"),
     "a pickle": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        "(a pickle such as pytorch_model.bin is not read)",
+        "(pickles such as pytorch_model.bin are not supported)",
     ),
     "a missing shard": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}'),
-        "model-1.safetensors, which its index names, is missing",
+        "its index names model-1.safetensors, which is missing",
     ),
     "half a file": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
-        "is no sound safetensors file",
+        "is not a valid safetensors file",
     ),
     "no configuration": (lambda f: _without(f, "config.json"), "config.json: No such file or directory"),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON"),
-    "no object": (lambda f: (f / "config.json").write_text("[]"), "config.json holds no JSON object"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+    "no object": (lambda f: (f / "config.json").write_text("[]"), "config.json does not hold a JSON object"),
     "no tokenizer": (
         lambda f: _without(f, "tokenizer.json", "tokenizer.model"),
         "holds no tokenizer: neither tokenizer.json nor tokenizer.model",
@@ -260,7 +262,7 @@ DAMAGES = {
     ),
     "a bias": (
         lambda f: _edit(f, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)})),
-        "holds model.layers.0.self_attn.q_proj.bias, for which",
+        "holds model.layers.0.self_attn.q_proj.bias, which is no tensor",
     ),
     "another shape": (
         lambda f: _edit(f, lambda t: t.update({"model.norm.weight": torch.ones(31)})),
@@ -286,7 +288,7 @@ def test_a_run_that_exists_is_left_alone(make_run, tmp_path):
     export(make_run(), tmp_path / "hf")
     new = begin(tmp_path / "hf", tmp_path / "imported")
     before = (new / "metrics.jsonl").read_text()
-    with pytest.raises(UserError, match="exists: give this run another name"):
+    with pytest.raises(UserError, match="exists: choose another name for this run"):
         begin(tmp_path / "hf", tmp_path / "imported")
     assert (new / "metrics.jsonl").read_text() == before
 
@@ -294,11 +296,11 @@ def test_a_run_that_exists_is_left_alone(make_run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["run=x"], "say which folder holds the model: from=FOLDER"),
-        (["from=hf"], "say what the new run is called: run=NAME"),
-        (["from=hf", "run=x", "ffn=relu2"], "ffn is what hf says: leave it out"),
-        (["from=hf", "run=x", "model.d_ff=64"], "model.d_ff is what hf says: leave it out"),
-        (["from=hf", "run=x", "tokenizer.vocab_size=64"], "tokenizer.vocab_size is what hf says"),
+        (["run=x"], "name the folder that holds the model: from=FOLDER"),
+        (["from=hf"], "give the new run a name: run=NAME"),
+        (["from=hf", "run=x", "ffn=relu2"], "ffn is determined by hf: leave it out"),
+        (["from=hf", "run=x", "model.d_ff=64"], "model.d_ff is determined by hf: leave it out"),
+        (["from=hf", "run=x", "tokenizer.vocab_size=64"], "tokenizer.vocab_size is determined by hf"),
         (["from=hf", "run=x", "optim.lrr=1"], "unknown key 'optim.lrr'"),
         (["from=hf", "run=x/y"], "run='x/y' cannot name a folder"),
     ],
@@ -311,7 +313,15 @@ def test_bad_input_is_refused_in_a_sentence(make_run, words, sentence, tmp_path,
     assert sentence in str(caught.value)
 
 
-def test_help_says_what_it_takes(capsys):
+def test_help_lists_the_arguments(capsys):
     main(["--help"])
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("from=FOLDER", "run=NAME", "runs=FOLDER"))
+
+
+def test_the_old_name_of_the_command_is_an_alias_that_prints_a_deprecation():
+    command = [sys.executable, "-m", "model.load"]
+    result = subprocess.run([*command, "run=x"], capture_output=True, text=True, check=False)
+    warning, error = result.stderr.splitlines()
+    assert warning == "warning: `python -m model.load` is now called `python -m model.import_hf`"
+    assert (result.returncode, error) == (2, "error: name the folder that holds the model: from=FOLDER")

@@ -117,7 +117,7 @@ def test_shapes_are_kept_and_what_does_not_fit_is_refused():
     linear_cross_entropy(leaf, weight, targets.view(4, 9))[0].backward()
     assert leaf.grad.shape == leaf.shape
     for wrong in ((hidden, weight, targets[1:]), (hidden, weight[:, 1:], targets), (hidden, weight[0], targets)):
-        with pytest.raises(ValueError, match="do not fit"):
+        with pytest.raises(ValueError, match="do not match"):
             linear_cross_entropy(*wrong)
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from kernels.common.errors import UserError
-from model.parallel import Cut
+from model.parallel import Axis, Mesh, ShardSpec, full_shape, shard_parameter, shard_spec
 from model.weights import (
     CheckpointReader,
     checkpoints,
@@ -58,59 +59,73 @@ def test_a_file_of_pieces_is_one_that_the_library_reads(tmp_path):
     }
 
 
-CUTS = [
-    (Cut(0, (12,)), (12, 5)),
-    (Cut(0, (12, 4, 4)), (20, 3)),  # queries, keys, values
-    (Cut(1, (8,)), (2, 8, 3)),  # gate and up
-    (Cut(1, (8,)), (6, 8)),
-    (Cut(0, (8,)), (8,)),
+SPECS = [
+    (ShardSpec(0, (12,)), (12, 5)),
+    (ShardSpec(0, (12, 4, 4)), (20, 3)),  # queries, keys, values
+    (ShardSpec(1, (8,)), (2, 8, 3)),  # gate and up
+    (ShardSpec(1, (8,)), (6, 8)),
+    (ShardSpec(0, (8,)), (8,)),
 ]
 
 
-@pytest.mark.parametrize(("cut", "shape"), CUTS)
+@pytest.mark.parametrize(("spec", "shape"), SPECS)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_parts_make_the_whole_again(cut, shape, size):
-    whole = torch.arange(math.prod(shape)).view(shape)
-    parts = [cut.part(whole, rank, size) for rank in range(size)]
-    assert len({part.shape for part in parts}) == 1
-    assert torch.equal(cut.whole(parts), whole)
-    if cut.sections == (12, 4, 4) and size == 2:  # the second rank has the second half of each
-        assert parts[1][:, 0].tolist() == [3 * row for row in (6, 7, 8, 9, 10, 11, 14, 15, 18, 19)]
+def test_unshard_inverts_shard(spec, shape, size):
+    full = torch.arange(math.prod(shape)).view(shape)
+    shards = [spec.shard(full, rank, size) for rank in range(size)]
+    assert len({shard.shape for shard in shards}) == 1
+    assert torch.equal(spec.unshard(shards), full)
+    if spec.sections == (12, 4, 4) and size == 2:  # the second rank has the second half of each section
+        assert shards[1][:, 0].tolist() == [3 * row for row in (6, 7, 8, 9, 10, 11, 14, 15, 18, 19)]
 
 
-def pieces_in(folder, whole, cut, size, replicas):
-    """Write a tensor as `size` tensor ranks x `replicas` would: each a run of its flattened part."""
+def write_pieces(folder, full, spec, size, replicas):
+    """Write a tensor as `size` tensor ranks x `replicas` would: each a range of its flattened shard."""
     folder.mkdir()
-    index, files = {"shape": list(whole.shape), "tensor": size, "cut": dataclasses.asdict(cut), "pieces": []}, {}
+    index, files = {"shape": list(full.shape), "tensor": size, "cut": dataclasses.asdict(spec), "pieces": []}, {}
     for tensor in range(size):
-        flat = cut.part(whole, tensor, size).flatten()
+        flat = spec.shard(full, tensor, size).flatten()
         for number, piece in enumerate(flat.tensor_split(replicas)):
             rank = tensor * replicas + number
             start = sum(len(p) for p in flat.tensor_split(replicas)[:number])
             index["pieces"].append([tensor, start, len(piece), rank])
-            stored = piece.view_as(cut.part(whole, tensor, size)) if replicas == 1 else piece
+            stored = piece.view_as(spec.shard(full, tensor, size)) if replicas == 1 else piece
             files[file_of(rank)] = write_tensors(folder / file_of(rank), {"w": stored})
     write_rest(folder, {"w": index}, {"step": 1}, files)
     return CheckpointReader(folder)
 
 
-@pytest.mark.parametrize(("cut", "shape"), CUTS)
+@pytest.mark.parametrize(("spec", "shape"), SPECS)
 @pytest.mark.parametrize(("size", "replicas"), [(1, 1), (1, 3), (2, 1), (2, 3), (4, 2)])
-def test_any_rank_finds_its_part_whatever_the_parts_were(tmp_path, cut, shape, size, replicas):
-    whole = torch.randn(shape)
-    reader = pieces_in(tmp_path / "step_00000001", whole, cut, size, replicas)
+def test_any_topology_reads_what_any_other_saved(tmp_path, spec, shape, size, replicas):
+    full = torch.randn(shape)
+    reader = write_pieces(tmp_path / "step_00000001", full, spec, size, replicas)
     assert damage(reader.folder) == ""
-    assert torch.equal(reader.tensor("w"), whole)
+    assert torch.equal(reader.tensor("w"), full)
     for other in (1, 2, 4):
         for rank in range(other):
-            flat = cut.part(whole, rank, other).flatten()
+            flat = spec.shard(full, rank, other).flatten()
             for start, stop in ((0, len(flat)), (1, len(flat) - 1), (len(flat) // 3, len(flat) // 2 + 1)):
-                assert torch.equal(reader.run("w", "", cut, rank, other, start, stop), flat[start:stop])
+                assert torch.equal(reader.shard_range("w", "", spec, rank, other, start, stop), flat[start:stop])
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_sharded_parameter_is_a_parameter_that_knows_its_full_shape(tensor):
+    mesh = Mesh(tensor=Axis(0, tensor))
+    parameter = shard_parameter(mesh, (2, 8, 3), 1)
+    assert parameter.shape == (2, 8 // tensor, 3)
+    assert (shard_spec(parameter), full_shape(parameter, tensor)) == (ShardSpec(1, (8,)), (2, 8, 3))
+    assert parameter.tensor_model_parallel == (tensor > 1)
+    module = nn.Module()
+    module.weight = parameter
+    assert list(module.parameters()) == [parameter]
+    assert shard_spec(module.to(torch.bfloat16).weight) == ShardSpec(1, (8,))
+    assert shard_spec(nn.Parameter(torch.empty(3))) is None
 
 
 def test_a_piece_that_is_not_there_is_named(tmp_path):
     folder = tmp_path / "step_00000001"
-    pieces_in(folder, torch.randn(8, 3), Cut(0, (8,)), 2, 2)
+    write_pieces(folder, torch.randn(8, 3), ShardSpec(0, (8,)), 2, 2)
     index = json.loads((folder / "index.json").read_text())
     del index["w"]["pieces"][1]
     (folder / "index.json").write_text(json.dumps(index))

@@ -154,12 +154,12 @@ def test_a_missing_or_short_file_of_another_rank_is_detected_and_the_older_check
     wrong = f"rank_00001.safetensors has {len(content) // 2} bytes, not {len(content)}"
     assert newest_intact(tmp_path) == (
         tmp_path / run.middle.name,
-        [f"checkpoint {newest} is damaged and was passed over: {wrong}"],
+        [f"checkpoint {newest} is damaged and was skipped: {wrong}"],
     )
     shard.unlink()
     path, sentences = newest_intact(tmp_path)
     assert path == tmp_path / run.middle.name
-    assert sentences == [f"checkpoint {newest} is damaged and was passed over: rank_00001.safetensors is missing"]
+    assert sentences == [f"checkpoint {newest} is damaged and was skipped: rank_00001.safetensors is missing"]
 
 
 def test_leftovers_of_interrupted_saves_are_ignored_and_removed(trained, one_rank, saved):

@@ -53,7 +53,7 @@ def test_an_exported_run_is_imported_and_resumes(corpus, no_group, tmp_path):
     run("model.export", "run=first", f"runs={runs}", f"to={tmp_path / 'hf'}")
     arguments = overrides(corpus, runs, run="second", steps=4, optim__lr=1e-12)
     arguments = [argument for argument in arguments if not argument.startswith(FROM_FOLDER)]
-    output = run("model.load", f"from={tmp_path / 'hf'}", *arguments)
+    output = run("model.import_hf", f"from={tmp_path / 'hf'}", *arguments)
     command = shlex.split(output.splitlines()[-1])[2:]
     assert "resuming " in run("train", *command)
     first, second = (json.loads((runs / name / "summary.json").read_text()) for name in ("first", "second"))

@@ -119,7 +119,7 @@ def test_a_run_of_that_name_with_another_model(refuse, corpus, runs):
     [
         (47, 2, "of another shape: layers.0.ffn.up is (2, 45, 33) there and (2, 47, 33) here"),
         (45, 3, "of another model: it holds no layers.2.attention_norm.weight"),
-        (45, 1, "of another model: it holds layers.1.attention.out, which this one has not"),
+        (45, 1, "of another model: it holds layers.1.attention.out, which this one does not have"),
     ],
 )
 def test_a_checkpoint_of_another_model(refuse, corpus, runs, width, layers, sentence):
@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(no_group, corpus, runs):
     arguments = overrides(corpus, runs, run="a", steps=4, eval_every=0)
     result = no_group.run("command", module="train", arguments=arguments)[0]
     assert result["status"] == 0, result
-    warning = f"warning: checkpoint {newest} is damaged and was passed over: rank_00000.safetensors does not have"
+    warning = f"warning: checkpoint {newest} is damaged and was skipped: rank_00000.safetensors does not have"
     assert result["out"].startswith(warning)
     assert json.loads((runs / "a" / "summary.json").read_text())["status"] == "finished"
 

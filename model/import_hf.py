@@ -1,0 +1,268 @@
+"""Create a run from a Hugging Face model: `python -m model.import_hf from=FOLDER run=NAME [key=value ...]`.
+
+from=FOLDER       with config.json, safetensors and a tokenizer    run=NAME     name of the new run
+key=value         overrides for train.py: data, steps, optim ...   runs=FOLDER  where run folders are
+
+The folder is one that `python -m model.export` wrote, or any LlamaForCausalLM or ArceeForCausalLM. Sizes, formula and tokenizer
+come from the folder, everything else from the overrides. The run starts with the imported weights as a checkpoint of step 0.
+The printed command continues training from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from conf.load import load, to_yaml
+from conf.schema import Config
+from conf.validate import validate
+from data.tokenizer import Tokenizer, load_tokenizer
+from kernels.common.commands import run_command
+from kernels.common.errors import UserError
+from kernels.common.files import atomic_folder, say_why
+from launch.estimate.counts import Shape, shape_of
+from model.decoder import Decoder
+from model.huggingface.config import ImportedConfig, choice_of, key_of, read_config
+from model.huggingface.layout import tensor_names
+from model.huggingface.tokenizer import ORIGINAL
+from model.weights import save_weights
+
+_ALLOWED = (  # keys of `model`, `ffn` and `tokenizer` that a Hugging Face folder does not determine
+    "ffn.backend",
+    "ffn.save",
+    "model",
+    "model.activation_checkpointing",
+    "model.attention",
+    "model.init_std",
+    "model.mask_documents",
+    "model.name",
+    "model.z_loss",
+)
+
+
+class StoredTensors:
+    """The tensors of a Hugging Face folder by name, from whichever file holds them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+        if index.is_file():
+            files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        elif single.is_file():
+            files = [single.name]
+        else:
+            pickled = " (pickles such as pytorch_model.bin are not supported)" if any(path.glob("*.bin")) else ""
+            raise UserError(f"{path} holds no model.safetensors and no model.safetensors.index.json{pickled}")
+        self._files: dict[str, Any] = {}
+        for name in files:
+            if not (path / name).is_file():
+                raise UserError(f"{path} is incomplete: its index names {name}, which is missing")
+            try:
+                file = safe_open(path / name, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path / name} is not a valid safetensors file: {error}") from error
+            self._files.update(dict.fromkeys(file.keys(), file))
+
+    def names(self) -> set[str]:
+        """Return the names of all tensors."""
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, without reading it."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor in fp32."""
+        return self._files[name].get_tensor(name).float()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises:
+        UserError: the file is missing, or does not hold a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return content
+
+
+def import_folder(source: Path, overrides: list[str]) -> tuple[Config, list[str]]:
+    """Write a run folder that continues from the model in `source`.
+
+    Args:
+        overrides: as train.py takes them; run=NAME is required.
+
+    Returns:
+        The run's configuration, and the arguments with which train.py continues it.
+
+    Raises:
+        UserError: the model is not supported (the key and its value are named), a tensor is missing or has another shape, the
+            run exists, or an override contradicts the folder.
+    """
+    run = _new_run(source, overrides)
+    stored = StoredTensors(source)
+    imported = read_config(read_json(source / "config.json"), source, stored)
+    tokenizer = _tokenizer(source)
+    if tokenizer.vocab_size > imported.vocab_size:
+        raise UserError(
+            f"{source} has a tokenizer of {tokenizer.vocab_size} pieces, but vocab_size {imported.vocab_size} in config.json"
+        )
+    if run.exists():
+        raise UserError(f"{run} exists: choose another name for this run (run=NAME)")
+    arguments = [*overrides, *_model_overrides(imported), *_tokenizer_overrides(tokenizer, run)]
+    config = load(arguments, "model.import_hf")
+    validate(config, 1)
+    if Path(config.runs, str(config.run)) != run:
+        raise UserError(f"run={run.name}: write the name of the run without quotes")
+    shape = shape_of(config, tokenizer.vocab_size)
+    for ffn, arm, width in zip(shape.ffn, imported.arms, imported.widths, strict=True):
+        assert (key_of(ffn.arm.formula, ffn.arm.parameters), ffn.d_ff) == (key_of(*arm), width), arm
+    _write_run(run, config, tokenizer, _tensors(stored, config, shape, imported), source)
+    return config, arguments
+
+
+def _new_run(source: Path, overrides: list[str]) -> Path:
+    """Return the path of the run to create, after checking the overrides and that `source` is a folder."""
+    given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
+    if not given.get("run"):
+        raise UserError("give the new run a name: run=NAME")
+    for key in sorted(given):
+        if key.partition(".")[0] in ("model", "ffn", "tokenizer") and key not in _ALLOWED:
+            raise UserError(f"{key} is determined by {source}: leave it out")
+    if not source.is_dir():
+        raise UserError(f"there is no folder {source}")
+    return Path(given.get("runs", "runs"), given["run"])
+
+
+def _write_run(
+    run: Path, config: Config, tokenizer: Tokenizer, tensors: Iterable[tuple[str, Tensor]], source: Path
+) -> None:
+    """Write the folder of a run that has trained for 0 steps."""
+    state = {
+        "step": 0,
+        "samples": 0,
+        "tokens": 0,
+        "batches_hash": 0,
+        "optimizer_steps": 0,
+        "corpus_hash": None,
+        "tokenizer_hash": tokenizer.hash,
+        "eval_loss": None,
+        "evaluation_missed": False,
+        "wall_seconds": 0.0,
+    }
+    event = {"kind": "event", "step": 0, "tokens": 0, "event": "imported", "from": os.path.abspath(source)}
+    with say_why("write the run", run), atomic_folder(run) as folder:
+        (folder / "tokenizer").mkdir()
+        tokenizer.save(folder / "tokenizer")
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        (folder / "metrics.jsonl").write_text(json.dumps(event) + "\n", encoding="utf-8")
+        (folder / "checkpoints").mkdir()
+        save_weights(folder / "checkpoints" / "step_00000000", tensors, state)
+
+
+def _tokenizer(source: Path) -> Tokenizer:
+    """Return the folder's tokenizer, read if possible from the original file that `model.export` copied."""
+    sentencepiece, original = source / ORIGINAL["tokenizer.model"], source / ORIGINAL["tokenizer.json"]
+    converted = source / "tokenizer.json"
+    if sentencepiece.is_file():
+        tokenizer = load_tokenizer(sentencepiece)
+        if tokenizer.exact or not converted.is_file():
+            return tokenizer
+    if not original.is_file() and not converted.is_file():
+        raise UserError(f"{source} holds no tokenizer: neither tokenizer.json nor tokenizer.model")
+    return load_tokenizer(original if original.is_file() else converted)
+
+
+def _model_overrides(imported: ImportedConfig) -> list[str]:
+    """Return the overrides that select the imported model."""
+    base, *others = imported.arms
+    overrides = [f"model.{key}={_yaml_value(value)}" for key, value in imported.model.items()]
+    name = choice_of(base)
+    overrides += [f"ffn={name}"] if name else ["ffn=custom", *_arm_overrides("ffn", *base)]
+    for index, arm in enumerate(others, start=1):
+        if arm != base:
+            key, name = f"ffn.per_layer.{index}", choice_of(arm)
+            overrides += [f"{key}={name}"] if name else _arm_overrides(key, *arm)
+    return overrides
+
+
+def _arm_overrides(key: str, formula: str, parameters: dict[str, Any]) -> Iterator[str]:
+    yield f"{key}.formula=" + (formula if key == "ffn" else f"'{formula}'")
+    for name, value in parameters.items():
+        parameter = f"{key}.parameters.{name}"
+        if isinstance(value, dict):
+            yield from (f"{parameter}.{setting}={_yaml_value(inner)}" for setting, inner in value.items())
+        else:
+            yield f"{parameter}={_yaml_value(value)}"
+
+
+def _yaml_value(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _tokenizer_overrides(tokenizer: Tokenizer, run: Path) -> list[str]:
+    kind = "huggingface" if tokenizer.file_name == "tokenizer.json" else "sentencepiece"
+    return [f"tokenizer={kind}", f"tokenizer.path={run / 'tokenizer' / tokenizer.file_name}"]
+
+
+def _tensors(
+    stored: StoredTensors, config: Config, shape: Shape, imported: ImportedConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Check that the folder holds exactly this decoder's tensors, and return an iterator over them by our names."""
+    with torch.device("meta"):
+        ours = {name: tuple(p.shape) for name, p in Decoder(shape, config.model, "sdpa").named_parameters()}
+    layout = imported.layout
+    parts = {name: tensor_names(name, shape, layout) for name in ours}
+    expected = {theirs: size for each in parts.values() for theirs, size in each}
+    actual = stored.names()
+    for theirs, size in expected.items():
+        if theirs not in actual:
+            raise UserError(f"{stored.path} is incomplete: it holds no tensor {theirs}")
+        if stored.shape(theirs) != size:
+            raise UserError(
+                f"{stored.path} contradicts its config.json: {theirs} is {stored.shape(theirs)} where {size} is expected"
+            )
+    ignored = {f"model.layers.{i}.mlp.act_fn.{name}" for i in range(shape.n_layers) for name in layout.buffers}
+    ignored |= {"lm_head.weight"} if shape.tied else set()
+    unexpected = sorted(n for n in actual - expected.keys() - ignored if not n.endswith("rotary_emb.inv_freq"))
+    if unexpected:
+        raise UserError(f"{stored.path} holds {unexpected[0]}, which is no tensor of this decoder")
+    return (
+        (name, torch.cat([stored.tensor(theirs) for theirs, _ in parts[name]]).view(size))
+        for name, size in ours.items()
+    )
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    sources = [argument.partition("=")[2] for argument in argv if argument.startswith("from=")]
+    if not sources or not sources[-1]:
+        raise UserError("name the folder that holds the model: from=FOLDER")
+    overrides = [argument for argument in argv if not argument.startswith("from=")]
+    config, arguments = import_folder(Path(sources[-1]), overrides)
+    print(f"wrote {Path(config.runs) / str(config.run)}: {config.model.n_layers} layers, ffn {config.ffn.formula}")
+    print("continue training with")
+    print(f"deepspeed train.py {shlex.join(arguments)}")
+
+
+if __name__ == "__main__":
+    run_command(main)
