@@ -120,7 +120,7 @@ def import_folder(source: Path, overrides: list[str]) -> tuple[Config, list[str]
     tokenizer = _tokenizer(source)
     if tokenizer.vocab_size > imported.vocab_size:
         raise UserError(
-            f"{source} has a tokenizer of {tokenizer.vocab_size} pieces, but vocab_size {imported.vocab_size} in config.json"
+            f"{source} has a tokenizer of {tokenizer.vocab_size} pieces, and vocab_size {imported.vocab_size} in config.json"
         )
     if run.exists():
         raise UserError(f"{run} exists: choose another name for this run (run=NAME)")

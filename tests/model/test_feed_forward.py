@@ -189,7 +189,7 @@ def test_a_formula_that_overflows_is_refused():
 
 def test_an_arm_that_gives_nothing_to_derive_its_scale_from_is_refused():
     never = FFNConfig(name="custom", formula="relu(x - 100)")
-    with pytest.raises(UserError, match=r"the root mean square of relu.x - 100. is 0, .* give ffn.init_scale"):
+    with pytest.raises(UserError, match=r"the root mean square of relu.x - 100. is 0, .* set ffn.init_scale"):
         check_arms((shape_of_arm(never),), *CPU)
     never.init_scale = 1.0
     assert check_arms((shape_of_arm(never),), *CPU) == []
