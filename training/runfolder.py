@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock, Timeout
 
 from conf.load import from_yaml, to_yaml
 from conf.schema import Config
@@ -27,7 +27,7 @@ from conf.validate import differences
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, say_why
 
-_LOCK_ATTEMPTS, _LOCK_PAUSE_SECONDS = 20, 0.05
+LOCK_TIMEOUT_SECONDS = 1.0  # `ablation` holds the lock for a moment to check whether a run is alive
 
 
 class RunFolder:
@@ -35,7 +35,8 @@ class RunFolder:
 
     def __init__(self, config: Config) -> None:
         self.path = Path(config.runs) / str(config.run)
-        self._lock: IO[str] | None = None
+        # Without filelock's fallback to a file that outlives a killed process: the kernel releases this lock with its process.
+        self._lock = FileLock(self.path / ".lock", fallback_to_soft=False)
         self._metrics: IO[bytes] | None = None
         self._unwritten: list[str] = []  # lines of metrics.jsonl that could not be written, in order
 
@@ -51,12 +52,16 @@ class RunFolder:
         """
         with say_why("write to the run folder", self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a+")
         try:
-            _lock(self._lock)
-        except OSError as error:
+            with say_why("write to the run folder", self.path):
+                self._lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
+        except Timeout as error:
             raise UserError(
                 f"another process is training in {self.path}: wait for it, or give this run another name (run=NAME)"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"cannot lock {self.path / '.lock'} ({error.strerror}): set runs to a folder on another file system"
             ) from error
         config_path = self.path / "config.yaml"
         # A command that failed before its first step leaves no metrics, so its corrected version may reuse the folder.
@@ -142,9 +147,7 @@ class RunFolder:
             os.fsync(self._metrics.fileno())
             self._metrics.close()
             self._metrics = None
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -164,16 +167,3 @@ class RunFolder:
                 os.dup2(duplicate, descriptor)
                 os.close(duplicate)
             os.close(log)
-
-
-def _lock(file: IO[str]) -> None:
-    """Lock a file for this process. Retry for a second: `ablation` holds the lock briefly to check whether a run is alive.
-
-    Raises:
-        OSError: another process keeps the lock.
-    """
-    for _ in range(_LOCK_ATTEMPTS):
-        with contextlib.suppress(BlockingIOError):
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        time.sleep(_LOCK_PAUSE_SECONDS)
-    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

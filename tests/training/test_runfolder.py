@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import resource
 import subprocess
+import sys
+import time
 
 import pytest
 
@@ -82,7 +85,7 @@ def test_config_yaml_is_the_complete_configuration(folder, config):
 
 
 def test_the_lock_is_released(folder, config, monkeypatch):
-    monkeypatch.setattr(runfolder.time, "sleep", lambda _: None)
+    monkeypatch.setattr(runfolder, "LOCK_TIMEOUT_SECONDS", 0.1)
     with pytest.raises(UserError, match="another process is training in"):
         RunFolder(config).claim(config)
     folder.close()
@@ -91,11 +94,40 @@ def test_the_lock_is_released(folder, config, monkeypatch):
     again.close()
 
 
+def test_a_killed_process_holds_no_lock(folder, config):
+    folder.close()
+    hold = "from filelock import FileLock; lock = FileLock('.lock'); lock.acquire(); print('held', flush=True); input()"
+    arguments = [sys.executable, "-c", hold]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(arguments, cwd=folder.path, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process is training in"):
+            RunFolder(config).claim(config)
+        process.kill()
+    run = RunFolder(config)
+    run.claim(config)
+    run.close()
+
+
+def test_a_file_system_without_locks_is_refused(folder, config, monkeypatch):
+    folder.close()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(
+        UserError, match=r"cannot lock .*/\.lock \(No locks available\): set runs to a folder on another file system"
+    ):
+        RunFolder(config).claim(config)
+
+
 def test_checking_whether_a_run_is_alive_stops_none_from_starting(folder, config, monkeypatch):
     folder.close()
     check = open(folder.path / ".lock")
     fcntl.flock(check, fcntl.LOCK_SH)
-    monkeypatch.setattr(runfolder.time, "sleep", lambda _: check.close())  # the check ends while the run waits
+    monkeypatch.setattr(time, "sleep", lambda _: check.close())  # the check ends while the run waits
     run = RunFolder(config)
     run.claim(config)
     run.close()
