@@ -32,7 +32,7 @@ from conf.arms import catalogue
 from conf.load import flatten
 from kernels.common.commands import run_command
 from kernels.common.files import atomic_write, say_why
-from kernels.common.options import read_options
+from kernels.common.options import read_positional
 
 DATA = Path(__file__).with_name("claims.yaml")
 SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "not settled"
@@ -44,11 +44,8 @@ _catalogue = functools.cache(catalogue)
 
 
 def main(argv: list[str]) -> int:
-    if any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        return 0
-    options = read_options([word for word in argv if "=" in word], _OPTIONS)
-    folders = dict.fromkeys(Path(word) for word in argv if "=" not in word)
+    options, positional = read_positional(argv, _OPTIONS)
+    folders = dict.fromkeys(Path(folder) for folder in positional)
     answers = judge(read_claims(), [read_results(folder) for folder in folders])
     show(answers, Console(file=sys.stdout, highlight=False, markup=False))
     if options["to"]:
@@ -448,4 +445,4 @@ def _list(words: Iterable[str]) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__)

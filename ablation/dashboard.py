@@ -30,7 +30,7 @@ from conf.login import wandb_mode
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, say_why
-from kernels.common.options import read_options
+from kernels.common.options import read_positional
 
 NAME = "dashboard.json"
 STATISTICS = "statistics"  # name of the table, and job type of the run that logs it
@@ -44,16 +44,12 @@ _WHOLE_ROW = 24  # the width of a panel that fills a row
 
 
 def main(argv: list[str]) -> int:
-    if not argv or any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        return 0
-    paths = [Path(word) for word in argv if "=" not in word]
-    options = read_options([word for word in argv if "=" in word], _OPTIONS)
-    if len(paths) != 1:
-        raise UserError("say one folder of a plan: python -m ablation.dashboard ablations/NAME")
+    options, positional = read_positional(argv, _OPTIONS)
+    if len(positional) != 1:
+        raise UserError("expected the folder of one plan: python -m ablation.dashboard ablations/NAME")
     _import_workspaces()
     said = {name: options[name] for name in ("entity", "project") if options[name]}
-    online, path = wandb_mode() == "online", paths[0]
+    online, path = wandb_mode() == "online", Path(positional[0])
     if path.is_file():
         if not online:
             raise UserError("nobody is logged in to W&B here, so nothing was uploaded: wandb login")
@@ -381,4 +377,4 @@ def _log_table(content: Content, wandb: Any, scratch: str) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__, needs_arguments=True)

@@ -28,19 +28,15 @@ from ablation.verdict import sentences
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, say_why
-from kernels.common.options import read_options
+from kernels.common.options import read_positional
 
 _PAGE = Path(__file__).with_name("page.html")
 
 
 def main(argv: list[str]) -> int:
-    if not argv or any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        return 0
-    folders = [word for word in argv if "=" not in word]
-    options = read_options([word for word in argv if "=" in word], {"to": ""})
+    options, folders = read_positional(argv, {"to": ""})
     if len(folders) != 1:
-        raise UserError("say one folder of a plan: python -m ablation.report ablations/glu_variants")
+        raise UserError("expected the folder of one plan: python -m ablation.report ablations/glu_variants")
     results = read_results(Path(folders[0]))
     to = Path(options["to"] or Path(folders[0]) / "report")
     write_report(results, to)
@@ -425,4 +421,4 @@ def _definitions(values: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__, needs_arguments=True)

@@ -42,21 +42,21 @@ from ablation.statistics import sweep
 from conf.keys import choices
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.options import read_options
+from kernels.common.options import split_options
 from launch.sbatch import read_cluster
 
 _OPTIONS = {"yes": False, "jobs": 0, "ranks": 0, "folder": "ablations", "task": ""}  # task: what a job array starts
 
 
+def usage() -> str:
+    """Return the text of `--help`: the module's docstring, and the question of every plan."""
+    plans = [f"    {name:<16}{read_plan([f'ablation={name}'])[0].question}" for name in choices("ablation")]
+    return "\n".join([__doc__ or "", *plans])
+
+
 def main(argv: list[str]) -> int:
-    if not argv or any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        for name in choices("ablation"):
-            print(f"    {name:<16}{read_plan([f'ablation={name}'])[0].question}")
-        return 0
-    own = [word for word in argv if word.partition("=")[0] in _OPTIONS]
-    options = read_options(own, _OPTIONS, {"jobs": 1, "ranks": 0})
-    cluster, words = read_cluster([word for word in argv if word not in own])
+    options, overrides = split_options(argv, _OPTIONS, {"jobs": 1, "ranks": 0})
+    cluster, words = read_cluster(overrides)
     config, others = read_plan(words)
     folder = Path(options["folder"]) / config.name
     timed = config.budget == "wallclock"
@@ -307,4 +307,4 @@ class Runner:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, usage, needs_arguments=True)

@@ -44,7 +44,7 @@ from ablation.plan import PlannedRun
 from ablation.slurm import name_of, states
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.options import read_options
+from kernels.common.options import read_positional
 
 _OPTIONS = {"once": False}
 _PAUSE = 2.0  # seconds between looks
@@ -63,13 +63,9 @@ _FAILED_SHOWN = 4
 
 
 def main(argv: list[str]) -> int:
-    if not argv or any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        return 0
-    folders = [word for word in argv if "=" not in word]
-    options = read_options([word for word in argv if "=" in word], _OPTIONS)
+    options, folders = read_positional(argv, _OPTIONS)
     if len(folders) != 1:
-        raise UserError("say one folder of a plan: python -m ablation.status ablations/NAME")
+        raise UserError("expected the folder of one plan: python -m ablation.status ablations/NAME")
     watcher = Watcher(Path(folders[0]))
     console = Console(file=sys.stdout, highlight=False, markup=False)
     if options["once"] or not console.is_terminal:
@@ -329,4 +325,4 @@ def _duration(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__, needs_arguments=True)

@@ -26,31 +26,28 @@ from typing import Any
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError, unknown
 from kernels.common.files import atomic_write
+from kernels.common.options import read_options
 
 ARMS = ("relu", "relu2", "silu", "gelu", "gelu_tanh", "swiglu", "geglu", "reglu", "xielu", "situ_glu")
 _DEFAULTS = {
-    **{"arms": ",".join(ARMS), "shapes": "1024x5632,4096x2816", "dtypes": "bf16,fp32", "rounds": "15", "compile": "1"},
+    "arms": ",".join(ARMS),
+    "shapes": "1024x5632,4096x2816",
+    "dtypes": "bf16,fp32",
+    "rounds": 15,
+    "compile": 1,
     "out": "bench/results/cpu-activations",
 }
 _WARM_UP = 3
 
 
 def main(argv: list[str]) -> None:
-    if any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        return
     if argv == ["--build-one"]:  # a child: build the kernels whose sources come on standard input
         _build_one()
         return
     if argv[:1] == ["--measure"]:  # a child, with the settings that Inductor and the allocator need from the start
         _measure(json.loads(argv[1]))
         return
-    options = dict(_DEFAULTS)
-    for word in argv:
-        name, equals, value = word.partition("=")
-        if name not in options or not equals:
-            raise unknown("option", name, options)
-        options[name] = value
+    options = read_options(argv, _DEFAULTS, {"rounds": 1})
     plan = _plan(options)
     build = _build_times()
     print(
@@ -78,7 +75,7 @@ def main(argv: list[str]) -> None:
     print(f"written to {options['out']}.json and .md")
 
 
-def _plan(options: dict[str, str]) -> dict[str, Any]:
+def _plan(options: dict[str, Any]) -> dict[str, Any]:
     """Check the options."""
     arms, dtypes = options["arms"].split(","), options["dtypes"].split(",")
     for name in arms:
@@ -87,15 +84,13 @@ def _plan(options: dict[str, str]) -> dict[str, Any]:
     for name in dtypes:
         if name not in ("bf16", "fp32"):
             raise unknown("dtype", name, ("bf16", "fp32"))
-    if not options["rounds"].isdigit() or not int(options["rounds"]):
-        raise UserError(f"rounds={options['rounds']}: a whole number of at least 1 is needed")
-    if options["compile"] not in ("0", "1"):
-        raise UserError(f"compile={options['compile']}: 0 or 1 is needed")
+    if options["compile"] not in (0, 1):
+        raise UserError(f"compile={options['compile']}: expected 0 or 1")
     shapes = [shape.split("x") for shape in options["shapes"].split(",")]
     if not all(len(shape) == 2 and all(part.isdigit() and int(part) for part in shape) for shape in shapes):
         raise UserError(f"shapes={options['shapes']}: write rows x d_ff, such as 1024x5632,4096x2816")
     sizes = [[int(part) for part in shape] for shape in shapes]
-    rounds, compiled = int(options["rounds"]), options["compile"] == "1"
+    rounds, compiled = options["rounds"], options["compile"] == 1
     return {"arms": arms, "dtypes": dtypes, "shapes": sizes, "rounds": rounds, "compile": compiled}
 
 
@@ -269,4 +264,4 @@ def _markdown(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__)

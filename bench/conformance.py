@@ -21,8 +21,9 @@ from typing import Any
 
 from bench.formulas import formulas
 from kernels.common.commands import run_command
-from kernels.common.errors import UserError, unknown
+from kernels.common.errors import unknown
 from kernels.common.files import atomic_write
+from kernels.common.options import read_options
 
 CAP = 1.1
 LARGE_GIB = 9
@@ -55,19 +56,12 @@ empty: 0 rows and 0 columns.
 """
 
 
+_RANDOM = -1  # a new seed each time
+_DEFAULTS = {"out": "bench/results/conformance.md", "seed": _RANDOM, "arms": "", "rows": 256, "large": 0}
+
+
 def main(argv: list[str]) -> int:
-    if any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        return 0
-    options = {"out": "bench/results/conformance.md", "seed": "", "arms": "", "rows": "256", "large": "0"}
-    for word in argv:
-        name, equals, value = word.partition("=")
-        if name not in options or not equals:
-            raise unknown("option", name, options)
-        options[name] = value
-    for name in ("seed", "rows", "large"):
-        if options[name] and not options[name].isdigit():
-            raise UserError(f"{name}={options[name]}: a whole number is needed")
+    options = read_options(argv, _DEFAULTS, {"rows": 1})
     # What is learned for each channel has no fixed size; tests/kernels covers it.
     arms = {name: arm for name, arm in formulas().items() if name != "prelu_channel"}
     for name in filter(None, options["arms"].split(",")):
@@ -77,10 +71,12 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault(
         "THP_MEM_ALLOC_ENABLE", "1"
     )  # pages of 2 MiB: with those of 4 KiB, large=1 waits for little else
-    seed, rows = int(options["seed"] or secrets.randbelow(1 << 31)), int(options["rows"] or 256)
+    seed, rows = options["seed"], options["rows"]
+    if seed == _RANDOM:
+        seed = secrets.randbelow(1 << 31)
     lines, failures = report({name: arms[name] for name in wanted}, seed, rows)
     lines += ["", "## More than 2^31 elements", ""]
-    if options["large"] not in ("", "0"):
+    if options["large"]:
         said = large()
         failures += [said] if "FAILED" in said else []
         lines.append(said)
@@ -324,4 +320,4 @@ def large() -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__)

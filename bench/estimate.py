@@ -18,11 +18,12 @@ import sys
 import weakref
 from typing import Any
 
-from bench.train import machine, options_of
+from bench.train import machine
 from conf.load import load
 from conf.schema import Config, FFNConfig, HardwareConfig, ParallelConfig
 from kernels.common.commands import run_command
 from kernels.common.files import atomic_write
+from kernels.common.options import read_options
 from kernels.formula import parse
 from launch.estimate.counts import FFNShape, Shape, flops_per_token, peak_bytes, shape_of
 from launch.estimate.step_time import (
@@ -53,16 +54,13 @@ ffn=swiglu zero=2 precision=fp32 global_batch_size=4 parallel.context=2
 
 
 def main(argv: list[str]) -> None:
-    if any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        return
     if argv[:1] == ["--rank"]:
         from bench.ranks import as_rank
 
         as_rank(lambda ranks: _measured(ranks, argv[1:]))
-    options, _ = options_of(argv, out="bench/results/estimate.md", memory="true")
+    options = read_options(argv, {"out": "bench/results/estimate.md", "memory": True})
     text = "# Estimates beside what was measured and published (`python -m bench.estimate`)\n"
-    text += _memory_table() if options["memory"] == "true" else ""
+    text += _memory_table() if options["memory"] else ""
     text += _time_table()
     print(text)
     with atomic_write(options["out"]) as file:
@@ -265,4 +263,4 @@ What this does not show: any run of this codebase on a GPU. None was at hand.
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__)

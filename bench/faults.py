@@ -26,22 +26,19 @@ import psutil
 
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.options import read_options
+from kernels.common.options import split_options
 
 _OPTIONS = {"kills": 10, "seed": 0, "folder": ""}
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: list[str]) -> int:
-    if any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        return 0
-    own = [word for word in argv if word.partition("=")[0] in _OPTIONS]
-    options = read_options(own, _OPTIONS, needs={"folder": "where both plans go: folder=FOLDER"})
+    required = {"folder": "folder=FOLDER, a new folder for both plans"}
+    options, overrides = split_options(argv, _OPTIONS, required=required)
     folder = Path(options["folder"])
     if folder.exists():
         raise UserError(f"{folder} exists: a campaign begins in a new folder")
-    words = ["ablation=smoke", "precision=fp32", *(word for word in argv if word not in own)]
+    words = ["ablation=smoke", "precision=fp32", *overrides]
     began = time.monotonic()
     if run(words, folder / "peace") != 0:
         raise UserError(f"the plan does not even end in peace: see {folder / 'peace'}")
@@ -134,4 +131,4 @@ def steps(run: Path) -> list[tuple[str, int, float]]:
 
 if __name__ == "__main__":
     os.environ.setdefault("WANDB_MODE", "offline")
-    run_command(main)
+    run_command(main, __doc__)

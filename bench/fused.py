@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.common.errors import UserError, unknown
+from kernels.common.commands import run_command
+from kernels.common.options import read_options
 from kernels.norm import norm
 from kernels.rotary import rotary
 from training.machine import keep_freed_memory
@@ -120,26 +121,14 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        return
-    options = {"device": "cpu", "rounds": "15", "only": ""}
-    for word in argv:
-        key, equals, value = word.partition("=")
-        if key not in options or not equals:
-            raise unknown("option", key, options)
-        options[key] = value
-    if not options["rounds"].isdigit() or not int(options["rounds"]):
-        raise UserError(f"rounds={options['rounds']}: a whole number of at least 1 is needed")
+    options = read_options(argv, {"device": "cpu", "rounds": 15, "only": ""}, {"rounds": 1})
     keep_freed_memory()
     print(HEAD)
     for case in cases(options["device"]):
         for dtype in (torch.bfloat16, torch.float32):
             if options["only"] in case[0]:
-                print(line(compare(*case, dtype, int(options["rounds"]))), flush=True)
+                print(line(compare(*case, dtype, options["rounds"])), flush=True)
 
 
 if __name__ == "__main__":
-    from kernels.common.commands import run_command  # here, since bench/gpu.sh needs the rest where there is no Hydra
-
-    run_command(main)
+    run_command(main, __doc__)

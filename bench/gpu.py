@@ -394,7 +394,7 @@ def verdict(record: dict[str, Any]) -> list[str]:
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m bench.gpu", description=__doc__)
     parser.add_argument("--minutes", type=float, default=8.0, help="after so many nothing new is begun")
     parser.add_argument("--formulas", nargs="+", default=list(formulas()), choices=list(formulas()), metavar="NAME")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")

@@ -18,10 +18,10 @@ import sys
 import torch
 
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
-from bench.train import machine, options_of
+from bench.train import machine
 from kernels.common.commands import run_command
-from kernels.common.errors import UserError
 from kernels.common.files import atomic_write
+from kernels.common.options import split_options
 from launch.ranks import Ranks
 
 _MODEL = [
@@ -43,15 +43,10 @@ _MODEL += [
 
 
 def main(argv: list[str]) -> None:
-    if any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        return
     if argv[:1] == ["--rank"]:
         as_rank(lambda ranks: _measured(ranks, argv[1:]))
-    options, overrides = options_of(argv, world="4", out="bench/results/cpu-memory.md")
-    if not options["world"].isdigit() or int(options["world"]) < 2:
-        raise UserError("world=N is a whole number, 2 or more")
-    world = int(options["world"])
+    options, overrides = split_options(argv, {"world": 4, "out": "bench/results/cpu-memory.md"}, {"world": 2})
+    world = options["world"]
     lines = [
         f"# Memory a rank, {world} ranks ({machine()}; `python -m bench.memory`)",
         "",
@@ -119,4 +114,4 @@ def alive() -> dict[int, int]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__)

@@ -19,30 +19,25 @@ from typing import Any
 import torch
 
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
-from bench.train import machine, options_of
+from bench.train import machine
 from kernels.common.commands import run_command
-from kernels.common.errors import UserError
 from kernels.common.files import atomic_write
+from kernels.common.options import split_options
 from launch.ranks import Ranks
 
 _COMMON = ["telemetry_every=0", "logger=none", "steps=1000"]
 
 
 def main(argv: list[str]) -> None:
-    if any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        return
     if argv[:1] == ["--rank"]:
         from training.machine import keep_freed_memory
 
         keep_freed_memory()
         as_rank(lambda ranks: _seconds(ranks, int(argv[1]), argv[2:]))
-    options, overrides = options_of(argv, steps="60", out="bench/results/cpu-overhead.json")
-    if not options["steps"].isdigit() or int(options["steps"]) < 12:
-        raise UserError("steps=N is a whole number, 12 or more")
+    options, overrides = split_options(argv, {"steps": 60, "out": "bench/results/cpu-overhead.json"}, {"steps": 12})
     result: dict[str, Any] = {"machine": machine(), "overrides": overrides, "ratios": {}}
     for world, precision in ((1, "bf16"), (1, "fp32"), (2, "fp32")):
-        words = [options["steps"], *_COMMON, *overrides, f"precision={precision}"]
+        words = [str(options["steps"]), *_COMMON, *overrides, f"precision={precision}"]
         seconds = on_ranks(world, "bench.overhead", words)[0]
         first = next(iter(seconds))
         for name in list(seconds)[1:]:
@@ -117,4 +112,4 @@ def _plain(engine: Any) -> Callable[[torch.Tensor], Any]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__)

@@ -200,7 +200,7 @@ def table(names: list[str], dtype: torch.dtype = torch.bfloat16) -> str:
 def main() -> None:
     import triton
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m bench.sm90", description=__doc__)
     parser.add_argument(
         "formula", nargs="*", help=f"some of {', '.join(formulas())}; all, and written to {RESULT.name}, if none"
     )

@@ -10,11 +10,11 @@ import json
 import statistics
 import sys
 
-from bench.train import machine, options_of, seconds_of_steps
+from bench.train import machine, seconds_of_steps
 from conf.load import load
 from kernels.common.commands import run_command
-from kernels.common.errors import UserError
 from kernels.common.files import atomic_write
+from kernels.common.options import split_options
 
 EVERY = 4
 RESULT = "bench/results/cpu-telemetry.json"
@@ -28,16 +28,11 @@ def cost_of_a_look(seconds: list[float]) -> float:
 
 
 def main(argv: list[str]) -> None:
-    if any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        return
-    options, overrides = options_of(argv, steps="200", rounds="3")
-    if not all(value.isdigit() for value in options.values()) or int(options["steps"]) < 4 * EVERY:
-        raise UserError(f"rounds=N and steps=N are whole numbers, and at least {4 * EVERY} steps are needed")
+    options, overrides = split_options(argv, {"steps": 200, "rounds": 3}, {"steps": 4 * EVERY, "rounds": 1})
     every = load(overrides).telemetry_every or 50
     costs = []
-    for number in range(int(options["rounds"])):
-        seconds = seconds_of_steps([*overrides, f"telemetry_every={EVERY}"], int(options["steps"]))
+    for number in range(options["rounds"]):
+        seconds = seconds_of_steps([*overrides, f"telemetry_every={EVERY}"], options["steps"])
         costs.append(cost_of_a_look(seconds))
         print(f"round {number + 1}: a look costs {costs[-1]:.1%} of a step", file=sys.stderr, flush=True)
     share = [cost / every for cost in sorted(costs)]
@@ -55,4 +50,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__)

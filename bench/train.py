@@ -28,26 +28,23 @@ from conf.validate import validate
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write
+from kernels.common.options import split_options
 
 CONTENDERS = ("ours", "hf", "hf+allocator")
 _FIXED = ["logger=none", "eval_every=0", "save_every=0", "eval_tokens=1", "prompts=[]", "log_every=1"]
 
 
 def main(argv: list[str]) -> None:
-    if any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        return
     if argv[:1] == ["--contender"]:  # one run of one of Hugging Face's, in a process of its own
         _measure_hf(argv[1], argv[2:])
         return
-    options, overrides = options_of(argv, rounds="3", steps="24", out="bench/results/cpu-train.json")
-    if not options["rounds"].isdigit() or not options["steps"].isdigit() or int(options["steps"]) < 8:
-        raise UserError("rounds=N and steps=N are whole numbers, and at least 8 steps are needed")
-    steps = int(options["steps"])
+    defaults = {"rounds": 3, "steps": 24, "out": "bench/results/cpu-train.json"}
+    options, overrides = split_options(argv, defaults, {"rounds": 1, "steps": 8})
+    steps = options["steps"]
     config = load(overrides)
     validate(config, 1)
     runs: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for number in range(int(options["rounds"])):
+    for number in range(options["rounds"]):
         for name in CONTENDERS:
             seconds = seconds_of_steps(overrides, steps) if name == "ours" else _hf(name, overrides, steps)
             speed = config.global_batch_size * config.sequence_length / statistics.median(seconds[steps // 4 :])
@@ -66,18 +63,6 @@ def main(argv: list[str]) -> None:
         json.dump(result, file, indent=2)
         file.write("\n")
     print(f"written to {options['out']}")
-
-
-def options_of(argv: list[str], **options: str) -> tuple[dict[str, str], list[str]]:
-    """Return a command's own options, by default as given, and the words that are overrides of `train.py`."""
-    overrides = []
-    for word in argv:
-        name, _, value = word.partition("=")
-        if name in options:
-            options[name] = value
-        else:
-            overrides.append(word)
-    return options, overrides
 
 
 def _report(runs: dict[str, list[float]]) -> dict[str, Any]:
@@ -169,4 +154,4 @@ def _cpuinfo() -> list[str]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__)

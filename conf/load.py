@@ -100,7 +100,7 @@ def read_group(group: str, schema: type[Group], words: list[str], called: str) -
 
     names = [word.partition("=")[2] for word in words if word.startswith(f"{group}=")]
     if not names:
-        raise UserError(f"say which {called}: {group}=NAME; there are {', '.join(choices(group))}")
+        raise UserError(f"{group}=NAME is missing: choose a {called} from {', '.join(choices(group))}")
     if names[-1] not in choices(group):
         raise unknown(called, names[-1], choices(group))
     typed = [word.removeprefix(f"{group}.") for word in words if word.startswith(f"{group}.")]

@@ -242,7 +242,7 @@ def _check_batch(config: Config, world_size: int) -> Batch:
         )
     per_step = total * config.sequence_length
     if config.steps is None and config.tokens is None:
-        raise UserError("say how long to train: steps=N, or tokens=N")
+        raise UserError("the length of the run is missing: steps=N, or tokens=N")
     steps = config.steps if config.steps is not None else config.tokens // per_step
     if steps < 1:
         raise UserError(f"tokens={config.tokens} is less than one step of {per_step} tokens")

@@ -1,7 +1,7 @@
 """Turn a corpus into a prepared folder of tokens, in parallel; resume where it stopped: `python -m data.prepare`.
 
-    data=NAME data.KEY=VALUE         the corpus, as for train.py
-    tokenizer=NAME tokenizer.KEY=VALUE
+    data=NAME data.KEY=VALUE              the corpus
+    tokenizer=NAME tokenizer.KEY=VALUE    the tokenizer; both as for train.py, whose --help lists the keys
 
 This module selects the held-out documents and the tokenizer's training text, and groups documents into shards. Reading
 documents is in `documents.py`, writing a shard in `shards.py`, the worker processes in `pool.py`.
@@ -24,12 +24,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from conf.load import load
 from conf.schema import DataConfig, TokenizerConfig
+from data.batches import open_dataset
 from data.documents import documents, fingerprint, parts
 from data.pool import Group, encode_groups, run_in_subprocess
 from data.progress import ProgressReporter
 from data.shards import FORMAT, INDEX, SPLITS, finished_group, read_index, remove_leftovers, token_dtype, write_json
 from data.tokenizer import FILE_NAMES, TRAINER, Tokenizer, load_tokenizer, train_sentencepiece
+from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import say_why
 
@@ -313,9 +316,6 @@ def _groups(data: DataConfig, threshold: int, facts: _Facts) -> Iterator[Group]:
 
 def main(argv: list[str]) -> int:
     """Prepare the corpus that the overrides select, and print its statistics."""
-    from conf.load import load
-    from data.batches import open_dataset
-
     config = load(argv, program="python -m data.prepare")
     dataset = open_dataset(prepare(config.data, config.tokenizer, show=True))
     train = [part.train for part in dataset.parts]
@@ -337,6 +337,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from kernels.common.commands import run_command
-
-    run_command(main)
+    run_command(main, __doc__)

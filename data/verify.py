@@ -7,12 +7,16 @@ one that made the shards.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 
+from conf.load import load
+from data.prepare import folder_of
 from data.shards import Shard, read_index, shard_problem, token_dtype
 from data.tokenizer import load_tokenizer
+from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 
 
@@ -63,14 +67,9 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
 
 def main(argv: list[str]) -> int:
     """Print a sentence per problem; return 1 if there are any."""
-    import sys
-
     if len(argv) == 1 and (os.path.isdir(argv[0]) or ("=" not in argv[0] and not argv[0].startswith("-"))):
         folder = Path(argv[0])
     else:
-        from conf.load import load
-        from data.prepare import folder_of
-
         config = load(argv, program="python -m data.verify")
         folder = folder_of(config.data, config.tokenizer)
     problems = verify(folder)
@@ -82,6 +81,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from kernels.common.commands import run_command
-
-    run_command(main)
+    run_command(main, __doc__)

@@ -36,7 +36,7 @@ from conf.schema import ClusterConfig, Config
 from kernels.c.toolchain import FLAGS, find_compiler
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.options import read_options
+from kernels.common.options import split_options
 from launch.estimate.counts import parameters, shape_of
 from launch.installed import installed_versions
 from launch.ranks import Ranks, export, find_ranks, installed_gpus, take_local_rank
@@ -63,14 +63,10 @@ class Finding:
 
 
 def main(argv: list[str]) -> int:
-    if any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        return 0
     argv, local_rank = take_local_rank(argv)
-    own = [word for word in argv if word.partition("=")[0] in _OPTIONS]
-    options, words = read_options(own, _OPTIONS), [word for word in argv if word not in own]
-    cluster, words = read_cluster(words)
-    config = load(words)
+    options, arguments = split_options(argv, _OPTIONS)
+    cluster, overrides = read_cluster(arguments)
+    config = load(overrides)
     console = Console(file=sys.stdout, highlight=False, markup=False)
     worst = GREEN
     ranks = Ranks()
@@ -355,4 +351,4 @@ def collective(ranks: Ranks, cluster: ClusterConfig | None) -> Iterator[Finding]
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__)

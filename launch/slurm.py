@@ -12,7 +12,6 @@ nothing new is not started again.
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 
 from conf.keys import choices
@@ -22,21 +21,21 @@ from conf.validate import validate
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, say_why
-from kernels.common.options import read_options
+from kernels.common.options import split_options
 from launch.sbatch import Job, check, command_of, doctor_of, refuse_queued, render, submit
 
 _OPTIONS = {"nodes": 1, "ranks_per_node": 0, "dry_run": False}
 
 
+def usage() -> str:
+    """Return the text of `--help`: the module's docstring and the clusters."""
+    return f"{__doc__}\nclusters: {', '.join(choices('cluster'))}; add your own as a file in conf/cluster"
+
+
 def main(argv: list[str]) -> int:
-    if not argv or any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        print(f"clusters: {', '.join(choices('cluster'))}; a file in conf/cluster makes another")
-        return 0
-    own = [word for word in argv if word.partition("=")[0] in _OPTIONS]
-    options = read_options(own, _OPTIONS, {"nodes": 1, "ranks_per_node": 1})
-    cluster, words = read_group("cluster", ClusterConfig, [word for word in argv if word not in own], "cluster")
-    job, configuration = plan(cluster, options["nodes"], options["ranks_per_node"], words, shlex.join(argv))
+    options, arguments = split_options(argv, _OPTIONS, {"nodes": 1, "ranks_per_node": 1})
+    cluster, overrides = read_group("cluster", ClusterConfig, arguments, "cluster")
+    job, configuration = plan(cluster, options["nodes"], options["ranks_per_node"], overrides, shlex.join(argv))
     if options["dry_run"]:
         print(render(job, cluster), end="")
         return 0
@@ -92,4 +91,4 @@ def plan(cluster: ClusterConfig, nodes: int, ranks_per_node: int, words: list[st
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_command(main, usage, needs_arguments=True)

@@ -35,7 +35,7 @@ from model.weights import checkpoints
 
 _DEFAULTS = {"run": "", "tasks": "", "include": "", "output": "", "runs": "runs", "step": -1}
 _DEFAULTS |= {"limit": 0, "num_fewshot": -1, "batch_size": 8}
-_NEEDS = {"run": "which run is to be judged: run=NAME", "tasks": "by what: tasks=arc_easy,hellaswag"}
+_REQUIRED = {"run": "run=NAME, the run to evaluate", "tasks": "tasks=TASK,..., such as tasks=arc_easy,hellaswag"}
 
 
 def evaluate(
@@ -149,10 +149,7 @@ def table(results: dict[str, Any]) -> Table:
 
 
 def main(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    options = read_options(argv, _DEFAULTS, {"batch_size": 1}, _NEEDS)
+    options = read_options(argv, _DEFAULTS, {"batch_size": 1}, _REQUIRED)
     run = find_run(options["run"], options["runs"])
     tasks = [task for task in options["tasks"].split(",") if task]
     asked = {name: options[name] for name in ("include", "step", "limit", "num_fewshot", "batch_size")}
@@ -171,4 +168,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__, needs_arguments=True)

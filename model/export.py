@@ -38,7 +38,7 @@ from model.huggingface.layout import CLASSES, FORMULA, TransformersLayout, tenso
 from model.huggingface.tokenizer import write_tokenizer
 
 _DEFAULTS = {"run": "", "to": "", "runs": "runs", "step": -1, "dtype": "fp32"}
-_NEEDS = {"run": "which run is to be exported: run=NAME", "to": "where the model is to go: to=FOLDER"}
+_REQUIRED = {"run": "run=NAME, the run to export", "to": "to=FOLDER, the folder for the model"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SHARD_BYTES = 4 << 30
 _CODE = "modeling_formula.py"
@@ -173,10 +173,7 @@ def _write_weights(model: Decoder, layout: TransformersLayout, folder: Path, dty
 
 
 def main(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    options = read_options(argv, _DEFAULTS, needs=_NEEDS)
+    options = read_options(argv, _DEFAULTS, required=_REQUIRED)
     run, to = find_run(options["run"], options["runs"]), Path(options["to"])
     became = export(run, to, options["step"], options["dtype"])
     trusted = ", trust_remote_code=True" if became == CLASSES[FORMULA] else ""
@@ -185,4 +182,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__, needs_arguments=True)

@@ -94,10 +94,7 @@ def load_run(run: Path, step: int = -1) -> tuple[Decoder, Tokenizer, dict[str, A
 
 
 def main(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    options = read_options(argv, _DEFAULTS, needs={"run": "which run is to write: run=NAME"})
+    options = read_options(argv, _DEFAULTS, required={"run": "run=NAME, the run to sample from"})
     model, tokenizer, _ = load_run(find_run(options["run"], options["runs"]), options["step"])
     with torch.inference_mode():
         text = generate(
@@ -114,4 +111,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__, needs_arguments=True)

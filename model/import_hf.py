@@ -28,6 +28,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_folder, say_why
+from kernels.common.options import split_options
 from launch.estimate.counts import Shape, shape_of
 from model.decoder import Decoder
 from model.huggingface.config import ImportedConfig, choice_of, key_of, read_config
@@ -251,18 +252,12 @@ def _tensors(
 
 
 def main(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    sources = [argument.partition("=")[2] for argument in argv if argument.startswith("from=")]
-    if not sources or not sources[-1]:
-        raise UserError("name the folder that holds the model: from=FOLDER")
-    overrides = [argument for argument in argv if not argument.startswith("from=")]
-    config, arguments = import_folder(Path(sources[-1]), overrides)
+    options, overrides = split_options(argv, {"from": ""}, required={"from": "from=FOLDER, the folder of the model"})
+    config, arguments = import_folder(Path(options["from"]), overrides)
     print(f"wrote {Path(config.runs) / str(config.run)}: {config.model.n_layers} layers, ffn {config.ffn.formula}")
     print("continue training with")
     print(f"deepspeed train.py {shlex.join(arguments)}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__, needs_arguments=True)

@@ -1,4 +1,7 @@
-"""The options of a small command, NAME=VALUE each, beside the configuration of a run that `conf/load.py` composes."""
+"""The arguments of a command: its own options, NAME=VALUE each, and what else was given.
+
+A run's configuration is not read here: `conf/load.py` composes it from overrides.
+"""
 
 from __future__ import annotations
 
@@ -8,46 +11,101 @@ from typing import Any
 
 from .errors import UserError, unknown
 
+Value = str | int | float | bool
+
 
 def read_options(
     argv: list[str],
-    defaults: Mapping[str, str | int | float | bool],
-    least: Mapping[str, int] | None = None,
-    needs: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Value],
+    minimum: Mapping[str, int] | None = None,
+    required: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return the options that `argv` sets, and the defaults of the others.
+    """Return the options of a command that takes nothing else: those that `argv` sets, and the defaults of the others.
 
     Args:
-        defaults: the options there are; what is typed becomes of the default's type.
-        least: the least that a number may be; 0 where nothing is said. A default may be less, as a sign of "not said".
-        needs: of options that must be said: the words after "say" that ask for it.
+        defaults: every option; values are cast to the type of its default.
+        minimum: the smallest value of a number, 0 where none is given. A default may be smaller, to mean "not set".
+        required: {option: what is missing without it, as "run=NAME, the run to sample from"}.
 
     Raises:
-        UserError: an option that there is not, that needs a value, or that must be said.
+        UserError: an unknown option, an invalid value, or a required option that is missing.
     """
-    options = dict(defaults)
-    for word in argv:
-        name, equals, value = word.partition("=")
-        if name not in defaults or not equals:
-            raise unknown("option", name, defaults)
-        options[name] = _read(word, value, type(defaults[name]), (least or {}).get(name, 0))
-    for name, ask in (needs or {}).items():
-        if not options[name]:
-            raise UserError(f"say {ask}")
+    options, others = split_options(argv, defaults, minimum)
+    if others:
+        raise unknown("option", _name(others[0]), defaults)
+    _require(options, required or {})
     return options
 
 
-def _read(word: str, value: str, kind: type, least: int) -> str | int | float | bool:
+def read_positional(
+    argv: list[str],
+    defaults: Mapping[str, Value],
+    minimum: Mapping[str, int] | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the options of a command that also takes positional arguments, and these in order.
+
+    Args and errors are those of `read_options`: an unknown NAME=VALUE or --NAME is no positional argument.
+    """
+    options, others = split_options(argv, defaults, minimum)
+    for argument in others:
+        if "=" in argument or argument.startswith("-"):
+            raise unknown("option", _name(argument), defaults)
+    return options, others
+
+
+def split_options(
+    argv: list[str],
+    defaults: Mapping[str, Value],
+    minimum: Mapping[str, int] | None = None,
+    required: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the options of a command that also takes overrides, and all other arguments, in order and unchecked.
+
+    Args and errors are those of `read_options`.
+
+    Args:
+        flags: {option: its value when it is given as a bare --NAME}.
+    """
+    options: dict[str, Any] = dict(defaults)
+    others = []
+    for argument in argv:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if name not in defaults:
+            others.append(argument)
+        elif equals:
+            options[name] = _cast(argument, value, type(defaults[name]), (minimum or {}).get(name, 0))
+        elif flags and name in flags and argument.startswith("--"):
+            options[name] = flags[name]
+        else:
+            raise UserError(f"{argument} needs a value: {name}=VALUE")
+    _require(options, required or {})
+    return options, others
+
+
+def _require(options: Mapping[str, Any], required: Mapping[str, str]) -> None:
+    for name, description in required.items():
+        if not options[name]:
+            raise UserError(f"missing {description}")
+
+
+def _name(argument: str) -> str:
+    return argument.partition("=")[0]
+
+
+def _cast(argument: str, text: str, kind: type, minimum: int) -> Value:
     if kind is str:
-        return value
+        return text
     if kind is bool:
-        if value not in ("true", "false"):
-            raise UserError(f"{word}: expected true or false")
-        return value == "true"
+        if text not in ("true", "false"):
+            raise UserError(f"{argument}: expected true or false")
+        return text == "true"
     try:
-        number = kind(value)
-        if not least <= number < math.inf:
+        number = kind(text)
+        if not minimum <= number < math.inf:
             raise ValueError
     except ValueError:
-        raise UserError(f"{word}: expected a {'whole ' if kind is int else ''}number of at least {least}") from None
+        raise UserError(
+            f"{argument}: expected a {'whole ' if kind is int else ''}number of at least {minimum}"
+        ) from None
     return number

@@ -19,7 +19,7 @@ from conf.keys import choices
 from conf.load import load, read_group
 from conf.schema import ClusterConfig
 from kernels.common.commands import run_command
-from kernels.common.options import read_options
+from kernels.common.options import split_options
 from launch.estimate.console import show
 from launch.estimate.plot import draw
 from launch.estimate.search import estimate, fast_then_small, search
@@ -28,15 +28,15 @@ from launch.sbatch import check
 _OPTIONS = {"nodes": 1, "ranks_per_node": 0, "plot": ""}
 
 
+def usage() -> str:
+    """Return the text of `--help`: the module's docstring and the clusters."""
+    return f"{__doc__}\nclusters: {', '.join(choices('cluster'))}; add your own as a file in conf/cluster"
+
+
 def main(argv: list[str]) -> int:
-    if not argv or any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        print(f"clusters: {', '.join(choices('cluster'))}; a file in conf/cluster makes another")
-        return 0
-    argv = ["plot=estimate.png" if word == "--plot" else word.removeprefix("--") for word in argv]
-    own = [word for word in argv if word.partition("=")[0] in _OPTIONS]
-    options = read_options(own, _OPTIONS, {"nodes": 1, "ranks_per_node": 1})
-    cluster, overrides = read_group("cluster", ClusterConfig, [word for word in argv if word not in own], "cluster")
+    minimum = {"nodes": 1, "ranks_per_node": 1}
+    options, arguments = split_options(argv, _OPTIONS, minimum, flags={"plot": "estimate.png"})
+    cluster, overrides = read_group("cluster", ClusterConfig, arguments, "cluster")
     per_node = options["ranks_per_node"] or max(1, cluster.gpus_per_node)
     check(cluster, per_node)
     config, gpus = load(overrides), options["nodes"] * per_node
@@ -51,4 +51,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, usage, needs_arguments=True)

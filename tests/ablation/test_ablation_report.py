@@ -235,7 +235,11 @@ def test_runs_that_were_evaluated_at_their_end_alone(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "why"),
-    [(["a", "b"], "say one folder"), (["nowhere"], "has no manifest.json"), (["nowhere", "two=2"], "two")],
+    [
+        (["a", "b"], "expected the folder of one plan"),
+        (["nowhere"], "has no manifest.json"),
+        (["nowhere", "two=2"], "two"),
+    ],
 )
 def test_bad_input_is_one_sentence(words, why):
     refused = command(sys.executable, "-m", "ablation.report", *words)

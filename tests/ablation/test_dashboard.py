@@ -326,8 +326,8 @@ def test_bad_input_is_one_sentence(whole, tmp_path, monkeypatch):
     garbage = tmp_path / "g.json"
     garbage.write_text('{"content": {"plan": 1}}', encoding="utf-8")
     refused = {
-        (): "say one folder of a plan",
-        (str(whole), str(whole)): "say one folder of a plan",
+        (): "expected the folder of one plan",
+        (str(whole), str(whole)): "expected the folder of one plan",
         (str(whole), "projekt=x"): "unknown option 'projekt': did you mean 'project'",
         (str(tmp_path / "nothing"),): "has no manifest.json",
         (str(whole), f"to={tmp_path}/a/b.json"): "cannot write the dashboard to",
@@ -358,9 +358,10 @@ def test_without_the_package_it_says_how_to_install_it(whole, monkeypatch):
         main([str(whole)])
 
 
-def test_the_command_answers_help_and_exits_2_on_bad_input(tmp_path, capsys):
-    assert main(["--help"]) == 0
-    assert "python -m ablation.dashboard ablations/glu_variants" in capsys.readouterr().out
+def test_the_command_answers_help_and_exits_2_on_bad_input(tmp_path):
+    helped = command(sys.executable, "-m", "ablation.dashboard", "--help")
+    assert helped.status == 0
+    assert "python -m ablation.dashboard ablations/glu_variants" in helped.out
     result = command(sys.executable, "-m", "ablation.dashboard", tmp_path)
     assert (result.status, result.out) == (2, "")
     assert result.err.count("\n") == 1

@@ -197,8 +197,8 @@ def test_runs_that_ended_are_read_once(copy, monkeypatch):
     ("words", "sentence"),
     [
         (["{folder}"], "has no manifest.json: it is no folder of `python -m ablation.run`"),
-        (["once=true"], "say one folder of a plan"),
-        (["{folder}", "{folder}"], "say one folder of a plan"),
+        (["once=true"], "expected the folder of one plan"),
+        (["{folder}", "{folder}"], "expected the folder of one plan"),
         (["{folder}", "onse=true"], "unknown option 'onse': did you mean 'once'?"),
         (["{folder}", "once=1"], "once=1: expected true or false"),
     ],

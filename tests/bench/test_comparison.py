@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import telemetry
-from bench.train import CONTENDERS, _report, main, options_of
+from bench.train import CONTENDERS, _report, main
 from kernels.common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -29,14 +29,6 @@ def test_ratios_are_taken_round_by_round() -> None:
 def test_bad_input_is_refused(command: Callable[[list[str]], None], words: list[str]) -> None:
     with pytest.raises(UserError):
         command(words)
-
-
-def test_options_are_told_from_overrides() -> None:
-    words = ["rounds=5", "ffn=relu", "telemetry_every=7"]
-    assert options_of(words, rounds="3", steps="9") == (
-        {"rounds": "5", "steps": "9"},
-        ["ffn=relu", "telemetry_every=7"],
-    )
 
 
 def test_a_look_costs_what_its_step_and_the_next_take_more_than_two_others() -> None:

@@ -335,7 +335,7 @@ def test_a_group_beside_the_configuration_is_read_with_what_was_typed():
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ([], "say which cluster: cluster=NAME; there are a100, cpu, h100, h200, slurm"),
+        ([], "cluster=NAME is missing: choose a cluster from a100, cpu, h100, h200, slurm"),
         (["cluster=h10"], "unknown cluster 'h10': did you mean 'h100'"),
         (["cluster=cpu", "cluster.tiem=1"], "unknown key of cluster 'tiem': did you mean 'time'"),
         (

@@ -130,7 +130,7 @@ def test_a_name_is_one_of_those_that_the_rooms_know(name):
         ({"zero.offload_parameters": True, "zero.stage": 2}, "zero.offload_parameters=true needs zero=3"),
         ({"zero.offload_optimizer": True, "zero.stage": 0}, "zero.offload_optimizer=true needs zero=1, 2 or 3"),
         ({"schedule.name": "wsd", "schedule.warmup": 0.5, "schedule.decay": 0.6}, "take more than the whole run"),
-        ({"steps": None}, "say how long to train"),
+        ({"steps": None}, "the length of the run is missing"),
         ({"steps": None, "tokens": 4095}, "tokens=4095 is less than one step of 4096 tokens"),
         ({"micro_batch_size": 3}, "8 sequences a rank, which micro_batch_size=3 does not divide"),
     ],

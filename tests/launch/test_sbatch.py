@@ -93,7 +93,7 @@ def test_the_tasks_of_an_array_are_read_back(tmp_path):
     ("words", "why"),
     [
         (["cluster=h10"], "unknown cluster 'h10': did you mean 'h100'"),
-        (["ffn=relu"], "say which cluster: cluster=NAME"),
+        (["ffn=relu"], "cluster=NAME is missing: choose a cluster from"),
         (["cluster=h100", "ranks_per_node=9"], "ranks_per_node=9, but a node of h100 has 8 GPUs"),
         (["cluster=cpu", "ranks_per_node=5"], "ranks_per_node=5, but a node of cpu has 4 cores"),
         (["cluster=h100", "nodes=3", "parallel.tensor=16"], "on 3 x 8 ranks: "),

@@ -125,8 +125,8 @@ def test_what_is_not_installed_is_named(make_run, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["run=run"], "say by what: tasks=arc_easy,hellaswag"),
-        (["tasks=a"], "say which run is to be judged: run=NAME"),
+        (["run=run"], "missing tasks=TASK,..., such as tasks=arc_easy,hellaswag"),
+        (["tasks=a"], "missing run=NAME, the run to evaluate"),
         (["run=none", "tasks=a"], "there is no run 'none'"),
         (["task=a"], "unknown option 'task': did you mean 'tasks'?"),
         (["limit=some"], "limit=some: expected a whole number of at least 0"),
@@ -151,7 +151,6 @@ def test_the_table_has_a_line_for_each_metric():
     ]
 
 
-def test_help_names_every_option(capsys):
-    main(["--help"])
-    printed = capsys.readouterr().out
+def test_help_names_every_option():
+    printed = command.__doc__
     assert [name for name in command._DEFAULTS if f"{name}=" not in printed] == []

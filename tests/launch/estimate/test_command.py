@@ -55,7 +55,7 @@ def test_the_command_says_it_all_and_draws(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["model=nano"], "say which cluster: cluster=NAME"),
+        (["model=nano"], "cluster=NAME is missing: choose a cluster from"),
         (["cluster=h100", "nodes=3", "model=llama3_8b"], "cannot be shared evenly by 24"),
         (["cluster=h100", "ranks_per_node=9"], "a node of h100 has 8 GPUs"),
         (

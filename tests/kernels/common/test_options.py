@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kernels.common.errors import UserError
-from kernels.common.options import read_options
+from kernels.common.options import read_options, read_positional, split_options
 
 DEFAULTS = {"run": "", "step": -1, "temperature": 0.8, "yes": False}
 
@@ -25,18 +25,20 @@ def test_the_last_of_two_wins():
     ("words", "sentence"),
     [
         (["stp=1"], "unknown option 'stp': did you mean 'step'? choose from run, step, temperature, yes"),
-        (["run"], "unknown option 'run'"),
+        (["run"], "run needs a value: run=VALUE"),
+        (["--step"], "--step needs a value: step=VALUE"),
+        (["folder"], "unknown option 'folder'"),
         (["step=1.5"], "step=1.5: expected a whole number of at least 0"),
         (["step=-1"], "step=-1: expected a whole number of at least 0"),
         (["temperature=nan"], "temperature=nan: expected a number of at least 0"),
         (["temperature=inf"], "temperature=inf: expected a number of at least 0"),
         (["yes=1"], "yes=1: expected true or false"),
-        (["step=1"], "say which run: run=NAME"),
+        (["step=1"], "missing run=NAME, the run"),
     ],
 )
 def test_what_is_refused(words, sentence):
     with pytest.raises(UserError) as caught:
-        read_options(words, DEFAULTS, needs={"run": "which run: run=NAME"})
+        read_options(words, DEFAULTS, required={"run": "run=NAME, the run"})
     assert str(caught.value).startswith(sentence)
 
 
@@ -44,3 +46,23 @@ def test_an_option_has_a_least_value_of_its_own():
     assert read_options(["step=2"], DEFAULTS, {"step": 2})["step"] == 2
     with pytest.raises(UserError, match="step=1: expected a whole number of at least 2"):
         read_options(["step=1"], DEFAULTS, {"step": 2})
+
+
+def test_positional_arguments_stand_beside_options():
+    assert read_positional(["a", "step=1", "b"], DEFAULTS) == ({**DEFAULTS, "step": 1}, ["a", "b"])
+    for wrong in ("stp=1", "--stp"):
+        with pytest.raises(UserError, match=f"unknown option '{wrong.partition('=')[0]}'"):
+            read_positional(["a", wrong], DEFAULTS)
+
+
+def test_overrides_pass_through_in_order():
+    assert split_options(["b=1", "step=2", "--multirun", "a=3"], DEFAULTS)[1] == ["b=1", "--multirun", "a=3"]
+
+
+def test_a_flag_has_a_value_of_its_own():
+    flags = {"run": "default"}
+    assert split_options(["--run"], DEFAULTS, flags=flags)[0]["run"] == "default"
+    assert split_options(["--run=x"], DEFAULTS, flags=flags)[0]["run"] == "x"
+    assert split_options(["run=x"], DEFAULTS, flags=flags)[0]["run"] == "x"
+    with pytest.raises(UserError, match="run needs a value"):
+        split_options(["run"], DEFAULTS, flags=flags)
