@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	@echo "setup: creating $(VENV) with $$($(PYTHON) --version) and installing the pinned dependencies (some minutes the first time)"
 	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; exit 2; }
 	@$(PIP) install $$(grep -E '^torch==' requirements.lock | cut -d' ' -f1)
-	@$(PIP) install -c requirements.lock -e .
+	@$(PIP) install -c requirements.lock -e '.[train]'
 	@touch $@
 
 # A torch for CUDA brings the Triton that it was built with; one without takes the version that the lock names.
@@ -33,7 +33,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "setup: installing what the tests need"
 	@$(BIN)/python -c 'import triton' 2>/dev/null || \
 		$(PIP) install "$$(sed -n 's/^# \(triton==[0-9.]*\).*/\1/p' requirements.lock); platform_system == 'Linux'"
-	@$(PIP) install -c requirements.lock -e '.[test]'
+	@$(PIP) install -c requirements.lock -e '.[train,test]'
 	@touch $@
 
 train: setup
@@ -47,12 +47,14 @@ test: $(VENV)/.installed-test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/basedpyright
 	@$(TESTS)
 
 test-all: $(VENV)/.installed-test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/basedpyright
 	@$(TESTS) -m ''
 
 # Pins that stand in the lock stay (edit or delete a line to move it). CUDA libraries and Triton are left out: torch's own

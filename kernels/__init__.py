@@ -1,17 +1,27 @@
-"""An FFN activation, compiled from its formula.
+"""Feed-forward activations compiled from their formula, as fused kernels with a lean backward.
 
-    from . import activation
+    from formula_ffn import activation
     f = activation("silu(gate) * up")
     h = f(pre)                       # pre (..., 2, d_ff), gate first -> h (..., d_ff)
 
-What lives here: the grammar of formulas (`formula.py`, which does not need torch), their derivatives and the programs that
-backends print (`symbolic.py`, `program.py`), what is refused because it cannot be computed safely (`safety.py`), and the
-backends: plain torch (`reference.py`), C (`c.py`) and Triton (`triton_backend.py`). Beside it two operations written by hand,
-for the same machines: `norm.py` and `rotary.py`. What does not live here: layers, configuration, training.
+This folder is imported as `kernels` from the repository, and installed as the package `formula_ffn`.
+
+    formula/          text -> checked tree -> derivatives -> programs; needs no torch
+    activations/      the differentiable function, and its backends in C, Triton and plain torch
+    norm/ rotary/ cross_entropy/    an op each: the function, its C, its Triton
+    c/ triton/        toolchains and primitives of the two kernel languages
+    mlp.py            `FormulaMLP`, a feed-forward layer for one rank
+    huggingface.py    `patch`: the fused layer in a Transformers model
+    show.py           what a formula is: `python -m formula_ffn.show 'silu(gate) * up'`
+    common/           errors, files, options: what the other rooms of the repository need too
+
+Layers of the decoder, configuration and training live in the other rooms, which this one does not know.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 from .formula import Formula, FormulaError, Learned, parse
@@ -24,6 +34,11 @@ if TYPE_CHECKING:
 __all__ = ["BACKENDS", "Formula", "FormulaError", "Learned", "activation", "parse"]
 
 BACKENDS = ("auto", "reference", "c", "triton")
+_LAZY = {  # name -> module of this package: what needs torch is imported when it is asked for
+    "linear_cross_entropy": ".cross_entropy",
+    "rms_norm": ".norm",
+    "rotate": ".rotary",
+}
 
 
 def activation(
@@ -34,11 +49,16 @@ def activation(
 ) -> Activation:
     """Return the function of pre-activations that `formula` describes.
 
+    >>> import torch
+    >>> f = activation("x * sigmoid(b * x)", parameters={"b": {"init": 1.0, "share": "layer"}})
+    >>> f(torch.zeros(2, 8), b=torch.ones(1)).shape
+    torch.Size([2, 8])
+
     Args:
         formula: of `x` (ungated), or of `gate` and `up` (gated), and of `parameters` by name. A `Formula` that `parse`
             returned carries its parameters and `from_output`: nothing else is given then.
-        parameters: a number for each one that is fixed, {init: ..., share: layer | channel} for each one that is learned.
-        backend: one of `BACKENDS`; "auto" is the fastest that the tensor's device and dtype have.
+        parameters: a number for each fixed one, {init: ..., share: layer | channel} for each learned one.
+        backend: one of `BACKENDS`; "auto" is the fastest that supports the tensor's device and dtype.
         from_output: the derivative as a formula of the output `h`, if it is one; checked against the derivative.
 
     Returns:
@@ -63,3 +83,21 @@ def activation(
 
     check_domains(parsed)
     return Activation(parsed, backend)
+
+
+# Hugging Face publishes another package called `kernels`, which Transformers imports where it is installed. From the repository
+# this folder comes first on the path: names and submodules that it does not have are taken from that package.
+if __name__ == "kernels":
+    __path__ = pkgutil.extend_path(__path__, __name__)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+        globals()[name] = value
+        return value
+    if __name__ == "kernels" and (not name.startswith("__") or name == "__version__"):
+        from .common.namesake import attribute_of_namesake
+
+        return attribute_of_namesake(__name__, __path__, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
