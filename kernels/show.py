@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .formula import Formula, FormulaError, parse
+from .formula.functions import REGISTRY
 
 if TYPE_CHECKING:
     import sympy
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
     from .formula.program import Program
     from .formula.symbolic import Compiled
 
+_WRITTEN = {  # of what derivatives are made of and the registry does not have
+    "where_gt": "where({0} > {1}, {2}, {3})",
+    "where_ge": "where({0} >= {1}, {2}, {3})",
+    "power": "({0})**{1}",
+}
 _ENDINGS = (".png", ".pdf", ".svg")
 
 
@@ -124,32 +130,13 @@ def written(expression: sympy.Expr) -> str:
     from sympy.printing.str import StrPrinter
 
     class Printer(StrPrinter):
-        def _print_where_gt(self, node: Any) -> str:
-            a, b, c, d = map(self._print, node.args)
-            return f"where({a} > {b}, {c}, {d})"
-
-        def _print_where_ge(self, node: Any) -> str:
-            a, b, c, d = map(self._print, node.args)
-            return f"where({a} >= {b}, {c}, {d})"
-
-        def _print_complement(self, node: Any) -> str:
-            return f"(1 - sigmoid({self._print(node.args[0])}))"
-
-        def _print_sech2(self, node: Any) -> str:
-            return f"(1 - tanh({self._print(node.args[0])})**2)"
-
-        def _print_tanh_softplus(self, node: Any) -> str:
-            return f"tanh(softplus({self._print(node.args[0])}))"
-
-        def _print_tanh_softplus_slope(self, node: Any) -> str:
-            u = self._print(node.args[0])
-            return f"(1 - tanh(softplus({u}))**2)*sigmoid({u})"
-
-        def _print_step(self, node: Any) -> str:
-            return f"where({self._print(node.args[0])} > 0, 1, 0)"
-
-        def _print_power(self, node: Any) -> str:
-            return f"({self._print(node.args[0])})**{self._print(node.args[1])}"
+        def _print_Function(self, expr: Any) -> str:
+            name, arguments = type(expr).__name__, [self._print(argument) for argument in expr.args]
+            if name in _WRITTEN:
+                return _WRITTEN[name].format(*arguments)
+            if name in REGISTRY and (form := REGISTRY[name].written):
+                return form.format(*arguments)
+            return super()._print_Function(expr)
 
     long = [number for number in expression.atoms(sympy.Rational) if number.q > 4]
     with distribute(False):

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ..c.library import DTYPES, PRIMITIVES
+from ..formula.functions import REGISTRY
 from ..formula.program import INFIX, Argument, Line, Program
 from ..formula.symbolic import OUTPUT, Compiled
 from .telemetry import ACTIVE, PEAK, STORED, statistics_program
@@ -21,8 +22,7 @@ from .telemetry import ACTIVE, PEAK, STORED, statistics_program
 _BLOCKS = 64  # of rows
 _OPERATORS = INFIX | {"neg": "-{}"}
 # These have a shorter form that is exact enough for bf16.
-_SHORT = ("div", "exp", "expm1", "softplus", "erf", "normal_cdf")
-_SHORT += ("sigmoid", "complement", "mul_sigmoid", "tanh", "sech2")
+_SHORT = {"div", *(name for name, function in REGISTRY.items() if function.short_in_c)}
 
 
 def source(compiled: Compiled) -> str:

@@ -5,15 +5,15 @@ What the fused kernels are compared with, in error, speed and memory; no backend
 
 from __future__ import annotations
 
-import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..formula import Formula, Node
+from ..formula.functions import REGISTRY, implementation
 
 Value = Any  # a Tensor, or a number
 
@@ -47,20 +47,6 @@ def _value(node: Node, values: Mapping[str, Value], dtype: torch.dtype) -> Value
     return function(*arguments)
 
 
-def _pair(name: str, a: Value, b: Value) -> Tensor:
-    """torch.maximum and torch.minimum take tensors, clamp takes a number."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return getattr(torch, name + "imum")(a, b)
-    tensor, bound = (a, b) if isinstance(a, Tensor) else (b, a)
-    if name == "max":
-        return F.relu(tensor) if bound == 0 else tensor.clamp(min=bound)
-    return tensor.clamp(max=bound)
-
-
-def _clip(x: Tensor, low: Value, high: Value) -> Tensor:
-    return _pair("min", _pair("max", x, low), high)
-
-
 def _where(dtype: torch.dtype, condition: Value, then: Value, otherwise: Value) -> Value:
     if not isinstance(condition, Tensor):
         return then if condition else otherwise
@@ -70,15 +56,19 @@ def _where(dtype: torch.dtype, condition: Value, then: Value, otherwise: Value) 
 
 
 _OPERATORS: dict[str, Callable[..., Value]] = {
-    **{"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a / b},
-    **{"**": lambda a, b: a**b, "negate": lambda a: -a},
-    **{"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b},
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "**": operator.pow,
+    "negate": operator.neg,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
 }
 _FUNCTIONS: dict[str, Callable[..., Value]] = {
-    **{name: getattr(torch, name) for name in ("abs", "sign", "sqrt", "exp", "expm1", "log", "log1p", "sigmoid")},
-    **{name: getattr(torch, name) for name in ("tanh", "sin", "cos", "atan", "erf")},
-    **{"softplus": F.softplus, "relu": F.relu, "silu": F.silu, "gelu": F.gelu},
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    **{"max": functools.partial(_pair, "max"), "min": functools.partial(_pair, "min")},
-    "clip": _clip,
+    name: implementation(written, torch)
+    for name, f in REGISTRY.items()
+    if f.in_grammar and (written := f.eager or f.torch) is not None
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..formula import Formula
+from ..formula.functions import REGISTRY
 from ..formula.program import Program
 from ..formula.symbolic import Compiled
 from . import reference
@@ -25,16 +26,17 @@ REACH = 10.0
 _STEP = 1 / 1024
 _COST = {
     **dict.fromkeys(("add", "sub", "mul", "neg"), "add or multiply"),
-    **dict.fromkeys(("gt", "ge", "select", "max", "min", "abs", "sign", "keep_nan"), "compare or select"),
-    **dict.fromkeys(("div", "sqrt"), "divide or root"),
+    **dict.fromkeys(("gt", "ge", "select", "keep_nan"), "compare or select"),
+    "div": "divide or root",
+    **{name: function.cost for name, function in REGISTRY.items() if function.operation},
 }
 
 
 def cost(program: Program) -> Counter[str]:
-    """Return operations an element by class: what is in none of the others is transcendental."""
+    """Count operations per element by class."""
     classes: Counter[str] = Counter()
     for operation, count in program.count().items():
-        classes[_COST.get(operation, "transcendental")] += count
+        classes[_COST[operation]] += count
     return classes
 
 

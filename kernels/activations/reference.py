@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..formula.functions import REGISTRY, implementation
 from ..formula.program import Program, run
 from ..formula.symbolic import OUTPUT, Compiled
 from .telemetry import STORED, Seen, statistics_program
@@ -122,25 +122,15 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _tail(x: Tensor) -> Tensor:
-    """Return sigmoid(-|x|): see `tail` in primitives.h."""
-    return torch.sigmoid(-x.abs())
-
-
 _OPERATIONS: dict[str, Callable[..., Tensor]] = {
-    **{
-        name: getattr(torch, name)
-        for name in ("add", "sub", "mul", "div", "neg", "abs", "sign", "sqrt", "exp", "expm1")
-    },
-    **{
-        name: getattr(torch, name)
-        for name in ("log", "log1p", "sigmoid", "tanh", "sin", "cos", "atan", "erf", "gt", "ge")
-    },
-    "softplus": lambda x: F.softplus(x, threshold=40.0),  # linear above; torch's own 20 errs by 2e-9 there
-    **{"max": torch.maximum, "min": torch.minimum, "select": torch.where},
-    "normal_cdf": torch.special.ndtr,
-    "complement": lambda _, u: torch.sigmoid(-u),
-    "sech2": lambda t, u: torch.where(t.abs() < 0.5, 1 - t * t, 4 * (tail := _tail(2 * u)) * (1 - tail)),
-    "mul_sigmoid": lambda a, b: a * torch.where(b > 0, 1 - (tail := _tail(b)), tail),
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "neg": torch.neg,
+    "gt": torch.gt,
+    "ge": torch.ge,
+    "select": torch.where,
     "keep_nan": lambda value, source: torch.where(torch.isnan(source), source, value),
+    **{name: implementation(f.torch, torch) for name, f in REGISTRY.items() if f.torch is not None},
 }

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from ..formula.functions import REGISTRY
 from ..formula.program import INFIX, Argument, Line, Program
 from ..formula.symbolic import OUTPUT, Compiled
 from .telemetry import STORED, statistics_program
@@ -24,8 +25,7 @@ _PACKAGE = __name__.rpartition(".activations.")[0]  # "kernels" or "formula_ffn"
 _OPERATORS = INFIX | {"neg": "{} * -1.0", "select": "tl.where({}, {}, {})"}
 _OPERATORS |= {"abs": "tl.abs({})", "max": "fn.maximum({}, {})", "min": "fn.minimum({}, {})"}
 # One form for fp32 tensors, a shorter one for 16 bits.
-_TWO_FORMS = ("exp", "expm1", "log", "softplus", "sqrt", "atan", "erf", "normal_cdf")
-_TWO_FORMS += ("sigmoid", "complement", "mul_sigmoid", "tanh", "sech2")
+_TWO_FORMS = {name for name, function in REGISTRY.items() if function.short_in_triton}
 
 
 def source(compiled: Compiled) -> str:

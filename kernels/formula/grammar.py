@@ -19,12 +19,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .functions import REGISTRY
+
 FUNCTIONS = {  # name: number of arguments
-    **dict.fromkeys(
-        ("abs", "sign", "sqrt", "exp", "expm1", "log", "log1p", "sigmoid", "tanh", "sin", "cos", "atan"), 1
-    ),
-    **dict.fromkeys(("erf", "softplus", "relu", "silu", "gelu", "gelu_tanh"), 1),
-    **{"max": 2, "min": 2, "where": 3, "clip": 3},
+    **{name: function.arity for name, function in REGISTRY.items() if function.in_grammar},
+    "where": 3,
 }
 CONSTANTS = {"pi": 3.141592653589793}
 PRE_ACTIVATIONS = ("x", "gate", "up")

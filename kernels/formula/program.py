@@ -13,20 +13,27 @@ from typing import Any
 
 import sympy
 
+from .functions import REGISTRY
 from .grammar import PRE_ACTIVATIONS
 
 Argument = str | float  # the name of an input or of a line, or a number
 
-# What a backend must be able to print, with the number of arguments. gt and ge give a condition, which only `select` takes;
-# max and min give NaN where one argument is NaN; keep_nan(a, b) is b where b is NaN, else a;
-# complement(s, u) is 1 - s where s = sigmoid(u), and sech2(t, u) is 1 - t**2 where t = tanh(u), from whichever of the two it is
-# more exact; mul_sigmoid(a, b) is a * sigmoid(b), where nothing else needs the sigmoid.
+# What a backend must be able to print, with the number of operands: arithmetic, and the operations of the registry.
+# - gt and ge give a condition, which only `select` takes
+# - max and min give NaN where one operand is NaN; keep_nan(a, b) is b where b is NaN, else a
+# - complement(s, u) is 1 - s where s = sigmoid(u), and sech2(t, u) is 1 - t**2 where t = tanh(u), each from whichever of the
+#   two is more exact
 OPERATIONS = {
-    **dict.fromkeys(("add", "sub", "mul", "div", "max", "min", "gt", "ge", "keep_nan"), 2),
-    **dict.fromkeys(("complement", "sech2", "mul_sigmoid"), 2),
-    **dict.fromkeys(("neg", "abs", "sign", "sqrt", "exp", "expm1", "log", "log1p"), 1),
-    **dict.fromkeys(("sigmoid", "tanh", "sin", "cos", "atan", "erf", "normal_cdf", "softplus"), 1),
+    "add": 2,
+    "sub": 2,
+    "mul": 2,
+    "div": 2,
+    "neg": 1,
+    "gt": 2,
+    "ge": 2,
     "select": 3,
+    "keep_nan": 2,
+    **{name: function.operands or function.arity for name, function in REGISTRY.items() if function.operation},
 }
 # How C and Python both write some of them.
 INFIX = {"add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "gt": "{} > {}", "ge": "{} >= {}"}

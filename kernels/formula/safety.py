@@ -7,13 +7,13 @@ number, the truth is computed with 30 digits, and if that is finite the formula 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from .domains import LEARNED_REACH, REACH
+from .functions import REGISTRY, implementation
 from .grammar import Formula, FormulaError, Node
 from .program import Program, run
 
@@ -108,46 +108,31 @@ def _first_overflow(formula: Formula, at: Mapping[str, float]) -> int:
         return value(formula.tree)[1] or 0
 
 
-def _softplus(x: Any) -> Any:
-    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
-
-
-def _erf(x: Any) -> Any:
-    return np.vectorize(math.erf, otypes=[np.float32])(x)
-
-
-def _normal_cdf(x: Any) -> Any:
-    return np.vectorize(lambda value: math.erfc(-value * math.sqrt(0.5)) / 2, otypes=[np.float32])(x)
-
-
 NUMPY: dict[str, Callable[..., Any]] = {
     "number": np.float32,
-    **{"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "neg": np.negative},
-    **{"gt": np.greater, "ge": np.greater_equal, "select": np.where, "max": np.maximum, "min": np.minimum},
-    **{
-        name: getattr(np, name)
-        for name in ("abs", "sign", "sqrt", "exp", "expm1", "log", "log1p", "tanh", "sin", "cos")
-    },
-    **{
-        "atan": np.arctan,
-        "erf": _erf,
-        "normal_cdf": _normal_cdf,
-        "softplus": _softplus,
-        "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-    },
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "neg": np.negative,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "select": np.where,
     "keep_nan": lambda value, source: np.where(np.isnan(source), source, value),
-    "complement": lambda _, u: 1 / (1 + np.exp(u)),
-    "sech2": lambda _, u: 1 / np.cosh(u) ** 2,
-    "mul_sigmoid": lambda a, b: a / (1 + np.exp(-b)),
+    **{name: implementation(f.numpy, np) for name, f in REGISTRY.items() if f.numpy is not None},
 }
-_TREE = {  # the same, by the names of the grammar
-    **{name: NUMPY[name] for name in ("abs", "sign", "sqrt", "exp", "expm1", "log", "log1p", "sigmoid", "tanh", "sin")},
-    **{name: NUMPY[name] for name in ("cos", "atan", "erf", "softplus", "max", "min")},
-    **{"+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide, "**": np.power, "negate": np.negative},
-    **{"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal, "where": np.where, "clip": np.clip},
-    **{"relu": lambda x: np.maximum(x, 0), "silu": lambda x: x / (1 + np.exp(-x))},
-    "gelu": lambda x: x * (1 + _erf(x * math.sqrt(0.5))) / 2,
-    "gelu_tanh": lambda x: x / (1 + np.exp(-1.5957691216057308 * (x + 0.044715 * x**3))),
+_TREE = NUMPY | {  # by the names of the grammar
+    "+": np.add,
+    "-": np.subtract,
+    "*": np.multiply,
+    "/": np.divide,
+    "**": np.power,
+    "negate": np.negative,
+    "<": np.less,
+    "<=": np.less_equal,
+    ">": np.greater,
+    ">=": np.greater_equal,
+    "where": np.where,
 }
 
 
@@ -155,22 +140,16 @@ def _mpmath() -> dict[str, Callable[..., Any]]:
     import mpmath
 
     mpmath.mp.dps = 30
-    table: dict[str, Callable[..., Any]] = {
-        name: getattr(mpmath, name)
-        for name in ("sign", "sqrt", "exp", "expm1", "log", "log1p", "tanh", "sin", "cos", "atan", "erf", "sigmoid")
-        if hasattr(mpmath, name)
-    }
-    return table | {
+    return {
         "number": mpmath.mpf,
-        **{"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: mpmath.mpf(a) * b},
-        **{"div": lambda a, b: mpmath.mpf(a) / b if b else mpmath.nan, "neg": lambda a: -a, "abs": abs},
-        **{"gt": lambda a, b: a > b, "ge": lambda a, b: a >= b, "select": lambda c, a, b: a if c else b},
-        **{"max": max, "min": min, "keep_nan": lambda a, _: a},
-        "complement": lambda _, u: 1 / (1 + mpmath.exp(u)),
-        "sech2": lambda _, u: mpmath.sech(u) ** 2,
-        "mul_sigmoid": lambda a, b: a / (1 + mpmath.exp(-b)),
-        "log": lambda a: mpmath.log(a) if a else -mpmath.inf,
-        "sigmoid": lambda a: 1 / (1 + mpmath.exp(-a)),
-        "softplus": lambda a: mpmath.log1p(mpmath.exp(a)),
-        "normal_cdf": mpmath.ncdf,
+        "add": lambda a, b: a + b,
+        "sub": lambda a, b: a - b,
+        "mul": lambda a, b: mpmath.mpf(a) * b,
+        "div": lambda a, b: mpmath.mpf(a) / b if b else mpmath.nan,
+        "neg": lambda a: -a,
+        "gt": lambda a, b: a > b,
+        "ge": lambda a, b: a >= b,
+        "select": lambda condition, a, b: a if condition else b,
+        "keep_nan": lambda a, _: a,
+        **{name: implementation(f.mpmath, mpmath) for name, f in REGISTRY.items() if f.mpmath is not None},
     }

@@ -1,18 +1,21 @@
 """From a formula's tree to SymPy, to its derivatives, to the programs that the backends print.
 
-Every function of the grammar is a SymPy function of our own here: SymPy differentiates and collects, but it never rewrites a
-function into another one. Each carries the derivative in the form that is stable in 32-bit arithmetic, written with what the
-function itself has computed, so that forward and backward share it.
+Every function of the registry (`functions.py`) becomes a SymPy function of its own here: SymPy differentiates and collects, but
+it never rewrites a function into another one. Each carries the derivative in the form that is stable in 32-bit arithmetic,
+written with what the function itself has computed, so that forward and backward share it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import sympy
 from sympy.core.parameters import distribute
 
+from .functions import REGISTRY, Function
 from .grammar import Formula, Node
 from .program import Lowering, Program, keep_nan
 from .safety import check_from_output, check_overflow, loses_nan
@@ -33,100 +36,31 @@ class Choice(sympy.Function):
     is_real = True
 
 
-class exp(Primitive):
-    slope = staticmethod(lambda u: exp(u))
+class _Functions:
+    """What the registry writes slopes and macros with: its functions over SymPy expressions, and exact numbers."""
+
+    def __getattr__(self, name: str) -> Callable[..., sympy.Expr]:
+        return _PRIMITIVES[name]
+
+    @staticmethod
+    def number(value: float) -> sympy.Rational:
+        return number(value)
+
+    @staticmethod
+    def exact(value: float) -> sympy.Rational:
+        """Return the binary fraction that a float is."""
+        return sympy.Rational(value)
 
 
-class expm1(Primitive):
-    slope = staticmethod(lambda u: expm1(u) + 1)
+_f = _Functions()
 
 
-class log(Primitive):
-    slope = staticmethod(lambda u: 1 / u)
+def _primitive(name: str, function: Function) -> type[Primitive]:
+    def slope(u: sympy.Expr) -> sympy.Expr:
+        assert function.slope is not None, f"{name} has no derivative"
+        return function.slope(_f, u)
 
-
-class log1p(Primitive):
-    slope = staticmethod(lambda u: 1 / (1 + u))
-
-
-class sqrt(Primitive):
-    slope = staticmethod(lambda u: sympy.Rational(1, 2) / sqrt(u))
-
-
-class sigmoid(Primitive):
-    slope = staticmethod(lambda u: sigmoid(u) * complement(u))
-
-
-class complement(Primitive):
-    """1 - sigmoid(u), without the cancellation that the difference has for a large u."""
-
-    slope = staticmethod(lambda u: -sigmoid(u) * complement(u))
-
-
-class tanh(Primitive):
-    slope = staticmethod(lambda u: sech2(u))
-
-
-class sech2(Primitive):
-    """1 - tanh(u)**2, without the cancellation that the difference has for a large u."""
-
-    slope = staticmethod(lambda u: -2 * tanh(u) * sech2(u))
-
-
-class softplus(Primitive):
-    slope = staticmethod(lambda u: sigmoid(u))
-
-
-class erf(Primitive):
-    slope = staticmethod(lambda u: sympy.Rational(2 / math.sqrt(math.pi)) * exp(-(u**2)))
-
-
-class normal_cdf(Primitive):
-    """The share of normal numbers below u, (1 + erf(u / sqrt(2))) / 2, without the cancellation that the sum has for u << 0."""
-
-    slope = staticmethod(lambda u: number(1 / math.sqrt(2 * math.pi)) * exp(-(u**2) / 2))
-
-
-class tanh_softplus(Primitive):
-    """tanh(softplus(u)), of one exponential and one division: with n = exp(u) (exp(u) + 2) it is n / (n + 2)."""
-
-    slope = staticmethod(lambda u: tanh_softplus_slope(u))
-
-
-class tanh_softplus_slope(Primitive):
-    """Its derivative, 4 exp(u) (exp(u) + 1) / (n + 2)^2."""
-
-    slope = staticmethod(lambda u: tanh_softplus_slope(u) * (complement(u) - 2 * tanh_softplus(u) * sigmoid(u)))
-
-
-class sin(Primitive):
-    slope = staticmethod(lambda u: cos(u))
-
-
-class cos(Primitive):
-    slope = staticmethod(lambda u: -sin(u))
-
-
-class atan(Primitive):
-    slope = staticmethod(lambda u: 1 / (1 + u**2))
-
-
-class abs(Primitive):
-    slope = staticmethod(lambda u: sign(u))
-
-
-class sign(Primitive):
-    slope = staticmethod(lambda _: sympy.Integer(0))
-
-
-class step(Primitive):
-    """1 where u > 0, else 0: the derivative of relu."""
-
-    slope = staticmethod(lambda _: sympy.Integer(0))
-
-
-class relu(Primitive):
-    slope = staticmethod(lambda u: step(u))
+    return type(name, (Primitive,), {"slope": staticmethod(slope), "__module__": __name__})
 
 
 class power(Primitive):
@@ -182,16 +116,15 @@ def number(value: float) -> sympy.Rational:
     return sympy.Rational(repr(value))
 
 
-_MACROS = {  # functions of the grammar that are formulas of others
-    "silu": lambda u: u * sigmoid(u),
-    "gelu": lambda u: u * normal_cdf(u),
-    "gelu_tanh": lambda u: u * sigmoid(number(math.sqrt(8 / math.pi)) * (u + number(0.044715) * u**3)),
-    "clip": lambda u, low, high: min(max(u, low), high),
+_MACROS = {name: function.macro for name, function in REGISTRY.items() if function.macro is not None}
+_PRIMITIVES: dict[str, Any] = {
+    **{name: _primitive(name, function) for name, function in REGISTRY.items() if function.slope is not None},
+    "max": max,
+    "min": min,
 }
-_PRIMITIVES = {
-    kind.__name__: kind
-    for kind in (exp, expm1, log, log1p, sqrt, sigmoid, tanh, softplus, erf, sin, cos, atan, abs, sign, relu, min)
-}
+exp, log, sqrt, sigmoid = (_PRIMITIVES[name] for name in ("exp", "log", "sqrt", "sigmoid"))
+softplus, tanh_softplus = _PRIMITIVES["softplus"], _PRIMITIVES["tanh_softplus"]
+relu, step, abs = _PRIMITIVES["relu"], _PRIMITIVES["step"], _PRIMITIVES["abs"]
 
 
 def to_sympy(node: Node, formula: Formula) -> sympy.Expr:
@@ -223,7 +156,9 @@ def _call(name: str, arguments: list[sympy.Expr]) -> sympy.Expr:
         return softplus(power_of_e)  # log(1 + exp(u)) overflows, softplus does not
     if name == "tanh" and isinstance(arguments[0], softplus):
         return tanh_softplus(*arguments[0].args)
-    return (_MACROS.get(name) or _PRIMITIVES[name])(*arguments)
+    if name in _MACROS:
+        return _MACROS[name](_f, *arguments)
+    return _PRIMITIVES[name](*arguments)
 
 
 def _operate(sign_: str, arguments: list[sympy.Expr]) -> sympy.Expr:
