@@ -11,7 +11,7 @@ This folder is imported as `kernels` from the repository, and installed as the p
     norm/ rotary/ cross_entropy/    an op each: the function, its C, its Triton
     c/ triton/        toolchains and primitives of the two kernel languages
     mlp.py            `FormulaMLP`, a feed-forward layer for one rank
-    huggingface.py    `patch`: the fused layer in a Transformers model
+    huggingface/      `patch`: the fused layer in a Transformers model
     show.py           what a formula is: `python -m formula_ffn.show 'silu(gate) * up'`
     common/           errors, files, options: what the other rooms of the repository need too
 
@@ -30,14 +30,35 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .activations.activation import Activation
+    from .cross_entropy import cross_entropy_
+    from .huggingface.patching import patch, unpatch
+    from .mlp import FormulaMLP
+    from .norm import rms_norm
+    from .rotary import rotate
 
-__all__ = ["BACKENDS", "Formula", "FormulaError", "Learned", "activation", "parse"]
+__all__ = [
+    "BACKENDS",
+    "Formula",
+    "FormulaError",
+    "FormulaMLP",
+    "Learned",
+    "activation",
+    "cross_entropy_",
+    "parse",
+    "patch",
+    "rms_norm",
+    "rotate",
+    "unpatch",
+]
 
 BACKENDS = ("auto", "reference", "c", "triton")
 _LAZY = {  # name -> module of this package: what needs torch is imported when it is asked for
-    "linear_cross_entropy": ".cross_entropy",
+    "FormulaMLP": ".mlp",
+    "cross_entropy_": ".cross_entropy",
+    "patch": ".huggingface.patching",
     "rms_norm": ".norm",
     "rotate": ".rotary",
+    "unpatch": ".huggingface.patching",
 }
 
 
