@@ -37,4 +37,4 @@ if __name__ == "__main__":
     try:
         run_command(main)
     except SystemExit as end:
-        leave(end.code if isinstance(end.code, int) else 1)  # run_command's is a number
+        leave(end.code if isinstance(end.code, int) else 1)  # `run_command` exits with a number

@@ -142,9 +142,10 @@ class Saver:
         started: float,
         blocked_seconds: float,
     ) -> None:
-        path, warning = self.folder / f"step_{state['step']:08d}", ""
+        path, keep_last = self.folder / f"step_{state['step']:08d}", self.keep_last
+        warning = ""
         try:
-            failure, keep_last = self._write(path, pieces, tensors, state), self.keep_last
+            failure = self._write(path, pieces, tensors, state)
             if not failure and keep_last is not None and dist.get_rank() == 0:
                 warning = _os_error_of(lambda: prune(self.folder, keep_last))
             seconds = time.perf_counter() - started
