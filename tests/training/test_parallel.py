@@ -190,7 +190,7 @@ def test_logits_for_generation_are_those_of_one_process(ran, pool_of, zero, tens
 
 def test_replicated_parameters_stay_bit_equal_and_no_random_number_is_drawn(four_ranks, ran):
     arguments = ran("learned", "1", 4, 1, True, **{"model.activation_checkpointing": "true"}).arguments
-    sums = "{n: p.double().sum().item() for n, p in engine.module.named_parameters() if not hasattr(p, 'cut')}"
+    sums = "{n: p.double().sum().item() for n, p in engine.module.named_parameters() if not hasattr(p, 'shard_spec')}"
     state = "torch.get_rng_state().tolist()"
     results = four_ranks.run(
         "script", arguments=arguments, steps=[["inspect", state], ["train", 5], ["inspect", state], ["inspect", sums]]

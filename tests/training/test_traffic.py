@@ -75,7 +75,7 @@ def test_zero(counted, zero, world, tensor, accumulation):
     sums, _, _, shape = counted(world, arm="gated", **changes)
     # The model is small enough to stay gathered until the step changes it.
     expected = sum(zero_traffic(rank_parameters(shape, tensor), 2, int(zero), accumulation, 4, gathers=1).values())
-    assert expected <= sums["replicas"] <= expected + PADDING
+    assert expected <= sums["data_context"] <= expected + PADDING
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -86,4 +86,4 @@ def test_zero_3_that_keeps_nothing_gathered(counted, accumulation):
     expected -= (
         accumulation * shape.vocab_size * shape.d_model * 4 / 2
     )  # the head's backward directly follows its forward
-    assert expected <= sums["replicas"] <= expected + accumulation * PADDING
+    assert expected <= sums["data_context"] <= expected + accumulation * PADDING

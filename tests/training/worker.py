@@ -116,7 +116,7 @@ class Trainer:
     def count_traffic(self) -> None:
         """Take one step; record the bytes that this rank sends during it, by group and collective."""
         mesh = self.mesh
-        axes = {"tensor": mesh.tensor, "context": mesh.context, "replicas": mesh.data_context}
+        axes = {"tensor": mesh.tensor, "context": mesh.context, "data_context": mesh.data_context}
         names = {tuple(dist.get_process_group_ranks(axis.group)): name for name, axis in axes.items() if axis.size > 1}
         original, self.engine.train_step = self.engine.train_step, self._counted
         self.train(1)
