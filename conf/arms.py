@@ -1,4 +1,4 @@
-"""Which arm each layer has: `ffn`, changed for some layers by `ffn.per_layer`."""
+"""The arm of each layer: `ffn`, modified for some layers by `ffn.per_layer`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conf.schema import Config, FFNConfig
 from kernels.common.errors import UserError, unknown
 from kernels.formula import Formula, FormulaError, parse
 
-_OF_AN_ARM = ("name", "formula", "parameters", "init_scale", "from_output")  # what conf/ffn/<arm>.yaml says
+_OF_AN_ARM = ("name", "formula", "parameters", "init_scale", "from_output")  # the keys of conf/ffn/<arm>.yaml
 _CHANGEABLE = ("arm", "formula", "parameters", "from_output", "init_scale", "save")
 
 
@@ -28,7 +28,7 @@ class Arm:
 def layer_arms(config: Config) -> list[Arm]:
     """Return the arm of every layer. Layers that have one arm share one `Arm`, whose formula is parsed once.
 
-    `ffn.per_layer` maps layers (3, last, layers_4_7) to the name of an arm of conf/ffn, or to what differs:
+    `ffn.per_layer` maps layers (3, last, layers_4_7) to the name of an arm of conf/ffn, or to the keys that differ:
     {arm: ..., formula: ..., parameters: {...}, init_scale: ..., save: ...}.
 
     Raises:
@@ -79,7 +79,7 @@ def _layers(text: str, count: int) -> range:
         raise UserError(
             f"ffn.per_layer.{text}: a layer is a number (0 is the first), last, or a range such as layers_4_7"
         )
-    first, last = (count - 1 if word == "last" else int(word) for word in (match[1], match[match.lastindex or 1]))
+    first, last = (count - 1 if layer == "last" else int(layer) for layer in (match[1], match[match.lastindex or 1]))
     if not first <= last < count:
         raise UserError(f"ffn.per_layer.{text}: the model has layers 0 to {count - 1}")
     return range(first, last + 1)
@@ -89,7 +89,9 @@ def _changed(base: FFNConfig, change: Any, key: str) -> FFNConfig:
     if isinstance(change, str):
         change = {"arm": change}
     if not isinstance(change, dict) or not change:
-        raise UserError(f"{key}={change!r} must be the name of an arm, or what differs: {{parameters: {{...}}}}")
+        raise UserError(
+            f"{key}={change!r} must be the name of an arm, or the keys that differ: {{parameters: {{...}}}}"
+        )
     for name in change:
         if name not in _CHANGEABLE:
             raise unknown(f"key of {key}", str(name), list(_CHANGEABLE))
@@ -104,7 +106,7 @@ def _changed(base: FFNConfig, change: Any, key: str) -> FFNConfig:
 
 
 def catalogue() -> dict[str, dict[str, Any]]:
-    """Return what every file of conf/ffn says of its arm, by its name; what it leaves out has its default."""
+    """Return the keys of every arm in conf/ffn by its name, with defaults for those its file leaves out."""
     return {name: _arm(name) for name in choices("ffn")}
 
 

@@ -1,9 +1,9 @@
-"""From a command line to a typed `Config`: compose with Hydra, and say in one sentence what is wrong with a mistyped one.
+"""From a command line to a typed `Config`, composed with Hydra; a mistyped override is refused in one sentence.
 
-Hydra's compose API is used rather than `hydra.main`, because this project owns the run folder, the console and the exit
-status. The override grammar is Hydra's (`group=choice key=value`), with two courtesies: a formula or a path needs no second
-layer of quotes, and an integer may be typed as `1e9`. What is not here: the meaning of keys (`conf/schema.py`) and the rules
-by which values must fit together (`conf/validate.py`).
+This module uses Hydra's compose API rather than `hydra.main`, because the project owns the run folder, the console and the
+exit status. The override grammar is Hydra's (`group=choice key=value`), with two conveniences: a formula or a path needs no
+second layer of quotes, and an integer may be written as `1e9`. Keys are defined in `conf/schema.py`; `conf/validate.py` checks
+that values fit together.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from typing import Any
 from conf.help import print_help
 from conf.keys import FOLDER, choices, keys
 from conf.schema import GROUPS, Config
+from kernels.common.commands import HELP
 from kernels.common.errors import UserError, unknown
 
 Group = typing.TypeVar("Group")
-FREE_FORM = ("data.parts", "ffn.parameters", "ffn.per_layer")  # dictionaries whose keys are the user's own
+FREE_FORM = ("data.parts", "ffn.parameters", "ffn.per_layer")  # dictionaries with keys chosen by the user
 PLAIN_TEXT = (
     "ffn.formula",
     "ffn.from_output",
@@ -34,9 +35,9 @@ PLAIN_TEXT = (
     "run",
     "runs",
     "data.prepared",
-)  # taken as typed, not parsed
-LARGEST_FORMULA = 10_000  # characters; the parser of formulas refuses far shorter ones, this only bounds Hydra's work
-# What does not change what is learned, so it neither names a run nor stops one from going on (conf/validate.py: resumable).
+)  # taken verbatim, not parsed by Hydra
+LARGEST_FORMULA = 10_000  # characters; the formula parser has a far lower limit, this one bounds Hydra's work
+# Keys that do not change what is learned: they neither name a run nor prevent resuming it (conf/validate.py).
 NOT_IN_NAME = (
     "run",
     "runs",
@@ -51,21 +52,22 @@ NOT_IN_NAME = (
 
 
 def load(argv: list[str], program: str = "train.py") -> Config:
-    """Compose the configuration that `argv` (overrides, without the program's name) asks for.
+    """Compose the configuration from `argv`, the overrides without the program's name.
 
     `--help` prints the keys and exits; `--cfg` prints the composed configuration and exits.
 
     Raises:
         UserError: an override that is not understood, an unknown group, choice or key, or a value of the wrong type.
     """
-    if any(word in ("-h", "--help") for word in argv):
+    if any(argument in HELP for argument in argv):
         print_help(program)
         raise SystemExit(0)
-    show = "--cfg" in argv  # Hydra's own spelling is `--cfg job`
-    overrides = [_prepare(word, program) for word in argv if word not in (("--cfg", "job") if show else ())]
+    print_config = "--cfg" in argv  # Hydra's own spelling is `--cfg job`
+    ignored = ("--cfg", "job") if print_config else ()
+    overrides = [_prepare(argument, program) for argument in argv if argument not in ignored]
     _refuse_two_lengths(overrides)
     config = _compose(overrides)
-    # A length that was typed wins over the preset's, whichever of the two that is.
+    # A length given as an override wins over the preset's, whichever of the two it is.
     typed = {override.partition("=")[0] for override in overrides}
     if "tokens" in typed and config.tokens is not None:
         config.steps = None
@@ -73,23 +75,23 @@ def load(argv: list[str], program: str = "train.py") -> Config:
         config.tokens = None
     if config.run is None:
         config.run = run_name(config, overrides)
-    if show:
+    if print_config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
 
 
-def read_group(group: str, schema: type[Group], words: list[str], called: str) -> tuple[Group, list[str]]:
-    """Read a group that is no part of a run's configuration: `GROUP=NAME GROUP.KEY=VALUE` of what was typed.
+def read_group(group: str, schema: type[Group], arguments: list[str], kind: str) -> tuple[Group, list[str]]:
+    """Read a group outside of a run's configuration from `GROUP=NAME GROUP.KEY=VALUE` arguments.
 
-    A dictionary that is typed whole replaces what the choice says; `GROUP.KEY.NAME=VALUE` adds to it.
+    A dictionary given as a whole replaces that of the choice; `GROUP.KEY.NAME=VALUE` adds an entry to it.
 
     Args:
         schema: of the group; `name` becomes the name of the choice.
-        called: the word for a choice of this group, such as "plan".
+        kind: what a choice of this group is called, such as "plan".
 
     Returns:
-        The group, and the words that are not of it.
+        The group, and all other arguments.
 
     Raises:
         UserError: no choice is named, or an unknown one; an unknown key, or a value of the wrong type.
@@ -98,33 +100,43 @@ def read_group(group: str, schema: type[Group], words: list[str], called: str) -
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    names = [word.partition("=")[2] for word in words if word.startswith(f"{group}=")]
+    names = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{group}=")]
     if not names:
-        raise UserError(f"{group}=NAME is missing: choose a {called} from {', '.join(choices(group))}")
+        raise UserError(f"{group}=NAME is missing: choose a {kind} from {', '.join(choices(group))}")
     if names[-1] not in choices(group):
-        raise unknown(called, names[-1], choices(group))
-    typed = [word.removeprefix(f"{group}.") for word in words if word.startswith(f"{group}.")]
-    others = [word for word in words if not word.startswith((f"{group}=", f"{group}."))]
+        raise unknown(kind, names[-1], choices(group))
+    overrides = [argument.removeprefix(f"{group}.") for argument in arguments if argument.startswith(f"{group}.")]
+    others = [argument for argument in arguments if not argument.startswith((f"{group}=", f"{group}."))]
     types = typing.get_type_hints(schema)
     known = list(types)
-    for word in typed:
-        name = re.split(r"[.=]", word, maxsplit=1)[0]
+    for override in overrides:
+        name = re.split(r"[.=]", override, maxsplit=1)[0]
         if name not in known:
             raise unknown(f"key of {group}", name, known)
     try:
-        settings: Any = OmegaConf.to_container(OmegaConf.load(FOLDER / group / f"{names[-1]}.yaml"))
-        for word in typed:
-            name, _, text = word.partition("=")
+        settings = _container(OmegaConf.load(FOLDER / group / f"{names[-1]}.yaml"))
+        for override in overrides:
+            name, _, text = override.partition("=")
             if types.get(name) in (str, typing.Optional[str]) and text != "null":  # YAML takes 1:00:00 for a number
                 settings[name] = text
                 continue
-            [(name, value)] = OmegaConf.to_container(OmegaConf.from_dotlist([word])).items()  # type: ignore[union-attr]
-            adds = "." in word.partition("=")[0] and isinstance(settings.get(name), dict)
+            [(name, value)] = _container(OmegaConf.from_dotlist([override])).items()
+            adds = "." in override.partition("=")[0] and isinstance(settings.get(name), dict)
             settings[name] = {**settings[name], **value} if adds else value
         config = OmegaConf.merge(OmegaConf.structured(schema), {"name": names[-1], **settings})
-        return OmegaConf.to_object(config), others  # type: ignore[return-value]
+        return typing.cast(Group, OmegaConf.to_object(config)), others
     except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{called} {names[-1]}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{kind} {names[-1]}: {str(error).splitlines()[0]}") from error
+
+
+def _container(config: Any) -> dict[str, Any]:
+    """Return an OmegaConf mapping as plain dictionaries."""
+    from omegaconf import OmegaConf
+
+    content = OmegaConf.to_container(config)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no keys and values")
+    return {str(key): value for key, value in content.items()}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -148,11 +160,12 @@ def from_yaml(path: str | os.PathLike[str]) -> Config:
     from omegaconf import OmegaConf
 
     with _refused(path):
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))  # type: ignore
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(Path(path)))
+        return typing.cast(Config, OmegaConf.to_object(merged))
 
 
 def values_of(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return {dotted key: value} of a `config.yaml`, as it was written: a third of `from_yaml`'s time.
+    """Return {dotted key: value} of a `config.yaml` as it was written, in a third of the time of `from_yaml`.
 
     Raises:
         UserError: the file is missing, or is no YAML of keys and values.
@@ -160,7 +173,7 @@ def values_of(path: str | os.PathLike[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     with _refused(path):
-        return flatten(dict(OmegaConf.to_container(OmegaConf.load(path))))  # type: ignore[arg-type]
+        return flatten(_container(OmegaConf.load(Path(path))))
 
 
 @contextlib.contextmanager
@@ -174,7 +187,7 @@ def _refused(path: str | os.PathLike[str]) -> Iterator[None]:
         raise UserError(f"{os.fspath(path)} does not exist") from error
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{os.fspath(path)} is not a configuration of this version: {reason}") from error
+        raise UserError(f"{os.fspath(path)} does not fit the configuration schema of this version: {reason}") from error
 
 
 def find_run(name: str, runs: str = "runs") -> Path:
@@ -188,7 +201,7 @@ def find_run(name: str, runs: str = "runs") -> Path:
             return path
     known = sorted(path.parent.name for path in Path(runs).glob("*/config.yaml"))
     raise UserError(
-        f"there is no run {name!r} in {runs}/: " + (f"there are {', '.join(known)}" if known else "it is empty")
+        f"there is no run {name!r} in {runs}/: " + (f"choose from {', '.join(known)}" if known else "it has no runs")
     )
 
 
@@ -204,47 +217,49 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def run_name(config: Config, overrides: list[str]) -> str:
-    """Name a run after its command: model, arm, and what else was overridden, so that the same command finds it again.
+    """Name a run after its command: model, arm, and all other overrides, so that the same command finds it again.
 
-    Commands that train something else have different names: what a word of the name cannot show is in a hash at its end.
+    Commands that train something else get different names: what the name cannot spell out goes into a hash at its end.
     """
     values = flatten(to_dict(config))
     last_parts = Counter(key.rpartition(".")[2] for key, _, _ in keys())
-    words, hidden = [config.model.name, config.ffn.name], ""
-    for key, typed in sorted(override.lstrip("+").split("=", 1) for override in _last_of_each(overrides)):
+    parts, hidden = [config.model.name, config.ffn.name], ""
+    for key, text in sorted(override.lstrip("+").split("=", 1) for override in _effective(overrides)):
         if key in ("model", "ffn") or any(key == name or key.startswith(name + ".") for name in NOT_IN_NAME):
             continue
-        value = typed.strip("'") if key in GROUPS else _shown(values.get(key, typed))
-        word = value if type(values.get(key)) in (int, float) else re.sub(r"[^A-Za-z0-9.]+", "_", value).strip("_")
-        if word != value:
+        value = text.strip("'") if key in GROUPS else _as_typed(values.get(key, text))
+        part = value if type(values.get(key)) in (int, float) else re.sub(r"[^A-Za-z0-9.]+", "_", value).strip("_")
+        if part != value:
             hidden += f"{key}={value}\n"
         last = key.rpartition(".")[2]
-        words.append(word if key in GROUPS else (last if last_parts[last] == 1 else key) + word)
+        parts.append(part if key in GROUPS else (last if last_parts[last] == 1 else key) + part)
     if hidden:
-        words.append(hashlib.sha256(hidden.encode()).hexdigest()[:8])
-    name = "-".join(words)
+        parts.append(hashlib.sha256(hidden.encode()).hexdigest()[:8])
+    name = "-".join(parts)
     if len(name) > 80:  # keep folder names short, and still distinct
         name = f"{name[:70]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name
 
 
-def _shown(value: Any) -> str:
+def _as_typed(value: Any) -> str:
     """Write a value as it is typed."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _last_of_each(overrides: list[str]) -> list[str]:
-    """Of overrides of one key, the last counts."""
+def _effective(overrides: list[str]) -> list[str]:
+    """Return the last override of every key, which is the one that counts."""
     return list({override.partition("=")[0]: override for override in overrides}.values())
 
 
-def _prepare(word: str, program: str) -> str:
-    """Check one override's key against the schema and normalise its value; return what Hydra is to parse."""
-    if word.startswith("-"):
-        raise UserError(f"unknown option {word!r}: {program} takes GROUP=CHOICE and key=value; --help lists them")
-    key, equals, value = word.partition("=")
+def _prepare(argument: str, program: str) -> str:
+    """Check one override's key against the schema, normalise its value, and return the override for Hydra to parse."""
+    if argument.startswith("-"):
+        raise UserError(f"unknown option {argument!r}: {program} takes GROUP=CHOICE and key=value; --help lists them")
+    key, equals, value = argument.partition("=")
     if not equals:
-        raise UserError(f"{word!r} is not an override: write GROUP=CHOICE or key=value ({program} --help lists them)")
+        raise UserError(
+            f"{argument!r} is not an override: write GROUP=CHOICE or key=value ({program} --help lists them)"
+        )
     key = key.lstrip("+")
     if key in GROUPS:
         if value not in choices(key):
@@ -273,7 +288,7 @@ def _prepare(word: str, program: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """Return a text as Hydra reads it back unchanged, whatever is in it: `'1e5'` stays a text."""
+    """Quote a text so that Hydra reads it back unchanged, whatever it contains: `'1e5'` stays a text."""
     # In Hydra's quotes a backslash is itself, unless it stands before a quote.
     return "'" + re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text) + "'"
 
@@ -281,7 +296,7 @@ def quoted(text: str) -> str:
 def _refuse_two_lengths(overrides: list[str]) -> None:
     typed = {override.partition("=")[0] for override in overrides}
     if {"steps", "tokens"} <= typed:
-        raise UserError("both steps and tokens were given: say how long to train with one of them")
+        raise UserError("both steps and tokens were given: set the length of the run with one of them")
 
 
 def _compose(overrides: list[str]) -> Config:
@@ -297,27 +312,25 @@ def _compose(overrides: list[str]) -> Config:
         try:
             parser.parse_override(override)
         except HydraException as error:
-            raise UserError(
-                f"cannot read {override!r}: a bracket, a quote or a comma is not where it should be"
-            ) from error
+            raise UserError(f"cannot parse {override!r}: a bracket, quote or comma is misplaced") from error
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_dir(str(FOLDER), version_base="1.3"):
             composed = compose("config", overrides)
-        return OmegaConf.to_object(composed)  # type: ignore[return-value]
+        return typing.cast(Config, OmegaConf.to_object(composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_sentence(error)) from error
 
 
 def _sentence(error: Exception) -> str:
-    """Boil Hydra's nested, many-line complaint down to the key, the value and what was expected."""
+    """Reduce Hydra's nested, multi-line error to the key, the value and what was expected."""
     text = f"{error}\n{error.__cause__ or ''}"
     if several := re.search(r"Ambiguous value for argument '(.*?)'", text):
-        return f"{several.group(1)} gives several values where one is taken; a list is written [one,two]"
+        return f"{several.group(1)} has several values but takes one; a list is written [one,two]"
     value = re.search(r"Value '(.*?)'", text)
     where = re.search(r"full_key: (\S+)", text)
     kinds = {"to Integer": "a whole number", "to Float": "a number", "valid bool": "true or false"}
-    expected = next((words for mark, words in kinds.items() if mark in text), None)
+    expected = next((kind for mark, kind in kinds.items() if mark in text), None)
     if value and where and expected:
         return f"{where.group(1)}={value.group(1)}: expected {expected}"
     return " ".join(str(error.__cause__ or error).split())

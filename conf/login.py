@@ -1,4 +1,4 @@
-"""Whether this user is logged in to W&B: training mirrors its runs there, and dashboards of ablations are made there."""
+"""Whether this user is logged in to W&B, which mirrors runs and hosts the dashboards of ablations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 
 def wandb_mode() -> str:
-    """Return "online" when logged in, else "offline"; `WANDB_MODE` decides where it is set. Asks nobody over the network."""
+    """Return "online" when logged in to W&B, else "offline"; `WANDB_MODE` overrides that. Makes no network request."""
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
     if os.environ.get("WANDB_API_KEY"):

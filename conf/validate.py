@@ -1,7 +1,6 @@
-"""The rules by which values must fit together, checked before anything is built and before a process group exists.
+"""Check that the values of a configuration are valid and fit together, before a process group exists.
 
-What one key alone may hold is in `conf/schema.py`. What only the machine can tell (is there a GPU, is a package installed) is
-refused by the room that needs it.
+`conf/schema.py` defines the keys. What depends on the machine (a GPU, an installed package) is checked where it is needed.
 """
 
 from __future__ import annotations
@@ -31,65 +30,81 @@ _CHOICES = {
     "data.source": ("stdlib", "text", "jsonl", "parquet", "hf", "blend"),
 }
 _POSITIVE = (
-    *("sequence_length", "global_batch_size", "keep_last", "log_every", "sample_tokens", "telemetry_window"),
-    *("model.d_model", "model.n_layers", "model.n_heads", "model.d_ff_gated", "model.rope_theta", "model.norm_eps"),
-    *("optim.lr", "optim.eps", "zero.bucket_elements", "parallel.timeout_minutes"),
-    *("parallel.tensor", "parallel.context", "tokenizer.train_megabytes", "data.shard_megabytes"),
+    "sequence_length",
+    "global_batch_size",
+    "keep_last",
+    "log_every",
+    "sample_tokens",
+    "telemetry_window",
+    "model.d_model",
+    "model.n_layers",
+    "model.n_heads",
+    "model.d_ff_gated",
+    "model.rope_theta",
+    "model.norm_eps",
+    "optim.lr",
+    "optim.eps",
+    "zero.bucket_elements",
+    "parallel.timeout_minutes",
+    "parallel.tensor",
+    "parallel.context",
+    "tokenizer.train_megabytes",
+    "data.shard_megabytes",
     "tokenizer.vocab_size",
 )
 _POSITIVE_OR_NULL = (
-    *(
-        "steps",
-        "tokens",
-        "micro_batch_size",
-        "eval_tokens",
-        "model.n_kv_heads",
-        "model.head_dim",
-        "model.d_ff",
-        "model.vocab_size",
-    ),
+    "steps",
+    "tokens",
+    "micro_batch_size",
+    "eval_tokens",
+    "model.n_kv_heads",
+    "model.head_dim",
+    "model.d_ff",
+    "model.vocab_size",
     "model.init_std",
 )
 _NOT_NEGATIVE = (
-    *(
-        "eval_every",
-        "save_every",
-        "sample_every",
-        "telemetry_every",
-        "model.z_loss",
-        "optim.weight_decay",
-        "optim.clip",
-        "data.workers",
-    ),
+    "eval_every",
+    "save_every",
+    "sample_every",
+    "telemetry_every",
+    "model.z_loss",
+    "optim.weight_decay",
+    "optim.clip",
+    "data.workers",
 )
 LONGEST_NAME = 200  # bytes of a run's name; file systems take 255
-_SHARES = ("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2")
-# A run may go on with other values of these: they change what is written or where it is computed, not what is learned.
+_FRACTIONS = ("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2")
+# A run may resume with other values of these: they change what is written or where it is computed, not what is learned.
 NOT_LEARNED = (
     *NOT_IN_NAME,
-    *("steps", "tokens", "eval_every", "eval_tokens", "save_every", "keep_last", "log_every"),
-    *(
-        "sample_every",
-        "sample_tokens",
-        "prompts",
-        "telemetry_every",
-        "telemetry_window",
-        "model.activation_checkpointing",
-        "model.attention",
-        "ffn.backend",
-        "ffn.save",
-    ),
+    "steps",
+    "tokens",
+    "eval_every",
+    "eval_tokens",
+    "save_every",
+    "keep_last",
+    "log_every",
+    "sample_every",
+    "sample_tokens",
+    "prompts",
+    "telemetry_every",
+    "telemetry_window",
+    "model.activation_checkpointing",
+    "model.attention",
+    "ffn.backend",
+    "ffn.save",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """The arithmetic of one step and of the run. `global_batch = micro_batch x data_parallel x accumulation`."""
+    """Batch sizes and length of a run: `global_batch = micro_batch x data_parallel x accumulation`."""
 
     micro_batch: int  # sequences
     global_batch: int  # sequences
-    data_parallel: int  # ranks that have sequences of their own: world size / (tensor x context)
-    accumulation: int  # micro-batches a rank takes in a step
+    data_parallel: int  # world size / (tensor x context)
+    accumulation: int  # micro-batches per rank and step
     steps: int
     tokens_per_step: int
 
@@ -100,7 +115,7 @@ class Batch:
 
 
 def validate(config: Config, world_size: int) -> Batch:
-    """Refuse a configuration that cannot train on `world_size` ranks, and return its batch arithmetic.
+    """Refuse a configuration that cannot train on `world_size` ranks, and return its batch sizes.
 
     Raises:
         UserError: the first rule that is broken, with the values that break it.
@@ -130,11 +145,11 @@ def _check_values(values: dict[str, Any]) -> None:
     for name in _NOT_NEGATIVE:
         if values[name] < 0:
             raise UserError(f"{name}={values[name]} must not be negative")
-    for name in _SHARES:
+    for name in _FRACTIONS:
         if not 0 <= values[name] <= 1:
             raise UserError(f"{name}={values[name]} must lie between 0 and 1")
     if not 0 < values["data.held_out"] <= 0.5:
-        raise UserError(f"data.held_out={values['data.held_out']} must be a share above 0 and at most 0.5")
+        raise UserError(f"data.held_out={values['data.held_out']} must be a fraction above 0 and at most 0.5")
     if values["run"] in ("", ".", "..") or "/" in values["run"]:
         raise UserError(
             f"run={values['run']!r} cannot name a folder inside {values['runs']}/: leave out '/' (runs=FOLDER moves it)"
@@ -146,7 +161,7 @@ def _check_values(values: dict[str, Any]) -> None:
             raise UserError(f"{name}={values[name]} must be a list of texts, such as \"{name}=['one','two']\"")
     if values["data.source"] not in ("stdlib", "blend") and not values["data.path"]:
         raise UserError(
-            f"data={values['data.source']} needs to know where the text is: add data.path=FILE, FOLDER or GLOB"
+            f"data={values['data.source']} needs the location of the text: add data.path=FILE, FOLDER or GLOB"
         )
     if values["data.source"] == "blend" and not any(name.startswith("data.parts.") for name in values):
         raise UserError(
@@ -188,7 +203,9 @@ def _check_model(config: Config) -> None:
     if model.n_kv_heads and model.n_heads % model.n_kv_heads:
         raise UserError(f"model.n_kv_heads={model.n_kv_heads} does not divide model.n_heads={model.n_heads}")
     if (model.head_dim or model.d_model // model.n_heads) % 2:
-        raise UserError("rotary positions turn pairs of channels: the head dimension (d_model / n_heads) must be even")
+        raise UserError(
+            "rotary embeddings rotate pairs of channels: the head dimension (d_model / n_heads) must be even"
+        )
 
 
 def _check_optimizer(config: Config) -> None:
@@ -197,13 +214,13 @@ def _check_optimizer(config: Config) -> None:
         raise UserError(f"zero.stage={zero.stage}: ZeRO has the stages 0, 1, 2 and 3")
     if zero.stage == 0 and config.precision.name == "bf16":
         raise UserError(
-            "zero=0 with precision=bf16 is wrong in DeepSpeed (a step on zero gradients at start-up applies weight decay "
+            "zero=0 with precision=bf16 is incorrect in DeepSpeed (a step on zero gradients at startup applies weight decay "
             "once): use zero=1, which is exact, or precision=fp32"
         )
     if zero.offload_parameters and zero.stage != 3:
         raise UserError("zero.offload_parameters=true needs zero=3: only stage 3 partitions parameters")
     if zero.offload_optimizer and zero.stage == 0:
-        raise UserError("zero.offload_optimizer=true needs zero=1, 2 or 3: stage 0 leaves the optimizer alone")
+        raise UserError("zero.offload_optimizer=true needs zero=1, 2 or 3: stage 0 does not partition the optimizer")
     if schedule.name == "wsd" and schedule.warmup + schedule.decay > 1:
         raise UserError(
             f"schedule.warmup={schedule.warmup} and schedule.decay={schedule.decay} take more than the whole run"
@@ -211,20 +228,20 @@ def _check_optimizer(config: Config) -> None:
 
 
 def _check_parallel(config: Config, world_size: int) -> None:
-    """What the shapes alone decide (heads, widths, vocabulary) is in `launch.estimate.counts.check_divisibility`."""
+    """Check what needs no shape; `launch.estimate.counts.check_divisibility` checks heads, widths and vocabulary."""
     tensor, context, length = config.parallel.tensor, config.parallel.context, config.sequence_length
     if world_size % (tensor * context):
-        fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise UserError(
             f"parallel.tensor={tensor} x parallel.context={context} does not divide the {world_size} rank(s) of this run: "
-            f"their product must be one of {', '.join(map(str, fitting))}"
+            f"their product must be one of {', '.join(map(str, divisors))}"
         )
     if length % context:
         raise UserError(f"parallel.context={context} does not divide sequence_length={length}")
     if config.parallel.sequence and length // context % tensor:
         raise UserError(
             f"parallel.sequence=true: parallel.tensor={tensor} does not divide the {length // context} tokens of a sequence "
-            "that a context rank has"
+            "per context rank"
         )
 
 
@@ -232,40 +249,43 @@ def _check_batch(config: Config, world_size: int) -> Batch:
     total = config.global_batch_size
     world_size //= config.parallel.tensor * config.parallel.context
     if total % world_size:
-        raise UserError(f"global_batch_size={total} cannot be shared evenly by {world_size} data-parallel ranks")
-    share = total // world_size
-    micro = config.micro_batch_size or share
-    if share % micro:
+        raise UserError(f"global_batch_size={total} is not divisible by the {world_size} data-parallel ranks")
+    per_rank = total // world_size
+    micro = config.micro_batch_size or per_rank
+    if per_rank % micro:
         raise UserError(
-            f"global_batch_size={total} over {world_size} data-parallel rank(s) is {share} sequences a rank, which "
+            f"global_batch_size={total} over {world_size} data-parallel rank(s) is {per_rank} sequences per rank, which "
             f"micro_batch_size={micro} does not divide"
         )
     per_step = total * config.sequence_length
-    if config.steps is None and config.tokens is None:
+    if config.steps is not None:
+        steps = config.steps
+    elif config.tokens is not None:
+        steps = config.tokens // per_step
+    else:
         raise UserError("the length of the run is missing: steps=N, or tokens=N")
-    steps = config.steps if config.steps is not None else config.tokens // per_step
     if steps < 1:
         raise UserError(f"tokens={config.tokens} is less than one step of {per_step} tokens")
-    return Batch(micro, total, world_size, share // micro, steps, per_step)
+    return Batch(micro, total, world_size, per_rank // micro, steps, per_step)
 
 
 def what_is_learned(config: Config) -> dict[str, Any]:
-    """Return the values that decide what a run learns, by their dotted key; how long it trains is not among them."""
+    """Return the values that determine what a run learns, by dotted key, without its length."""
     values = flatten(to_dict(config))
     return {k: v for k, v in values.items() if not any(k == free or k.startswith(free + ".") for free in NOT_LEARNED)}
 
 
 def config_hash(config: Config) -> str:
-    """Return the hash of what decides what is learned."""
+    """Return the hash of the values that determine what a run learns."""
     return digest(what_is_learned(config))
 
 
 def digest(content: Any, size: int = 8) -> str:
-    """Return the hash of what JSON can write, `size` bytes in hexadecimal."""
+    """Return the hash of JSON-serialisable content: `size` bytes in hexadecimal."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=size).hexdigest()
 
 
 def differences(before: Config, now: Config) -> list[str]:
-    """Return what keeps a run from going on: "key: before -> now" for each changed key that decides what is learned."""
+    """Return what prevents a run from resuming: "key: before -> now" for each changed key that determines what it learns."""
     old, new = what_is_learned(before), what_is_learned(now)
     return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]

@@ -1,11 +1,11 @@
-"""From a machine to ranks, and from one machine to many.
+"""Start runs on one machine or many, and check and estimate them beforehand.
 
-ranks.py        who am I among the processes of this run, under any launcher
-launchers.py    whether the launcher is still there, and whether it has said to stop
-multirun.py     several runs from one command, one after the other
-slurm.py        a job of SLURM that trains; sbatch.py writes its script and submits it, for plans of ablations too
-estimate/       memory, time and money of a run before it is started
-doctor.py       what stands in the way on a machine; collective.py is its test of the network,
-                installed.py the versions of packages
-run_module.py   `python -m` of a copy of the code
+ranks.py        the rank of this process, under any launcher
+launchers.py    whether the launcher is still alive, and whether it has signalled the run to stop
+multirun.py     several runs from one command, in sequence
+slurm.py        a SLURM job that trains; sbatch.py writes and submits job scripts, for ablations too
+estimate/       memory, time and cost of a run before it starts
+doctor.py       problems of a machine and how to fix them; collective.py benchmarks its network,
+                installed.py lists versions of packages
+run_module.py   `python -m` for a copy of the code
 """

@@ -1,6 +1,6 @@
-"""Five seconds of all-reduce over the ranks of a launcher, for `launch.doctor`: `torchrun ... -m launch.collective`.
+"""Benchmark all-reduce over the ranks of a launcher for five seconds, for `launch.doctor`: `torchrun ... -m launch.collective`.
 
-Rank 0 prints a line of JSON: what `measure` returns.
+Rank 0 prints the result of `measure` as a line of JSON.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _SECONDS, _BYTES = 5.0, 64 * 2**20
 
 
 def measure() -> dict[str, Any]:
-    """Join the ranks that the environment names, and return what they reached.
+    """Initialise the process group from the environment, benchmark all-reduce, and return the result.
 
     Returns:
-        `bytes_per_second` that a rank sends, 2 (p - 1) / p bytes of each byte reduced; `bytes` of the tensor; `backend`;
-        `world_size`; of every rank its `hosts` and `versions`; and the `clock_skew` between them, in seconds.
+        `bytes_per_second` sent per rank, 2 (p - 1) / p per byte reduced; `bytes` of the tensor; `backend`; `world_size`;
+        the `hosts` and `versions` of all ranks; and the `clock_skew` between them, in seconds.
     """
     cuda = torch.cuda.is_available()
     if cuda:
@@ -46,23 +46,23 @@ def measure() -> dict[str, Any]:
                 torch.cuda.synchronize()
             return time.perf_counter() - start
 
-        reduce_once()  # connections are made
+        reduce_once()  # sets up connections
         times = torch.tensor([reduce_once() for _ in range(3)], device=device).max()
-        dist.all_reduce(times, op=dist.ReduceOp.MAX)  # so that all take as many
+        dist.all_reduce(times, op=dist.ReduceOp.MAX)  # so that all ranks repeat it equally often
         count = max(1, min(1000, int(_SECONDS / float(times))))
         best = min(reduce_once() for _ in range(count))
         assert float(tensor[0]) == world
-        told: list[Any] = [None] * world
+        gathered: list[Any] = [None] * world
         dist.barrier()
-        dist.all_gather_object(told, (time.time(), socket.gethostname(), _versions()))
-        clocks = [clock for clock, _, _ in told]
+        dist.all_gather_object(gathered, (time.time(), socket.gethostname(), _versions()))
+        clocks = [clock for clock, _, _ in gathered]
         return {
             "bytes_per_second": 2 * (world - 1) / world * _BYTES / best,
             "bytes": _BYTES,
             "backend": dist.get_backend(),
             "world_size": world,
-            "hosts": [host for _, host, _ in told],
-            "versions": [version for _, _, version in told],
+            "hosts": [host for _, host, _ in gathered],
+            "versions": [version for _, _, version in gathered],
             "clock_skew": max(clocks) - min(clocks),
         }
     finally:
@@ -70,12 +70,12 @@ def measure() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """Return what has to be the same on all nodes."""
+    """Return the versions that must be equal on all nodes."""
     packages = installed_versions("torch", "deepspeed", "triton", "numpy")
     return {"python": platform.python_version(), **packages}
 
 
 if __name__ == "__main__":
-    told = measure()
+    result = measure()
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(told), flush=True)
+        print(json.dumps(result), flush=True)

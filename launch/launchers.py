@@ -1,11 +1,11 @@
-"""Whether the launcher that started this rank is still there, and whether it has said to stop already.
+"""Whether the launcher that started this rank is still alive, and whether it has signalled the run to stop.
 
-`deepspeed` on one node passes no signal on: a SIGTERM ends it alone, and its child launch.py, which started the ranks, goes on
-without it. Nor does anyone tell the ranks of `srun` when the daemon that watches them on their node dies. A rank that knows
-the launchers above it can see that itself, and stop as if it had got the signal.
+`deepspeed` on one node forwards no signals: SIGTERM ends it alone, and its child launch.py, which started the ranks, runs on.
+Ranks of `srun` are not notified either when the daemon on their node dies. A rank therefore watches the launchers above it,
+and stops when one is gone as if it had received the signal.
 
-SLURM warns a job of its end by SIGUSR1, as much as a minute early, and so perhaps while the ranks still start: by itself it
-would end them then. It is noted instead, and the run stops after its first step.
+SLURM announces the end of a job by SIGUSR1, up to a minute early, perhaps while the ranks still start; the default action would
+kill them. The signal is recorded instead, and the run stops after its first step.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ _NAMES = {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch",
 
 
 class Launchers:
-    """The unbroken line of launcher processes above this one, as it is now: none under plain `python`."""
+    """The chain of launcher processes above this one at construction: empty under plain `python`."""
 
     def __init__(self) -> None:
-        self.warned = False  # by SIGUSR1, before the run took the signal over
+        self.warned = False  # by SIGUSR1, before the run installs its own handler
         self.pids: list[int] = []
         for process in psutil.Process().parents():
             try:
-                words, name = process.cmdline(), process.name()
+                arguments, name = process.cmdline(), process.name()
             except psutil.Error:
                 break
             if name == "slurmstepd":  # of `srun`, on this node
                 self.pids.append(process.pid)
                 break
             # `python .../deepspeed ...` or `python -u -m deepspeed.launcher.launch ...`, not `timeout 5h deepspeed ...`
-            script = next((word for word in words[1:] if not word.startswith("-")), "")
-            if not Path(words[0] if words else "").name.startswith("python") or Path(script).name not in _NAMES:
+            script = next((argument for argument in arguments[1:] if not argument.startswith("-")), "")
+            if not Path(arguments[0] if arguments else "").name.startswith("python") or Path(script).name not in _NAMES:
                 break
             self.pids.append(process.pid)
 
     def listen(self) -> None:
-        """Note SIGUSR1 from now on."""
-        signal.signal(signal.SIGUSR1, self._note)
+        """Record SIGUSR1 from now on."""
+        signal.signal(signal.SIGUSR1, self._record)
 
-    def _note(self, *_: object) -> None:
+    def _record(self, *_: object) -> None:
         self.warned = True
 
     def gone(self) -> bool:
-        """Tell whether one of them has ended since: its child has another parent then."""
+        """Return whether one of them has ended since: its child then has another parent."""
         child = os.getpid()
         for pid in self.pids:
             try:

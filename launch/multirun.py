@@ -1,8 +1,7 @@
-"""Several runs from one command: `python train.py --multirun ffn=relu,swiglu optim.lr=1e-3,2e-3` trains all four in turn.
+"""Several runs from one command: `python train.py --multirun ffn=relu,swiglu optim.lr=1e-3,2e-3` trains all four in sequence.
 
-Values with commas between them, and Hydra's `choice(...)` and `range(...)`, are gone through, each run in a process and a
-folder of its own. That is all: widths are not matched, seeds not paired, nothing is compared, and a run has one process. For
-an answer take `python -m ablation.run`.
+Comma-separated values, and Hydra's `choice(...)` and `range(...)`, are expanded; each run has its own process and folder. A run
+has a single process, widths are not matched, seeds are not paired, and nothing is compared: `python -m ablation.run` does that.
 """
 
 from __future__ import annotations
@@ -22,45 +21,45 @@ FLAGS = ("--multirun", "-m")
 _TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
-def expand(words: list[str]) -> list[list[str]]:
+def expand(overrides: list[str]) -> list[list[str]]:
     """Return the overrides of every run, in the order in which Hydra's sweeper would take them.
 
     Raises:
-        UserError: no value is a sweep; a run that cannot be read; two runs of one name.
+        UserError: no override has several values, a run is invalid, or two runs have one name.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser, choices = OverridesParser.create(), []
-    for word in words:
+    parser = OverridesParser.create()
+    choices: list[list[str]] = []  # of every override
+    for override in overrides:
         try:
-            override = parser.parse_override(word)
+            parsed = parser.parse_override(override)
         except HydraException as error:
-            raise UserError(f"cannot read {word!r}: a bracket, a quote or a comma is not where it should be") from error
-        swept = override.is_sweep_override()
-        choices.append(
-            [f"{override.input_line.partition('=')[0]}={v}" for v in override.sweep_string_iterator()]
-            if swept
-            else [word]
-        )
+            raise UserError(f"cannot parse {override!r}: a bracket, quote or comma is misplaced") from error
+        if parsed.is_sweep_override():
+            key = override.partition("=")[0]
+            choices.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
+        else:
+            choices.append([override])
     runs = [list(run) for run in itertools.product(*choices)]
     if len(runs) < 2:
-        raise UserError("--multirun wants several values of a key, with commas between them: ffn=relu,swiglu")
+        raise UserError("--multirun needs several comma-separated values of a key: ffn=relu,swiglu")
     names = [load(run).run for run in runs]
     if len(set(names)) < len(names):
         raise UserError("--multirun would train several runs in one folder: leave run=NAME out")
     return runs
 
 
-def multirun(words: list[str]) -> int:
-    """Train one run after the other; return 0 if all ended well, else 1. A run that fails does not stop the next."""
+def multirun(overrides: list[str]) -> int:
+    """Train the runs in sequence; return 0 if all succeeded, else 1. A failed run does not stop the next one."""
     if "RANK" in os.environ:
         raise UserError(
             "--multirun starts its runs itself: python train.py --multirun ..., without deepspeed or torchrun"
         )
-    runs, failed, stopped = expand(words), [], False
+    runs, failed, stopped = expand(overrides), [], False
 
-    def stop(*_: object) -> None:  # the run is told too, by the terminal or below
+    def stop(*_: object) -> None:  # the run is signalled too
         nonlocal stopped
         stopped = True
         process.send_signal(signal.SIGTERM)
@@ -74,7 +73,7 @@ def multirun(words: list[str]) -> int:
         for each, handler in before.items():
             signal.signal(each, handler)
         if stopped:
-            print("stopped; the same command goes on from here")
+            print("stopped; the same command resumes here")
             return 1
     for run in failed:
         print(f"failed: {run}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""One record of who this process is, whichever launcher started it.
+"""The rank of this process, whichever launcher started it.
 
 `deepspeed` and `torchrun` set RANK, WORLD_SIZE and LOCAL_RANK; `srun` and `mpirun` set variables of their own; plain `python`
-sets nothing and is rank 0 of 1. Everything after this module reads the record, or the standard variables that it exports.
+sets nothing and is rank 0 of 1. All other code reads `Ranks`, or the standard variables that `export` sets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kernels.common.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` of `world_size`, `local_rank` of `local_world_size` on its node."""
+    """The rank of this process: `rank` of `world_size`, and `local_rank` of `local_world_size` on its node."""
 
     rank: int = 0
     world_size: int = 1
@@ -27,32 +27,32 @@ class Ranks:
     local_world_size: int = 1
 
 
-# Where each launcher says it: rank, world size, local rank, processes on this node. The first that is complete counts.
+# The variables of each launcher: rank, world size, local rank, processes on this node. The first complete set counts.
 _OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 _LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
     "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     "mpirun": _OPEN_MPI,
-    "a hand": ("RANK", "WORLD_SIZE", "LOCAL_RANK", None),  # one process a node, then
+    "a hand": ("RANK", "WORLD_SIZE", "LOCAL_RANK", None),  # set by the user, with one process per node
 }
 
 
 def take_local_rank(argv: list[str]) -> tuple[list[str], int | None]:
-    """Split off the `--local_rank=N` that the `deepspeed` launcher puts before the arguments: Hydra would refuse it.
+    """Split off the `--local_rank=N` that the `deepspeed` launcher inserts, which Hydra would refuse.
 
     Returns:
         The other arguments, and N (None if it was not given).
     """
     rest, local_rank = [], None
-    for word in argv:
-        name, equals, value = word.partition("=")
+    for argument in argv:
+        name, equals, value = argument.partition("=")
         if name in ("--local_rank", "--local-rank") and equals:
             if not value.isdigit():
-                raise UserError(f"{word}: the launcher's local rank must be a number")
+                raise UserError(f"{argument}: the launcher's local rank must be a number")
             local_rank = int(value)
         else:
-            rest.append(word)
+            rest.append(argument)
     return rest, local_rank
 
 
@@ -61,23 +61,23 @@ def find_ranks(environment: MutableMapping[str, str] = os.environ, local_rank: i
 
     Args:
         environment: the process's environment.
-        local_rank: what `--local_rank` said, which must agree.
+        local_rank: the value of `--local_rank`, which must agree.
 
     Raises:
-        UserError: variables that contradict each other.
+        UserError: the variables contradict each other.
     """
     for launcher, (rank, world, local, per_node) in _LAUNCHERS.items():
-        # Inside `sbatch` or `salloc`, but not under `srun`, SLURM_NTASKS is set and there is still one process only.
+        # Inside `sbatch` or `salloc`, but not under `srun`, SLURM_NTASKS is set although there is a single process.
         if launcher == "srun" and "SLURM_STEP_ID" not in environment:
             continue
         if not all(name in environment for name in (rank, world, local, per_node) if name):
             continue
-        here = environment[per_node].split("(")[0].split(",")[0] if per_node else "1"  # SLURM writes "4(x2),3"
+        local_size = environment[per_node].split("(")[0].split(",")[0] if per_node else "1"  # SLURM writes "4(x2),3"
         try:
-            ranks = Ranks(*(int(environment[name]) for name in (rank, world, local)), int(here))
+            ranks = Ranks(int(environment[rank]), int(environment[world]), int(environment[local]), int(local_size))
         except ValueError as error:
             names = ", ".join(filter(None, (rank, world, local, per_node)))
-            raise UserError(f"{launcher} set one of {names} to what is not a number") from error
+            raise UserError(f"{launcher} set one of {names} to something other than a number") from error
         if not 0 <= ranks.rank < ranks.world_size or not ranks.local_rank >= 0:
             raise UserError(f"{rank}={ranks.rank} does not fit {world}={ranks.world_size}")
         if local_rank is not None and local_rank != ranks.local_rank:
@@ -91,7 +91,7 @@ def find_ranks(environment: MutableMapping[str, str] = os.environ, local_rank: i
 
 
 def _check_against_slurm(ranks: Ranks, rank: str, world: str, environment: MutableMapping[str, str]) -> None:
-    """Refuse what a launcher inside a task of `srun` cannot have set: variables that were left over in the shell have."""
+    """Refuse variables that no launcher inside an srun task can have set: they are left over from the shell."""
     tasks, task = environment.get("SLURM_NTASKS", "1"), environment.get("SLURM_PROCID", "0")
     if not (tasks.isdigit() and task.isdigit()):
         return
@@ -104,15 +104,15 @@ def _check_against_slurm(ranks: Ranks, rank: str, world: str, environment: Mutab
 
 
 def installed_gpus() -> int:
-    """Return how many NVIDIA GPUs the driver shows, without torch."""
+    """Return the number of NVIDIA GPUs of the driver, without torch."""
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 def leave(status: int) -> NoReturn:
-    """End this process at once: nothing that runs while an interpreter ends can change its status any more.
+    """End this process at once, so that nothing during interpreter shutdown can change its status.
 
-    Where DeepSpeed or torch.distributed.nn keep a process group, destroying it leaves its threads. One of them that gives up
-    its last tensor while Python ends may not take Python's lock any more, and aborts a run that ended well, with status 134.
+    Where DeepSpeed or torch.distributed.nn hold a process group, destroying it leaves its threads running. A thread that frees
+    its last tensor during shutdown can no longer take the GIL, and aborts a successful run with status 134.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -138,4 +138,4 @@ def _first_node(environment: MutableMapping[str, str]) -> str:
         listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
         return listed.stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise UserError(f"scontrol does not say which nodes {nodes} are: set MASTER_ADDR to the first one") from error
+        raise UserError(f"scontrol cannot list the nodes of {nodes}: set MASTER_ADDR to the first one") from error

@@ -1,6 +1,6 @@
-"""`python <folder>/launch/run_module.py ablation.run ...`: as `python -m ablation.run ...`, but of the code in that folder.
+"""`python <folder>/launch/run_module.py ablation.run ...`: like `python -m ablation.run ...` with the code of that folder.
 
-`-m` looks into the working directory first. A job of SLURM works in the folder where it was submitted, on a copy of the code.
+`-m` searches the working directory first. A SLURM job works in the folder it was submitted from, with a copy of the code.
 """
 
 import runpy

@@ -1,8 +1,8 @@
-"""A job of SLURM: its script, which a person can read, the code that it runs, and how it is submitted.
+"""SLURM jobs: write a readable job script and a copy of the code, and submit them.
 
 <folder>/slurm/job.sh      the script; `sbatch job.sh` submits it again
-               code/       the code as it was when the job was submitted: later changes do not reach a job that goes on
-               %j.log      what the job said
+               code/       a snapshot of the code at submission: later changes do not affect a job that is requeued
+               %j.log      the output of the job
 """
 
 from __future__ import annotations
@@ -23,26 +23,28 @@ from kernels.common.files import atomic_write, say_why
 ROOT = Path(__file__).resolve().parents[1]
 _CODE = ("train.py", "ablation", "conf", "data", "kernels", "launch", "model", "training")
 RUNS = ("RUNNING", "COMPLETING")
-_OPEN = ("PENDING", "CONFIGURING", "SUSPENDED", *RUNS)  # states of a job that SLURM has not done with
-_WAIT = 20  # seconds from the first rank that ends well to the last: they leave together
+_UNFINISHED = ("PENDING", "CONFIGURING", "SUSPENDED", *RUNS)  # states of a job in the queue
+_WAIT = 20  # seconds between the first rank that exits with status 0 and the last
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What runs where.
+    """A job: what it runs, and on how many nodes.
 
     Args:
         name: of the job.
-        folder: whose `slurm/` takes script, code and logs; absolute, and on a file system that all nodes see.
-        command: what srun starts, in the shell's words; `$task` in it is the name of an array's task.
-        doctor: what srun starts on each node before that.
-        typed: the command that made this job, for the reader of the script.
-        saved: shell patterns of what a task leaves to go on from. A job that ends without anything new is not started again.
-        stopped: a shell command that tells whether a task that ended with status 0 has only stopped; None: it never has.
-        hopeless: a shell command that tells whether starting a task again would not help; None: that is not known.
-        nodes, ranks_per_node: how many; per_node: how many of the command srun starts on a node.
-        tasks: the names of an array's tasks; none: it is one job.
-        at_once: how many tasks of an array run at a time; 0: as many as there is room for.
+        folder: whose `slurm/` takes script, code and logs; absolute, on a file system shared by all nodes.
+        command: shell command for srun to start; `$task` in it is the name of an array task.
+        doctor: shell command for srun to start on each node first.
+        typed: the command that created this job, quoted in the script.
+        saved: shell patterns of the checkpoints that a task resumes from. A job that ends without a new one is not requeued.
+        stopped: shell command that succeeds if a task with status 0 has only stopped early; None: it never does.
+        hopeless: shell command that succeeds if requeueing a task would not help; None: unknown.
+        nodes, ranks_per_node: size of the job.
+        per_node: srun tasks per node.
+        tasks: names of the array tasks; empty: a single job.
+        at_once: array tasks that run at a time; 0: no limit.
+        script: file name of the script.
     """
 
     name: str
@@ -62,29 +64,29 @@ class Job:
 
     @property
     def path(self) -> Path:
-        """Where its script lies."""
+        """The path of its script."""
         return self.folder / "slurm" / self.script
 
 
 # ----------------------------------------------------------------------------------------------------------- the script
 
 
-def read_cluster(words: list[str]) -> tuple[ClusterConfig | None, list[str]]:
-    """Return the cluster that was named, None if none was, and the other words."""
-    if not any(word.startswith(("cluster=", "cluster.")) for word in words):
-        return None, words
-    return read_group("cluster", ClusterConfig, words, "cluster")
+def read_cluster(arguments: list[str]) -> tuple[ClusterConfig | None, list[str]]:
+    """Return the cluster that the arguments name, None if there is none, and all other arguments."""
+    if not any(argument.startswith(("cluster=", "cluster.")) for argument in arguments):
+        return None, arguments
+    return read_group("cluster", ClusterConfig, arguments, "cluster")
 
 
 def check(cluster: ClusterConfig, ranks_per_node: int) -> None:
-    """Refuse what a cluster does not have.
+    """Refuse settings that a cluster cannot satisfy.
 
     Raises:
-        UserError: more ranks a node than it has GPUs or cores; a container without an image, or of an unknown kind.
+        UserError: more ranks per node than GPUs or cores; a container without an image, or of an unknown kind.
     """
-    has, what = (cluster.gpus_per_node, "GPUs") if cluster.gpus_per_node else (cluster.cpus_per_node, "cores")
-    if ranks_per_node > has:
-        raise UserError(f"ranks_per_node={ranks_per_node}, but a node of {cluster.name} has {has} {what}")
+    available, unit = (cluster.gpus_per_node, "GPUs") if cluster.gpus_per_node else (cluster.cpus_per_node, "cores")
+    if ranks_per_node > available:
+        raise UserError(f"ranks_per_node={ranks_per_node}, but a node of {cluster.name} has {available} {unit}")
     for name, value, choices in (
         ("tasks", cluster.tasks, ("gpu", "node")),
         ("container", cluster.container, ("none", "apptainer", "pyxis")),
@@ -97,13 +99,13 @@ def check(cluster: ClusterConfig, ranks_per_node: int) -> None:
 
 
 def render(job: Job, cluster: ClusterConfig) -> str:
-    """Return the script of a job."""
+    """Return the job script."""
     seconds = cluster.signal_seconds
     cpus = "--cpus-per-task=$SLURM_CPUS_PER_TASK"  # srun does not inherit it
     lines = [
         "#!/bin/bash",
-        f"# {job.name}: {_many(job.nodes, 'node')} with {_many(job.ranks_per_node, 'rank')} each"
-        + (f", an array of {_many(len(job.tasks), 'task')}" if job.tasks else ""),
+        f"# {job.name}: {_count(job.nodes, 'node')} with {_count(job.ranks_per_node, 'rank')} each"
+        + (f", an array of {_count(len(job.tasks), 'task')}" if job.tasks else ""),
         f"# written by  {job.typed}",
         f"# with the code of {job.folder / 'slurm' / 'code'} ({_version()})",
         f"# submit it again: sbatch {'--array=TASK ' if job.tasks else ''}{shlex.quote(str(job.path))}",
@@ -113,21 +115,21 @@ def render(job: Job, cluster: ClusterConfig) -> str:
         *cluster.setup,
         f"export OMP_NUM_THREADS={_cores(job, cluster)}",
         'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))  # two jobs on a node have two",
+        "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))  # distinct for jobs that share a node",
         *(f"export {name}={shlex.quote(str(value))}" for name, value in cluster.environment.items()),
         "",
-        "# What stands in the way of a run on these nodes, if anything does.",
+        "# Check the nodes for problems first.",
         _srun(["--nodes=$SLURM_NNODES --ntasks=$SLURM_NNODES --ntasks-per-node=1", cpus], job.doctor, job, cluster),
         "",
         *_names(job),
-        "# What a task leaves to go on from. One that ends without anything new is not started again, unless it was preempted.",
+        "# The checkpoints that a task resumes from. One that ends without a new one is not requeued, unless it was preempted.",
         f"saved() {{ ls -d {job.saved} 2>/dev/null; }}",
         "before=$(saved)",
         "",
-        f"# {seconds} s before its time is up SLURM sends USR1 to this script, which passes it on: all ranks then stop after",
-        "# the same step and save. Before a preemption SLURM sends TERM, to this script, to the ranks, or to both.",
+        f"# {seconds} s before the time limit SLURM sends USR1 to this script, which forwards it: all ranks then stop after",
+        "# the same step and save. Before a preemption SLURM sends TERM to this script, to the ranks, or to both.",
         "trap 'signalled=yes; kill -USR1 \"$step\"' USR1 TERM",
-        # One rank that fails ends the others, and so does one that ends and leaves others behind (of a node that is lost).
+        # A failed rank ends the others, and so does one that exits while others remain (on a lost node).
         _srun(["--kill-on-bad-exit=1", f"--wait={_WAIT}", cpus], job.command, job, cluster) + " &",
         "step=$!",
         'wait "$step"; status=$?',
@@ -135,13 +137,13 @@ def render(job: Job, cluster: ClusterConfig) -> str:
         "",
         f"if [ $status -eq 0 ]{f' && ! {job.stopped}' if job.stopped else ''}; then exit 0; fi",
         *([f"if {job.hopeless}; then exit 1; fi"] if job.hopeless else []),
-        'told=$(scontrol -o show job "$SLURM_JOB_ID")',
-        "if [[ $told != *JobState=RUNNING* ]]; then exit 1; fi  # it was cancelled",
-        'if [ "$(saved)" = "$before" ] && [[ $told != *PreemptTime=2* ]]; then',
-        '    echo "job $SLURM_JOB_ID ended with status $status and saved nothing new: it is not started again" >&2',
+        'state=$(scontrol -o show job "$SLURM_JOB_ID")',
+        "if [[ $state != *JobState=RUNNING* ]]; then exit 1; fi  # it was cancelled",
+        'if [ "$(saved)" = "$before" ] && [[ $state != *PreemptTime=2* ]]; then',
+        '    echo "job $SLURM_JOB_ID ended with status $status and saved nothing new: it is not requeued" >&2',
         "    exit $((status > 0 ? status : 1))",
         "fi",
-        'echo "job $SLURM_JOB_ID goes on from what it saved" >&2',
+        'echo "job $SLURM_JOB_ID resumes from its last checkpoint" >&2',
         'scontrol requeue "$SLURM_JOB_ID" ||',
         f'    sbatch --dependency=afterany:"$SLURM_JOB_ID" {"--array=$SLURM_ARRAY_TASK_ID " if job.tasks else ""}'
         f"{shlex.quote(str(job.path))}",
@@ -149,31 +151,31 @@ def render(job: Job, cluster: ClusterConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _many(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _names(job: Job) -> list[str]:
-    """Return the lines that say which task of an array this is."""
+    """Return the lines that set `$task` to the name of this array task."""
     if not job.tasks:
         return []
     names = [f"    {shlex.quote(name)}  # {number}" for number, name in enumerate(job.tasks)]
-    return ["# What the tasks of this array are called, by their numbers.", "tasks=(", *names, ")",
+    return ["# The names of the array tasks, by number.", "tasks=(", *names, ")",
             "task=${tasks[$SLURM_ARRAY_TASK_ID]}", ""]  # fmt: skip
 
 
 def _cores(job: Job, cluster: ClusterConfig) -> int:
-    """Return how many cores a rank has: its share of those of the GPUs that the job takes, or of the node's."""
+    """Return the cores per rank: those per GPU, or an equal part of a node without GPUs."""
     return max(1, cluster.cpus_per_node // (cluster.gpus_per_node or job.ranks_per_node))
 
 
 def _options(job: Job, cluster: ClusterConfig) -> list[str]:
-    """Return the options of sbatch, one a line of the script."""
-    whole = job.ranks_per_node == cluster.gpus_per_node or not cluster.gpus_per_node
+    """Return the options of sbatch, one per line of the script."""
+    takes_whole_nodes = job.ranks_per_node == cluster.gpus_per_node or not cluster.gpus_per_node
     options = {
         "--job-name": job.name,
         "--output": job.folder / "slurm" / ("%A_%a.log" if job.tasks else "%j.log"),
-        "--comment": job.folder,  # by which `queued` finds it
+        "--comment": job.folder,  # `queued` finds the job by it
         "--chdir": Path.cwd(),
         "--nodes": job.nodes,
         "--ntasks-per-node": job.per_node,
@@ -184,64 +186,68 @@ def _options(job: Job, cluster: ClusterConfig) -> list[str]:
         "--account": cluster.account,
         "--qos": cluster.qos,
         "--constraint": cluster.constraint,
-        "--mem": cluster.memory if whole or cluster.memory != "0" else None,  # all of a node is not for a part of it
+        "--mem": cluster.memory if takes_whole_nodes or cluster.memory != "0" else None,  # "0" is all of a node
     }
     if cluster.gpus_per_node and cluster.gpu_request != "none":
         options[cluster.gpu_request] = f"{'gpu:' if cluster.gpu_request == '--gres' else ''}{job.ranks_per_node}"
     if job.tasks:
         options["--array"] = f"0-{len(job.tasks) - 1}{f'%{job.at_once}' if job.at_once else ''}"
-    written = [f"{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
-    return [*written, "--requeue", "--open-mode=append", *map(str, cluster.sbatch)]
+    formatted = [f"{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    return [*formatted, "--requeue", "--open-mode=append", *map(str, cluster.sbatch)]
 
 
 def _srun(options: list[str], command: str, job: Job, cluster: ClusterConfig) -> str:
     """Return the line that starts a command on the nodes of a job, in its container."""
-    words = ["srun", *options]
+    arguments = ["srun", *options]
     if cluster.container != "none":
         mounts = [*dict.fromkeys(f"{path}:{path}" for path in (Path.cwd(), job.folder)), *map(str, cluster.mounts)]
-        where, image = shlex.quote(str(Path.cwd())), shlex.quote(str(cluster.image))
+        workdir, image = shlex.quote(str(Path.cwd())), shlex.quote(str(cluster.image))
         mounted = shlex.quote(",".join(mounts))
         if cluster.container == "pyxis":
-            words += [f"--container-image={image}", f"--container-mounts={mounted}", f"--container-workdir={where}"]
+            arguments += [
+                f"--container-image={image}",
+                f"--container-mounts={mounted}",
+                f"--container-workdir={workdir}",
+            ]
         else:
             gpus = "--nv " if cluster.gpus_per_node else ""
-            command = f"apptainer exec {gpus}--bind {mounted} --pwd {where} {image} {command}"
-    return " ".join([*words, "\\\n   ", command])
+            command = f"apptainer exec {gpus}--bind {mounted} --pwd {workdir} {image} {command}"
+    return " ".join([*arguments, "\\\n   ", command])
 
 
-def doctor_of(cluster: ClusterConfig, code: Path, words: list[str]) -> str:
-    """Return what looks at a node before a job trains on it."""
+def doctor_of(cluster: ClusterConfig, code: Path, overrides: list[str]) -> str:
+    """Return the command that checks a node before a job trains on it."""
     module = shlex.quote(str(code / "launch" / "run_module.py"))
-    return " ".join([python_of(cluster), "-u", module, "launch.doctor quick=true", *map(shlex.quote, words)])
+    return " ".join([python_of(cluster), "-u", module, "launch.doctor quick=true", *map(shlex.quote, overrides)])
 
 
-def command_of(cluster: ClusterConfig, nodes: int, ranks_per_node: int, code: Path, words: list[str]) -> str:
-    """Return what `srun` starts to train: train.py itself, or torchrun with the ranks of a node."""
+def command_of(cluster: ClusterConfig, nodes: int, ranks_per_node: int, code: Path, overrides: list[str]) -> str:
+    """Return the command that `srun` starts to train: train.py itself, or torchrun with the ranks of a node."""
     launcher = [python_of(cluster), "-u"]
     if cluster.tasks == "node":
-        # Without SIGUSR1 among these torchrun dies of it and leaves its ranks behind.
+        # Without SIGUSR1 among these it kills torchrun, which leaves its ranks behind.
         launcher += [
             "-m torch.distributed.run",
             f"--nnodes={nodes} --nproc-per-node={ranks_per_node} --node-rank=$SLURM_NODEID",
             "--master-addr=$MASTER_ADDR --master-port=$MASTER_PORT",
             "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         ]
-    command = " ".join([*launcher, shlex.quote(str(code / "train.py")), *map(shlex.quote, words)])
-    # $SLURM_NODEID is of the task: it is read there, not in the script.
+    command = " ".join([*launcher, shlex.quote(str(code / "train.py")), *map(shlex.quote, overrides)])
+    # $SLURM_NODEID differs between tasks, so it is expanded there and not in the script.
     return f"bash -c {shlex.quote(f'exec {command}')}" if cluster.tasks == "node" else command
 
 
 def python_of(cluster: ClusterConfig) -> str:
-    """Return the interpreter of a job: the one that submits it, unless the cluster says another, or a container has its own."""
+    """Return the interpreter of a job: the cluster's, else that of the container, else the one that submits it."""
     return cluster.python or (sys.executable if cluster.container == "none" else "python")
 
 
 def _version() -> str:
-    """Return which commit the code is, for the reader of a script."""
+    """Return the commit of the code, to quote in a script."""
 
-    def git(*words: str) -> str:
+    def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
@@ -254,13 +260,13 @@ def _version() -> str:
 
 
 def submit(jobs: list[Job], cluster: ClusterConfig) -> list[str]:
-    """Write the scripts of jobs of one folder beside their code, and submit them, each to begin when the one before has ended.
+    """Write the scripts of a folder's jobs beside their code, and submit them; each starts when the one before has ended.
 
     Returns:
-        Their numbers.
+        Their job numbers.
 
     Raises:
-        UserError: there is no sbatch, or SLURM does not take a job; the scripts stay.
+        UserError: there is no sbatch, or SLURM rejects a job; the scripts remain.
     """
     folder = jobs[0].folder / "slurm"
     with say_why("write the job to", folder):
@@ -272,31 +278,32 @@ def submit(jobs: list[Job], cluster: ClusterConfig) -> list[str]:
             job.path.chmod(0o755)
     ids: list[str] = []
     for job in jobs:
-        after = [f"--dependency=afterany:{ids[-1]}"] if ids else []
-        ids.append(_sbatch([*after, str(job.path)]))
+        dependency = [f"--dependency=afterany:{ids[-1]}"] if ids else []
+        ids.append(_sbatch([*dependency, str(job.path)]))
     return ids
 
 
-def _sbatch(words: list[str]) -> str:
+def _sbatch(arguments: list[str]) -> str:
+    script = arguments[-1]
     try:
-        told = subprocess.run(["sbatch", "--parsable", *words], capture_output=True, text=True, check=True)
+        submitted = subprocess.run(["sbatch", "--parsable", *arguments], capture_output=True, text=True, check=True)
     except FileNotFoundError:
-        print(Path(words[-1]).read_text(encoding="utf-8"), end="")
+        print(Path(script).read_text(encoding="utf-8"), end="")
         raise UserError(
-            f"there is no sbatch here: the script above is {words[-1]}; on a node of the cluster that sees this folder, "
-            f"type  sbatch {words[-1]}"
+            f"there is no sbatch here: the script above is {script}; on a node of the cluster with access to this folder, "
+            f"run  sbatch {script}"
         ) from None
     except subprocess.CalledProcessError as error:
-        said = " ".join(error.stderr.replace("sbatch: error:", "").split())
+        message = " ".join(error.stderr.replace("sbatch: error:", "").split())
         raise UserError(
-            f"SLURM did not take the job: {said.rstrip('.')}. Change what it asks for with cluster.KEY=VALUE (partition, "
-            f"account, time, memory, nodes=N) or in {words[-1]}"
+            f"SLURM rejected the job: {message.rstrip('.')}. Change its request with cluster.KEY=VALUE (partition, "
+            f"account, time, memory, nodes=N) or in {script}"
         ) from error
-    return told.stdout.strip().split(";")[0]
+    return submitted.stdout.strip().split(";")[0]
 
 
 def _keep_code(target: Path) -> None:
-    """Copy the code to a folder, in place of what an earlier job kept there."""
+    """Copy the code to a folder, replacing that of an earlier job."""
     partial = target.with_name(f".code.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     for name in _CODE:
@@ -311,38 +318,38 @@ def _keep_code(target: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Queued:
-    """A job that SLURM has not done with, or a task of an array."""
+    """An unfinished job or array task in SLURM's queue."""
 
     number: str
-    state: str  # RUNS, or another one of a job that waits
+    state: str  # one of RUNS, or of a pending job
     name: str
     task: int | None
 
 
 def queued(folder: Path) -> list[Queued]:
-    """Ask SLURM what waits or runs of a folder's jobs, whoever submitted them; nothing where there is no SLURM."""
-    asked = ["squeue", "--noheader", "--array", f"--states={','.join(_OPEN)}", "--format=%i|%T|%j|%K|%k"]
+    """Return the pending and running jobs of a folder, whoever submitted them; none where there is no SLURM."""
+    command = ["squeue", "--noheader", "--array", f"--states={','.join(_UNFINISHED)}", "--format=%i|%T|%j|%K|%k"]
     try:
-        told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return []
-    found = []
-    for line in told.splitlines():
-        number, state, name, task, whose = line.split("|", maxsplit=4)
-        if whose == str(folder.resolve()):
-            found.append(Queued(number, state, name, int(task) if task.isdigit() else None))
-    return found
+    jobs = []
+    for line in listing.splitlines():
+        number, state, name, task, comment = line.split("|", maxsplit=4)
+        if comment == str(folder.resolve()):
+            jobs.append(Queued(number, state, name, int(task) if task.isdigit() else None))
+    return jobs
 
 
 def refuse_queued(folder: Path) -> None:
     """Refuse a folder whose jobs are still in SLURM's queue.
 
     Raises:
-        UserError: which they are.
+        UserError: there are any.
     """
-    if waiting := queued(folder):
-        first, more = waiting[0], len(waiting) - 1
+    if jobs := queued(folder):
+        first, more = jobs[0], len(jobs) - 1
         raise UserError(
             f"{folder} has been submitted already: job {first.number} is {first.state.lower()}"
-            f"{f', and {more} more' if more else ''}; wait for it, or type  scancel {first.number.split('_')[0]}"
+            f"{f', and {more} more' if more else ''}; wait for it, or run  scancel {first.number.split('_')[0]}"
         )

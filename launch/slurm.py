@@ -1,12 +1,12 @@
 """Train on a cluster: `python -m launch.slurm cluster=NAME nodes=8 ffn=swiglu model=llama3_8b`.
 
-    cluster=NAME            a machine of conf/cluster      nodes=1              how many
-    cluster.KEY=VALUE       another value of it            ranks_per_node=N     one for each GPU of a node if not said
-    KEY=VALUE               for train.py                   dry_run=true         print the script and do no more
+    cluster=NAME            a file of conf/cluster         nodes=1              number of nodes
+    cluster.KEY=VALUE       overrides one of its keys      ranks_per_node=N     default: one per GPU of a node
+    KEY=VALUE               for train.py                   dry_run=true         only print the script
 
 Writes a script for sbatch into the run's folder, with a copy of the code and the configuration, and submits it. The job saves
-before its time is up or when it is preempted, and goes on by itself as the same run until its tokens are done; one that saves
-nothing new is not started again.
+before its time limit and when it is preempted, and is requeued to resume the run until it is complete; a job that saved nothing
+new is not requeued.
 """
 
 from __future__ import annotations
@@ -46,43 +46,44 @@ def main(argv: list[str]) -> int:
             file.write(configuration)
     [number] = submit([job], cluster)
     print(f"job {number} is submitted: {job.path}")
-    print(f"squeue --job {number}             whether it waits or runs")
-    print(f"tail -F {job.folder}/slurm/{number}.log   what it says")
-    print(f"scancel {number}                  ends it; the same command again goes on where it saved last")
+    print(f"squeue --job {number}             its state")
+    print(f"tail -F {job.folder}/slurm/{number}.log   its output")
+    print(f"scancel {number}                  cancels it; the same command again resumes the run")
     return 0
 
 
-def plan(cluster: ClusterConfig, nodes: int, ranks_per_node: int, words: list[str], typed: str) -> tuple[Job, str]:
-    """Return the job that trains with `words`, and its configuration as YAML.
+def plan(cluster: ClusterConfig, nodes: int, ranks_per_node: int, overrides: list[str], typed: str) -> tuple[Job, str]:
+    """Return the job that trains with `overrides`, and its configuration as YAML.
 
     Args:
-        ranks_per_node: 0: one for each GPU, or one on a node without.
-        typed: what was typed behind `python -m launch.slurm`.
+        ranks_per_node: 0: one per GPU, or one on a node without GPUs.
+        typed: the arguments of `python -m launch.slurm`, to quote in the script.
 
     Raises:
-        UserError: the cluster does not have what is asked for, or the configuration cannot train on that many ranks.
+        UserError: the cluster cannot satisfy the request, or the configuration cannot train on that many ranks.
     """
     ranks_per_node = ranks_per_node or max(1, cluster.gpus_per_node)
     check(cluster, ranks_per_node)
-    config = load(words)
+    config = load(overrides)
     try:
         validate(config, nodes * ranks_per_node)
     except UserError as error:
         raise UserError(f"on {nodes} x {ranks_per_node} ranks: {error}") from error
     folder = (Path(config.runs) / str(config.run)).resolve()
     name = str(config.run)
-    # By its name, so that a default that changes later does not make another run of it.
-    words = [*words, *(() if any(word.startswith("run=") for word in words) else (f"run={name}",))]
-    inside, code = shlex.quote(str(folder)), folder / "slurm" / "code"
+    # The name is fixed, so that a default that changes later cannot make it another run.
+    if not any(override.startswith("run=") for override in overrides):
+        overrides = [*overrides, f"run={name}"]
+    run_folder, code = shlex.quote(str(folder)), folder / "slurm" / "code"
     job = Job(
         name=name,
         folder=folder,
-        command=command_of(cluster, nodes, ranks_per_node, code, words),
-        doctor=doctor_of(cluster, code, words),
+        command=command_of(cluster, nodes, ranks_per_node, code, overrides),
+        doctor=doctor_of(cluster, code, overrides),
         typed=f"python -m launch.slurm {typed}",
-        saved=f"{inside}/checkpoints/*",
-        stopped=f'grep -qs \'"status": "stopped"\' {inside}/summary.json',
-        hopeless=f'grep -qs \'"event": "diverged"\' {inside}/metrics.jsonl',
+        saved=f"{run_folder}/checkpoints/*",
+        stopped=f'grep -qs \'"status": "stopped"\' {run_folder}/summary.json',
+        hopeless=f'grep -qs \'"event": "diverged"\' {run_folder}/metrics.jsonl',
         nodes=nodes,
         ranks_per_node=ranks_per_node,
         per_node=ranks_per_node if cluster.tasks == "gpu" else 1,

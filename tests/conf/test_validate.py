@@ -112,9 +112,9 @@ def test_a_name_is_one_of_those_that_the_rooms_know(name):
         ({"prompts": "abc"}, "prompts=abc must be a list of texts"),
         ({"prompts": [1]}, "prompts=[1] must be a list of texts"),
         ({"logger.tags": "abc"}, "logger.tags=abc must be a list of texts"),
-        ({"data.held_out": 0.6}, "data.held_out=0.6 must be a share above 0 and at most 0.5"),
-        ({"data.source": "text"}, "data=text needs to know where the text is"),
-        ({"data.source": "hf"}, "data=hf needs to know where the text is"),
+        ({"data.held_out": 0.6}, "data.held_out=0.6 must be a fraction above 0 and at most 0.5"),
+        ({"data.source": "text"}, "data=text needs the location of the text"),
+        ({"data.source": "hf"}, "data=hf needs the location of the text"),
         ({"data.source": "blend"}, "data=blend needs its parts"),
         ({"tokenizer.kind": "huggingface"}, "tokenizer=huggingface needs tokenizer.path"),
         ({"ffn.formula": ""}, "ffn=custom needs its formula"),
@@ -126,13 +126,13 @@ def test_a_name_is_one_of_those_that_the_rooms_know(name):
         ({"parallel.tensor": 2}, "parallel.tensor=2 x parallel.context=1 does not divide the 1 rank(s)"),
         ({"parallel.context": 2}, "parallel.tensor=1 x parallel.context=2 does not divide the 1 rank(s)"),
         ({"zero.stage": 4}, "zero.stage=4: ZeRO has the stages 0, 1, 2 and 3"),
-        ({"zero.stage": 0, "precision.name": "bf16"}, "zero=0 with precision=bf16 is wrong in DeepSpeed"),
+        ({"zero.stage": 0, "precision.name": "bf16"}, "zero=0 with precision=bf16 is incorrect in DeepSpeed"),
         ({"zero.offload_parameters": True, "zero.stage": 2}, "zero.offload_parameters=true needs zero=3"),
         ({"zero.offload_optimizer": True, "zero.stage": 0}, "zero.offload_optimizer=true needs zero=1, 2 or 3"),
         ({"schedule.name": "wsd", "schedule.warmup": 0.5, "schedule.decay": 0.6}, "take more than the whole run"),
         ({"steps": None}, "the length of the run is missing"),
         ({"steps": None, "tokens": 4095}, "tokens=4095 is less than one step of 4096 tokens"),
-        ({"micro_batch_size": 3}, "8 sequences a rank, which micro_batch_size=3 does not divide"),
+        ({"micro_batch_size": 3}, "8 sequences per rank, which micro_batch_size=3 does not divide"),
     ],
 )
 def test_what_does_not_fit_is_refused(values, sentence):
@@ -185,7 +185,7 @@ def test_the_arithmetic_of_a_batch(total, micro, world, expected):
 
 @pytest.mark.parametrize("world", [3, 5, 16])
 def test_a_batch_that_ranks_cannot_share_is_refused(world):
-    assert f"global_batch_size=8 cannot be shared evenly by {world} data-parallel ranks" in refusal({}, world)
+    assert f"global_batch_size=8 is not divisible by the {world} data-parallel ranks" in refusal({}, world)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(world):
             4,
             "parallel.sequence=true: parallel.tensor=4 does not divide the 30 tokens of a sequence",
         ),
-        ({"parallel.tensor": 2}, 6, "global_batch_size=8 cannot be shared evenly by 3 data-parallel ranks"),
+        ({"parallel.tensor": 2}, 6, "global_batch_size=8 is not divisible by the 3 data-parallel ranks"),
     ],
 )
 def test_ranks_that_cannot_be_shared_out_are_refused(values, world, sentence):

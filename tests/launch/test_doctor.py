@@ -53,7 +53,7 @@ def test_five_planted_faults_are_each_named(capsys, monkeypatch, tmp_path):
     expected = {
         "Python": "3.9.1 is not 3.10 to 3.12 -> make PYTHON=",
         "compiler": "there is no cc, gcc or clang",
-        "disk space": r"0.0 GB free in .*, 0.\d GB for 4 checkpoints -> free some",
+        "disk space": r"0.0 GB free in .*, 0.\d GB for 4 checkpoints -> free disk space",
         "model.attention=flash": "flash_attn is not installed -> pip install flash-attn",
         "ranks": "RANK, LOCAL_RANK is not set although WORLD_SIZE is: every process would train alone -> start it by",
     }
@@ -120,7 +120,7 @@ def test_ranks_that_cannot_talk_are_red(monkeypatch):
     done = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nDistNetworkError: no route\nsee above\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
     [finding] = collective(Ranks(), None)
-    assert (finding.level, finding.text) == (RED, "2 ranks could not talk: DistNetworkError: no route")
+    assert (finding.level, finding.text) == (RED, "2 ranks could not communicate: DistNetworkError: no route")
 
 
 def test_the_whole_of_it_on_this_machine():

@@ -29,7 +29,7 @@ def test_values_are_gone_through_in_order():
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["ffn=relu"], "--multirun wants several values of a key"),
+        (["ffn=relu"], "--multirun needs several comma-separated values of a key"),
         (["ffn=relu,rellu"], "unknown"),
         (["ffn=relu,gelu", "run=mine"], "would train several runs in one folder: leave run=NAME out"),
         (["prompts=[a", "ffn=relu,gelu"], "cannot read 'prompts=[a'"),
@@ -83,6 +83,6 @@ def test_a_stopped_sweep_saves_and_starts_no_more(words, tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate()
     assert process.returncode == 1, err
-    assert "stopped; the same command goes on from here" in out
+    assert "stopped; the same command resumes here" in out
     assert [json.loads(path.read_text())["status"] for path in tmp_path.glob("*/summary.json")] == ["stopped"]
     assert "run 2 of 2" not in out

@@ -123,7 +123,7 @@ def test_without_sbatch_the_script_is_printed_and_how_to_submit_it(tmp_path):
     # The version of git and the option are what differs.
     strip = lambda text: [line for line in text.splitlines() if not line.startswith("# w")]  # noqa: E731
     assert strip(result.stdout) == strip(dry.out) == strip(kept.read_text())
-    assert f"type  sbatch {kept}" in result.stderr
+    assert f"run  sbatch {kept}" in result.stderr
     assert os.access(kept, os.X_OK)
     code = tmp_path / "x" / "slurm" / "code"
     assert (code / "train.py").read_bytes() == (ROOT / "train.py").read_bytes()

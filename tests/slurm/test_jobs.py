@@ -158,9 +158,7 @@ def test_a_job_that_saves_nothing_new_is_not_started_again(slurm, words, runs):
     number = slurm.submit("nodes=2", *words, f"run={run.name}")
     slurm.wait(number, "FAILED")
     assert "a file of that name is in the way" in log(run, number)
-    assert re.search(
-        rf"job {number} ended with status \d+ and saved nothing new: it is not started again", log(run, number)
-    )
+    assert re.search(rf"job {number} ended with status \d+ and saved nothing new: it is not requeued", log(run, number))
 
 
 def test_a_cancelled_job_saves_and_does_not_come_back(slurm, words, runs):
@@ -180,7 +178,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm, words, runs):
 def test_slurms_own_words_say_why_a_job_is_not_taken(slurm, words):
     result = slurm.launch("nodes=2", *words, "run=nowhere", "cluster.partition=nowhere")
     assert result.status == 2
-    assert "SLURM did not take the job: " in result.err
+    assert "SLURM rejected the job: " in result.err
     assert "invalid partition specified: nowhere" in result.err
     assert "Change what it asks for with cluster.KEY=VALUE" in result.err
 

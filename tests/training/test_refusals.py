@@ -182,7 +182,7 @@ def test_a_full_disk_while_preparing(refuse, own, runs):
 
 def test_stage_0_in_bf16(refuse, corpus, tmp_path):
     sentence = refuse(overrides(corpus, tmp_path, run="r", zero=0, precision="bf16"), tmp_path)
-    assert sentence.startswith("zero=0 with precision=bf16 is wrong in DeepSpeed")
+    assert sentence.startswith("zero=0 with precision=bf16 is incorrect in DeepSpeed")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -56,7 +56,7 @@ def test_the_command_says_it_all_and_draws(tmp_path, capsys):
     ("words", "why"),
     [
         (["model=nano"], "cluster=NAME is missing: choose a cluster from"),
-        (["cluster=h100", "nodes=3", "model=llama3_8b"], "cannot be shared evenly by 24"),
+        (["cluster=h100", "nodes=3", "model=llama3_8b"], "is not divisible by the 24"),
         (["cluster=h100", "ranks_per_node=9"], "a node of h100 has 8 GPUs"),
         (
             ["cluster=h100", "parallel.tensor=3", "ranks_per_node=3", "model=llama3_8b"],
