@@ -87,7 +87,7 @@ def test_a_launcher_inside_slurm_counts_before_slurm():
         (
             TORCHRUN | {"RANK": "one"},
             None,
-            "torchrun set one of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE to what is not",
+            "torchrun set one of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE to something other than a number",
         ),
         (DEEPSPEED | {"LOCAL_SIZE": ""}, None, "deepspeed set one of"),
         (SRUN | {"SLURM_PROCID": ""}, None, "srun set one of SLURM_PROCID, SLURM_NTASKS"),
@@ -193,7 +193,7 @@ def test_one_node_needs_no_scontrol(tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", ["exit 1", "exit 0"])
 def test_nodes_that_scontrol_does_not_tell_are_refused_with_what_to_do(tmp_path, monkeypatch, script):
     put_scontrol(tmp_path, monkeypatch, script)
-    with pytest.raises(UserError, match=r"gpu\[07-08\] are: set MASTER_ADDR"):
+    with pytest.raises(UserError, match=r"gpu\[07-08\]: set MASTER_ADDR"):
         export(Ranks(), dict(NODES))
     environment = NODES | {"MASTER_ADDR": "gpu07"}
     export(Ranks(), environment)
