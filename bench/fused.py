@@ -1,12 +1,15 @@
-"""The fused RMSNorm and rotation beside plain PyTorch: `python -m bench.fused [device=cuda] [rounds=15] [only=norm]`.
+"""The fused RMSNorm and rotary embedding against plain PyTorch: `python -m bench.fused`.
 
-Both run in one process, in turn, under the allocator settings of `train.py`; a ratio is taken round by round: how many times
-longer plain PyTorch took. On a CPU it is the few passes that run where no compiler is (`norm.PLAIN`), on a GPU `F.rms_norm`.
-The error is that of all results together against float64, as a share of plain PyTorch's.
+    device=cpu    or cuda            rounds=15    timings of each            only=TEXT    only operations named with this
+
+Both run in one process, taking turns, under the allocator settings of `train.py`. A ratio is taken per round: the time of plain
+PyTorch divided by ours. On a CPU, plain PyTorch is the few passes that run where there is no compiler (`norm.PLAIN`); on a GPU
+it is `F.rms_norm`. The error is that of all results together against float64, divided by plain PyTorch's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -20,15 +23,14 @@ from kernels.common.commands import run_command
 from kernels.common.options import read_options
 from kernels.norm import norm
 from kernels.rotary import rotary
-from training.machine import keep_freed_memory
 
 EPS = 1e-5
 _WARM_UP = 3
-_CALLS = 2**22  # elements of one measurement: small tensors are computed several times
+_ELEMENTS = 2**22  # of one timing: small tensors are computed several times
 
 
 def plain_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What `rms_norm` replaces."""
+    """Return what `rms_norm` returns, by plain PyTorch."""
     s = x if residual is None else x + residual
     if x.is_cuda or x.dtype == torch.float64:
         return F.rms_norm(s, weight.shape, weight, EPS), s
@@ -36,98 +38,127 @@ def plain_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> tup
 
 
 def plain_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """What `rotate` replaces."""
+    """Return what `rotate` returns, by plain PyTorch."""
     return rotary._Rotate.apply(rotary._plain, q, k, cos, sin)
 
 
-def cases(device: str) -> list[tuple[str, Callable[..., Any], Callable[..., Any], list[Tensor], int]]:
-    """Return (name, ours, plain, inputs in fp32, how many of them are differentiable)."""
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """A fused operation at one size, with the plain PyTorch that it replaces."""
+
+    name: str
+    fused: Callable[..., Any]
+    plain: Callable[..., Any]
+    inputs: list[Tensor]  # fp32; the differentiable ones first
+    n_leaves: int  # how many of the inputs are differentiable
+    n_outputs: int  # how many of the outputs are differentiated
+
+
+def operations(device: str) -> list[Operation]:
+    """Return all operations at all sizes, with random inputs."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=device)
 
-    def ours(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def fused_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return norm.rms_norm(x, weight, EPS, residual)
 
-    found: list[Any] = []
+    result = []
     for rows, width in ((2048, 192), (4096, 1024), (4096, 4096)):
-        found.append((f"norm {rows}x{width}", ours, plain_norm, [draw(rows, width), draw(width)], 2))
+        inputs = [draw(rows, width), draw(width)]
+        result.append(Operation(f"norm {rows}x{width}", fused_norm, plain_norm, inputs, 2, 1))
         inputs = [draw(rows, width), draw(width), draw(rows, width)]
-        found.append((f"add, norm {rows}x{width}", ours, plain_norm, inputs, 3))
-    heads = (("norm of heads 8x256x3x64", draw(8, 256, 3, 64)), ("norm of heads 4x1024x24x128", draw(4, 1024, 24, 128)))
-    found += [(name, ours, plain_norm, [x, draw(x.shape[-1])], 2) for name, x in heads]
-    for batch, length, count, width in ((8, 256, 6, 64), (4, 1024, 24, 128)):
-        q, k = draw(batch, length, count, width).split(
-            (2 * count // 3, count - 2 * count // 3), 2
-        )  # as in a packed tensor
-        angles = 1000 * torch.rand(length, width // 2, device=device)
+        result.append(Operation(f"add, norm {rows}x{width}", fused_norm, plain_norm, inputs, 3, 2))
+    for shape in ((8, 256, 3, 64), (4, 1024, 24, 128)):
+        name = f"norm of heads {'x'.join(map(str, shape))}"
+        result.append(Operation(name, fused_norm, plain_norm, [draw(*shape), draw(shape[-1])], 2, 1))
+    for batch, length, heads, head_dim in ((8, 256, 6, 64), (4, 1024, 24, 128)):
+        q_heads = 2 * heads // 3
+        packed = draw(batch, length, heads, head_dim)
+        q, k = packed.split((q_heads, heads - q_heads), 2)
+        angles = 1000 * torch.rand(length, head_dim // 2, device=device)
+        name = f"rotation {batch}x{length}x{heads}x{head_dim}"
         inputs = [q, k, angles.cos(), angles.sin()]
-        found.append((f"rotation {batch}x{length}x{count}x{width}", rotary.rotate, plain_rotation, inputs, 2))
-    return found
+        result.append(Operation(name, rotary.rotate, plain_rotation, inputs, 2, 2))
+    return result
 
 
-def compare(
-    name: str, ours: Any, plain: Any, given: list[Tensor], leaves: int, dtype: torch.dtype, rounds: int
-) -> dict[str, Any]:
-    """Return a case's figures: of each pass the ratio (median, least, most), and our error as a share of plain PyTorch's."""
-    tables = [each.to(torch.promote_types(dtype, torch.float32)) for each in given[leaves:]]
-    inputs = [each.to(dtype).detach().requires_grad_() for each in given[:leaves]]
-    exact = [each.detach().double().requires_grad_() for each in inputs]
-    outputs = {"ours": ours(*inputs, *tables), "plain": plain(*inputs, *tables)}
-    used = 2 if name.startswith(("add", "rotation")) else 1
-    gradients = [torch.randn_like(each) for each in outputs["ours"][:used]]
+def compare(operation: Operation, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Return the time ratio of each pass (median, minimum, maximum), and our error divided by plain PyTorch's."""
+    n = operation.n_leaves
+    constants = [tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in operation.inputs[n:]]
+    leaves = [tensor.to(dtype).detach().requires_grad_() for tensor in operation.inputs[:n]]
+    functions = {"ours": operation.fused, "plain": operation.plain}
+    outputs = {name: function(*leaves, *constants)[: operation.n_outputs] for name, function in functions.items()}
+    gradients = [torch.randn_like(output) for output in outputs["ours"]]
 
-    def everything(results: Any, leaves: list[Tensor]) -> list[Tensor]:
-        found = torch.autograd.grad(
-            results[:used], leaves, [g.to(results[0].dtype) for g in gradients], retain_graph=True
-        )
-        return [each.detach().double() for each in (*results[:used], *found)]
+    def results(outputs: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor]:
+        """Return the outputs and the gradients of the leaves, in float64."""
+        cast = [gradient.to(outputs[0].dtype) for gradient in gradients]
+        dleaves = torch.autograd.grad(outputs, leaves, cast, retain_graph=True)
+        return [tensor.detach().double() for tensor in (*outputs, *dleaves)]
 
-    true = everything(plain(*exact, *(each.double() for each in tables)), exact)
-    errors = {
-        key: torch.stack(
-            [(a - b).norm() / b.norm() for a, b in zip(everything(each, inputs), true, strict=True)]
-        ).norm()
-        for key, each in outputs.items()
+    exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact_outputs = operation.plain(*exact_leaves, *(tensor.double() for tensor in constants))[: operation.n_outputs]
+    exact = results(exact_outputs, exact_leaves)
+    errors = {name: _error(results(outputs[name], leaves), exact) for name in functions}
+
+    def forward(name: str) -> None:
+        with torch.no_grad():
+            functions[name](*leaves, *constants)
+
+    def backward(name: str) -> None:
+        torch.autograd.grad(outputs[name], leaves, gradients, retain_graph=True)
+
+    return {
+        "operation": operation.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "forward": _ratio(forward, leaves[0], rounds),
+        "backward": _ratio(backward, leaves[0], rounds),
+        "error": errors["ours"] / errors["plain"],
     }
-    figures: dict[str, Any] = {"operation": name, "dtype": str(dtype).removeprefix("torch.")}
-    for backward in (False, True):
-        seconds: dict[str, list[float]] = {"ours": [], "plain": []}
-        for number in range(rounds + _WARM_UP):
-            for key, function in (("ours", ours), ("plain", plain)):
-                start = time.perf_counter()
-                for _ in range(max(1, _CALLS // inputs[0].numel())):
-                    if backward:
-                        torch.autograd.grad(outputs[key][:used], inputs, gradients, retain_graph=True)
-                    else:
-                        with torch.no_grad():
-                            function(*inputs, *tables)
-                if inputs[0].is_cuda:
-                    torch.cuda.synchronize()
-                if number >= _WARM_UP:
-                    seconds[key].append(time.perf_counter() - start)
-        ratios = [b / a for a, b in zip(seconds["ours"], seconds["plain"], strict=True)]
-        figures["backward" if backward else "forward"] = statistics.median(ratios), min(ratios), max(ratios)
-    return figures | {"error": float(errors["ours"] / errors["plain"])}
+
+
+def _error(results: list[Tensor], exact: list[Tensor]) -> float:
+    """Return the norm of all relative errors together."""
+    return float(torch.stack([(a - b).norm() / b.norm() for a, b in zip(results, exact, strict=True)]).norm())
+
+
+def _ratio(run: Callable[[str], None], x: Tensor, rounds: int) -> tuple[float, float, float]:
+    """Time `run("ours")` and `run("plain")` in turn; return the latter divided by the former: median, minimum, maximum."""
+    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+    for number in range(rounds + _WARM_UP):
+        for name, times in seconds.items():
+            start = time.perf_counter()
+            for _ in range(max(1, _ELEMENTS // x.numel())):
+                run(name)
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            if number >= _WARM_UP:
+                times.append(time.perf_counter() - start)
+    ratios = [plain / ours for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
 
 
 HEAD = "| | dtype | forward | backward | error |\n|---|---|---|---|---|"
 
 
 def line(row: dict[str, Any]) -> str:
-    """Return a case's figures as a line of the table."""
-    ratios = ("{:.2f} ({:.2f} to {:.2f})".format(*row[way]) for way in ("forward", "backward"))
+    """Return the figures of an operation as a line of the table."""
+    ratios = ["{:.2f} ({:.2f} to {:.2f})".format(*row[direction]) for direction in ("forward", "backward")]
     return f"| {row['operation']} | {row['dtype']} | {' | '.join(ratios)} | {row['error']:.2f} |"
 
 
 def main(argv: list[str]) -> None:
+    from training.machine import keep_freed_memory  # here, because bench/gpu.py runs without the libraries of training
+
     options = read_options(argv, {"device": "cpu", "rounds": 15, "only": ""}, {"rounds": 1})
     keep_freed_memory()
     print(HEAD)
-    for case in cases(options["device"]):
+    for operation in operations(options["device"]):
         for dtype in (torch.bfloat16, torch.float32):
-            if options["only"] in case[0]:
-                print(line(compare(*case, dtype, options["rounds"])), flush=True)
+            if options["only"] in operation.name:
+                print(line(compare(operation, dtype, options["rounds"])), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""bench.fused: one small table, and its refusals."""
+"""bench.fused: one small table, and the options that it refuses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bench.fused import main
 from kernels.common.errors import UserError
 
 
-def test_a_line_for_each_dtype(capsys):
+def test_one_line_per_dtype(capsys):
     main(["only=norm of heads 8x", "rounds=1"])
     lines = capsys.readouterr().out.splitlines()[2:]
     assert [line.split(" | ")[:2] for line in lines] == [
@@ -18,7 +18,7 @@ def test_a_line_for_each_dtype(capsys):
     assert all(0 < float(line.split("|")[5]) <= 1 for line in lines)
 
 
-@pytest.mark.parametrize("word", ["rounds=0", "rounds", "speed=1"])
-def test_bad_options_are_refused(word):
+@pytest.mark.parametrize("option", ["rounds=0", "rounds", "speed=1"])
+def test_bad_options_are_refused(option):
     with pytest.raises(UserError):
-        main([word])
+        main([option])

@@ -1,0 +1,142 @@
+"""The Markdown page of a record of `bench/gpu.py`, and the sentences about the checks that failed.
+
+This module formats and judges; `bench/gpu.py` measures.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench import fused
+
+# Relative error of one rounding at the store; fp32 results may be off by 8 roundings on the way to it.
+_ROUNDING = {"bfloat16": 1.01 * 2.0**-8, "float16": 1.01 * 2.0**-11, "float32": 8 * 2.0**-24}
+_ERROR_RATIO = 1.1  # allowed against plain torch in the same dtype
+_LARGEST_TELEMETRY_ERROR = 0.02  # roundings of a sum and slopes at a threshold stay below it; a wrong kernel does not
+_LARGEST_ERROR_OF_LARGE_TENSORS = 0.01
+
+
+def page(record: dict[str, Any]) -> str:
+    """Return a record as Markdown."""
+    lines = [
+        f"# The Triton kernels on {record['device']}",
+        "",
+        f"Made by `bench/gpu.sh` with torch {record['torch']} and Triton {record['triton']}.",
+        "",
+        *_errors(record),
+        *_times(record["times"]),
+        "",
+        "## RMSNorm and rotary embedding",
+        "",
+        "Time of plain PyTorch divided by ours, and our error divided by its error.",
+        "",
+        fused.HEAD,
+        *map(fused.line, record["fused"]),
+    ]
+    if record["tiles"]:
+        lines += _tiles(record["tiles"])
+    lines += ["", "## Left out", "", "; ".join(record["left_out"]) or "Nothing.", ""]
+    return "\n".join(lines)
+
+
+def _errors(record: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Errors",
+        "",
+        "Norm of the error divided by the norm of the float64 result; in parentheses, plain torch in the same dtype.",
+        "",
+        "Telemetry: the error of the forward kernel with telemetry, of its h against the forward kernel's and of its worst "
+        "statistic.",
+        "",
+        "| formula | dtype | shape | h | gradient of pre | gradient of learned | not finite | sums repeat | telemetry |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["checks"]:
+        lines.append(
+            f"| {row['formula']} | {row['dtype']} | {' x '.join(map(str, row['shape']))} "
+            f"| {row['h']:.2g} ({row['h_eager']:.2g}) | {row['dpre']:.2g} ({row['dpre_eager']:.2g}) "
+            f"| {row['learned']:.2g} | {row['not_finite']} | {row['repeats']} "
+            f"| {row['telemetry']['h']:.2g}, {row['telemetry']['statistics']:.2g} |"
+        )
+    lines += ["", "| formula | dtype | NaN propagates | finite in float64, not finite here |", "|---|---|---|---|"]
+    for row in record["extremes"]:
+        lines.append(f"| {row['formula']} | {row['dtype']} | {row['nan_kept']} | {row['finite_lost']} |")
+    lines += ["", "| formula | elements of pre | error in the first and last rows |", "|---|---|---|"]
+    for row in record["large"]:
+        lines.append(f"| {row['formula']} | {row['elements']:,} | {row['error']:.2g} |")
+    return lines
+
+
+def _times(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "",
+        "## Times",
+        "",
+        "Median of interleaved rounds (minimum to maximum). Bandwidth is relative to that of a copy in the same rounds, of as",
+        "many bytes as forward moves; every method is credited with the bytes that it must move. Saved: the bytes kept for",
+        "backward, inputs included.",
+        "",
+        "| formula | tokens x d_ff | pass | method | µs | fraction of copy bandwidth | saved, MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for direction in ("forward", "backward"):
+            copy_bandwidth = row["copy_bytes"] / row[direction]["copy"][0]
+            for method, (median, least, most) in row[direction].items():
+                moved = row["copy_bytes"] if method == "copy" else row[f"{direction}_bytes"]
+                saved = f"{row['saved_bytes'][method] / 2**20:.0f}" if method in row["saved_bytes"] else ""
+                lines.append(
+                    f"| {row['formula']} | {row['rows']} x {row['d_ff']} | {direction} | {method} "
+                    f"| {_microseconds(median, least, most)} | {moved / median / copy_bandwidth:.0%} | {saved} |"
+                )
+    return lines
+
+
+def _tiles(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["", "## Columns per tile", "", "| formula | pass and columns | µs |", "|---|---|---|"]
+    for row in rows:
+        for method, seconds in row["seconds"].items():
+            lines.append(f"| {row['formula']} | {method} | {_microseconds(*seconds)} |")
+    return lines
+
+
+def _microseconds(median: float, least: float, most: float) -> str:
+    return f"{median * 1e6:.0f} ({least * 1e6:.0f} to {most * 1e6:.0f})"
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    """Return a sentence for each check that failed.
+
+    An error may be 1.1 times that of plain torch, or that of the one rounding at the store; in fp32, that of 8 roundings.
+    """
+    failed = [sentence for row in record["checks"] for sentence in _failures_of_check(row)]
+    for row in record["extremes"]:
+        if not row["nan_kept"]:
+            failed.append(f"{row['formula']} in {row['dtype']}: NaN does not propagate")
+        if row["finite_lost"]:
+            failed.append(
+                f"{row['formula']} in {row['dtype']}: {row['finite_lost']} results overflow that are finite in float64"
+            )
+    for row in record["large"]:
+        if not row["error"] < _LARGEST_ERROR_OF_LARGE_TENSORS:
+            failed.append(f"{row['formula']} beyond 2**31 elements: error {row['error']:.2g}")
+    for row in record["fused"]:
+        if not row["error"] <= _ERROR_RATIO:
+            failed.append(f"{row['operation']} in {row['dtype']}: {row['error']:.2f} times the error of plain PyTorch")
+    return failed
+
+
+def _failures_of_check(row: dict[str, Any]) -> list[str]:
+    where = f"{row['formula']} in {row['dtype']}, {row['shape']}"
+    rounding = _ROUNDING[row["dtype"]]
+    failed = []
+    for result in ("h", "dpre"):
+        plain = row[f"{result}_eager"]
+        if not row[result] <= max(_ERROR_RATIO * plain, rounding):
+            failed.append(f"{where}: the error of {result} is {row[result]:.2g}, plain torch's {plain:.2g}")
+    telemetry = row["telemetry"]
+    if not telemetry["h"] <= rounding or not telemetry["statistics"] < _LARGEST_TELEMETRY_ERROR:
+        failed.append(f"{where}: the forward kernel with telemetry is off: {telemetry}")
+    if row["not_finite"] or not row["repeats"]:
+        failed.append(f"{where}: {row['not_finite']} numbers are not finite, sums repeat: {row['repeats']}")
+    return failed
