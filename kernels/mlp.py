@@ -360,7 +360,7 @@ class _Needs(NamedTuple):
 
 # A CPU without bf16 matrix instructions computes bf16 products element by element, up to a hundred times as slowly as fp32
 # ones. There they are computed in fp32, rounded once at the end, unless there are so few rows that reading the weights is all.
-_BF16_ON_CPU = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+BF16_ON_CPU = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 _FEWEST_ROWS = 32
 
 
@@ -386,7 +386,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _wide(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether a product of this dtype is computed in fp32."""
-    return dtype == torch.bfloat16 and x.device.type == "cpu" and not _BF16_ON_CPU
+    return dtype == torch.bfloat16 and x.device.type == "cpu" and not BF16_ON_CPU
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:

@@ -173,6 +173,12 @@ class Activation:
     def __repr__(self) -> str:
         return f"Activation({self.formula.text!r}, backend={self.backend!r})"
 
+    def __reduce__(self) -> tuple[type[Activation], tuple[Formula, str]]:
+        return Activation, (self.formula, self.backend)  # what SymPy made of the formula cannot be pickled
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Activation:
+        return self  # nothing in it changes
+
 
 class _Elementwise(torch.autograd.Function):
     """The activation alone: keeps the pre-activations, and computes all gradients from them in one pass."""

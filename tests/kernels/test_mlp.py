@@ -410,6 +410,6 @@ def test_wide_products_round_once(monkeypatch):
     """Where a CPU computes bf16 products in fp32, forward and backward do, and err no more than element by element."""
     module, x, dy = layer(dtype=torch.bfloat16), draw(N, D, dtype=torch.bfloat16), draw(N, D, seed=2)
     for supported in (True, False):
-        monkeypatch.setattr(mlp, "_BF16_ON_CPU", supported)
+        monkeypatch.setattr(mlp, "BF16_ON_CPU", supported)
         written = everything(lambda x: by_hand(module, x), module, x, dy)
         assert_errs_as_plain(everything(module, module, x, dy), written, module, x, dy, torch.bfloat16)

@@ -16,45 +16,22 @@ pytest.importorskip("transformers")
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
-from tiny_models import MODELS, RANK_KINDS, expected_on_ranks, logits_and_gradients, on_a_rank, tiny, tokens
 from torch import Tensor, nn
+from two_ranks import RANK_KINDS, expected_on_ranks, on_a_rank
 
+from bench.tiny_models import MODELS, error, in_three_ways, kept_bytes, logits_and_gradients, mlps, tiny, tokens
 from kernels import FormulaError
-from kernels.huggingface.layers import PatchError, formula_of
-from kernels.huggingface.patching import Patched, patch, unpatch
+from kernels.huggingface import Patched, PatchError, patch, unpatch
+from kernels.huggingface.layers import formula_of
 
 RATIO = 1.1  # of two errors that are drawn from one distribution, each a norm over thousands of elements
 GATED = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma 2", "Gemma 3", "Phi-3", "OLMo-2", "GLM-4"]
 
 
-def layers(model: nn.Module) -> list[Any]:
-    return [module for name, module in model.named_modules() if name.endswith(".mlp")]
-
-
-@functools.cache
-def rounding(name: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Return logits and gradients of the model in float64, in `dtype`, and patched in `dtype`."""
-    model = tiny(name)
-    results = []
-    for precision, fused in ((torch.float64, False), (dtype, False), (dtype, True)):
-        # The weights are those of `dtype` in float64 too: what is compared is the computation.
-        other = copy.deepcopy(model).to(dtype).to(precision)
-        if fused:
-            patch(other)
-        results.append(logits_and_gradients(other, other, tokens(16)))
-    return results[0], results[1], results[2]
-
-
-def error(results: dict[str, Tensor], exact: dict[str, Tensor], names: list[str]) -> float:
-    """Return the error of some tensors, each relative to its own norm: the root of their mean square."""
-    squares = [float(((results[name] - exact[name]).norm() / exact[name].norm()) ** 2) for name in names]
-    return (sum(squares) / len(squares)) ** 0.5
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_are_within_the_models_own_rounding(name, dtype):
-    exact, unpatched, patched = rounding(name, dtype)
+    exact, unpatched, patched = in_three_ways(name, dtype)
     assert exact.keys() == unpatched.keys() == patched.keys()
     mlp = [key for key in exact if ".mlp." in key and exact[key].numel() > 1]
     for names in (["logits"], mlp, [key for key in exact if key not in mlp and exact[key].numel() > 1]):
@@ -81,36 +58,21 @@ def test_parameters_stay_as_they_are(name):
 
 def fused_steps(model: nn.Module) -> list[Any]:
     width = model.config.hidden_size
-    results = [layer(torch.randn(3, width)).grad_fn for layer in layers(model)]
+    results = [layer(torch.randn(3, width)).grad_fn for layer in mlps(model)]
     assert len(results) == 2
     return [step.next_functions[0][0] if step.name().startswith("View") else step for step in results]
 
 
-@pytest.mark.parametrize("name", ["Llama", "Phi-3", "Arcee", "Apertus"])
-def test_it_keeps_at_most_six_tenths(name):
-    model = tiny(name)
-    unpatched = kept(layers(model)[0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "units"), [("Llama", 2), ("Gemma 3", 2), ("Phi-3", 2), ("Arcee", 1), ("Apertus", 1)])
+def test_it_keeps_the_pre_activations_and_at_most_six_tenths(name, units, dtype):
+    model, x = tiny(name).to(dtype), torch.randn(512, 64, dtype=dtype, requires_grad=True)
+    before = kept_bytes(mlps(model)[0], x)
     patch(model)
-    bound = 0.6 if name in GATED else 0.75
-    assert kept(layers(model)[0]) <= bound * unpatched
-
-
-def kept(layer: nn.Module) -> int:
-    """Return the bytes of all storages that a layer keeps for backward, its input among them, its parameters not."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
-    sizes: dict[int, int] = {}
-    alive = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(torch.randn(512, 64, requires_grad=True))
-    return sum(sizes.values())
+    after = kept_bytes(mlps(model)[0], x)
+    assert after[0] == units * 512 * 160 * dtype.itemsize
+    if name in GATED:
+        assert all(a <= 0.6 * b for a, b in zip(after, before, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------- other formulas
@@ -119,7 +81,7 @@ def kept(layer: nn.Module) -> int:
 def test_a_formula_of_ones_own():
     model, x = tiny("Llama"), torch.randn(5, 64)
     assert str(patch(model, "relu(gate)**2 * up")) == "2 feed-forward layers: relu(gate)**2 * up"
-    layer = layers(model)[0]
+    layer = mlps(model)[0]
     torch.testing.assert_close(layer(x), layer.down_proj(F.relu(layer.gate_proj(x)) ** 2 * layer.up_proj(x)))
     assert str(patch(model)) == "2 feed-forward layers: silu(gate) * up"  # patched anew, with its own
     torch.testing.assert_close(layer(x), layer.down_proj(F.silu(layer.gate_proj(x)) * layer.up_proj(x)))
@@ -142,7 +104,7 @@ def test_learned_parameters_of_a_given_formula(name, formula):
     added = [name for name in model.state_dict() if name not in names]
     assert added == [f"model.layers.{n}.mlp.formula_parameters.b" for n in range(2)]
     logits_and_gradients(model, model, tokens())
-    for layer in layers(model):
+    for layer in mlps(model):
         assert layer.formula_parameters["b"].shape == (160,)
         assert layer.formula_parameters["b"].grad.abs().min() > 0
     unpatch(model)
@@ -155,7 +117,7 @@ def test_learned_parameters_of_xielu_are_the_layers_own():
     before = model(tokens()).logits
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     logits_and_gradients(model, model, tokens())
-    for layer in layers(model):
+    for layer in mlps(model):
         assert layer.act_fn.alpha_p.grad.abs() > 0
         assert layer.act_fn.alpha_n.grad.abs() > 0
     optimizer.step()
@@ -185,7 +147,7 @@ def test_activations_that_are_known(name):
 def test_activations_that_are_functions(function):
     assert formula_of(function) is not None
     model = tiny("Arcee")
-    for layer in layers(model):
+    for layer in mlps(model):
         layer.act_fn = None
         del layer.act_fn
         layer.act_fn = function
@@ -349,7 +311,7 @@ def test_copies_are_patched_and_independent():
     file.seek(0)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
         assert torch.equal(twin(tokens()).logits, expected)
-        layers(twin)[0].down_proj.weight.data.zero_()
+        mlps(twin)[0].down_proj.weight.data.zero_()
         assert not torch.equal(twin(tokens()).logits, expected)
         assert unpatch(twin) == 2
     assert torch.equal(model(tokens()).logits, expected)
@@ -361,7 +323,7 @@ def test_hooks_fire():
     expected = logits_and_gradients(model, model, tokens())
     calls: list[str] = []
     for name in ("up_proj", "down_proj", "act_fn"):
-        handle = getattr(layers(model)[0], name).register_forward_hook(lambda *_, name=name: calls.append(name))
+        handle = getattr(mlps(model)[0], name).register_forward_hook(lambda *_, name=name: calls.append(name))
         assert_equal(logits_and_gradients(model, model, tokens()), expected)
         assert name in calls
         handle.remove()
@@ -391,8 +353,8 @@ def test_torch_compile():
     compiled = torch.compile(model, backend="aot_eager")
     assert_equal(logits_and_gradients(compiled, model, tokens()), expected)
     x = torch.randn(2, 5, 64)
-    whole = torch.compile(layers(model)[0], backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(whole(x), layers(model)[0](x))
+    whole = torch.compile(mlps(model)[0], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(whole(x), mlps(model)[0](x))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

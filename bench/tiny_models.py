@@ -1,21 +1,19 @@
-"""Small models of Transformers with random weights, and their gradients on two ranks."""
+"""Small models of Transformers with random weights, their gradients, and what their feed-forward layers keep."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 
-from kernels.huggingface.patching import patch
+from kernels.huggingface import patch
 
 VOCABULARY = 128
 _COMMON = {
@@ -59,6 +57,11 @@ def tiny(name: str, **settings: Any) -> nn.Module:
     return getattr(transformers, model)(getattr(transformers, config)(**{**_COMMON, **more, **settings})).train()
 
 
+def mlps(model: nn.Module) -> list[Any]:
+    """Return the feed-forward layers."""
+    return [module for name, module in model.named_modules() if name.endswith(".mlp")]
+
+
 def tokens(batch: int = 4, length: int = 24) -> Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
 
@@ -70,42 +73,41 @@ def logits_and_gradients(run: Any, model: nn.Module, ids: Tensor) -> dict[str, T
     nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     results = {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {
-        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).double()
-        for name, value in results.items()
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).double() for name, value in results.items()
     }
 
 
-RANK_KINDS = ("ddp", "fsdp", "fsdp of each mlp")
-
-
-def on_a_rank(rank: int, folder: str) -> None:
-    """Compute the gradients of patched models whose batch two ranks share; rank 0 writes them."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
-    half = tokens().chunk(2)[rank]
-    for kind in RANK_KINDS:
-        model: Any = tiny("Llama")
-        patch(model)
-        run = model
-        if kind == "ddp":
-            run = DistributedDataParallel(model)
-        else:
-            for layer in model.model.layers:
-                if kind == "fsdp of each mlp":
-                    fully_shard(layer.mlp)
-                fully_shard(layer)
-            fully_shard(model)
-        for _ in range(2):  # the second time, parameters were resharded before
-            results = logits_and_gradients(run, model, half)
-        assert len(patch(model)) == 2  # a layer that was sharded can be patched too
-        if rank == 0:
-            torch.save(results, Path(folder) / kind)
-    dist.destroy_process_group()
-
-
-def expected_on_ranks() -> dict[str, Tensor]:
-    """Return what the unpatched model gives for the whole batch, and rank 0's logits."""
-    model = tiny("Llama")
-    results = logits_and_gradients(model, model, tokens())
-    results["logits"] = results["logits"].chunk(2)[0]
+def in_three_ways(name: str, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """Return logits and gradients of a model in float64, in `dtype`, and patched in `dtype`."""
+    results = []
+    for precision, fused in ((torch.float64, False), (dtype, False), (dtype, True)):
+        model = tiny(name).to(dtype).to(precision)  # the weights are those of `dtype`, so the computation alone differs
+        if fused:
+            patch(model)
+        results.append(logits_and_gradients(model, model, tokens(16)))
     return results
+
+
+def error(results: dict[str, Tensor], exact: dict[str, Tensor], names: Iterable[str]) -> float:
+    """Return the root mean square of the errors of some tensors, each relative to the tensor's norm."""
+    squares = [float(((results[name] - exact[name]).norm() / exact[name].norm()) ** 2) for name in names]
+    return (sum(squares) / len(squares)) ** 0.5
+
+
+def kept_bytes(layer: nn.Module, x: Tensor) -> tuple[int, int]:
+    """Return the bytes that a layer keeps for backward, each storage once: without x and with it; parameters never count."""
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
+    sizes: dict[int, int] = {}
+    alive = []  # so that no address is given out twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in excluded:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    own = sizes.pop(x.untyped_storage().data_ptr(), 0)
+    return sum(sizes.values()), sum(sizes.values()) + own
