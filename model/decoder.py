@@ -130,7 +130,7 @@ class Layer(nn.Module):
         self.attention_norm = RMSNorm(shape.d_model, model.norm_eps, gradient_axis)
         self.attention = Attention(shape, index, model, rotary, backend, mesh)
         self.ffn_norm = RMSNorm(shape.d_model, model.norm_eps, gradient_axis)
-        self.ffn = FeedForward(shape.ffn[index].arm, shape.ffn[index].d_ff, shape.d_model, mesh)
+        self.ffn = FeedForward(shape.ffn[index], shape.d_model, mesh)
 
     def forward(self, x: Tensor, residual: Tensor | None, forward_pass: ForwardPass) -> tuple[Tensor, Tensor]:
         """Apply the layer to the residual stream, whose value is x + residual.

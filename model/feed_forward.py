@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conf.schema import FFNConfig
 from kernels import FormulaError, activation
 from kernels.activations.activation import Activation
 from kernels.activations.telemetry import Statistics
@@ -52,9 +51,9 @@ def check_arms(
             run here.
     """
     messages: list[str] = []
-    for arm, _ in itertools.groupby(shape.arm for shape in shapes):  # once per run of equal layers
+    for arm, layers in itertools.groupby(shapes, key=lambda shape: shape.arm):  # once per run of equal layers
         try:
-            function = activation(arm.formula, arm.parameters, arm.backend, arm.from_output)
+            function = activation(next(layers).formula, backend=arm.backend)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 function.prepare(device, dtype, statistics)
@@ -76,10 +75,10 @@ def check_arms(
 class FeedForward(nn.Module):
     """The arm under study: D -> F (once, or twice if gated) -> the formula -> D."""
 
-    def __init__(self, arm: FFNConfig, width: int, d_model: int, mesh: Mesh = Mesh()) -> None:
+    def __init__(self, ffn: FFNShape, d_model: int, mesh: Mesh = Mesh()) -> None:
         super().__init__()
-        self.activation = activation(arm.formula, arm.parameters, arm.backend, arm.from_output)
-        formula = self.activation.formula
+        arm, formula, width = ffn.arm, ffn.formula, ffn.d_ff
+        self.activation = activation(formula, backend=arm.backend)
         self.gated, self.save, self.init_scale = formula.gated, arm.save, arm.init_scale
         self.d_ff, self.tensor = width, mesh.tensor
         self.statistics: Statistics | None = None  # if set, forward adds this layer's telemetry to it

@@ -21,8 +21,8 @@ CPU = torch.device("cpu"), torch.float32
 
 def layer(dtype: torch.dtype = torch.float64, **arm) -> FeedForward:
     config = FFNConfig(**arm)
-    formula = parse(config.formula, config.parameters)
-    ffn = FeedForward(config, WIDTH, D)
+    formula = parse(config.formula, config.parameters, config.from_output)
+    ffn = FeedForward(FFNShape(config, formula, WIDTH), D)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in (ffn.up, ffn.down):
