@@ -138,8 +138,8 @@ def check(workload: Workload) -> dict[str, Any]:
 def check_telemetry(workload: Workload, h: Tensor) -> dict[str, float]:
     """Return the errors of the forward kernel with telemetry: of its h against that of forward, and of its statistics."""
     values = list(workload.learned.values())
-    telemetry_h, stats = workload.function.forward_with_statistics(workload.pre, values)
-    exact = reference.statistics(
+    telemetry_h, stats = workload.function.forward_with_stats(workload.pre, values)
+    exact = reference.stats_of(
         workload.function.compiled, workload.pre.double(), telemetry_h.double(), [value.double() for value in values]
     )
     sums = (stats.sums.double() - exact.sums).abs() / exact.sums.abs().clamp_min(1e-3 * exact.elements)

@@ -67,7 +67,7 @@ def offline(
     module, found = runtime.load(triton_source.source(compiled)), []
     constants = {"UNIT": 8 if width_is_multiple_of_8 else 1, "TILE": triton_backend.TILE}
     functions = [getattr(module, name) for name in ("forward", "backward", "backward_with_h")]
-    functions.append(runtime.load(triton_source.source_with_statistics(compiled)).statistics)
+    functions.append(runtime.load(triton_source.source_with_stats(compiled)).statistics)
     for function in functions:
         name, kinds = function.__name__, {argument: _kind(argument, dtype) for argument in function.arg_names}
         found.append(_read(name, machine_code(function, kinds, constants, triton_backend.WARPS), compiled, dtype))

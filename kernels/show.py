@@ -246,9 +246,9 @@ def _plot(compiled: Compiled, path: str) -> None:
     import torch
     from matplotlib import pyplot
 
-    from .activations.properties import _Sampler
+    from .activations.properties import Sampler
 
-    sample, silu = _Sampler(compiled), torch.nn.functional.silu
+    sample, silu = Sampler(compiled), torch.nn.functional.silu
     x = torch.linspace(-5, 5, 2001, dtype=torch.float64, requires_grad=True)
     beside = {}
     for name, function in {"ReLU": torch.relu, "SiLU": silu}.items():

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from kernels import FormulaError, activation
 from kernels.activations.activation import Activation
-from kernels.activations.telemetry import Statistics
+from kernels.activations.telemetry import ActivationStats
 from kernels.common.errors import UserError
 from kernels.formula.gaussian import gaussian_rms
 from launch.estimate.counts import FFNShape
@@ -81,7 +81,7 @@ class FeedForward(nn.Module):
         self.activation = activation(formula, backend=arm.backend)
         self.gated, self.save, self.init_scale = formula.gated, arm.save, arm.init_scale
         self.d_ff, self.tensor = width, mesh.tensor
-        self.statistics: Statistics | None = None  # if set, forward adds this layer's telemetry to it
+        self.statistics: ActivationStats | None = None  # if set, forward adds this layer's telemetry to it
         shape = (2, width, d_model) if self.gated else (width, d_model)  # gate, then up
         self.up = shard_parameter(mesh, shape, len(shape) - 2)
         self.down = shard_parameter(mesh, (d_model, width), 1)
@@ -120,7 +120,7 @@ class _Options(NamedTuple):
 
     activation: Activation
     save: str
-    statistics: Statistics | None
+    statistics: ActivationStats | None
     tensor: Axis
 
 
@@ -131,7 +131,7 @@ class _FeedForward(torch.autograd.Function):
         if options.statistics is None:
             h = options.activation.forward(pre, learned)  # (..., F)
         else:
-            h, sample = options.activation.forward_with_statistics(pre, learned)
+            h, sample = options.activation.forward_with_stats(pre, learned)
             options.statistics.add(sample)
         saved = {"packed": (pre,), "output": (h,), "everything": (pre, h), "input": ()}[options.save]
         ctx.save_for_backward(x, up, down, *learned, *saved)

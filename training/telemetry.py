@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.activations.telemetry import Statistics, figures
+from kernels.activations.telemetry import ActivationStats, figures
 from model.decoder import Decoder
 from model.feed_forward import FeedForward
 from training.engine import Engine, GradientFragment
@@ -85,7 +85,9 @@ class Sample:
     def __init__(self, module: Decoder, device: torch.device) -> None:
         self.layers = [child for child in module.modules() if isinstance(child, FeedForward)]  # first to last
         self.tensor = module.mesh.tensor
-        self.statistics = [Statistics(f.activation.compiled, f.d_ff // self.tensor.size, device) for f in self.layers]
+        self.statistics = [
+            ActivationStats(f.activation.compiled, f.d_ff // self.tensor.size, device) for f in self.layers
+        ]
         # Squared gradient norm of each layer, and sums over each row of the signs of its down projection's gradient.
         self.squares = torch.zeros(len(self.layers), dtype=torch.float64, device=device)
         self.signs = torch.zeros(len(self.layers), module.shape.d_model, dtype=torch.float64, device=device)

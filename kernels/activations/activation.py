@@ -14,7 +14,7 @@ from ..formula import Formula
 from ..formula.symbolic import Compiled, compile_formula
 from ..tensors import is_plain
 from . import reference
-from .telemetry import Seen
+from .telemetry import BatchStats
 
 # Of the operators in `ops.py`; this room may be imported under two names, and each registers its own.
 NAMESPACE = __name__.partition(".")[0]
@@ -70,7 +70,7 @@ class Activation:
         if statistics:
             sizes = (0 if parameter.share == "channel" else 1 for parameter in self.formula.learned.values())
             learned = [torch.zeros(size, device=device) for size in sizes]
-            backend.forward_with_statistics(self.compiled, nothing, learned)
+            backend.forward_with_stats(self.compiled, nothing, learned)
 
     def forward(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """Compute h without recording a gradient; `learned` in the formula's order."""
@@ -78,7 +78,7 @@ class Activation:
             return self.compute(pre, learned)
         return _operators().forward(pre, list(learned), self.key)
 
-    def forward_with_statistics(self, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, Seen]:
+    def forward_with_stats(self, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, BatchStats]:
         """`forward`, the same to the last bit, and what the kernel saw on the way: see `kernels/activations/telemetry.py`.
 
         Raises:
@@ -87,7 +87,7 @@ class Activation:
         if not is_plain(pre):
             raise TypeError("statistics are taken in eager mode, of plain tensors")
         self._check_forward(pre, learned)
-        return self._backend(pre).forward_with_statistics(self.compiled, pre.contiguous(), learned)
+        return self._backend(pre).forward_with_stats(self.compiled, pre.contiguous(), learned)
 
     def backward(
         self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool = False
@@ -157,7 +157,7 @@ class Activation:
             from . import triton_backend
 
             if runtime.serves(pre):
-                return triton_backend.kernels(self.compiled)
+                return triton_backend.kernels_of(self.compiled)
             if self.backend == "triton":
                 raise runtime.refusal(pre)
             runtime.warn_if_missing()
@@ -165,7 +165,7 @@ class Activation:
         from . import c_backend
 
         if serves(pre):
-            return c_backend.library(self.compiled) or reference
+            return c_backend.kernels_of(self.compiled) or reference
         if self.backend == "c":
             raise ValueError(f"the C backend computes fp32 and bf16 on a CPU, not {pre.dtype} on {pre.device.type}")
         return reference

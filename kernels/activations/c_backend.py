@@ -15,23 +15,23 @@ from torch import Tensor
 from ..c.library import NAMES, load
 from ..formula.symbolic import Compiled
 from . import reference
-from .c_source import source, source_with_statistics
-from .telemetry import Seen, sums_of
+from .c_source import source, source_with_stats
+from .telemetry import BatchStats, sums_of
 
-_libraries: dict[Compiled, Library] = {}
+_kernels: dict[Compiled, CKernels] = {}
 
 
-def library(compiled: Compiled) -> Library | None:
+def kernels_of(compiled: Compiled) -> CKernels | None:
     """Return the kernels of a formula, built if need be; None where no compiler works."""
-    if compiled not in _libraries:
+    if compiled not in _kernels:
         built = load(source(compiled))
         if built is None:
             return None
-        _libraries.setdefault(compiled, Library(compiled, built))
-    return _libraries[compiled]
+        _kernels.setdefault(compiled, CKernels(compiled, built))
+    return _kernels[compiled]
 
 
-class Library:
+class CKernels:
     """The kernels of one formula."""
 
     def __init__(self, compiled: Compiled, built: ctypes.CDLL) -> None:
@@ -47,23 +47,23 @@ class Library:
         return h
 
     @functools.cached_property
-    def built_with_statistics(self) -> ctypes.CDLL | None:
+    def built_with_stats(self) -> ctypes.CDLL | None:
         """The variant that tells of itself, built when it is first asked for; None where no compiler is left."""
-        return load(source_with_statistics(self.compiled))
+        return load(source_with_stats(self.compiled))
 
-    def forward_with_statistics(
+    def forward_with_stats(
         self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]
-    ) -> tuple[Tensor, Seen]:
-        """See `reference.forward_with_statistics`."""
-        if self.built_with_statistics is None:
+    ) -> tuple[Tensor, BatchStats]:
+        """See `reference.forward_with_stats`."""
+        if self.built_with_stats is None:
             h = self.forward(compiled, pre, learned)
-            return h, reference.statistics(compiled, pre, h, learned)
+            return h, reference.stats_of(compiled, pre, h, learned)
         h = self._empty_h(pre)
         sums, active = torch.zeros(len(sums_of(compiled)) + 1), torch.zeros(pre.shape[-1])
         if h.numel():
             tensors = (pre, h, *_values(learned), *sums.split(1), active)
-            _run(self.built_with_statistics, "statistics", tensors, h, h.shape[-1])
-        return h, Seen(sums[:-1], sums[-1], active, h.numel())
+            _run(self.built_with_stats, "statistics", tensors, h, h.shape[-1])
+        return h, BatchStats(sums[:-1], sums[-1], active, h.numel())
 
     def backward(
         self, _: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool

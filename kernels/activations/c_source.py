@@ -17,7 +17,7 @@ from ..c.library import DTYPES, PRIMITIVES
 from ..formula.functions import REGISTRY
 from ..formula.program import INFIX, Argument, Line, Program
 from ..formula.symbolic import OUTPUT, Compiled
-from .telemetry import ACTIVE, PEAK, STORED, statistics_program
+from .telemetry import ACTIVE, PEAK, STORED, stats_program
 
 _BLOCKS = 64  # of rows
 _OPERATORS = INFIX | {"neg": "-{}"}
@@ -43,16 +43,16 @@ def source(compiled: Compiled) -> str:
     return "\n".join(parts)
 
 
-def source_with_statistics(compiled: Compiled) -> str:
+def source_with_stats(compiled: Compiled) -> str:
     """Return the C source of statistics_T for every T of `DTYPES`: the forward kernel that also tells of h and the slopes.
 
     Each tile goes through the loop of forward_T, the same to the last bit, and then, still in the cache, through one that adds
-    up. Takes pointers to pre, h, each learned parameter, each sum of `statistics_program` (float), and then rows and width.
+    up. Takes pointers to pre, h, each learned parameter, each sum of `stats_program` (float), and then rows and width.
     """
     parts = _head(compiled)
     for dtype in DTYPES:
         forward = _Kernel(compiled, compiled.forward, dtype, f"forward_{dtype}")
-        program = statistics_program(compiled)
+        program = stats_program(compiled)
         parts += [forward.loop(), _Kernel(compiled, program, dtype, f"statistics_{dtype}", before=forward).text()]
     return "\n".join(parts)
 

@@ -111,7 +111,7 @@ class Properties:
     warnings: list[str]
 
 
-class _Sampler:
+class Sampler:
     """h and its slopes at chosen points, in float64."""
 
     def __init__(self, compiled: Compiled) -> None:
@@ -141,7 +141,7 @@ class _Sampler:
 
 def properties(compiled: Compiled) -> Properties:
     """Sample an activation."""
-    sample = _Sampler(compiled)
+    sample = Sampler(compiled)
     names, gated = sample.names, compiled.formula.gated
     axis = torch.arange(-REACH, REACH + _STEP / 2, 1 / 16 if gated else _STEP, dtype=torch.float64)
     grid = dict(zip(names, torch.meshgrid(*[axis] * len(names), indexing="ij"), strict=True))
@@ -170,7 +170,7 @@ def properties(compiled: Compiled) -> Properties:
     return result
 
 
-def _curve(sample: _Sampler, name: str, saturated: float) -> Curve:
+def _curve(sample: Sampler, name: str, saturated: float) -> Curve:
     along = sample.along(name)
     points = torch.arange(-REACH, REACH + _STEP / 2, _STEP, dtype=torch.float64)
     h, slope = along(points)
@@ -209,7 +209,7 @@ def _largest_jump(function: Callable[[Tensor], Tensor], points: Tensor) -> tuple
     return (size, round(float(right[most]), 9) + 0.0) if size > 1e-6 else (0.0, math.nan)
 
 
-def _dead(sample: _Sampler, name: str, points: Tensor) -> list[tuple[float, float]]:
+def _dead(sample: Sampler, name: str, points: Tensor) -> list[tuple[float, float]]:
     others = [other for other in sample.names if other != name]
     dead = torch.ones(len(points), dtype=torch.bool)
     for value in (-3.0, -0.5, 1.0, 2.5) if others else (0.0,):
@@ -222,7 +222,7 @@ def _dead(sample: _Sampler, name: str, points: Tensor) -> list[tuple[float, floa
     return [(low, high) for low, high in intervals if high > low]
 
 
-def _is_true_glu(sample: _Sampler) -> bool:
+def _is_true_glu(sample: Sampler) -> bool:
     gate, up = torch.randn(2, 1024, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
     nothing, _ = sample(gate=gate, up=torch.zeros_like(up))
     once, _ = sample(gate=gate, up=up)

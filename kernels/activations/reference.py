@@ -16,7 +16,7 @@ from torch import Tensor
 from ..formula.functions import REGISTRY, implementation
 from ..formula.program import Program, run
 from ..formula.symbolic import OUTPUT, Compiled
-from .telemetry import STORED, Seen, statistics_program
+from .telemetry import STORED, BatchStats, stats_program
 
 _BLOCK = 1 << 16  # elements: what a block's intermediate results need stays in a core's cache
 
@@ -31,17 +31,17 @@ def forward(compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> Tenso
     return h.view(_h_shape(pre, len(names)))
 
 
-def forward_with_statistics(compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, Seen]:
-    """Return h, and what can be seen of it and of the slopes there (`kernels/activations/telemetry.py`)."""
+def forward_with_stats(compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, BatchStats]:
+    """Return h, and the statistics of it and of the slopes (`telemetry.py`)."""
     h = forward(compiled, pre, learned)
-    return h, statistics(compiled, pre, h, learned)
+    return h, stats_of(compiled, pre, h, learned)
 
 
-def statistics(compiled: Compiled, pre: Tensor, h: Tensor, learned: Sequence[Tensor]) -> Seen:
-    """Return what can be seen of an h that was computed."""
+def stats_of(compiled: Compiled, pre: Tensor, h: Tensor, learned: Sequence[Tensor]) -> BatchStats:
+    """Return the statistics of an h that was computed before."""
     rows = _rows(pre, len(compiled.formula.pre_activations))
     flat = h.reshape(rows.shape[0], rows.shape[-1])
-    wide, program = _wide(pre.dtype), statistics_program(compiled)
+    wide, program = _wide(pre.dtype), stats_program(compiled)
     sums = torch.zeros(len(program.outputs) - 2, dtype=wide, device=pre.device)
     peak, active = sums.new_zeros(()), sums.new_zeros(pre.shape[-1])
     for block in _blocks(rows) if h.numel() else ():
@@ -50,7 +50,7 @@ def statistics(compiled: Compiled, pre: Tensor, h: Tensor, learned: Sequence[Ten
         sums += torch.stack([values.sum() for values in added])
         peak = torch.maximum(peak, peaks.max())
         active += actives.sum(0)
-    return Seen(sums, peak, active, h.numel())
+    return BatchStats(sums, peak, active, h.numel())
 
 
 def backward(

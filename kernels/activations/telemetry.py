@@ -1,8 +1,8 @@
-"""What a forward kernel can tell of the activations that it computes, while it computes them.
+"""Statistics of activations, computed inside the forward kernel.
 
-A second variant of the forward kernel computes the same h, bit for bit, and beside it adds up what this page defines. The
-`Statistics` of a layer collect that over calls; sums of several ranks are added, and `figures` turns them into shares, means
-and moments. When to do it, and what becomes of the figures, is the caller's affair.
+A second variant of the forward kernel computes the same h, bit for bit, and also accumulates the sums that this module
+defines. `BatchStats` holds the sums of one call, `ActivationStats` accumulates those of a layer over calls. The sums of
+several ranks may be added; `figures` converts them to fractions, means and moments. The caller decides when to sample.
 
 Slopes are derivatives of the formula, so every figure is defined for every formula: the *gate* of a gated formula is what
 multiplies `up`, dh/dup, which is silu(gate) for silu(gate) * up; its slope is the derivative of that by `gate`.
@@ -29,7 +29,7 @@ PEAK, ACTIVE = "peak", "active"
 
 
 @functools.lru_cache(maxsize=256)
-def statistics_program(compiled: Compiled) -> Program:
+def stats_program(compiled: Compiled) -> Program:
     """Return the program of what one element adds to the statistics.
 
     Inputs: the pre-activations and learned parameters, and `STORED`, h as it was rounded. Outputs: all but the last two are
@@ -61,7 +61,7 @@ def _lowered(compiled: Compiled) -> Program:
 
 def sums_of(compiled: Compiled) -> tuple[str, ...]:
     """Return the names of what is added up over all elements, in order."""
-    return tuple(name for name in statistics_program(compiled).outputs if name not in (PEAK, ACTIVE))
+    return tuple(name for name in stats_program(compiled).outputs if name not in (PEAK, ACTIVE))
 
 
 def _symbol(name: str) -> sympy.Symbol:
@@ -81,8 +81,8 @@ def _renumbered(program: Program, first: int) -> Program:
 
 
 @dataclasses.dataclass
-class Seen:
-    """What one call of a kernel saw.
+class BatchStats:
+    """The statistics of one call of a kernel.
 
     Attributes:
         sums: (number of sums,) fp32 or wider, in the order of `sums_of`.
@@ -97,10 +97,13 @@ class Seen:
     elements: int
 
 
-class Statistics:
-    """The statistics of one layer, over the calls that were added.
+class ActivationStats:
+    """The statistics of one layer, accumulated over calls in fp64 on the device.
 
-    `sums` (K + 1,) ends with the number of elements; `peak` (1,) and `active` (d_ff,) are as in `Seen`; fp64, on the device.
+    Attributes:
+        sums: (number of sums + 1,), in the order of `names`; the last is the number of elements.
+        peak: (1,) the largest |h|.
+        active: (d_ff,) tokens for which each unit was active.
     """
 
     def __init__(self, compiled: Compiled, width: int, device: torch.device) -> None:
@@ -110,19 +113,19 @@ class Statistics:
         self.sums = torch.zeros(len(self.names) + 1, **wide)
         self.peak, self.active = torch.zeros(1, **wide), torch.zeros(width, **wide)
 
-    def add(self, seen: Seen) -> None:
-        """Take in one call."""
-        self.sums[:-1] += seen.sums
-        self.sums[-1] += seen.elements
-        torch.maximum(self.peak, seen.peak.double(), out=self.peak)
-        self.active += seen.active
+    def add(self, batch: BatchStats) -> None:
+        """Accumulate the statistics of one call."""
+        self.sums[:-1] += batch.sums
+        self.sums[-1] += batch.elements
+        torch.maximum(self.peak, batch.peak.double(), out=self.peak)
+        self.active += batch.active
 
 
 def figures(names: Sequence[str], pre_activations: int, sums: Sequence[float], peak: float) -> dict[str, float]:
     """Return what the sums of a layer mean.
 
     Args:
-        names, pre_activations: of its `Statistics`.
+        names, pre_activations: of its `ActivationStats`.
         sums, peak: as there, over all ranks.
 
     Returns:

@@ -18,15 +18,15 @@ from torch import Tensor
 from ..formula.symbolic import Compiled
 from ..tensors import on_device_of
 from ..triton.runtime import load
-from .telemetry import Seen, sums_of
-from .triton_source import source, source_with_statistics
+from .telemetry import BatchStats, sums_of
+from .triton_source import source, source_with_stats
 
 TILE = 1024  # columns per program: 128 threads with 8 each, which in 16 bits is one load
 WARPS = 4
 _SUMS = 256  # at most so many blocks of rows, whose gradients of learned parameters are added up apart
 
 
-class Kernels:
+class TritonKernels:
     """The kernels of one formula."""
 
     def __init__(self, compiled: Compiled) -> None:
@@ -35,9 +35,9 @@ class Kernels:
         self.shares = [learned.share for learned in compiled.formula.learned.values()]
 
     @functools.cached_property
-    def module_with_statistics(self) -> ModuleType:
+    def module_with_stats(self) -> ModuleType:
         """The variant of the forward kernel that tells of itself, printed when it is first asked for."""
-        return load(source_with_statistics(self.compiled))
+        return load(source_with_stats(self.compiled))
 
     def forward(self, _: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """See `reference.forward`."""
@@ -47,22 +47,22 @@ class Kernels:
             self._launch(self.module.forward, h.numel() // width, width, [pre, h, *_detached(learned)])
         return h
 
-    def forward_with_statistics(
+    def forward_with_stats(
         self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]
-    ) -> tuple[Tensor, Seen]:
-        """See `reference.forward_with_statistics`."""
+    ) -> tuple[Tensor, BatchStats]:
+        """See `reference.forward_with_stats`."""
         width, count = pre.shape[-1], len(sums_of(compiled)) + 1
         h = self._empty_h(pre)
         if not h.numel():
             nothing = torch.zeros(count, device=pre.device)
-            return h, Seen(nothing[:-1], nothing[-1], torch.zeros(width, device=pre.device), 0)
+            return h, BatchStats(nothing[:-1], nothing[-1], torch.zeros(width, device=pre.device), 0)
         rows = h.numel() // width
         share, blocks = _blocks(rows)
         totals = torch.empty((count, blocks, _tiles(width)), dtype=torch.float32, device=pre.device)
         active = torch.empty((blocks, width), dtype=torch.float32, device=pre.device)
         tensors = [pre, h, *_detached(learned), totals, active]
-        self._launch(self.module_with_statistics.statistics, blocks, width, tensors, rows, share)
-        return h, Seen(totals[:-1].sum((1, 2)), totals[-1].amax(), active.sum(0), h.numel())
+        self._launch(self.module_with_stats.statistics, blocks, width, tensors, rows, share)
+        return h, BatchStats(totals[:-1].sum((1, 2)), totals[-1].amax(), active.sum(0), h.numel())
 
     def backward(
         self, _: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool
@@ -131,11 +131,11 @@ def _total(sums: Tensor, parameter: Tensor) -> Tensor:
     return (sums.sum(0) if sums.shape[1] == parameter.numel() else sums.sum()).view(parameter.shape)
 
 
-_kernels: dict[Compiled, Kernels] = {}
+_kernels: dict[Compiled, TritonKernels] = {}
 
 
-def kernels(compiled: Compiled) -> Kernels:
+def kernels_of(compiled: Compiled) -> TritonKernels:
     """Return the kernels of a formula, printed and imported at the first call."""
     if compiled not in _kernels:
-        _kernels[compiled] = Kernels(compiled)
+        _kernels[compiled] = TritonKernels(compiled)
     return _kernels[compiled]

@@ -18,7 +18,7 @@ import numpy as np
 from ..formula.functions import REGISTRY
 from ..formula.program import INFIX, Argument, Line, Program
 from ..formula.symbolic import OUTPUT, Compiled
-from .telemetry import STORED, statistics_program
+from .telemetry import STORED, stats_program
 
 _PACKAGE = __name__.rpartition(".activations.")[0]  # "kernels" or "formula_ffn", whichever this was imported as
 
@@ -40,7 +40,7 @@ def source(compiled: Compiled) -> str:
 {_from_output(compiled)}"""
 
 
-def source_with_statistics(compiled: Compiled) -> str:
+def source_with_stats(compiled: Compiled) -> str:
     """Return the Python source of `statistics`: the forward kernel that also tells of h and the slopes."""
     return f"{_imports(compiled)}\n\n{_statistics(compiled)}"
 
@@ -107,8 +107,8 @@ def _forward(compiled: Compiled) -> str:
 
 
 def _statistics(compiled: Compiled) -> str:
-    """Print the forward kernel in which a program walks a block of rows and adds up what `statistics_program` says."""
-    program, learned = statistics_program(compiled), compiled.formula.learned
+    """Print the forward kernel in which a program walks a block of rows and adds up what `stats_program` says."""
+    program, learned = stats_program(compiled), compiled.formula.learned
     *sums, peak, active = program.outputs
     pointers = ["pre", "h", *(f"at_{name}" for name in learned), "totals", "active"]
     before = [

@@ -92,7 +92,7 @@ def test_any_name_is_a_parameters():
     text = "x" + "".join(f" + {name}*x" for name in names)
     shares = dict.fromkeys(names, "layer") | dict.fromkeys(("n", "row", "h", "dx"), "channel")
     function = activation(text, {name: {"init": 0.5, "share": share} for name, share in shares.items()}, backend="c")
-    assert c.library(function.compiled) is not None
+    assert c.kernels_of(function.compiled) is not None
     assert_is_right(function, *inputs(function, 5, 19))
 
 

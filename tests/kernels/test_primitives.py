@@ -14,11 +14,12 @@ from torch import Tensor
 
 from kernels import activation, parse
 from kernels.activations import c_backend as c
+from kernels.c.toolchain import build
 from kernels.formula.program import Line, Program
 from kernels.formula.symbolic import Compiled, compile_formula
 
 try:
-    c.build("int one(void) { return 1; }")
+    build("int one(void) { return 1; }")
 except OSError as error:
     pytest.skip(f"no C compiler: {error}", allow_module_level=True)
 
@@ -58,7 +59,7 @@ NEIGHBOUR = 2.0**-12
 SMALLEST = 2.0**-126
 
 
-def function(operation: str) -> c.Library:
+def function(operation: str) -> c.CKernels:
     """Return the kernels of one operation, and of what it takes beside its argument, with no check of its domain."""
     lines = (Line("t0", operation, ("x",)),)
     if operation in BESIDE:
@@ -67,7 +68,7 @@ def function(operation: str) -> c.Library:
     gradient = Program(("x", "dh"), (), {"dx": "dh"})
     both = Program(("x", "dh"), lines, {"dx": "dh", "h": lines[-1].name})
     formula = parse("x")
-    library = c.library(Compiled(formula, compile_formula(formula).expression, {}, forward, gradient, both, None))
+    library = c.kernels_of(Compiled(formula, compile_formula(formula).expression, {}, forward, gradient, both, None))
     assert library is not None
     return library
 

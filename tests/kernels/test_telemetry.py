@@ -13,7 +13,7 @@ from kernels import activation
 from kernels.activations import c_backend as c
 from kernels.activations.activation import Activation
 from kernels.activations.eager import plain
-from kernels.activations.telemetry import SATURATED, Seen, Statistics, figures, sums_of
+from kernels.activations.telemetry import SATURATED, ActivationStats, BatchStats, figures, sums_of
 from kernels.c import toolchain as c_build
 
 ALL = formulas()
@@ -47,7 +47,7 @@ def inputs(function: Activation, rows: int, width: int, dtype: torch.dtype) -> t
     return pre.to(dtype), learned
 
 
-def assert_seen(function: Activation, pre: Tensor, learned: list[Tensor], h: Tensor, seen: Seen) -> None:
+def assert_stats(function: Activation, pre: Tensor, learned: list[Tensor], h: Tensor, batch: BatchStats) -> None:
     """Hold statistics of an fp32 or 16-bit kernel to those that autograd gives in float64, for the h that was stored."""
     formula = function.formula
     parts = [part.double().requires_grad_() for part in (pre.unbind(-2) if formula.gated else [pre])]
@@ -77,16 +77,16 @@ def assert_seen(function: Activation, pre: Tensor, learned: list[Tensor], h: Ten
     assert tuple(terms) == sums_of(function.compiled)
     # A sum of n terms rounds each n - 1 times at most; a term has its own error: of the short forms in 16 bits.
     error = h.numel() * 2.0**-24 + (2.0**-12 if pre.dtype == torch.bfloat16 else 2.0**-18)
-    for (name, term), found in zip(terms.items(), seen.sums.double(), strict=True):
+    for (name, term), found in zip(terms.items(), batch.sums.double(), strict=True):
         allowed = float(term.detach().abs().sum()) * error + borderline.get(name, 0)
         assert abs(float(found) - float(term.detach().sum())) <= allowed, name
-    assert float(seen.peak) == float(h64.abs().max())
-    assert seen.elements == h.numel()
+    assert float(batch.peak) == float(h64.abs().max())
+    assert batch.elements == h.numel()
     largest = torch.stack([h64.abs(), *(s.detach().abs() for s in slopes)]).amax(0)
     tiny = largest < torch.finfo(torch.float32).smallest_normal  # what fp32 may or may not take for 0
     active = ((largest > 0) & ~tiny).flatten(0, -2).sum(0)
-    assert (seen.active >= active).all()
-    assert (seen.active <= active + (tiny & (largest > 0)).flatten(0, -2).sum(0)).all()
+    assert (batch.active >= active).all()
+    assert (batch.active <= active + (tiny & (largest > 0)).flatten(0, -2).sum(0)).all()
 
 
 def near(slope: Tensor) -> int:
@@ -100,18 +100,18 @@ def near(slope: Tensor) -> int:
 def test_the_c_kernels_statistics_are_right_and_its_h_is_the_plain_kernels(name, dtype):
     function = activation(*ALL[name], backend="c")
     pre, learned = inputs(function, 37, 131, dtype)
-    h, seen = function.forward_with_statistics(pre, learned)
+    h, batch = function.forward_with_stats(pre, learned)
     assert torch.equal(h, function.forward(pre, learned))
-    assert_seen(function, pre, learned, h, seen)
+    assert_stats(function, pre, learned, h, batch)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_reference_is_right(name):
     function = activation(*ALL[name], backend="reference")
     pre, learned = inputs(function, 37, 131, torch.float32)
-    h, seen = function.forward_with_statistics(pre, learned)
+    h, batch = function.forward_with_stats(pre, learned)
     assert torch.equal(h, function.forward(pre, learned))
-    assert_seen(function, pre, learned, h, seen)
+    assert_stats(function, pre, learned, h, batch)
 
 
 @pytest.mark.parametrize("backend", [pytest.param("c", marks=needs_compiler), "reference"])
@@ -120,19 +120,19 @@ def test_the_reference_is_right(name):
 def test_every_width(name, width, backend):
     function = activation(*ALL[name], backend=backend)
     pre, learned = inputs(function, 5, width, torch.float32)
-    assert_seen(function, pre, learned, *function.forward_with_statistics(pre, learned))
+    assert_stats(function, pre, learned, *function.forward_with_stats(pre, learned))
 
 
 @pytest.mark.parametrize("backend", [pytest.param("c", marks=needs_compiler), "reference"])
 @pytest.mark.parametrize("name", FEW)
-def test_nothing_is_seen_of_nothing(name, backend):
+def test_no_elements_give_empty_stats(name, backend):
     function = activation(*ALL[name], backend=backend)
     for rows, width in ((0, 8), (3, 0)):
         pre, learned = inputs(function, rows, width, torch.float32)
-        h, seen = function.forward_with_statistics(pre, learned)
+        h, batch = function.forward_with_stats(pre, learned)
         assert h.shape == (rows, width)
-        assert (seen.elements, float(seen.peak), seen.active.tolist()) == (0, 0.0, [0.0] * width)
-        assert not seen.sums.any()
+        assert (batch.elements, float(batch.peak), batch.active.tolist()) == (0, 0.0, [0.0] * width)
+        assert not batch.sums.any()
 
 
 @needs_compiler
@@ -140,7 +140,7 @@ def test_rows_of_any_layout():
     function = activation("silu(gate) * up", backend="c")
     wide, _ = inputs(function, 12, 48, torch.float32)
     pre = wide[..., ::2].unflatten(0, (3, 4)).transpose(0, 1)
-    assert_seen(function, pre, [], *function.forward_with_statistics(pre, []))
+    assert_stats(function, pre, [], *function.forward_with_stats(pre, []))
 
 
 @needs_compiler
@@ -152,7 +152,7 @@ def test_no_figure_depends_on_the_number_of_threads(name):
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(function.forward_with_statistics(pre, learned)[1])
+            results.append(function.forward_with_stats(pre, learned)[1])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0].sums, results[1].sums)
@@ -164,9 +164,9 @@ def test_a_nan_is_not_hidden(backend):
     function = activation("silu(gate) * up", backend=backend)
     pre, _ = inputs(function, 40, 33, torch.float32)
     pre[20, 0, 5] = math.nan
-    seen = function.forward_with_statistics(pre, [])[1]
-    assert all(math.isnan(collected(function, 33, seen)[name]) for name in ("mean", "rms", "max", "kurtosis"))
-    assert float(seen.active[5]) == 40
+    batch = function.forward_with_stats(pre, [])[1]
+    assert all(math.isnan(collected(function, 33, batch)[name]) for name in ("mean", "rms", "max", "kurtosis"))
+    assert float(batch.active[5]) == 40
 
 
 @needs_compiler
@@ -183,39 +183,39 @@ def test_without_a_compiler_for_the_variant_h_stays_and_the_reference_looks(monk
     monkeypatch.setattr(c, "build", refuse)
     pre, _ = inputs(function, 9, 33, torch.float32)
     with pytest.warns(UserWarning, match="no C kernels, slower plain PyTorch computes instead: the compiler is gone"):
-        h, seen = function.forward_with_statistics(pre, [])
+        h, batch = function.forward_with_stats(pre, [])
     assert torch.equal(h, function.forward(pre, []))
-    assert_seen(function, pre, [], h, seen)
+    assert_stats(function, pre, [], h, batch)
 
 
 def test_what_is_not_plain_is_refused():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(), pytest.raises(TypeError, match="eager mode"):
-        activation("relu(x)").forward_with_statistics(torch.zeros(2, 3), [])
+        activation("relu(x)").forward_with_stats(torch.zeros(2, 3), [])
 
 
 # ----------------------------------------------------------------------------------------------------------------- figures
 
 
-def collected(function: Activation, width: int, *seen: Seen) -> dict[str, float]:
-    statistics = Statistics(function.compiled, width, torch.device("cpu"))
-    for each in seen:
-        statistics.add(each)
-    return figures(statistics.names, statistics.pre_activations, statistics.sums.tolist(), float(statistics.peak))
+def collected(function: Activation, width: int, *batches: BatchStats) -> dict[str, float]:
+    stats = ActivationStats(function.compiled, width, torch.device("cpu"))
+    for each in batches:
+        stats.add(each)
+    return figures(stats.names, stats.pre_activations, stats.sums.tolist(), float(stats.peak))
 
 
 def test_calls_add_up():
     function = activation("gelu(gate) * up")
     pre, _ = inputs(function, 64, 50, torch.float32)
-    parts = [function.forward_with_statistics(part, [])[1] for part in (pre[:10], pre[10:])]
-    once = collected(function, 50, function.forward_with_statistics(pre, [])[1])
+    parts = [function.forward_with_stats(part, [])[1] for part in (pre[:10], pre[10:])]
+    once = collected(function, 50, function.forward_with_stats(pre, [])[1])
     twice = collected(function, 50, *parts)
     assert twice == pytest.approx(once, rel=1e-5)
-    statistics = Statistics(function.compiled, 50, torch.device("cpu"))
+    stats = ActivationStats(function.compiled, 50, torch.device("cpu"))
     for each in parts:
-        statistics.add(each)
-    assert torch.equal(statistics.active, function.forward_with_statistics(pre, [])[1].active.double())
+        stats.add(each)
+    assert torch.equal(stats.active, function.forward_with_stats(pre, [])[1].active.double())
 
 
 # Of h for normal pre-activations. mean/std are published; the other figures follow from the formulas.
@@ -227,7 +227,7 @@ def test_known_values_for_normal_pre_activations(name):
     function = activation(*ALL[name])
     shape = (4096, 2, 256) if function.formula.gated else (4096, 256)
     pre = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = collected(function, 256, function.forward_with_statistics(pre, [])[1])
+    found = collected(function, 256, function.forward_with_stats(pre, [])[1])
     # Two digits are published: half of the last one, and 2% for the million samples.
     assert found["mean_over_std"] == pytest.approx(MEAN_OVER_STD.get(name, 0.0), rel=0.02, abs=0.005)
     if name in ("relu", "reglu", "relu2"):
@@ -254,7 +254,7 @@ def test_the_correlation_of_gate_and_up():
     function = activation("silu(gate) * up")
     gate, other = torch.randn(2, 4096, 256, generator=torch.Generator().manual_seed(0))
     pre = torch.stack((3 * gate + 1, 0.6 * gate + 0.8 * other - 2), 1)
-    found = collected(function, 256, function.forward_with_statistics(pre, [])[1])
+    found = collected(function, 256, function.forward_with_stats(pre, [])[1])
     assert found["gate_up_correlation"] == pytest.approx(0.6, rel=0.02)
 
 
@@ -262,7 +262,7 @@ def test_what_is_not_defined_is_nan():
     function = activation("silu(gate) * up")
     nothing = collected(function, 8)
     assert all(math.isnan(value) for name, value in nothing.items() if name != "max")
-    constant = collected(function, 8, function.forward_with_statistics(torch.zeros(4, 2, 8), [])[1])
+    constant = collected(function, 8, function.forward_with_stats(torch.zeros(4, 2, 8), [])[1])
     assert constant["zeros"] == 1.0
     assert math.isnan(constant["kurtosis"])
     assert math.isnan(constant["gate_up_correlation"])

@@ -25,7 +25,7 @@ from kernels.activations import reference, triton_backend, triton_source
 from kernels.formula.program import Program, run
 from kernels.formula.symbolic import OUTPUT, Compiled, compile_formula
 from kernels.triton import runtime
-from tests.kernels.test_telemetry import assert_seen, inputs
+from tests.kernels.test_telemetry import assert_stats, inputs
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -148,7 +148,7 @@ def tensors(name: str, width: int, rows: int = ROWS) -> tuple[Compiled, Tensor, 
 def check(name: str, width: int, kernels: Any = None, eps: float = 2.0**-24) -> None:
     """Run all kernels of a formula and hold them to the error that their programs can make."""
     compiled, pre, dh, learned = tensors(name, width)
-    kernels = kernels or triton_backend.kernels(compiled)
+    kernels = kernels or triton_backend.kernels_of(compiled)
     names = compiled.formula.pre_activations
     inputs = dict(zip(names, pre.unbind(1) if len(names) == 2 else [pre], strict=True), dh=dh)
     inputs |= dict(zip(compiled.formula.learned, learned, strict=True))
@@ -183,7 +183,7 @@ def check_from_output(formula: str, derivative: str, width: int) -> None:
     h = reference.forward(compiled, 2 * torch.randn(ROWS, width, generator=generator), [])
     dh = torch.randn(ROWS, width, generator=generator)
     with Poisoned() as poisoned:
-        found = triton_backend.kernels(compiled).backward_from_output(compiled, poisoned.copy(h), poisoned.copy(dh))
+        found = triton_backend.kernels_of(compiled).backward_from_output(compiled, poisoned.copy(h), poisoned.copy(dh))
     expected = bounded(compiled.from_output, {OUTPUT: h, "dh": dh}, 2.0**-24)
     assert_within(found, *expected[f"d{OUTPUT}"], "dx")
 
@@ -193,7 +193,7 @@ def check_changed(name: str, width: int, old: str, new: str, eps: float = 2.0**-
     compiled = compile_formula(parse(*ALL[name]))
     text = triton_source.source(compiled)
     assert old in text
-    kernels = triton_backend.Kernels(compiled)
+    kernels = triton_backend.TritonKernels(compiled)
     kernels.module = runtime.load(text.replace(old, new))
     check(name, width, kernels, eps)
 
@@ -203,23 +203,23 @@ def check_statistics(name: str, width: int, old: str = "", new: str = "") -> Non
     compiled = compile_formula(parse(*ALL[name]))
     function = activation(*ALL[name], backend="triton")
     pre, learned = inputs(function, 5, width, torch.float32)
-    kernels = triton_backend.Kernels(compiled)
+    kernels = triton_backend.TritonKernels(compiled)
     if old:
-        text = triton_source.source_with_statistics(compiled)
+        text = triton_source.source_with_stats(compiled)
         assert old in text
-        kernels.module_with_statistics = runtime.load(text.replace(old, new))
+        kernels.module_with_stats = runtime.load(text.replace(old, new))
     with Poisoned() as poisoned:
         pre, learned = poisoned.copy(pre), [poisoned.copy(each) for each in learned]
         h = kernels.forward(compiled, pre, learned)
         with unittest.mock.patch.object(triton_backend, "_SUMS", 2):  # a program walks three rows, another the last two
-            same, seen = kernels.forward_with_statistics(compiled, pre, learned)
+            same, batch = kernels.forward_with_stats(compiled, pre, learned)
     assert torch.equal(h, same)
-    assert_seen(function, pre, learned, h, seen)
+    assert_stats(function, pre, learned, h, batch)
 
 
 def check_nan(name: str) -> None:
     compiled, pre, dh, learned = tensors(name, 130)
-    kernels = triton_backend.kernels(compiled)
+    kernels = triton_backend.kernels_of(compiled)
     for index in range(len(compiled.formula.pre_activations)):
         holed = pre.clone()
         holed.view(ROWS, -1, 130)[:, index, 5] = math.nan
@@ -255,7 +255,7 @@ def check_far_offsets() -> str | None:
     pre[-1] = torch.arange(width) - 512.0
     compiled = compile_formula(parse("relu(x)"))
     with last_program():
-        kernels = triton_backend.kernels(compiled)
+        kernels = triton_backend.kernels_of(compiled)
         kernels._launch(kernels.module.forward, rows, width, [pre, h])
     assert torch.equal(h[-1], pre[-1].relu())
     assert not h[:2].any()
