@@ -19,6 +19,7 @@ from kernels import activation
 from kernels.activations import c_backend as c
 from kernels.activations import reference
 from kernels.activations.activation import Activation
+from kernels.c import library
 from kernels.c import toolchain as c_build
 
 try:
@@ -295,7 +296,7 @@ def test_without_a_compiler_there_is_one_warning_and_the_reference_computes(tmp_
 
     monkeypatch.setenv("PATH", f"{tmp_path}:/nowhere")
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(c, "_compiler_failed", False)
+    monkeypatch.setattr(library, "_compiler_failed", False)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for formula in ("silu(gate) * up * 1.25", "relu(gate) * up * 1.25"):  # formulas that nothing else has built

@@ -14,7 +14,7 @@ from poisoned import Poisoned
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels.activations import c_backend as c
+from kernels.c import library
 from kernels.rotary import rotary, rotate
 
 # Two products and a sum in fp32 each, with one rounding less where they are fused. Over thousands of elements the ratio of two
@@ -182,7 +182,7 @@ def test_a_nan_stays_in_its_pair(dtype):
 def test_without_a_compiler_pytorch_computes(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(c, "_compiler_failed", False)
+    monkeypatch.setattr(library, "_compiler_failed", False)
     rotary._library.cache_clear()
     try:
         given = draw(16, torch.bfloat16)

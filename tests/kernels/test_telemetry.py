@@ -14,6 +14,7 @@ from kernels.activations import c_backend as c
 from kernels.activations.activation import Activation
 from kernels.activations.eager import plain
 from kernels.activations.telemetry import SATURATED, ActivationStats, BatchStats, figures, sums_of
+from kernels.c import library
 from kernels.c import toolchain as c_build
 
 ALL = formulas()
@@ -173,14 +174,14 @@ def test_a_nan_is_not_hidden(backend):
 def test_without_a_compiler_for_the_variant_h_stays_and_the_reference_looks(monkeypatch):
     function = activation("silu(gate) * up", backend="c")
     function.prepare(torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(c, "_libraries", {})
-    monkeypatch.setattr(c, "_compiler_failed", False)
+    monkeypatch.setattr(c, "_kernels", {})
+    monkeypatch.setattr(library, "_compiler_failed", False)
     function.prepare(torch.device("cpu"), torch.float32)
 
     def refuse(_: str) -> None:
         raise OSError("the compiler is gone")
 
-    monkeypatch.setattr(c, "build", refuse)
+    monkeypatch.setattr(library, "build", refuse)
     pre, _ = inputs(function, 9, 33, torch.float32)
     with pytest.warns(UserWarning, match="no C kernels, slower plain PyTorch computes instead: the compiler is gone"):
         h, batch = function.forward_with_stats(pre, [])
