@@ -316,10 +316,10 @@ def test_without_a_compiler_there_is_one_warning_and_the_reference_computes(tmp_
 def test_the_operators_keep_torchs_rules(which, backend):
     function = activation(*which, backend=backend)
     pre, dh, learned = inputs(function, 4, 9)
-    backward = torch.ops.formula_ffn.backward.default
+    backward = torch.ops.kernels.backward.default
     opcheck(backward, (pre, dh, learned, function.key, True))
     leaves = [tensor.requires_grad_() for tensor in learned]
-    opcheck(torch.ops.formula_ffn.forward.default, (pre.requires_grad_(), leaves, function.key))
+    opcheck(torch.ops.kernels.forward.default, (pre.requires_grad_(), leaves, function.key))
 
 
 @pytest.mark.parametrize("which", [SWIGLU, PRELU])
