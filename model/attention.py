@@ -1,17 +1,22 @@
-"""Which kernel computes attention: one function, `attend`, and the rule that chooses its backend.
+"""Causal attention: one function, `attend`, and the rule that chooses its backend.
 
     flash   the flash-attn package (GPU, bf16)
     sdpa    torch's scaled_dot_product_attention: its own flash kernel on a GPU, its CPU kernel on a CPU
-    flex    torch's flex_attention, compiled (GPU; its backward does not exist on CPU)
-    blocks  plain matrix products over causal blocks (attention_blocks.py), made for the CPU
+    flex    torch's flex_attention, compiled (GPU; it has no backward on a CPU)
+    blocks  matrix products over causal blocks, for CPUs (`attention_blocks.py`)
 
-Every backend is causal, takes grouped-query heads, and can keep packed documents apart.
+Every backend is causal, supports grouped-query heads, and can mask attention across packed documents.
+
+Shapes: B batch, S sequence, H query heads, K key/value heads, E head_dim.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +27,15 @@ from model.attention_blocks import causal_attention
 
 BACKENDS = ("auto", "flash", "sdpa", "flex", "blocks")
 
-
-# On a CPU in fp32, the longest sequence for which blocks were measured faster than SDPA (bench/LOG.md has the table).
+# On a CPU in fp32, the longest sequence at which blocks were measured faster than SDPA (table in bench/LOG.md).
 _BLOCKS_LONGEST_FP32 = 512
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, sequence_length: int) -> str:
-    """Resolve "auto", and refuse what cannot run.
+    """Return the backend to use: `backend` itself, or for "auto" the fastest one.
 
-    On a GPU flash-attn is taken where it is installed, else torch's SDPA. On a CPU in bf16 blocks were faster than SDPA at
-    every length and head size measured (1.5 to 6 times with backward), in fp32 for short sequences only.
+    On a GPU that is flash-attn if it is installed, else torch's SDPA. On a CPU blocks were faster than SDPA in bf16 at every
+    length and head size measured (1.5 to 6 times with backward), and in fp32 for short sequences only.
 
     Raises:
         UserError: the named backend is not installed, or does not run on this device or in this dtype.
@@ -51,23 +55,23 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, sequence_leng
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, documents: Tensor | None = None) -> Tensor:
-    """Causal softmax attention, scores scaled by head_dim ** -0.5.
+    """Compute causal softmax attention, with scores scaled by head_dim ** -0.5.
 
     Args:
-        q: (B, S, n_heads, head_dim).
-        k, v: (B, S, n_kv_heads, head_dim), where n_kv_heads divides n_heads.
-        backend: what `choose` returned.
+        q: (B, S, H, E).
+        k, v: (B, S, K, E), where K divides H.
+        backend: as `choose` returned it.
         documents: (B, S) integers, non-decreasing in S; tokens attend only within their own document. None: one document.
 
     Returns:
-        (B, S, n_heads, head_dim).
+        (B, S, H, E).
     """
     if backend == "blocks":
         return causal_attention(q, k, v, documents)
     if backend == "flash":
         return _flash(q, k, v, documents)
     grouped = q.shape[2] != k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, S, head_dim)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, S, E)
     if backend == "flex":
         out = _flex(q, k, v, documents, grouped)
     elif documents is None:
@@ -79,38 +83,48 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, documents: Tensor | No
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of the newest tokens q (B, S, ...) over all keys k, v (B, T, ...), T >= S, for generation."""
+    """Compute attention of the newest tokens over all keys so far, for generation.
+
+    Args:
+        q: (B, S, H, E), the S newest tokens.
+        k, v: (B, L, K, E), all L >= S tokens.
+
+    Returns:
+        (B, S, H, E).
+    """
     new, total = q.shape[1], k.shape[1]
-    mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril_(total - new)
+    mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril_(total - new)  # (S, L)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-
+    flash_attn = importlib.import_module("flash_attn")  # optional: `choose` has checked that it is installed
     if documents is None:
-        return flash_attn_func(q, k, v, causal=True)
+        return flash_attn.flash_attn_func(q, k, v, causal=True)
     batch, length = documents.shape
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    # Documents of all sequences become one packed sequence (B x S, heads, E), whose boundaries are the documents' first tokens.
     bounds = F.pad(starts.flatten().nonzero().flatten().int(), (0, 1), value=batch * length)
     longest = int(bounds.diff().max())
-    packed = (x.flatten(0, 1) for x in (q, k, v))
-    return flash_attn_varlen_func(*packed, bounds, bounds, longest, longest, causal=True).view_as(q)
+    q_packed, k_packed, v_packed = (x.flatten(0, 1) for x in (q, k, v))
+    out = flash_attn.flash_attn_varlen_func(q_packed, k_packed, v_packed, bounds, bounds, longest, longest, causal=True)
+    return out.view_as(q)
 
 
 @functools.cache
-def _compiled_flex():
+def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, grouped: bool) -> Tensor:
+    """Compute attention of q (B, H, S, E) and k, v (B, K, S, E) by flex_attention."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: ARG001 (the signature is flex's)
+    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: ARG001 (flex's signature)
         causal = i >= j
         return causal if documents is None else causal & (documents[b, i] == documents[b, j])
 

@@ -90,7 +90,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         x, weight = ctx.saved_tensors
         gathered = gather_tokens(x, ctx.axis)
         dx = reduce_partial(dy @ weight, ctx.axis)  # (N, D) -> (N / T, D)
@@ -113,7 +113,7 @@ class _ReduceOutput(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         return gather_tokens(dy, ctx.axis).wait().view(ctx.shape), None
 
 
@@ -130,7 +130,7 @@ class _SummedGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dweight: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, dweight: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         return all_reduce(dweight.clone(), ctx.axis).wait(), None
 
 
@@ -169,7 +169,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         received = torch.empty_like(dy, memory_format=torch.contiguous_format)
         dist.all_to_all_single(received, dy.contiguous(), group=ctx.axis.group)
         return received, None

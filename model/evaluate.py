@@ -1,18 +1,20 @@
-"""Benchmarks of a run by lm-evaluation-harness: `python -m model.evaluate run=NAME tasks=arc_easy,hellaswag`.
+"""Evaluate a run with lm-evaluation-harness: `python -m model.evaluate run=NAME tasks=arc_easy,hellaswag`.
 
-run=NAME          a run by name or by path               limit=N         examples a task; 0: all
-tasks=a,b         names of the harness, or of `include`  num_fewshot=N   examples before each; -1: what the task says
-include=FOLDER    more tasks, YAML files                 batch_size=8    sequences at once
-step=N            a checkpoint other than the newest     output=FILE     of the results, as JSON; else in the run folder
-runs=FOLDER       where the runs are
+run=NAME          a run by name or by path             limit=N         examples per task; 0: all
+tasks=a,b         tasks of the harness or of `include` num_fewshot=N   few-shot examples; -1: the task's default
+include=FOLDER    further tasks, as YAML files         batch_size=8    sequences per batch
+step=N            a checkpoint; -1: the newest         output=FILE     JSON of the results; default: in the run folder
+runs=FOLDER       where run folders are
 
-It needs `pip install '.[eval]'`. The run is exported (`model/export.py`) into a temporary folder and judged as any model of
-Transformers, in fp32. A text begins with the end-of-text token, as a document does in training. Tasks whose data are local
-files (dataset_path: json) need no network.
+This needs `pip install '.[eval]'`. The run is exported (`model/export.py`) to a temporary folder and evaluated like any
+Transformers model, in fp32. A text starts with the end-of-text token, as a document does in training. Tasks whose data are
+local files (dataset_path: json) need no network.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import json
 import re
 import sys
@@ -47,18 +49,18 @@ def evaluate(
     num_fewshot: int = -1,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Return the harness's results for a run, and what they are of.
+    """Return the harness's results for a run, with the run, step and settings that they belong to.
 
     Args:
         tasks: names of tasks, groups or tags.
         include: folder with further tasks; "": none.
         step: of the checkpoint; -1: the newest.
-        limit: examples a task; 0: all.
-        num_fewshot: examples before each; -1: what the task says.
-        batch_size: sequences at once.
+        limit: examples per task; 0: all.
+        num_fewshot: few-shot examples; -1: the task's default.
+        batch_size: sequences per batch.
 
     Raises:
-        UserError: the harness is not installed, a task is unknown, or its data cannot be had.
+        UserError: the harness is not installed, a task is unknown, or its data is not available.
     """
     harness = _harness()
     if include and not Path(include).is_dir():
@@ -70,8 +72,8 @@ def evaluate(
         folder = Path(scratch, "model")
         export(run, folder, step)
         try:
-            found = harness.simple_evaluate(
-                model=_judged(folder, batch_size),
+            results = harness.simple_evaluate(
+                model=_harness_model(folder, batch_size),
                 tasks=tasks,
                 task_manager=manager,
                 num_fewshot=None if num_fewshot < 0 else num_fewshot,
@@ -79,13 +81,25 @@ def evaluate(
                 log_samples=False,
             )
         except OSError as error:  # a file that is missing, or a download that fails
-            raise UserError(f"the data of {', '.join(tasks)} cannot be had: {str(error).splitlines()[0]}") from error
-    kept = {key: found[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in found}
-    asked = {"tasks": tasks, "limit": limit or None, "num_fewshot": None if num_fewshot < 0 else num_fewshot}
-    return {"run": run.name, "step": step, **asked, "lm_eval": _version(), **kept}
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the data of {', '.join(tasks)} is not available: {reason}") from error
+    settings = {"tasks": tasks, "limit": limit or None, "num_fewshot": None if num_fewshot < 0 else num_fewshot}
+    keys = [key for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in results]
+    return {
+        "run": run.name,
+        "step": step,
+        **settings,
+        "lm_eval": importlib.metadata.version("lm_eval"),
+        **{key: results[key] for key in keys},
+    }
 
 
 def _harness() -> Any:
+    """Return the module `lm_eval`.
+
+    Raises:
+        UserError: it, or a package that it needs, is not installed.
+    """
     try:
         for module in ("transformers", "accelerate", "lm_eval.tasks"):
             need(module, "evaluation")
@@ -95,7 +109,7 @@ def _harness() -> Any:
 
 
 def _tasks(harness: Any, tasks: list[str], include: str) -> Any:
-    """Return the manager of tasks that knows these; the harness's own thousands are read only where they are asked for."""
+    """Return a task manager that has `tasks`. The harness's own thousands of tasks are indexed only if one of them is used."""
     manager = None
     if include:
         manager = harness.tasks.TaskManager(include_path=include, include_defaults=False)
@@ -103,62 +117,56 @@ def _tasks(harness: Any, tasks: list[str], include: str) -> Any:
         manager = harness.tasks.TaskManager(include_path=include or None)
     for task in tasks:
         if task not in manager.all_tasks:
-            near = suggest(task, manager.all_tasks)
+            hint = suggest(task, manager.all_tasks)
             raise UserError(
-                f"unknown task {task!r}: {near}`lm-eval ls tasks` lists what the harness has; include=FOLDER adds more"
+                f"unknown task {task!r}: {hint}`lm-eval ls tasks` lists the tasks of the harness; include=FOLDER adds more"
             )
     return manager
 
 
-def _judged(folder: Path, batch_size: int) -> Any:
-    """Return an exported model as the harness asks it, every text after the token that begins a document."""
-    from lm_eval.models.huggingface import HFLM
+def _harness_model(folder: Path, batch_size: int) -> Any:
+    """Return an exported model for the harness, which starts every text with the token that starts a document."""
+    base: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
 
-    class Judged(HFLM):
-        def loglikelihood_rolling(self, *arguments: Any, **named: Any) -> Any:
-            # The harness puts the token first here by itself; a second one would be scored as a part of the text.
+    class DocumentStartLM(base):
+        def loglikelihood_rolling(self, *args: Any, **kwargs: Any) -> Any:
+            # The harness itself puts the token first here; a second one would be scored as a part of the text.
             self.add_bos_token = False
             try:
-                return super().loglikelihood_rolling(*arguments, **named)
+                return super().loglikelihood_rolling(*args, **kwargs)
             finally:
                 self.add_bos_token = True
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {"trust_remote_code": True, "add_bos_token": True, "dtype": "float32"}
-    return Judged(pretrained=str(folder), device=device, batch_size=batch_size, **settings)
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("lm_eval")
+    return DocumentStartLM(pretrained=str(folder), device=device, batch_size=batch_size, **settings)
 
 
 def table(results: dict[str, Any]) -> Table:
-    """Return the results as a table: a line for each metric of each task."""
-    shown = Table("task", "shots", "metric", "value", "± standard error")
+    """Return the results as a table with a row per metric of each task."""
+    rows = Table("task", "shots", "metric", "value", "± standard error")
     for task, metrics in results["results"].items():
         for key, value in metrics.items():
             name, _, kind = key.partition(",")
             if isinstance(value, (int, float)) and kind and not name.endswith("_stderr"):
                 error = metrics.get(f"{name}_stderr,{kind}")
                 metric = name if kind == "none" else f"{name} ({kind})"
-                known = f"{error:.4f}" if isinstance(error, float) else ""
-                shown.add_row(task, str(results["n-shot"].get(task, "")), metric, f"{value:.4f}", known)
-    return shown
+                error_text = f"{error:.4f}" if isinstance(error, float) else ""
+                rows.add_row(task, str(results["n-shot"].get(task, "")), metric, f"{value:.4f}", error_text)
+    return rows
 
 
 def main(argv: list[str]) -> None:
     options = read_options(argv, _DEFAULTS, {"batch_size": 1}, _REQUIRED)
     run = find_run(options["run"], options["runs"])
     tasks = [task for task in options["tasks"].split(",") if task]
-    asked = {name: options[name] for name in ("include", "step", "limit", "num_fewshot", "batch_size")}
-    results = evaluate(run, tasks, **asked)
+    arguments = {name: options[name] for name in ("include", "step", "limit", "num_fewshot", "batch_size")}
+    results = evaluate(run, tasks, **arguments)
     Console(file=sys.stdout).print(table(results))
     shots = "" if results["num_fewshot"] is None else f"-{results['num_fewshot']}shot"
-    only = f"-first{results['limit']}" if results["limit"] else ""
+    limit = f"-first{results['limit']}" if results["limit"] else ""
     name = re.sub(r"[^A-Za-z0-9_.+-]+", "_", "+".join(tasks))[:120]
-    path = Path(options["output"] or run / "evaluations" / f"step_{results['step']:08d}-{name}{shots}{only}.json")
+    path = Path(options["output"] or run / "evaluations" / f"step_{results['step']:08d}-{name}{shots}{limit}.json")
     with say_why("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:

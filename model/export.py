@@ -1,13 +1,13 @@
-"""Write a run's model for Hugging Face Transformers: `python -m model.export run=NAME to=FOLDER`.
+"""Export a run's model to Hugging Face Transformers: `python -m model.export run=NAME to=FOLDER`.
 
-run=NAME          a run by name or by path            step=N       a checkpoint other than the newest
+run=NAME          a run by name or by path            step=N       a checkpoint; -1 (default): the newest
 to=FOLDER         new or empty                        dtype=fp32   of the weights: fp32 | bf16
-runs=FOLDER       where the runs are
+runs=FOLDER       where run folders are
 
 The folder holds safetensors, config.json, generation_config.json and the tokenizer, and loads without this project:
 AutoModelForCausalLM.from_pretrained(FOLDER). An arm that Transformers knows becomes a LlamaForCausalLM or an ArceeForCausalLM.
-Every other becomes a FormulaForCausalLM, whose code lies in the folder: from_pretrained(FOLDER, trust_remote_code=True).
-The way back is `python -m model.import_hf`.
+Any other becomes a FormulaForCausalLM, whose code is in the folder: from_pretrained(FOLDER, trust_remote_code=True).
+`python -m model.import_hf` reads such a folder.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ _CODE = "modeling_formula.py"
 
 
 def export(run: Path, to: Path, step: int = -1, dtype: str = "fp32") -> str:
-    """Write the model of a run into the folder `to`, and return the name of the class that it became.
+    """Export the model of a run, and return the name of its class in Transformers.
 
     Args:
-        to: does not exist, or is an empty folder. Half a folder is never seen under this name.
+        to: does not exist, or is an empty folder. It appears under this name only when it is complete.
         step: of the checkpoint; -1: the newest.
         dtype: of the weights, fp32 or bf16.
 
@@ -58,7 +58,7 @@ def export(run: Path, to: Path, step: int = -1, dtype: str = "fp32") -> str:
     if dtype not in _DTYPES:
         raise unknown("dtype", dtype, _DTYPES)
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise UserError(f"{to} exists and is not an empty folder: name another one (to=FOLDER)")
+        raise UserError(f"{to} exists and is not an empty folder: choose another one (to=FOLDER)")
     config = from_yaml(run / "config.yaml")
     model, tokenizer, _ = load_run(run, step)
     layout = transformers_layout(model.shape)
@@ -78,8 +78,9 @@ def export(run: Path, to: Path, step: int = -1, dtype: str = "fp32") -> str:
 def _model_config(
     config: Config, shape: Shape, layout: TransformersLayout, tokenizer: Tokenizer, pad: int, dtype: str
 ) -> dict[str, Any]:
+    """Return the content of config.json."""
     std = config.model.init_std
-    found = {
+    content: dict[str, Any] = {
         "architectures": [CLASSES[layout.model_type]],
         "model_type": layout.model_type,
         "vocab_size": shape.vocab_size,
@@ -93,22 +94,25 @@ def _model_config(
         "rope_theta": config.model.rope_theta,
         "tie_word_embeddings": shape.tied,
         "initializer_range": shape.d_model**-0.5 if std is None else std,
-        # A document begins after the end of another one: the end-of-text token is also what a text begins with.
-        **{"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad},
+        # In training a document starts after the end of another, so a text starts with the end-of-text token.
+        "bos_token_id": tokenizer.eos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": pad,
         "torch_dtype": str(_DTYPES[dtype]).removeprefix("torch."),
     }
     if layout.model_type != FORMULA:
-        return found | {
+        return content | {
             "hidden_act": layout.hidden_act,
             "intermediate_size": shape.ffn[0].d_ff,
-            **{"attention_bias": False, "mlp_bias": False},
+            "attention_bias": False,
+            "mlp_bias": False,
         }
     module = _CODE.removesuffix(".py")
     layers = [
         {"formula": ffn.arm.formula, "parameters": _plain(ffn.formula, list(ffn.arm.parameters)), "d_ff": ffn.d_ff}
         for ffn in shape.ffn
     ]
-    return found | {
+    return content | {
         "auto_map": {
             "AutoConfig": f"{module}.FormulaConfig",
             "AutoModelForCausalLM": f"{module}.{CLASSES[FORMULA]}",
@@ -119,7 +123,7 @@ def _model_config(
 
 
 def _plain(formula: Formula, parameters: list[str]) -> dict[str, Any]:
-    """Return a formula's parameters with nothing left to a default."""
+    """Return a formula's parameters, with every default written out."""
     learned = {name: {"init": given.init, "share": given.share} for name, given in formula.learned.items()}
     return {name: learned.get(name, formula.fixed.get(name)) for name in parameters}
 
@@ -136,17 +140,17 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _tensors(model: Decoder, layout: TransformersLayout) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors by their name there, each a view of one of ours."""
+    """Yield the tensors by their names in Transformers, each a view of one of our parameters."""
     for name, parameter in model.named_parameters():
         rows = parameter.detach()
         rows = rows.flatten(0, 1) if rows.ndim == 3 else rows  # gate, then up
-        parts = tensor_names(name, model.shape, layout)
-        for (theirs, _), part in zip(parts, rows.split([size[0] for _, size in parts]), strict=True):
-            yield theirs, part
+        names = tensor_names(name, model.shape, layout)
+        for (theirs, _), block in zip(names, rows.split([size[0] for _, size in names]), strict=True):
+            yield theirs, block
 
 
 def _write_weights(model: Decoder, layout: TransformersLayout, folder: Path, dtype: torch.dtype) -> None:
-    """Write model.safetensors, or shards of it and their index."""
+    """Write model.safetensors, or its shards and their index."""
     shards: list[dict[str, Tensor]] = [{}]
     total = size = 0
     for name, tensor in _tensors(model, layout):
@@ -158,7 +162,7 @@ def _write_weights(model: Decoder, layout: TransformersLayout, folder: Path, dty
         total, size = total + tensor_bytes, size + tensor_bytes
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     files = files if len(shards) > 1 else ["model.safetensors"]
-    for file, shard in zip(files, shards, strict=True):  # only one shard is held twice
+    for file, shard in zip(files, shards, strict=True):  # shards are converted one at a time, to save memory
         try:
             save_file(
                 {name: tensor.to(dtype).contiguous() for name, tensor in shard.items()}, folder / file, {"format": "pt"}
@@ -168,17 +172,18 @@ def _write_weights(model: Decoder, layout: TransformersLayout, folder: Path, dty
                 raise OSError(errno.ENOSPC, str(error)) from error
             raise
     if len(shards) > 1:
-        where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
 def main(argv: list[str]) -> None:
     options = read_options(argv, _DEFAULTS, required=_REQUIRED)
     run, to = find_run(options["run"], options["runs"]), Path(options["to"])
-    became = export(run, to, options["step"], options["dtype"])
-    trusted = ", trust_remote_code=True" if became == CLASSES[FORMULA] else ""
-    print(f"wrote {to}: a {became}")
-    print(f"AutoModelForCausalLM.from_pretrained({str(to)!r}{trusted})")
+    class_name = export(run, to, options["step"], options["dtype"])
+    trust = ", trust_remote_code=True" if class_name == CLASSES[FORMULA] else ""
+    print(f"wrote {to}: a {class_name}")
+    print(f"AutoModelForCausalLM.from_pretrained({str(to)!r}{trust})")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         x, up, down, *rest = ctx.saved_tensors
         learned, saved = rest[: ctx.n_learned], rest[ctx.n_learned :]
         _, need_x, need_up, need_down, *_ = ctx.needs_input_grad

@@ -1,9 +1,9 @@
 """Continue a prompt: `python -m model.generate run=NAME prompt='def main():'`.
 
-run=NAME          a run by name or by path            tokens=128       how many to write
-prompt=TEXT       what to continue                    temperature=0.8  0 takes the likeliest token
-step=N            a checkpoint other than the newest  top_k=50         choose among the k likeliest; 0: among all
-runs=FOLDER       where the runs are                  seed=0           of the choice
+run=NAME          a run by name or by path            tokens=128       maximum number of new tokens
+prompt=TEXT       the text to continue                temperature=0.8  0: always the most likely token
+step=N            a checkpoint; -1: the newest        top_k=50         sample from the k most likely tokens; 0: from all
+runs=FOLDER       where run folders are               seed=0           of the sampling
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ def generate(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> str:
-    """Return the prompt and what the model writes after it, up to `tokens` tokens or the end of the document.
+    """Return the prompt and its continuation, of at most `tokens` tokens or up to the end of the document.
 
     Args:
         logits_of: (newest tokens (1, S), cache) -> logits (1, S, V).
-        temperature: 0 takes the likeliest token; else logits are divided by it before the choice.
-        top_k: only the k likeliest tokens are chosen from; 0: all.
-        seed: the same seed gives the same text on every rank.
+        temperature: divides the logits before sampling; 0 takes the most likely token.
+        top_k: sample from the k most likely tokens only; 0: from all.
+        seed: of the sampling, which is on the CPU: equal logits and seeds give equal text on every rank.
     """
     generator = torch.Generator().manual_seed(seed)
-    # A document begins after the end of another one.
+    # In training a document starts after the end of another one.
     written = [tokenizer.eos_id, *tokenizer.encode(prompt)]
     cache = Cache(n_layers)
     newest = written
     for _ in range(tokens):
         logits = logits_of(torch.tensor([newest], device=device), cache)[0, -1].float().cpu()
-        logits = logits[: tokenizer.vocab_size]  # rows that only round the vocabulary up stand for nothing
+        logits = logits[: tokenizer.vocab_size]  # further rows are padding of the vocabulary
         if temperature == 0:
             token = int(logits.argmax())
         else:
             if 0 < top_k < len(logits):
                 logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-            logits = (logits - logits.max()) / temperature  # the largest is 0, whatever the temperature
+            logits = (logits - logits.max()) / temperature  # the largest is 0: no overflow
             token = int(torch.multinomial(torch.softmax(logits, 0), 1, generator=generator))
         if token == tokenizer.eos_id:
             break
@@ -70,25 +70,28 @@ def generate(
 
 
 def load_run(run: Path, step: int = -1) -> tuple[Decoder, Tokenizer, dict[str, Any]]:
-    """Return a run's model in fp32 on the CPU, its tokenizer, and its checkpoint's state.
+    """Return a run's model in fp32 on the CPU, its tokenizer, and the state of the checkpoint.
+
+    Args:
+        step: of the checkpoint; -1: the newest.
 
     Raises:
         UserError: there is no checkpoint (of that step), or it is damaged.
     """
     config = from_yaml(run / "config.yaml")
-    found = {int(path.name.removeprefix("step_")): path for path in checkpoints(run / "checkpoints")}
-    if not found:
+    by_step = {int(path.name.removeprefix("step_")): path for path in checkpoints(run / "checkpoints")}
+    if not by_step:
         raise UserError(f"{run} has no checkpoint yet")
-    if step >= 0 and step not in found:
-        raise UserError(f"{run} has no checkpoint of step {step}: there are {', '.join(map(str, sorted(found)))}")
-    folder = found[step if step >= 0 else max(found)]
-    wrong = damage(folder)
-    if wrong:
-        raise UserError(f"checkpoint {folder} is damaged: {wrong}")
+    if step >= 0 and step not in by_step:
+        raise UserError(f"{run} has no checkpoint of step {step}: there are {', '.join(map(str, sorted(by_step)))}")
+    folder = by_step[step if step >= 0 else max(by_step)]
+    problem = damage(folder)
+    if problem:
+        raise UserError(f"checkpoint {folder} is damaged: {problem}")
     tokenizer = load_tokenizer(run / "tokenizer")
     shape = shape_of(config, tokenizer.vocab_size)
     document_start = tokenizer.eos_id if config.model.mask_documents else None
-    # Attention over the cache needs no backend of its own; "sdpa" runs anywhere.
+    # Decoding with a cache does not use the backend; "sdpa" runs on any device.
     model = Decoder(shape, config.model, "sdpa", document_start)
     return model.eval(), tokenizer, load_weights(model, folder)
 
@@ -101,7 +104,7 @@ def main(argv: list[str]) -> None:
             lambda tokens, cache: model(tokens, None, cache),
             tokenizer,
             model.shape.n_layers,
-            options["prompt"].replace("\\n", "\n"),  # a shell makes a real new line hard to type
+            options["prompt"].replace("\\n", "\n"),  # a real newline is hard to type in a shell
             options["tokens"],
             options["temperature"],
             options["top_k"],

@@ -1,7 +1,7 @@
-"""Our decoder in the words of Hugging Face Transformers: what `model.export` writes and `model.import_hf` reads.
+"""The representation of our decoder in Hugging Face Transformers, which `model.export` writes and `model.import_hf` reads.
 
-layout.py     which class holds an arm, and what tensors are called there
-config.py     what a config.json says
-tokenizer.py  our tokenizer as one of theirs
-modeling.py   the class that carries a formula, copied into exported folders
+layout.py     the Transformers class for an arm, and the names and shapes of its tensors
+config.py     config.json -> our configuration
+tokenizer.py  our tokenizer -> tokenizer.json
+modeling.py   FormulaForCausalLM, the class that evaluates a formula; it is copied into exported folders
 """

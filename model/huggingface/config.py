@@ -1,4 +1,7 @@
-"""What a config.json of Hugging Face Transformers says, in our terms; what ours cannot hold is refused by key and value."""
+"""Translate a config.json of Hugging Face Transformers into our configuration.
+
+A model that this decoder does not support is refused with the key and value that make the difference.
+"""
 
 from __future__ import annotations
 
@@ -12,45 +15,59 @@ from torch import Tensor
 from conf.arms import catalogue
 from kernels.common.errors import UserError, unknown
 from kernels.formula import FormulaError, parse
-from model.huggingface.layout import ACTIVATIONS, ARCEE, CLASSES, FORMULA, LLAMA, Native, TransformersLayout, canonical
+from model.huggingface.layout import (
+    ACTIVATIONS,
+    ARCEE,
+    CLASSES,
+    FORMULA,
+    LLAMA,
+    NativeActivation,
+    TransformersLayout,
+    canonical,
+)
 
 Arm = tuple[str, dict[str, Any]]  # a formula and its parameters
 
 
-class Stored(Protocol):
-    """The tensors beside the configuration: some classes keep fixed numbers of an activation there."""
+class TensorStore(Protocol):
+    """The tensors beside a config.json. Some classes store constants of their activation among them."""
 
-    def names(self) -> set[str]: ...
-    def tensor(self, name: str) -> Tensor: ...
+    def names(self) -> set[str]:
+        """Return the names of all tensors."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor in fp32."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ImportedConfig:
-    """A decoder as its folder describes it."""
+    """The configuration of an imported decoder."""
 
-    model: dict[str, Any]  # keys of `model=` and their values
-    arms: list[Arm]  # of every layer
-    widths: list[int]  # d_ff of every layer
+    model: dict[str, Any]  # the group `model`
+    arms: list[Arm]  # of each layer
+    widths: list[int]  # d_ff of each layer
     layout: TransformersLayout
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding."""
+        """The number of rows of the embedding."""
         return self.model["vocab_size"]
 
 
-def read_config(content: dict[str, Any], source: Path, stored: Stored) -> ImportedConfig:
-    """Return what the object in `source`/config.json describes.
+def read_config(content: dict[str, Any], source: Path, stored: TensorStore) -> ImportedConfig:
+    """Return the configuration that `content`, the object in `source`/config.json, describes.
 
     Raises:
-        UserError: a key is missing, or has a value that ours cannot hold.
+        UserError: a key is missing, or its value is not supported.
     """
     path = source / "config.json"
     model_type = content.get("model_type")
     if model_type not in CLASSES:
         raise unknown(f"model_type in {path}:", str(model_type), CLASSES)
-    _refuse(content, path)
-    n_layers, n_heads = (_count(content, key, path) for key in ("num_hidden_layers", "num_attention_heads"))
+    _refuse_unsupported(content, path)
+    n_layers, n_heads = _count(content, "num_hidden_layers", path), _count(content, "num_attention_heads", path)
     rope = content.get("rope_parameters") or {}
     sizes = {
         "d_model": _count(content, "hidden_size", path),
@@ -69,20 +86,20 @@ def read_config(content: dict[str, Any], source: Path, stored: Stored) -> Import
         layout = TransformersLayout(FORMULA)
         sizes["qk_norm"] = bool(content.get("qk_norm", False))
     else:
-        layout = _native(model_type, content.get("hidden_act"), path)
+        layout = _native_layout(model_type, content.get("hidden_act"), path)
         arms = [_native_arm(layout, index, stored) for index in range(n_layers)]
         widths = [_count(content, "intermediate_size", path)] * n_layers
     return ImportedConfig(sizes | _widths(arms, widths, path), arms, widths, layout)
 
 
 def key_of(formula: str, parameters: dict[str, Any]) -> tuple:
-    """Return what two arms that compute the same of the same learned parameters have in common."""
+    """Return a key that is equal for arms that compute the same function of the same learned parameters."""
     parsed = parse(formula, parameters)
     return canonical(parsed.tree, parsed.fixed), parsed.gated, tuple(sorted(parsed.learned.items()))
 
 
 def choice_of(arm: Arm) -> str:
-    """Return the name that an arm has in conf/ffn, or "" if nobody has named it."""
+    """Return the name of an arm in conf/ffn; "" if it has none."""
     wanted = key_of(*arm)
     for name, known in catalogue().items():
         if known["formula"] and key_of(known["formula"], known["parameters"]) == wanted:
@@ -90,22 +107,25 @@ def choice_of(arm: Arm) -> str:
     return ""
 
 
-def _refuse(content: dict[str, Any], path: Path) -> None:
+def _refuse_unsupported(content: dict[str, Any], path: Path) -> None:
+    """Raise a UserError if the model has positions, biases or weights that this decoder does not support."""
     for key in ("rope_parameters", "rope_scaling"):
         rope = content.get(key) or {}
         if not isinstance(rope, dict):
-            raise UserError(f"{path} has {key}={rope!r}: an object with rope_type is known")
+            raise UserError(f"{path} has {key}={rope!r}: only an object with rope_type is supported")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise UserError(f"{path} has {key} of type {kind!r}: only the plain rotary positions (default) are known")
-    rotated = {**content, **(content.get("rope_parameters") or {})}.get("partial_rotary_factor", 1.0)
-    if rotated != 1.0:
-        raise UserError(f"{path} has partial_rotary_factor={rotated}: here all channels of a head are rotated (1.0)")
+            raise UserError(f"{path} has {key} of type {kind!r}: only plain rotary positions (default) are supported")
+    rotary_factor = {**content, **(content.get("rope_parameters") or {})}.get("partial_rotary_factor", 1.0)
+    if rotary_factor != 1.0:
+        raise UserError(
+            f"{path} has partial_rotary_factor={rotary_factor}: only 1.0 (all channels of a head) is supported"
+        )
     for key in ("attention_bias", "mlp_bias"):
         if content.get(key):
-            raise UserError(f"{path} has {key}={content[key]}: a decoder of ours has no biases (false)")
+            raise UserError(f"{path} has {key}={content[key]}: biases are not supported (false)")
     if content.get("quantization_config"):
-        raise UserError(f"{path} has a quantization_config: only plain weights (fp32, fp16, bf16) are read")
+        raise UserError(f"{path} has a quantization_config: only plain weights (fp32, fp16, bf16) are supported")
 
 
 def _count(content: dict[str, Any], key: str, path: Path, default: int | None = None) -> int:
@@ -126,7 +146,7 @@ def _number(content: dict[str, Any], key: str, path: Path, default: float) -> fl
     return float(value)
 
 
-def _native(model_type: str, hidden_act: Any, path: Path) -> TransformersLayout:
+def _native_layout(model_type: str, hidden_act: Any, path: Path) -> TransformersLayout:
     if hidden_act is None:  # the defaults of LlamaConfig and ArceeConfig
         hidden_act = {LLAMA: "silu", ARCEE: "relu2"}[model_type]
     if not isinstance(hidden_act, str) or hidden_act not in ACTIVATIONS:
@@ -136,22 +156,23 @@ def _native(model_type: str, hidden_act: Any, path: Path) -> TransformersLayout:
     return TransformersLayout(model_type, hidden_act, stored, tuple(native.fixed))
 
 
-def _native_arm(layout: TransformersLayout, index: int, stored: Stored) -> Arm:
-    native, there = ACTIVATIONS[layout.hidden_act], stored.names()
+def _native_arm(layout: TransformersLayout, index: int, stored: TensorStore) -> Arm:
+    native, names = ACTIVATIONS[layout.hidden_act], stored.names()
     parameters = dict(native.parameters)
     for name in native.fixed:
         tensor = f"model.layers.{index}.mlp.act_fn.{name}"
-        if tensor in there:
+        if tensor in names:
             parameters[name] = float(stored.tensor(tensor))
-            if abs(parameters[name] - native.fixed[name]) <= 1e-6 * abs(native.fixed[name]):  # rounded to fp32
+            # A stored constant that was rounded to fp32 stands for the exact one.
+            if abs(parameters[name] - native.fixed[name]) <= 1e-6 * abs(native.fixed[name]):
                 parameters[name] = native.fixed[name]
     if layout.model_type == ARCEE:
         return native.formula, parameters
     return f"{_of_gate(native)} * up", parameters
 
 
-def _of_gate(native: Native) -> str:
-    """Return a formula of x as a factor of gate: in brackets where it is a sum or a product."""
+def _of_gate(native: NativeActivation) -> str:
+    """Return an activation's formula of x as a formula of gate, in brackets unless it can be a factor without them."""
     tree = parse(native.formula, native.parameters).tree
     text = re.sub(r"\bx\b", "gate", native.formula)
     return text if tree.kind in ("call", "symbol", "**") else f"({text})"
@@ -160,23 +181,23 @@ def _of_gate(native: Native) -> str:
 def _layers(content: dict[str, Any], n_layers: int, path: Path) -> tuple[list[Arm], list[int]]:
     layers = content.get("ffn")
     if not isinstance(layers, list) or len(layers) != n_layers or not all(isinstance(each, dict) for each in layers):
-        raise UserError(f"{path} must have in ffn a list of {n_layers} layers, each with formula, parameters and d_ff")
+        raise UserError(f"{path} needs in ffn a list of {n_layers} layers, each with formula, parameters and d_ff")
     arms, widths = [], []
     for index, layer in enumerate(layers):
         formula, parameters = layer.get("formula"), layer.get("parameters") or {}
         try:
             if not isinstance(formula, str) or not isinstance(parameters, dict):
-                raise UserError(f"{path} has in ffn[{index}] no formula, or parameters that are no object")
+                raise UserError(f"{path} has no formula in ffn[{index}], or parameters that are not an object")
             parse(formula, parameters)
         except FormulaError as error:
-            raise UserError(f"{path} has in ffn[{index}] a formula that is refused: {error}") from error
+            raise UserError(f"{path} has an invalid formula in ffn[{index}]: {error}") from error
         arms.append((formula, parameters))
         widths.append(_count(layer, "d_ff", path))
     return arms, widths
 
 
 def _widths(arms: list[Arm], widths: list[int], path: Path) -> dict[str, int | None]:
-    """Return the keys of `model=` that give every layer its width."""
+    """Return the keys of the group `model` that give every layer its width."""
     if len(set(widths)) == 1:
         return {"d_ff": widths[0]}
     gated = [parse(*arm).gated for arm in arms]
@@ -184,6 +205,6 @@ def _widths(arms: list[Arm], widths: list[int], path: Path) -> dict[str, int | N
     base = wide[0] if wide else 0
     if any(width != (base if has_gate else base * 3 // 2) for width, has_gate in zip(widths, gated, strict=True)):
         raise UserError(
-            f"{path} has layers of the widths {', '.join(map(str, widths))}: ours are all alike, or 3/2 as wide where ungated"
+            f"{path} has layers of the widths {', '.join(map(str, widths))}: they must be equal, or 3/2 as wide where ungated"
         )
     return {"d_ff": None, "d_ff_gated": base}

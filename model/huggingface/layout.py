@@ -23,12 +23,15 @@ CLASSES = {LLAMA: "LlamaForCausalLM", ARCEE: "ArceeForCausalLM", FORMULA: "Formu
 
 
 @dataclasses.dataclass(frozen=True)
-class Native:
-    """A `hidden_act` of Transformers (activations.py there) as a formula of x.
+class NativeActivation:
+    """A `hidden_act` of Transformers (see its activations.py) as a formula of x.
 
-    `learned` are its parameters, one a layer, by their name in the formula: (name in `mlp.act_fn`, start). `fixed` are its
-    buffers, which stand in a checkpoint too. `exact` is false where Transformers rounds the parameters, whatever the dtype of
-    the model: such a one is read, and not written.
+    Args:
+        formula: of x.
+        learned: its parameters, one value per layer, by their name in the formula: (name in `mlp.act_fn`, initial value).
+        fixed: its buffers by their name in the formula, which checkpoints hold too.
+        exact: whether Transformers keeps the parameters in the dtype of the model. If it rounds them, the activation is
+            imported but never exported.
     """
 
     formula: str
@@ -38,49 +41,53 @@ class Native:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Return what `kernels.formula.parse` takes beside the formula."""
+        """The parameters for `kernels.formula.parse`."""
         return self.fixed | {name: {"init": init, "share": "layer"} for name, (_, init) in self.learned.items()}
 
 
 _XIELU = "where(x > 0, softplus(ap) * x**2 + beta * x, (beta + softplus(an)) * (expm1(min(x, eps)) - x) + beta * x)"
-ACTIVATIONS = {  # where two names compute the same, export takes the first
-    "silu": Native("silu(x)"),
-    "gelu": Native("gelu(x)"),
-    "gelu_pytorch_tanh": Native("gelu_tanh(x)"),
-    "relu": Native("relu(x)"),
-    "relu2": Native("relu(x) ** 2"),
-    "linear": Native("x"),
-    "sigmoid": Native("sigmoid(x)"),
-    "tanh": Native("tanh(x)"),
-    "mish": Native("x * tanh(softplus(x))"),
-    "leaky_relu": Native("where(x > 0, x, 0.01 * x)"),
-    "quick_gelu": Native("x * sigmoid(1.702 * x)"),
-    "relu6": Native("clip(x, 0, 6)"),
-    "hardswish": Native("x * clip(x + 3, 0, 6) / 6"),
-    "gelu_10": Native("clip(gelu(x), -10, 10)"),
-    "prelu": Native("where(x > 0, x, slope * x)", {"slope": ("weight", 0.25)}),
-    # Its numbers are made in bf16, and stay so. The start is log(expm1(0.8)) and log(expm1(0.3)): a constant 0.5 stands before
-    # softplus(an), where the arm xielu has none.
-    "xielu": Native(
+ACTIVATIONS = {  # of several names for one function, export uses the first
+    "silu": NativeActivation("silu(x)"),
+    "gelu": NativeActivation("gelu(x)"),
+    "gelu_pytorch_tanh": NativeActivation("gelu_tanh(x)"),
+    "relu": NativeActivation("relu(x)"),
+    "relu2": NativeActivation("relu(x) ** 2"),
+    "linear": NativeActivation("x"),
+    "sigmoid": NativeActivation("sigmoid(x)"),
+    "tanh": NativeActivation("tanh(x)"),
+    "mish": NativeActivation("x * tanh(softplus(x))"),
+    "leaky_relu": NativeActivation("where(x > 0, x, 0.01 * x)"),
+    "quick_gelu": NativeActivation("x * sigmoid(1.702 * x)"),
+    "relu6": NativeActivation("clip(x, 0, 6)"),
+    "hardswish": NativeActivation("x * clip(x + 3, 0, 6) / 6"),
+    "gelu_10": NativeActivation("clip(gelu(x), -10, 10)"),
+    "prelu": NativeActivation("where(x > 0, x, slope * x)", {"slope": ("weight", 0.25)}),
+    # Transformers keeps these parameters in bf16. They start at log(expm1(0.8)) and log(expm1(0.3)), because a constant 0.5 is
+    # added to softplus(an), which the arm xielu does not do.
+    "xielu": NativeActivation(
         _XIELU,
         {"ap": ("alpha_p", 0.20343), "an": ("alpha_n", -1.05022)},
         fixed={"beta": 0.5, "eps": -1e-6},
         exact=False,
     ),
-    "swish": Native("silu(x)"),
-    "gelu_python": Native("gelu(x)"),
-    "gelu_new": Native("gelu_tanh(x)"),
-    "gelu_fast": Native("gelu_tanh(x)"),
-    "gelu_accurate": Native("gelu_tanh(x)"),
-    "gelu_python_tanh": Native("gelu_tanh(x)"),
+    "swish": NativeActivation("silu(x)"),
+    "gelu_python": NativeActivation("gelu(x)"),
+    "gelu_new": NativeActivation("gelu_tanh(x)"),
+    "gelu_fast": NativeActivation("gelu_tanh(x)"),
+    "gelu_accurate": NativeActivation("gelu_tanh(x)"),
+    "gelu_python_tanh": NativeActivation("gelu_tanh(x)"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformersLayout:
-    """How a model is held there: its `model_type`, its `hidden_act` (of llama and arcee), and what `act_fn` stores of it.
+    """The representation of a decoder in Transformers.
 
-    `learned` maps a formula's learned parameter to the tensor in `mlp.act_fn`; `buffers` may be stored beside it.
+    Args:
+        model_type: in config.json.
+        hidden_act: in config.json, for llama and arcee.
+        learned: {a formula's learned parameter: its tensor in `mlp.act_fn`}.
+        buffers: names of further tensors that `mlp.act_fn` may store.
     """
 
     model_type: str
@@ -90,19 +97,19 @@ class TransformersLayout:
 
 
 def transformers_layout(shape: Shape) -> TransformersLayout:
-    """Return the class that holds a decoder of this shape: a native one if it computes the same from the same numbers."""
-    found = [recognise(ffn.formula) for ffn in shape.ffn]
-    alike = all(one == found[0] for one in found) and len({ffn.d_ff for ffn in shape.ffn}) == 1
-    # The native classes refuse a d_model that the heads do not divide, even where head_dim is given.
-    if found[0] is None or not alike or shape.qk_norm or shape.d_model % shape.n_heads:
+    """Return how Transformers represents a decoder of this shape: by a native class if one computes the same function."""
+    activations = [recognise(ffn.formula) for ffn in shape.ffn]
+    alike = all(each == activations[0] for each in activations) and len({ffn.d_ff for ffn in shape.ffn}) == 1
+    # The native classes refuse a d_model that n_heads does not divide, even if head_dim is given.
+    if activations[0] is None or not alike or shape.qk_norm or shape.d_model % shape.n_heads:
         return TransformersLayout(FORMULA)
-    hidden_act, learned = found[0]
+    hidden_act, learned = activations[0]
     stored = {ours: ACTIVATIONS[hidden_act].learned[theirs][0] for ours, theirs in learned.items()}
     return TransformersLayout(LLAMA if shape.ffn[0].formula.gated else ARCEE, hidden_act, stored)
 
 
 def recognise(formula: Formula) -> tuple[str, dict[str, str]] | None:
-    """Return the `hidden_act` that a formula computes, and {its learned parameter: that of `Native.learned`}; or None."""
+    """Return the `hidden_act` that a formula computes, and {its learned parameter: that of the `NativeActivation`}; or None."""
     if any(parameter.share != "layer" for parameter in formula.learned.values()):
         return None
     for hidden_act, native in ACTIVATIONS.items():
@@ -116,27 +123,32 @@ def recognise(formula: Formula) -> tuple[str, dict[str, str]] | None:
 
 
 def _activation(formula: Formula, learned: dict[str, str]) -> tuple | None:
-    """Return the canonical form of `act` in `act(x)`, or in `act(gate) * up`; None if the formula is no such product."""
+    """Return the canonical form of `act` in `act(x)` or `act(gate) * up`; None if the formula is neither."""
     if not formula.gated:
         return canonical(formula.tree, formula.fixed | learned)
-    whole = canonical(formula.tree, formula.fixed | learned | {"gate": "x"})
+    product = canonical(formula.tree, formula.fixed | learned | {"gate": "x"})
     up = ("symbol", "up")
-    if whole[0] != "*" or up not in whole[1:]:
+    if product[0] != "*" or up not in product[1:]:
         return None
-    rest = list(whole[1:])
-    rest.remove(up)
-    return None if _mentions(rest, up) else _product(rest)
+    factors = list(product[1:])
+    factors.remove(up)
+    return None if _mentions(factors, up) else _product(factors)
 
 
 def canonical(node: Node, names: Mapping[str, float | str] | None = None) -> tuple:
-    """Return a tree in which what is equal by the order of terms, by `x**2 = x*x`, or by the definition of silu, relu and clip
-    is equal. `names` puts numbers, or other names, for symbols."""
-    given = names or {}
-    inside = [canonical(argument, given) for argument in node.arguments]
+    """Return a canonical form of a formula's tree.
+
+    Formulas that differ in the order of terms, by `x**2 = x*x`, or by the definitions of silu and relu have the same form.
+
+    Args:
+        names: numbers or other names to substitute for symbols.
+    """
+    substitutions = names or {}
+    inside = [canonical(argument, substitutions) for argument in node.arguments]
     if node.kind == "number":
         return ("number", float(node.value))
     if node.kind == "symbol":
-        value = given.get(str(node.value), node.value)
+        value = substitutions.get(str(node.value), node.value)
         return ("symbol", value) if isinstance(value, str) else ("number", float(value))
     if node.kind == "negate":
         return _product([("number", -1.0), *inside])
@@ -169,7 +181,7 @@ def _sum(terms: list[tuple]) -> tuple:
 
 
 def _collected(sign: str, parts: list[tuple], neutral: float) -> tuple:
-    """Flatten, gather the numbers into one, and sort."""
+    """Flatten nested sums or products, combine their numbers into one, and sort the rest."""
     flat = [inner for part in parts for inner in (part[1:] if part[0] == sign else (part,))]
     number = neutral
     for part in flat:
@@ -186,7 +198,7 @@ def _mentions(parts: Any, wanted: tuple) -> bool:
 
 
 def tensor_names(name: str, shape: Shape, layout: TransformersLayout) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the tensors that one of our parameters is there, with their shapes: blocks of its rows, in this order.
+    """Return the names and shapes of the tensors that hold one of our parameters: consecutive blocks of its rows.
 
     Args:
         name: as in `Decoder.named_parameters`.

@@ -1,12 +1,13 @@
 """FormulaForCausalLM: a LLaMA decoder whose feed-forward activation is a formula, for Hugging Face Transformers.
 
-This file is copied into an exported folder as `modeling_formula.py` and needs torch and transformers only; load it with
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`. `config.ffn` has for every layer
-{"formula": "silu(gate) * up", "parameters": {...}, "d_ff": N}: a formula of `x`, or of `gate` and `up`. A parameter is a fixed
-number, or {"init": 0.25, "share": "layer" | "channel"} where it is learned and stands among the weights. It is read through a
-whitelist, never by `eval`, and computed in fp32 at least.
+This file is copied into an exported folder as `modeling_formula.py` and needs torch and transformers only. Load the folder with
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
 
-Made to compute logits. Gradients are autograd's, so a formula whose unused branch of a `where` overflows gives NaN there.
+`config.ffn` lists the layers, each {"formula": "silu(gate) * up", "parameters": {...}, "d_ff": N}. A formula is a function of
+`x`, or of `gate` and `up`. A parameter is a fixed number, or {"init": 0.25, "share": "layer" | "channel"}: then it is learned,
+and its value is among the weights. Formulas are read through a whitelist, never by `eval`, and computed in fp32 or wider.
+
+This class is meant for inference. Gradients are autograd's, so if the unused branch of a `where` overflows they are NaN there.
 """
 
 from __future__ import annotations
@@ -23,8 +24,20 @@ from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRMSNorm
 
 FUNCTIONS = {
-    **{name: getattr(torch, name) for name in ("abs", "sign", "sqrt", "exp", "expm1", "log", "log1p")},
-    **{name: getattr(torch, name) for name in ("sigmoid", "tanh", "sin", "cos", "atan", "erf", "relu")},
+    "abs": torch.abs,
+    "sign": torch.sign,
+    "sqrt": torch.sqrt,
+    "exp": torch.exp,
+    "expm1": torch.expm1,
+    "log": torch.log,
+    "log1p": torch.log1p,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "atan": torch.atan,
+    "erf": torch.erf,
+    "relu": torch.relu,
     "softplus": lambda x: F.softplus(x, threshold=40.0),
     "silu": F.silu,
     "gelu": F.gelu,
@@ -47,20 +60,23 @@ OPERATORS = {
     ast.Gt: torch.gt,
     ast.GtE: torch.ge,
 }
-WORD = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)|([A-Za-z_]\w*)")
+TOKEN = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)|([A-Za-z_]\w*)")
 
 
 def parse(text: str) -> ast.expr:
-    """Return the syntax tree of a formula, in which every name has an underscore before it (no word of Python's is one)."""
-    python = WORD.sub(lambda word: repr(float(word[1])) if word[1] else "_" + word[2], text)
+    """Return the syntax tree of a formula. Every name gets an underscore in front, so that none is a keyword of Python."""
+    python = TOKEN.sub(lambda token: repr(float(token[1])) if token[1] else "_" + token[2], text)
     return ast.parse(f"({python})", mode="eval").body
 
 
 def evaluate(tree: ast.expr, values: dict[str, Tensor]) -> Tensor:
-    """Return the value of a formula; `values` are its pre-activations and parameters, of one dtype.
+    """Return the value of a formula.
+
+    Args:
+        values: its pre-activations and parameters by name, all of one dtype.
 
     Raises:
-        ValueError: it holds what is no part of a formula.
+        ValueError: the tree contains something that formulas do not have.
     """
     like = next(iter(values.values()))
 
@@ -79,13 +95,13 @@ def evaluate(tree: ast.expr, values: dict[str, Tensor]) -> Tensor:
             return OPERATORS[type(node.ops[0])](value(node.left), value(node.comparators[0]))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id[1:] in FUNCTIONS:
             return FUNCTIONS[node.func.id[1:]](*map(value, node.args))
-        raise ValueError(f"no part of a formula: {ast.unparse(node)}")
+        raise ValueError(f"not allowed in a formula: {ast.unparse(node)}")
 
     return value(tree)
 
 
 class FormulaConfig(PretrainedConfig):
-    """As LlamaConfig; `ffn` lists the feed-forward layers, `qk_norm` is RMSNorm on the queries and keys of each head."""
+    """A LlamaConfig with `ffn`, the list of feed-forward layers, and `qk_norm`, RMSNorm on each head's queries and keys."""
 
     model_type = "formula_ffn"
     keys_to_ignore_at_inference = ("past_key_values",)
@@ -118,16 +134,16 @@ class FormulaConfig(PretrainedConfig):
         self.qk_norm = qk_norm
         self.max_position_embeddings, self.initializer_range = max_position_embeddings, initializer_range
         self.rms_norm_eps, self.rope_theta, self.use_cache = rms_norm_eps, rope_theta, use_cache
-        # What the layers of Llama read, before some are replaced below.
+        # Llama's constructor reads these; FormulaForCausalLM then replaces some of the layers that it made.
         self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
         self.attention_bias, self.attention_dropout, self.mlp_bias, self.pretraining_tp = False, 0.0, False, 1
         self.intermediate_size, self.hidden_act = max(layer["d_ff"] for layer in self.ffn), "linear"
         kwargs = {name: value for name, value in kwargs.items() if name not in vars(self)}
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(**{**kwargs, "tie_word_embeddings": tie_word_embeddings})
 
 
 class FormulaMLP(nn.Module):
-    """D -> F (once, or twice if gated) -> the formula -> D."""
+    """The feed-forward layer: up projection (and gate projection if gated), the formula, down projection."""
 
     def __init__(self, d_model: int, formula: str, parameters: dict[str, Any], d_ff: int) -> None:
         super().__init__()
@@ -147,10 +163,10 @@ class FormulaMLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., D)."""
+        """Apply the layer: (..., d_model) -> (..., d_model)."""
         wide = torch.promote_types(x.dtype, torch.float32)
         up = self.up_proj(x).to(wide)
-        values = {"gate": self.gate_proj(x).to(wide), "up": up} if self.gated else {"x": up}
+        values = {"x": up} if self.gate_proj is None else {"gate": self.gate_proj(x).to(wide), "up": up}
         values |= {name: torch.tensor(number, dtype=wide, device=x.device) for name, number in self.fixed.items()}
         values |= {name: parameter.to(wide) for name, parameter in self.learned.items()}
         h = evaluate(self.tree, values)
@@ -158,26 +174,26 @@ class FormulaMLP(nn.Module):
 
 
 class HeadNormedLinear(nn.Linear):
-    """A projection to heads, each of them normalised."""
+    """A projection to heads, followed by RMSNorm on each head."""
 
     def __init__(self, d_model: int, heads: int, head_dim: int, eps: float) -> None:
         super().__init__(d_model, heads * head_dim, bias=False)
         self.head_dim = head_dim
         self.norm = LlamaRMSNorm(head_dim, eps=eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., heads * head_dim)."""
-        return self.norm(super().forward(x).unflatten(-1, (-1, self.head_dim))).flatten(-2)
+    def forward(self, input: Tensor) -> Tensor:
+        """Project and normalise: (..., d_model) -> (..., heads * head_dim)."""
+        return self.norm(super().forward(input).unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
 
 class FormulaForCausalLM(LlamaForCausalLM):
     """LlamaForCausalLM with the feed-forward layers of `config.ffn`, and QK-norm if `config.qk_norm`."""
 
     config_class = FormulaConfig
-    config: FormulaConfig
+    config: FormulaConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # it has what Llama reads of LlamaConfig
 
     def __init__(self, config: FormulaConfig) -> None:
-        super().__init__(config)
+        super().__init__(config)  # pyright: ignore[reportArgumentType]  # as above
         for layer, arm in zip(self.model.layers, config.ffn, strict=True):
             layer.mlp = FormulaMLP(config.hidden_size, arm["formula"], arm.get("parameters") or {}, arm["d_ff"])
             if config.qk_norm:

@@ -1,12 +1,12 @@
-"""A run's tokenizer for Hugging Face Transformers: `tokenizer.json`, `tokenizer_config.json`, and the run's own file.
+"""Write a run's tokenizer for Hugging Face Transformers: tokenizer.json, tokenizer_config.json, and a copy of the run's file.
 
-What a SentencePiece model trained here does, a BPE model of the library `tokenizers` does too, id for id: merges go by
-the pieces' scores, characters without a piece become bytes, and nothing is normalised. Spaces stay spaces in its
-vocabulary: a U+2581 in a text is then no piece, and becomes bytes as it does in `data/tokenizer.py`. Two differences are left:
-that one cuts texts of more than 65,536 characters into stretches, and writes broken UTF-8 with fewer U+FFFD.
+A SentencePiece model trained by this project becomes a BPE model of the library `tokenizers` with the same token ids. Merges
+are ordered by the pieces' scores, characters without a piece become bytes, and nothing is normalised. Spaces stay spaces in the
+vocabulary, so a U+2581 in a text is no piece and becomes bytes, as in `data/tokenizer.py`. Two differences remain: our
+tokenizer splits texts of more than 65,536 characters, and decodes broken UTF-8 with fewer U+FFFD.
 
-With special tokens (the default of Transformers), a text begins with the end-of-text token, because that is how a document
-begins in training, and in `model.generate`. What looks like a special token in a text is text.
+With special tokens, the default in Transformers, a text starts with the end-of-text token. That is how a document starts in
+training and in `model.generate`. Special tokens are not recognised inside a text.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from data.files import need
 from data.tokenizer import PROBE, SPACE, Tokenizer
 from kernels.common.errors import UserError
 
-ORIGINAL = {
+ORIGINAL = {  # the run's tokenizer file -> its copy in an exported folder
     "tokenizer.model": "tokenizer.model",
     "tokenizer.json": "tokenizer.original.json",
-}  # the run's file -> its copy
+}
 _PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
 _PROBES = (
     PROBE,
@@ -37,14 +37,14 @@ _PROBES = (
 )
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> int:
-    """Write the tokenizer's files into `folder`, and return the id that pads a batch.
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> int:
+    """Write the tokenizer's files into `folder`, and return the id of the padding token.
 
     Args:
-        longest: tokens that the model was trained on at once.
+        max_length: the sequence length in training.
 
     Raises:
-        UserError: it cannot be converted id for id, as with SentencePiece models that were trained elsewhere.
+        UserError: the converted tokenizer would give other ids, as with some SentencePiece models that were trained elsewhere.
     """
     tokenizers = need("tokenizers", "writing tokenizer.json")
     if tokenizer.file_name == "tokenizer.json":
@@ -62,18 +62,20 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> int:
         if converted.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe):
             raise UserError(
                 f"the tokenizer cannot be written as tokenizer.json: {probe!r} would get other tokens. SentencePiece models "
-                "that are trained here can (BPE, byte fallback, no normalisation); give others as a tokenizer.json"
+                "that this project trains can (BPE, byte fallback, no normalisation); provide others as a tokenizer.json"
             )
     vocabulary = converted.get_vocab(with_added_tokens=True)
-    # <unk> of a SentencePiece model is never produced: bytes stand for what has no piece.
+    # A SentencePiece model never produces <unk>, because bytes stand for characters without a piece: it can pad.
     names = ("<unk>",) if tokenizer.file_name == "tokenizer.model" else _PAD_NAMES
     pad = next((name for name in names if name in vocabulary), eos)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{"bos_token": eos, "eos_token": eos, "pad_token": pad},
+        "bos_token": eos,
+        "eos_token": eos,
+        "pad_token": pad,
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": longest,
+        "model_max_length": max_length,
     }
     converted.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -82,7 +84,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> int:
 
 
 def _from_sentencepiece(raw: bytes) -> Any:
-    """Return the `tokenizers.Tokenizer` of a SentencePiece BPE model."""
+    """Convert a serialised SentencePiece BPE model to a `tokenizers.Tokenizer`."""
     from sentencepiece import SentencePieceProcessor
     from tokenizers import AddedToken, Tokenizer, decoders, models
 
@@ -107,13 +109,13 @@ def _from_sentencepiece(raw: bytes) -> Any:
 
 
 def _splits(piece: str) -> list[tuple[str, str]]:
-    """Return the pairs that make a piece, in the order in which they must be merged.
+    """Return the pairs that merge to a piece, in order of precedence.
 
-    SentencePiece merges what scores highest, and of one piece the leftmost. A merge by pairs must choose among the pairs of
-    a piece, so of two that can overlap in a text (the right half of one is the left half of the other) the one that then
-    stands on the left comes first.
+    SentencePiece merges the piece of the highest score first, and among equal pieces the leftmost. BPE by pairs must rank the
+    pairs of one piece. Two of them can overlap in a text if the right half of one is the left half of the other: the one that
+    is then on the left comes first.
     """
-    pairs = [(piece[:i], piece[i:]) for i in range(len(piece) - 1, 0, -1)]  # of "aaa" the one with the longer left half
+    pairs = [(piece[:i], piece[i:]) for i in range(len(piece) - 1, 0, -1)]  # of "aaa" the longer left half first
     for i, first in enumerate(pairs):
         for j in range(i):
             if first[1] == pairs[j][0] and pairs[j][1] != first[0]:

@@ -100,7 +100,7 @@ def test_attention_within_documents(backend, heads, length):
 @pytest.mark.parametrize("block", [1, 2**22], ids=["row by row", "whole batch"])
 @pytest.mark.parametrize("masked", [False, True], ids=["one document", "documents"])
 def test_blocks_of_any_size_give_the_same(monkeypatch, keep, block, masked):
-    monkeypatch.setattr(attention_blocks, "_KEEP_ELEMENTS", keep)
+    monkeypatch.setattr(attention_blocks, "_SAVED_ELEMENTS", keep)
     monkeypatch.setattr(attention_blocks, "_BLOCK_ELEMENTS", block)
     check("blocks", *inputs((4, 2), 131, batch=3), documents=documents_of(3, 131) if masked else None)
 
@@ -138,7 +138,7 @@ def test_the_newest_tokens_attend_to_all_before():
 def test_blocks_refuse_shapes_that_do_not_fit():
     q, k, v, _ = inputs((4, 2), 7)
     for wrong in ((q, k[:, :5], v), (q, k, v[:, :5]), (q[:, :, :3], k, v), (q[..., :4], k, v)):
-        with pytest.raises(ValueError, match="shapes do not fit"):
+        with pytest.raises(ValueError, match="shapes do not match"):
             attend(*wrong, "blocks")
     with pytest.raises(ValueError, match="document_ids"):
         attend(q, k, v, "blocks", documents_of(2, 6))

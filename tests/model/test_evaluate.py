@@ -97,7 +97,7 @@ def test_a_few_examples_of_a_task_and_a_file_of_ones_own(make_run, tasks, tmp_pa
     [
         (["tasks=local_bit"], "unknown task 'local_bit': did you mean 'local_bits'?"),
         (["tasks=local_bits", "step=3"], "has no checkpoint of step 3"),
-        (["tasks=local_gone"], "the data of local_gone cannot be had"),
+        (["tasks=local_gone"], "the data of local_gone is not available"),
         (["tasks=local_bits", "include=nowhere"], "include=nowhere: there is no such folder"),
     ],
 )
