@@ -117,8 +117,8 @@ def test_what_is_unknown_is_named_with_what_is_near(words, near):
         ("steps=", "steps=: expected a whole number"),
         ("optim.lr=fast", "optim.lr=fast: expected a number"),
         ("model.qk_norm=maybe", "model.qk_norm=maybe: expected true or false"),
-        ("steps=1,2", "steps=1,2 gives several values"),
-        ("steps=[1", "cannot read 'steps=[1'"),
+        ("steps=1,2", "steps=1,2 has several values"),
+        ("steps=[1", "cannot parse 'steps=[1'"),
         ("model.d_model=null", "model.d_model"),
     ],
 )

@@ -32,7 +32,7 @@ def test_values_are_gone_through_in_order():
         (["ffn=relu"], "--multirun needs several comma-separated values of a key"),
         (["ffn=relu,rellu"], "unknown"),
         (["ffn=relu,gelu", "run=mine"], "would train several runs in one folder: leave run=NAME out"),
-        (["prompts=[a", "ffn=relu,gelu"], "cannot read 'prompts=[a'"),
+        (["prompts=[a", "ffn=relu,gelu"], "cannot parse 'prompts=[a'"),
     ],
 )
 def test_bad_input_is_one_sentence(words, why):
