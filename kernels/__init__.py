@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .activations.activation import Activation
-    from .cross_entropy import cross_entropy_
+    from .cross_entropy import cross_entropy_, linear_cross_entropy
     from .huggingface.patching import patch, unpatch
     from .mlp import FormulaMLP
     from .norm import rms_norm
@@ -44,6 +44,7 @@ __all__ = [
     "Learned",
     "activation",
     "cross_entropy_",
+    "linear_cross_entropy",
     "parse",
     "patch",
     "rms_norm",
@@ -55,6 +56,7 @@ BACKENDS = ("auto", "reference", "c", "triton")
 _LAZY = {  # name -> module of this package: what needs torch is imported when it is asked for
     "FormulaMLP": ".mlp",
     "cross_entropy_": ".cross_entropy",
+    "linear_cross_entropy": ".cross_entropy",
     "patch": ".huggingface.patching",
     "rms_norm": ".norm",
     "rotate": ".rotary",

@@ -1,8 +1,6 @@
 """The output projection: cross-entropy without the full matrix of logits, and logits for generation.
 
-A batch of N tokens over a vocabulary of V entries has N x V logits, the largest tensor of a small model. The gradient of the
-loss is known as soon as the softmax is. So the forward pass works chunk by chunk: it computes a chunk of logits, turns it into
-its gradient, reduces that to the (small) gradients of the hidden states and of the weight, and drops the chunk.
+The forward pass works chunk by chunk, and `kernels/cross_entropy/linear.py` has the loop over chunks.
 
 Over tensor ranks the vocabulary is sharded. Each rank computes the logits of its own entries, and ranks exchange two numbers
 per token: the log-sum-exp over a rank's entries, and the target's logit. Logits are never gathered in training.
@@ -11,7 +9,6 @@ Shapes: N tokens, D d_model, V vocabulary entries, T tensor ranks, c tokens of a
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.cross_entropy import cross_entropy_, serves
+from kernels.cross_entropy.linear import ChunkFunction, chunk_function_for, chunked_loss
 from launch.estimate.counts import logits_rows
 from model.collectives import all_gather, gather_tokens, reduce_partial
 from model.parallel import Axis
@@ -82,36 +79,10 @@ def gathered_logits(hidden: Tensor, weight: Tensor, tensor: Axis) -> Tensor:
     return by_rank.movedim(0, -2).flatten(-2)
 
 
-def _plain_cross_entropy_(
-    logits: Tensor, index: Tensor, z_loss: float, differentiate: bool, buffer: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compute `kernels.cross_entropy.cross_entropy_` in plain PyTorch.
-
-    Args:
-        logits: (c, V); overwritten by their gradient if `differentiate`.
-        index: (c,) target token ids.
-        buffer: scratch space of at least (c, V) in the dtype of the softmax.
-
-    Returns:
-        Nats and log-sum-exp of every token, each (c,).
-    """
-    index = index.unsqueeze(1)  # (c, 1)
-    p = torch.softmax(logits, -1, dtype=buffer.dtype, out=buffer[: logits.shape[0]])
-    # From the likeliest entry, whose probability is at least 1 / V: the target's own probability may underflow.
-    lse = logits.amax(-1, keepdim=True).to(p.dtype) - p.amax(-1, keepdim=True).log()  # (c, 1)
-    nats = lse - logits.gather(1, index).to(p.dtype)
-    if differentiate:
-        if z_loss:
-            p *= 1 + 2 * z_loss * lse
-        p.scatter_add_(1, index, p.new_full((1, 1), -1.0).expand_as(index))
-        logits.copy_(p)
-    return nats.squeeze(1), lse.squeeze(1)
-
-
 def _vocab_parallel_cross_entropy_(
     logits: Tensor, index: Tensor, z_loss: float, differentiate: bool, buffer: Tensor, tensor: Axis
 ) -> tuple[Tensor, Tensor]:
-    """Compute `_plain_cross_entropy_` over a sharded vocabulary.
+    """Compute `kernels.cross_entropy.linear.plain_cross_entropy_` over a sharded vocabulary.
 
     Args:
         logits: (c, V / T), of this rank's entries.
@@ -143,19 +114,17 @@ class _Options(NamedTuple):
     tensor: Axis
 
 
-def _chunk_function(logits: Tensor, dtype: torch.dtype, tensor: Axis) -> Callable[..., tuple[Tensor, Tensor]]:
+def _chunk_function(logits: Tensor, dtype: torch.dtype, tensor: Axis) -> ChunkFunction:
     """Return what computes a chunk: the vocabulary-parallel function, the fused kernel, or plain PyTorch.
 
     Args:
         logits: buffer (c, V / T) of the largest chunk.
         dtype: of the softmax.
     """
-    if tensor.size > 1:
-        buffer = torch.empty_like(logits, dtype=dtype)
-        return functools.partial(_vocab_parallel_cross_entropy_, buffer=buffer, tensor=tensor)
-    if serves(logits):
-        return cross_entropy_
-    return functools.partial(_plain_cross_entropy_, buffer=torch.empty_like(logits, dtype=dtype))
+    if tensor.size == 1:
+        return chunk_function_for(logits, dtype)
+    buffer = torch.empty_like(logits, dtype=dtype)
+    return functools.partial(_vocab_parallel_cross_entropy_, buffer=buffer, tensor=tensor)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -165,34 +134,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss, ignore_index, differentiate, tensor = options
         states = gather_tokens(hidden, tensor).wait().flatten(0, -2)  # (N, D)
         targets = targets.flatten()  # (N,)
-        n_tokens, n_entries = len(states), len(weight)  # N, V / T
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, need_weight = (differentiate and need for need in ctx.needs_input_grad[:2])
-        grad_hidden = torch.empty_like(states) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
-
-        valid = targets != ignore_index  # (N,)
-        n_valid = valid.sum().clamp_(min=1)
-        nats = torch.zeros((), dtype=dtype, device=hidden.device)
-        squares = torch.zeros_like(nats)  # of the log-sum-exp
-        rows = logits_rows(n_tokens, n_entries)
-        logits_buffer = states.new_empty(rows, n_entries)
-        chunk_function = _chunk_function(logits_buffer, dtype, tensor)
-        for start in range(0, n_tokens, rows):
-            chunk = slice(start, min(start + rows, n_tokens))
-            x, is_valid = states[chunk], valid[chunk]  # (c, D), (c,)
-            logits = torch.mm(x, weight.t(), out=logits_buffer[: x.shape[0]])  # (c, V / T)
-            # Ignored rows are given target 0 and get a gradient all the same.
-            row_nats, lse = chunk_function(logits, targets[chunk].where(is_valid, 0), z_loss, differentiate)
-            nats, squares = nats + (row_nats * is_valid).sum(), squares + (lse.square() * is_valid).sum()
-            # They are masked on the small side of each product, not in the logits (which are gradients by now).
-            mask = is_valid.unsqueeze(1).to(x.dtype)  # (c, 1)
-            if grad_hidden is not None:
-                torch.mm(logits, weight, out=grad_hidden[chunk])
-                grad_hidden[chunk] *= mask
-            if grad_weight is not None:
-                grad_weight += torch.mm(logits.t(), x * mask)
-
+        logits_buffer = states.new_empty(logits_rows(len(states), len(weight)), len(weight))  # (c, V / T)
+        nats, squares, n_valid, grad_hidden, grad_weight = chunked_loss(
+            states,
+            weight,
+            targets,
+            z_loss=z_loss,
+            ignore_index=ignore_index,
+            differentiate=differentiate,
+            need=(need_hidden, need_weight),
+            logits_buffer=logits_buffer,
+            chunk_function=_chunk_function(logits_buffer, dtype, tensor),
+        )
         if grad_hidden is not None:
             grad_hidden = reduce_partial(grad_hidden / n_valid, tensor).wait().view_as(hidden)
         if grad_weight is not None:

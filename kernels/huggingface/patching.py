@@ -47,7 +47,7 @@ class Patched:
 
     def __str__(self) -> str:
         counts = Counter(self.layers.values())
-        text = f"{len(self)} feed-forward layers: " + ", ".join(
+        text = f"{len(self)} feed-forward layer{'s' if len(self) != 1 else ''}: " + ", ".join(
             formula if len(counts) == 1 else f"{formula} ({count})" for formula, count in counts.items()
         )
         if self.by_modules:
@@ -134,7 +134,18 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> int:
-    """Give the layers that `patch` took their own forward again, and return how many they are."""
+    """Give the layers that `patch` took their own forward again, and return how many they are.
+
+    Example:
+        >>> from formula_ffn import patch, unpatch
+        >>> from transformers import ArceeConfig
+        >>> from transformers.models.arcee.modeling_arcee import ArceeMLP
+        >>> layer = ArceeMLP(ArceeConfig(hidden_size=64, intermediate_size=256))
+        >>> print(patch(layer))
+        1 feed-forward layer: relu(x)**2
+        >>> unpatch(layer)
+        1
+    """
     count = 0
     for module in model.modules():
         if is_patched(module):

@@ -26,6 +26,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
     Zhang and Sennrich 2019, arXiv 1910.07467. Differentiable once, in x, weight and residual, from both results.
 
+    >>> import torch
+    >>> x, weight = torch.randn(2, 10, 64), torch.ones(64)
+    >>> y, s = rms_norm(x, weight, eps=1e-5, residual=torch.randn(2, 10, 64))
+    >>> y.shape, s.shape
+    (torch.Size([2, 10, 64]), torch.Size([2, 10, 64]))
+
     Args:
         x: (..., d) of any floating dtype.
         weight: (d,).

@@ -28,6 +28,13 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
     Su 2021, arXiv 2104.09864. Differentiable once, in q and k.
 
+    >>> import torch
+    >>> q, k = torch.randn(2, 10, 8, 64), torch.randn(2, 10, 4, 64)
+    >>> angles = torch.outer(torch.arange(10.0), 10000 ** (-torch.arange(0, 64, 2) / 64))
+    >>> q, k = rotate(q, k, angles.cos(), angles.sin())
+    >>> q.shape, k.shape
+    (torch.Size([2, 10, 8, 64]), torch.Size([2, 10, 4, 64]))
+
     Args:
         q, k: (B, S, heads, E) of any strides, slices of a packed tensor among them; their numbers of heads may differ.
         cos, sin: (S, E/2), in fp32, or in fp64 for fp64 heads.

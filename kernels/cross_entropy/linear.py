@@ -1,0 +1,203 @@
+"""The output projection and its cross-entropy in one function, which never holds all logits.
+
+N tokens over a vocabulary of V entries have N x V logits, the largest tensor of a small model. The gradient of the loss is
+known as soon as the softmax is. So the forward pass works chunk by chunk: it computes a chunk of logits, turns it into its
+gradient, reduces that to the (small) gradients of the hidden states and of the weight, and drops the chunk.
+
+Shapes: N tokens, D d_model, V vocabulary entries, c tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .cross_entropy import cross_entropy_, serves
+
+# (logits, targets, z_loss, differentiate) -> nats and log-sum-exp of every token; see `cross_entropy_`.
+ChunkFunction = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, z_loss: float = 0.0, ignore_index: int = -100, chunk: int = 1024
+) -> Tensor:
+    """Compute the mean cross-entropy of `softmax(hidden @ weight.T)` against `targets`, without holding all logits.
+
+    Matrix products run in the dtype of the inputs; the softmax and the sums are fp32 (fp64 for fp64 inputs). Outside `no_grad`
+    the forward pass computes the gradients. Differentiable once, in `hidden` and `weight`.
+
+    >>> import torch
+    >>> hidden, weight = torch.randn(2, 10, 64, requires_grad=True), torch.randn(1000, 64, requires_grad=True)
+    >>> loss = linear_cross_entropy(hidden, weight, torch.randint(1000, (2, 10)))
+    >>> loss.backward()
+    >>> hidden.grad.shape, weight.grad.shape
+    (torch.Size([2, 10, 64]), torch.Size([1000, 64]))
+
+    Args:
+        hidden: (..., D) hidden states, of any floating dtype.
+        weight: (V, D) output projection of the same dtype.
+        targets: (...) int64 token ids below V, or `ignore_index`.
+        z_loss: coefficient of the mean of `logsumexp(logits) ** 2`, which is added.
+        ignore_index: the target of tokens that are ignored.
+        chunk: tokens whose logits exist at a time.
+
+    Returns:
+        A scalar in fp32 (fp64 for fp64 inputs); 0 if no token is valid.
+
+    Raises:
+        ValueError: the shapes or dtypes do not match, or `chunk` is not positive.
+    """
+    fits = targets.shape == hidden.shape[:-1] and weight.dim() == 2 and weight.shape[1] == hidden.shape[-1]
+    if not fits or weight.dtype != hidden.dtype or targets.dtype != torch.int64:
+        given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (hidden, weight, targets))
+        raise ValueError(f"hidden, weight and targets do not match: {given}")
+    if chunk < 1:
+        raise ValueError(f"chunk is a positive number of tokens, not {chunk}")
+    return _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, ignore_index, chunk, torch.is_grad_enabled())
+
+
+class ChunkedLoss(NamedTuple):
+    """Sums over the valid tokens, and the gradients of (nats + z_loss x squares), not yet divided by `n_valid`."""
+
+    nats: Tensor
+    squares: Tensor  # of the log-sum-exp
+    n_valid: Tensor  # 1 if there is none
+    grad_hidden: Tensor | None  # (N, D)
+    grad_weight: Tensor | None  # (V, D), in the dtype of the softmax
+
+
+def chunked_loss(
+    states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    z_loss: float,
+    ignore_index: int,
+    differentiate: bool,
+    need: tuple[bool, bool],
+    logits_buffer: Tensor,
+    chunk_function: ChunkFunction,
+) -> ChunkedLoss:
+    """Compute loss and gradients chunk by chunk.
+
+    No Python branch depends on a tensor's value, so a GPU is never synchronised.
+
+    Args:
+        states: (N, D).
+        weight: (V, D); over tensor ranks this rank's rows.
+        targets: (N,).
+        differentiate: whether the chunk function is to overwrite logits with their gradient.
+        need: whether the gradients of `states` and of `weight` are needed.
+        logits_buffer: (c, V), scratch space of a chunk.
+        chunk_function: what computes a chunk.
+    """
+    n_tokens, rows = len(states), len(logits_buffer)
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    need_hidden, need_weight = need
+    grad_hidden = torch.empty_like(states) if need_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
+
+    valid = targets != ignore_index  # (N,)
+    n_valid = valid.sum().clamp_(min=1)
+    nats = torch.zeros((), dtype=dtype, device=states.device)
+    squares = torch.zeros_like(nats)  # of the log-sum-exp
+    for start in range(0, n_tokens, rows):
+        chunk = slice(start, min(start + rows, n_tokens))
+        x, is_valid = states[chunk], valid[chunk]  # (c, D), (c,)
+        logits = torch.mm(x, weight.t(), out=logits_buffer[: x.shape[0]])  # (c, V / T)
+        # Ignored rows are given target 0 and get a gradient all the same.
+        row_nats, lse = chunk_function(logits, targets[chunk].where(is_valid, 0), z_loss, differentiate)
+        nats, squares = nats + (row_nats * is_valid).sum(), squares + (lse.square() * is_valid).sum()
+        # They are masked on the small side of each product, not in the logits (which are gradients by now).
+        mask = is_valid.unsqueeze(1).to(x.dtype)  # (c, 1)
+        if grad_hidden is not None:
+            torch.mm(logits, weight, out=grad_hidden[chunk])
+            grad_hidden[chunk] *= mask
+        if grad_weight is not None:
+            grad_weight += torch.mm(logits.t(), x * mask)
+    return ChunkedLoss(nats, squares, n_valid, grad_hidden, grad_weight)
+
+
+def plain_cross_entropy_(
+    logits: Tensor, index: Tensor, z_loss: float, differentiate: bool, buffer: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute `cross_entropy_` in plain PyTorch.
+
+    Args:
+        logits: (c, V); overwritten by their gradient if `differentiate`.
+        index: (c,) target token ids.
+        buffer: scratch space of at least (c, V) in the dtype of the softmax.
+
+    Returns:
+        Nats and log-sum-exp of every token, each (c,).
+    """
+    index = index.unsqueeze(1)  # (c, 1)
+    p = torch.softmax(logits, -1, dtype=buffer.dtype, out=buffer[: logits.shape[0]])
+    # From the likeliest entry, whose probability is at least 1 / V: the target's own probability may underflow.
+    lse = logits.amax(-1, keepdim=True).to(p.dtype) - p.amax(-1, keepdim=True).log()  # (c, 1)
+    nats = lse - logits.gather(1, index).to(p.dtype)
+    if differentiate:
+        if z_loss:
+            p *= 1 + 2 * z_loss * lse
+        p.scatter_add_(1, index, p.new_full((1, 1), -1.0).expand_as(index))
+        logits.copy_(p)
+    return nats.squeeze(1), lse.squeeze(1)
+
+
+def chunk_function_for(logits: Tensor, dtype: torch.dtype) -> ChunkFunction:
+    """Return what computes a chunk on one rank: the fused kernel, or plain PyTorch.
+
+    Args:
+        logits: buffer (c, V) of the largest chunk.
+        dtype: of the softmax.
+    """
+    if serves(logits):
+        return cross_entropy_
+    return functools.partial(plain_cross_entropy_, buffer=torch.empty_like(logits, dtype=dtype))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        z_loss: float,
+        ignore_index: int,
+        chunk: int,
+        differentiate: bool,
+    ) -> Tensor:
+        states = hidden.flatten(0, -2)  # (N, D)
+        logits_buffer = states.new_empty(min(chunk, max(1, len(states))), len(weight))
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        need_hidden, need_weight = (differentiate and need for need in ctx.needs_input_grad[:2])
+        loss = chunked_loss(
+            states,
+            weight,
+            targets.flatten(),
+            z_loss=z_loss,
+            ignore_index=ignore_index,
+            differentiate=need_hidden or need_weight,
+            need=(need_hidden, need_weight),
+            logits_buffer=logits_buffer,
+            chunk_function=chunk_function_for(logits_buffer, dtype),
+        )
+        d_hidden, d_weight = loss.grad_hidden, loss.grad_weight
+        ctx.save_for_backward(
+            None if d_hidden is None else d_hidden.div_(loss.n_valid).view_as(hidden),
+            None if d_weight is None else d_weight.div_(loss.n_valid).to(weight.dtype),
+        )
+        return (loss.nats + z_loss * loss.squares) / loss.n_valid
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        saved = (None if tensor is None else tensor * gradient.to(tensor.dtype) for tensor in ctx.saved_tensors)
+        return *saved, None, None, None, None, None
