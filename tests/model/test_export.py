@@ -237,7 +237,7 @@ def test_nothing_is_left_of_an_export_that_fails(make_run, tmp_path, monkeypatch
     ("words", "sentence"),
     [
         (["too=x"], "unknown option 'too': did you mean 'to'?"),
-        (["run"], "unknown option 'run'"),
+        (["run"], "run needs a value: run=VALUE"),
         (["step=-3"], "step=-3: expected a whole number"),
         (["run=run"], "missing to=FOLDER, the folder for the model"),
         (["to=x"], "missing run=NAME, the run to export"),

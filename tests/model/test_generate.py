@@ -183,7 +183,7 @@ def test_a_run_that_cannot_be_loaded_is_refused(run):
     ("word", "sentence"),
     [
         ("temprature=1", "unknown option 'temprature': did you mean 'temperature'?"),
-        ("run", "unknown option 'run'"),
+        ("run", "run needs a value: run=VALUE"),
         ("tokens=many", "tokens=many: expected a whole number"),
         ("tokens=1.5", "tokens=1.5: expected a whole number"),
         ("temperature=hot", "temperature=hot: expected a number"),
