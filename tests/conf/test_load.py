@@ -223,7 +223,7 @@ def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path, text):
     with pytest.raises(UserError, match="does not exist"):
         from_yaml(tmp_path / "missing.yaml")
     path.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(UserError, match="is not a configuration"):
+    with pytest.raises(UserError, match="does not fit the configuration schema"):
         from_yaml(path)
 
 
