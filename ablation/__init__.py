@@ -1,21 +1,23 @@
-"""From a question to a verdict: arms at equal cost, over seeds and learning rates, and what their losses show.
+"""From a question to a verdict: arms at equal cost, over seeds and learning rates, and the statistics of their losses.
 
-    plan.py         a plan of conf/ablation, read and resolved: its runs, and what they cost
-    budget.py       the width that makes an arm cost what the baseline costs
-    speed.py        step times, for arms at equal time
-    command.py      the command that trains a run
-    run.py          a plan becomes runs; goes on wherever it was stopped
-    manifest.py     what the runs of a folder are, refused when it does not fit them
-    outcomes.py      how a run stands, from its folder alone
-    results.py      what the runs of a plan showed, checked
-    statistics.py   paired differences, intervals, what could have been detected, verdicts
-    efficiency.py   what a loss costs: compute, seconds, memory
-    measures.py     other figures of runs, by seed
-    verdict.py      the verdict in a sentence
-    claims.py       what articles claim (claims.yaml), and what runs say of it
-    status.py       how the runs of a plan stand, at a glance
-    report.py       report.html (page.html is its frame), results.csv and figures (figures.py)
-    dashboard.py    workspaces, a report and a table of a plan on W&B
+    plan.py         reads a plan of conf/ablation and resolves it: its runs, and what they cost
+    budget.py       finds the width at which an arm costs what the baseline costs
+    speed.py        measures step times, for arms at equal wall-clock time
+    command.py      builds the command that trains a run
+    run.py          trains the runs of a plan, or submits them; continues wherever it was stopped
+    slurm.py        turns a plan into SLURM job arrays
+    manifest.py     records what the runs of a folder are, and refuses runs that do not match
+    outcomes.py     reads the state of a run from its folder
+    progress.py     decides which runs of a sweep come next, and the best learning rate
+    results.py      loads and checks everything the runs of a plan wrote
+    statistics.py   paired differences, intervals, detectable differences, verdicts
+    efficiency.py   what reaching a loss costs: compute, seconds, memory
+    measures.py     other metrics of the runs, by seed
+    verdict.py      states the verdict in one sentence per size
+    claims.py       published claims (claims.yaml) and what the runs show about them
+    status.py       shows the state of a plan's runs in a terminal
+    report.py       writes report.html (from report.html.jinja), CSV files and figures (figures.py)
+    dashboard.py    builds workspaces, a report and a table on W&B
 
-This room learns of a run only from what the run wrote, and never imports torch.
+This package reads only what a run wrote to its folder, and never imports torch.
 """

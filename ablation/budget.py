@@ -1,13 +1,13 @@
-"""The width that makes an arm's feed-forward layers cost what the baseline's cost, for four meanings of cost.
+"""Find the width at which an arm's feed-forward layers cost as much as the baseline's. Cost has five meanings:
 
-    parameters   of the feed-forward layers, learned ones of the formula included
-    flops        of their matrix products, forward and backward; the formula's own are few, and hidden behind memory
-    memory       their weights, gradients and optimizer state, and what `ffn.save` keeps of a micro-batch for backward
-    wallclock    measured seconds of a step, which the caller brings
-    none         no match: every arm has the width of the baseline, which gives a gated arm half as many parameters again
+    parameters   parameters of the feed-forward layers, including the learned parameters of the formula
+    flops        FLOPs of their matrix products, forward and backward. The formula's own FLOPs are few, and memory-bound
+    memory       their weights, gradients and optimizer state, and the activations that `ffn.save` keeps for backward
+    wallclock    measured seconds per step, passed in by the caller
+    none         no matching: every arm gets the baseline's width, so a gated arm has 1.5 times the parameters
 
-The width is a multiple of `tensor` x a tile, so that every tensor rank has whole tiles: of the coarsest tile whose best
-width is within `WARN` of the target. Narrow models have few multiples of a coarse tile, and there an equal cost is worth more.
+A width is a multiple of `tensor` x tile, so that every tensor rank holds whole tiles. The tile is the coarsest one whose best
+width lies within `WARN` of the target: narrow models have few multiples of a coarse tile, and there equal cost matters more.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from kernels.common.errors import UserError, unknown
 from launch.estimate.counts import Shape, ffn_saved_bytes, flops_per_token, parameters, shape_of
 
 BUDGETS = ("parameters", "flops", "memory", "wallclock", "none")
-WARN, REFUSE = 0.005, 0.01  # of the target
+WARN, REFUSE = 0.005, 0.01  # fractions of the target
 _TILES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
-_STATE = 16  # bytes a parameter: 2 + 2 + 12, the ZeRO paper's count for bf16 with fp32 masters
+_STATE_BYTES = 16  # per parameter: 2 + 2 + 12, the ZeRO paper's count for bf16 with fp32 master weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Width:
-    """An arm's width, and what it costs beside what it may."""
+    """The width of an arm, its cost, and the cost it should have."""
 
     arm: str
     d_ff: int
-    tile: int  # the width is a multiple of it on every tensor rank
+    tile: int  # on every tensor rank the width is a multiple of it
     parameters: int  # of all feed-forward layers
     cost: float
     target: float
 
     @property
     def mismatch(self) -> float:
-        """The share of the target by which the cost is off; above 0 it costs more."""
+        """Relative difference of the cost to the target; positive where the arm costs more."""
         return self.cost / self.target - 1
 
 
@@ -52,73 +52,79 @@ def match(
     seconds: Callable[[str, int], float] | None = None,
     allowed: float = REFUSE,
 ) -> tuple[dict[str, Width], list[str]]:
-    """Return every arm's width, and a warning for each that is more than 0.5% off.
+    """Return the width of every arm, and a warning for each arm whose cost is off by more than 0.5%.
 
     Args:
-        arms: the configuration of each arm; the baseline's width is what its configuration says.
-        tensor: tensor ranks, which a width must be divisible by.
+        arms: the configuration of each arm. The baseline keeps the width of its configuration.
+        tensor: tensor ranks, which must divide every width.
         tile: the coarsest tile that a width may be rounded to.
-        tokens: of a micro-batch, for `memory`.
-        seconds: of a step of (arm, d_ff), for `wallclock`; rises with d_ff.
-        allowed: the largest mismatch that is no error.
+        tokens: tokens per micro-batch, for `memory`.
+        seconds: seconds per step of (arm, d_ff), for `wallclock`. Must increase with d_ff.
+        allowed: the largest relative mismatch that is accepted.
 
     Raises:
-        UserError: an unknown budget or baseline, a budget that lacks what it needs, a baseline that tensor ranks cannot share,
-            or an arm that cannot come close enough.
+        UserError: unknown budget or baseline, a budget without its inputs, a baseline width that the tensor ranks do not
+            divide, or an arm whose cost cannot come close enough.
     """
     if budget not in BUDGETS:
         raise unknown("budget", budget, BUDGETS)
     if baseline not in arms:
         raise unknown("baseline", baseline, arms)
     if budget == "memory" and tokens < 1:
-        raise UserError("budget=memory needs the tokens of a micro-batch: set micro_batch_size")
+        raise UserError("budget=memory needs the tokens per micro-batch: set micro_batch_size")
     if budget == "wallclock" and seconds is None:
         raise UserError("budget=wallclock needs measured step times")
-
     shapes = {arm: shape_of(config) for arm, config in arms.items()}
-
-    def cost_of(arm: str) -> Callable[[int], float]:
-        if budget == "wallclock":
-            return lambda d_ff: seconds(arm, d_ff)
-        return lambda d_ff: _cost(_with(shapes[arm], d_ff), arms[arm].sequence_length, budget, tokens)
-
-    own = _widths(shapes[baseline])
-    if own % tensor:
-        raise UserError(f"parallel.tensor={tensor} does not divide the d_ff={own} of the baseline {baseline!r}")
-    target = cost_of(baseline)(own)
+    base_width = shapes[baseline].ffn[0].d_ff  # the same in all layers
+    if base_width % tensor:
+        raise UserError(f"parallel.tensor={tensor} does not divide d_ff={base_width} of the baseline {baseline!r}")
+    costs = {
+        arm: _measured_cost(seconds, arm) if budget == "wallclock" else _counted_cost(config, budget, tokens)
+        for arm, config in arms.items()
+    }
+    target = costs[baseline](base_width)
     widths, warnings = {}, []
-    for arm in arms:
+    for arm, cost in costs.items():
         if arm == baseline or budget == "none":
-            d_ff, of_tile = own, _tile_of(own // tensor, tile)
+            d_ff, arm_tile = base_width, _tile_of(base_width // tensor, tile)
         else:
-            d_ff, of_tile = _solve(cost_of(arm), target, own, tensor, tile)
-        shape = _with(shapes[arm], d_ff)
-        width = widths[arm] = Width(arm, d_ff, of_tile, parameters(shape)["ffn"], cost_of(arm)(d_ff), target)
-        off = f"{arm}: d_ff={d_ff} costs {width.mismatch:+.2%} of the baseline's {budget}"
+            d_ff, arm_tile = _solve(cost, target, base_width, tensor, tile)
+        ffn_parameters = parameters(_with_width(shapes[arm], d_ff))["ffn"]
+        width = widths[arm] = Width(arm, d_ff, arm_tile, ffn_parameters, cost(d_ff), target)
+        message = f"{arm}: d_ff={d_ff} differs by {width.mismatch:+.2%} from the baseline's {budget}"
         if budget != "none" and abs(width.mismatch) > allowed:
             raise UserError(
-                f"{off}, more than the {allowed:.2%} allowed: a wider model or fewer tensor ranks come closer"
+                f"{message}, more than the {allowed:.2%} allowed: a wider model or fewer tensor ranks come closer"
             )
         if budget != "none" and abs(width.mismatch) > WARN:
-            warnings.append(off)
+            warnings.append(message)
     return widths, warnings
 
 
-def _with(shape: Shape, d_ff: int) -> Shape:
+def _with_width(shape: Shape, d_ff: int) -> Shape:
     """Return the shape with another width of all feed-forward layers."""
     return dataclasses.replace(shape, ffn=tuple(dataclasses.replace(layer, d_ff=d_ff) for layer in shape.ffn))
 
 
-def _widths(shape: Shape) -> int:
-    return shape.ffn[0].d_ff  # the same in all layers
+def _measured_cost(seconds: Callable[[str, int], float] | None, arm: str) -> Callable[[int], float]:
+    """Return the seconds per step of an arm as a function of its width."""
+    assert seconds is not None  # checked by `match`
+    return lambda d_ff: seconds(arm, d_ff)
 
 
-def _cost(shape: Shape, sequence_length: int, budget: str, tokens: int) -> float:
-    if budget == "flops":
-        return flops_per_token(shape, sequence_length)["ffn"]
-    if budget == "memory":
-        return _STATE * parameters(shape)["ffn"] + sum(tokens * ffn_saved_bytes(layer) for layer in shape.ffn)
-    return parameters(shape)["ffn"]  # of "none" too: what is then unequal can be seen
+def _counted_cost(config: Config, budget: str, tokens: int) -> Callable[[int], float]:
+    """Return the counted cost of an arm as a function of its width."""
+    own_shape = shape_of(config)
+
+    def cost(d_ff: int) -> float:
+        shape = _with_width(own_shape, d_ff)
+        if budget == "flops":
+            return flops_per_token(shape, config.sequence_length)["ffn"]
+        if budget == "memory":
+            return _STATE_BYTES * parameters(shape)["ffn"] + sum(tokens * ffn_saved_bytes(layer) for layer in shape.ffn)
+        return parameters(shape)["ffn"]  # for "none" too, so that the mismatch is visible
+
+    return cost
 
 
 def _tile_of(width: int, coarsest: int) -> int:
@@ -126,7 +132,7 @@ def _tile_of(width: int, coarsest: int) -> int:
 
 
 def _solve(cost: Callable[[int], float], target: float, start: int, tensor: int, coarsest: int) -> tuple[int, int]:
-    """Return the width and its tile. `cost` rises with the width."""
+    """Return the width and its tile, for a cost that increases with the width."""
     best: tuple[float, int, int] | None = None
     for tile in _TILES:
         if tile > max(coarsest, 1):
@@ -143,4 +149,5 @@ def _solve(cost: Callable[[int], float], target: float, start: int, tensor: int,
             return d_ff, tile
         if best is None or off < best[0]:
             best = (off, d_ff, tile)
+    assert best is not None  # a tile of 1 is always tried
     return best[1], best[2]

@@ -1,15 +1,16 @@
 """Show a plan on Weights & Biases: `python -m ablation.dashboard ablations/glu_variants`.
 
     FOLDER           of the plan, or a file that this command wrote
-    entity=NAME      team or user; the runs' own if not said
-    project=NAME     the runs' own if not said
-    to=FILE          what is written; FOLDER/dashboard.json if not said
+    entity=NAME      team or user; default: that of the runs
+    project=NAME     default: that of the runs
+    to=FILE          the file to write; default: FOLDER/dashboard.json
 
-Logs the statistics as a table, and makes a workspace for every size and one report: verdicts, curves by arm with bands over the
-seeds, telemetry, cost. All of it is written to a file first. Without a login that is all: after `wandb login` the same command
-uploads it, or the same with the file, on another machine. Every upload makes new views, and updates the table.
+Logs the statistics as a table, and creates a workspace per size and one report: verdicts, curves by arm with bands over the
+seeds, telemetry, cost. Everything is written to a file first. Without a login it stops there; after `wandb login` the same
+command uploads it, and so does the command with the file, on another machine. Every upload creates new views and updates the
+table.
 
-The curves are those of the runs that W&B has; runs that trained offline get there by the `wandb sync` line that is printed.
+The curves are those of the runs that W&B has. Runs that trained offline are uploaded by the `wandb sync` line that is printed.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ COLUMNS = (
     "seeds", "diverged", "best_rate", "mismatch", "runs",
 )  # fmt: skip
 _OPTIONS = {"entity": "", "project": "", "to": ""}
-_NO_FIGURES = ("kind", "step", "tokens", "window_tokens")  # of a line of telemetry
-_WHOLE_ROW = 24  # the width of a panel that fills a row
+_NO_METRICS = ("kind", "step", "tokens", "window_tokens")  # keys of a telemetry line
+_FULL_WIDTH = 24  # of a panel, in columns of W&B's grid
 
 
 def main(argv: list[str]) -> int:
@@ -48,78 +49,85 @@ def main(argv: list[str]) -> int:
     if len(positional) != 1:
         raise UserError("expected the folder of one plan: python -m ablation.dashboard ablations/NAME")
     _import_workspaces()
-    said = {name: options[name] for name in ("entity", "project") if options[name]}
+    target = {name: options[name] for name in ("entity", "project") if options[name]}
     online, path = wandb_mode() == "online", Path(positional[0])
     if path.is_file():
         if not online:
-            raise UserError("nobody is logged in to W&B here, so nothing was uploaded: wandb login")
-        upload(dataclasses.replace(read_content(path), **said))
+            raise UserError("there is no W&B login on this machine, so nothing was uploaded: run wandb login")
+        upload(dataclasses.replace(read_content(path), **target))
         return 0
     results = read_results(path)
-    content = dataclasses.replace(content_of(results), **said)
-    written = Path(options["to"] or path / NAME)
-    write(content, written)
-    print(f"{written} holds the workspaces, the report and the table of {content.plan}")
-    if sync := sync_line(results, said):
+    content = dataclasses.replace(content_of(results), **target)
+    file = Path(options["to"] or path / NAME)
+    write(content, file)
+    print(f"{file} holds the workspaces, the report and the table of {content.plan}")
+    if sync := sync_command(results, target):
         print(f"runs that trained offline are uploaded by\n  {sync}")
     if online:
         upload(content)
     else:
         again = shlex.join(["python", "-m", "ablation.dashboard", *argv])
-        elsewhere = shlex.join(["python", "-m", "ablation.dashboard", str(written)])
-        print(f"nobody is logged in to W&B here. After `wandb login`, upload it by\n  {again}")
-        print(f"or, where there is only the file, by\n  {elsewhere}")
+        elsewhere = shlex.join(["python", "-m", "ablation.dashboard", str(file)])
+        print(f"there is no W&B login on this machine. After `wandb login`, upload everything with\n  {again}")
+        print(f"or, on a machine that has only the file, with\n  {elsewhere}")
     return 0
 
 
-# -------------------------------------------------------------------------------------------------- what there is to show
+# ---------------------------------------------------------------------------------------------------------- the content
 
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """All that workspaces, report and table are made from; a file keeps it as JSON."""
+    """Everything that the workspaces, the report and the table are made from, stored in a file as JSON."""
 
     plan: str
     hash: str
     question: str
     baseline: str
-    entity: str  # "": the one that is W&B's default for the user
+    entity: str  # "": the user's default in W&B
     project: str
     sentences: dict[str, str]  # by size: the verdict
-    rows: list[list[Any]]  # of `COLUMNS`: a row for every arm of every size; None where there is no number
-    notes: list[str]  # what is missing, unfinished or cut short
-    telemetry: dict[str, int]  # figure of telemetry: of how many layers; 0 for one of the whole model
+    rows: list[list[Any]]  # of `COLUMNS`, a row per arm and size; None where there is no number
+    notes: list[str]  # on what is missing, unfinished or cut short
+    telemetry: dict[str, int]  # by metric: the number of layers; 0 for a metric of the whole model
 
 
 def content_of(results: Results) -> Content:
-    """Gather what a plan's folder has to show.
+    """Return the content of a dashboard for a plan's folder.
 
     Raises:
-        UserError: no run has begun.
+        UserError: no run has started.
     """
     if not results.runs:
-        raise UserError(f"no run has begun in {results.folder}: python -m ablation.run trains the plan")
+        raise UserError(f"no run has started in {results.folder}: python -m ablation.run trains the plan")
     plan = results.manifest.plan
     logger = from_yaml(next(iter(results.runs.values())).folder / "config.yaml").logger
     telemetry = {
         name: len(value) if isinstance(value, list) else 0
         for run in results.runs.values()
-        for line in run.kind("telemetry")[:1]
+        for line in run.lines_of("telemetry")[:1]
         for name, value in line.items()
-        if name not in _NO_FIGURES
+        if name not in _NO_METRICS
     }
-    told = dict(zip(results.sizes, sentences(results), strict=True))
-    rows = [_row(results, size, arm) for size in results.sizes for arm in results.arms(size)]
+    rows = [_row(results, size, arm) for size, arm in results.size_arm_pairs()]
     return Content(
-        plan.name, results.manifest.hash, plan.question, plan.baseline, logger.entity or "", logger.project,
-        told, rows, list(results.notes), telemetry,
-    )  # fmt: skip
+        plan=plan.name,
+        hash=results.manifest.hash,
+        question=plan.question,
+        baseline=plan.baseline,
+        entity=logger.entity or "",
+        project=logger.project,
+        sentences=dict(zip(results.sizes, sentences(results), strict=True)),
+        rows=rows,
+        notes=list(results.notes),
+        telemetry=telemetry,
+    )
 
 
 def _row(results: Results, size: str, arm: str) -> list[Any]:
-    """Return the row of an arm. Differences, intervals and detectable differences are in nats a token."""
-    finals = results.finals(size, arm)
-    found = next((c for c in results.comparisons(size) if c.arm == arm), None)
+    """Return the row of an arm. Differences, intervals and detectable differences are in nats per token."""
+    finals = results.final_runs(size, arm)
+    comparison = next((c for c in results.comparisons(size) if c.arm == arm), None)
     values: dict[str, Any] = {
         "size": size,
         "arm": arm,
@@ -127,23 +135,23 @@ def _row(results: Results, size: str, arm: str) -> list[Any]:
         "reason": "",
         "seeds": len(finals),
         "diverged": sum(not math.isfinite(run.outcome.loss) for run in finals),
-        "best_rate": results.best_rate(size, arm),
+        "best_rate": results.best_lr(size, arm),
         "mismatch": results.manifest.cost[size][arm]["mismatch"],
         "runs": " ".join(run.folder.name for run in finals),
     }
-    if found is not None:
-        values |= dataclasses.asdict(found) | {"verdict": found.verdict.value}
-        values["interval_low"], values["interval_high"] = found.interval
-    return [_number(values.get(name)) for name in COLUMNS]
+    if comparison is not None:
+        values |= dataclasses.asdict(comparison) | {"verdict": comparison.verdict.value}
+        values["interval_low"], values["interval_high"] = comparison.interval
+    return [_json_number(values.get(name)) for name in COLUMNS]
 
 
-def _number(value: Any) -> Any:
-    """JSON has no nan and no infinity."""
+def _json_number(value: Any) -> Any:
+    """Return None for nan and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write(content: Content, path: Path) -> None:
-    """Write the content, and beside it what W&B is sent: the specification of every workspace and of the report."""
+    """Write the content, and what W&B will receive: the specifications of the workspaces and of the report."""
     workspaces, report = build(content)
     models = [workspace._to_model() for workspace in workspaces]
     model = report._to_model()
@@ -163,10 +171,10 @@ def _spec(model: Any) -> Any:
 
 
 def read_content(path: Path) -> Content:
-    """Read back what `write` wrote.
+    """Read the content that `write` wrote.
 
     Raises:
-        UserError: it is something else.
+        UserError: the file is something else.
     """
     try:
         return Content(**json.loads(path.read_text(encoding="utf-8"))["content"])
@@ -174,23 +182,23 @@ def read_content(path: Path) -> Content:
         raise UserError(f"{path} was not written by this command: {type(error).__name__}: {error}") from error
 
 
-def sync_line(results: Results, said: dict[str, str]) -> str:
-    """Return the command that uploads the runs that trained offline; "" without any."""
+def sync_command(results: Results, target: dict[str, str]) -> str:
+    """Return the command that uploads the runs that trained offline; "" if there are none."""
     if not any(list((run.folder / "wandb").glob("offline-run-*")) for run in results.runs.values()):
         return ""
-    place = [f"--{name}={shlex.quote(value)}" for name, value in said.items()]
-    return " ".join(["wandb sync", *place, f"{shlex.quote(str(results.folder / 'runs'))}/*/wandb/latest-run"])
+    options = [f"--{name}={shlex.quote(value)}" for name, value in target.items()]
+    return " ".join(["wandb sync", *options, f"{shlex.quote(str(results.folder / 'runs'))}/*/wandb/latest-run"])
 
 
-# ---------------------------------------------------------------------------------------------------- how it is laid out
+# ----------------------------------------------------------------------------------------------------------- the layout
 
 
 def build(content: Content) -> tuple[list[Any], Any]:
-    """Return a workspace for every size, and the report; neither asks the network."""
+    """Return a workspace per size, and the report, without using the network."""
     ws, wr = _import_workspaces()
     workspaces = [_workspace(content, size, ws, wr) for size in content.sentences]
     blocks: list[Any] = [wr.P(sentence) for sentence in content.sentences.values()]
-    blocks.append(wr.P(f"The plan {content.plan} ({content.hash}) asks: {content.question}"))
+    blocks.append(wr.P(f"Plan {content.plan} ({content.hash}): {content.question}"))
     if content.notes:
         blocks.append(wr.UnorderedList(items=content.notes))
     for size in content.sentences:
@@ -212,9 +220,9 @@ def build(content: Content) -> tuple[list[Any], Any]:
 def _workspace(content: Content, size: str, ws: Any, wr: Any) -> Any:
     verdicts = [
         wr.MarkdownPanel(
-            markdown=f"{content.sentences[size]}\n\n{_markdown(content, size)}", layout=wr.Layout(w=_WHOLE_ROW, h=8)
+            markdown=f"{content.sentences[size]}\n\n{_markdown(content, size)}", layout=wr.Layout(w=_FULL_WIDTH, h=8)
         ),
-        wr.WeavePanelSummaryTable(table_name=STATISTICS, layout=wr.Layout(w=_WHOLE_ROW, h=10)),
+        wr.WeavePanelSummaryTable(table_name=STATISTICS, layout=wr.Layout(w=_FULL_WIDTH, h=10)),
     ]
     sections = {"Verdicts": verdicts, **_panels(content, size, wr)}
     return ws.Workspace(
@@ -232,19 +240,19 @@ def _workspace(content: Content, size: str, ws: Any, wr: Any) -> Any:
 
 
 def _filters(content: Content, size: str, ws: Any) -> list[Any]:
-    """Choose the runs that are compared, and the one that logged the table."""
-    plan, of_size, final = tags_of(content.hash, size, "final")
-    tagged = [ws.Tags().isin([plan]), ws.Tags().isin([of_size]), ws.Tags().isin([final, STATISTICS])]
+    """Return filters for the runs that are compared, and the one that logged the table."""
+    plan, size_tag, final = tags_of(content.hash, size, "final")
+    tagged = [ws.Tags().isin([plan]), ws.Tags().isin([size_tag]), ws.Tags().isin([final, STATISTICS])]
     return [ws.Metric("Group") == content.plan, *tagged]
 
 
 def _most_runs(content: Content, size: str) -> int:
-    """Return how many runs a panel has to show, so that it leaves none out."""
-    return max(10, 1 + sum(row["seeds"] for row in _rows(content, size)))
+    """Return how many runs a panel has to show to leave none out."""
+    return max(10, 1 + sum(row["seeds"] for row in _rows_of(content, size)))
 
 
 def _panels(content: Content, size: str, wr: Any) -> dict[str, list[Any]]:
-    """Return the panels of each section: lines are means over the seeds of an arm, bands their standard deviation."""
+    """Return the panels by section. Lines are means over the seeds of an arm, bands their standard deviation."""
     grouped = {"groupby": "JobType", "groupby_aggfunc": "mean", "max_runs_to_show": _most_runs(content, size)}
 
     def line(title: str, *names: str, **more: Any) -> Any:
@@ -254,33 +262,36 @@ def _panels(content: Content, size: str, wr: Any) -> dict[str, list[Any]]:
         return wr.BarPlot(title=title, metrics=[name], groupby_rangefunc="stddev", **grouped)
 
     curves = [
-        line("held-out loss, nats a token", "eval/loss"),
+        line("held-out loss, nats per token", "eval/loss"),
         line(
-            "training loss, nats a token", "train/loss", smoothing_type="exponentialTimeWeighted", smoothing_factor=0.9
+            "training loss, nats per token",
+            "train/loss",
+            smoothing_type="exponentialTimeWeighted",
+            smoothing_factor=0.9,
         ),
-        line("held-out bits a byte", "eval/bits_per_byte"),
+        line("held-out bits per byte", "eval/bits_per_byte"),
         line("gradient norm", "train/grad_norm", log_y=True),
     ]
     telemetry = []
     for name, layers in content.telemetry.items():
         if layers:
-            ends = dict.fromkeys((0, layers - 1))
+            ends = (0, layers - 1) if layers > 1 else (0,)
             telemetry.append(line(f"{name}, first and last layer", *(f"telemetry/{name}/layer_{i}" for i in ends)))
         else:
             telemetry.append(line(name, f"telemetry/{name}"))
     cost = [
-        line("tokens a second", "train/tokens_per_second"),
+        line("tokens per second", "train/tokens_per_second"),
         line("model FLOPs utilisation", "train/mfu"),
         line("memory, GiB", "train/memory_gib"),
-        bar("FLOPs a token", "flops_per_token"),
+        bar("FLOPs per token", "flops_per_token"),
         bar("FFN parameters", "ffn_parameters"),
-        bar("wall-clock seconds of a run", "wall_seconds"),
+        bar("wall-clock seconds per run", "wall_seconds"),
     ]
     return {"Curves by arm": curves, "Telemetry": telemetry, "Cost": cost}
 
 
-def _rows(content: Content, size: str) -> list[dict[str, Any]]:
-    rows = (dict(zip(COLUMNS, row, strict=True)) for row in content.rows)
+def _rows_of(content: Content, size: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [dict(zip(COLUMNS, row, strict=True)) for row in content.rows]
     return [row for row in rows if row["size"] == size]
 
 
@@ -289,21 +300,21 @@ def _markdown(content: Content, size: str) -> str:
     heads = (
         "arm",
         "verdict",
-        f"difference to {content.baseline}, nats a token",
+        f"difference to {content.baseline}, nats per token",
         "95% interval",
         "p, Holm",
         "seeds",
-        "why",
+        "reason",
     )
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for row in _rows(content, size):
-        interval = f"{_text(row['interval_low'], '+.4f')} to {_text(row['interval_high'], '+.4f')}"
+    for row in _rows_of(content, size):
+        interval = f"{_formatted(row['interval_low'], '+.4f')} to {_formatted(row['interval_high'], '+.4f')}"
         cells = (
             row["arm"],
             row["verdict"],
-            _text(row["difference"], "+.4f"),
+            _formatted(row["difference"], "+.4f"),
             interval if row["interval_low"] is not None else "",
-            _text(row["p_holm"], ".2g"),
+            _formatted(row["p_holm"], ".2g"),
             f"{row['seeds']}" + (f", {row['diverged']} diverged" if row["diverged"] else ""),
             row["reason"],
         )
@@ -311,7 +322,7 @@ def _markdown(content: Content, size: str) -> str:
     return "\n".join(lines)
 
 
-def _text(value: float | None, form: str) -> str:
+def _formatted(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
@@ -319,7 +330,7 @@ def _text(value: float | None, form: str) -> str:
 
 
 def _import_workspaces() -> tuple[Any, Any]:
-    """Return the modules of workspaces and of reports.
+    """Return the modules for workspaces and for reports.
 
     Raises:
         UserError: they are not installed.
@@ -335,10 +346,10 @@ def _import_workspaces() -> tuple[Any, Any]:
 
 
 def upload(content: Content) -> None:
-    """Log the table, save the workspaces and the report, and print where they are.
+    """Log the table, save the workspaces and the report, and print their addresses.
 
     Raises:
-        UserError: W&B refused, or cannot be reached.
+        UserError: W&B refused, or it cannot be reached.
     """
     import wandb
 
@@ -350,11 +361,11 @@ def upload(content: Content) -> None:
             print(f"workspace: {workspace.save().url}")
         print(f"report: {report.save().url}")
     except Exception as error:
-        raise UserError(f"W&B did not take it all: {type(error).__name__}: {error}") from error
+        raise UserError(f"the upload to W&B did not complete: {type(error).__name__}: {error}") from error
 
 
 def _log_table(content: Content, wandb: Any, scratch: str) -> str:
-    """Log the statistics, always as the same run of a plan, and return the entity that it went to."""
+    """Log the statistics, always to the same run of a plan; return the entity of that run."""
     tags = {tag for size in content.sentences for tag in tags_of(content.hash, size, "final")[:2]}
     run = wandb.init(
         id=f"{content.hash}-{STATISTICS}",

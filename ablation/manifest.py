@@ -1,13 +1,13 @@
-"""`manifest.json`: what the runs of a folder are, written before the first of them begins, and refused when it does not fit.
+"""`manifest.json`: what the runs of a folder are. Written before the first run starts; runs that do not match are refused.
 
-    hash       of all that follows but `cost` and `hashes`
+    hash       of everything below except `cost` and `hashes`
     plan       the keys of the plan
-    shared     the values that decide what a run learns and that all runs have in common
-    arms       by size and arm: the values that differ; beside them `steps`
-    cost       by size and arm: what a run costs, for people to read
-    hashes     of each single value, so that one that was changed can be named
+    shared     the values that decide what a run learns and that all runs share
+    arms       by size and arm: the values that differ, and `steps`
+    cost       by size and arm: the cost of a run, for readers
+    hashes     of each single value, to name the one that was changed
 
-A run adds its own learning rate and seeds, which its folder's name says.
+A run adds its own learning rate and seeds, which are part of its folder's name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ablation.plan import Plan, PlannedRun, rates_of
+from ablation.plan import Plan, PlannedRun, learning_rates
 from conf.load import flatten
 from conf.schema import AblationConfig
 from conf.validate import digest
@@ -27,7 +27,7 @@ from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, say_why
 
 NAME = "manifest.json"
-_RUN = re.compile(r"(?P<size>[^-]+)-(?P<arm>[^-]+)-lr(?P<rate>[0-9.e+-]+)-seed(?P<seed>[0-9]+)")
+_RUN = re.compile(r"(?P<size>[^-]+)-(?P<arm>[^-]+)-lr(?P<lr>[0-9.e+-]+)-seed(?P<seed>[0-9]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,38 +44,41 @@ class Manifest:
         """Return `plan.Arm.learned`."""
         return self.shared | self.arms[size][arm]
 
-    def rates(self, size: str, arm: str) -> list[float]:
-        """Return `plan.Plan.rates`."""
-        return rates_of(self.plan, self.learned(size, arm)["optim.lr"])
+    def learning_rates(self, size: str, arm: str) -> list[float]:
+        """Return `plan.Plan.learning_rates`."""
+        return learning_rates(self.plan, self.learned(size, arm)["optim.lr"])
 
     def planned_run(self, name: str) -> PlannedRun | None:
-        """Return which run a folder's name says it is, None if it names no arm; a rate of no plan has the name's digits."""
+        """Return the run that a folder's name denotes; None if it names no arm of the plan.
+
+        The name has rounded digits. They are replaced by the exact learning rate if the plan has one of that name.
+        """
         named = _RUN.fullmatch(name)
         if not named or named["arm"] not in self.arms.get(named["size"], {}):
             return None
         size, arm, seed = named["size"], named["arm"], int(named["seed"])
         stage = "sweep" if seed == self.plan.rate_seed else "final"
         try:
-            told = PlannedRun(stage, size, arm, float(named["rate"]), seed)
+            rounded = PlannedRun(stage, size, arm, float(named["lr"]), seed)
         except ValueError:
             return None
-        exact = (dataclasses.replace(told, rate=rate) for rate in self.rates(size, arm))
-        return next((planned for planned in exact if planned.name == name), told)
+        exact = (dataclasses.replace(rounded, lr=lr) for lr in self.learning_rates(size, arm))
+        return next((planned for planned in exact if planned.name == name), rounded)
 
 
 def write_manifest(plan: Plan, folder: Path) -> None:
-    """Write what the runs of this folder are."""
-    content = _factored(plan.content)
+    """Write the manifest of a plan to its folder."""
+    content = _factor_out_shared(plan.content)
     cost = {
         size: {
-            arm: {
-                "tokens": a.batch.tokens,
-                "flops_per_token": a.flops_per_token,
-                "ffn_parameters": a.width.parameters,
-                "saved_bytes_per_token": a.saved_bytes_per_token,
-                "mismatch": a.width.mismatch,
+            name: {
+                "tokens": arm.batch.tokens,
+                "flops_per_token": arm.flops_per_token,
+                "ffn_parameters": arm.width.parameters,
+                "saved_bytes_per_token": arm.saved_bytes_per_token,
+                "mismatch": arm.width.mismatch,
             }
-            for arm, a in arms.items()
+            for name, arm in arms.items()
         }
         for size, arms in plan.arms.items()
     }
@@ -91,42 +94,44 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a plan's folder.
 
     Raises:
-        UserError: there is none, it cannot be read, or a value in it was changed; the value is named.
+        UserError: it is missing or unreadable, or a value in it was changed; the message names the value.
     """
     path = folder / NAME
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-        content = {part: written[part] for part in ("plan", "shared", "arms")}
-        told, cost, hashes = written["hash"], written["cost"], written["hashes"]
-        found = {name: digest(value, 4) for name, value in _leaves(content)}
-        changed = sorted(name for name in found.keys() | hashes.keys() if found.get(name) != hashes.get(name))
+        document = json.loads(path.read_text(encoding="utf-8"))
+        content = {part: document[part] for part in ("plan", "shared", "arms")}
+        written_hash, cost, hashes = document["hash"], document["cost"], document["hashes"]
+        actual = {name: digest(value, 4) for name, value in _leaves(content)}
+        changed = sorted(name for name in actual.keys() | hashes.keys() if actual.get(name) != hashes.get(name))
         if changed:
             raise UserError(f"{path} was changed after the runs began: {', '.join(changed[:6])}")
-        if digest(_merged(content)) != told:
+        if digest(_merge_shared(content)) != written_hash:
             raise UserError(f"{path} was changed after the runs began: hash")
-        return Manifest(told, AblationConfig(**content["plan"]), content["shared"], content["arms"], cost)
+        return Manifest(written_hash, AblationConfig(**content["plan"]), content["shared"], content["arms"], cost)
     except FileNotFoundError as error:
-        raise UserError(f"{folder} has no {NAME}: it is no folder of `python -m ablation.run`") from error
+        raise UserError(f"{folder} has no {NAME}: it is not a folder of `python -m ablation.run`") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no manifest of a plan: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} is not the manifest of a plan: {type(error).__name__}: {error}") from error
 
 
 def check_manifest(plan: Plan, folder: Path) -> None:
-    """Refuse a folder that holds another plan's runs.
+    """Refuse a folder that holds the runs of another plan.
 
     Raises:
-        UserError: what differs.
+        UserError: the plans differ; the message names where.
     """
     if not (folder / NAME).exists():
         return
-    there = read_manifest(folder)
-    if there.hash != plan.hash:
-        before = _merged({"plan": dataclasses.asdict(there.plan), "shared": there.shared, "arms": there.arms})
+    existing = read_manifest(folder)
+    if existing.hash != plan.hash:
+        before = _merge_shared(
+            {"plan": dataclasses.asdict(existing.plan), "shared": existing.shared, "arms": existing.arms}
+        )
         one, other = (dict(_leaves(content)) for content in (before, plan.content))
         changed = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
         raise UserError(
             f"{folder} holds the runs of another plan (it differs in {', '.join(changed[:6])}): "
-            "choose another one, folder=FOLDER"
+            "choose another folder, folder=FOLDER"
         )
 
 
@@ -136,8 +141,8 @@ def _leaves(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield from ((f"{part}.{name}", value) for name, value in flatten(tree).items())
 
 
-def _factored(content: dict[str, Any]) -> dict[str, Any]:
-    """Take what all arms of all sizes have in common out of them."""
+def _factor_out_shared(content: dict[str, Any]) -> dict[str, Any]:
+    """Move the values that all arms of all sizes have in common to `shared`."""
     every = [values for arms in content["arms"].values() for values in arms.values()]
     shared = {k: v for k, v in every[0].items() if all(k in other and other[k] == v for other in every)}
     arms = {
@@ -147,8 +152,8 @@ def _factored(content: dict[str, Any]) -> dict[str, Any]:
     return {"plan": content["plan"], "shared": shared, "arms": arms}
 
 
-def _merged(content: dict[str, Any]) -> dict[str, Any]:
-    """Undo `_factored`."""
+def _merge_shared(content: dict[str, Any]) -> dict[str, Any]:
+    """Undo `_factor_out_shared`."""
     arms = {
         size: {arm: content["shared"] | values for arm, values in of_size.items()}
         for size, of_size in content["arms"].items()

@@ -1,4 +1,4 @@
-"""How the runs of a plan stand, told from their folders alone: a report can be made wherever the folders were copied to."""
+"""Read the state of a run from its folder alone, so that a report works wherever the folders were copied to."""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ import math
 from pathlib import Path
 from typing import Any
 
-WAITING, QUEUED, RUNNING, STOPPED, FAILED, DIVERGED, FINISHED = (
-    "waiting",
-    "queued",  # by SLURM, which only `ablation.slurm` knows
-    "running",
-    "stopped",
-    "failed",
-    "diverged",
-    "finished",
-)
-ENDED = (DIVERGED, FINISHED)  # what is not run again
+WAITING = "waiting"
+QUEUED = "queued"  # by SLURM, which only `ablation.slurm` knows
+RUNNING = "running"
+STOPPED = "stopped"
+FAILED = "failed"
+DIVERGED = "diverged"
+FINISHED = "finished"
+ENDED = (DIVERGED, FINISHED)  # these are never run again
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run stands."""
+    """The state of a run, and its result where there is one."""
 
     state: str
-    step: int = 0  # of the last line of its metrics
-    loss: float = math.nan  # final held-out loss, nats a token; nan unless finished
+    step: int = 0  # of the last line of metrics.jsonl
+    loss: float = math.nan  # final held-out loss, nats per token; nan unless finished
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """Return the folders of the runs that have begun in the folder of a plan."""
+    """Return the folders of the runs that have started in a plan's folder."""
     return sorted(path.parent for path in (folder / "runs").glob("*/config.yaml"))
 
 
-def outcome(run: Path, lines: list[dict[str, Any]] | None = None) -> Outcome:
-    """Return how the run in a folder stands, whose metrics may be at hand; a folder that is missing is of a run that waits."""
-    summary = _json(run / "summary.json")
+def read_outcome(run: Path, lines: list[dict[str, Any]] | None = None) -> Outcome:
+    """Return the outcome of the run in a folder. A run whose folder does not exist is waiting.
+
+    Args:
+        lines: the run's metrics, where the caller has read them already.
+    """
+    summary = _read_json(run / "summary.json")
     lines = read_metrics(run)[0] if lines is None else lines
     step = lines[-1]["step"] if lines else 0
     if any(line.get("event") == "diverged" for line in lines):
@@ -46,18 +48,19 @@ def outcome(run: Path, lines: list[dict[str, Any]] | None = None) -> Outcome:
     status = summary.get("status")
     if status == "finished":
         loss = summary.get("final_eval_loss")
-        ends = is_finite(loss)
-        return Outcome(FINISHED if ends else DIVERGED, step, float(loss) if ends else math.nan, summary)
+        if isinstance(loss, (int, float)) and math.isfinite(loss):
+            return Outcome(FINISHED, step, float(loss), summary)
+        return Outcome(DIVERGED, step, summary=summary)
     if is_running(run):  # whatever an earlier process wrote
         return Outcome(RUNNING, step, summary=summary)
     if status == "failed":
         return Outcome(FAILED, step, summary=summary)
-    begun = (run / "config.yaml").exists()  # one that was killed, or found its input bad, leaves no summary
-    return Outcome(STOPPED if begun else WAITING, step, summary=summary)
+    started = (run / "config.yaml").exists()  # a run that was killed, or found its input invalid, leaves no summary
+    return Outcome(STOPPED if started else WAITING, step, summary=summary)
 
 
 def is_running(run: Path) -> bool:
-    """Return whether a process of this machine trains in a folder: it holds the folder's lock."""
+    """Return whether a process on this machine is training in a folder, that is, holds the folder's lock."""
     try:
         with open(run / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -69,7 +72,7 @@ def is_running(run: Path) -> bool:
 
 
 def read_metrics(run: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the lines of metrics.jsonl, and how many could not be read: the last one, of a run that was killed."""
+    """Return the lines of metrics.jsonl, and the number of unreadable ones: a run that was killed leaves half a line."""
     lines: list[dict[str, Any]] = []
     broken = 0
     try:
@@ -89,11 +92,11 @@ def read_metrics(run: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def is_finite(value: Any) -> bool:
-    """Return whether a value that JSON gave is a number that is neither nan nor infinite."""
+    """Return whether a JSON value is a number other than nan and infinity."""
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,10 +1,10 @@
-"""A plan, read and resolved: which runs answer its question, at which widths, and what they cost.
+"""Read a plan and resolve it: which runs answer its question, at which widths, and what they cost.
 
-Of every arm and size, learning rates are tried with a seed that no verdict rests on (`sweep`); then the plan's seeds run at the
-best rate (`final`). So the cost is arms x (rates + seeds), not their product. Runs of one seed share the order of their data
-and the initial weights outside the FFN, whatever the arm: both follow from `seed` and `data_seed` alone.
+For every arm and size, a sweep tries learning rates with a seed that no verdict uses (stage `sweep`); then the plan's seeds run
+at the best one (stage `final`). The cost is arms x (rates + seeds), not their product. Runs of one seed share the order of
+their data and the initial weights outside the FFN, whatever the arm: both depend on `seed` and `data_seed` alone.
 
-A plan is `conf/ablation/<name>.yaml`, keys of `conf.schema.AblationConfig`. What is not here: running it.
+A plan is `conf/ablation/<name>.yaml`, with the keys of `conf.schema.AblationConfig`. run.py trains it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ablation.budget import Width, match
@@ -26,8 +26,10 @@ from conf.validate import Batch, digest, validate, what_is_learned
 from kernels.common.errors import UserError, suggest, unknown
 from launch.estimate.counts import check_divisibility, ffn_saved_bytes, flops_per_token, shape_of
 
+StepSeconds = Callable[[str, str, int], float]  # seconds per step of (size, arm, d_ff)
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
-LONGEST_TAG = 64  # characters that W&B takes
+LONGEST_TAG = 64  # characters that W&B accepts
 _SET_BY_THE_PLAN = ("seed", "data_seed", "run", "runs", "resume")
 
 
@@ -38,20 +40,20 @@ class PlannedRun:
     stage: str  # "sweep" or "final"
     size: str
     arm: str
-    rate: float  # peak learning rate
+    lr: float  # peak learning rate
     seed: int
 
     @property
     def name(self) -> str:
         """The name of its run folder."""
-        return f"{self.size}-{self.arm}-lr{self.rate:.4g}-seed{self.seed}"
+        return f"{self.size}-{self.arm}-lr{self.lr:.4g}-seed{self.seed}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """An arm at a size, resolved."""
+    """An arm at one size, resolved."""
 
-    words: tuple[str, ...]  # for train.py, without rate and seed
+    overrides: tuple[str, ...]  # for train.py, without learning rate and seed
     config: Config
     batch: Batch
     width: Width
@@ -60,12 +62,12 @@ class Arm:
 
     @property
     def flops(self) -> int:
-        """Of one run."""
+        """FLOPs per run."""
         return self.flops_per_token * self.batch.tokens
 
     @property
     def learned(self) -> dict[str, Any]:
-        """What decides what its runs learn, by dotted key, but for the seeds; `optim.lr` is what the rates are times of."""
+        """The values that decide what its runs learn, by dotted key, except seeds. `optim.lr` is the unit of `rates`."""
         values = what_is_learned(self.config) | {"model.d_ff": self.width.d_ff, "steps": self.batch.steps}
         return {name: value for name, value in values.items() if name not in ("seed", "data_seed")}
 
@@ -80,8 +82,8 @@ class Plan:
 
     @property
     def content(self) -> dict[str, Any]:
-        """All that decides what the runs learn and how they are judged, as JSON would give it back."""
-        learned = {size: {arm: a.learned for arm, a in arms.items()} for size, arms in self.arms.items()}
+        """Everything that decides what the runs learn and how they are judged, as JSON would return it."""
+        learned = {size: {name: arm.learned for name, arm in arms.items()} for size, arms in self.arms.items()}
         return json.loads(json.dumps({"plan": dataclasses.asdict(self.config), "arms": learned}))
 
     @property
@@ -89,45 +91,50 @@ class Plan:
         """The hash of `content`."""
         return digest(self.content)
 
-    def rates(self, size: str, arm: str) -> list[float]:
-        """Return the learning rates that the sweep begins with, ascending."""
-        return rates_of(self.config, self.arms[size][arm].config.optim.lr)
+    def learning_rates(self, size: str, arm: str) -> list[float]:
+        """Return the learning rates that the sweep starts with, ascending."""
+        return learning_rates(self.config, self.arms[size][arm].config.optim.lr)
 
-    def sweep(self, size: str, arm: str) -> list[PlannedRun]:
-        """Return the runs that the sweep of an arm begins with; none when the plan has one rate."""
-        rates = self.rates(size, arm)
-        return [PlannedRun("sweep", size, arm, rate, self.config.rate_seed) for rate in rates] if len(rates) > 1 else []
+    def sweep_runs(self, size: str, arm: str) -> list[PlannedRun]:
+        """Return the runs that the sweep of an arm starts with; none if the plan has a single learning rate."""
+        rates = self.learning_rates(size, arm)
+        if len(rates) < 2:
+            return []
+        return [PlannedRun("sweep", size, arm, lr, self.config.rate_seed) for lr in rates]
 
-    def final(self, size: str, arm: str, rate: float) -> list[PlannedRun]:
-        """Return the runs of an arm that are compared, at the rate that the sweep found."""
-        return [PlannedRun("final", size, arm, rate, seed) for seed in self.config.seeds]
+    def final_runs(self, size: str, arm: str, lr: float) -> list[PlannedRun]:
+        """Return the runs of an arm that are compared, at the learning rate that the sweep chose."""
+        return [PlannedRun("final", size, arm, lr, seed) for seed in self.config.seeds]
 
-    def words(self, planned: PlannedRun, runs: str) -> list[str]:
-        """Return the command line of a run, for train.py."""
+    def overrides(self, planned: PlannedRun, runs: str) -> list[str]:
+        """Return the overrides that make train.py train a run, in the folder `runs`."""
         arm = self.arms[planned.size][planned.arm]
-        seeds = [f"seed={planned.seed}", f"data_seed={planned.seed}"]
         tags = [*arm.config.logger.tags, *tags_of(self.hash, planned.size, planned.stage)]
-        labels = {
-            "group": quoted(self.config.name), "job_type": quoted(planned.arm), "tags": f"[{','.join(map(quoted, tags))}]",
-        }  # fmt: skip
         return [
-            *arm.words, f"model.d_ff={arm.width.d_ff}", f"optim.lr={planned.rate!r}", *seeds, f"runs={runs}",
+            *arm.overrides,
+            f"model.d_ff={arm.width.d_ff}",
+            f"optim.lr={planned.lr!r}",
+            f"seed={planned.seed}",
+            f"data_seed={planned.seed}",
+            f"runs={runs}",
             f"run={planned.name}",
-            *(f"logger.{name}={value}" for name, value in labels.items()),
-        ]  # fmt: skip
+            f"logger.group={quoted(self.config.name)}",
+            f"logger.job_type={quoted(planned.arm)}",
+            f"logger.tags=[{','.join(map(quoted, tags))}]",
+        ]
 
-    def runs(self) -> int:
-        """Return how many runs it takes, if no sweep goes on past an edge."""
-        return sum(len(self.sweep(*place)) + len(self.config.seeds) for place in self.places())
+    def count_runs(self) -> int:
+        """Return the number of runs, if no sweep extends past an edge."""
+        return sum(self._runs_of(*pair) for pair in self.size_arm_pairs())
 
     def flops(self) -> int:
         """Return the FLOPs of these runs."""
-        return sum(
-            self.arms[size][arm].flops * (len(self.sweep(size, arm)) + len(self.config.seeds))
-            for size, arm in self.places()
-        )
+        return sum(self.arms[size][arm].flops * self._runs_of(size, arm) for size, arm in self.size_arm_pairs())
 
-    def places(self) -> Iterator[tuple[str, str]]:
+    def _runs_of(self, size: str, arm: str) -> int:
+        return len(self.sweep_runs(size, arm)) + len(self.config.seeds)
+
+    def size_arm_pairs(self) -> Iterator[tuple[str, str]]:
         """Yield every (size, arm)."""
         for size, arms in self.arms.items():
             for arm in arms:
@@ -135,7 +142,7 @@ class Plan:
 
 
 def tags_of(plan_hash: str, size: str, stage: str) -> list[str]:
-    """Return the tags by which W&B finds runs of this plan, of a size of it, and of a stage."""
+    """Return the W&B tags of a run: its plan, size and stage."""
     return [_tag(f"plan:{plan_hash}"), _tag(f"size:{size}"), _tag(f"stage:{stage}")]
 
 
@@ -143,82 +150,97 @@ def _tag(text: str) -> str:
     return text if len(text) <= LONGEST_TAG else f"{text[: LONGEST_TAG - 9]}:{digest(text, 4)}"
 
 
-def rates_of(config: AblationConfig, lr: float) -> list[float]:
-    """Return the learning rates that a sweep begins with, ascending, of an arm whose own is `lr`."""
+def learning_rates(config: AblationConfig, lr: float) -> list[float]:
+    """Return the learning rates that a sweep starts with, ascending, for an arm whose configured one is `lr`."""
     return [_rounded(lr * factor) for factor in sorted(config.rates)]
 
 
-def next_rate(tried: list[float], edge: str) -> float:
-    """Return the rate by which a sweep goes on past its "lowest" or "highest", in the step that it has there."""
+def next_learning_rate(tried: list[float], edge: str) -> float:
+    """Return the learning rate that extends a sweep past its "lowest" or "highest", by the ratio of the last two there."""
     tried = sorted(tried)
     if edge == "lowest":
         return _rounded(tried[0] * tried[0] / tried[1])
     return _rounded(tried[-1] * tried[-1] / tried[-2])
 
 
-def read_plan(words: list[str]) -> tuple[AblationConfig, list[str]]:
-    """Read `ablation=NAME ablation.KEY=VALUE` and overrides of every run; return the plan, and what else was typed.
+def read_plan(arguments: list[str]) -> tuple[AblationConfig, list[str]]:
+    """Read `ablation=NAME ablation.KEY=VALUE` from a command line; return the plan, and the other overrides.
 
-    Options that are not Hydra's (`yes=true`) are the caller's to take away first.
+    The caller removes its own options (`yes=true`) before.
 
     Raises:
-        UserError: no plan is named, or an unknown one; an unknown key, or a value of the wrong type.
+        UserError: no plan is named or it is unknown, an unknown key, or a value of the wrong type.
     """
-    return read_group("ablation", AblationConfig, words, "plan")
+    return read_group("ablation", AblationConfig, arguments, "plan")
 
 
-def resolve(config: AblationConfig, others: list[str] = (), seconds: Any = None) -> Plan:
+# ------------------------------------------------------------------------------------------------------------ resolving
+
+
+def resolve(config: AblationConfig, overrides: Sequence[str] = (), seconds: StepSeconds | None = None) -> Plan:
     """Check a plan and match its widths.
 
     Args:
-        others: overrides of every run, after the plan's own.
-        seconds: of a step of (size, arm, d_ff), measured, for `budget=wallclock`.
+        overrides: of every run, after the plan's own.
+        seconds: measured seconds per step of (size, arm, d_ff), for `budget=wallclock`.
 
     Raises:
-        UserError: what is wrong with it.
+        UserError: the plan is invalid; the message names the key.
     """
-    config = dataclasses.replace(config, common=[*config.common, *others])
+    config = dataclasses.replace(config, common=[*config.common, *overrides])
     arms = _named(config.arms, "arms")
     sizes = {
-        size: _split(words, f"sizes.{size}")
-        for size, words in _named(config.sizes or {"nano": "model=nano"}, "sizes").items()
+        size: _split(text, f"sizes.{size}")
+        for size, text in _named(config.sizes or {"nano": "model=nano"}, "sizes").items()
     }
     _check(config, arms)
-    of_arms = {arm: _of_arm(words, arm, config.common) for arm, words in arms.items()}
+    arm_overrides = {arm: _overrides_of_arm(text, arm, config.common) for arm, text in arms.items()}
     resolved: dict[str, dict[str, Arm]] = {}
     warnings: list[str] = []
-    for size, of_size in sizes.items():
-        words = {arm: (*of_size, *of_arm, *config.common) for arm, of_arm in of_arms.items()}
-        configs = {arm: _load(of_arm, arm, size) for arm, of_arm in words.items()}
-        _check_apart(f"{size}: the arms", configs)
-        batches = {arm: validate(c, c.parallel.tensor * c.parallel.context) for arm, c in configs.items()}
-        base = configs[config.baseline]
-        measured = (lambda arm, d_ff, size=size: seconds(size, arm, d_ff)) if seconds is not None else None
-        tokens = batches[config.baseline].micro_batch * base.sequence_length
-        settings = {"tensor": base.parallel.tensor, "tile": config.tile, "allowed": config.allowed_mismatch}
-        with _said_of(size):
-            widths, off = match(configs, config.baseline, config.budget, tokens=tokens, seconds=measured, **settings)
-        warnings += [f"{size}: {sentence}" for sentence in off]
-        resolved[size] = {}
-        for arm, of_arm in configs.items():
-            shape = shape_of(
-                dataclasses.replace(of_arm, model=dataclasses.replace(of_arm.model, d_ff=widths[arm].d_ff))
-            )
-            with _said_of(f"{arm} at {size}"):
-                check_divisibility(shape, of_arm.parallel)
-            flops = sum(flops_per_token(shape, of_arm.sequence_length).values())
-            saved = sum(map(ffn_saved_bytes, shape.ffn))
-            resolved[size][arm] = Arm(words[arm], of_arm, batches[arm], widths[arm], flops, saved)
-    _check_apart("the sizes", {size: of_size[config.baseline].config for size, of_size in resolved.items()})
+    for size, size_overrides in sizes.items():
+        of_arms = {arm: (*size_overrides, *own, *config.common) for arm, own in arm_overrides.items()}
+        resolved[size], size_warnings = _resolve_size(config, size, of_arms, seconds)
+        warnings += [f"{size}: {warning}" for warning in size_warnings]
+    _refuse_duplicates("the sizes", {size: of_size[config.baseline].config for size, of_size in resolved.items()})
     return Plan(config, resolved, tuple(warnings))
 
 
+def _resolve_size(
+    config: AblationConfig, size: str, overrides: Mapping[str, tuple[str, ...]], seconds: StepSeconds | None
+) -> tuple[dict[str, Arm], list[str]]:
+    """Return the arms of a size, and warnings about their widths."""
+    configs = {arm: _load(of_arm, arm, size) for arm, of_arm in overrides.items()}
+    _refuse_duplicates(f"{size}: the arms", configs)
+    batches = {arm: validate(c, c.parallel.tensor * c.parallel.context) for arm, c in configs.items()}
+    base = configs[config.baseline]
+    with _errors_prefixed(size):
+        widths, warnings = match(
+            configs,
+            config.baseline,
+            config.budget,
+            tensor=base.parallel.tensor,
+            tile=config.tile,
+            tokens=batches[config.baseline].micro_batch * base.sequence_length,
+            seconds=None if seconds is None else lambda arm, d_ff: seconds(size, arm, d_ff),
+            allowed=config.allowed_mismatch,
+        )
+    arms = {}
+    for arm, of_arm in configs.items():
+        shape = shape_of(dataclasses.replace(of_arm, model=dataclasses.replace(of_arm.model, d_ff=widths[arm].d_ff)))
+        with _errors_prefixed(f"{arm} at {size}"):
+            check_divisibility(shape, of_arm.parallel)
+        flops = sum(flops_per_token(shape, of_arm.sequence_length).values())
+        saved = sum(map(ffn_saved_bytes, shape.ffn))
+        arms[arm] = Arm(overrides[arm], of_arm, batches[arm], widths[arm], flops, saved)
+    return arms, warnings
+
+
 def _named(value: Any, key: str) -> dict[str, str | list[str]]:
-    """Return {name: overrides}; a list of arms of conf/ffn is short for {name: ffn=name}."""
+    """Return {name: overrides}. A list of arms of conf/ffn stands for {name: ffn=name}."""
     if isinstance(value, list) and key == "arms":
-        doubled = {name for name in value if value.count(name) > 1}
-        if doubled:
-            raise UserError(f"ablation.arms names {', '.join(sorted(map(str, doubled)))} twice")
+        duplicates = {name for name in value if value.count(name) > 1}
+        if duplicates:
+            raise UserError(f"ablation.arms lists {', '.join(sorted(map(str, duplicates)))} twice")
         value = {name: f"ffn={name}" for name in value}
         for name in value:
             if name not in choices("ffn"):
@@ -227,56 +249,62 @@ def _named(value: Any, key: str) -> dict[str, str | list[str]]:
         raise UserError(f"ablation.{key} must map names to overrides, such as {{mine: ffn=relu}}")
     for name in value:
         if not _NAME.fullmatch(str(name)):
-            raise UserError(f"ablation.{key}: {name!r} must be letters, digits, _ and . to name a folder")
-    return {str(name): words for name, words in value.items()}
+            raise UserError(
+                f"ablation.{key}: {name!r} must consist of letters, digits, _ and ., since it names a folder"
+            )
+    return {str(name): overrides for name, overrides in value.items()}
 
 
-def _split(words: Any, key: str) -> tuple[str, ...]:
-    if isinstance(words, str):
+def _split(overrides: Any, key: str) -> tuple[str, ...]:
+    if isinstance(overrides, str):
         try:
-            words = shlex.split(words)
+            overrides = shlex.split(overrides)
         except ValueError as error:
-            raise UserError(f"ablation.{key}: {words!r} is no list of overrides: {error}") from error
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise UserError(f"ablation.{key} must be overrides, as they are typed for train.py")
-    return tuple(words)
+            raise UserError(f"ablation.{key}: {overrides!r} is not a list of overrides: {error}") from error
+    if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
+        raise UserError(f"ablation.{key} must be overrides, written as for train.py")
+    return tuple(overrides)
 
 
-def _of_arm(words: Any, arm: str, common: Sequence[str]) -> tuple[str, ...]:
-    found = _split(words, f"arms.{arm}")
-    replaced = {_key(word): word for word in common}
-    for word in found:
-        if word.startswith("model.d_ff"):
-            raise UserError(f"{word} of {arm}: widths follow from the budget; the baseline's is set by a size")
-        if _key(word) in replaced:
-            raise UserError(f"{replaced[_key(word)]} of every run would replace {word} of {arm}: change ablation.arms")
-    return found
+def _overrides_of_arm(text: Any, arm: str, common: Sequence[str]) -> tuple[str, ...]:
+    overrides = _split(text, f"arms.{arm}")
+    common_keys = {_key(override): override for override in common}
+    for override in overrides:
+        if override.startswith("model.d_ff"):
+            raise UserError(
+                f"{override} of {arm}: the budget decides the widths of the arms; a size may set the baseline's"
+            )
+        if _key(override) in common_keys:
+            raise UserError(
+                f"{common_keys[_key(override)]} of every run would replace {override} of {arm}: change ablation.arms"
+            )
+    return overrides
 
 
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+")
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+")
 
 
-def _check_apart(what: str, configs: Mapping[str, Config]) -> None:
-    """Refuse two names for one thing: nothing would be compared."""
-    found: dict[str, str] = {}
+def _refuse_duplicates(what: str, configs: Mapping[str, Config]) -> None:
+    """Refuse two names for the same configuration: their comparison would be empty."""
+    names: dict[str, str] = {}
     for name, config in configs.items():
-        other = found.setdefault(digest(to_dict(config)), name)
-        if other != name:
-            raise UserError(f"{what} {other} and {name} differ in nothing")
+        first = names.setdefault(digest(to_dict(config)), name)
+        if first != name:
+            raise UserError(f"{what} {first} and {name} are identical")
 
 
-def _load(words: tuple[str, ...], arm: str, size: str) -> Config:
-    for word in words:
-        if _key(word) in _SET_BY_THE_PLAN:
-            raise UserError(f"{word} of {arm} at {size} is the plan's to set: ablation.seeds, and folder=FOLDER")
-    with _said_of(f"{arm} at {size}"):
-        return load(list(words))
+def _load(overrides: tuple[str, ...], arm: str, size: str) -> Config:
+    for override in overrides:
+        if _key(override) in _SET_BY_THE_PLAN:
+            raise UserError(f"{override} of {arm} at {size} is set by the plan: use ablation.seeds, and folder=FOLDER")
+    with _errors_prefixed(f"{arm} at {size}"):
+        return load(list(overrides))
 
 
 @contextlib.contextmanager
-def _said_of(what: str) -> Iterator[None]:
-    """Put before a complaint of what it is."""
+def _errors_prefixed(what: str) -> Iterator[None]:
+    """Prefix the message of a UserError with what it is about."""
     try:
         yield
     except UserError as error:
@@ -287,40 +315,37 @@ def _check(config: AblationConfig, arms: Mapping[str, Any]) -> None:
     if not config.baseline:
         raise UserError(f"the plan {config.name} has no baseline: ablation.baseline=ARM, one of {', '.join(arms)}")
     if config.baseline not in arms:
-        near = suggest(config.baseline, arms)
-        raise UserError(f"the baseline {config.baseline!r} is no arm of the plan: {near}there are {', '.join(arms)}")
+        hint = suggest(config.baseline, arms)
+        raise UserError(
+            f"the baseline {config.baseline!r} is not an arm of the plan: {hint}the arms are {', '.join(arms)}"
+        )
     if len(arms) < 2:
-        raise UserError("a plan compares two arms at least: ablation.arms=[relu,swiglu]")
+        raise UserError("a plan compares at least two arms: ablation.arms=[relu,swiglu]")
     if not _whole_numbers(config.seeds) or len(set(config.seeds)) != len(config.seeds):
-        raise UserError(f"ablation.seeds={config.seeds} must be different whole numbers")
+        raise UserError(f"ablation.seeds={config.seeds} must be distinct whole numbers")
     if len(config.seeds) < 2:
-        raise UserError("one seed cannot be told from luck: ablation.seeds takes 2 at least, and a verdict 3")
+        raise UserError("one seed cannot be told from luck: ablation.seeds needs at least 2, and a verdict 3")
     if config.rate_seed in config.seeds:
         raise UserError(
             f"ablation.rate_seed={config.rate_seed} is one of ablation.seeds: the sweep needs a seed of its own"
         )
     rates = config.rates
-    if (
-        not isinstance(rates, list)
-        or not rates
-        or not all(_is_rate(rate) for rate in rates)
-        or len(set(rates)) < len(rates)
-    ):
-        raise UserError(f"ablation.rates={rates} must be different numbers above 0, times the size's optim.lr")
+    if not isinstance(rates, list) or not rates or not all(map(_is_factor, rates)) or len(set(rates)) < len(rates):
+        raise UserError(f"ablation.rates={rates} must be distinct numbers above 0, factors of the size's optim.lr")
     if config.metric != "final_eval_loss":
         raise unknown("metric", config.metric, ["final_eval_loss"])
     if not 0 < config.smallest_effect < math.inf:
-        raise UserError(f"ablation.smallest_effect={config.smallest_effect} must be nats a token, above 0")
+        raise UserError(f"ablation.smallest_effect={config.smallest_effect} must be in nats per token, above 0")
 
 
 def _whole_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
 
 
-def _is_rate(value: Any) -> bool:
+def _is_factor(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _rounded(rate: float) -> float:
-    """Cut a rate to 6 digits, so that its name and its value say the same."""
-    return float(f"{rate:.6g}")
+def _rounded(lr: float) -> float:
+    """Round a learning rate to 6 digits, so that its name and its value agree."""
+    return float(f"{lr:.6g}")

@@ -1,7 +1,8 @@
-"""What the runs of a plan showed, read from their folders: losses, curves, and the comparison of every size.
+"""Load what the runs of a plan wrote to their folders: losses, curves, and the comparisons of every size.
 
-Everything that is read is checked first: the manifest against its hashes, every run's `config.yaml` against the manifest, and
-the order of the data among runs of one seed. What is missing, unfinished or cut short is told in `notes`, and the rest stands.
+Everything is checked while it is read: the manifest against its hashes, the `config.yaml` of every run against the manifest,
+and the data order of runs that share a seed. Runs that are missing, unfinished or cut short are listed in `notes`; the others
+count.
 """
 
 from __future__ import annotations
@@ -17,132 +18,139 @@ import numpy as np
 
 from ablation.budget import REFUSE
 from ablation.manifest import Manifest, read_manifest
-from ablation.outcomes import DIVERGED, ENDED, FINISHED, Outcome, is_finite, outcome, read_metrics, run_folders
+from ablation.outcomes import DIVERGED, ENDED, FINISHED, Outcome, is_finite, read_metrics, read_outcome, run_folders
 from ablation.plan import PlannedRun
-from ablation.statistics import Comparison, RateSweep, compare, sweep
+from ablation.statistics import Comparison, SweepResult, compare, sweep_result
 from conf.load import values_of
 from kernels.common.errors import UserError
 
-FEWEST_RATES = 3  # tried, for a verdict
+FEWEST_RATES = 3  # learning rates that a verdict needs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A run of a plan."""
+    """A run of a plan, as read from its folder."""
 
     planned: PlannedRun
     folder: Path
     outcome: Outcome
-    lines: list[dict[str, Any]]  # of its metrics
+    lines: list[dict[str, Any]]  # of metrics.jsonl
 
-    def kind(self, kind: str) -> list[dict[str, Any]]:
-        """Return the lines of a kind."""
+    def lines_of(self, kind: str) -> list[dict[str, Any]]:
+        """Return the lines of one kind."""
         return [line for line in self.lines if line["kind"] == kind]
 
     @property
     def tokens_per_second(self) -> float:
-        """Median over the lines but the first, in which kernels are compiled; nan without lines."""
-        speeds = [line["tokens_per_second"] for line in self.kind("train")]
+        """Median over the lines except the first, which includes the compilation of kernels; nan without lines."""
+        speeds = [line["tokens_per_second"] for line in self.lines_of("train")]
         return float(np.median(speeds[1:] or speeds)) if speeds else math.nan
 
     @property
     def memory_gib(self) -> float:
-        """The most that it needed; nan without lines."""
-        return max((line["memory_gib"] for line in self.kind("train") if line.get("memory_gib")), default=math.nan)
+        """Peak memory; nan without lines."""
+        return max((line["memory_gib"] for line in self.lines_of("train") if line.get("memory_gib")), default=math.nan)
 
     def curve(self) -> dict[int, float]:
-        """Return the held-out loss by tokens trained on, every point on the same text: a run's last evaluation is on more."""
-        lines = [line for line in self.kind("eval") if is_finite(line.get("loss"))]
+        """Return the held-out loss by tokens trained on. All points use the same text: the last evaluation uses more."""
+        lines = [line for line in self.lines_of("eval") if is_finite(line.get("loss"))]
         fewest = min((line["held_out_tokens"] for line in lines), default=0)
         return {line["tokens"]: line["loss"] for line in lines if line["held_out_tokens"] == fewest}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Results:
-    """The runs of a plan, and what they say."""
+    """The runs of a plan, and what follows from them."""
 
     folder: Path
     manifest: Manifest
     runs: dict[str, Run]  # by the name of the folder
-    notes: tuple[str, ...]  # sentences on what is missing, unfinished or cut short
+    notes: tuple[str, ...]  # sentences about what is missing, unfinished or cut short
 
     @property
     def baseline(self) -> str:
+        """The arm that the others are compared with."""
         return self.manifest.plan.baseline
 
     @property
     def sizes(self) -> list[str]:
+        """The sizes of the plan, in its order."""
         return list(self.manifest.arms)
 
     def arms(self, size: str) -> list[str]:
         """Return the arms of a size, the baseline first."""
         return sorted(self.manifest.arms[size], key=lambda arm: arm != self.baseline)
 
-    def place(self, size: str, arm: str, stage: str | None = None) -> list[Run]:
-        """Return the runs of an arm at a size, of one stage or of both, by rate and seed."""
-        found = (run for run in self.runs.values() if (run.planned.size, run.planned.arm) == (size, arm))
-        return sorted(
-            (run for run in found if stage in (None, run.planned.stage)),
-            key=lambda run: (run.planned.rate, run.planned.seed),
-        )
+    def size_arm_pairs(self) -> Iterator[tuple[str, str]]:
+        """Yield every (size, arm), the baseline first within a size."""
+        for size in self.sizes:
+            for arm in self.arms(size):
+                yield size, arm
 
-    def rate_losses(self, size: str, arm: str) -> dict[float, float]:
-        """Return the final loss by learning rate of the sweep, of runs that ended."""
-        return {r.planned.rate: r.outcome.loss for r in self.place(size, arm, "sweep") if r.outcome.state in ENDED}
+    def runs_of(self, size: str, arm: str, stage: str) -> list[Run]:
+        """Return the runs of an arm at a size in one stage, by learning rate and seed."""
+        runs = [r for r in self.runs.values() if (r.planned.size, r.planned.arm, r.planned.stage) == (size, arm, stage)]
+        return sorted(runs, key=lambda run: (run.planned.lr, run.planned.seed))
 
-    def swept(self, size: str, arm: str) -> RateSweep | None:
-        """Return what the sweep showed; None before any of its runs has a loss."""
-        losses = self.rate_losses(size, arm)
-        return sweep(losses) if any(map(math.isfinite, losses.values())) else None
+    def sweep_losses(self, size: str, arm: str) -> dict[float, float]:
+        """Return the final loss by learning rate of the sweep's runs that ended."""
+        runs = self.runs_of(size, arm, "sweep")
+        return {run.planned.lr: run.outcome.loss for run in runs if run.outcome.state in ENDED}
 
-    def best_rate(self, size: str, arm: str) -> float | None:
-        """Return the learning rate at which seeds are compared; None while it is not known, or if all diverged."""
-        rates = self.manifest.rates(size, arm)
+    def sweep(self, size: str, arm: str) -> SweepResult | None:
+        """Return the result of the sweep; None before any of its runs has a loss."""
+        losses = self.sweep_losses(size, arm)
+        return sweep_result(losses) if any(map(math.isfinite, losses.values())) else None
+
+    def best_lr(self, size: str, arm: str) -> float | None:
+        """Return the learning rate at which seeds are compared; None while it is unknown, or if all diverged."""
+        rates = self.manifest.learning_rates(size, arm)
         if len(rates) == 1:
             return rates[0]
-        found = self.swept(size, arm)
-        return found.best if found and set(rates) <= self.rate_losses(size, arm).keys() else None
+        result = self.sweep(size, arm)
+        return result.best_lr if result and set(rates) <= self.sweep_losses(size, arm).keys() else None
 
-    def finals(self, size: str, arm: str) -> list[Run]:
-        """Return the runs that are compared, as far as they ended, by seed."""
-        rate = self.best_rate(size, arm)
-        return [r for r in self.place(size, arm, "final") if r.planned.rate == rate and r.outcome.state in ENDED]
+    def final_runs(self, size: str, arm: str) -> list[Run]:
+        """Return the runs that are compared and have ended, by seed."""
+        lr = self.best_lr(size, arm)
+        return [r for r in self.runs_of(size, arm, "final") if r.planned.lr == lr and r.outcome.state in ENDED]
 
     def losses(self, size: str) -> dict[str, dict[int, float]]:
         """Return the final loss by arm and seed; nan where the run diverged."""
-        return {arm: {r.planned.seed: r.outcome.loss for r in self.finals(size, arm)} for arm in self.arms(size)}
+        return {arm: {r.planned.seed: r.outcome.loss for r in self.final_runs(size, arm)} for arm in self.arms(size)}
 
     def ceiling(self, size: str) -> float:
-        """Return the loss of a model that knows nothing, ln(vocabulary), nats a token."""
-        sizes = [
+        """Return the loss of a model that predicts uniformly, ln(vocabulary size), in nats per token."""
+        vocabularies = [
             run.outcome.summary["vocab_size"]
             for run in self.runs.values()
             if run.planned.size == size and run.outcome.summary.get("vocab_size")
         ]
-        return math.log(max(sizes)) if sizes else math.inf
+        return math.log(max(vocabularies)) if vocabularies else math.inf
 
     def blocked(self, size: str) -> dict[str, str]:
-        """Return why arms have no verdict, whatever their losses."""
+        """Return the arms that can have no verdict, whatever their losses, with the reason."""
         reasons = {}
+        budget = self.manifest.plan.budget
         for arm in self.arms(size):
-            found, rates = self.swept(size, arm), self.rate_losses(size, arm)
-            off = self.manifest.cost[size][arm]["mismatch"]
-            if self.manifest.plan.budget != "none" and abs(off) > REFUSE:  # whatever the plan allowed
-                reasons[arm] = f"its {self.manifest.plan.budget} are off by {off:+.1%}"
-            elif len(self.manifest.rates(size, arm)) < FEWEST_RATES:
-                reasons[arm] = f"a verdict takes {FEWEST_RATES} learning rates an arm, the plan has fewer"
-            elif rates and found is None:
+            result = self.sweep(size, arm)
+            mismatch = self.manifest.cost[size][arm]["mismatch"]
+            if budget != "none" and abs(mismatch) > REFUSE:  # whatever mismatch the plan allowed
+                reasons[arm] = f"its {budget} differ from the baseline's by {mismatch:+.1%}"
+            elif len(self.manifest.learning_rates(size, arm)) < FEWEST_RATES:
+                reasons[arm] = f"a verdict needs {FEWEST_RATES} learning rates per arm, the plan has fewer"
+            elif self.sweep_losses(size, arm) and result is None:
                 reasons[arm] = "every learning rate diverged"
-            elif found is not None and self.best_rate(size, arm) and found.edge:
-                reasons[arm] = f"its best learning rate, {found.best:g}, is the {found.edge} that was tried"
+            elif result is not None and self.best_lr(size, arm) and result.edge:
+                reasons[arm] = f"its best learning rate, {result.best_lr:g}, is the {result.edge} that was tried"
         return reasons
 
     def comparisons(self, size: str) -> list[Comparison]:
         """Compare the arms of a size with the baseline; empty before the baseline has a loss."""
-        return self._compared[size]
+        return self._comparisons[size]
 
     @functools.cached_property
-    def _compared(self) -> dict[str, list[Comparison]]:
+    def _comparisons(self) -> dict[str, list[Comparison]]:
         return {size: self._compare(size) for size in self.sizes}
 
     def _compare(self, size: str) -> list[Comparison]:
@@ -158,88 +166,87 @@ def read_results(folder: Path) -> Results:
     """Read the folder of a plan.
 
     Raises:
-        UserError: it is none; or something in it is not of this plan, and what.
+        UserError: it is not one, or it contains a run of something else; the message names it.
     """
     manifest = read_manifest(folder)
     notes: list[str] = []
     runs: dict[str, Run] = {}
     for path in run_folders(folder):
         config, (lines, broken) = values_of(path / "config.yaml"), read_metrics(path)
-        run = Run(_planned_run(manifest, path, config), path, outcome(path, lines), lines)
-        _check(manifest, run, config)
+        run = Run(_planned_run(manifest, path, config), path, read_outcome(path, lines), lines)
+        _check_config(manifest, run, config)
         runs[path.name] = run
         if broken:
-            notes.append(f"{path.name}: {broken} broken line(s) of metrics.jsonl were left out")
+            notes.append(f"{path.name}: {broken} broken line(s) of metrics.jsonl were skipped")
         if run.outcome.state == DIVERGED:
             notes.append(f"{path.name} diverged")
         elif run.outcome.state not in ENDED:
             notes.append(f"{path.name} is {run.outcome.state} at step {run.outcome.step}")
     check_data_order(runs)
     results = Results(folder, manifest, runs, ())
-    missing = [planned.name for planned in expected(results) if planned.name not in runs]
+    missing = [planned.name for planned in expected_runs(results) if planned.name not in runs]
     if missing:
-        some = ", ".join(missing[:4]) + (" ..." if len(missing) > 4 else "")
-        notes.append(f"{len(missing)} run(s) have not begun: {some}")
+        examples = ", ".join(missing[:4]) + (" ..." if len(missing) > 4 else "")
+        notes.append(f"{len(missing)} run(s) have not started: {examples}")
     return dataclasses.replace(results, notes=tuple(notes))
 
 
-def expected(results: Results) -> Iterator[PlannedRun]:
-    """Yield the runs that the plan has, as far as they are known: final ones after the sweep of their arm."""
+def expected_runs(results: Results) -> Iterator[PlannedRun]:
+    """Yield the runs of the plan that are known: final ones once the sweep of their arm is complete."""
     plan = results.manifest.plan
-    for size in results.sizes:
-        for arm in results.arms(size):
-            rates = results.manifest.rates(size, arm)
-            if len(rates) > 1:
-                yield from (PlannedRun("sweep", size, arm, rate, plan.rate_seed) for rate in rates)
-            best = results.best_rate(size, arm)
-            if best is not None:
-                yield from (PlannedRun("final", size, arm, best, seed) for seed in plan.seeds)
+    for size, arm in results.size_arm_pairs():
+        rates = results.manifest.learning_rates(size, arm)
+        if len(rates) > 1:
+            yield from (PlannedRun("sweep", size, arm, lr, plan.rate_seed) for lr in rates)
+        best = results.best_lr(size, arm)
+        if best is not None:
+            yield from (PlannedRun("final", size, arm, best, seed) for seed in plan.seeds)
 
 
 def check_data_order(runs: dict[str, Run]) -> None:
-    """Check that runs of one size and seed saw the same data in the same order.
+    """Check that runs of one size and seed trained on the same data in the same order.
 
     Raises:
-        UserError: two that did not.
+        UserError: two runs did not; the message names them.
     """
     first: dict[tuple[str, int], tuple[str, str]] = {}
     for name, run in runs.items():
-        found = run.outcome.summary.get("data_order_hash")
-        if run.outcome.state != FINISHED or not found:
+        actual = run.outcome.summary.get("data_order_hash")
+        if run.outcome.state != FINISHED or not actual:
             continue
-        other, expected = first.setdefault((run.planned.size, run.planned.seed), (name, found))
-        if found != expected:
-            raise UserError(f"{name} saw other data than {other}: data_order_hash {found} and {expected}")
+        other, expected = first.setdefault((run.planned.size, run.planned.seed), (name, actual))
+        if actual != expected:
+            raise UserError(f"{name} trained on other data than {other}: data_order_hash {actual} and {expected}")
 
 
 def _planned_run(manifest: Manifest, path: Path, config: dict[str, Any]) -> PlannedRun:
-    """Return which planned a run is, from its name and its learning rate."""
-    plan, found = manifest.plan, manifest.planned_run(path.name)
-    no_run = f"{path} is no run of the plan {plan.name}"
-    if found is None:
-        raise UserError(f"{no_run}: its name has no size and arm of the manifest")
-    if found.seed not in (*plan.seeds, plan.rate_seed):
-        raise UserError(f"{no_run}: seed={found.seed} is none of its seeds")
-    planned = dataclasses.replace(found, rate=config.get("optim.lr", math.nan))
+    """Return the planned run of a folder, from its name and the learning rate of its configuration."""
+    plan, named = manifest.plan, manifest.planned_run(path.name)
+    message = f"{path} is not a run of the plan {plan.name}"
+    if named is None:
+        raise UserError(f"{message}: its name has no size and arm of the manifest")
+    if named.seed not in (*plan.seeds, plan.rate_seed):
+        raise UserError(f"{message}: seed={named.seed} is not one of its seeds")
+    planned = dataclasses.replace(named, lr=config.get("optim.lr", math.nan))
     if planned.name != path.name:
-        raise UserError(f"{no_run}: its optim.lr is {planned.rate}")
+        raise UserError(f"{message}: its optim.lr is {planned.lr}")
     return planned
 
 
-def _check(manifest: Manifest, run: Run, config: dict[str, Any]) -> None:
-    """Compare what a run learned from with what the manifest says.
+def _check_config(manifest: Manifest, run: Run, config: dict[str, Any]) -> None:
+    """Compare the configuration of a run with the manifest.
 
     Raises:
-        UserError: what differs.
+        UserError: they differ; the message names the key.
     """
     planned = run.planned
     expected = manifest.learned(planned.size, planned.arm)
-    expected |= {"optim.lr": planned.rate, "seed": planned.seed, "data_seed": planned.seed}
+    expected |= {"optim.lr": planned.lr, "seed": planned.seed, "data_seed": planned.seed}
     if run.outcome.state == FINISHED:
         config = config | {"steps": run.outcome.summary.get("steps")}
     else:
         del expected["steps"]
     for name, value in expected.items():
         if config.get(name) != value:
-            what = f"{name} is {config.get(name)}, the plan has {value}"
-            raise UserError(f"{run.folder} is no run of the plan {manifest.plan.name}: {what}")
+            difference = f"{name} is {config.get(name)}, the plan has {value}"
+            raise UserError(f"{run.folder} is not a run of the plan {manifest.plan.name}: {difference}")

@@ -1,21 +1,20 @@
 """Run a plan: `python -m ablation.run ablation=glu_variants`.
 
-    ablation=NAME            a plan of conf/ablation        folder=ablations   where plans have their folders
-    ablation.KEY=VALUE       another value of the plan      jobs=N             runs at a time, each on a GPU of its own
-    KEY=VALUE                an override of every run       ranks=N            ranks a run; as many as it needs if not said
-    cluster=NAME             submit the runs to SLURM       yes=true           do not ask before it begins
-    cluster.KEY=VALUE        another value of the cluster
+    ablation=NAME            a plan of conf/ablation        folder=ablations   parent of the plans' folders
+    ablation.KEY=VALUE       change a key of the plan       jobs=N             concurrent runs, each on its own GPU
+    KEY=VALUE                override of every run          ranks=N            ranks per run; default: as many as it needs
+    cluster=NAME             submit the runs to SLURM       yes=true           start without asking
+    cluster.KEY=VALUE        change a key of the cluster
 
-Prints what the plan costs, asks, and trains run after run, each a `train.py` of its own. Stop it at any moment and type the
-same again: runs that ended are left alone, a half-finished one goes on, one that diverged stays diverged. On a cluster
-(conf/cluster) the runs become tasks of job arrays, `jobs` of them at a time, which may be resubmitted one by one.
-Typed twice at once, the two share the runs that are left.
+Prints what the plan costs, asks for confirmation, and trains one run after the other, each a `train.py` process of its own.
+It can be stopped at any time. The same command continues: runs that ended are left alone, an unfinished run resumes from its
+checkpoint, and a diverged run stays diverged. On a cluster (conf/cluster) the runs become tasks of job arrays, `jobs` of them
+at a time, and each task can be submitted again. Two runners of the same plan divide the remaining runs between them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import queue
 import shlex
 import signal
@@ -35,17 +34,17 @@ from rich.table import Table
 from ablation import slurm
 from ablation.command import environment_of, ranks_of, train_command
 from ablation.manifest import check_manifest, write_manifest
-from ablation.outcomes import DIVERGED, ENDED, FAILED, FINISHED, Outcome, is_running, outcome, run_folders
-from ablation.plan import Plan, PlannedRun, next_rate, read_plan, resolve
+from ablation.outcomes import DIVERGED, ENDED, FAILED, FINISHED, Outcome, is_running, read_outcome, run_folders
+from ablation.plan import Plan, PlannedRun, read_plan, resolve
+from ablation.progress import outcome_of, sweep_progress
 from ablation.speed import step_time
-from ablation.statistics import sweep
 from conf.keys import choices
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import split_options
 from launch.sbatch import read_cluster
 
-_OPTIONS = {"yes": False, "jobs": 0, "ranks": 0, "folder": "ablations", "task": ""}  # task: what a job array starts
+_OPTIONS = {"yes": False, "jobs": 0, "ranks": 0, "folder": "ablations", "task": ""}  # task: set by job arrays
 
 
 def usage() -> str:
@@ -55,30 +54,32 @@ def usage() -> str:
 
 
 def main(argv: list[str]) -> int:
-    options, overrides = split_options(argv, _OPTIONS, {"jobs": 1, "ranks": 0})
-    cluster, words = read_cluster(overrides)
-    config, others = read_plan(words)
+    options, arguments = split_options(argv, _OPTIONS, {"jobs": 1, "ranks": 0})
+    ranks = options["ranks"]
+    cluster, plan_arguments = read_cluster(arguments)
+    config, overrides = read_plan(plan_arguments)
     folder = Path(options["folder"]) / config.name
     timed = config.budget == "wallclock"
     if timed and cluster:
         slurm.refuse_unmeasured(folder)
-    plan = resolve(config, others, step_time(config, others, folder, options["ranks"]) if timed else None)
+    plan = resolve(config, overrides, step_time(config, overrides, folder, ranks) if timed else None)
     check_manifest(plan, folder)
     console = Console(file=sys.stdout, highlight=False, markup=False)
-    runner = Runner(plan, folder, max(1, options["jobs"]), options["ranks"], console)
+    runner = Runner(plan, folder, max(1, options["jobs"]), ranks, console)
     if options["task"]:
-        return runner.task(options["task"])
+        return runner.run_task(options["task"])
     show(plan, folder, console)
+    arrays = []
     if cluster:
-        jobs = slurm.jobs(plan, folder, cluster, runner, options["jobs"], words, shlex.join(argv))
-    if not options["yes"] and not _agreed():
+        arrays = slurm.jobs(plan, folder, cluster, ranks, options["jobs"], plan_arguments, shlex.join(argv))
+    if not options["yes"] and not _confirmed():
         print("nothing was run")
         return 0
     write_manifest(plan, folder)
-    return slurm.submit_all(jobs, cluster, folder) if cluster else runner.go()
+    return slurm.submit_all(arrays, cluster, folder) if cluster else runner.run_all()
 
 
-# ------------------------------------------------------------------------------------------------- before it begins
+# -------------------------------------------------------------------------------------------------- before it starts
 
 
 def show(plan: Plan, folder: Path, console: Console) -> None:
@@ -87,49 +88,51 @@ def show(plan: Plan, folder: Path, console: Console) -> None:
     console.print(f"{config.name}: {config.question}  (hash {plan.hash})", soft_wrap=True)
     for size, arms in plan.arms.items():
         baseline = arms[config.baseline]
-        rates = " ".join(f"{rate:g}" for rate in plan.rates(size, config.baseline))
-        console.print(f"{size}: {baseline.batch.tokens:,} tokens a run, learning rates {rates}", soft_wrap=True)
-        table = Table("arm", "d_ff", "FFN parameters", "off by", "FLOPs a run", box=box.SIMPLE)
-        for arm, of_arm in arms.items():
-            width = of_arm.width
-            name = arm + (" (baseline)" if arm == config.baseline else "")
+        rates = " ".join(f"{lr:g}" for lr in plan.learning_rates(size, config.baseline))
+        console.print(f"{size}: {baseline.batch.tokens:,} tokens per run, learning rates {rates}", soft_wrap=True)
+        table = Table("arm", "d_ff", "FFN parameters", "mismatch", "FLOPs per run", box=box.SIMPLE)
+        for name, arm in arms.items():
             table.add_row(
-                name, f"{width.d_ff}", f"{width.parameters:,}", f"{width.mismatch:+.2%}", f"{of_arm.flops:.3g}"
+                f"{name} (baseline)" if name == config.baseline else name,
+                f"{arm.width.d_ff}",
+                f"{arm.width.parameters:,}",
+                f"{arm.width.mismatch:+.2%}",
+                f"{arm.flops:.3g}",
             )
         console.print(table)
     for warning in plan.warnings:
         console.print(f"warning: {warning}", soft_wrap=True)
     arms_and_sizes = f"{len(next(iter(plan.arms.values())))} arms x {len(plan.arms)} size(s)"
     swept = len(config.rates) if len(config.rates) > 1 else 0
-    runs, done = plan.runs(), [path for path in run_folders(folder) if outcome(path).state in ENDED]
     console.print(
-        f"{runs} runs: {arms_and_sizes} x ({swept} rates with seed {config.rate_seed} + {len(config.seeds)} seeds), "
-        f"equal in {config.budget}; {plan.flops():.3g} FLOPs; {_hours(plan, folder)}",
+        f"{plan.count_runs()} runs: {arms_and_sizes} x ({swept} learning rates with seed {config.rate_seed} "
+        f"+ {len(config.seeds)} seeds), equal in {config.budget}; {plan.flops():.3g} FLOPs; {_duration(plan, folder)}",
         soft_wrap=True,
     )
-    if done:
-        console.print(f"{len(done)} of them have ended already, in {folder}", soft_wrap=True)
+    ended = sum(read_outcome(path).state in ENDED for path in run_folders(folder))
+    if ended:
+        console.print(f"{ended} of them have ended already, in {folder}", soft_wrap=True)
 
 
-def _hours(plan: Plan, folder: Path) -> str:
-    """Say how long the plan takes, from runs that have finished: of this plan, or else of others beside it."""
+def _duration(plan: Plan, folder: Path) -> str:
+    """Return how long the plan takes, estimated from finished runs: of this plan, or else of others beside it."""
     nearby = (*folder.parent.glob("*/runs/*/config.yaml"), *Path("runs").glob("*/config.yaml"))
-    for where, runs in (("this plan", run_folders(folder)), ("other runs", [path.parent for path in nearby])):
-        rates = []
+    for source, runs in (("this plan", run_folders(folder)), ("other runs", [path.parent for path in nearby])):
+        speeds = []
         for run in runs:
-            summary = outcome(run, []).summary
+            summary = read_outcome(run, []).summary
             if summary.get("status") == FINISHED and summary.get("wall_seconds"):
-                rates.append(summary["flops_per_token"] * summary["tokens"] / summary["wall_seconds"])
-        if rates:
-            speed = statistics.median(rates)
+                speeds.append(summary["flops_per_token"] * summary["tokens"] / summary["wall_seconds"])
+        if speeds:
+            speed = statistics.median(speeds)
             hours = plan.flops() / speed / 3600
-            return f"about {hours:.1f} hours, one run after the other, at the {speed:.3g} FLOP/s of {where}"
-    return "how long that takes is known after the first run"
+            return f"about {hours:.1f} hours, one run after the other, at the {speed:.3g} FLOP/s of {source}"
+    return "the duration is known after the first run"
 
 
-def _agreed() -> bool:
+def _confirmed() -> bool:
     if not sys.stdin.isatty():
-        raise UserError("there is nobody to ask here: say yes=true")
+        raise UserError("there is no terminal to ask for confirmation: add yes=true")
     return input("run it? [y/N] ").strip().lower() in ("y", "yes")
 
 
@@ -137,129 +140,118 @@ def _agreed() -> bool:
 
 
 class Runner:
-    """Trains the planned runs of a plan that have not ended, `jobs` at a time: the sweeps first, then seed after seed."""
+    """Train the runs of a plan that have not ended, `jobs` at a time: first the sweeps, then seed by seed."""
 
     def __init__(self, plan: Plan, folder: Path, jobs: int, ranks: int, console: Console) -> None:
-        self.plan, self.folder, self.jobs, self.ranks, self.console = plan, folder, jobs, ranks, console
-        self._processes: set[subprocess.Popen] = set()
-        self._places: queue.Queue[int] = queue.Queue()
-        for place in range(jobs):
-            self._places.put(place)
+        self.plan = plan
+        self.folder = folder
+        self.jobs = jobs
+        self.ranks = ranks  # per run; 0: as many as it needs
+        self.console = console
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._slots: queue.Queue[int] = queue.Queue()  # of concurrent runs; each has its own GPUs
+        for slot in range(jobs):
+            self._slots.put(slot)
         self._stopping = False
 
-    def go(self) -> int:
-        """Run what is left; return the exit status: 0 when every run ended, 1 when one failed or was stopped."""
+    def run_all(self) -> int:
+        """Train what is left; return the exit status: 0 when every run ended, 1 when one failed or was stopped."""
         (self.folder / "logs").mkdir(exist_ok=True)
+        pairs = list(self.plan.size_arm_pairs())
         with self._stopped_by_signals():
-            complete = self._sweeps(list(self.plan.places()))
+            complete = self._train_sweeps(pairs)
             if complete:
-                best = {place: self.swept(*place)[1] for place in self.plan.places()}
-                finals = [self.plan.final(*place, rate) for place, rate in best.items() if rate is not None]
+                best = {pair: sweep_progress(self.plan, self.folder, *pair).best_lr for pair in pairs}
+                finals = [self.plan.final_runs(*pair, lr) for pair, lr in best.items() if lr is not None]
                 complete = self._train([planned for of_seed in zip(*finals, strict=True) for planned in of_seed])
-        outcomes = [outcome(run) for run in run_folders(self.folder)]
-        ended, diverged = (sum(found.state in states for found in outcomes) for states in (ENDED, (DIVERGED,)))
+        outcomes = [read_outcome(run) for run in run_folders(self.folder)]
+        ended = sum(outcome.state in ENDED for outcome in outcomes)
+        diverged = sum(outcome.state == DIVERGED for outcome in outcomes)
         self.console.print(f"{ended} runs have ended in {self.folder}, {diverged} of them diverged", soft_wrap=True)
         if self._stopping:
-            self.console.print("stopped; the same command goes on from here")
-        self.console.print(f"python -m ablation.report {self.folder}   shows what they say", soft_wrap=True)
+            self.console.print("stopped; the same command continues from here")
+        self.console.print(f"python -m ablation.report {self.folder}   writes the report", soft_wrap=True)
         return 0 if complete and not self._stopping else 1
 
-    def task(self, name: str) -> int:
-        """Run what a task of a job array is to run; return the exit status, as `go` does.
+    def run_task(self, name: str) -> int:
+        """Train the runs of one task of a job array; return the exit status as `run_all` does.
 
         Raises:
-            UserError: it is no task of this plan, or one for which a sweep has to end first.
+            UserError: the plan has no such task, or the sweep that it depends on has not ended.
         """
         (self.folder / "logs").mkdir(exist_ok=True)
-        found = [
-            (place, seed)
-            for place in self.plan.places()
-            for seed in (self.plan.config.rate_seed, *self.plan.config.seeds)
-            if slurm.name_of(*place, seed) == name
-        ]
-        if not found:
-            raise UserError(f"task={name} is no task of {self.plan.config.name}")
-        [(place, seed)] = found
+        config = self.plan.config
+        tasks = {
+            slurm.task_name(size, arm, seed): (size, arm, seed)
+            for size, arm in self.plan.size_arm_pairs()
+            for seed in (config.rate_seed, *config.seeds)
+        }
+        if name not in tasks:
+            raise UserError(f"task={name} is not a task of {config.name}")
+        size, arm, seed = tasks[name]
         with self._stopped_by_signals():
-            if seed == self.plan.config.rate_seed:
-                complete = self._sweeps([place])
+            if seed == config.rate_seed:
+                complete = self._train_sweeps([(size, arm)])
             else:
-                left, rate = self.swept(*place)
-                if left:
-                    raise UserError(
-                        f"the sweep of {place[1]} at {place[0]} has not ended: {left[0].name} is {self.outcome(left[0]).state}"
-                    )
-                complete = rate is None or self._train(
-                    [planned for planned in self.plan.final(*place, rate) if planned.seed == seed]
-                )
+                progress = sweep_progress(self.plan, self.folder, size, arm)
+                if progress.pending:
+                    first = progress.pending[0]
+                    state = self.outcome(first).state
+                    raise UserError(f"the sweep of {arm} at {size} has not ended: {first.name} is {state}")
+                complete = True  # if the arm diverged at every learning rate, there is nothing to run
+                if progress.best_lr is not None:
+                    final_runs = self.plan.final_runs(size, arm, progress.best_lr)
+                    complete = self._train([planned for planned in final_runs if planned.seed == seed])
         return 0 if complete and not self._stopping else 1
 
-    def _sweeps(self, places: list[tuple[str, str]]) -> bool:
-        """Try learning rates, at first all of the plan, then beyond an edge; return whether all have ended."""
-        while left := [planned for place in places for planned in self.swept(*place)[0]]:
-            if not self._train(left):
+    def outcome(self, planned: PlannedRun) -> Outcome:
+        """Return the outcome of a run of this plan."""
+        return outcome_of(planned, self.folder)
+
+    def _train_sweeps(self, pairs: list[tuple[str, str]]) -> bool:
+        """Train the sweeps of these (size, arm), extensions included; return whether all of them ended."""
+        while pending := [p for pair in pairs for p in sweep_progress(self.plan, self.folder, *pair).pending]:
+            if not self._train(pending):
                 return False
         return True
 
-    def swept(self, size: str, arm: str) -> tuple[list[PlannedRun], float | None]:
-        """Return the runs by which the sweep of an arm goes on now, none if it has ended, and the best rate then.
-
-        The rate is None where every one diverged.
-        """
-        planned_runs = self.plan.sweep(size, arm)
-        if not planned_runs:
-            return [], self.plan.rates(size, arm)[0]
-        for extension in range(self.plan.config.rate_extensions + 1):
-            found = {planned: self.outcome(planned) for planned in planned_runs}
-            if left := [planned for planned in planned_runs if found[planned].state not in ENDED]:
-                return left, None
-            losses = {planned.rate: found[planned].loss for planned in planned_runs}
-            try:
-                tried = sweep(losses)
-            except ValueError:
-                return [], None  # every rate diverged
-            if not tried.edge or extension == self.plan.config.rate_extensions:
-                break
-            planned_runs.append(dataclasses.replace(planned_runs[0], rate=next_rate(list(losses), tried.edge)))
-        return [], tried.best
-
-    def outcome(self, planned: PlannedRun) -> Outcome:
-        """Return how a run of this plan stands."""
-        return outcome(self.folder / "runs" / planned.name)
-
-    def _train(self, planned_runs: list[PlannedRun]) -> bool:
-        """Train those that have not ended; return whether all have, then."""
-        left = [planned for planned in planned_runs if self.outcome(planned).state not in ENDED]
+    def _train(self, runs: list[PlannedRun]) -> bool:
+        """Train the runs that have not ended; return whether all have ended then."""
+        left = [planned for planned in runs if self.outcome(planned).state not in ENDED]
         with ThreadPoolExecutor(self.jobs) as pool:
-            for future in as_completed([pool.submit(self._one, planned) for planned in left]):
+            for future in as_completed([pool.submit(self._train_one, planned) for planned in left]):
                 future.result()
-        return all(self.outcome(planned).state in ENDED for planned in planned_runs)
+        return all(self.outcome(planned).state in ENDED for planned in runs)
 
-    def _one(self, planned: PlannedRun) -> None:
-        run, taken = self.folder / "runs" / planned.name, True
-        while taken:  # by another runner, in the moment that we began it too
-            self._wait_for_another(run)
+    def _train_one(self, planned: PlannedRun) -> None:
+        """Train a run unless it has ended. While another runner trains it, wait."""
+        run = self.folder / "runs" / planned.name
+        while True:
+            self._wait_for_other_process(run)
             if self._stopping or self.outcome(planned).state in ENDED:
                 return
-            place = self._places.get()  # there are as many as workers
+            slot = self._slots.get()  # never blocks: there are as many slots as workers
             try:
-                status = self._run(planned, place)
+                status = self._train_in_process(planned, slot)
             finally:
-                self._places.put(place)
-            taken = status > 0 and is_running(run)
-        self._tell(planned, status)
+                self._slots.put(slot)
+            lost_race = status > 0 and is_running(run)  # another runner started it at the same moment
+            if not lost_race:
+                break
+        self._report(planned, status)
 
-    def _run(self, planned: PlannedRun, place: int) -> int:
-        """Train a run in a process of its own; return the status of that."""
-        words = self.plan.words(planned, str(self.folder / "runs"))
+    def _train_in_process(self, planned: PlannedRun, slot: int) -> int:
+        """Train a run in a process of its own; return the exit status of that process."""
         ranks = self.ranks or ranks_of(self.plan.arms[planned.size][planned.arm].config)
         with open(self._log(planned), "ab") as log:
             process = subprocess.Popen(
-                train_command(words, ranks),
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env=environment_of(place, self.jobs, ranks),
-                start_new_session=True,  # a Ctrl-C reaches it once, as our SIGTERM
-            )  # fmt: skip
+                train_command(self.plan.overrides(planned, str(self.folder / "runs")), ranks),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment_of(slot, self.jobs, ranks),
+                start_new_session=True,  # a Ctrl-C reaches it once, as the SIGTERM that the runner sends
+            )
         self._processes.add(process)
         if self._stopping:
             process.send_signal(signal.SIGTERM)
@@ -267,27 +259,27 @@ class Runner:
         self._processes.discard(process)
         return process.returncode
 
-    def _tell(self, planned: PlannedRun, status: int) -> None:
-        """Say how a run ended whose process ended with a status."""
-        ended = self.outcome(planned)
-        how = ended.state
-        if how == FINISHED:
-            how = f"finished, {ended.loss:.4f} nats a token"
-        elif how == FAILED or (how not in ENDED and status > 0):
-            how = f"failed: {self._log(planned)} says why"
-        self.console.print(f"{planned.stage}  {planned.name}  {how}", soft_wrap=True)
+    def _report(self, planned: PlannedRun, status: int) -> None:
+        """Print how a run ended, given the exit status of its process."""
+        outcome = self.outcome(planned)
+        result = outcome.state
+        if outcome.state == FINISHED:
+            result = f"finished, {outcome.loss:.4f} nats per token"
+        elif outcome.state == FAILED or (outcome.state not in ENDED and status > 0):
+            result = f"failed: see {self._log(planned)}"
+        self.console.print(f"{planned.stage}  {planned.name}  {result}", soft_wrap=True)
 
     def _log(self, planned: PlannedRun) -> Path:
         return self.folder / "logs" / f"{planned.name}.log"
 
-    def _wait_for_another(self, run: Path) -> None:
-        """Wait for a process that trains there: one of ours that was killed leaves its runs behind, and they go on."""
+    def _wait_for_other_process(self, run: Path) -> None:
+        """Wait while another process trains in a folder. A killed runner leaves such processes behind; they continue."""
         while is_running(run) and not self._stopping:
             time.sleep(0.2)
 
     @contextlib.contextmanager
     def _stopped_by_signals(self) -> Iterator[None]:
-        """Let a signal stop the runs, which save and end, and no more begin."""
+        """Let a signal stop the runs: those in progress save and end, and no other starts."""
 
         def stop(*_: Any) -> None:
             self._stopping = True
@@ -295,14 +287,14 @@ class Runner:
                 with contextlib.suppress(ProcessLookupError):
                     process.send_signal(signal.SIGTERM)
 
-        before = {
+        previous = {
             number: signal.signal(number, stop)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
         }
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
 

@@ -1,118 +1,131 @@
-"""A plan as job arrays of SLURM: `python -m ablation.run ablation=glu_variants cluster=NAME`.
+"""Submit a plan as SLURM job arrays: `python -m ablation.run ablation=glu_variants cluster=NAME`.
 
-The sweeps are one array, a task an arm and size, which tries its learning rates one after the other; the seeds are a second, a
-task a run, which begins when the first has ended. A plan with one learning rate has only the second. A task is a plain
-`ablation.run` of its part, so that it can be stopped and gone on with like one.
+The sweeps are one array, with a task per arm and size that tries its learning rates one after the other. The seeds are a second
+array, with a task per run, which starts when the first array has ended. A plan with one learning rate has only the second.
+A task is a plain `ablation.run` of its part of the plan, so it can be stopped and continued in the same way.
 """
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ablation import speed
 from ablation.command import ranks_of
 from ablation.outcomes import ENDED, QUEUED, RUNNING
 from ablation.plan import Plan
+from ablation.progress import outcome_of, sweep_progress
 from conf.schema import ClusterConfig
 from kernels.common.errors import UserError
 from launch.sbatch import RUNS, Job, check, doctor_of, python_of, queued, refuse_queued, submit
 
-if TYPE_CHECKING:
-    from ablation.run import Runner
 
-
-def name_of(size: str, arm: str, seed: int) -> str:
-    """Return what a task is called: a pattern of the folders of its runs, whatever their learning rates."""
+def task_name(size: str, arm: str, seed: int) -> str:
+    """Return the name of a task: a pattern that matches the folders of its runs, whatever their learning rates."""
     return f"{size}-{arm}-lr*-seed{seed}"
 
 
 def refuse_unmeasured(folder: Path) -> None:
-    """Refuse to measure step times for `budget=wallclock` on the machine that submits."""
+    """Refuse to measure step times for `budget=wallclock` on the machine that submits.
+
+    Raises:
+        UserError: the plan's folder has no step times yet.
+    """
     if not (folder / speed.NAME).exists():
         raise UserError(
-            f"budget=wallclock needs step times of the nodes that train, and {folder / speed.NAME} is not there: "
-            "begin this plan on one of them (srun, without cluster=), stop it when they are measured, and submit it then"
+            f"budget=wallclock needs step times of the nodes that train, and {folder / speed.NAME} is missing: start this "
+            "plan on one of them (srun, without cluster=), stop it once they are measured, and then submit it"
         )
 
 
 def jobs(
-    plan: Plan, folder: Path, cluster: ClusterConfig, runner: Runner, at_once: int, words: list[str], typed: str
+    plan: Plan,
+    folder: Path,
+    cluster: ClusterConfig,
+    ranks: int,
+    max_concurrent: int,
+    overrides: list[str],
+    command_line: str,
 ) -> list[Job]:
     """Return the arrays that run what has not ended.
 
     Args:
-        at_once: tasks at a time; 0: as many as there is room for.
-        words: the plan and its overrides, for the tasks; typed: the whole command, for the reader of the script.
+        ranks: per run; 0: as many as it needs.
+        max_concurrent: tasks at a time; 0: as many as the cluster has room for.
+        overrides: the plan and its overrides, for the tasks.
+        command_line: the whole command, shown in the script.
 
     Raises:
-        UserError: a run needs more ranks than a node has; the arrays of this plan are still queued.
+        UserError: a run needs more ranks than a node has, or arrays of this plan are still queued.
     """
     refuse_queued(folder)
-    ranks = runner.ranks or max(ranks_of(plan.arms[size][arm].config) for size, arm in plan.places())
-    check(cluster, ranks)
-    open_sweeps, finals = [], []
-    for place in plan.places():
-        left, rate = runner.swept(*place)
-        if left:
-            open_sweeps.append(place)
-        if not left and rate is None:
-            continue  # it diverged at every rate
-        ended = [] if left else [c.seed for c in plan.final(*place, rate) if runner.outcome(c).state in ENDED]
-        finals += [name_of(*place, seed) for seed in plan.config.seeds if seed not in ended]
-    stages = {"sweep": [name_of(*place, plan.config.rate_seed) for place in open_sweeps], "seeds": finals}
+    ranks_per_node = ranks or max(ranks_of(plan.arms[size][arm].config) for size, arm in plan.size_arm_pairs())
+    check(cluster, ranks_per_node)
     folder = folder.resolve()
-    code, inside = folder / "slurm" / "code", shlex.quote(str(folder))
-    own = [f"folder={folder.parent}", "yes=true", *([f"ranks={runner.ranks}"] if runner.ranks else [])]
-    command = [python_of(cluster), "-u", str(code / "launch" / "run_module.py"), "ablation.run", *words, *own]
+    code, quoted_folder = folder / "slurm" / "code", shlex.quote(str(folder))
+    options = [f"folder={folder.parent}", "yes=true", *([f"ranks={ranks}"] if ranks else [])]
+    command = [python_of(cluster), "-u", str(code / "launch" / "run_module.py"), "ablation.run", *overrides, *options]
     return [
         Job(
             name=f"{plan.config.name}-{stage}",
             folder=folder,
             command=f'{shlex.join(command)} "task=$task"',
             doctor=doctor_of(cluster, code, []),
-            typed=f"python -m ablation.run {typed}",
-            saved=f"{inside}/runs/$task/{{checkpoints/*,summary.json}}",
-            ranks_per_node=ranks,
+            typed=f"python -m ablation.run {command_line}",
+            saved=f"{quoted_folder}/runs/$task/{{checkpoints/*,summary.json}}",
+            ranks_per_node=ranks_per_node,
             tasks=tuple(tasks),
-            at_once=at_once,
+            at_once=max_concurrent,
             script=f"{stage}.sh",
         )
-        for stage, tasks in stages.items()
+        for stage, tasks in _open_tasks(plan, folder).items()
         if tasks
     ]
 
 
-def states(folder: Path) -> dict[str, str]:
-    """Return how the tasks of a plan's arrays stand in SLURM's queue: RUNNING or QUEUED by the task's name."""
-    found = {}
+def _open_tasks(plan: Plan, folder: Path) -> dict[str, list[str]]:
+    """Return the tasks that have runs left, by array."""
+    sweeps, seeds = [], []
+    for size, arm in plan.size_arm_pairs():
+        progress = sweep_progress(plan, folder, size, arm)
+        if progress.pending:
+            sweeps.append(task_name(size, arm, plan.config.rate_seed))
+            seeds += [task_name(size, arm, seed) for seed in plan.config.seeds]
+        elif progress.best_lr is not None:  # else the arm diverged at every learning rate
+            final_runs = plan.final_runs(size, arm, progress.best_lr)
+            left = [planned for planned in final_runs if outcome_of(planned, folder).state not in ENDED]
+            seeds += [task_name(size, arm, planned.seed) for planned in left]
+    return {"sweep": sweeps, "seeds": seeds}
+
+
+def task_states(folder: Path) -> dict[str, str]:
+    """Return the state of the plan's tasks that are in SLURM's queue: RUNNING or QUEUED, by the task's name."""
+    states = {}
     for job in queued(folder):
         stage = job.name.rpartition("-")[2]
-        tasks = _tasks(folder / "slurm" / f"{stage}.sh")
+        tasks = read_tasks(folder / "slurm" / f"{stage}.sh")
         if job.task is not None and job.task < len(tasks):
-            found[tasks[job.task]] = RUNNING if job.state in RUNS else QUEUED
-    return found
+            states[tasks[job.task]] = RUNNING if job.state in RUNS else QUEUED
+    return states
 
 
-def _tasks(script: Path) -> list[str]:
-    """Return the names of an array's tasks, from its script."""
+def read_tasks(script: Path) -> list[str]:
+    """Return the names of an array's tasks from its script; none where there is no script."""
     try:
         text = script.read_text(encoding="utf-8")
     except OSError:
         return []
-    return [
-        shlex.split(line, comments=True)[0] for line in text.partition("tasks=(\n")[2].partition("\n)")[0].splitlines()
-    ]
+    lines = text.partition("tasks=(\n")[2].partition("\n)")[0].splitlines()
+    return [shlex.split(line, comments=True)[0] for line in lines]
 
 
-def submit_all(todo: list[Job], cluster: ClusterConfig, folder: Path) -> int:
-    """Submit the arrays, and say how to watch them; return the exit status."""
-    if not todo:
-        print(f"every run has ended; python -m ablation.report {folder}   shows what they say")
+def submit_all(arrays: list[Job], cluster: ClusterConfig, folder: Path) -> int:
+    """Submit the arrays and print how to watch them; return the exit status."""
+    if not arrays:
+        print(f"every run has ended; python -m ablation.report {folder}   writes the report")
         return 0
-    for job, number in zip(todo, submit(todo, cluster), strict=True):
+    for job, number in zip(arrays, submit(arrays, cluster), strict=True):
         print(f"job array {number} is submitted, {len(job.tasks)} task(s): {job.path}")
-        print(f"sbatch --array=TASK {job.path}   runs a task that failed again, alone")
-    print(f"python -m ablation.status {folder}   shows how they stand")
+        print(f"sbatch --array=TASK {job.path}   runs a single task again, if it failed")
+    print(f"python -m ablation.status {folder}   shows their state")
     return 0

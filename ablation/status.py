@@ -1,12 +1,11 @@
-"""How the runs of a plan stand, at a glance: `python -m ablation.status ablations/glu_variants`.
+"""Show the state of a plan's runs: `python -m ablation.status ablations/glu_variants`.
 
     FOLDER       of a plan
-    once=true    print it once; on a terminal it is kept up to date until every run has ended, or Ctrl-C
+    once=true    print once; otherwise a terminal is refreshed until every run has ended, or Ctrl-C
 
-A row is an arm, a column a learning rate of the sweep or a seed. A cell is the final held-out loss in nats a token, the share
-of its steps that a running run has done, or `stop`, `fail`, `div` (diverged), `q` for one in SLURM's queue, or `.` for a run
-that waits. Rates beyond the plan's stand there once a sweep goes on past an edge. What runs hold is checked by
-`ablation.results`, not here.
+A row is an arm, a column a learning rate of the sweep or a seed. A cell shows the final held-out loss in nats per token, the
+percentage of its steps that a running run has done, or `stop`, `fail`, `div` (diverged), `q` (in SLURM's queue), or `.`
+(waiting). A sweep that extends past an edge adds columns. This command checks nothing; `ablation.results` does.
 """
 
 from __future__ import annotations
@@ -36,19 +35,19 @@ from ablation.outcomes import (
     STOPPED,
     WAITING,
     Outcome,
-    outcome,
     read_metrics,
+    read_outcome,
     run_folders,
 )
 from ablation.plan import PlannedRun
-from ablation.slurm import name_of, states
+from ablation.slurm import task_name, task_states
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import read_positional
 
 _OPTIONS = {"once": False}
-_PAUSE = 2.0  # seconds between looks
-_ASK_SLURM = 15.0  # seconds between questions to SLURM, which serves others too
+_REFRESH = 2.0  # seconds between refreshes
+_QUERY_SLURM = 15.0  # seconds between queries of SLURM, which serves others too
 _STYLES = {
     FINISHED: "green",
     RUNNING: "cyan",
@@ -58,7 +57,7 @@ _STYLES = {
     WAITING: "dim",
     QUEUED: "dim",
 }
-_WORDS = {STOPPED: "stop", FAILED: "fail", DIVERGED: "div", WAITING: ".", QUEUED: "q"}
+_LABELS = {STOPPED: "stop", FAILED: "fail", DIVERGED: "div", WAITING: ".", QUEUED: "q"}
 _FAILED_SHOWN = 4
 
 
@@ -69,36 +68,36 @@ def main(argv: list[str]) -> int:
     watcher = Watcher(Path(folders[0]))
     console = Console(file=sys.stdout, highlight=False, markup=False)
     if options["once"] or not console.is_terminal:
-        for part in show(watcher.look(), console.width):
-            console.print(part, soft_wrap=isinstance(part, Text))  # a path stays in one piece
+        for part in show(watcher.snapshot(), console.width):
+            console.print(part, soft_wrap=isinstance(part, Text))  # a path is not broken over lines
         return 0
-    with contextlib.suppress(KeyboardInterrupt):  # that is how it is ended
-        watch(watcher.look, console)
+    with contextlib.suppress(KeyboardInterrupt):  # the usual way to end it
+        watch(watcher.snapshot, console)
     return 0
 
 
-# ------------------------------------------------------------------------------------------------------------ what is
+# ---------------------------------------------------------------------------------------------------------- the state
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """A run that is there or is to come."""
+class RunState:
+    """A run of the plan, started or not, and its progress."""
 
-    planned: PlannedRun  # a final one that waits has the rate nan
+    planned: PlannedRun  # the learning rate is nan for a final run that has not started
     outcome: Outcome
-    steps: int  # that it has in all
+    steps: int  # of the whole run
     tokens: int
     flops_per_token: int
-    tokens_per_second: float = math.nan  # of the last line, while it runs
+    tokens_per_second: float = math.nan  # from the last line, while it runs
 
     @property
-    def share(self) -> float:
-        """The share of its steps that are done."""
+    def done(self) -> float:
+        """Fraction of its steps that are done."""
         return min(1.0, self.outcome.step / self.steps)
 
     @property
     def flops(self) -> float:
-        """Of the whole run."""
+        """FLOPs of the whole run."""
         return float(self.flops_per_token * self.tokens)
 
 
@@ -108,192 +107,194 @@ class Grid:
 
     folder: Path
     manifest: Manifest
-    places: list[Place]
+    runs: list[RunState]
 
     def count(self, *states: str) -> int:
         """Return how many runs are in one of these states."""
-        return sum(place.outcome.state in states for place in self.places)
+        return sum(run.outcome.state in states for run in self.runs)
 
     @property
     def done(self) -> bool:
         """Whether every run has ended."""
-        return self.count(*ENDED) == len(self.places)
+        return self.count(*ENDED) == len(self.runs)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all runs that run and have said so."""
-        return math.fsum(p.tokens_per_second for p in self.places if not math.isnan(p.tokens_per_second))
+        """Sum over the running runs that have logged a speed."""
+        return math.fsum(run.tokens_per_second for run in self.runs if not math.isnan(run.tokens_per_second))
 
     @property
     def seconds_left(self) -> float:
-        """Until all runs have ended, with as many at a time as run now, one if none does; nan while no speed is known.
+        """Estimated seconds until all runs have ended; nan while no speed is known.
 
-        FLOP/s are those of runs that finished, with all their evaluations; before there are any, of those that run.
+        Assumes as many concurrent runs as now, and at least one. FLOP/s come from finished runs, evaluations included; before
+        any has finished, from the running ones.
         """
         speeds = [
-            place.flops / place.outcome.summary["wall_seconds"]
-            for place in self.places
-            if place.outcome.state == FINISHED and place.outcome.summary.get("wall_seconds")
-        ] or [place.tokens_per_second * place.flops_per_token for place in self.places if place.tokens_per_second > 0]
-        left = sum(place.flops * (1 - place.share) for place in self.places if place.outcome.state not in ENDED)
+            run.flops / run.outcome.summary["wall_seconds"]
+            for run in self.runs
+            if run.outcome.state == FINISHED and run.outcome.summary.get("wall_seconds")
+        ] or [run.tokens_per_second * run.flops_per_token for run in self.runs if run.tokens_per_second > 0]
+        left = sum(run.flops * (1 - run.done) for run in self.runs if run.outcome.state not in ENDED)
         return left * len(speeds) / math.fsum(speeds) / max(1, self.count(RUNNING)) if speeds else math.nan
 
 
 class Watcher:
-    """Looks at the folder of a plan, and at runs that have ended only once.
+    """Read the state of a plan's folder again and again; a run that has ended is read only once.
 
     Raises:
-        UserError: it is no folder of a plan.
+        UserError: the folder is not that of a plan.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.manifest = folder, read_manifest(folder)
-        self._ended: dict[str, tuple[list[int], Outcome]] = {}
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self._ended: dict[str, tuple[list[int], Outcome]] = {}  # by run: time stamps of its files, and the outcome
         self._queue: dict[str, str] = {}
-        self._asked = -math.inf
+        self._queried_slurm = -math.inf
 
-    def look(self) -> Grid:
-        """Return how all runs stand now."""
-        if time.monotonic() - self._asked > _ASK_SLURM:
-            self._queue, self._asked = states(self.folder), time.monotonic()
-        found: dict[PlannedRun, Outcome] = {}
+    def snapshot(self) -> Grid:
+        """Return the state of all runs."""
+        if time.monotonic() - self._queried_slurm > _QUERY_SLURM:
+            self._queue, self._queried_slurm = task_states(self.folder), time.monotonic()
+        outcomes: dict[PlannedRun, Outcome] = {}
         for path in run_folders(self.folder):
             planned = self.manifest.planned_run(path.name)
             if planned is not None:
-                found[planned] = self._outcome(path)
-        planned_runs = _planned_runs(self.manifest, found)
-        return Grid(self.folder, self.manifest, [self._place(planned, found.get(planned)) for planned in planned_runs])
+                outcomes[planned] = self._outcome(path)
+        runs = [self._state(planned, outcomes.get(planned)) for planned in _all_runs(self.manifest, outcomes)]
+        return Grid(self.folder, self.manifest, runs)
 
     def _outcome(self, run: Path) -> Outcome:
-        stamp = []
+        stamps = []
         for name in ("metrics.jsonl", "summary.json"):
             with contextlib.suppress(FileNotFoundError):
-                stamp.append((run / name).stat().st_mtime_ns)
-        before = self._ended.get(run.name)
-        if before is not None and before[0] == stamp:
-            return before[1]
-        found = outcome(run)
-        if found.state in ENDED:
-            self._ended[run.name] = stamp, found
-        return found
+                stamps.append((run / name).stat().st_mtime_ns)
+        cached = self._ended.get(run.name)
+        if cached is not None and cached[0] == stamps:
+            return cached[1]
+        outcome = read_outcome(run)
+        if outcome.state in ENDED:
+            self._ended[run.name] = stamps, outcome
+        return outcome
 
-    def _place(self, planned: PlannedRun, found: Outcome | None) -> Place:
-        cost, steps = (
-            self.manifest.cost[planned.size][planned.arm],
-            self.manifest.learned(planned.size, planned.arm)["steps"],
-        )
-        found = self._on_cluster(planned, found or Outcome(WAITING))
+    def _state(self, planned: PlannedRun, outcome: Outcome | None) -> RunState:
+        cost = self.manifest.cost[planned.size][planned.arm]
+        steps = self.manifest.learned(planned.size, planned.arm)["steps"]
+        outcome = self._with_queue(planned, outcome or Outcome(WAITING))
         speed = math.nan
-        if found.state == RUNNING:
+        if outcome.state == RUNNING:
             lines, _ = read_metrics(self.folder / "runs" / planned.name)
             speed = next((line["tokens_per_second"] for line in reversed(lines) if line["kind"] == "train"), math.nan)
-        return Place(planned, found, steps, cost["tokens"], cost["flops_per_token"], speed)
+        return RunState(planned, outcome, steps, cost["tokens"], cost["flops_per_token"], speed)
 
-    def _on_cluster(self, planned: PlannedRun, found: Outcome) -> Outcome:
-        """Return how a run stands that SLURM may know more of: a folder does not show that another node trains in it."""
-        state = self._queue.get(name_of(planned.size, planned.arm, planned.seed))
-        if state is None or found.state in (*ENDED, RUNNING):
-            return found
-        begun = found.state == STOPPED and not found.summary
-        return dataclasses.replace(found, state=RUNNING if state == RUNNING and begun else QUEUED)
+    def _with_queue(self, planned: PlannedRun, outcome: Outcome) -> Outcome:
+        """Refine an outcome by SLURM's queue: a folder does not show that another node is training in it."""
+        state = self._queue.get(task_name(planned.size, planned.arm, planned.seed))
+        if state is None or outcome.state in (*ENDED, RUNNING):
+            return outcome
+        started = outcome.state == STOPPED and not outcome.summary
+        return dataclasses.replace(outcome, state=RUNNING if state == RUNNING and started else QUEUED)
 
 
-def _planned_runs(manifest: Manifest, found: dict[PlannedRun, Outcome]) -> Iterator[PlannedRun]:
-    """Yield every run of a plan: those of the sweeps, as far as they have gone past an edge, and of the seeds.
+def _all_runs(manifest: Manifest, outcomes: dict[PlannedRun, Outcome]) -> Iterator[PlannedRun]:
+    """Yield every run of a plan: those of the sweeps, extensions that have started included, and those of the seeds.
 
-    Seeds of which no run is there have the rate nan; an arm that diverged at every rate of its plan has none.
+    A seed whose run has not started has the learning rate nan. An arm that diverged at every rate of its plan has no seeds.
     """
     for size, arms in manifest.arms.items():
         for arm in sorted(arms, key=lambda arm: arm != manifest.plan.baseline):
-            rates = manifest.rates(size, arm)
-            planned_runs = [planned for planned in found if (planned.size, planned.arm) == (size, arm)]
-            first = (
-                []
-                if len(rates) < 2
-                else [PlannedRun("sweep", size, arm, rate, manifest.plan.rate_seed) for rate in rates]
+            rates = manifest.learning_rates(size, arm)
+            sweep = (
+                [PlannedRun("sweep", size, arm, lr, manifest.plan.rate_seed) for lr in rates] if len(rates) > 1 else []
             )
-            swept = {planned.rate: planned for planned in (*first, *planned_runs) if planned.stage == "sweep"}
-            yield from (swept[rate] for rate in sorted(swept))
-            of_seed = {planned.seed: planned for planned in planned_runs if planned.stage == "final"}
-            hopeless = bool(first) and all(planned in found and found[planned].state == DIVERGED for planned in first)
+            started = [planned for planned in outcomes if (planned.size, planned.arm) == (size, arm)]
+            by_lr = {planned.lr: planned for planned in (*sweep, *started) if planned.stage == "sweep"}
+            yield from (by_lr[lr] for lr in sorted(by_lr))
+            by_seed = {planned.seed: planned for planned in started if planned.stage == "final"}
+            hopeless = bool(sweep) and all(p in outcomes and outcomes[p].state == DIVERGED for p in sweep)
             for seed in manifest.plan.seeds:
-                if seed in of_seed or not hopeless:
-                    yield of_seed.get(seed, PlannedRun("final", size, arm, math.nan, seed))
+                if seed in by_seed or not hopeless:
+                    yield by_seed.get(seed, PlannedRun("final", size, arm, math.nan, seed))
 
 
-# ------------------------------------------------------------------------------------------------------- how it looks
+# -------------------------------------------------------------------------------------------------------- the display
 
 
-def watch(look: Callable[[], Grid], console: Console, pause: float = _PAUSE) -> None:
-    """Show the grid on a terminal and keep it up to date until every run has ended."""
+def watch(snapshot: Callable[[], Grid], console: Console, refresh: float = _REFRESH) -> None:
+    """Show the grid on a terminal and refresh it until every run has ended."""
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            grid = look()
+            grid = snapshot()
             parts = show(grid, console.width)
             if len(console.render_lines(Group(*parts))) > console.height:
-                parts.sort(key=lambda part: not isinstance(part, Text))  # what does not fit is the last grid
+                parts.sort(
+                    key=lambda part: not isinstance(part, Text)
+                )  # if something must be cut off, then the last grid
             live.update(Group(*parts), refresh=True)
             if grid.done:
                 return
-            time.sleep(pause)
+            time.sleep(refresh)
 
 
 def show(grid: Grid, width: int) -> list[Text | Table]:
-    """Return what is printed: the question, the grids of all sizes, the counts, and where failed runs say why."""
+    """Return what is printed: the question, the grids of all sizes, the counts, and the logs of failed runs."""
     plan = grid.manifest.plan
     grids = [table for size in grid.manifest.arms for table in _tables(grid, size, width)]
     return [Text(f"{plan.name}: {plan.question}"), *grids, *_totals(grid)]
 
 
 def _tables(grid: Grid, size: str, width: int) -> list[Table]:
-    """Return the grid of a size, in as many tables as it takes to fit a width."""
-    places = [place for place in grid.places if place.planned.size == size]
-    arms = list(dict.fromkeys(place.planned.arm for place in places))
-    own = {arm: grid.manifest.learned(size, arm)["optim.lr"] for arm in arms}
-    found = {(place.planned.arm, _column(place.planned, own)): place for place in places}
-    columns = sorted({column for _, column in found})
-    rate = next(iter(own.values())) if len(set(own.values())) == 1 else None
-    heads = {column: _head(column, rate) for column in columns}
+    """Return the grid of a size, in as many tables as the width requires."""
+    runs = [run for run in grid.runs if run.planned.size == size]
+    arms = list(dict.fromkeys(run.planned.arm for run in runs))
+    configured_lr = {arm: grid.manifest.learned(size, arm)["optim.lr"] for arm in arms}
+    by_cell = {(run.planned.arm, _column(run.planned, configured_lr)): run for run in runs}
+    columns = sorted({column for _, column in by_cell})
+    common_lr = next(iter(configured_lr.values())) if len(set(configured_lr.values())) == 1 else None
+    heads = {column: _head(column, common_lr) for column in columns}
     name_width, head_width = max(len(size), *map(len, arms)), max(map(len, heads.values()))
-    taken = {digits: 1 + max(head_width, digits + 2) for digits in (3, 4)}  # columns of a cell
-    digits = 4 if name_width + taken[4] * len(columns) <= width else 3
-    fitting = max(1, (width - name_width) // taken[digits])
+    cell_width = {digits: 1 + max(head_width, digits + 2) for digits in (3, 4)}
+    digits = 4 if name_width + cell_width[4] * len(columns) <= width else 3
+    columns_per_table = max(1, (width - name_width) // cell_width[digits])
     tables = []
-    for first in range(0, len(columns), fitting):
-        part = columns[first : first + fitting]
+    for first in range(0, len(columns), columns_per_table):
+        shown = columns[first : first + columns_per_table]
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
         table.add_column(size, no_wrap=True)
-        for column in part:
+        for column in shown:
             table.add_column(heads[column], justify="right", no_wrap=True)
         for arm in arms:
-            table.add_row(arm, *(_shown(found.get((arm, column)), digits) for column in part))
+            table.add_row(arm, *(_cell(by_cell.get((arm, column)), digits) for column in shown))
         tables.append(table)
     return tables
 
 
-def _column(planned: PlannedRun, own: dict[str, float]) -> tuple[int, float]:
-    """Return where a run stands: rates as times of the arm's own, then seeds."""
-    return (0, float(f"{planned.rate / own[planned.arm]:.3g}")) if planned.stage == "sweep" else (1, planned.seed)
+def _column(planned: PlannedRun, configured_lr: dict[str, float]) -> tuple[int, float]:
+    """Return the sort key of a column: first learning rates, as factors of the arm's configured one, then seeds."""
+    if planned.stage == "sweep":
+        return 0, float(f"{planned.lr / configured_lr[planned.arm]:.3g}")
+    return 1, planned.seed
 
 
-def _head(column: tuple[int, float], own: float | None) -> str:
+def _head(column: tuple[int, float], common_lr: float | None) -> str:
     kind, value = column
     if kind:
         return f"s{value:g}"
-    return f"x{value:g}" if own is None else f"{value * own:.2g}".replace("e-0", "e-")
+    return f"x{value:g}" if common_lr is None else f"{value * common_lr:.2g}".replace("e-0", "e-")
 
 
-def _shown(place: Place | None, digits: int) -> Text:
-    if place is None:
+def _cell(run: RunState | None, digits: int) -> Text:
+    if run is None:
         return Text("")
-    state = place.outcome.state
+    state = run.outcome.state
     if state == FINISHED:
-        word = f"{place.outcome.loss:.{digits}f}"
+        text = f"{run.outcome.loss:.{digits}f}"
     elif state == RUNNING:
-        word = f"{math.floor(100 * place.share)}%"
+        text = f"{math.floor(100 * run.done)}%"
     else:
-        word = _WORDS[state]
-    return Text(word, style=_STYLES[state])
+        text = _LABELS[state]
+    return Text(text, style=_STYLES[state])
 
 
 def _totals(grid: Grid) -> list[Text]:
@@ -302,20 +303,20 @@ def _totals(grid: Grid) -> list[Text]:
         for state in (FINISHED, DIVERGED, RUNNING, QUEUED, STOPPED, FAILED, WAITING)
         if grid.count(state)
     ]
-    line = f"{len(grid.places)} runs: {', '.join(counts)}"
+    line = f"{len(grid.runs)} runs: {', '.join(counts)}"
     if grid.tokens_per_second:
         line += f"; {grid.tokens_per_second:,.0f} tokens/s"
     if grid.done:
-        line += f"; python -m ablation.report {grid.folder} says what they show"
+        line += f"; python -m ablation.report {grid.folder} writes the report"
     elif math.isnan(grid.seconds_left):
-        line += "; the time left is known when a run has a speed"
+        line += "; the time left is known once a run has logged a speed"
     else:
         line += f"; about {_duration(grid.seconds_left)} left"
         line += "" if grid.count(RUNNING) else ", one at a time, once they run"
-    failed = [place.planned.name for place in grid.places if place.outcome.state == FAILED]
-    lines = [f"{grid.folder / 'logs' / name}.log says why it failed" for name in failed[:_FAILED_SHOWN]]
+    failed = [run.planned.name for run in grid.runs if run.outcome.state == FAILED]
+    lines = [f"failed: see {grid.folder / 'logs' / name}.log" for name in failed[:_FAILED_SHOWN]]
     if len(failed) > _FAILED_SHOWN:
-        lines.append(f"and so for {len(failed) - _FAILED_SHOWN} more: {grid.folder / 'logs'}/RUN.log")
+        lines.append(f"{len(failed) - _FAILED_SHOWN} more failed: see {grid.folder / 'logs'}/RUN.log")
     return [Text(line), *(Text(line, style=_STYLES[FAILED]) for line in lines)]
 
 

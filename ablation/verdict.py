@@ -1,7 +1,7 @@
-"""What a plan showed, a sentence for every size: what the report, the dashboard and the console begin with.
+"""State what a plan showed, in one sentence per size: the first lines of the report, the dashboard and the console.
 
-An arm is called better or worse only where its verdict says so. Amounts are mean differences in nats a token over the seeds
-that both arms have, the largest first; their intervals, and why an arm has no verdict, stand in the tables.
+An arm is called better or worse only where its verdict is. Amounts are mean differences in nats per token over the seeds that
+both arms have, largest first. Their intervals, and why an arm has no verdict, are in the tables.
 """
 
 from __future__ import annotations
@@ -13,38 +13,38 @@ from ablation.statistics import Comparison, Verdict
 
 
 def sentences(results: Results) -> list[str]:
-    """Return one sentence for every size of a plan, in the plan's order."""
+    """Return one sentence per size of a plan, in the plan's order."""
     seeds, baseline = len(results.manifest.plan.seeds), results.baseline
     return [_sentence(size, baseline, seeds, results.comparisons(size)) for size in results.sizes]
 
 
 def _sentence(size: str, baseline: str, planned: int, comparisons: list[Comparison]) -> str:
     if not any(c.seeds for c in comparisons):
-        return f"At {size}, nothing is known yet: no arm has a seed that {baseline} has too."
-    counts = {c.seeds for c in comparisons}
-    seeds = f"{max(counts)} of {planned}" if max(counts) < planned else f"{planned}"
-    of = {
+        return f"At {size}, nothing is known yet: no arm shares a seed with {baseline}."
+    most = max(c.seeds for c in comparisons)
+    seeds = f"{most} of {planned}" if most < planned else f"{planned}"
+    by_verdict = {
         verdict: sorted((c for c in comparisons if c.verdict is verdict), key=lambda c: -abs(c.difference))
         for verdict in Verdict
     }
-    clauses = [] if of[Verdict.BETTER] else [f"no arm is shown to be better than {baseline}"]
+    clauses = [] if by_verdict[Verdict.BETTER] else [f"no arm is shown to be better than {baseline}"]
     for verdict in (Verdict.BETTER, Verdict.WORSE):
-        if of[verdict]:
-            arms = [f"{_told(c, max(counts))} by {abs(c.difference):.4f}{_diverged(c)}" for c in of[verdict]]
-            clauses.append(f"{verdict.value} than {baseline}: {_list(arms)}")
-    for verdict, said in (
+        if by_verdict[verdict]:
+            arms = [f"{_arm(c, most)} by {abs(c.difference):.4f}{_diverged(c)}" for c in by_verdict[verdict]]
+            clauses.append(f"{verdict.value} than {baseline}: {_join(arms)}")
+    for verdict, label in (
         (Verdict.NO_DIFFERENCE, f"no difference to {baseline} shown"),
         (Verdict.UNDERPOWERED, "too few seeds to tell"),
-        (Verdict.BLOCKED, "without a verdict"),
+        (Verdict.BLOCKED, "no verdict"),
     ):
-        if of[verdict]:
-            arms = [f"{_told(c, max(counts))}{_diverged(c)}" for c in of[verdict]]
-            why = {c.reason for c in of[verdict]} if verdict is Verdict.BLOCKED else set()
-            clauses.append(f"{said}: {_list(arms)}" + (f" ({why.pop()})" if len(why) == 1 else ""))
-    return f"At {size}, over {seeds} seeds, in nats a token: {'; '.join(clauses)}."
+        if by_verdict[verdict]:
+            arms = [f"{_arm(c, most)}{_diverged(c)}" for c in by_verdict[verdict]]
+            reasons = {c.reason for c in by_verdict[verdict]} if verdict is Verdict.BLOCKED else set()
+            clauses.append(f"{label}: {_join(arms)}" + (f" ({reasons.pop()})" if len(reasons) == 1 else ""))
+    return f"At {size}, over {seeds} seeds, in nats per token: {'; '.join(clauses)}."
 
 
-def _told(c: Comparison, seeds: int) -> str:
+def _arm(c: Comparison, seeds: int) -> str:
     return c.arm if c.seeds == seeds else f"{c.arm} ({c.seeds} seeds)"
 
 
@@ -52,6 +52,6 @@ def _diverged(c: Comparison) -> str:
     return f" ({c.diverged} of {c.seeds} seeds diverged)" if c.diverged else ""
 
 
-def _list(words: Iterable[str]) -> str:
-    *first, last = words
+def _join(names: Iterable[str]) -> str:
+    *first, last = names
     return f"{', '.join(first)} and {last}" if first else last

@@ -42,7 +42,7 @@ def losses(effects: dict[str, float], noise: float = 0.004, best: float = 1.0, o
     def loss(planned: PlannedRun) -> float:
         of_seed = random.Random(planned.seed).gauss(0, 0.02)
         chance = random.Random(f"{planned.size} {planned.arm} {planned.seed}").gauss(0, noise)
-        return 3.0 + of_seed + effects.get(planned.arm, 0.0) + chance + 0.02 * math.log2(planned.rate / own / best) ** 2
+        return 3.0 + of_seed + effects.get(planned.arm, 0.0) + chance + 0.02 * math.log2(planned.lr / own / best) ** 2
 
     return loss
 
@@ -77,13 +77,13 @@ def make(
 def all_planned(plan: Plan, loss: Losses) -> list[PlannedRun]:
     """Return the runs of a plan without extended sweeps."""
     planned_runs = []
-    for place in plan.places():
-        swept = plan.sweep(*place)
+    for place in plan.size_arm_pairs():
+        swept = plan.sweep_runs(*place)
         finite = [planned for planned in swept if math.isfinite(loss(planned))]
         planned_runs += swept
         if finite or not swept:
-            rate = min(finite, key=loss).rate if swept else plan.rates(*place)[0]
-            planned_runs += plan.final(*place, rate)
+            rate = min(finite, key=loss).lr if swept else plan.learning_rates(*place)[0]
+            planned_runs += plan.final_runs(*place, rate)
     return planned_runs
 
 
@@ -106,7 +106,7 @@ def write_run(
     arm = plan.arms[planned.size][planned.arm]
     config = dataclasses.replace(
         arm.config, seed=planned.seed, data_seed=planned.seed, run=planned.name, runs=str(folder / "runs"),
-        optim=dataclasses.replace(arm.config.optim, lr=planned.rate),
+        optim=dataclasses.replace(arm.config.optim, lr=planned.lr),
         model=dataclasses.replace(arm.config.model, d_ff=arm.width.d_ff),
     )  # fmt: skip
     (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -118,7 +118,7 @@ def write_run(
         step = batch.steps * part // 20
         last, at = step, {"step": step, "tokens": step * batch.tokens_per_step}
         speed, curve = 17000 * chance.uniform(0.9, 1.1), (final if ends == 1.0 else 3.0) + 4 * (1 - part / 20) ** 2
-        lines.append({"kind": "train", **at, "loss": curve + 0.02, "lr": planned.rate, "grad_norm": 0.5,
+        lines.append({"kind": "train", **at, "loss": curve + 0.02, "lr": planned.lr, "grad_norm": 0.5,
                       "tokens_per_second": speed, "mfu": 0.2, "memory_gib": 0.9})  # fmt: skip
         if part % 2 == 0:
             share, own = part / 20, 1 + chance.random()

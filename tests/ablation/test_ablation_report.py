@@ -1,8 +1,9 @@
-"""The report: its numbers are those of the runs, it needs nothing but itself, and it opens in a browser without a complaint."""
+"""The report: its numbers are those of the runs, and a browser opens it without requests or errors."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import html.parser
 import json
 import math
@@ -95,7 +96,7 @@ def test_numbers_of_the_page_are_those_of_the_runs(plan, folder, page):
     assert {row["run"][0] for row in rows} == {planned.name for planned in all_planned(plan, RULE)}
     for row in rows:
         assert float(row["final loss"][0]) == pytest.approx(last_loss(folder, row["run"][0]), abs=1e-6)
-    arms = page.table("arm", "verdict", "less relu, nats")
+    arms = page.table("arm", "verdict", "minus relu, nats")
     assert len(arms) == 2 * 8
     for size, of_size in zip(("nano", "small"), (arms[:8], arms[8:]), strict=True):
         final = {
@@ -107,7 +108,7 @@ def test_numbers_of_the_page_are_those_of_the_runs(plan, folder, page):
             assert float(row["mean loss"][1]) == pytest.approx(sum(own) / 5, abs=1e-6)
             if row["arm"][0] != "relu":
                 difference = sum(a - b for a, b in zip(own, base, strict=True)) / 5
-                assert float(row["less relu, nats"][1]) == pytest.approx(difference, abs=1e-6)
+                assert float(row["minus relu, nats"][1]) == pytest.approx(difference, abs=1e-6)
                 assert float(row["from"][1]) < difference < float(row["to"][1])
 
 
@@ -124,7 +125,7 @@ def test_the_csv_has_every_run_and_every_comparison(plan, folder, page):
         (size, arm) for size, arms in plan.arms.items() for arm in arms if arm != "relu"
     ]
     assert all(len(row["runs"].split()) == 5 for row in comparisons)
-    shown = {row["arm"][0]: row["verdict"][0] for row in page.table("arm", "verdict", "less relu, nats")[:8]}
+    shown = {row["arm"][0]: row["verdict"][0] for row in page.table("arm", "verdict", "minus relu, nats")[:8]}
     assert {row["arm"]: row["verdict"] for row in comparisons[:7]} == {
         arm: verdict for arm, verdict in shown.items() if arm != "relu"
     }
@@ -143,7 +144,7 @@ def test_the_verdict_comes_first_and_the_plan_is_there(plan, folder, page):
     assert len(page.ids) == len(set(page.ids))
 
 
-def test_the_page_is_one_small_file_that_asks_for_nothing(folder):
+def test_the_page_is_one_small_file_without_requests(folder):
     path = folder / "report" / "report.html"
     assert path.stat().st_size < 5 * 2**20
     text = path.read_text(encoding="utf-8")
@@ -173,7 +174,7 @@ def test_every_figure_is_a_file_too(folder, page):
 
 
 @pytest.mark.usefixtures("page")
-def test_a_figure_says_its_point_on_the_page_and_in_its_file_once(folder):
+def test_a_figure_has_its_title_once_on_the_page_and_in_its_file(folder):
     of_page = (folder / "report" / "report.html").read_text(encoding="utf-8")
     for path in (folder / "report" / "figures").glob("*.svg"):
         [drawing] = re.findall(rf'<figure id="figure-{path.stem}">(.*?)</figure>', of_page, re.S)
@@ -186,16 +187,26 @@ def test_a_figure_says_its_point_on_the_page_and_in_its_file_once(folder):
         assert title.split()[:4] not in [text.split()[:4] for text in on_page]
 
 
-def test_what_was_not_settled_is_told(plan, tmp_path):
+def test_open_questions_are_listed(plan, tmp_path):
     rule = lambda planned: math.nan if (planned.arm, planned.seed) == ("swiglu", 2) else RULE(planned)  # noqa: E731
     planned_runs = [planned for planned in all_planned(plan, rule) if planned.name != "nano-gelu-lr0.004-seed4"]
     folder = make(plan, tmp_path, rule, planned_runs, half="nano-silu-lr0.004-seed1")
     text = Page(whole_page(read_results(folder), [])).text
     assert "Provisional: 126 of 128 runs have ended" in text
-    assert "1 run(s) have not begun: nano-gelu-lr0.004-seed4" in text
+    assert "1 run(s) have not started: nano-gelu-lr0.004-seed4" in text
     assert "nano-swiglu-lr0.004-seed2 diverged" in text
-    assert "nano-silu-lr0.004-seed1: 1 broken line(s) of metrics.jsonl were left out" in text
+    assert "nano-silu-lr0.004-seed1: 1 broken line(s) of metrics.jsonl were skipped" in text
     assert "swiglu at nano: underpowered: 1 of 5 seeds diverged" in text
+
+
+def test_text_is_escaped(folder):
+    results, question = read_results(folder), 'Does </script><b>"x" & y</b> help?'
+    manifest = dataclasses.replace(results.manifest, plan=dataclasses.replace(results.manifest.plan, question=question))
+    text = whole_page(dataclasses.replace(results, manifest=manifest), draw(results)[:1])
+    assert "<b>" not in text
+    assert text.count("</script>") == 1  # of the script that sorts tables
+    assert Page(text).text.count(question) == 3  # in the title, the heading and the keys of the plan
+    assert text.count("<svg role") == 1  # SVG of figures is not escaped
 
 
 def test_the_command_of_a_plan_that_has_just_begun(plan, tmp_path):
@@ -203,8 +214,8 @@ def test_the_command_of_a_plan_that_has_just_begun(plan, tmp_path):
     done = command(sys.executable, "-m", "ablation.report", str(folder), f"to={tmp_path / 'here'}")
     assert done.status == 0, done.err
     assert "At nano, nothing is known yet" in done.out
-    assert "128 run(s) have not begun" not in done.err  # seeds follow the sweeps
-    assert "48 run(s) have not begun" in done.err
+    assert "128 run(s) have not started" not in done.err  # seeds follow the sweeps
+    assert "48 run(s) have not started" in done.err
     text = (tmp_path / "here" / "report.html").read_text(encoding="utf-8")
     assert "Provisional: 0 of 48 runs have ended, and seeds follow" in text
 
@@ -223,7 +234,7 @@ def test_runs_that_were_evaluated_at_their_end_alone(tmp_path):
     assert {name for name in page.ids if name.startswith("figure-") and name.count("-") == 1} == {
         "figure-verdicts", "figure-curves", "figure-costs"
     }  # fmt: skip
-    assert {"rates", "telemetry"}.isdisjoint(page.ids)  # no sweep, and nothing was looked at
+    assert {"rates", "telemetry"}.isdisjoint(page.ids)  # no sweep, and no telemetry
     left = {path.name for path in (to / "figures").iterdir()}
     assert {"differences.svg", "dead.png"} <= before - left
     assert left == {f"{name}.{kind}" for name in ("verdicts", "curves", "costs") for kind in ("svg", "png")} | {
@@ -248,7 +259,7 @@ def test_bad_input_is_one_sentence(words, why):
     assert why in refused.err
 
 
-def test_a_browser_shows_it_without_a_complaint_and_sorts_its_tables(folder, tmp_path):
+def test_a_browser_shows_it_without_errors_and_sorts_its_tables(folder, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium on this machine")
@@ -264,7 +275,7 @@ def test_a_browser_shows_it_without_a_complaint_and_sorts_its_tables(folder, tmp
          "--enable-logging=stderr", "--dump-dom", page.as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert "CONSOLE" not in done.stderr  # what the page's policy forbids (any request) would be told here
+    assert "CONSOLE" not in done.stderr  # what the page's policy forbids (any request) would be logged here
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title is not None, done.stderr
     final = {

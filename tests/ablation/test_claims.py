@@ -1,4 +1,4 @@
-"""Claims: each can be supported and contradicted by what runs show, and nothing is said of more than was shown."""
+"""Claims: runs can support and contradict each, and no verdict goes beyond what they show."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from ablation.claims import CONTRADICTED, OPEN, SUPPORTED, Answer, judge, main, markdown, read_claims
 from ablation.manifest import read_manifest
 from ablation.measures import by_seed, log_speed_up
-from ablation.outcomes import outcome, read_metrics
+from ablation.outcomes import read_metrics, read_outcome
 from ablation.plan import Plan, PlannedRun
 from ablation.results import Results, Run, read_results
 from conf.keys import choices
@@ -62,7 +62,7 @@ def answer(
     made = make(of_plan, folder, rule, more.get("planned_runs"), figures=of_metrics)
     manifest = read_manifest(made)  # and the runs without the checks of `read_results`, which take the longest
     paths = sorted((made / "runs").glob("*"))
-    runs = {p.name: Run(manifest.planned_run(p.name), p, outcome(p), read_metrics(p)[0]) for p in paths}
+    runs = {p.name: Run(manifest.planned_run(p.name), p, read_outcome(p), read_metrics(p)[0]) for p in paths}
     [found] = judge([CLAIMS[text]], [Results(made, manifest, runs, ())])
     return found
 
@@ -148,12 +148,12 @@ def test_parameters_are_settled_by_the_manifest_alone(tmp_path):
     text = "SwiGLU costs more parameters"
     matched = answer(text, tmp_path / "matched", plan("relu", "swiglu"), planned_runs=[])
     assert matched.verdict == "contradicted at nano only"
-    assert matched.findings[0].details == ["ffn_parameters: swiglu x1.0000 beside relu, at d_ff 512 and 768"]
+    assert matched.findings[0].details == ["ffn_parameters: swiglu x1.0000 relative to relu, at d_ff 512 and 768"]
     unmatched = answer(
         text, tmp_path / "unmatched", plan("relu", "swiglu", words=("ablation.budget=none",)), planned_runs=[]
     )
     assert unmatched.verdict == "supported at nano only"
-    assert unmatched.findings[0].details == ["ffn_parameters: swiglu x1.5000 beside relu, at d_ff 768 and 768"]
+    assert unmatched.findings[0].details == ["ffn_parameters: swiglu x1.5000 relative to relu, at d_ff 768 and 768"]
     both = Answer(CLAIMS[text], [*matched.findings, *unmatched.findings], True)
     assert both.verdict == "not settled: contradicted at nano of glu_variants, supported at nano of glu_variants"
 
@@ -162,7 +162,7 @@ def test_every_claim_has_a_case():
     assert {*CASES, "SwiGLU costs more parameters"} == CLAIMS.keys()
 
 
-def test_what_claims_name_there_is():
+def test_claims_name_existing_metrics_and_arms():
     formula = compile_formula(parse("silu(gate) * up"))
     names = set(telemetry_figures(sums_of(formula), 2, [1.0] * 99, 1.0))
     names |= telemetry.ActivityWindow(1).update([torch.ones(1)], 1).keys()
@@ -170,15 +170,15 @@ def test_what_claims_name_there_is():
     for claim in CLAIMS.values():
         assert claim.literature
         for test in (*claim.given, *claim.test):
-            assert test.figure in names | NOT_OF_TELEMETRY
+            assert test.metric in names | NOT_OF_TELEMETRY
             assert bool(test.less) != bool(test.more)
             assert test.scale in ("linear", "log")
-            assert test.needed <= len(test.pairs)
-            if test.figure != "spread":
+            assert test.required <= len(test.pairs)
+            if test.metric != "spread":
                 assert set(test.arms) <= set(choices("ffn"))
 
 
-# ------------------------------------------------------------------------------------------ no more than what was shown
+# ---------------------------------------------------------------------------------------------- limits of a verdict
 
 
 def test_two_sizes_make_it_general_and_two_that_disagree_do_not_settle_it(tmp_path):
@@ -219,7 +219,7 @@ def test_what_blocks_a_verdict_blocks_a_claim(tmp_path):
 
     edge = losses(effects, noise=0.001, best=4.0)
     assert "blocked: swiglu: its best learning rate, 0.008, is the highest" in verdict(loss=edge)
-    assert "blocked: swiglu: a verdict takes 3 learning rates" in verdict("ablation.rates=[1.0]")
+    assert "blocked: swiglu: a verdict needs 3 learning rates" in verdict("ablation.rates=[1.0]")
     assert "blocked: swiglu has +50.0% parameters in its feed-forward layers" in verdict("ablation.budget=none")
     other = "ablation.arms={relu: ffn=relu, swiglu: ffn=custom ffn.formula=relu(gate)*up}"
     assert "blocked: swiglu is not the arm of that name in conf/ffn" in verdict(other)
@@ -231,31 +231,31 @@ def test_what_blocks_a_verdict_blocks_a_claim(tmp_path):
     assert "blocked: swiglu and relu differ in optim.weight_decay" in verdict(other)
 
 
-def test_runs_that_are_missing_are_said_to_be(tmp_path):
+def test_missing_runs_are_reported(tmp_path):
     text = "SwiGLU beats ReLU"
     found = answer(text, tmp_path, plan("relu", "swiglu"), planned_runs=[])
     assert found.verdict == "not settled: no seed has final_eval_loss of swiglu and relu"
     found = answer(text, tmp_path / "other", plan("relu", "gelu"), planned_runs=[])
-    assert found.verdict == "not settled: no plan that was given has the arms (swiglu, relu)"
+    assert found.verdict == "not settled: none of the plans has the arms (swiglu, relu)"
     text = "The wider the model, the less the choice matters"
     found = answer(text, tmp_path / "third", plan("relu", "gelu"), planned_runs=[])
-    assert found.verdict == "not settled: no plan that was given has sizes of two widths"
+    assert found.verdict == "not settled: none of the plans has sizes of two widths"
 
 
-def test_pairs_that_a_plan_lacks_count_as_not_shown(tmp_path):
+def test_missing_pairs_count_as_not_shown(tmp_path):
     text = "GLU variants almost always beat the same curve without a gate"
     found = answer(text, tmp_path, plan("relu", "reglu"), {"reglu": -0.05})
-    assert found.verdict == "not settled: the plan has not both glu and sigmoid"
+    assert found.verdict == "not settled: the plan does not have both glu and sigmoid"
 
 
 def test_a_claim_whose_premise_does_not_hold_is_not_settled(tmp_path):
     text = "Where ReLU's units die, LeakyReLU and PReLU are the cure"
     figures = {arm: {"dead": 0.001} for arm in ("relu", "leaky_relu", "prelu")}
     found = answer(text, tmp_path, plan("relu", "leaky_relu", "prelu"), {"prelu": -0.05}, figures)
-    assert found.verdict.startswith("not settled: what it is said of is not so here: dead: relu 0.00")
+    assert found.verdict.startswith("not settled: its premise does not hold here: dead: relu 0.00")
 
 
-def test_a_difference_that_is_ruled_out_is_told_apart_from_the_opposite(tmp_path):
+def test_a_difference_that_is_ruled_out_is_distinguished_from_the_opposite(tmp_path):
     text, of_plan = "SwiGLU beats ReLU", plan("relu", "swiglu")
     opposite = answer(text, tmp_path, of_plan, {"swiglu": 0.05})
     assert opposite.verdict == "contradicted at nano only"
@@ -287,14 +287,14 @@ def test_figures_of_a_run_are_what_its_lines_say(tmp_path):
     of_plan = plan("relu", "swiglu")
     made = make(of_plan, tmp_path, losses({"swiglu": -0.05}, noise=0.0))
     results = read_results(made)
-    runs, others = results.finals("nano", "swiglu"), results.finals("nano", "relu")
+    runs, others = results.final_runs("nano", "swiglu"), results.final_runs("nano", "relu")
     [path] = (made / "runs").glob("nano-swiglu-*-seed0")
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    looks = [line for line in lines if line["kind"] == "telemetry"]
-    assert by_seed("max", runs)[0] == max(looks[-1]["max"])
-    assert by_seed("kurtosis", runs)[0] == pytest.approx(sum(looks[-1]["kurtosis"]) / 4)
-    assert by_seed("gradient_first_over_last", runs)[0] == looks[-1]["gradient_first_over_last"]
-    again, dead = sum(sum(look["revived"]) / 4 for look in looks[5:]), sum(looks[-1]["dead"]) / 4
+    samples = [line for line in lines if line["kind"] == "telemetry"]
+    assert by_seed("max", runs)[0] == max(samples[-1]["max"])
+    assert by_seed("kurtosis", runs)[0] == pytest.approx(sum(samples[-1]["kurtosis"]) / 4)
+    assert by_seed("gradient_first_over_last", runs)[0] == samples[-1]["gradient_first_over_last"]
+    again, dead = sum(sum(sample["revived"]) / 4 for sample in samples[5:]), sum(samples[-1]["dead"]) / 4
     assert by_seed("recovered", runs)[0] == pytest.approx(again / (again + dead))
     assert by_seed("no such figure", runs) == {}
     assert by_seed("final_eval_loss", runs) == results.losses("nano")["swiglu"]
@@ -306,8 +306,8 @@ def test_a_run_that_diverged_is_as_slow_as_can_be(tmp_path):
     diverged = (("swiglu", 1), ("swiglu", 2), ("relu", 2))
     rule = lambda planned: math.nan if (planned.arm, planned.seed) in diverged else 3.0  # noqa: E731
     results = read_results(make(plan("relu", "swiglu"), tmp_path, rule))
-    runs, others = results.finals("nano", "swiglu"), results.finals("nano", "relu")
-    assert log_speed_up(runs, others) == pytest.approx({0: 0.0, 1: -math.log(4)})  # of two nothing can be said
+    runs, others = results.final_runs("nano", "swiglu"), results.final_runs("nano", "relu")
+    assert log_speed_up(runs, others) == pytest.approx({0: 0.0, 1: -math.log(4)})  # where both diverged it is undefined
     assert log_speed_up(others, runs) == pytest.approx({0: 0.0, 1: math.log(4)})
 
 
@@ -318,7 +318,7 @@ def test_without_folders_no_claim_is_settled(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
     assert out.count("not settled:") == len(CLAIMS)
-    assert {found.verdict for found in judge(CLAIMS.values(), [])} == {"not settled: no runs given"}
+    assert {found.verdict for found in judge(CLAIMS.values(), [])} == {"not settled: no plans given"}
     assert max(map(len, out.splitlines())) <= 80
 
 
@@ -334,7 +334,7 @@ def test_the_markdown_names_the_runs_and_the_plan_behind_a_verdict(tmp_path, cap
     assert f"nano of {made}, plan glu_variants {of_plan.hash}: supported" in section
     assert "`nano-swiglu-lr0.004-seed{0,1,2}`, `nano-relu-lr0.004-seed{0,1,2}`" in section
     assert re.search(
-        r"final_eval_loss: swiglu -0\.0\d+ beside relu \(95% interval -0\.0\d+ to -0\.0\d+, 3 seeds\)", section
+        r"final_eval_loss: swiglu -0\.0\d+ relative to relu \(95% interval -0\.0\d+ to -0\.0\d+, 3 seeds\)", section
     )
     assert markdown(judge(CLAIMS.values(), [read_results(made)])) == text
 
@@ -342,7 +342,7 @@ def test_the_markdown_names_the_runs_and_the_plan_behind_a_verdict(tmp_path, cap
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["{folder}"], "has no manifest.json: it is no folder of `python -m ablation.run`"),
+        (["{folder}"], "has no manifest.json: it is not a folder of `python -m ablation.run`"),
         (["two=FILE.md"], "unknown option 'two': did you mean 'to'?"),
         (["to={folder}/none/claims.md"], "there is no such file or folder"),
     ],

@@ -54,7 +54,7 @@ def logged_out(monkeypatch, tmp_path) -> None:
 
 
 class FakeRun:
-    """A run of a W&B that keeps what it is told."""
+    """A W&B run that keeps what it is given."""
 
     entity = "team"
 
@@ -126,12 +126,12 @@ def without_ids(node: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def written(whole, tmp_path_factory) -> dict[str, Any]:
-    """What the command writes without a login; `said` is what it prints."""
-    path, said = tmp_path_factory.mktemp("written") / "d.json", io.StringIO()
-    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(said):
+    """What the command writes without a login; `printed` is its output."""
+    path, printed = tmp_path_factory.mktemp("written") / "d.json", io.StringIO()
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
         log_out(monkeypatch, path.parent)
         assert main([str(whole), f"to={path}"]) == 0
-    return strictly(path) | {"said": said.getvalue(), "path": path}
+    return strictly(path) | {"printed": printed.getvalue(), "path": path}
 
 
 def test_the_table_has_a_row_for_every_arm_with_the_numbers_of_the_comparison(whole, written):
@@ -146,7 +146,7 @@ def test_the_table_has_a_row_for_every_arm_with_the_numbers_of_the_comparison(wh
         same = ("difference", "p", "p_holm", "detectable", "seeds", "diverged", "reason")
         assert {name: row[name] for name in same} == {name: getattr(found, name) for name in same}
         assert (row["verdict"], row["interval_low"], row["interval_high"]) == (found.verdict.value, *found.interval)
-        assert row["best_rate"] == results.best_rate("nano", found.arm) == 4e-3
+        assert row["best_rate"] == results.best_lr("nano", found.arm) == 4e-3
         assert row["mismatch"] == results.manifest.cost["nano"][found.arm]["mismatch"]
         assert row["runs"].split() == [f"nano-{found.arm}-lr0.004-seed{seed}" for seed in range(5)]
     assert {arm: row["verdict"] for arm, row in rows.items()} == {
@@ -234,7 +234,9 @@ def test_the_runs_that_are_compared_are_those_that_are_shown(tmp_path, wandb):
     assert [workspace["name"] for workspace in document["workspaces"]] == ["glu_variants small", "glu_variants deep"]
     assert len(wandb.views) == 2
     loggers = [
-        (planned, load(p.words(planned, "runs")).logger) for p in (plan, other) for planned in all_planned(p, RULE)[::7]
+        (planned, load(p.overrides(planned, "runs")).logger)
+        for p in (plan, other)
+        for planned in all_planned(p, RULE)[::7]
     ]
     foreign = {id(logger) for _, logger in loggers[len(loggers) // 2 :]}
     statistics = wandb.runs[0].settings
@@ -250,14 +252,11 @@ def test_the_runs_that_are_compared_are_those_that_are_shown(tmp_path, wandb):
 
 
 def test_without_a_login_it_says_how_to_upload(whole, written):
-    assert (
-        f"nobody is logged in to W&B here. After `wandb login`, upload it by\n  python -m ablation.dashboard {whole}"
-        in (written["said"])
-    )
-    assert (
-        f"or, where there is only the file, by\n  python -m ablation.dashboard {written['path']}\n" in written["said"]
-    )
-    assert "wandb sync" not in written["said"]
+    upload = "After `wandb login`, upload everything with\n  python -m ablation.dashboard"
+    assert f"there is no W&B login on this machine. {upload} {whole}" in written["printed"]
+    elsewhere = f"or, on a machine that has only the file, with\n  python -m ablation.dashboard {written['path']}\n"
+    assert elsewhere in written["printed"]
+    assert "wandb sync" not in written["printed"]
 
 
 def test_runs_that_trained_offline_are_synced_by_one_line(copy, capsys):
@@ -281,9 +280,9 @@ def test_with_a_login_the_table_the_workspace_and_the_report_are_saved(plan, cop
     specs = [view._to_model().spec, report._to_model().spec]
     sent = [json.loads(spec.model_dump_json(by_alias=True, exclude_none=True)) for spec in specs]
     assert without_ids(sent) == without_ids([document["workspaces"][0]["spec"], document["report"]["spec"]])
-    said = capsys.readouterr().out
-    assert "workspace: https://example.org/team/mine/workspace\nreport: https://example.org/team/mine/report\n" in said
-    assert "logged in" not in said
+    out = capsys.readouterr().out
+    assert "workspace: https://example.org/team/mine/workspace\nreport: https://example.org/team/mine/report\n" in out
+    assert "no W&B login" not in out
 
 
 def test_a_file_uploads_what_the_folder_would(copy, wandb):
@@ -296,7 +295,7 @@ def test_a_file_uploads_what_the_folder_would(copy, wandb):
     assert [run.settings["entity"] for run in wandb.runs] == [None, "others"]
 
 
-def test_what_is_missing_and_what_diverged_is_told(plan, tmp_path):
+def test_missing_and_diverged_runs_are_noted(plan, tmp_path):
     rule = lambda planned: math.nan if (planned.arm, planned.seed) == ("swiglu", 2) else RULE(planned)  # noqa: E731
     folder = make(plan, tmp_path, rule)
     for seed in (1, 2, 3, 4):  # one seed is left: it has no deviation, and no p
@@ -306,7 +305,7 @@ def test_what_is_missing_and_what_diverged_is_told(plan, tmp_path):
     row = dict(zip(COLUMNS, document[STATISTICS]["data"][1], strict=True))
     assert [row[name] for name in ("seeds", "p", "interval_low", "detectable")] == [1, None, None, None]
     texts = [text_of(block) for block in document["report"]["spec"]["blocks"]]
-    assert any("4 run(s) have not begun: nano-gelu-lr0.004-seed1, " in text for text in texts)
+    assert any("4 run(s) have not started: nano-gelu-lr0.004-seed1, " in text for text in texts)
     assert any("nano-swiglu-lr0.004-seed2 diverged" in text for text in texts)
     assert any("| 5, 1 diverged |" in text for text in texts)
 
@@ -318,7 +317,7 @@ def test_a_plan_that_has_only_begun_has_a_dashboard_too(plan, tmp_path):
     rows = strictly(folder / "dashboard.json")[STATISTICS]["data"]
     assert [row[COLUMNS.index("verdict")] for row in rows] == ["baseline", *["nothing to compare yet"] * 2]
     make(plan, tmp_path / "none", RULE, [])
-    with pytest.raises(UserError, match="no run has begun in"):
+    with pytest.raises(UserError, match="no run has started in"):
         main([str(tmp_path / "none" / "glu_variants")])
 
 
@@ -331,7 +330,7 @@ def test_bad_input_is_one_sentence(whole, tmp_path, monkeypatch):
         (str(whole), "projekt=x"): "unknown option 'projekt': did you mean 'project'",
         (str(tmp_path / "nothing"),): "has no manifest.json",
         (str(whole), f"to={tmp_path}/a/b.json"): "cannot write the dashboard to",
-        (str(garbage),): "nobody is logged in to W&B here, so nothing was uploaded: wandb login",
+        (str(garbage),): "there is no W&B login on this machine, so nothing was uploaded: run wandb login",
     }
     for words, sentence in refused.items():
         with pytest.raises(UserError, match=sentence):
@@ -346,7 +345,7 @@ def test_a_server_that_refuses_is_one_sentence_and_the_file_is_there(copy, wandb
         raise ConnectionError("no route")
 
     monkeypatch.setattr("wandb.init", refuse)
-    with pytest.raises(UserError, match="W&B did not take it all: ConnectionError: no route"):
+    with pytest.raises(UserError, match="the upload to W&B did not complete: ConnectionError: no route"):
         main([str(copy)])
     assert strictly(copy / "dashboard.json")["content"]["plan"] == "glu_variants"
     assert wandb.views == wandb.reports == []
@@ -358,7 +357,7 @@ def test_without_the_package_it_says_how_to_install_it(whole, monkeypatch):
         main([str(whole)])
 
 
-def test_the_command_answers_help_and_exits_2_on_bad_input(tmp_path):
+def test_the_command_prints_help_and_exits_2_on_bad_input(tmp_path):
     helped = command(sys.executable, "-m", "ablation.dashboard", "--help")
     assert helped.status == 0
     assert "python -m ablation.dashboard ablations/glu_variants" in helped.out

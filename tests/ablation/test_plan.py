@@ -1,4 +1,4 @@
-"""Plans: what each of conf/ablation resolves to, its runs and their command lines, and what is refused."""
+"""Plans: what each plan of conf/ablation resolves to, its runs and their overrides, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import pytest
 
 from ablation.budget import WARN
-from ablation.plan import LONGEST_TAG, Plan, next_rate, read_plan, resolve
+from ablation.plan import LONGEST_TAG, Plan, next_learning_rate, read_plan, resolve
 from conf.keys import choices
 from conf.load import load
 from conf.schema import AblationConfig
@@ -17,8 +17,8 @@ from kernels.common.errors import UserError
 SMALL = {"arms": ["relu", "swiglu"], "baseline": "relu", "name": "small"}
 
 
-def plan_of(*others: str, **keys) -> Plan:
-    return resolve(AblationConfig(**(SMALL | keys)), list(others))
+def plan_of(*overrides: str, **keys) -> Plan:
+    return resolve(AblationConfig(**(SMALL | keys)), overrides)
 
 
 @pytest.fixture(scope="module")
@@ -43,37 +43,39 @@ def test_the_eight_of_glu_variants_and_all_but_the_threshold_in_the_zoo():
     assert sorted(read_plan(["ablation=zoo"])[0].arms) == sorted(set(choices("ffn")) - {"custom", "threshold"})
 
 
-def test_it_costs_arms_times_rates_plus_seeds(smoke):
-    assert smoke.runs() == 2 * (2 + 2)
+def test_the_cost_is_arms_times_rates_plus_seeds(smoke):
+    assert smoke.count_runs() == 2 * (2 + 2)
     own = smoke.arms["nano"]
     assert smoke.flops() == 4 * own["relu"].flops + 4 * own["swiglu"].flops
     assert own["relu"].flops == own["relu"].flops_per_token * own["relu"].batch.tokens
-    assert plan_of(rates=[1.0]).runs() == 2 * 5  # one rate: nothing to sweep
+    assert plan_of(rates=[1.0]).count_runs() == 2 * 5  # one rate: nothing to sweep
 
 
-def test_a_run_is_a_command_line_that_sets_what_the_plan_decides(smoke):
-    [first, second] = smoke.final("nano", "swiglu", 4e-3)
+def test_the_overrides_of_a_run_set_what_the_plan_decides(smoke):
+    [first, second] = smoke.final_runs("nano", "swiglu", 4e-3)
     assert (first.seed, second.seed) == (0, 1)
-    config = load(smoke.words(second, "somewhere"))
+    config = load(smoke.overrides(second, "somewhere"))
     assert (config.seed, config.data_seed, config.optim.lr, config.model.d_ff) == (1, 1, 4e-3, 512)
     assert (config.ffn.name, config.runs, config.run) == ("swiglu", "somewhere", "nano-swiglu-lr0.004-seed1")
     assert (config.sequence_length, config.tokens) == (128, 400_000)
 
 
-def test_wandb_finds_a_run_by_its_plan_its_arm_its_size_and_its_stage(smoke):
-    [first, _] = smoke.final("nano", "swiglu", 4e-3)
-    logger = load(smoke.words(first, "r")).logger
+def test_a_run_is_tagged_in_wandb_by_plan_arm_size_and_stage(smoke):
+    [first, _] = smoke.final_runs("nano", "swiglu", 4e-3)
+    logger = load(smoke.overrides(first, "r")).logger
     assert (logger.group, logger.job_type) == ("smoke", "swiglu")
     assert logger.tags == [f"plan:{smoke.hash}", "size:nano", "stage:final"]
-    assert load(smoke.words(smoke.sweep("nano", "relu")[0], "r")).logger.tags[-1] == "stage:sweep"
+    assert load(smoke.overrides(smoke.sweep_runs("nano", "relu")[0], "r")).logger.tags[-1] == "stage:sweep"
 
 
-def test_names_reach_wandb_as_they_are(tmp_path):
+def test_names_reach_wandb_unchanged(tmp_path):
     names = ("1e5", "x" * 80 + "1", "x" * 80 + "2")
     sizes = {name: f"model=nano model.n_layers={layers}" for layers, name in enumerate(names, 1)}
     plan = plan_of(arms={"1e3": "ffn=relu", "null": "ffn=gelu"}, baseline="1e3", sizes=sizes,
                    common=["""logger.tags=["it's a \\\\",b]"""])  # fmt: skip
-    loggers = [load(plan.words(plan.final(*place, 4e-3)[0], str(tmp_path))).logger for place in plan.places()]
+    loggers = [
+        load(plan.overrides(plan.final_runs(*place, 4e-3)[0], str(tmp_path))).logger for place in plan.size_arm_pairs()
+    ]
     assert [logger.job_type for logger in loggers[:2]] == ["1e3", "null"]
     assert loggers[0].tags == ["it's a \\", "b", f"plan:{plan.hash}", "size:1e5", "stage:final"]
     assert max(len(tag) for logger in loggers for tag in logger.tags) <= LONGEST_TAG
@@ -83,26 +85,26 @@ def test_names_reach_wandb_as_they_are(tmp_path):
 def test_runs_of_one_seed_differ_in_nothing_but_the_arm_and_its_width(smoke):
     from conf.validate import what_is_learned
 
-    one, other = (load(smoke.words(smoke.final("nano", arm, 4e-3)[0], "r")) for arm in ("relu", "swiglu"))
+    one, other = (load(smoke.overrides(smoke.final_runs("nano", arm, 4e-3)[0], "r")) for arm in ("relu", "swiglu"))
     one, other = what_is_learned(one), what_is_learned(other)
     differ = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
     assert differ <= {key for key in one if key.startswith("ffn.")} | {"model.d_ff"}
 
 
-def test_the_sweep_has_a_seed_of_its_own_and_the_sizes_rate_in_it(smoke):
-    planned_runs = smoke.sweep("nano", "relu")
+def test_the_sweep_has_a_seed_of_its_own_and_includes_the_configured_rate(smoke):
+    planned_runs = smoke.sweep_runs("nano", "relu")
     assert {planned.seed for planned in planned_runs} == {smoke.config.rate_seed}
-    assert [planned.rate for planned in planned_runs] == [2e-3, 4e-3]
-    assert len({planned.name for place in smoke.places() for planned in smoke.sweep(*place)}) == 4
+    assert [planned.lr for planned in planned_runs] == [2e-3, 4e-3]
+    assert len({planned.name for place in smoke.size_arm_pairs() for planned in smoke.sweep_runs(*place)}) == 4
 
 
-def test_a_sweep_goes_on_in_the_step_that_it_has_at_its_edge():
-    assert next_rate([1e-3, 2e-3, 4e-3], "highest") == 8e-3
-    assert next_rate([4e-3, 1e-3, 2e-3], "lowest") == 5e-4
-    assert next_rate([1e-3, 3e-3, 4e-3], "lowest") == pytest.approx(1e-3 / 3, rel=1e-5)
+def test_a_sweep_extends_by_the_ratio_at_its_edge():
+    assert next_learning_rate([1e-3, 2e-3, 4e-3], "highest") == 8e-3
+    assert next_learning_rate([4e-3, 1e-3, 2e-3], "lowest") == 5e-4
+    assert next_learning_rate([1e-3, 3e-3, 4e-3], "lowest") == pytest.approx(1e-3 / 3, rel=1e-5)
 
 
-def test_what_is_typed_changes_the_plan_and_every_run():
+def test_overrides_change_the_plan_and_every_run():
     config, others = read_plan(["ablation=smoke", "ablation.seeds=[3,4,5]", "tokens=1000000"])
     assert (config.seeds, others) == ([3, 4, 5], ["tokens=1000000"])
     plan = resolve(config, others)
@@ -110,7 +112,7 @@ def test_what_is_typed_changes_the_plan_and_every_run():
     assert plan.arms["nano"]["swiglu"].batch.steps == 1_000_000 // (8 * 128)
 
 
-def test_a_size_can_be_added_to_a_plan_and_all_can_be_replaced():
+def test_overrides_add_a_size_or_replace_all():
     config, _ = read_plan(["ablation=smoke", "ablation.sizes.deep=model=nano model.n_layers=8"])
     assert list(config.sizes) == ["nano", "deep"]
     assert config.sizes["deep"] == "model=nano model.n_layers=8"
@@ -118,28 +120,28 @@ def test_a_size_can_be_added_to_a_plan_and_all_can_be_replaced():
     assert list(config.sizes) == ["deep"]
 
 
-@pytest.mark.parametrize("words", ["steps=90", "model.activation_checkpointing=true"])
-def test_sizes_may_differ_in_their_length_or_their_cost_alone(words):
-    plan = plan_of(sizes={"one": "model=nano", "other": f"model=nano {words}"})
-    assert [words in plan.arms[size]["relu"].words for size in ("one", "other")] == [False, True]
+@pytest.mark.parametrize("override", ["steps=90", "model.activation_checkpointing=true"])
+def test_sizes_may_differ_only_in_length_or_cost(override):
+    plan = plan_of(sizes={"one": "model=nano", "other": f"model=nano {override}"})
+    assert [override in plan.arms[size]["relu"].overrides for size in ("one", "other")] == [False, True]
 
 
 def test_an_arm_may_be_a_formula_and_a_size_may_be_anything():
     arms = {"relu": "ffn=relu", "mine": "ffn=custom ffn.formula='sigmoid(1.702*gate) * gate * up'"}
     sizes = {"small": "model=nano", "deep": ["model=nano", "model.n_layers=8"]}
     plan = plan_of(arms=arms, sizes=sizes)
-    assert list(plan.places()) == [("small", "relu"), ("small", "mine"), ("deep", "relu"), ("deep", "mine")]
+    assert list(plan.size_arm_pairs()) == [("small", "relu"), ("small", "mine"), ("deep", "relu"), ("deep", "mine")]
     assert plan.arms["deep"]["mine"].config.ffn.formula == "sigmoid(1.702*gate) * gate * up"
     assert plan.arms["deep"]["mine"].width.d_ff == 512
 
 
-def test_the_hash_changes_with_what_is_learned_and_how_it_is_judged_and_with_nothing_else():
+def test_the_hash_covers_what_is_learned_and_how_it_is_judged_and_nothing_else():
     own = plan_of().hash
     assert plan_of().hash == own
     for keys in ({"seeds": [0, 1]}, {"budget": "flops"}, {"rates": [1.0]}, {"smallest_effect": 0.02}, {"tile": 64}):
         assert plan_of(**keys).hash != own
-    for word in ("optim.beta2=0.95", "tokens=1000000", "ffn.init_scale=0.1"):
-        assert plan_of(word).hash != own
+    for override in ("optim.beta2=0.95", "tokens=1000000", "ffn.init_scale=0.1"):
+        assert plan_of(override).hash != own
     before = plan_of()
     arm = before.arms["nano"]["relu"]
     other = dataclasses.replace(arm.config, ffn=dataclasses.replace(arm.config.ffn, formula="max(x, 0) + 0"))
@@ -148,7 +150,7 @@ def test_the_hash_changes_with_what_is_learned_and_how_it_is_judged_and_with_not
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         ([], "ablation=NAME is missing: choose a plan from depth, gating"),
         (["ablation=glu_variant"], "unknown plan 'glu_variant': did you mean 'glu_variants'?"),
@@ -156,42 +158,42 @@ def test_the_hash_changes_with_what_is_learned_and_how_it_is_judged_and_with_not
         (["ablation=smoke", "ablation.tile=wide"], "plan smoke: "),
     ],
 )
-def test_words_that_are_refused(words, sentence):
+def test_arguments_that_are_refused(arguments, sentence):
     with pytest.raises(UserError, match="^" + re.escape(sentence)):
-        read_plan(words)
+        read_plan(arguments)
 
 
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
         ({"arms": ["relu", "swigl"]}, "unknown arm 'swigl': did you mean 'swiglu'?"),
-        ({"arms": ["relu", "relu"]}, "ablation.arms names relu twice"),
-        ({"arms": ["relu"]}, "a plan compares two arms at least"),
-        ({"arms": {"a b": "ffn=relu", "relu": "ffn=relu"}}, "ablation.arms: 'a b' must be letters"),
-        ({"arms": {"a": "ffn='relu", "relu": "ffn=relu"}}, 'ablation.arms.a: "ffn=\'relu" is no list of overrides'),
+        ({"arms": ["relu", "relu"]}, "ablation.arms lists relu twice"),
+        ({"arms": ["relu"]}, "a plan compares at least two arms"),
+        ({"arms": {"a b": "ffn=relu", "relu": "ffn=relu"}}, "ablation.arms: 'a b' must consist of letters"),
+        ({"arms": {"a": "ffn='relu", "relu": "ffn=relu"}}, 'ablation.arms.a: "ffn=\'relu" is not a list of overrides'),
         ({"arms": None}, "ablation.arms must map names to overrides"),
         ({"baseline": ""}, "the plan small has no baseline: ablation.baseline=ARM, one of relu, swiglu"),
-        ({"baseline": "rleu"}, "the baseline 'rleu' is no arm of the plan: did you mean 'relu'?"),
+        ({"baseline": "rleu"}, "the baseline 'rleu' is not an arm of the plan: did you mean 'relu'?"),
         ({"seeds": [0]}, "one seed cannot be told from luck"),
-        ({"seeds": [0, 0]}, "ablation.seeds=[0, 0] must be different whole numbers"),
-        ({"seeds": ["a", 1]}, "ablation.seeds=['a', 1] must be different whole numbers"),
+        ({"seeds": [0, 0]}, "ablation.seeds=[0, 0] must be distinct whole numbers"),
+        ({"seeds": ["a", 1]}, "ablation.seeds=['a', 1] must be distinct whole numbers"),
         ({"seeds": [0, 1000]}, "ablation.rate_seed=1000 is one of ablation.seeds"),
-        ({"rates": [0]}, "ablation.rates=[0] must be different numbers above 0"),
-        ({"rates": []}, "ablation.rates=[] must be different numbers above 0"),
+        ({"rates": [0]}, "ablation.rates=[0] must be distinct numbers above 0"),
+        ({"rates": []}, "ablation.rates=[] must be distinct numbers above 0"),
         ({"budget": "params"}, "nano: unknown budget 'params': did you mean 'parameters'?"),
         ({"metric": "loss"}, "unknown metric 'loss'"),
-        ({"smallest_effect": 0.0}, "ablation.smallest_effect=0.0 must be nats a token, above 0"),
-        ({"common": ["seed=3"]}, "seed=3 of relu at nano is the plan's to set"),
+        ({"smallest_effect": 0.0}, "ablation.smallest_effect=0.0 must be in nats per token, above 0"),
+        ({"common": ["seed=3"]}, "seed=3 of relu at nano is set by the plan"),
         (
             {"arms": {"relu": "ffn=relu", "wide": "ffn=relu model.d_ff=999"}},
-            "model.d_ff=999 of wide: widths follow from",
+            "model.d_ff=999 of wide: the budget decides the widths",
         ),
         ({"common": ["stepz=3"]}, "relu at nano: "),
         ({"common": ["parallel.tensor=2"]}, "relu at nano: parallel.tensor=2 does not divide the 3 heads"),
         ({"common": ["ffn=relu"]}, "ffn=relu of every run would replace ffn=relu of relu: change ablation.arms"),
         ({"common": ["+ffn=gelu"], "baseline": "swiglu"}, "+ffn=gelu of every run would replace ffn=relu of relu"),
-        ({"arms": {"relu": "ffn=relu", "other": "ffn=relu"}}, "nano: the arms relu and other differ in nothing"),
-        ({"sizes": {"a": "model=nano", "b": "model=nano"}}, "the sizes a and b differ in nothing"),
+        ({"arms": {"relu": "ffn=relu", "other": "ffn=relu"}}, "nano: the arms relu and other are identical"),
+        ({"sizes": {"a": "model=nano", "b": "model=nano"}}, "the sizes a and b are identical"),
     ],
 )
 def test_plans_that_are_refused(keys, sentence):
@@ -202,6 +204,7 @@ def test_plans_that_are_refused(keys, sentence):
 def test_a_budget_that_cannot_be_met_names_the_size_and_the_arm():
     arms = {"swiglu": "ffn=swiglu", "own": "ffn=prelu ffn.parameters.slope.share=channel"}
     with pytest.raises(
-        UserError, match=r"^nano: own: d_ff=\d+ costs .* of the baseline's parameters, more than the 0.00% allowed"
+        UserError,
+        match=r"^nano: own: d_ff=\d+ differs by .* from the baseline's parameters, more than the 0.00% allowed",
     ):
         plan_of(arms=arms, baseline="swiglu", allowed_mismatch=0.0)

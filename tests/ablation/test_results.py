@@ -1,4 +1,4 @@
-"""What is read from a plan's folder: numbers as the runs wrote them, and nothing that is not of the plan."""
+"""Reading a plan's folder: numbers as the runs wrote them, and runs of anything else refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from ablation.manifest import check_manifest, read_manifest
 from ablation.plan import Plan
-from ablation.results import expected, read_results
+from ablation.results import expected_runs, read_results
 from ablation.statistics import Verdict
 from conf.validate import digest
 from kernels.common.errors import UserError
@@ -42,14 +42,14 @@ def test_losses_are_those_that_the_runs_wrote(plan, whole):
         }
         for arm in ("relu", "gelu", "swiglu")
     }
-    assert results.best_rate("nano", "swiglu") == 4e-3
+    assert results.best_lr("nano", "swiglu") == 4e-3
     assert results.ceiling("nano") == math.log(VOCABULARY)
     verdicts = {c.arm: c.verdict for c in results.comparisons("nano")}
     assert verdicts["swiglu"] is Verdict.BETTER
     assert verdicts["gelu"] is not Verdict.BETTER
 
 
-def test_a_manifest_says_what_arms_share_and_in_what_they_differ(plan, whole):
+def test_a_manifest_separates_shared_from_differing_values(plan, whole):
     manifest = read_manifest(whole)
     assert set(manifest.arms["nano"]["relu"]) == set(manifest.arms["nano"]["swiglu"])
     assert set(manifest.arms["nano"]["relu"]) >= {"ffn.name", "ffn.formula", "model.d_ff"}
@@ -58,7 +58,7 @@ def test_a_manifest_says_what_arms_share_and_in_what_they_differ(plan, whole):
     assert manifest.hash == plan.hash
 
 
-TAMPERED = {  # what: (where in the manifest, another value, how it is named)
+TAMPERED = {  # what: (path in the manifest, another value, name in the message)
     "width": (("arms", "nano", "swiglu", "model.d_ff"), 640, "model.d_ff"),
     "seed": (("plan", "seeds"), [0, 1, 2, 3, 7], "seeds"),
     "data": (("shared", "data.held_out"), 0.1, "data.held_out"),
@@ -92,7 +92,7 @@ OF_RUNS = [what for what in TAMPERED if what not in ("budget", "metric", "hash",
 
 
 @pytest.mark.parametrize("what", OF_RUNS)
-def test_a_manifest_whose_hashes_were_changed_too_does_not_fit_its_runs(copy, what):
+def test_a_manifest_with_forged_hashes_does_not_match_its_runs(copy, what):
     (part, *rest), value, name = TAMPERED[what]
     path = copy / "manifest.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -104,10 +104,10 @@ def test_a_manifest_whose_hashes_were_changed_too_does_not_fit_its_runs(copy, wh
     merged = {size: {a: content["shared"] | v for a, v in arms.items()} for size, arms in content["arms"].items()}
     content["hash"] = digest({"plan": content["plan"], "arms": merged})
     path.write_text(json.dumps(content), encoding="utf-8")
-    if what == "learning rate":  # of which the manifest's are times: its runs are then missing
-        assert "have not begun" in " ".join(read_results(copy).notes)
+    if what == "learning rate":  # the plan's rates are factors of it, so its runs are missing
+        assert "have not started" in " ".join(read_results(copy).notes)
         return
-    with pytest.raises(UserError, match=rf"no run of the plan glu_variants: {name} is"):
+    with pytest.raises(UserError, match=rf"not a run of the plan glu_variants: {name} is"):
         read_results(copy)
 
 
@@ -120,30 +120,32 @@ def test_another_plan_in_the_same_folder_is_refused(copy):
 def test_a_run_of_another_plan_is_refused(copy):
     run = next((copy / "runs").glob("nano-swiglu-*-seed0"))
     shutil.copytree(run, copy / "runs" / "nano-tanh-lr0.004-seed0")
-    with pytest.raises(UserError, match=r"nano-tanh-lr0\.004-seed0 is no run of the plan glu_variants"):
+    with pytest.raises(UserError, match=r"nano-tanh-lr0\.004-seed0 is not a run of the plan glu_variants"):
         read_results(copy)
 
 
-def test_runs_of_one_seed_saw_the_same_data(copy):
+def test_runs_of_one_seed_trained_on_the_same_data(copy):
     run = next((copy / "runs").glob("nano-swiglu-*-seed3"))
     change(run / "summary.json", data_order_hash="f" * 16)
-    with pytest.raises(UserError, match=rf"{run.name} saw other data than nano-gelu-.*-seed3: data_order_hash f{{16}}"):
+    with pytest.raises(
+        UserError, match=rf"{run.name} trained on other data than nano-gelu-.*-seed3: data_order_hash f{{16}}"
+    ):
         read_results(copy)
 
 
-def test_missing_and_half_written_runs_are_told_and_the_rest_stands(copy):
+def test_missing_and_half_written_runs_are_noted_and_the_others_count(copy):
     shutil.rmtree(copy / "runs" / "nano-gelu-lr0.004-seed2")
     half = copy / "runs" / "nano-swiglu-lr0.004-seed1"
     (half / "summary.json").unlink()
     (half / "metrics.jsonl").write_bytes((half / "metrics.jsonl").read_bytes()[:-20])
     results = read_results(copy)
-    assert "1 run(s) have not begun: nano-gelu-lr0.004-seed2" in results.notes
-    assert f"{half.name}: 1 broken line(s) of metrics.jsonl were left out" in results.notes
+    assert "1 run(s) have not started: nano-gelu-lr0.004-seed2" in results.notes
+    assert f"{half.name}: 1 broken line(s) of metrics.jsonl were skipped" in results.notes
     assert any(note.startswith(f"{half.name} is stopped at step ") for note in results.notes)
     assert {c.arm: c.seeds for c in results.comparisons("nano")} == {"gelu": 4, "swiglu": 4}
 
 
-def test_a_run_that_diverged_counts_as_a_model_that_knows_nothing(plan, tmp_path):
+def test_a_diverged_run_counts_as_an_untrained_model(plan, tmp_path):
     rule = lambda planned: math.nan if (planned.arm, planned.seed) == ("swiglu", 2) else RULE(planned)  # noqa: E731
     results = read_results(make(plan, tmp_path, rule))
     found = {c.arm: c for c in results.comparisons("nano")}
@@ -160,10 +162,10 @@ def test_a_best_rate_at_the_edge_blocks_the_verdict(plan, tmp_path):
     assert "its best learning rate, 0.008, is the highest that was tried" in results.comparisons("nano")[0].reason
 
 
-def test_before_the_sweeps_have_ended_there_is_nothing_to_compare(plan, tmp_path):
+def test_before_the_sweeps_end_there_is_nothing_to_compare(plan, tmp_path):
     planned_runs = [planned for planned in all_planned(plan, RULE) if planned.stage == "sweep"][:-1]
     results = read_results(make(plan, tmp_path, RULE, planned_runs))
-    assert len(list(expected(results))) == 3 * 3 + 2 * 5
+    assert len(list(expected_runs(results))) == 3 * 3 + 2 * 5
     assert all(math.isnan(c.difference) for c in results.comparisons("nano"))
 
 
@@ -171,7 +173,7 @@ def test_a_folder_without_a_manifest_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no manifest\.json"):
         read_results(tmp_path)
     (tmp_path / "manifest.json").write_text("[1, 2]", encoding="utf-8")
-    with pytest.raises(UserError, match="is no manifest of a plan"):
+    with pytest.raises(UserError, match="is not the manifest of a plan"):
         read_results(tmp_path)
 
 

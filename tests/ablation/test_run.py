@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from ablation.command import environment_of, launcher
-from ablation.outcomes import DIVERGED, FAILED, FINISHED, STOPPED, WAITING, outcome, read_metrics
+from ablation.outcomes import DIVERGED, FAILED, FINISHED, STOPPED, WAITING, read_metrics, read_outcome
 from ablation.run import Runner
 from tests.ablation.made import plan_of, write_run
 from tests.training.tiny import PATIENCE, ROOT, TINY, Result, command, environment, shared_corpus
@@ -43,10 +43,10 @@ def done(words, tmp_path_factory) -> tuple[Path, Result]:
 
 
 def runs_of(folder: Path) -> dict[str, float]:
-    return {path.name: outcome(path).loss for path in sorted((folder / "runs").iterdir())}
+    return {path.name: read_outcome(path).loss for path in sorted((folder / "runs").iterdir())}
 
 
-def test_every_run_of_a_plan_ends_and_is_told_of(done):
+def test_every_run_of_a_plan_ends_and_is_reported(done):
     folder, result = done
     assert result.status == 0, result.err + result.out
     rates = {arm: [0.005, 0.01] for arm in ARMS}
@@ -58,13 +58,13 @@ def test_every_run_of_a_plan_ends_and_is_told_of(done):
         best = min(rates[arm], key=lambda rate: found[f"tiny-{arm}-lr{rate:g}-seed1000"])
         finals = {name for name in found if f"-{arm}-" in name and "seed1000" not in name}
         assert finals == {f"tiny-{arm}-lr{best:g}-seed{seed}" for seed in (0, 1)}
-    assert "8 runs: 2 arms x 1 size(s) x (2 rates with seed 1000 + 2 seeds), equal in parameters" in result.out
+    assert "8 runs: 2 arms x 1 size(s) x (2 learning rates with seed 1000 + 2 seeds), equal in parameters" in result.out
     assert "8 runs have ended" in result.out
     for name, loss in found.items():
-        assert f"{name}  finished, {loss:.4f} nats a token" in result.out
+        assert f"{name}  finished, {loss:.4f} nats per token" in result.out
 
 
-def test_runs_of_a_seed_saw_the_same_data_in_the_same_order(done):
+def test_runs_of_a_seed_trained_on_the_same_data_in_the_same_order(done):
     folder, _ = done
     hashes: dict[str, set[str]] = {}
     for path in (folder / "runs").iterdir():
@@ -105,7 +105,7 @@ def test_a_stopped_plan_goes_on_and_ends_as_if_nothing_had_happened(done, words,
     process.send_signal(signal.SIGINT)
     rest = process.stdout.read()
     assert process.wait(PATIENCE) == 1
-    assert "stopped; the same command goes on from here" in rest
+    assert "stopped; the same command continues from here" in rest
     result = run(words, tmp_path, "yes=true", "jobs=2")
     assert result.status == 0, result.err + result.out
     found, expected = runs_of(tmp_path / "smoke"), runs_of(done[0])
@@ -115,7 +115,7 @@ def test_a_stopped_plan_goes_on_and_ends_as_if_nothing_had_happened(done, words,
 
 def test_nobody_to_ask_and_other_bad_input(words, tmp_path):
     for more, sentence in (
-        ([], "there is nobody to ask here: say yes=true"),
+        ([], "there is no terminal to ask for confirmation: add yes=true"),
         (["yes=maybe"], "yes=maybe: expected true or false"),
         (["jobs=0"], "jobs=0: expected a whole number of at least 1"),
         (["ablation.budget=params"], "unknown budget 'params'"),
@@ -136,17 +136,17 @@ def test_runs_that_cannot_begin_are_told_of_with_their_logs(words, tmp_path):
     assert result.status == 1
     folder, names = tmp_path / "smoke", [f"tiny-{arm}-lr0.01-seed{seed}" for arm in ARMS for seed in (0, 1)]
     for name in names:
-        assert f"final  {name}  failed: {folder / 'logs' / name}.log says why\n" in result.out
+        assert f"final  {name}  failed: see {folder / 'logs' / name}.log\n" in result.out
         assert (
             f"error: there is no file or folder {tmp_path / 'nothing'}" in (folder / "logs" / f"{name}.log").read_text()
         )
-        assert outcome(folder / "runs" / name).state == STOPPED
+        assert read_outcome(folder / "runs" / name).state == STOPPED
     assert f"0 runs have ended in {folder}, 0 of them diverged" in result.out
 
 
 def test_a_run_that_another_runner_began_in_the_same_moment_is_waited_for(monkeypatch, tmp_path):
     plan = plan_of("ablation=smoke", "ablation.rates=[1]", "ablation.seeds=[0,1]")
-    [planned, *_] = plan.final("nano", "relu", 4e-3)
+    [planned, *_] = plan.final_runs("nano", "relu", 4e-3)
     folder, begun, trains = tmp_path / "smoke", [], iter([False, True, True, False])
 
     def refused(*_) -> list[str]:
@@ -163,7 +163,7 @@ def test_a_run_that_another_runner_began_in_the_same_moment_is_waited_for(monkey
     monkeypatch.setattr("ablation.run.is_running", is_running)
     (folder / "logs").mkdir(parents=True)
     runner = Runner(plan, folder, 1, 0, Console(file=io.StringIO()))
-    runner._one(planned)
+    runner._train_one(planned)
     assert (begun, next(trains, "asked to the end"), runner.console.file.getvalue()) == (
         [planned],
         "asked to the end",
@@ -177,25 +177,25 @@ def test_a_run_that_another_runner_began_in_the_same_moment_is_waited_for(monkey
 def test_how_a_run_stands_is_read_off_its_folder(done, tmp_path):
     folder, _ = done
     path = tmp_path / "run"
-    assert outcome(path).state == WAITING
+    assert read_outcome(path).state == WAITING
     shutil.copytree(next((folder / "runs").iterdir()), path)
-    whole = outcome(path)
+    whole = read_outcome(path)
     assert (whole.state, whole.step) == (FINISHED, 12)
     assert whole.loss == json.loads((path / "summary.json").read_text())["final_eval_loss"]
     summary = json.loads((path / "summary.json").read_text())
 
     def with_summary(**changes) -> str:
         (path / "summary.json").write_text(json.dumps(summary | changes))
-        return outcome(path).state
+        return read_outcome(path).state
 
     assert with_summary(status="failed") == FAILED
     assert with_summary(status="stopped") == STOPPED
     assert with_summary(final_eval_loss=float("nan")) == DIVERGED
     (path / "summary.json").unlink()
-    assert outcome(path).state == STOPPED  # killed
+    assert read_outcome(path).state == STOPPED  # killed
     with open(path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "event", "step": 12, "event": "diverged"}\n{"kind": "tr')
-    assert outcome(path).state == DIVERGED
+    assert read_outcome(path).state == DIVERGED
     assert read_metrics(path)[1] == 1  # the half line
 
 

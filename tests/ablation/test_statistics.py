@@ -20,7 +20,7 @@ from ablation.statistics import (
     holm,
     loss_at,
     rank_stability,
-    sweep,
+    sweep_result,
 )
 
 # Shazeer 2020 (arXiv 2002.05202), table 1: held-out log-perplexity after 65,536 steps, mean and deviation of 4 runs.
@@ -147,6 +147,28 @@ def test_the_test_is_scipys_paired_one_and_the_interval_its_own():
     assert found.verdict == Verdict.BETTER
 
 
+def p_of_t(difference: float, error: float, freedom: float) -> float:
+    return float(2 * stats.t.sf(abs(difference) / error, freedom))
+
+
+def test_p_is_that_of_the_t_distribution_to_15_digits():
+    generator = np.random.default_rng(5)
+    for seeds in (3, 4, 5, 10):
+        differences = generator.normal(-0.01, 0.01, seeds)
+        pair = {"arm1": (dict(enumerate(3.0 + differences)), dict.fromkeys(range(seeds), 3.0))}
+        differences = np.array([loss - 3.0 for loss in pair["arm1"][0].values()])
+        [found] = compare_pairs(pair, 0.01, CEILING, resamples=0)
+        error = differences.std(ddof=1) / math.sqrt(seeds)
+        assert found.p == pytest.approx(p_of_t(differences.mean(), error, seeds - 1), rel=2e-15, abs=0)
+    mean0, deviation0 = SHAZEER["relu"]
+    for arm, found in published(4, "relu").items():
+        mean, deviation = SHAZEER[arm]
+        variances = [deviation**2 / 4, deviation0**2 / 4]
+        freedom = sum(variances) ** 2 / sum(v**2 / 3 for v in variances)
+        expected = p_of_t(mean - mean0, math.sqrt(sum(variances)), freedom)
+        assert found.p == pytest.approx(expected, rel=2e-15, abs=0)
+
+
 def test_the_order_of_seeds_does_not_matter_and_only_common_ones_count():
     data = fixed(-0.010, -0.020, -0.012, -0.017)
     turned = {"arm0": data["arm0"], "arm1": dict(reversed(data["arm1"].items())) | {9: 7.0}}
@@ -264,20 +286,20 @@ def test_the_loss_at_a_place_of_a_curve():
 
 
 def test_a_sweep_has_its_best_inside_or_says_at_which_edge():
-    found = sweep({1e-3: 3.2, 2e-3: 3.0, 4e-3: 3.1})
-    assert (found.best, found.loss, found.edge) == (2e-3, 3.0, "")
+    found = sweep_result({1e-3: 3.2, 2e-3: 3.0, 4e-3: 3.1})
+    assert (found.best_lr, found.loss, found.edge) == (2e-3, 3.0, "")
     assert found.rise == pytest.approx(0.15)  # the parabola's: (0.2 + 0.1) / 2
-    assert sweep({1e-3: 3.0, 2e-3: 3.1, 4e-3: 3.2}).edge == "lowest"
-    assert sweep({1e-3: 3.2, 2e-3: 3.1, 4e-3: 3.0}).edge == "highest"
-    assert sweep({1e-3: 3.0}).edge == "lowest"
+    assert sweep_result({1e-3: 3.0, 2e-3: 3.1, 4e-3: 3.2}).edge == "lowest"
+    assert sweep_result({1e-3: 3.2, 2e-3: 3.1, 4e-3: 3.0}).edge == "highest"
+    assert sweep_result({1e-3: 3.0}).edge == "lowest"
 
 
 def test_a_rate_that_diverged_is_a_neighbour_but_no_best():
-    found = sweep({1e-3: 3.2, 2e-3: 3.0, 4e-3: math.nan})
-    assert (found.best, found.edge) == (2e-3, "")
+    found = sweep_result({1e-3: 3.2, 2e-3: 3.0, 4e-3: math.nan})
+    assert (found.best_lr, found.edge) == (2e-3, "")
     assert math.isnan(found.rise)
     with pytest.raises(ValueError, match="no learning rate"):
-        sweep({1e-3: math.inf})
+        sweep_result({1e-3: math.inf})
 
 
 def test_ranks_that_change_between_sizes_are_named():

@@ -1,4 +1,4 @@
-"""A plan's grid at a glance: every state of a run, rates past an edge, the time left, and that looking disturbs no run."""
+"""A plan's grid: every state of a run, learning rates past an edge, the time left, and that reading disturbs no run."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def unfinished(folder: Path, name: str, lines: int, **summary) -> Path:
 
 
 def printed(folder: Path, capsys) -> dict[str, list[str]]:
-    """Return the words of each line, by its first."""
+    """Return the words of each printed line by its first word."""
     assert main([str(folder), "once=true"]) == 0
     out = capsys.readouterr().out
     return {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
 
 
-def test_a_cell_says_how_its_run_stands(plan, copy, capsys):
+def test_a_cell_shows_the_state_of_its_run(plan, copy, capsys):
     shutil.rmtree(copy / "runs" / "nano-gelu-lr0.004-seed0")
     unfinished(copy, "nano-gelu-lr0.004-seed1", 10)
     unfinished(copy, "nano-gelu-lr0.004-seed2", 10, status="failed")
@@ -57,12 +57,12 @@ def test_a_cell_says_how_its_run_stands(plan, copy, capsys):
     with open(run / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = printed(copy, capsys)
-        grid = Watcher(copy).look()
-    [lines] = [place for place in grid.places if place.planned.name == run.name]
-    assert found["gelu"][3:] == [".", "stop", "fail", "div", f"{math.floor(100 * lines.share)}%"]
+        grid = Watcher(copy).snapshot()
+    [running] = [state for state in grid.runs if state.planned.name == run.name]
+    assert found["gelu"][3:] == [".", "stop", "fail", "div", f"{math.floor(100 * running.done)}%"]
     assert found["nano"] == ["0.002", "0.004", "0.008", "s0", "s1", "s2", "s3", "s4"]
     rule = {
-        (planned.arm, planned.stage, planned.rate, planned.seed): f"{RULE(planned):.4f}"
+        (planned.arm, planned.stage, planned.lr, planned.seed): f"{RULE(planned):.4f}"
         for planned in all_planned(plan, RULE)
     }
     assert found["relu"][:3] == [rule["relu", "sweep", rate, 1000] for rate in (2e-3, 4e-3, 8e-3)]
@@ -72,21 +72,21 @@ def test_a_cell_says_how_its_run_stands(plan, copy, capsys):
     assert " ".join(found["64"]).startswith(
         "runs: 59 finished, 1 diverged, 1 running, 1 stopped, 1 failed, 1 waiting; "
     )
-    assert f"{copy / 'logs'}/nano-gelu-lr0.004-seed2.log" in found  # says why it failed
+    assert found["failed:"] == ["see", f"{copy / 'logs'}/nano-gelu-lr0.004-seed2.log"]
 
 
-def test_tokens_a_second_and_the_time_left_follow_from_runs_that_finished_and_run(copy):
+def test_tokens_per_second_and_time_left_follow_from_finished_and_running_runs(copy):
     for seed in (0, 1):
         shutil.rmtree(copy / "runs" / f"nano-relu-lr0.004-seed{seed}")
     half = [unfinished(copy, f"nano-relu-lr0.004-seed{seed}", 17) for seed in (2, 3)]
     speeds = [json.loads((run / "metrics.jsonl").read_text().splitlines()[15])["tokens_per_second"] for run in half]
-    idle = Watcher(copy).look()
+    idle = Watcher(copy).snapshot()
     assert idle.tokens_per_second == 0
     with open(half[0] / ".lock", "w") as one, open(half[1] / ".lock", "w") as other:
         for lock in (one, other):
             fcntl.flock(lock, fcntl.LOCK_EX)
-        grid = Watcher(copy).look()
-    assert [place.share for place in grid.places if place.outcome.state == RUNNING] == [0.5, 0.5]
+        grid = Watcher(copy).snapshot()
+    assert [state.done for state in grid.runs if state.outcome.state == RUNNING] == [0.5, 0.5]
     assert grid.tokens_per_second == pytest.approx(sum(speeds))
     # Arms have the FLOPs of the baseline within 1%, so 2 whole runs and 2 halves take 3 times as long as one.
     assert idle.seconds_left == pytest.approx(3 * WALL_SECONDS, rel=0.02)
@@ -97,10 +97,10 @@ def test_before_a_run_has_finished_the_speed_is_that_of_those_that_run(plan, tmp
     planned_runs = all_planned(plan, RULE)[:1]
     folder = make(plan, tmp_path, RULE, planned_runs)
     run = unfinished(folder, planned_runs[0].name, 17)
-    assert math.isnan(Watcher(folder).look().seconds_left)
+    assert math.isnan(Watcher(folder).snapshot().seconds_left)
     with open(run / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        grid = Watcher(folder).look()
+        grid = Watcher(folder).snapshot()
     tokens = plan.arms["nano"]["relu"].batch.tokens
     assert grid.seconds_left == pytest.approx(63.5 * tokens / grid.tokens_per_second, rel=0.02)
 
@@ -114,16 +114,16 @@ def test_rates_past_an_edge_have_a_column_and_arms_that_diverged_everywhere_no_s
     assert found["swiglu"][3] == "2.5000"
     assert len(found["relu"]) == 8
     assert found["glu"] == ["div"] * 3
-    grid = Watcher(folder).look()
+    grid = Watcher(folder).snapshot()
     assert grid.done
-    assert len(grid.places) == 7 * 8 + 3 + 1
+    assert len(grid.runs) == 7 * 8 + 3 + 1
     assert grid.count(DIVERGED) == 3
 
 
 def test_before_anything_has_run_every_run_waits(plan, tmp_path, capsys):
     found = printed(make(plan, tmp_path, RULE, []), capsys)
     assert all(found[arm] == ["."] * 8 for arm in EIGHT)
-    assert " ".join(found["64"]) == "runs: 64 waiting; the time left is known when a run has a speed"
+    assert " ".join(found["64"]) == "runs: 64 waiting; the time left is known once a run has logged a speed"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_before_anything_has_run_every_run_waits(plan, tmp_path, capsys):
 )
 def test_it_fits_80_columns(words, tmp_path):
     plan = plan_of(*words, "tokens=600000")
-    grid = Watcher(make(plan, tmp_path, RULE)).look()
+    grid = Watcher(make(plan, tmp_path, RULE)).snapshot()
     console = Console(file=io.StringIO(), width=80)
     for part in show(grid, 80)[1:]:
         console.print(part)
@@ -144,7 +144,7 @@ def test_it_fits_80_columns(words, tmp_path):
     assert max(map(len, lines)) <= 80
     rows = [line.split() for line in lines if line.split()[0] in plan.arms["nano"]]
     numbers = [word for _, *row in rows for word in row]
-    assert len(numbers) == len(grid.places)
+    assert len(numbers) == len(grid.runs)
     assert all(re.fullmatch(r"\d\.\d{3,4}", word) for word in numbers)  # nothing is cut or wrapped
 
 
@@ -159,7 +159,7 @@ def test_a_terminal_is_kept_up_to_date_until_every_run_has_ended(plan, copy, mon
 
     monkeypatch.setattr(status.time, "sleep", pause)
     console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=100, height=40)
-    watch(Watcher(copy).look, console)
+    watch(Watcher(copy).snapshot, console)
     shown = console.file.getvalue()
     assert pauses == [2.0]
     assert shown.index("1 stopped") < shown.index("2.1234") < shown.index("64 runs: 64 finished;")
@@ -167,7 +167,7 @@ def test_a_terminal_is_kept_up_to_date_until_every_run_has_ended(plan, copy, mon
 
 def test_of_a_terminal_that_is_too_low_the_counts_are_seen(copy):
     console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=100, height=8)
-    watch(Watcher(copy).look, console)
+    watch(Watcher(copy).snapshot, console)
     assert "64 runs: 64 finished;" in console.file.getvalue()
 
 
@@ -184,19 +184,19 @@ def test_ctrl_c_ends_it_in_peace(copy, monkeypatch, capsys):
 
 def test_runs_that_ended_are_read_once(copy, monkeypatch):
     watcher, read = Watcher(copy), []
-    true_outcome = status.outcome
-    monkeypatch.setattr(status, "outcome", lambda run: read.append(run.name) or true_outcome(run))
+    true_outcome = status.read_outcome
+    monkeypatch.setattr(status, "read_outcome", lambda run: read.append(run.name) or true_outcome(run))
     unfinished(copy, "nano-gelu-lr0.004-seed1", 10)
-    watcher.look()
+    watcher.snapshot()
     assert len(read) == 64
-    watcher.look()
+    watcher.snapshot()
     assert read[64:] == ["nano-gelu-lr0.004-seed1"]
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["{folder}"], "has no manifest.json: it is no folder of `python -m ablation.run`"),
+        (["{folder}"], "has no manifest.json: it is not a folder of `python -m ablation.run`"),
         (["once=true"], "expected the folder of one plan"),
         (["{folder}", "{folder}"], "expected the folder of one plan"),
         (["{folder}", "onse=true"], "unknown option 'onse': did you mean 'once'?"),

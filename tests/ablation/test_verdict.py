@@ -1,4 +1,4 @@
-"""A verdict as a sentence: what is said follows from the comparison, and no arm is praised without one."""
+"""The verdict sentence: it follows from the comparison, and no arm is called better without a verdict."""
 
 from __future__ import annotations
 
@@ -21,51 +21,51 @@ def plan():
     return plan_of("ablation=glu_variants", ARMS, "tokens=600000")
 
 
-def test_better_worse_and_not_told_apart(plan, tmp_path):
+def test_better_worse_and_no_difference(plan, tmp_path):
     rule = losses({"swiglu": -0.05, "gelu": 0.04}, noise=0.001)
     results = read_results(make(plan, tmp_path, rule))
     found = {c.arm: abs(c.difference) for c in results.comparisons("nano")}
     assert sentences(results) == [
-        f"At nano, over 5 seeds, in nats a token: better than relu: swiglu by {found['swiglu']:.4f}; "
+        f"At nano, over 5 seeds, in nats per token: better than relu: swiglu by {found['swiglu']:.4f}; "
         f"worse than relu: gelu by {found['gelu']:.4f}; no difference to relu shown: silu."
     ]
 
 
 def test_the_largest_difference_comes_first(plan, tmp_path):
     rule = losses({"silu": -0.03, "gelu": -0.02, "swiglu": -0.05}, noise=0.001)
-    (said,) = sentences(read_results(make(plan, tmp_path, rule)))
-    assert re.search(r"better than relu: swiglu by [\d.]+, silu by [\d.]+ and gelu by [\d.]+\.$", said)
+    (sentence,) = sentences(read_results(make(plan, tmp_path, rule)))
+    assert re.search(r"better than relu: swiglu by [\d.]+, silu by [\d.]+ and gelu by [\d.]+\.$", sentence)
 
 
 def test_no_winner_without_a_verdict(plan, tmp_path):
-    for place, rule in {
+    for name, rule in {
         "noisy": losses({"swiglu": -0.05}, noise=0.05),  # underpowered
         "edge": losses({"swiglu": -0.5}, best=4.0),  # blocked
         "alike": losses({}, noise=0.001),  # no difference
     }.items():
-        results = read_results(make(plan, tmp_path / place, rule))
+        results = read_results(make(plan, tmp_path / name, rule))
         assert all(c.verdict not in (Verdict.BETTER, Verdict.WORSE) for c in results.comparisons("nano"))
-        (said,) = sentences(results)
-        assert "in nats a token: no arm is shown to be better than relu; " in said
-        assert not re.search(r"(better|worse) than relu:", said)
-        assert all(c.arm in said for c in results.comparisons("nano"))
+        (sentence,) = sentences(results)
+        assert "in nats per token: no arm is shown to be better than relu; " in sentence
+        assert not re.search(r"(better|worse) than relu:", sentence)
+        assert all(c.arm in sentence for c in results.comparisons("nano"))
     edge = "its best learning rate, 0.008, is the highest that was tried"
-    (said,) = sentences(read_results(tmp_path / "edge" / "glu_variants"))
-    assert "without a verdict: " in said
-    assert edge in said
+    (sentence,) = sentences(read_results(tmp_path / "edge" / "glu_variants"))
+    assert "no verdict: " in sentence
+    assert edge in sentence
 
 
-def test_seeds_that_are_missing_are_told(plan, tmp_path):
+def test_missing_seeds_are_counted(plan, tmp_path):
     folder = make(plan, tmp_path, losses({"swiglu": -0.05}, noise=0.001))
     shutil.rmtree(folder / "runs" / "nano-swiglu-lr0.004-seed3")
-    (said,) = sentences(read_results(folder))
-    assert "over 5 seeds, in nats a token: better than relu: swiglu (4 seeds) by " in said
+    (sentence,) = sentences(read_results(folder))
+    assert "over 5 seeds, in nats per token: better than relu: swiglu (4 seeds) by " in sentence
     shutil.rmtree(folder / "runs" / "nano-relu-lr0.004-seed3")
-    (said,) = sentences(read_results(folder))
-    assert "over 4 of 5 seeds, in nats a token: better than relu: swiglu by " in said
+    (sentence,) = sentences(read_results(folder))
+    assert "over 4 of 5 seeds, in nats per token: better than relu: swiglu by " in sentence
 
 
-def test_a_diverged_seed_is_told(plan, tmp_path):
+def test_a_diverged_seed_is_counted(plan, tmp_path):
     rule = losses({"swiglu": -0.05}, noise=0.001)
     results = read_results(
         make(
@@ -78,7 +78,7 @@ def test_a_diverged_seed_is_told(plan, tmp_path):
 def test_before_there_is_anything_to_compare(plan, tmp_path):
     rule = losses({})
     planned_runs = [planned for planned in all_planned(plan, rule) if planned.stage == "sweep"]
-    expected = ["At nano, nothing is known yet: no arm has a seed that relu has too."]
+    expected = ["At nano, nothing is known yet: no arm shares a seed with relu."]
     assert sentences(read_results(make(plan, tmp_path, rule, planned_runs))) == expected
     one = [
         *planned_runs,
@@ -91,4 +91,4 @@ def test_every_size_has_its_sentence(tmp_path):
     sizes = "ablation.sizes={small: model=nano, deep: model=nano model.n_layers=6}"
     plan = plan_of("ablation=glu_variants", "ablation.arms=[relu,swiglu]", sizes, "tokens=600000")
     results = read_results(make(plan, tmp_path, losses({"swiglu": -0.05}, noise=0.001)))
-    assert [said.split(",")[0] for said in sentences(results)] == ["At small", "At deep"]
+    assert [sentence.split(",")[0] for sentence in sentences(results)] == ["At small", "At deep"]

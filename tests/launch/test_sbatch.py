@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ablation.slurm import _tasks
+from ablation.slurm import read_tasks
 from conf.keys import choices
 from conf.load import read_group
 from conf.schema import ClusterConfig
@@ -85,8 +85,8 @@ def test_the_tasks_of_an_array_are_read_back(tmp_path):
     text = render(job, cluster("cpu"))
     assert options(text)["--array"] == "0-1%3"
     (tmp_path / "seeds.sh").write_text(text)
-    assert _tasks(tmp_path / "seeds.sh") == list(names)
-    assert _tasks(tmp_path / "missing.sh") == []
+    assert read_tasks(tmp_path / "seeds.sh") == list(names)
+    assert read_tasks(tmp_path / "missing.sh") == []
 
 
 @pytest.mark.parametrize(
