@@ -1,1 +1,16 @@
-"""What is measured, and the figures that were: `python -m bench.train`; results/ has what it wrote, LOG.md what was learned."""
+"""Measurements, a command each: `python -m bench.train`. Their output is in `results/`, what was learned in `LOG.md`.
+
+train.py        tokens per second of training, against Transformers' Llama
+activations.py  the activation kernels on a CPU, against eager PyTorch and torch.compile
+fused.py        RMSNorm and rotary embedding, against plain PyTorch
+conformance.py  errors of the kernels against float64 (edge_cases.py: NaN, inf, odd widths, strides)
+overhead.py     a step under ZeRO, against a plain loop
+memory.py       bytes per rank under ZeRO and tensor parallelism, against the formula
+estimate.py     `launch.estimate`, against measured memory and published step times
+telemetry.py    the cost of an activation telemetry sample
+faults.py       a plan under SIGKILL
+gpu.py          checks and times of the Triton kernels on a GPU (gpu.sh runs it, gpu_page.py makes its page)
+sm90.py         the Triton kernels compiled for Hopper, without a GPU
+
+formulas.py, huggingface.py, ranks.py and traffic.py serve these and the tests.
+"""

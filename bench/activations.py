@@ -1,13 +1,13 @@
-"""Speed of the activations on a CPU, beside eager PyTorch and torch.compile: `python -m bench.activations`.
+"""Compare the speed of the activations on a CPU with eager PyTorch and torch.compile: `python -m bench.activations`.
 
-    arms=NAME,...                 some only                     shapes=1024x5632,4096x2816   rows x d_ff
+    arms=NAME,...                 only these                    shapes=1024x5632,4096x2816   rows x d_ff
     dtypes=bf16,fp32              rounds=15                     compile=1                    0 leaves torch.compile out
     out=bench/results/cpu-activations   two files: .json and .md
 
-Contenders run in one process, in turn, under the allocator settings of `train.py`. A ratio is taken round by
-round: how many times longer the other one took. The share of bandwidth is that of a copy, in the same rounds: bytes that
-a fused kernel must move (forward 4 an element ungated and 6 gated in bf16, backward 6 and 10; a copy reads and writes).
-torch.compile gets its forward without gradients, and its training graph, as separate functions.
+Contenders run in one process, in turn, under the allocator settings of `train.py`. A ratio is taken per round: the time of the
+contender divided by ours. "copy" is our fraction of the bandwidth of a copy in the same rounds. The copy moves the bytes that a
+fused kernel must move: in bf16, forward 4 per element ungated and 6 gated, backward 6 and 10. torch.compile compiles the
+forward without gradients and the training graph as separate functions.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ _WARM_UP = 3
 
 
 def main(argv: list[str]) -> None:
-    if argv == ["--build-one"]:  # a child: build the kernels whose sources come on standard input
+    if argv == ["--build-one"]:  # a child process: builds the kernels whose sources it reads from standard input
         _build_one()
         return
-    if argv[:1] == ["--measure"]:  # a child, with the settings that Inductor and the allocator need from the start
+    if argv[:1] == ["--measure"]:  # a child process, with settings that Inductor and the allocator read when they start
         _measure(json.loads(argv[1]))
         return
     options = read_options(argv, _DEFAULTS, {"rounds": 1})
     plan = _plan(options)
     build = _build_times()
     print(
-        f"cold build of {build['kernels']} formulas: {build['parallel']:.1f} s in parallel, {build['singly']:.1f} s singly"
+        f"cold build of {build['kernels']} formulas: {build['parallel']:.1f} s in parallel, {build['singly']:.1f} s one by one"
     )
     environment = {**os.environ, "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
     command = [sys.executable, "-m", "bench.activations", "--measure", json.dumps(plan)]
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
         rows.append(json.loads(line))
         print(_line(rows[-1]), flush=True)
     if child.wait():
-        raise UserError("the measurement failed: what it said stands above")
+        raise UserError("the measurement failed: see its output above")
     from bench.train import machine
 
     result = {"machine": machine(), "plan": plan, "build_seconds": build, "rows": rows}
@@ -76,7 +76,11 @@ def main(argv: list[str]) -> None:
 
 
 def _plan(options: dict[str, Any]) -> dict[str, Any]:
-    """Check the options."""
+    """Return the checked options as lists and numbers.
+
+    Raises:
+        UserError: an unknown arm or dtype, or an invalid shape.
+    """
     arms, dtypes = options["arms"].split(","), options["dtypes"].split(",")
     for name in arms:
         if name not in ARMS:
@@ -105,11 +109,12 @@ def _measure(plan: dict[str, Any]) -> None:
     for rows, width in plan["shapes"]:
         for dtype in plan["dtypes"]:
             for arm in plan["arms"]:
-                figures = _one(arm, rows, width, dtype, plan["rounds"], plan["compile"])
+                figures = _measure_arm(arm, rows, width, dtype, plan["rounds"], plan["compile"])
                 print(json.dumps(figures), flush=True)
 
 
-def _one(arm: str, rows: int, width: int, dtype_name: str, rounds: int, compiled: bool) -> dict[str, Any]:
+def _measure_arm(arm: str, rows: int, width: int, dtype_name: str, rounds: int, compiled: bool) -> dict[str, Any]:
+    """Return the times of forward and backward of one arm, and the ratios of the contenders."""
     import torch
 
     from bench.formulas import formulas
@@ -117,24 +122,25 @@ def _one(arm: str, rows: int, width: int, dtype_name: str, rounds: int, compiled
     from kernels.activations.eager import plain
     from kernels.activations.properties import bytes_moved
 
-    torch._dynamo.reset()  # each arm its own count of recompilations
+    torch._dynamo.reset()  # the limit on recompilations is for each arm
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name]
     ours = activation(*formulas()[arm])
     eager, formula = plain(ours.formula), ours.formula
     pre = torch.randn((rows, 2, width) if formula.gated else (rows, width)).to(dtype).requires_grad_()
     dh = torch.randn(rows, width).to(dtype)
-    fp32 = {n: torch.full((1,), p.init, requires_grad=True) for n, p in formula.learned.items()}
-    low = {n: value.detach().to(dtype).requires_grad_() for n, value in fp32.items()}
+    learned_fp32 = {n: torch.full((1,), p.init, requires_grad=True) for n, p in formula.learned.items()}
+    learned_low = {n: value.detach().to(dtype).requires_grad_() for n, value in learned_fp32.items()}
     contenders: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] = {
-        "ours": (ours, ours, fp32),
-        "eager": (eager, eager, low),
+        "ours": (ours, ours, learned_fp32),
+        "eager": (eager, eager, learned_low),
     }
     if compiled:
 
-        def again(pre: Any, **learned: Any) -> Any:  # another function, so that its graph is compiled apart
+        def training(pre: Any, **learned: Any) -> Any:  # another function, so that torch.compile gives it its own graph
             return eager(pre, **learned)
 
-        contenders["compile"] = (torch.compile(eager, dynamic=False), torch.compile(again, dynamic=False), low)
+        compiled_forward, compiled_training = (torch.compile(f, dynamic=False) for f in (eager, training))
+        contenders["compile"] = (compiled_forward, compiled_training, learned_low)
 
     def forward(f: Callable[..., Any], learned: dict[str, Any]) -> Callable[[], Any]:
         return lambda: f(pre, **learned)
@@ -157,7 +163,7 @@ def _one(arm: str, rows: int, width: int, dtype_name: str, rounds: int, compiled
 
 
 def _compare(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
-    """Run the contenders in turn; return medians in ms, and how many times longer than ours each took (median and range)."""
+    """Run the contenders in turn; return medians in ms, and the ratio of each one's time to ours (median and range)."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + _WARM_UP):
         for name, call in calls.items():
@@ -168,16 +174,16 @@ def _compare(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]
     figures: dict[str, Any] = {f"{name}_ms": 1e3 * statistics.median(times) for name, times in seconds.items()}
     for name, times in seconds.items():
         if name != "ours":
-            ratios = [other / mine for mine, other in zip(seconds["ours"], times, strict=True)]
+            ratios = [other / ours for ours, other in zip(seconds["ours"], times, strict=True)]
             figures[name] = {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
-    return figures  # "copy" is the share of the copy's bandwidth: the same bytes, in the time of a copy over ours
+    return figures  # the ratio of "copy" is our fraction of its bandwidth: both move the same bytes
 
 
 # -------------------------------------------------------------------------------------------------------------- building
 
 
 def _build_times() -> dict[str, Any]:
-    """Return the seconds that all formulas of the catalogue take to compile, with no cache: on all cores, and one by one."""
+    """Return the seconds to compile all formulas of the catalogue without a cache, on all cores and one by one."""
     from bench.formulas import formulas
     from kernels import parse
     from kernels.activations import c_source
@@ -196,9 +202,9 @@ def _build_times() -> dict[str, Any]:
 def _build(sources: list[str], workers: int) -> float:
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "bench.activations", "--build-one"]
-        given = json.dumps({"sources": sources, "workers": workers})
+        job = json.dumps({"sources": sources, "workers": workers})
         environment = {**os.environ, "XDG_CACHE_HOME": cache}
-        done = subprocess.run(command, input=given, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, input=job, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise UserError(f"the kernels could not be built:\n{done.stderr[-2000:]}")
     return float(done.stdout)
@@ -207,12 +213,12 @@ def _build(sources: list[str], workers: int) -> float:
 def _build_one() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    from kernels.c import toolchain as c_build
+    from kernels.c import toolchain
 
-    given = json.load(sys.stdin)
+    job = json.load(sys.stdin)
     start = time.perf_counter()
-    with ThreadPoolExecutor(given["workers"]) as pool:
-        list(pool.map(c_build.build, given["sources"]))
+    with ThreadPoolExecutor(job["workers"]) as pool:
+        list(pool.map(toolchain.build, job["sources"]))
     print(time.perf_counter() - start)
 
 
@@ -220,12 +226,12 @@ def _build_one() -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    words = [f"{row['rows']}x{row['d_ff']} {row['dtype']} {row['arm']:<10}"]
+    columns = [f"{row['rows']}x{row['d_ff']} {row['dtype']} {row['arm']:<10}"]
     for name in ("forward", "backward"):
         part = row[name]
         others = "  ".join(f"{key} {part[key]['median']:.2f}x" for key in ("eager", "compile") if key in part)
-        words.append(f"{name} {part['ours_ms']:.2f} ms  {others}  copy {part['copy']['median']:.0%}")
-    return " | ".join(words)
+        columns.append(f"{name} {part['ours_ms']:.2f} ms  {others}  copy {part['copy']['median']:.0%}")
+    return " | ".join(columns)
 
 
 def _markdown(result: dict[str, Any]) -> str:
@@ -233,15 +239,15 @@ def _markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Activations on a CPU",
         "",
-        f"Written by `python -m bench.activations`. {result['machine']}; {result['plan']['rounds']} rounds, in turn.",
-        "Ratios: how many times longer than ours, the median over the rounds and the range. Copy: our share of the bandwidth",
-        "of a copy of the bytes that a fused kernel must move.",
+        f"Written by `python -m bench.activations`. {result['machine']}; {result['plan']['rounds']} interleaved rounds.",
+        "Ratios: the contender's time divided by ours, the median over the rounds and the range. Copy: our fraction of the",
+        "bandwidth of a copy of the bytes that a fused kernel must move.",
         "",
         f"Cold build of the {build['kernels']} formulas of the catalogue: {build['parallel']:.1f} s on {build['cores']} cores, "
         f"{build['singly']:.1f} s one by one.",
     ]
 
-    def of(part: dict[str, Any], key: str, percent: bool = False) -> str:
+    def ratio(part: dict[str, Any], key: str, percent: bool = False) -> str:
         if key not in part:
             return "-"
         values = (part[key]["median"], *part[key]["range"])
@@ -258,7 +264,7 @@ def _markdown(result: dict[str, Any]) -> str:
         lines.append("|---|---|---|---|---|---|---|")
         for row in result["rows"]:
             part, shape = row[name], f"{row['rows']}x{row['d_ff']}"
-            figures = f"{part['ours_ms']:.2f} | {of(part, 'eager')} | {of(part, 'compile')} | {of(part, 'copy', True)}"
+            figures = f"{part['ours_ms']:.2f} | {ratio(part, 'eager')} | {ratio(part, 'compile')} | {ratio(part, 'copy', True)}"
             lines.append(f"| {row['arm']} | {shape} | {row['dtype']} | {figures} |")
     return "\n".join(lines) + "\n"
 

@@ -1,13 +1,13 @@
-"""Estimates beside what was measured and published: `python -m bench.estimate`.
+"""Compare estimates with measured memory and published step times: `python -m bench.estimate`.
 
     out=FILE       where the tables go        memory=false   only the published step times, which take a moment
 
-Memory: the most bytes of tensors that are alive at once in a step, on ranks of this machine (CPU, gloo), beside
-`launch.estimate.counts.peak_bytes`; and the FLOPs that torch counts in matrix products beside `flops_per_token`, whose
-attention is left out, since torch does not count it on a CPU. Every tensor is counted that an operation returns, each storage
-once, from when it appears until it is freed.
+Memory: the peak bytes of live tensors in a step, on ranks of this machine (CPU, gloo), against
+`launch.estimate.counts.peak_bytes`; and the FLOPs that torch counts in matrix products against `flops_per_token` without
+attention, which torch does not count on a CPU. The measurement counts every tensor that an operation returns, each storage
+once, from its allocation until it is freed.
 
-Step times: published runs on H100s beside `launch.estimate.step_time`, whose two constants are fitted to them.
+Step times: published runs on H100s against `launch.estimate.step_time`, whose two constants are fitted to them.
 """
 
 from __future__ import annotations
@@ -33,12 +33,23 @@ from launch.estimate.step_time import (
     model_flops_utilization,
     step_time,
 )
+from launch.ranks import Ranks
 
 _MODEL = [
-    "model=nano", "model.d_model=512", "model.n_layers=4", "model.n_heads=8", "model.d_ff=1408", "model.attention=sdpa",
-    "sequence_length=512", "tokenizer.vocab_size=8192", "micro_batch_size=4", "telemetry_every=0", "logger=none", "steps=3",
+    "model=nano",
+    "model.d_model=512",
+    "model.n_layers=4",
+    "model.n_heads=8",
+    "model.d_ff=1408",
+    "model.attention=sdpa",
+    "sequence_length=512",
+    "tokenizer.vocab_size=8192",
+    "micro_batch_size=4",
+    "telemetry_every=0",
+    "logger=none",
+    "steps=3",
     "zero.bucket_elements=1000000",
-]  # fmt: skip
+]
 # Arms, tensor and context sizes, ZeRO stages, checkpointing, one or two micro-batches; two ranks each.
 _MEASURED = """
 ffn=swiglu zero=1 precision=bf16 global_batch_size=8
@@ -59,7 +70,7 @@ def main(argv: list[str]) -> None:
 
         as_rank(lambda ranks: _measured(ranks, argv[1:]))
     options = read_options(argv, {"out": "bench/results/estimate.md", "memory": True})
-    text = "# Estimates beside what was measured and published (`python -m bench.estimate`)\n"
+    text = "# Estimates against measured memory and published step times (`python -m bench.estimate`)\n"
     text += _memory_table() if options["memory"] else ""
     text += _time_table()
     print(text)
@@ -75,26 +86,27 @@ def _memory_table() -> str:
 
     lines = [
         f"\n## Memory and FLOPs ({machine()}, 2 ranks)\n",
-        "The most MiB of live tensors in a step, beside `peak_bytes`; FLOPs a token of the matrix products, with what is",
-        "recomputed, as torch counts them and by `flops_per_token` (attention is not counted by torch on a CPU).\n",
+        "Peak MiB of live tensors in a step, against `peak_bytes`; FLOPs per token of the matrix products, recomputed ones",
+        "included, as torch counts them and by `flops_per_token` (torch does not count attention on a CPU).\n",
         f"`{' '.join(_MODEL)}`, and\n",
         "| configuration | measured | estimate | off by | FLOPs counted | FLOPs estimated |",
         "|---|---|---|---|---|---|",
     ]
     for row in _MEASURED.strip().splitlines():
-        told = on_ranks(2, "bench.estimate", [*_MODEL, *row.split()])[0]
+        measured = on_ranks(2, "bench.estimate", [*_MODEL, *row.split()])[0]
         config = load([*_MODEL, *row.split()])
         flops = _products(config)
         lines.append(
-            f"| {row} | {told['measured'] / 2**20:.1f} | {told['estimate'] / 2**20:.1f} | "
-            f"{told['estimate'] / told['measured'] - 1:+.1%} | {told['flops'] * config.parallel.tensor:,.0f} | {flops:,} |"
+            f"| {row} | {measured['peak'] / 2**20:.1f} | {measured['estimate'] / 2**20:.1f} | "
+            f"{measured['estimate'] / measured['peak'] - 1:+.1%} | "
+            f"{measured['flops'] * config.parallel.tensor:,.0f} | {flops:,} |"
         )
         print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines) + "\n"
 
 
 def _products(config: Config) -> int:
-    """Return the FLOPs a token of all matrix products of a step, recomputed ones too, without attention's own."""
+    """Return the FLOPs per token of all matrix products of a step, recomputed ones included, without attention's."""
     shape = shape_of(config)
     flops = flops_per_token(shape, config.sequence_length)
     scores = 3 * shape.n_layers * 2 * shape.n_heads * shape.head_dim * (config.sequence_length + 1)
@@ -102,14 +114,15 @@ def _products(config: Config) -> int:
     return layers + flops["output"] + (layers // 3 if config.model.activation_checkpointing else 0)
 
 
-def _measured(ranks: Any, words: list[str]) -> dict[str, float]:
+def _measured(ranks: Ranks, overrides: list[str]) -> dict[str, float]:
+    """Return the peak bytes of live tensors in a step, their estimate, and the FLOPs per token that torch counts."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from bench.memory import alive
     from bench.ranks import engine_of, random_tokens
 
     before = alive()
-    engine, batch, shape = engine_of(words, ranks)
+    engine, batch, shape = engine_of(overrides, ranks)
     config = engine.config
     tokens = random_tokens(batch, shape, config.sequence_length, ranks.rank)
     for _ in range(2):  # the optimizer's state exists from the first step on
@@ -120,23 +133,25 @@ def _measured(ranks: Any, words: list[str]) -> dict[str, float]:
         engine.train_step(tokens, 1.0)
     with FlopCounterMode(display=False) as counter:
         engine.train_step(tokens, 1.0)
-    own = batch.micro_batch * batch.accumulation * config.sequence_length // config.parallel.context
+    tokens_per_rank = batch.micro_batch * batch.accumulation * config.sequence_length // config.parallel.context
     bf16 = config.precision.name == "bf16"
     estimate = peak_bytes(config, shape, engine.mesh.data_context.size, batch.micro_batch, batch.accumulation, bf16)
     return {
-        "measured": sum(kept.values()) + live.peak,
+        "peak": sum(kept.values()) + live.peak,
         "estimate": sum(estimate.values()),
-        "flops": counter.get_total_flops() / own,
+        "flops": counter.get_total_flops() / tokens_per_rank,
     }
 
 
 def live_tensors() -> type:
-    """Return the class that counts the bytes of storages that appear while it is entered; torch is imported now."""
+    """Return the context manager that counts the bytes of new storages; a function, because it imports torch."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_map_only
 
     class LiveTensors(TorchDispatchMode):
+        """`live` has the bytes of the new storages that are alive, `peak` their maximum."""
+
         def __init__(self, known: set[int]) -> None:
             super().__init__()
             self.live = self.peak = 0
@@ -144,10 +159,10 @@ def live_tensors() -> type:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            tree_map_only(torch.Tensor, self._see, out)
+            tree_map_only(torch.Tensor, self._count, out)
             return out
 
-        def _see(self, tensor: torch.Tensor) -> torch.Tensor:
+        def _count(self, tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             address, size = storage.data_ptr(), storage.nbytes()
             if size and address not in self._known:
@@ -169,7 +184,7 @@ def live_tensors() -> type:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A run that somebody measured: `value` is MFU, or tokens/s a GPU where it is above 1."""
+    """A published run: `value` is its MFU, or tokens/s per GPU if above 1."""
 
     name: str
     layout: ParallelLayout
@@ -177,7 +192,7 @@ class Published:
     value: float
 
     def predicted(self, efficiency: float = GEMM_EFFICIENCY, network: float = NETWORK_EFFICIENCY) -> float:
-        """Return what the model says."""
+        """Return the estimate of `value`."""
         seconds = step_time(self.layout, self.hardware, efficiency, network).total
         if self.value > 1:
             return self.layout.tokens / seconds / self.layout.gpus
@@ -185,15 +200,20 @@ class Published:
 
 
 def published() -> list[Published]:
-    """Return the runs, as their sources describe them; what is assumed stands in the table's text."""
+    """Return the published runs as their sources describe them; `_SOURCES` lists what is assumed."""
     h100 = HardwareConfig(device="H100 SXM", bf16_flops=989.4e12)
     # 96 GB of HBM2e, and a limit of 500 W.
     torchtitan = dataclasses.replace(h100, memory_bandwidth=2.4e12, watts=500)
     fsdp = {"gpus_per_node": 8, "stage": 3, "overlap": 1.0}
     mpt = {**fsdp, "sequence_length": 2048, "gradient_width": 2}
     sizes = {"7B": (4096, 32, 32), "30B": (7168, 48, 56), "70B": (8192, 80, 64)}
-    rows = [("7B", 8, 6, 0, 0.4644), ("7B", 128, 6, 0, 0.4571), ("7B", 512, 6, 0, 0.422),
-            ("30B", 128, 8, 1, 0.4185), ("70B", 512, 8, 1, 0.4125)]  # fmt: skip
+    rows = [  # size, GPUs, micro-batch, recomputed fraction, MFU
+        ("7B", 8, 6, 0, 0.4644),
+        ("7B", 128, 6, 0, 0.4571),
+        ("7B", 512, 6, 0, 0.422),
+        ("30B", 128, 8, 1, 0.4185),
+        ("70B", 512, 8, 1, 0.4125),
+    ]
     runs = [
         Published(
             f"MPT {size}, {gpus} GPUs, MFU",
@@ -206,7 +226,7 @@ def published() -> list[Published]:
     llama = shape_of(load(["model=llama3_8b", "ffn=swiglu"]))
     for gpus, value in ((8, 6667.0), (128, 6514.0)):
         layout = ParallelLayout(llama, 8192, gpus, micro_batch=2, recompute=0.5, **fsdp)
-        runs.append(Published(f"torchtitan Llama 3.1 8B, {gpus} GPUs, tokens/s a GPU", layout, torchtitan, value))
+        runs.append(Published(f"torchtitan Llama 3.1 8B, {gpus} GPUs, tokens/s per GPU", layout, torchtitan, value))
     gpt = ParallelLayout(
         _gpt(12288, 96, 96, 131072),
         4096,
@@ -234,31 +254,31 @@ def _time_table() -> str:
         "\n## Step times on H100s\n",
         f"Fitted to these rows: matrix products at {GEMM_EFFICIENCY:g} of peak, collectives at {NETWORK_EFFICIENCY:g} of the",
         "data sheet's rate. MFU is quoted as its sources do, with attention's whole square. `without latency`: how far off",
-        "the model would be if a hop in a ring took no time; it takes 2 µs, a usual figure, not fitted.\n",
+        "the model would be if a hop in a ring took no time; it takes 2 µs, a common value, not fitted.\n",
         "| run | published | model | off by | without latency |",
         "|---|---|---|---|---|",
     ]
     for run in published():
-        got, no_latency = run.predicted(), dataclasses.replace(run.hardware, network_latency=0.0)
+        estimate = run.predicted()
+        no_latency = dataclasses.replace(run.hardware, network_latency=0.0)
         without = dataclasses.replace(run, hardware=no_latency).predicted()
-        form = (lambda value: f"{value:,.0f}") if run.value > 1 else (lambda value: f"{value:.1%}")
-        lines.append(
-            f"| {run.name} | {form(run.value)} | {form(got)} | {got / run.value - 1:+.1%} | {without / run.value - 1:+.1%} |"
-        )
+        form = ",.0f" if run.value > 1 else ".1%"
+        figures = f"{run.value:{form}} | {estimate:{form}} | {estimate / run.value - 1:+.1%}"
+        lines.append(f"| {run.name} | {figures} | {without / run.value - 1:+.1%} |")
     return "\n".join(lines) + "\n\n" + _SOURCES
 
 
 _SOURCES = """\
-Sources: MPT, MosaicML's llm-foundry benchmark tables (H100 80GB, bf16, sequences of 2048, FSDP fully sharded, batch a GPU 6 and
-8; 30B and 70B with every layer recomputed); torchtitan, its H100 benchmarks of December 2024 (H100 with HBM2e and a limit of
-500 W, batch a GPU 2 x 8192, FSDP, compiled; of its selective checkpointing half of the products are taken to be recomputed);
-Megatron-LM, the strong scaling of its README (1152 sequences of 4096 a step).
+Sources: MPT, MosaicML's llm-foundry benchmark tables (H100 80GB, bf16, sequences of 2048, FSDP fully sharded, batch per GPU 6
+and 8; 30B and 70B with every layer recomputed); torchtitan, its H100 benchmarks of December 2024 (H100 with HBM2e and a limit
+of 500 W, batch per GPU 2 x 8192, FSDP, compiled; selective checkpointing is assumed to recompute half of the products);
+Megatron-LM, the strong scaling of its README (1152 sequences of 4096 per step).
 
-Assumed where a source is silent: Megatron-LM at tensor 4, pipeline 8, interleaved 6, micro-batch 1; the batch a GPU of MPT 7B
-on 128 and 512 is that on 8. A GPU limited to 500 W of 700 is taken to run at the cube root of that. FSDP and Megatron-LM hide
-their traffic behind products; DeepSpeed hides none unless `zero.overlap=true`.
+Assumed where a source is silent: Megatron-LM at tensor 4, pipeline 8, interleaved 6, micro-batch 1; the batch per GPU of MPT
+7B on 128 and 512 is that on 8. A GPU limited to 500 W of 700 runs at the cube root of that. FSDP and Megatron-LM overlap
+their communication with compute; DeepSpeed does not unless `zero.overlap=true`.
 
-What this does not show: any run of this codebase on a GPU. None was at hand.
+This page has no run of this codebase on a GPU: none was available.
 """
 
 

@@ -1,12 +1,12 @@
-"""Kill what runs, at random moments, and look at what is left: `python -m bench.faults`.
+"""Kill a plan at random moments, restart it, and compare it with an undisturbed one: `python -m bench.faults`.
 
     kills=10         SIGKILLs
-    seed=0           of the moments, and of who is hit
+    seed=0           of the moments and of the processes to kill
     folder=FOLDER    a new folder for both plans            and ablation.KEY=VALUE, or overrides of every run
 
-Runs the plan `smoke` in fp32 twice: once in peace, once killed again and again and started again each time: the runner alone,
-the run alone, or both at once, as when a machine goes down. What must come out: the same final losses to the last bit, one
-W&B identity a run, and metrics without a step twice or missing.
+Runs the plan `smoke` in fp32 twice: once undisturbed, and once killed and restarted again and again. A kill hits the runner,
+the run, or both at once, as when a machine goes down. Required: the same final losses to the last bit, one W&B identity per
+run, and metrics in which no step is missing or repeated.
 """
 
 from __future__ import annotations
@@ -37,79 +37,85 @@ def main(argv: list[str]) -> int:
     options, overrides = split_options(argv, _OPTIONS, required=required)
     folder = Path(options["folder"])
     if folder.exists():
-        raise UserError(f"{folder} exists: a campaign begins in a new folder")
-    words = ["ablation=smoke", "precision=fp32", *overrides]
+        raise UserError(f"{folder} exists; give a new folder")
+    plan = ["ablation=smoke", "precision=fp32", *overrides]
+    undisturbed, killed = folder / "undisturbed", folder / "killed"
     began = time.monotonic()
-    if run(words, folder / "peace") != 0:
-        raise UserError(f"the plan does not even end in peace: see {folder / 'peace'}")
+    if run(plan, undisturbed) != 0:
+        raise UserError(f"the plan fails without any kill: see {undisturbed}")
     seconds = time.monotonic() - began
-    print(f"in peace: {seconds:.0f} seconds", flush=True)
+    print(f"undisturbed: {seconds:.0f} seconds", flush=True)
     identities: dict[str, set[str]] = {}
-    chance = random.Random(options["seed"])
-    longest = max(4.0, 1.5 * seconds / options["kills"])  # of an interval; what kills undo makes the plan last longer
+    generator = random.Random(options["seed"])
+    # The longest interval between kills. The work that kills undo makes the plan last longer, hence the factor.
+    longest = max(4.0, 1.5 * seconds / options["kills"])
     for kill in range(1, options["kills"] + 1):
-        who = chance.choice(("runner", "run", "both"))
-        after = chance.uniform(2.0, longest)
-        if run(words, folder / "war", who, after) == 0:
-            print(f"the plan ended before kill {kill}: more tokens, or other moments (seed), let it meet all of them")
+        target = generator.choice(("runner", "run", "both"))
+        after = generator.uniform(2.0, longest)
+        if run(plan, killed, target, after) == 0:
+            print(f"the plan finished before kill {kill}: give it more tokens, or other moments (seed=N)")
             break
-        for name, identity in identities_of(folder / "war").items():
+        for name, identity in identities_of(killed).items():
             identities.setdefault(name, set()).add(identity)
-        ended = len(losses(folder / "war"))
-        print(f"{kill}: {who} killed after {after:.1f} seconds, {ended} runs finished", flush=True)
-    if run(words, folder / "war") != 0:
-        print("the plan did not end")
+        finished = len(losses(killed))
+        print(f"{kill}: killed {target} after {after:.1f} seconds, {finished} runs finished", flush=True)
+    if run(plan, killed) != 0:
+        print("the killed plan did not finish")
         return 1
-    for name, identity in identities_of(folder / "war").items():
+    for name, identity in identities_of(killed).items():
         identities.setdefault(name, set()).add(identity)
-    wrong = [*differences(folder / "peace", folder / "war")]
-    wrong += [f"{name} had {len(found)} identities" for name, found in identities.items() if len(found) != 1]
-    print(
-        f"{len(losses(folder / 'peace'))} runs, {len(identities)} identities: " + ("; ".join(wrong) or "all the same")
-    )
+    wrong = differences(undisturbed, killed)
+    wrong += [f"{name} had {len(ids)} identities" for name, ids in identities.items() if len(ids) != 1]
+    print(f"{len(losses(undisturbed))} runs, {len(identities)} identities: {'; '.join(wrong) or 'all the same'}")
     return 1 if wrong else 0
 
 
-def run(words: list[str], folder: Path, who: str = "", after: float = 0.0) -> int:
-    """Run the plan, and kill `who` ("runner", "run", "both", or nobody: "") some seconds later; return its exit status."""
-    command = [sys.executable, "-m", "ablation.run", *words, f"folder={folder}", "yes=true"]
+def run(plan: list[str], folder: Path, target: str = "", after: float = 0.0) -> int:
+    """Run the plan and return its exit status.
+
+    Args:
+        plan: arguments of `ablation.run`.
+        target: what to kill: "runner", "run", "both", or "" for nothing.
+        after: seconds until the kill.
+    """
+    command = [sys.executable, "-m", "ablation.run", *plan, f"folder={folder}", "yes=true"]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "console.log", "ab") as log:
         process = subprocess.Popen(command, cwd=_ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-    if who:
+    if target:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=after)
         runs = psutil.Process(process.pid).children(recursive=True)
-        if who in ("runner", "both"):
+        if target in ("runner", "both"):
             process.kill()
-        if who in ("run", "both"):
+        if target in ("run", "both"):
             for child in runs:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     child.kill()
-        if who == "run":  # the runner goes on with the next one; what is killed next begins from here
+        if target == "run":  # the runner would go on with the next run: stop it, so that the next kill starts from here
             process.send_signal(signal.SIGTERM)
     return process.wait()
 
 
 def losses(folder: Path) -> dict[str, Any]:
-    """Return the final loss of every run that finished, by name."""
-    found = {}
+    """Return {name: final loss} of every finished run."""
+    final = {}
     for path in (folder / "smoke" / "runs").glob("*/summary.json"):
         with contextlib.suppress(ValueError):
             summary = json.loads(path.read_text(encoding="utf-8"))
             if summary["status"] == "finished":
-                found[path.parent.name] = summary["final_eval_loss"]
-    return found
+                final[path.parent.name] = summary["final_eval_loss"]
+    return final
 
 
 def identities_of(folder: Path) -> dict[str, str]:
-    """Return the W&B identity of every run that has one."""
+    """Return {name: W&B identity} of every run that has one."""
     paths = (folder / "smoke" / "runs").glob("*/wandb_id")
     return {path.parent.name: text for path in paths if (text := path.read_text(encoding="utf-8").strip())}
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Return what differs between the runs of two folders, in sentences."""
+    """Return a sentence for each difference between the runs of two folders."""
     before, after = losses(one), losses(other)
     wrong = [
         f"{name}: {before.get(name)!r} and {after.get(name)!r}"
@@ -117,9 +123,8 @@ def differences(one: Path, other: Path) -> list[str]:
         if before.get(name) != after.get(name)
     ]
     for name in sorted(before.keys() & after.keys()):
-        told = [steps(folder / "smoke" / "runs" / name) for folder in (one, other)]
-        if told[0] != told[1]:
-            wrong.append(f"{name}: its metrics tell of other steps")
+        if steps(one / "smoke" / "runs" / name) != steps(other / "smoke" / "runs" / name):
+            wrong.append(f"{name}: its metrics differ")
     return wrong
 
 

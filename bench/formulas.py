@@ -1,4 +1,4 @@
-"""The formulas that kernels are measured on: every arm of conf/ffn, and what no arm has."""
+"""The formulas that kernels are measured on: every arm of conf/ffn, and three that use what no arm does."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def formulas() -> dict[str, tuple[str, dict[str, Any]]]:
     """Return {name: (formula, parameters)}, arms first."""
-    found = {}
+    arms = {}
     for path in sorted(_ARMS.glob("*.yaml")):
         arm = yaml.safe_load(path.read_text(encoding="utf-8"))
         if arm["formula"]:  # custom has none
-            found[arm["name"]] = (arm["formula"], arm.get("parameters") or {})
-    return found | OTHERS
+            arms[arm["name"]] = (arm["formula"], arm.get("parameters") or {})
+    return arms | OTHERS

@@ -1,4 +1,4 @@
-"""Our shapes in the words of transformers' configurations, for comparisons of speed and of results."""
+"""A model's shape as settings of Transformers' configurations, for comparisons of speed and of results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from launch.estimate.counts import Shape
 
 
 def widths(shape: Shape) -> dict[str, Any]:
-    """Return the settings of LlamaConfig, ArceeConfig or Qwen3Config that make a model of this shape."""
+    """Return the arguments of LlamaConfig, ArceeConfig or Qwen3Config for a model of this shape."""
     return {
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.d_model,

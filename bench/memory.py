@@ -1,12 +1,12 @@
-"""What a rank keeps under ZeRO 0 to 3 and tensor 1 and 2, beside the formula: `python -m bench.memory`.
+"""Measure the memory per rank under ZeRO 0 to 3 and tensor 1 and 2, against the formula: `python -m bench.memory`.
 
     world=4     ranks on this machine (CPU, gloo)          and any override of train.py
     out=FILE    where the table goes
 
-Every tensor that is alive in a process after a backward is counted, each storage once, less DeepSpeed's buffers of
-`zero.bucket_elements`, which do not grow with the model; of a step's micro-batches the one with most. The formula is
-`launch.estimate.counts.state_bytes`, and beside it stands the ZeRO paper's: 2 + 2 + 12 bytes per parameter in bf16,
-4 + 4 + 8 in fp32, of which stage 1 shares the last, 2 the gradients too, and 3 all.
+The measurement counts every tensor that is alive in a process after a backward, each storage once, except DeepSpeed's buffers
+of `zero.bucket_elements`, whose size does not depend on the model. It reports the largest count of a step's micro-batches. The
+formula is `launch.estimate.counts.state_bytes`. The ZeRO paper's is 2 + 2 + 12 bytes per parameter in bf16 and 4 + 4 + 8 in
+fp32, of which stage 1 shards the last term, stage 2 the gradients too, and stage 3 everything.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ _MODEL = [
     "model.n_heads=8",
     "model.d_ff=1536",
     "sequence_length=16",
-]
-_MODEL += [
     "tokenizer.vocab_size=8192",
     "micro_batch_size=1",
     "telemetry_every=0",
@@ -48,18 +46,18 @@ def main(argv: list[str]) -> None:
     options, overrides = split_options(argv, {"world": 4, "out": "bench/results/cpu-memory.md"}, {"world": 2})
     world = options["world"]
     lines = [
-        f"# Memory a rank, {world} ranks ({machine()}; `python -m bench.memory`)",
+        f"# Memory per rank, {world} ranks ({machine()}; `python -m bench.memory`)",
         "",
-        "MiB of live tensors after a backward, beside the formula (weights + gradients + optimizer) and the ZeRO paper's.",
+        "MiB of live tensors after a backward, against the formula (weights + gradients + optimizer) and the ZeRO paper's.",
         "",
-        "| tensor | ZeRO | dtype | micro-batches | parameters a tensor rank | measured | formula | ratio | paper | ratio |",
+        "| tensor | ZeRO | dtype | micro-batches | parameters per tensor rank | measured | formula | ratio | paper | ratio |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     kinds = [(0, "fp32"), *itertools.product((1, 2, 3), ("fp32", "bf16"))]
     for tensor, (stage, precision), accumulation in itertools.product((1, 2), kinds, (1, 2)):
         batch = f"global_batch_size={accumulation * world // tensor}"
-        words = [*_MODEL, *overrides, f"zero={stage}", f"precision={precision}", f"parallel.tensor={tensor}", batch]
-        worst = max(on_ranks(world, "bench.memory", words), key=lambda rank: rank["measured"])
+        run = [*_MODEL, *overrides, f"zero={stage}", f"precision={precision}", f"parallel.tensor={tensor}", batch]
+        worst = max(on_ranks(world, "bench.memory", run), key=lambda rank: rank["measured"])
         sizes = "".join(
             f" {worst[name] / 2**20:.1f} | {worst['measured'] / worst[name]:.3f} |" for name in ("formula", "paper")
         )
@@ -73,42 +71,46 @@ def main(argv: list[str]) -> None:
         file.write("\n".join(lines) + "\n")
 
 
-def _measured(ranks: Ranks, words: list[str]) -> dict[str, float]:
+def _measured(ranks: Ranks, overrides: list[str]) -> dict[str, float]:
+    """Return the bytes of live tensors on this rank after a backward, and those of both formulas."""
     from launch.estimate.counts import rank_parameters, state_bytes
 
     before = alive()
-    engine, batch, shape = engine_of(words, ranks)
+    engine, batch, shape = engine_of(overrides, ranks)
     config = engine.config
     tokens = random_tokens(batch, shape, config.sequence_length, ranks.rank)
     buffers = {2 * config.zero.bucket_elements, 4 * config.zero.bucket_elements}
-    backward, seen = engine.deepspeed.backward, []
+    backward = engine.deepspeed.backward
+    measured: list[int] = []  # per micro-batch
 
-    def look(objective: torch.Tensor) -> None:
+    def backward_then_measure(objective: torch.Tensor) -> None:
         backward(objective)
         gc.collect()
-        gradients = [parameter.grad for parameter in engine.module.parameters()]  # else Python might not know of them
-        mine = (size for address, size in alive().items() if address not in before)
-        seen.append(sum(size for size in mine if size not in buffers))
+        gradients = [
+            parameter.grad for parameter in engine.module.parameters()
+        ]  # otherwise the collector may not list them
+        new = [size for address, size in alive().items() if address not in before]
+        measured.append(sum(size for size in new if size not in buffers))
         del gradients
 
-    engine.deepspeed.backward = look
+    engine.deepspeed.backward = backward_then_measure
     for _ in range(2):  # the optimizer's state exists from the first step on
-        seen.clear()
+        measured.clear()
         engine.train_step(tokens, 1.0)
-    tensor, replicas, stage = engine.mesh.tensor.size, engine.mesh.data_context.size, config.zero.stage
-    formula = state_bytes(shape, tensor, replicas, stage, config.precision.name == "bf16", batch.accumulation)
+    tensor, dp_cp, stage = engine.mesh.tensor.size, engine.mesh.data_context.size, config.zero.stage
+    formula = state_bytes(shape, tensor, dp_cp, stage, config.precision.name == "bf16", batch.accumulation)
     own, width = rank_parameters(shape, tensor), 2 if config.precision.name == "bf16" else 4
-    shares = [width * own, width * own, (16 - 2 * width) * own]  # weights, gradients, optimizer
-    paper = sum(size / (replicas if stage >= least else 1) for size, least in zip(shares, (3, 2, 1), strict=True))
-    return {"measured": max(seen), "formula": sum(formula.values()), "paper": paper, "parameters": own}
+    states = [width * own, width * own, (16 - 2 * width) * own]  # weights, gradients, optimizer
+    paper = sum(size / (dp_cp if stage >= sharded else 1) for size, sharded in zip(states, (3, 2, 1), strict=True))
+    return {"measured": max(measured), "formula": sum(formula.values()), "paper": paper, "parameters": own}
 
 
 def alive() -> dict[int, int]:
-    """Return the bytes of every storage of a tensor that is alive, by its address."""
+    """Return {address: bytes} of the storages of all live tensors."""
     sizes = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
+    for candidate in gc.get_objects():
+        if isinstance(candidate, torch.Tensor) and candidate.device.type == "cpu":
+            storage = candidate.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
     return sizes
 

@@ -1,11 +1,11 @@
-"""What DeepSpeed and ZeRO cost a step: `python -m bench.overhead`.
+"""Measure what DeepSpeed and ZeRO add to the time of a step: `python -m bench.overhead`.
 
-    steps=60    steps of each contender, taken in turn in one process, so that what disturbs one disturbs all
+    steps=60    steps of each contender, in turn in one process, so that a disturbance of the machine affects all of them
     out=FILE    where the figures go (JSON)            and any override of train.py
 
 On one rank: the engine of `train.py` (ZeRO-1, tensor 1) against a plain PyTorch loop of the same model with the same kernels:
-forward, backward, clip by the norm, fused AdamW; in bf16 the loop keeps fp32 masters too. On two ranks, in fp32: ZeRO 1 and 2
-against stage 0. What is reported is the ratio of the medians over the steps, and its range over thirds of the run.
+forward, backward, clipping by the norm, fused AdamW; in bf16 the loop keeps fp32 master weights too. On two ranks, in fp32:
+ZeRO 1 and 2 against stage 0. It reports the ratio of the medians over the steps, and its range over thirds of the run.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import torch
 
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
 from bench.train import machine
+from conf.validate import Batch
 from kernels.common.commands import run_command
 from kernels.common.files import atomic_write
 from kernels.common.options import split_options
+from launch.estimate.counts import Shape
 from launch.ranks import Ranks
 
 _COMMON = ["telemetry_every=0", "logger=none", "steps=1000"]
@@ -37,33 +39,42 @@ def main(argv: list[str]) -> None:
     options, overrides = split_options(argv, {"steps": 60, "out": "bench/results/cpu-overhead.json"}, {"steps": 12})
     result: dict[str, Any] = {"machine": machine(), "overrides": overrides, "ratios": {}}
     for world, precision in ((1, "bf16"), (1, "fp32"), (2, "fp32")):
-        words = [str(options["steps"]), *_COMMON, *overrides, f"precision={precision}"]
-        seconds = on_ranks(world, "bench.overhead", words)[0]
-        first = next(iter(seconds))
-        for name in list(seconds)[1:]:
-            ratios = _ratios(seconds[name], seconds[first])
-            what = f"{name} / {first}, {world} rank(s), {precision}"
-            result["ratios"][what] = ratios
-            print(f"{what}: {ratios[0]:.3f} ({min(ratios[1:]):.3f} to {max(ratios[1:]):.3f})", flush=True)
+        arguments = [str(options["steps"]), *_COMMON, *overrides, f"precision={precision}"]
+        seconds = on_ranks(world, "bench.overhead", arguments)[0]
+        baseline, *others = seconds
+        for name in others:
+            ratios = _ratios(seconds[name], seconds[baseline])
+            comparison = f"{name} / {baseline}, {world} rank(s), {precision}"
+            result["ratios"][comparison] = ratios
+            print(f"{comparison}: {ratios[0]:.3f} ({min(ratios[1:]):.3f} to {max(ratios[1:]):.3f})", flush=True)
     with atomic_write(options["out"]) as file:
         json.dump(result, file, indent=2)
         file.write("\n")
 
 
 def _ratios(a: list[float], b: list[float]) -> list[float]:
-    """Return the ratio of the medians: over all steps, and over each third."""
+    """Return the ratio of the medians, over all steps and over each third of them."""
     third = len(a) // 3
-    cuts = [slice(None), *(slice(n * third, (n + 1) * third) for n in range(3))]
-    return [statistics.median(a[cut]) / statistics.median(b[cut]) for cut in cuts]
+    spans = [slice(None), *(slice(n * third, (n + 1) * third) for n in range(3))]
+    return [statistics.median(a[span]) / statistics.median(b[span]) for span in spans]
 
 
-def _seconds(ranks: Ranks, steps: int, words: list[str]) -> dict[str, list[float]]:
+def _seconds(ranks: Ranks, steps: int, overrides: list[str]) -> dict[str, list[float]]:
+    """Return the seconds of every step of each contender, the baseline first."""
     contenders: dict[str, Callable[[torch.Tensor], Any]] = {}
-    for stage in (1,) if ranks.world_size == 1 else (0, 1, 2):
-        engine, batch, shape = engine_of([*words, f"zero={stage}"], ranks)
-        contenders[f"ZeRO-{stage}"] = lambda tokens, engine=engine: engine.train_step(tokens, 1.0)
+
+    def add(stage: int) -> tuple[Any, Batch, Shape]:
+        engine, batch, shape = engine_of([*overrides, f"zero={stage}"], ranks)
+        contenders[f"ZeRO-{stage}"] = lambda tokens: engine.train_step(tokens, 1.0)
+        return engine, batch, shape
+
     if ranks.world_size == 1:
-        contenders = {"plain loop": _plain(engine), **contenders}
+        engine, batch, shape = add(1)
+        contenders = {"plain loop": _plain_loop(engine), **contenders}
+    else:
+        add(0)
+        add(1)
+        engine, batch, shape = add(2)
     tokens = random_tokens(batch, shape, engine.config.sequence_length, ranks.rank)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(steps + 3):
@@ -75,8 +86,8 @@ def _seconds(ranks: Ranks, steps: int, words: list[str]) -> dict[str, list[float
     return seconds
 
 
-def _plain(engine: Any) -> Callable[[torch.Tensor], Any]:
-    """Return a step of a plain loop over a model like the engine's."""
+def _plain_loop(engine: Any) -> Callable[[torch.Tensor], Any]:
+    """Return a step of a plain PyTorch loop over a model like the engine's."""
     from conf.schema import Config
     from model.decoder import Decoder
     from model.initialise import initialise
@@ -86,26 +97,29 @@ def _plain(engine: Any) -> Callable[[torch.Tensor], Any]:
     model = Decoder(engine.module.shape, config.model, engine.module.layers[0].attention.backend)
     initialise(model, engine.module.shape, config.seed)
     model.to(engine.dtype)
-    own = list(model.parameters())
-    halves = engine.dtype != torch.float32
-    masters = [p.detach().float().requires_grad_() for p in own] if halves else own
-    of = dict(zip(own, masters, strict=True))
+    weights: list[torch.Tensor] = list(model.parameters())
+    low_precision = engine.dtype != torch.float32
+    masters = [weight.detach().float().requires_grad_() for weight in weights] if low_precision else weights
+    master_of = dict(zip(weights, masters, strict=True))
     groups = parameter_groups(model, config.optim.weight_decay)
     for group in groups:
-        group["params"] = [of[p] for p in group["params"]]
+        group["params"] = [master_of[weight] for weight in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def step(tokens: torch.Tensor) -> None:
         objective, _ = model(tokens[:, :-1], tokens[:, 1:])
         objective.backward()
-        if halves:
-            for p, master in of.items():
-                master.grad, p.grad = p.grad.float(), None
+        if low_precision:
+            for weight, master in master_of.items():
+                assert weight.grad is not None
+                master.grad = weight.grad.float()
+                weight.grad = None
         torch.nn.utils.clip_grad_norm_(masters, config.optim.clip, foreach=True)
         optimizer.step()
-        if halves:
+        if low_precision:
             with torch.no_grad():
-                torch._foreach_copy_(own, masters)
+                # A private name, but the fast way to copy many small tensors; torch's own optimizers use it.
+                torch._foreach_copy_(weights, masters)  # pyright: ignore[reportPrivateImportUsage]
         optimizer.zero_grad()
 
     return step

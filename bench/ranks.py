@@ -1,4 +1,4 @@
-"""Run a measurement on several ranks of this machine: `on_ranks` starts them, `as_rank` is what they call."""
+"""Run a measurement on several ranks of this machine: `on_ranks` starts them, and each of them calls `as_rank`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from launch.ranks import Ranks, find_ranks, leave
 from model.attention import choose
 
 
-def on_ranks(world: int, module: str, words: list[str], timeout: float = 600.0) -> list[Any]:
-    """Run `python -m MODULE --rank WORDS` as ranks of one group, and return what each printed last, read as JSON.
+def on_ranks(world: int, module: str, arguments: list[str], timeout: float = 600.0) -> list[Any]:
+    """Run `python -m MODULE --rank ARGUMENTS` as ranks of one group; return the last line of each, parsed as JSON.
 
     Raises:
         UserError: a rank failed.
@@ -34,41 +34,41 @@ def on_ranks(world: int, module: str, words: list[str], timeout: float = 600.0) 
     processes = []
     for rank in range(world):
         environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", module, "--rank", *words]
+        command = [sys.executable, "-m", module, "--rank", *arguments]
         pipe = subprocess.PIPE
         processes.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
-    told = []
+    results = []
     try:
         for process in processes:
             out, err = process.communicate(timeout=timeout)
             if process.returncode:
                 raise UserError(f"{module} failed on a rank:\n{err[-2000:]}")
-            told.append(json.loads(out.strip().splitlines()[-1]))
+            results.append(json.loads(out.strip().splitlines()[-1]))
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    return told
+    return results
 
 
 def as_rank(measure: Callable[[Ranks], Any]) -> NoReturn:
-    """Call `measure` in the group of the ranks that `on_ranks` started, print what it returns as JSON, and end."""
+    """Call `measure` in the process group of `on_ranks`, print its result as JSON, and exit."""
     from training.engine import start_process_group
 
     ranks = find_ranks()
     start_process_group(ranks, torch.device("cpu"), 10.0)
-    told = measure(ranks)
+    result = measure(ranks)
     dist.barrier()
-    print(json.dumps(told))
+    print(json.dumps(result))
     leave(0)
 
 
-def engine_of(words: list[str], ranks: Ranks) -> tuple[Any, Batch, Shape]:
-    """Build the engine of a configuration whose vocabulary is `tokenizer.vocab_size`; no corpus is read."""
+def engine_of(overrides: list[str], ranks: Ranks) -> tuple[Any, Batch, Shape]:
+    """Build the engine of a configuration, with a vocabulary of `tokenizer.vocab_size`; reads no corpus."""
     from training import machine
     from training.engine import Engine, mesh_from_config
 
-    config = load(words)
+    config = load(overrides)
     batch = validate(config, ranks.world_size)
     shape = shape_of(config)
     check_divisibility(shape, config.parallel)
@@ -80,7 +80,7 @@ def engine_of(words: list[str], ranks: Ranks) -> tuple[Any, Batch, Shape]:
 
 
 def random_tokens(batch: Batch, shape: Shape, length: int, seed: int) -> torch.Tensor:
-    """Return (sequences of a data rank, length + 1) tokens."""
+    """Return (sequences per data rank, length + 1) random tokens."""
     generator = torch.Generator().manual_seed(seed)
-    share = batch.global_batch // batch.data_parallel
-    return torch.randint(shape.vocab_size, (share, length + 1), generator=generator)
+    sequences = batch.global_batch // batch.data_parallel
+    return torch.randint(shape.vocab_size, (sequences, length + 1), generator=generator)

@@ -1,12 +1,12 @@
-"""What Triton's compiler makes of every formula for Hopper (sm_90), found without a GPU: `python -m bench.sm90 [formula ...]`.
+"""Compile every formula's Triton kernels for Hopper (sm_90), without a GPU, and count: `python -m bench.sm90 [FORMULA ...]`.
 
-Registers, spills and memory instructions are exact. Instructions an element are what stands in the machine code, divided by the
-elements of a thread; with learned parameters, what stands in the loop over rows. No time is measured here.
+Without arguments it takes all formulas and also writes the table to bench/results/sm90.md. Registers, spills and memory
+instructions are exact. Instructions per element are the instructions in the machine code, divided by the elements per thread;
+with learned parameters, those in the loop over rows. No time is measured.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import re
@@ -21,14 +21,17 @@ import torch
 from bench.formulas import formulas
 from kernels import parse
 from kernels.activations import triton_backend, triton_source
+from kernels.common.commands import run_command
+from kernels.common.errors import unknown
+from kernels.common.options import read_positional
 from kernels.formula.symbolic import Compiled, compile_formula
 from kernels.triton import runtime
 
 RESULT = Path(__file__).parent / "results" / "sm90.md"
-# Instructions that fit into the time in which a byte moves: 132 multiprocessors of an H200 issue 128 lanes a cycle at 1.98 GHz,
-# and its memory moves 4.3 TB/s.
+# Instructions per byte that an H200 can issue while its memory moves that byte: 132 multiprocessors of 128 lanes per cycle at
+# 1.98 GHz, against 4.3 TB/s.
 BUDGET = 132 * 128 * 1.98e9 / 4.3e12
-_FUNCTION_UNIT = 8  # instructions that go by while exp2, log2 or 1/x is computed: 16 lanes a cycle, not 128
+_FUNCTION_UNIT = 8  # issue slots per exp2, log2 or 1/x, whose unit has 16 lanes per cycle, not 128
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -37,17 +40,17 @@ class Kernel:
     """One kernel in machine code."""
 
     name: str  # forward, backward, backward_with_h or statistics
-    registers: int  # a thread
-    spilled: int  # bytes of local memory a thread
-    loads: int  # bits of the narrowest load from global memory, but for parameters of the layer; 128 is the widest; 0: none
-    stores: int
-    budget: float  # instructions an element
-    instructions: float  # an element
-    function_unit: float  # of them exp2, log2, reciprocals, roots: an element
+    registers: int  # per thread
+    spilled: int  # bytes of local memory per thread
+    loads: int  # bits of the narrowest load from global memory, except of layer-wide parameters; 128 is the widest; 0: no load
+    stores: int  # bits of the narrowest store
+    budget: float  # instructions per element
+    instructions: float  # per element
+    function_unit: float  # exp2, log2, reciprocals and roots among them, per element
 
     @property
     def fits(self) -> bool:
-        """Whether the arithmetic takes no longer than the memory."""
+        """Whether the arithmetic takes no longer than the memory traffic."""
         return max(self.instructions, self.function_unit * _FUNCTION_UNIT) <= self.budget
 
 
@@ -64,26 +67,28 @@ def offline(
         ImportError: Triton is not installed.
         RuntimeError: kernels are interpreted in this process (TRITON_INTERPRET).
     """
-    module, found = runtime.load(triton_source.source(compiled)), []
+    module = runtime.load(triton_source.source(compiled))
     constants = {"UNIT": 8 if width_is_multiple_of_8 else 1, "TILE": triton_backend.TILE}
     functions = [getattr(module, name) for name in ("forward", "backward", "backward_with_h")]
     functions.append(runtime.load(triton_source.source_with_stats(compiled)).statistics)
+    result = []
     for function in functions:
-        name, kinds = function.__name__, {argument: _kind(argument, dtype) for argument in function.arg_names}
-        found.append(_read(name, machine_code(function, kinds, constants, triton_backend.WARPS), compiled, dtype))
-    return found
+        kinds = {argument: _kind(argument, dtype) for argument in function.arg_names}
+        code = machine_code(function, kinds, constants, triton_backend.WARPS)
+        result.append(_read(function.__name__, code, compiled, dtype))
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """What the compiler made of a kernel."""
+    """The machine code of a kernel, and its resources."""
 
-    registers: int  # a thread
-    spilled: int  # bytes of local memory a thread
+    registers: int  # per thread
+    spilled: int  # bytes of local memory per thread
     text: str
 
     def bits(self, kind: str) -> list[int]:
-        """Return the widths of the accesses of a kind (LDG, STG) in what runs for every tile, the narrowest first."""
+        """Return the widths in bits of the accesses of a kind (LDG, STG) in the code per tile, the narrowest first."""
         return _bits(_hot(instructions(self.text)), kind)
 
 
@@ -94,10 +99,10 @@ def machine_code(
 
     Args:
         function: the kernel.
-        kinds: of each argument the type, as Triton writes it.
+        kinds: {argument: its type in Triton's notation}.
         constants: values of the arguments of the type "constexpr".
-        warps: of a program.
-        divisible: names of the numbers that 16 divides, which the launcher sees; pointers are taken to be.
+        warps: per program.
+        divisible: names of integer arguments divisible by 16, as the launcher would detect; pointers are assumed to be.
 
     Raises:
         ImportError: Triton is not installed.
@@ -109,9 +114,9 @@ def machine_code(
 
     if runtime.interpreted():
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler: unset it")
-    # What the launcher says of every tensor that torch has allocated: it begins on 16 bytes.
-    known = [i for i, (name, kind) in enumerate(kinds.items()) if kind[0] == "*" or name in divisible]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in known}
+    # As the launcher finds for every tensor that torch allocates: it is aligned to 16 bytes.
+    aligned = [i for i, (name, kind) in enumerate(kinds.items()) if kind[0] == "*" or name in divisible]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=function, signature=kinds, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -134,7 +139,7 @@ def _kind(argument: str, dtype: torch.dtype) -> str:
 def _read(name: str, code: Code, compiled: Compiled, dtype: torch.dtype) -> Kernel:
     body = _hot(instructions(code.text))
     pre = len(compiled.formula.pre_activations)
-    # Tensors. One that runs every `telemetry_every` steps may take its time.
+    # Tensors read and written. The kernel with telemetry runs every `telemetry_every` steps and has no budget.
     moved = {"forward": pre + 1, "backward": 2 * pre + 1, "backward_with_h": 2 * pre + 2}.get(name, math.inf)
     scalars = sum(learned.share == "layer" for learned in compiled.formula.learned.values()) if name == "forward" else 0
     elements = triton_backend.TILE // (32 * triton_backend.WARPS)
@@ -158,13 +163,13 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 def instructions(code: str) -> list[tuple[int, str]]:
-    """Return the (address, instruction) of a dump of machine code, without the padding behind its end."""
-    found = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+?)\s*;", code)]
-    return [(at, line) for at, line in found if line != "NOP" and line != f"BRA {at:#x}"]
+    """Return the (address, instruction) pairs of a dump of machine code, without the padding after its end."""
+    pairs = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+?)\s*;", code)]
+    return [(at, line) for at, line in pairs if line != "NOP" and line != f"BRA {at:#x}"]
 
 
 def _hot(code: list[tuple[int, str]]) -> list[str]:
-    """Return what runs for every tile: the longest loop, or all where there is none."""
+    """Return the code that runs for every tile: the longest loop, or everything if there is no loop."""
     loops = [
         (at - int(to, 16), int(to, 16), at) for at, line in code for to in re.findall(r"BRA[^,]* (0x[0-9a-f]+)", line)
     ]
@@ -173,17 +178,17 @@ def _hot(code: list[tuple[int, str]]) -> list[str]:
 
 
 def _bits(body: list[str], kind: str) -> list[int]:
-    """Return the widths of all accesses of a kind, the narrowest first."""
+    """Return the widths in bits of all accesses of a kind, the narrowest first."""
     sizes = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
-    found = re.findall(rf"\b{kind}((?:\.\w+)+)", "\n".join(body))
-    return sorted(next((sizes[part] for part in each.split(".") if part in sizes), 32) for each in found)
+    suffixes = re.findall(rf"\b{kind}((?:\.\w+)+)", "\n".join(body))
+    return sorted(next((sizes[part] for part in suffix.split(".") if part in sizes), 32) for suffix in suffixes)
 
 
 def table(names: list[str], dtype: torch.dtype = torch.bfloat16) -> str:
-    """Return a Markdown table of the formulas of these names."""
+    """Return the named formulas as a Markdown table."""
     lines = [
-        "| formula | kernel | registers | spilled, bytes | narrowest load / store, bits | instructions an element | "
-        "function unit, an element | budget | |",
+        "| formula | kernel | registers | spilled, bytes | narrowest load / store, bits | instructions per element | "
+        "function unit, per element | budget | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in names:
@@ -197,14 +202,13 @@ def table(names: list[str], dtype: torch.dtype = torch.bfloat16) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     import triton
 
-    parser = argparse.ArgumentParser("python -m bench.sm90", description=__doc__)
-    parser.add_argument(
-        "formula", nargs="*", help=f"some of {', '.join(formulas())}; all, and written to {RESULT.name}, if none"
-    )
-    chosen = parser.parse_args().formula
+    _, chosen = read_positional(argv, {})
+    for name in chosen:
+        if name not in formulas():
+            raise unknown("formula", name, formulas())
     text = table(chosen or list(formulas()))
     if not chosen:
         RESULT.write_text(
@@ -216,11 +220,11 @@ def main() -> None:
 _PAGE = """# The Triton kernels in machine code for Hopper
 
 Made by `python -m bench.sm90` with Triton {version}, without a GPU: bf16, d_ff % 8 == 0, tiles of {tile} columns.
-The budget is what an H200 can issue while the element's bytes move, at 4.3 TB/s. An instruction of the function unit (exp2,
-log2, 1/x) occupies it for the time of 8 others. `statistics` is the forward that tells of itself; it runs every
-`telemetry_every` steps and has no budget. No time was measured.
+The budget is the number of instructions that an H200 can issue while the element's bytes move, at 4.3 TB/s. An instruction of
+the function unit (exp2, log2, 1/x) takes the issue slots of 8 others. `statistics` is the forward kernel with telemetry, which
+runs every `telemetry_every` steps and has no budget. No time was measured.
 
 {table}"""
 
 if __name__ == "__main__":
-    main()
+    run_command(main, __doc__)

@@ -1,7 +1,9 @@
-"""What a look into the layers costs, in one run of `train.py`: `python -m bench.telemetry [steps=200] [rounds=3]`.
+"""Measure the cost of an activation telemetry sample in a run of `train.py`: `python -m bench.telemetry`.
 
-Every fourth step is looked at; the step after it waits for the reduction and writes the line; the other two are plain. A look
-costs what the first two take more than two plain steps, in medians over the run. Takes overrides of `train.py` too.
+    steps=200    steps per run          rounds=3    runs          and any override of train.py
+
+Every fourth step is sampled. The step after it waits for the reduction and writes the line. The other two are plain. The cost
+of a sample is the time of the first two beyond that of two plain steps, in medians over the run.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ EVERY = 4
 RESULT = "bench/results/cpu-telemetry.json"
 
 
-def cost_of_a_look(seconds: list[float]) -> float:
-    """Return what a look costs, as a share of a plain step; `seconds` are those of steps 1, 2, 3 and so on."""
+def sample_cost(seconds: list[float]) -> float:
+    """Return the cost of a sample as a fraction of a plain step, from the seconds of steps 1, 2, 3 and so on."""
     by_phase = [seconds[(phase - 1) % EVERY + EVERY :: EVERY] for phase in range(EVERY)]  # the first four warm up
     plain = statistics.median([*by_phase[2], *by_phase[3]])
     return (statistics.median(by_phase[0]) + statistics.median(by_phase[1])) / plain - 2
@@ -33,16 +35,21 @@ def main(argv: list[str]) -> None:
     costs = []
     for number in range(options["rounds"]):
         seconds = seconds_of_steps([*overrides, f"telemetry_every={EVERY}"], options["steps"])
-        costs.append(cost_of_a_look(seconds))
-        print(f"round {number + 1}: a look costs {costs[-1]:.1%} of a step", file=sys.stderr, flush=True)
-    share = [cost / every for cost in sorted(costs)]
+        costs.append(sample_cost(seconds))
+        print(f"round {number + 1}: a sample costs {costs[-1]:.1%} of a step", file=sys.stderr, flush=True)
+    fractions = [cost / every for cost in sorted(costs)]
     print(
-        f"a look costs {statistics.median(costs):.1%} of a step ({min(costs):.1%} to {max(costs):.1%}): "
-        f"{statistics.median(share):.2%} of the time at every {every}th step ({share[0]:.2%} to {share[-1]:.2%})"
+        f"a sample costs {statistics.median(costs):.1%} of a step ({min(costs):.1%} to {max(costs):.1%}); sampling every "
+        f"{every} steps costs {statistics.median(fractions):.2%} of the time ({fractions[0]:.2%} to {fractions[-1]:.2%})"
     )
     with atomic_write(RESULT) as file:
         json.dump(
-            {"machine": machine(), "overrides": overrides, "of_a_step": costs, f"at_every_{every}": share},
+            {
+                "machine": machine(),
+                "overrides": overrides,
+                "fraction_of_step": costs,
+                f"fraction_of_time_every_{every}_steps": fractions,
+            },
             file,
             indent=2,
         )

@@ -1,4 +1,4 @@
-"""What ranks send each other, counted: every collective that runs inside `Traffic`, whoever called it."""
+"""Count the bytes that ranks send: every collective that runs inside `Traffic`, whatever code issues it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,30 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# How many bytes a rank sends in a ring, as a multiple of (p - 1) / p of the whole tensor's bytes.
-_RING = {"allreduce_": 2, "_allgather_base_": 1, "allgather_": 1, "allgather_into_tensor_coalesced_": 1}
-_RING |= {"_reduce_scatter_base_": 1, "reduce_scatter_": 1, "reduce_scatter_tensor_coalesced_": 1, "alltoall_base_": 1}
-_RING |= {"broadcast_": 1, "reduce_": 1}
+# Bytes that a rank sends in a ring, as a multiple of (p - 1) / p of the full tensor's bytes.
+_RING = {
+    "allreduce_": 2,
+    "_allgather_base_": 1,
+    "allgather_": 1,
+    "allgather_into_tensor_coalesced_": 1,
+    "_reduce_scatter_base_": 1,
+    "reduce_scatter_": 1,
+    "reduce_scatter_tensor_coalesced_": 1,
+    "alltoall_base_": 1,
+    "broadcast_": 1,
+    "reduce_": 1,
+}
 _SILENT = {"barrier", "monitored_barrier_"}
 
 
 class Traffic(TorchDispatchMode):
-    """While it is entered, `sent` adds up the bytes that this rank sends: {(ranks of the group, collective): bytes}.
+    """Inside this context, `sent` sums the bytes that this rank sends: {(ranks of the group, collective): bytes}.
 
-    A ring of p ranks is assumed, in which an all-reduce of n bytes makes each send 2 n (p - 1) / p, and every other collective
-    n (p - 1) / p.
+    It assumes a ring of p ranks, in which each rank sends 2 n (p - 1) / p bytes for an all-reduce of n bytes, and
+    n (p - 1) / p for every other collective.
 
     Raises:
-        KeyError: a collective that is not known.
+        KeyError: an unknown collective.
     """
 
     def __init__(self) -> None:
@@ -42,14 +51,14 @@ class Traffic(TorchDispatchMode):
     def _count(self, name: str, arguments: tuple[Any, ...]) -> None:
         group = next(dist.ProcessGroup.unbox(a) for a in arguments if isinstance(a, torch.ScriptObject))
         size = group.size()
-        # Of what is gathered or scattered, one of the two arguments is the whole.
-        whole = max(_bytes(argument) for argument in arguments[:2])
+        # Of a gather or scatter, one of the two arguments is the full tensor, the other a shard of it.
+        full = max(_bytes(argument) for argument in arguments[:2])
         key = tuple(dist.get_process_group_ranks(group)), name
-        self.sent[key] += _RING[name] * whole * (size - 1) / size
+        self.sent[key] += _RING[name] * full * (size - 1) / size
         self.calls[key] += 1
 
 
 def _bytes(argument: Any) -> int:
     if isinstance(argument, Tensor):
         return argument.numel() * argument.element_size()
-    return sum(_bytes(each) for each in argument) if isinstance(argument, (list, tuple)) else 0
+    return sum(_bytes(element) for element in argument) if isinstance(argument, (list, tuple)) else 0

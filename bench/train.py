@@ -1,15 +1,15 @@
-"""Tokens a second of training, beside Hugging Face's LlamaForCausalLM: `python -m bench.train`.
+"""Compare tokens per second of training with Transformers' LlamaForCausalLM: `python -m bench.train`.
 
-    rounds=3    how often each contender runs          steps=24    steps a run; the first quarter warms up
+    rounds=3    how often each contender runs          steps=24    steps per run; the first quarter warms up
     out=FILE    where the figures go (JSON)            and any override of train.py: model=... sequence_length=...
 
-Contenders, each in a process of its own, one after the other, round after round: what disturbs the machine disturbs all.
+Contenders run one at a time, each in its own process, round after round, so that a disturbance of the machine affects all:
 
     ours          `python train.py` itself: DeepSpeed ZeRO-1, bf16 with fp32 master weights, data loading, metrics
-    hf            transformers' model of the same shape, bf16, in a plain loop: forward, backward, clip, fused AdamW
+    hf            Transformers' model of the same shape, bf16, in a plain loop: forward, backward, clip, fused AdamW
     hf+allocator  the same, with the memory allocator set as `train.py` sets it (training/machine.py: keep_freed_memory)
 
-The speed of a run is the median over its steps; what is reported is the median over the rounds, with the range.
+The speed of a run is the median over its steps. The report has the median over the rounds, with the range.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FIXED = ["logger=none", "eval_every=0", "save_every=0", "eval_tokens=1", "promp
 
 
 def main(argv: list[str]) -> None:
-    if argv[:1] == ["--contender"]:  # one run of one of Hugging Face's, in a process of its own
+    if argv[:1] == ["--contender"]:  # a child process: one run of a Transformers contender
         _measure_hf(argv[1], argv[2:])
         return
     defaults = {"rounds": 3, "steps": 24, "out": "bench/results/cpu-train.json"}
@@ -66,13 +66,13 @@ def main(argv: list[str]) -> None:
 
 
 def _report(runs: dict[str, list[float]]) -> dict[str, Any]:
-    """Print and return each contender's speed, and how many times faster ours is, round by round."""
+    """Print each contender's speed; return how many times faster ours is, from the ratio of each round."""
     figures = {}
     print()
     for name, speeds in runs.items():
         line = f"{name:<14}{statistics.median(speeds):>9,.0f} tokens/s  ({min(speeds):,.0f} to {max(speeds):,.0f})"
         if name != "ours":
-            ratios = [mine / theirs for mine, theirs in zip(runs["ours"], speeds, strict=True)]
+            ratios = [ours / theirs for ours, theirs in zip(runs["ours"], speeds, strict=True)]
             figures[name] = {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
             line += f"   ours is {statistics.median(ratios):.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})"
         print(line)
@@ -80,10 +80,10 @@ def _report(runs: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def seconds_of_steps(overrides: list[str], steps: int) -> list[float]:
-    """Train for `steps` steps with the real command; return the seconds of each step, from the run's own metrics."""
+    """Train for `steps` steps with `train.py`; return the seconds of each step, from the run's metrics."""
     with tempfile.TemporaryDirectory() as folder:
-        mine = [word for word in overrides if word.partition("=")[0] not in ("steps", "tokens")]
-        command = [sys.executable, "train.py", *mine, *_FIXED, f"steps={steps}", "run=bench", f"runs={folder}"]
+        kept = [override for override in overrides if override.partition("=")[0] not in ("steps", "tokens")]
+        command = [sys.executable, "train.py", *kept, *_FIXED, f"steps={steps}", "run=bench", f"runs={folder}"]
         _run(command)
         metrics = Path(folder, "bench", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         config = load(overrides)
@@ -104,7 +104,7 @@ def _run(command: list[str]) -> str:
 
 
 def _measure_hf(name: str, arguments: list[str]) -> None:
-    """Train Hugging Face's model and print the seconds of each step as JSON."""
+    """Train Transformers' model and print the seconds of each step as JSON."""
     if name == "hf+allocator":
         from training.machine import keep_freed_memory
 
@@ -124,7 +124,7 @@ def _measure_hf(name: str, arguments: list[str]) -> None:
     stream = BatchStream(dataset, config.sequence_length, config.data_seed)
     shape = shape_of(config, dataset.vocab_size)
     settings = LlamaConfig(**widths(shape), max_position_embeddings=config.sequence_length, use_cache=False)
-    model = LlamaForCausalLM(settings).to(torch.bfloat16)
+    model = LlamaForCausalLM(settings).bfloat16()
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, weight_decay=0.1, fused=True)
     seconds = []
@@ -142,6 +142,7 @@ def _measure_hf(name: str, arguments: list[str]) -> None:
 
 
 def machine() -> str:
+    """Return the name of the CPU and its cores, for the head of a report."""
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores"
 

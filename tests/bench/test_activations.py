@@ -1,4 +1,4 @@
-"""bench.activations: its ratios, its refusals, and one small table."""
+"""bench.activations: its ratios, the options that it refuses, and one small table."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def test_contenders_run_in_turn_and_warm_up_first():
 
 
 @pytest.mark.parametrize(
-    "word", ["arms=relu,swish", "dtypes=fp16", "rounds=0", "compile=yes", "shapes=12", "shapes=0x4", "speed=1", "arms"]
+    "option",
+    ["arms=relu,swish", "dtypes=fp16", "rounds=0", "compile=yes", "shapes=12", "shapes=0x4", "speed=1", "arms"],
 )
-def test_bad_options_are_refused(word):
+def test_bad_options_are_refused(option):
     with pytest.raises(UserError):
-        main([word])
+        main([option])
 
 
 def test_a_table_of_a_small_size(tmp_path, monkeypatch, capsys):

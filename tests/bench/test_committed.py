@@ -1,4 +1,4 @@
-"""What stands in `bench/results/glu_variants` follows from the losses that stand beside it."""
+"""The tables and the page of `bench/results/glu_variants` agree with the losses in `results.csv`."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def recomputed(size: str) -> dict[str, Comparison]:
 
 @pytest.mark.parametrize("size", ["nano", "small"])
 def test_verdicts_follow_from_the_losses(size):
-    found = recomputed(size)
-    told = [row for row in rows("comparisons.csv") if row["size"] == size]
-    assert len(told) == len(found) == 7
-    for row in told:
-        c = found[row["arm"]]
+    expected = recomputed(size)
+    committed = [row for row in rows("comparisons.csv") if row["size"] == size]
+    assert len(committed) == len(expected) == 7
+    for row in committed:
+        c = expected[row["arm"]]
         assert row["verdict"] == c.verdict.value
         figures = (c.difference, *c.interval, c.p, c.p_holm, c.detectable)
         names = ("difference", "interval_low", "interval_high", "p", "p_holm", "detectable")
@@ -43,18 +43,18 @@ def test_verdicts_follow_from_the_losses(size):
 
 
 @pytest.mark.parametrize("size", ["nano", "small"])
-def test_the_page_says_what_the_tables_say(size):
+def test_the_page_agrees_with_the_tables(size):
     table = PAGE[PAGE.index(f"| {size} | verdict |") :].split("\n\n")[0].splitlines()[2:]
-    told = {row["arm"]: row for row in rows("comparisons.csv") if row["size"] == size}
-    assert len(table) == len(told)
+    committed = {row["arm"]: row for row in rows("comparisons.csv") if row["size"] == size}
+    assert len(table) == len(committed)
     for line in table:
         arm, verdict, difference, *_ = (cell.strip() for cell in line.strip("|").split("|"))
-        assert verdict == told[arm]["verdict"]
-        shown = [float(number) for number in re.findall(r"[-+][0-9.]+", difference)]
-        exact = [float(told[arm][name]) for name in ("difference", "interval_low", "interval_high")]
-        assert shown == pytest.approx(exact, abs=0.0005000001)  # three digits
+        assert verdict == committed[arm]["verdict"]
+        on_page = [float(number) for number in re.findall(r"[-+][0-9.]+", difference)]
+        exact = [float(committed[arm][name]) for name in ("difference", "interval_low", "interval_high")]
+        assert on_page == pytest.approx(exact, abs=0.0005000001)  # three digits
 
 
-def test_every_figure_that_the_page_shows_is_there():
+def test_every_figure_of_the_page_exists():
     for name in re.findall(r"\]\(([^)]+)\)", PAGE):
         assert (FOLDER / name).is_file(), name

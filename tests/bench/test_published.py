@@ -1,4 +1,4 @@
-"""The step-time model beside published runs, and the counting of live tensors that memory is measured by."""
+"""The step-time model against published runs, and the count of live tensors that measures memory."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ RUNS = {run.name: run for run in published()}
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_published_run_is_met_within_15_percent(name):
+def test_the_estimate_of_a_published_run_is_within_15_percent(name):
     run = RUNS[name]
     assert run.predicted() == pytest.approx(run.value, rel=0.15)
 
 
-def test_the_two_constants_are_those_that_fit_best():
+def test_the_two_constants_fit_best():
     def worst(efficiency: float, network: float) -> float:
         return max(abs(run.predicted(efficiency, network) / run.value - 1) for run in RUNS.values())
 
     best = worst(GEMM_EFFICIENCY, NETWORK_EFFICIENCY)
     for moved in (-0.01, 0.01):
         assert worst(GEMM_EFFICIENCY + moved, NETWORK_EFFICIENCY) > best
-    # The network is seen by two runs only: a tenth either way must not fit better by more than the half of a percent.
+    # Only two runs depend on the network: a change of 0.1 may improve the fit by at most half a percent.
     for moved in (-0.1, 0.1):
         assert worst(GEMM_EFFICIENCY, NETWORK_EFFICIENCY + moved) > best - 0.005
 
