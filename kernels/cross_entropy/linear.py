@@ -197,7 +197,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator's type)
         (gradient,) = gradients
         saved = (None if tensor is None else tensor * gradient.to(tensor.dtype) for tensor in ctx.saved_tensors)
         return *saved, None, None, None, None, None
