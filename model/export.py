@@ -129,10 +129,11 @@ def _plain(formula: Formula, parameters: list[str]) -> dict[str, Any]:
 
 
 def _generation_config(shape: Shape, tokenizer: Tokenizer, pad: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
-    if shape.vocab_size > tokenizer.vocab_size:  # rows that only round the vocabulary up stand for nothing
-        found["suppress_tokens"] = list(range(tokenizer.vocab_size, shape.vocab_size))
-    return found
+    """Return the content of generation_config.json."""
+    content: dict[str, Any] = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
+    if shape.vocab_size > tokenizer.vocab_size:  # further rows are padding of the vocabulary
+        content["suppress_tokens"] = list(range(tokenizer.vocab_size, shape.vocab_size))
+    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -70,16 +70,16 @@ def check(backend: str, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, documents
     # A sum has a rounding a term; a score's own rounding is a relative error of its probability.
     largest_score = (q.norm(dim=-1).max() * k.norm(dim=-1).max() / q.shape[3] ** 0.5).item()
     roundings = 4 * (q.shape[1] + largest_score)
-    for found, expected in zip(with_gradients(backend_of, q, k, v, grad, torch.float64), exact, strict=True):
+    for actual, expected in zip(with_gradients(backend_of, q, k, v, grad, torch.float64), exact, strict=True):
         bound = roundings * torch.finfo(torch.float64).eps * expected.abs().max().item()
-        torch.testing.assert_close(found, expected, rtol=0, atol=bound)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=bound)
     for dtype in (torch.float32, torch.bfloat16) if backend == "blocks" else ():
         ours = with_gradients(backend_of, q, k, v, grad, dtype)
         theirs = with_gradients(plain, q, k, v, grad, dtype)
-        for found, other, expected, name in zip(ours, theirs, exact, ("out", "dq", "dk", "dv"), strict=True):
+        for actual, other, expected, name in zip(ours, theirs, exact, ("out", "dq", "dk", "dv"), strict=True):
             # One rounding of the result on top: for one token, attention written out may have no error at all.
             bound = 2 * (other - expected).norm() + torch.finfo(dtype).eps / 2 * expected.norm()
-            assert (found - expected).norm() <= bound, (name, dtype)
+            assert (actual - expected).norm() <= bound, (name, dtype)
 
 
 @pytest.mark.parametrize("backend", ["blocks", "sdpa"])
@@ -116,8 +116,8 @@ def test_inputs_may_be_views(backend):
     """q, k and v are slices of one product in the decoder."""
     q, k, v, _ = inputs((4, 2), 37)
     packed = torch.cat((q, k, v), 2)
-    found = attend(*packed.split((4, 2, 2), 2), backend)
-    assert torch.equal(found, attend(q, k, v, backend))
+    actual = attend(*packed.split((4, 2, 2), 2), backend)
+    assert torch.equal(actual, attend(q, k, v, backend))
 
 
 @pytest.mark.parametrize("backend", ["blocks", "sdpa"])
@@ -131,8 +131,8 @@ def test_the_newest_tokens_attend_to_all_before():
     q, k, v, _ = inputs((4, 2), 37)
     exact = written_out(q, k, v)
     for new in (1, 5, 37):
-        found = attend_cached(q[:, -new:], k, v)
-        torch.testing.assert_close(found, exact[:, -new:], rtol=0, atol=4 * 37 * torch.finfo(torch.float64).eps)
+        actual = attend_cached(q[:, -new:], k, v)
+        torch.testing.assert_close(actual, exact[:, -new:], rtol=0, atol=4 * 37 * torch.finfo(torch.float64).eps)
 
 
 def test_blocks_refuse_shapes_that_do_not_fit():
@@ -154,7 +154,7 @@ def test_the_choice_of_a_backend(monkeypatch):
     for named in ("sdpa", "blocks"):
         assert choose(named, CPU, torch.float32, 512) == choose(named, GPU, torch.bfloat16, 512) == named
     for installed, expected in ((True, "flash"), (False, "sdpa")):
-        monkeypatch.setattr(attention.importlib.util, "find_spec", lambda _, found=installed: found or None)
+        monkeypatch.setattr(attention.importlib.util, "find_spec", lambda _, actual=installed: actual or None)
         assert choose("auto", GPU, torch.bfloat16, 512) == expected
         assert choose("auto", GPU, torch.float32, 512) == "sdpa"
         assert choose("flex", GPU, torch.bfloat16, 512) == "flex"
@@ -184,6 +184,6 @@ def test_attention_on_a_gpu(backend, masked):
     plain = with_gradients(lambda *qkv: written_out(*qkv, documents), q, k, v, grad, torch.bfloat16)
     on_gpu = [x.cuda() for x in (q, k, v, grad)]
     numbers = None if documents is None else documents.cuda()
-    found = with_gradients(lambda *qkv: attend(*qkv, backend, numbers), *on_gpu, torch.bfloat16)
-    for ours, theirs, expected in zip(found, plain, exact, strict=True):
+    actual = with_gradients(lambda *qkv: attend(*qkv, backend, numbers), *on_gpu, torch.bfloat16)
+    for ours, theirs, expected in zip(actual, plain, exact, strict=True):
         assert (ours.cpu() - expected).norm() <= 1.2 * (theirs - expected).norm()

@@ -130,10 +130,10 @@ def check_parity(decoder: Decoder, arm: str, tokens: Tensor) -> None:
         assert_equal_but_for_rounding(ours.grad, theirs.model.get_parameter(f"{name}.weight").grad)
 
 
-def assert_equal_but_for_rounding(found: Tensor, expected: Tensor) -> None:
+def assert_equal_but_for_rounding(actual: Tensor, expected: Tensor) -> None:
     """A thousand roundings of the largest element: what two orders of summation in a small model may differ by."""
-    scale = 1000 * torch.finfo(found.dtype).eps * expected.detach().abs().max().item()
-    torch.testing.assert_close(found, expected, rtol=0, atol=scale)
+    scale = 1000 * torch.finfo(actual.dtype).eps * expected.detach().abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=scale)
 
 
 @pytest.mark.parametrize("arm", ["swiglu", "relu2"])
@@ -201,9 +201,9 @@ def test_a_cache_gives_what_a_full_computation_gives(build, tokens, model, piece
     decoder = build("geglu", backend="blocks", **model).eval()
     cache = Cache(2)
     with torch.no_grad():
-        found = torch.cat([decoder(piece, None, cache) for piece in tokens.split(pieces, 1)], 1)
+        actual = torch.cat([decoder(piece, None, cache) for piece in tokens.split(pieces, 1)], 1)
         expected = decoder(tokens)
-    assert_equal_but_for_rounding(found, expected)
+    assert_equal_but_for_rounding(actual, expected)
     assert [keys.shape[1] for keys, _ in cache.layers] == [23, 23]
 
 

@@ -74,18 +74,18 @@ def test_local_tasks_measure_what_the_run_computes(make_run, tasks, capsys):
         scores = [log_likelihood(run, tokenizer.encode(text + choice), first) for choice in CHOICES]
         right += scores.index(max(scores)) == i % 3
     assert written["results"]["local_choice"]["acc,none"] == pytest.approx(right / len(DOCUMENTS))
-    said = capsys.readouterr().out
-    assert "local_choice" in said
-    assert f"{expected:.4f}" in said
-    assert str(path) in said
+    output = capsys.readouterr().out
+    assert "local_choice" in output
+    assert f"{expected:.4f}" in output
+    assert str(path) in output
 
 
 @pytest.mark.usefixtures("harness")
 def test_a_few_examples_of_a_task_and_a_file_of_ones_own(make_run, tasks, tmp_path):
-    words = ["limit=2", "num_fewshot=1", f"output={tmp_path / 'new' / 'results.json'}"]
+    arguments = ["limit=2", "num_fewshot=1", f"output={tmp_path / 'new' / 'results.json'}"]
     data = yaml.safe_load((tasks / "local_choice.yaml").read_text())
     (tasks / "local_choice.yaml").write_text(yaml.safe_dump(data | {"fewshot_split": "test"}))
-    main([f"run={make_run()}", "tasks=local_choice", f"include={tasks}", *words])
+    main([f"run={make_run()}", "tasks=local_choice", f"include={tasks}", *arguments])
     written = json.loads((tmp_path / "new" / "results.json").read_text())
     assert written["n-samples"]["local_choice"]["effective"] == 2
     assert written["n-shot"]["local_choice"] == written["num_fewshot"] == 1
@@ -93,7 +93,7 @@ def test_a_few_examples_of_a_task_and_a_file_of_ones_own(make_run, tasks, tmp_pa
 
 @pytest.mark.usefixtures("harness")
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         (["tasks=local_bit"], "unknown task 'local_bit': did you mean 'local_bits'?"),
         (["tasks=local_bits", "step=3"], "has no checkpoint of step 3"),
@@ -101,13 +101,13 @@ def test_a_few_examples_of_a_task_and_a_file_of_ones_own(make_run, tasks, tmp_pa
         (["tasks=local_bits", "include=nowhere"], "include=nowhere: there is no such folder"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(make_run, tasks, words, sentence):
+def test_what_cannot_be_evaluated_is_refused(make_run, tasks, arguments, sentence):
     data = yaml.safe_load((tasks / "local_bits.yaml").read_text())
     data |= {"task": "local_gone", "dataset_kwargs": {"data_files": {"test": str(tasks / "gone.jsonl")}}}
     (tasks / "local_gone.yaml").write_text(yaml.safe_dump(data))
     run = make_run()
     with pytest.raises(UserError) as caught:
-        main([f"run={run}", f"include={tasks}", *words])
+        main([f"run={run}", f"include={tasks}", *arguments])
     assert sentence in str(caught.value)
     assert not (run / "evaluations").exists()
 
@@ -123,7 +123,7 @@ def test_what_is_not_installed_is_named(make_run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         (["run=run"], "missing tasks=TASK,..., such as tasks=arc_easy,hellaswag"),
         (["tasks=a"], "missing run=NAME, the run to evaluate"),
@@ -133,16 +133,16 @@ def test_what_is_not_installed_is_named(make_run, monkeypatch):
         (["batch_size=0"], "batch_size=0: expected a whole number of at least 1"),
     ],
 )
-def test_bad_input_is_refused_in_a_sentence(words, sentence, tmp_path):
+def test_bad_input_is_refused_in_a_sentence(arguments, sentence, tmp_path):
     with pytest.raises(UserError) as caught:
-        main([*words, f"runs={tmp_path}"])
+        main([*arguments, f"runs={tmp_path}"])
     assert sentence in str(caught.value)
 
 
 def test_the_table_has_a_line_for_each_metric():
     metrics = {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.01, "em,strict": 0.25, "em_stderr,strict": "N/A"}
-    shown = table({"results": {"arc": metrics}, "n-shot": {"arc": 5}})
-    assert [list(column.cells) for column in shown.columns] == [
+    rows = table({"results": {"arc": metrics}, "n-shot": {"arc": 5}})
+    assert [list(column.cells) for column in rows.columns] == [
         ["arc", "arc"],
         ["5", "5"],
         ["acc", "em (strict)"],

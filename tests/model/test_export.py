@@ -65,8 +65,8 @@ def difference(model, run, tokens) -> float:
     """Return the largest difference of logits, as a share of the largest logit."""
     ours, _, _ = load_run(run)
     with torch.inference_mode():
-        expected, found = ours(tokens), model(tokens).logits
-    return float((found - expected).abs().max() / expected.abs().max())
+        expected, actual = ours(tokens), model(tokens).logits
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def test_the_table_names_every_arm(arm):
@@ -132,8 +132,8 @@ def test_it_writes_what_we_write(transformers, make_run, arm, tmp_path):
     for prompt in ("", "def f(x):\n    return"):
         with torch.inference_mode():
             expected = generate(lambda t, cache: ours(t, None, cache), Ids(ids), 2, prompt, 64, temperature=0.0)
-            found = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=64, do_sample=False)[0]
-        written = found.tolist()[1:]
+            actual = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=64, do_sample=False)[0]
+        written = actual.tolist()[1:]
         assert (written[:-1] if written[-1] == ids.eos_id else written) == expected
         assert len(expected) > len(ids.encode(prompt))
 
@@ -208,9 +208,9 @@ def test_learned_numbers_start_where_the_formula_says(make_run, modeling, tmp_pa
 def test_the_command_says_how_to_load_it(make_run, tmp_path, capsys):
     run = make_run("swish")
     main([f"run={run}", f"to={tmp_path / 'hf'}", "step=7", "dtype=bf16"])
-    said = capsys.readouterr().out
-    assert f"wrote {tmp_path / 'hf'}: a FormulaForCausalLM" in said
-    assert f"from_pretrained('{tmp_path / 'hf'}', trust_remote_code=True)" in said
+    output = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'hf'}: a FormulaForCausalLM" in output
+    assert f"from_pretrained('{tmp_path / 'hf'}', trust_remote_code=True)" in output
 
 
 def test_an_empty_folder_is_filled_and_a_full_one_refused(make_run, tmp_path):
@@ -269,10 +269,10 @@ def test_help_names_every_option():
 def test_the_configuration_is_in_the_words_of_transformers(make_run, tmp_path):
     run = make_run(n_kv_heads=1, rope_theta=500.0)
     export(run, tmp_path / "hf", dtype="bf16")
-    found = json.loads((tmp_path / "hf" / "config.json").read_text())
+    actual = json.loads((tmp_path / "hf" / "config.json").read_text())
     expected = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 1}
     expected |= {"rope_theta": 500.0, "hidden_act": "silu", "torch_dtype": "bfloat16", "vocab_size": 384}
-    assert found.items() >= expected.items()
-    assert found["bos_token_id"] == found["eos_token_id"] == 2
-    assert found["max_position_embeddings"] == yaml.safe_load((run / "config.yaml").read_text())["sequence_length"]
+    assert actual.items() >= expected.items()
+    assert actual["bos_token_id"] == actual["eos_token_id"] == 2
+    assert actual["max_position_embeddings"] == yaml.safe_load((run / "config.yaml").read_text())["sequence_length"]
     assert "modeling_formula.py" not in {path.name for path in (tmp_path / "hf").iterdir()}

@@ -55,9 +55,9 @@ def test_the_gradients_are_those_of_the_layer_written_out(arm, save):
     wanted = [x, *ffn.parameters()]
     weight = torch.randn(2, TOKENS, D, dtype=torch.float64)
     expected = torch.autograd.grad(written_out(ffn, x), wanted, weight)
-    found = torch.autograd.grad(ffn(x), wanted, weight)
+    actual = torch.autograd.grad(ffn(x), wanted, weight)
     torch.testing.assert_close(ffn(x), written_out(ffn, x), rtol=1e-12, atol=1e-13)
-    for mine, theirs in zip(found, expected, strict=True):
+    for mine, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)  # sums of up to 80 terms in another order
 
 

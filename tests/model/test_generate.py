@@ -74,17 +74,17 @@ def test_a_seed_gives_one_text_and_another_seed_another(model):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_cache_changes_nothing(model, temperature):
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def without_cache(tokens: Tensor, _) -> Tensor:
-        seen.append(tokens)
-        logits = model.decoder(torch.cat(seen, 1))
+        inputs.append(tokens)
+        logits = model.decoder(torch.cat(inputs, 1))
         logits[..., EOS] = -torch.inf
         return logits
 
     assert write(without_cache, temperature=temperature) == write(model, temperature=temperature)
-    assert [tokens.shape[1] for tokens in seen] == [3] + [1] * 11  # the end of a document, "ab", then one by one
-    assert seen[0].tolist() == [[EOS, 2, 3]]
+    assert [tokens.shape[1] for tokens in inputs] == [3] + [1] * 11  # the end of a document, "ab", then one by one
+    assert inputs[0].tolist() == [[EOS, 2, 3]]
 
 
 def test_temperature_0_takes_the_likeliest_and_ignores_the_seed():
@@ -157,13 +157,13 @@ def test_a_run_is_loaded_as_it_was_saved(run, build):
 
 
 def test_the_command_continues_a_prompt(run, capsys):
-    words = [f"runs={run.parent}", "run=tiny", "prompt=abc", "tokens=6", "seed=3"]
-    main(words)
+    arguments = [f"runs={run.parent}", "run=tiny", "prompt=abc", "tokens=6", "seed=3"]
+    main(arguments)
     first = capsys.readouterr().out
     assert first.startswith("abc")
-    main(words)
+    main(arguments)
     assert capsys.readouterr().out == first
-    main([*words, "step=10"])
+    main([*arguments, "step=10"])
     assert capsys.readouterr().out != first
 
 

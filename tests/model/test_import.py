@@ -40,9 +40,9 @@ OTHERS = {
 }
 
 
-def begin(source, runs, *words: str):
+def begin(source, runs, *arguments: str):
     """Import a folder as the run `new`, and return the run's folder."""
-    main([f"from={source}", "run=new", f"runs={runs}", "steps=5", "logger=none", *words])
+    main([f"from={source}", "run=new", f"runs={runs}", "steps=5", "logger=none", *arguments])
     return runs / "new"
 
 
@@ -52,15 +52,15 @@ def arms_of(run):
 
 
 def assert_same(before, after) -> None:
-    (ours, tokenizer, _), (found, tokenizer_found, state) = load_run(before), load_run(after)
-    for (name, expected), (other, parameter) in zip(ours.named_parameters(), found.named_parameters(), strict=True):
+    (ours, tokenizer, _), (actual, tokenizer_found, state) = load_run(before), load_run(after)
+    for (name, expected), (other, parameter) in zip(ours.named_parameters(), actual.named_parameters(), strict=True):
         assert name == other
         assert torch.equal(parameter, expected), name
     assert tokenizer_found.hash == state["tokenizer_hash"] == tokenizer.hash
     assert arms_of(after) == arms_of(before)
     tokens = torch.arange(40).view(1, 40)
     with torch.inference_mode():
-        assert torch.equal(ours(tokens), found(tokens))  # what is no weight is the same too: rope_theta, norm_eps
+        assert torch.equal(ours(tokens), actual(tokens))  # what is no weight is the same too: rope_theta, norm_eps
 
 
 def test_every_arm_comes_back_bit_for_bit(make_run, arm, tmp_path):
@@ -87,17 +87,17 @@ def test_a_tokenizer_of_hugging_face_comes_back(make_run, tmp_path):
     export(run, tmp_path / "hf")
     new = begin(tmp_path / "hf", tmp_path / "imported")
     assert_same(run, new)
-    found = from_yaml(new / "config.yaml").tokenizer
-    assert (found.kind, found.path) == ("huggingface", str(new / "tokenizer" / "tokenizer.json"))
+    actual = from_yaml(new / "config.yaml").tokenizer
+    assert (actual.kind, actual.path) == ("huggingface", str(new / "tokenizer" / "tokenizer.json"))
 
 
 def test_the_run_is_complete_and_its_command_goes_on(make_run, tmp_path, capsys):
     export(make_run("swish"), tmp_path / "hf")
     new = begin(tmp_path / "hf", tmp_path / "imported", "optim.lr=0.01", "model.z_loss=1e-4", "model=llama_60m")
     printed = capsys.readouterr().out.splitlines()
-    first, program, *words = shlex.split(printed[-1])
+    first, program, *arguments = shlex.split(printed[-1])
     assert (first, program) == ("deepspeed", "train.py")
-    assert load(words) == from_yaml(new / "config.yaml")
+    assert load(arguments) == from_yaml(new / "config.yaml")
     config = from_yaml(new / "config.yaml")
     assert (config.optim.lr, config.model.z_loss, config.model.d_model) == (0.01, 1e-4, 32)
     (line,) = (new / "metrics.jsonl").read_text().splitlines()
@@ -164,9 +164,9 @@ def test_a_folder_of_transformers_gives_its_logits(foreign, family, settings, fo
     ours, _, _ = load_run(new)
     tokens = torch.randint(128, (2, 21))
     with torch.inference_mode():
-        expected, found = model(tokens).logits, ours(tokens)
+        expected, actual = model(tokens).logits, ours(tokens)
     # fp32 sums in another order, as in test_export.py.
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
     if formula:
         assert from_yaml(new / "config.yaml").ffn.formula == formula
 
@@ -294,7 +294,7 @@ def test_a_run_that_exists_is_left_alone(make_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         (["run=x"], "missing from=FOLDER, the folder of the model"),
         (["from=hf"], "give the new run a name: run=NAME"),
@@ -305,11 +305,11 @@ def test_a_run_that_exists_is_left_alone(make_run, tmp_path):
         (["from=hf", "run=x/y"], "run='x/y' cannot name a folder"),
     ],
 )
-def test_bad_input_is_refused_in_a_sentence(make_run, words, sentence, tmp_path, monkeypatch):
+def test_bad_input_is_refused_in_a_sentence(make_run, arguments, sentence, tmp_path, monkeypatch):
     export(make_run(), tmp_path / "hf")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        main(words)
+        main(arguments)
     assert sentence in str(caught.value)
 
 

@@ -55,8 +55,8 @@ def test_rms_norm_errs_as_plain_operations_do(dtype, scale):
     weight = (1 + 0.3 * torch.randn(96)).bfloat16().double()
     exact = norm_results(scale * x, weight, grad, torch.float64, True)
     ours, plain = (norm_results(scale * x, weight, grad, dtype, written_out) for written_out in (False, True))
-    for found, other, expected, name in zip(ours, plain, exact, ("y", "dx", "dw"), strict=True):
-        assert (found - expected).norm() <= 2 * (other - expected).norm(), name
+    for actual, other, expected, name in zip(ours, plain, exact, ("y", "dx", "dw"), strict=True):
+        assert (actual - expected).norm() <= 2 * (other - expected).norm(), name
 
 
 def rotated(x: Tensor, theta: float, start: int) -> Tensor:
@@ -74,8 +74,8 @@ def rotated(x: Tensor, theta: float, start: int) -> Tensor:
 @pytest.mark.parametrize("theta", [10000.0, 500.0])
 def test_rotary_positions_are_complex_rotations(theta, start):
     x = torch.randn(2, 11, 3, 12, dtype=torch.float64)
-    for found in Rotary(12, theta)(x, x, start):
-        torch.testing.assert_close(found, rotated(x, theta, start), rtol=1e-12, atol=1e-12)
+    for actual in Rotary(12, theta)(x, x, start):
+        torch.testing.assert_close(actual, rotated(x, theta, start), rtol=1e-12, atol=1e-12)
 
 
 def test_the_gradient_of_the_rotation():
@@ -100,7 +100,7 @@ def test_tables_grow_and_keep_to_their_dtype():
     assert torch.equal(long[:, :4], short)
     for dtype in (torch.float32, torch.bfloat16):
         # The tables are made in float64: what is left is the rounding of the tables, of x and of the two products.
-        found, _ = rotary(x.to(dtype), x.to(dtype))
-        assert found.dtype == dtype
-        assert (found.double() - long).abs().max() <= 4 * torch.finfo(dtype).eps * x.abs().max()
+        actual, _ = rotary(x.to(dtype), x.to(dtype))
+        assert actual.dtype == dtype
+        assert (actual.double() - long).abs().max() <= 4 * torch.finfo(dtype).eps * x.abs().max()
     assert not list(rotary.state_dict())

@@ -56,8 +56,8 @@ def test_each_is_what_transformers_computes(transformers, hidden_act):
     ],
 )
 def test_a_formula_is_recognised_by_its_structure(formula, parameters, expected):
-    found = recognise(parse(formula, parameters))
-    assert (found and found[0]) == expected
+    actual = recognise(parse(formula, parameters))
+    assert (actual and actual[0]) == expected
 
 
 def test_what_it_learns_is_mapped_by_its_place():

@@ -39,10 +39,10 @@ def results(
     return [x.detach().double() for x in (objective, nats, leaves[0].grad, leaves[1].grad)]
 
 
-def assert_equal_but_for_rounding(found: list[Tensor], exact: list[Tensor], logits: Tensor) -> None:
+def assert_equal_but_for_rounding(actual: list[Tensor], exact: list[Tensor], logits: Tensor) -> None:
     """A rounding a term of each sum, and the one of a logit that becomes a relative error of its probability."""
     roundings = 4 * (WORDS + TOKENS + logits.abs().max().item())
-    for ours, expected in zip(found, exact, strict=True):
+    for ours, expected in zip(actual, exact, strict=True):
         bound = roundings * torch.finfo(torch.float64).eps * max(1.0, expected.abs().max().item())
         torch.testing.assert_close(ours, expected, rtol=0, atol=bound)
 
@@ -77,13 +77,13 @@ def test_values_and_gradients(monkeypatch, case, rows):
     for dtype in (torch.float32, torch.bfloat16):
         ours = results(linear_cross_entropy, hidden, weight, targets, dtype, **more)
         theirs = results(written_out, hidden, weight, targets, dtype, **more)
-        for found, other, expected, name in zip(ours, theirs, exact, ("objective", "nats", "dh", "dw"), strict=True):
+        for actual, other, expected, name in zip(ours, theirs, exact, ("objective", "nats", "dh", "dw"), strict=True):
             # On top, the rounding of the sums, which are fp32, and of the result.
             precise = TOKENS * torch.finfo(torch.float32).eps * expected.norm()
             bound = (
                 1.2 * (other - expected).norm() + precise + (name[0] == "d") * torch.finfo(dtype).eps * expected.norm()
             )
-            assert (found - expected).norm() <= bound, (name, dtype)
+            assert (actual - expected).norm() <= bound, (name, dtype)
 
 
 def test_the_gradient_is_that_of_the_value():

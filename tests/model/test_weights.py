@@ -218,8 +218,8 @@ def test_the_newest_intact_checkpoint_is_found(decoder, write_checkpoint, tmp_pa
     assert newest_intact(tmp_path) == (paths[123456789], [])
     (paths[123456789] / "state.json").unlink()
     (paths[100] / "rank_00000.safetensors").write_bytes(b"")
-    found, passed_over = newest_intact(tmp_path)
-    assert found == paths[20]
+    actual, passed_over = newest_intact(tmp_path)
+    assert actual == paths[20]
     assert [str(paths[step]) in line for step, line in zip((123456789, 100), passed_over, strict=True)] == [True, True]
     assert "state.json is missing" in passed_over[0]
     for step in (5, 20):
