@@ -36,7 +36,7 @@ class Plain:
 
 @pytest.fixture(scope="session")
 def plain(trained):
-    """A function that trains with plain PyTorch in a dtype."""
+    """A function that trains with plain PyTorch in a dtype; in bf16 an fp32 copy of the weights takes the steps."""
 
     @functools.cache
     def train(dtype: torch.dtype) -> Plain:
@@ -45,8 +45,9 @@ def plain(trained):
         shape = shape_of(config, dataset.vocab_size)
         model = Decoder(shape, config.model, "sdpa").to(dtype)
         initialise(model, shape, config.seed)
-        decayed = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim == 1]
+        masters = [p.detach().float() if dtype == torch.bfloat16 else p for p in model.parameters()]
+        decayed = [p for p in masters if p.ndim > 1]
+        others = [p for p in masters if p.ndim == 1]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
         stream = BatchStream(dataset, config.sequence_length, config.data_seed)
@@ -57,11 +58,18 @@ def plain(trained):
             logits = model(tokens[:, :-1])
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
             loss.backward()
-            result.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+            for master, parameter in zip(masters, model.parameters(), strict=True):
+                if master is not parameter:
+                    assert parameter.grad is not None
+                    master.grad, parameter.grad = parameter.grad.float(), None
+            result.norms.append(float(torch.nn.utils.clip_grad_norm_(masters, 0.5)))
             for group in optimizer.param_groups:
                 group["lr"] = 0.01 * lr_scale(config.schedule, step, config.steps)
             optimizer.step()
             optimizer.zero_grad()
+            with torch.no_grad():
+                for master, parameter in zip(masters, model.parameters(), strict=True):
+                    parameter.copy_(master)
             result.losses.append(float(loss.detach()))
             result.order = (result.order + sample_hash(8 * step, rows)) % 2**64
         return result
@@ -111,7 +119,9 @@ def test_bf16_on_two_ranks_is_within_the_noise_of_bf16(trained, plain, zero, acc
     for name in ("losses", "norms"):
         reference = getattr(plain(torch.float32), name)
         noise = worst(getattr(one, name), reference)
-        assert 1e-5 < noise < 0.02  # the noise of bf16 (8 bits), and no more
+        # As far from fp32 as plain PyTorch in bf16 is on this CPU: two draws of one noise, each the largest of ten steps
+        # that build on each other (measured: 0.1 and 1.9 times as far, losses and norms).
+        assert 1e-5 < noise < 3 * worst(getattr(plain(torch.bfloat16), name), reference)
         assert worst(getattr(two, name), getattr(one, name)) < 2 * noise  # both have that noise
     assert two.order == one.order
 
