@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -135,6 +136,13 @@ class ShardedParameter(nn.Parameter):
         self.shard_spec = spec
         # DeepSpeed reads this: its gradient norm counts such parameters on every tensor rank, and all others once.
         self.tensor_model_parallel = tensor_parallel > 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedParameter:
+        # nn.Parameter's own calls the class with its own two arguments.
+        if id(self) not in memo:
+            copy = type(self)(self.detach().clone(), self.shard_spec, 2 if self.tensor_model_parallel else 1)
+            memo[id(self)] = copy.requires_grad_(self.requires_grad)
+        return memo[id(self)]
 
 
 def shard_parameter(mesh: Mesh, full_shape: Sequence[int], dim: int, sections: Sequence[int] = ()) -> ShardedParameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -240,3 +241,18 @@ def test_reading_executes_nothing_and_needs_no_pickle(checkpoint):
         with safe_open(path, framework="pt") as file:
             assert all(file.get_tensor(name).dtype == torch.float32 for name in file.keys())  # noqa: SIM118
     assert not [path for path in checkpoint.iterdir() if path.suffix not in (".safetensors", ".json")]
+
+
+def test_a_copied_parameter_is_sharded_alike():
+    for size in (1, 2):
+        parameter = shard_parameter(Mesh(tensor=Axis(0, size)), (4, 3), 0)
+        parameter.requires_grad_(False)
+        model = torch.nn.Module()
+        model.first = model.second = parameter
+        copied = copy.deepcopy(model)
+        assert copied.first is copied.second
+        assert copied.first is not parameter
+        assert shard_spec(copied.first) == ShardSpec(0, (4,))
+        assert copied.first.tensor_model_parallel == (size > 1)
+        assert not copied.first.requires_grad
+        assert full_shape(copied.first, size) == (4, 3)
