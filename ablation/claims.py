@@ -115,7 +115,7 @@ def read_claims(path: Path = DATA) -> list[Claim]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class Evidence:
     """The result of a plan's runs on a claim at one size, or at two where sizes are compared."""
 
     results: Results
@@ -149,7 +149,7 @@ class Answer:
     """A claim with all findings on it."""
 
     claim: Claim
-    findings: list[Finding]
+    findings: list[Evidence]
     plans_given: bool
 
     @property
@@ -184,7 +184,7 @@ class Answer:
         return f"the arms ({', '.join(arms)})"
 
 
-def _reasons(findings: list[Finding]) -> str:
+def _reasons(findings: list[Evidence]) -> str:
     where: dict[str, list[str]] = {}
     for finding in findings:
         where.setdefault(finding.why, []).append(finding.where)
@@ -201,7 +201,7 @@ def judge(claims: Iterable[Claim], plans: Sequence[Results]) -> list[Answer]:
     ]
 
 
-def _findings(claim: Claim, results: Results) -> Iterator[Finding]:
+def _findings(claim: Claim, results: Results) -> Iterator[Evidence]:
     """Yield a finding for every size of a plan that has a pair of arms for each criterion."""
     for sizes in _testable_sizes(claim, results):
         premises = [_decide(criterion, results, sizes) for criterion in claim.given]
@@ -210,7 +210,7 @@ def _findings(claim: Claim, results: Results) -> Iterator[Finding]:
         decisions = [*premises, *tests]
         details = [line for decision in decisions for line in decision.details]
         runs = list(dict.fromkeys(run for decision in decisions for run in decision.runs))
-        yield Finding(results, sizes, state, why, details, runs)
+        yield Evidence(results, sizes, state, why, details, runs)
 
 
 def _testable_sizes(claim: Claim, results: Results) -> list[tuple[str, ...]]:
@@ -226,7 +226,7 @@ def _testable_sizes(claim: Claim, results: Results) -> list[tuple[str, ...]]:
 
 
 def _combine(premises: list[_Decision], tests: list[_Decision]) -> tuple[str, str]:
-    """Return the state of a claim at a size, and `Finding.why`."""
+    """Return the state of a claim at a size, and `Evidence.why`."""
     for premise in premises:
         if premise.state != SUPPORTED:
             return OPEN, premise.why or f"its premise does not hold here: {'; '.join(premise.details)}"
@@ -245,7 +245,7 @@ class _Decision:
     """The result of one criterion."""
 
     state: str
-    why: str  # as `Finding.why`
+    why: str  # as `Evidence.why`
     details: list[str]
     runs: list[str]
 

@@ -31,7 +31,7 @@ class Efficiency:
 
 
 @dataclasses.dataclass(frozen=True)
-class Curve:
+class LossCurve:
     """Held-out loss over tokens of an arm's compared runs. Evaluations within a run may use a part of the held-out text."""
 
     tokens: np.ndarray  # (points,)
@@ -50,14 +50,14 @@ class Curve:
         return self.tokens / self.tokens_per_second
 
 
-def curve(results: Results, size: str, arm: str) -> Curve | None:
+def curve(results: Results, size: str, arm: str) -> LossCurve | None:
     """Return the curve of an arm over the seeds that did not diverge, at their common tokens; None if there are none."""
     runs = [run for run in results.final_runs(size, arm) if math.isfinite(run.outcome.loss)]
     tokens, losses = align([run.curve() for run in runs])
     if not len(tokens):
         return None
     final = float(np.mean([run.outcome.loss for run in runs]))
-    return Curve(tokens, losses, final, float(np.median([run.tokens_per_second for run in runs])))
+    return LossCurve(tokens, losses, final, float(np.median([run.tokens_per_second for run in runs])))
 
 
 def align(series: Sequence[Mapping[int, Any]]) -> tuple[np.ndarray, np.ndarray]:

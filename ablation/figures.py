@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
 
-from ablation.efficiency import Curve, align, curve, efficiency
+from ablation.efficiency import LossCurve, align, curve, efficiency
 from ablation.results import Results
 from ablation.statistics import Verdict, rank_stability
 from kernels.common.files import atomic_write
@@ -397,7 +397,7 @@ def colour_of(results: Results, arm: str) -> tuple[str, str]:
     return _COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)]
 
 
-def _curves(results: Results) -> dict[str, dict[str, Curve]]:
+def _curves(results: Results) -> dict[str, dict[str, LossCurve]]:
     by_size = {}
     for size in results.sizes:
         by_arm = {arm: c for arm in results.arms(size) if (c := curve(results, size, arm)) is not None}

@@ -41,7 +41,7 @@ class Manifest:
     cost: dict[str, dict[str, dict[str, Any]]]
 
     def learned(self, size: str, arm: str) -> dict[str, Any]:
-        """Return `plan.Arm.learned`."""
+        """Return `plan.ResolvedArm.learned`."""
         return self.shared | self.arms[size][arm]
 
     def learning_rates(self, size: str, arm: str) -> list[float]:

@@ -50,7 +50,7 @@ class PlannedRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class Arm:
+class ResolvedArm:
     """An arm at one size, resolved."""
 
     overrides: tuple[str, ...]  # for train.py, without learning rate and seed
@@ -77,7 +77,7 @@ class Plan:
     """A plan, resolved."""
 
     config: AblationConfig
-    arms: dict[str, dict[str, Arm]]  # by size, then by arm
+    arms: dict[str, dict[str, ResolvedArm]]  # by size, then by arm
     warnings: tuple[str, ...]
 
     @property
@@ -195,7 +195,7 @@ def resolve(config: AblationConfig, overrides: Sequence[str] = (), seconds: Step
     }
     _check(config, arms)
     arm_overrides = {arm: _overrides_of_arm(text, arm, config.common) for arm, text in arms.items()}
-    resolved: dict[str, dict[str, Arm]] = {}
+    resolved: dict[str, dict[str, ResolvedArm]] = {}
     warnings: list[str] = []
     for size, size_overrides in sizes.items():
         of_arms = {arm: (*size_overrides, *own, *config.common) for arm, own in arm_overrides.items()}
@@ -207,7 +207,7 @@ def resolve(config: AblationConfig, overrides: Sequence[str] = (), seconds: Step
 
 def _resolve_size(
     config: AblationConfig, size: str, overrides: Mapping[str, tuple[str, ...]], seconds: StepSeconds | None
-) -> tuple[dict[str, Arm], list[str]]:
+) -> tuple[dict[str, ResolvedArm], list[str]]:
     """Return the arms of a size, and warnings about their widths."""
     configs = {arm: _load(of_arm, arm, size) for arm, of_arm in overrides.items()}
     _refuse_duplicates(f"{size}: the arms", configs)
@@ -231,7 +231,7 @@ def _resolve_size(
             check_divisibility(shape, of_arm.parallel)
         flops = sum(flops_per_token(shape, of_arm.sequence_length).values())
         saved = sum(map(ffn_saved_bytes, shape.ffn))
-        arms[arm] = Arm(overrides[arm], of_arm, batches[arm], widths[arm], flops, saved)
+        arms[arm] = ResolvedArm(overrides[arm], of_arm, batches[arm], widths[arm], flops, saved)
     return arms, warnings
 
 

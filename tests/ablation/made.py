@@ -19,7 +19,7 @@ from launch.estimate.counts import parameters, shape_of
 
 LAYERS = 4
 VOCABULARY = 4096
-EASIER = 0.15  # nats a token that the part of the held-out text in evaluations within a run has less than all of it
+EASIER = 0.15  # nats per token that the part of the held-out text in evaluations within a run has less than all of it
 PER_LAYER = {  # name: (first layer, last layer, how it grows over the run)
     "zeros": (0.4, 0.6, 0.1), "saturated": (0.1, 0.3, 0.2), "slope": (0.6, 0.4, 0.0), "mean": (0.1, 0.2, 0.0),
     "rms": (0.5, 0.8, 0.3), "max": (8.0, 20.0, 10.0), "mean_over_std": (0.3, 0.6, 0.0), "kurtosis": (5.0, 40.0, 20.0),
