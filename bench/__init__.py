@@ -4,6 +4,7 @@ train.py        tokens per second of training, against Transformers' Llama
 activations.py  the activation kernels on a CPU, against eager PyTorch and torch.compile
 fused.py        RMSNorm and rotary embedding, against plain PyTorch
 conformance.py  errors of the kernels against float64 (edge_cases.py: NaN, inf, odd widths, strides)
+patch.py        Transformers' models with fused feed-forward layers, against unpatched ones
 overhead.py     a step under ZeRO, against a plain loop
 memory.py       bytes per rank under ZeRO and tensor parallelism, against the formula
 estimate.py     `launch.estimate`, against measured memory and published step times
@@ -12,5 +13,5 @@ faults.py       a plan under SIGKILL
 gpu.py          checks and times of the Triton kernels on a GPU (gpu.sh runs it, gpu_page.py makes its page)
 sm90.py         the Triton kernels compiled for Hopper, without a GPU
 
-formulas.py, huggingface.py, ranks.py and traffic.py serve these and the tests.
+formulas.py, huggingface.py, ranks.py, tiny_models.py and traffic.py serve these and the tests.
 """

@@ -253,7 +253,7 @@ def _time_table() -> str:
     lines = [
         "\n## Step times on H100s\n",
         f"Fitted to these rows: matrix products at {GEMM_EFFICIENCY:g} of peak, collectives at {NETWORK_EFFICIENCY:g} of the",
-        "data sheet's rate. MFU is quoted as its sources do, with attention's whole square. `without latency`: how far off",
+        "data sheet's rate. MFU counts attention's full square, as the sources do. `without latency`: how far off",
         "the model would be if a hop in a ring took no time; it takes 2 µs, a common value, not fitted.\n",
         "| run | published | model | off by | without latency |",
         "|---|---|---|---|---|",
