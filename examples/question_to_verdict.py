@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
     )
     run("ablation.report", str(folder / "smoke"))
     print(
-        "\nThat is the verdict of 40,000 tokens, three seeds and a model of some 100,000 parameters: it shows the machinery,\n"
+        "\nThat is the verdict of 40,000 tokens, three seeds and a model of some 150,000 parameters: it shows the machinery,\n"
         "not the activations. The same plan at a size that means more: python -m ablation.run ablation=glu_variants"
     )
 
