@@ -7,8 +7,8 @@ Autograd keeps what every operation reads: of a gated layer in plain PyTorch, fo
 function spans the layer. Between forward and backward it keeps its input and the pre-activations (two tensors, one if ungated),
 and backward recomputes h from them, in the pass that computes their gradient.
 
-This module holds the layer and the function that runs it. The activation lives in `activation/`; `patch.py` puts this function
-into the layers of other models.
+This module holds the layer and the function that runs it. The activation lives in `activations/`; `huggingface/` puts this
+function into the layers of Transformers' models.
 
 Shapes: N tokens (all leading dimensions of x together), D d_model, F d_ff.
 """

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import activation
+from ..activations.activation import Activation
 from ..mlp import is_direct, new_learned, run_mlp
 from .layers import (
     LEARNED,
@@ -103,34 +104,46 @@ def patch(
     done, plans = Patched(), {}
     given = None if formula is None else activation(formula, parameters, backend)
     for name, module in model.named_modules():
-        layout = layout_of(module)
         try:
-            if layout is None:
-                check_unknown(module)
-                continue
-            if "forward" in module.__dict__ and not is_patched(module):
-                raise PatchError("its forward was already replaced")
-            own = own_activation(module, layout, backend)
-            check_twin(module, layout, own)
-            plans[name] = module, layout, own if given is None else replaced(module, layout, given)
+            if (plan := _plan(module, given, backend)) is not None:
+                plans[name] = (module, *plan)
         except PatchError as error:
             done.skipped[name or type(module).__name__] = f"{type(module).__name__}: {error}"
-    if done.skipped and strict:
-        raise PatchError(
-            f"not fused: {_grouped(done.skipped)}. The model is unchanged; strict=False takes the other layers"
-        )
-    if not plans:
-        raise PatchError(
-            f"{type(model).__name__} has no feed-forward layer that is known: one has gate_proj, up_proj and down_proj, "
-            "gate_up_proj and down_proj, or up_proj and down_proj"
-            + (f". {_grouped(done.skipped)}" if done.skipped else "")
-        )
+    _refuse(model, done.skipped, strict, nothing=not plans)
     for name, (module, layout, source) in plans.items():
         _bind(module, layout, source)
         done.layers[name] = source.function.formula.text
         if not all(is_direct(child) for child in layout.projections(module) if child is not None):
             done.by_modules.append(name)
     return done
+
+
+def _plan(module: nn.Module, given: Activation | None, backend: str) -> tuple[Layout, Source] | None:
+    """Return how to fuse a module; None if it is no feed-forward layer.
+
+    Raises:
+        PatchError: it is one that is not known.
+    """
+    layout = layout_of(module)
+    if layout is None:
+        check_unknown(module)
+        return None
+    if "forward" in module.__dict__ and not is_patched(module):
+        raise PatchError("its forward was already replaced")
+    own = own_activation(module, layout, backend)
+    check_twin(module, layout, own)
+    return layout, own if given is None else replaced(module, layout, given)
+
+
+def _refuse(model: nn.Module, skipped: Mapping[str, str], strict: bool, nothing: bool) -> None:
+    """Raise PatchError if a layer was skipped under `strict`, or if there is nothing to fuse."""
+    if skipped and strict:
+        raise PatchError(f"not fused: {_grouped(skipped)}. The model is unchanged; strict=False takes the other layers")
+    if nothing:
+        raise PatchError(
+            f"{type(model).__name__} has no feed-forward layer that is known: one has gate_proj, up_proj and down_proj, "
+            "gate_up_proj and down_proj, or up_proj and down_proj" + (f". {_grouped(skipped)}" if skipped else "")
+        )
 
 
 def unpatch(model: nn.Module) -> int:
