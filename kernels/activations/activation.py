@@ -1,4 +1,4 @@
-"""The differentiable function that a formula describes, over whichever backend computes it."""
+"""The differentiable function of a formula: argument checks, choice of the backend, autograd."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..tensors import is_plain
 from . import reference
 from .telemetry import BatchStats
 
-# Of the operators in `ops.py`; this room may be imported under two names, and each registers its own.
+# Namespace of the operators in `ops.py`. The package may be imported under two names, and each registers its own operators.
 NAMESPACE = __name__.partition(".")[0]
 
 
@@ -30,14 +30,20 @@ class Activation:
     def __init__(self, formula: Formula, backend: str) -> None:
         self.formula, self.backend = formula, backend
         learned = {name: {"init": p.init, "share": p.share} for name, p in formula.learned.items()}
-        self.key = json.dumps([formula.text, {**formula.fixed, **learned}, backend])  # what an operator is called with
+        # Identifies this activation among the arguments of an operator.
+        self.key = json.dumps([formula.text, {**formula.fixed, **learned}, backend])
 
     @functools.cached_property
     def compiled(self) -> Compiled:
         return compile_formula(self.formula)
 
     def __call__(self, pre: Tensor, **learned: Tensor) -> Tensor:
-        """Compute h (..., d_ff) of `pre`, which is (..., d_ff), or (..., 2, d_ff) for a gated formula (gate first)."""
+        """Return h (..., d_ff) of `pre`, which is (..., d_ff), or (..., 2, d_ff) for a gated formula (gate first).
+
+        Raises:
+            ValueError: a tensor of another shape, or one that the backend does not support.
+            TypeError: a keyword is missing or unknown, or `pre` is not floating-point.
+        """
         self.check(pre)
         if learned.keys() != self.formula.learned.keys():
             raise TypeError(f"{self!r} takes {list(self.formula.learned)} as keywords, not {list(learned)}")
@@ -46,7 +52,7 @@ class Activation:
         return _Elementwise.apply(self, pre, *(learned[name] for name in self.formula.learned))
 
     def check(self, pre: Tensor) -> None:
-        """Refuse pre-activations of another shape or kind than the formula's.
+        """Refuse pre-activations whose shape or dtype does not fit the formula.
 
         Raises:
             ValueError: a gated formula without an axis of 2.
@@ -57,20 +63,23 @@ class Activation:
         if not pre.is_floating_point():
             raise TypeError(f"pre-activations are floating-point numbers, not {pre.dtype}")
 
-    def prepare(self, device: torch.device, dtype: torch.dtype, statistics: bool = False) -> None:
-        """Differentiate the formula and build its kernels now, not at the first call; those with statistics if asked.
+    def prepare(self, device: torch.device, dtype: torch.dtype, with_stats: bool = False) -> None:
+        """Differentiate the formula and build its kernels now rather than at the first call.
+
+        Args:
+            with_stats: also build the kernel of `forward_with_stats`.
 
         Raises:
             FormulaError: it overflows where its value is moderate.
             ValueError: the backend cannot compute this dtype on this device.
         """
         assert self.compiled
-        nothing = torch.empty((0, 2, 0) if self.formula.gated else (0, 0), dtype=dtype, device=device)
-        backend = self._backend(nothing)
-        if statistics:
+        empty = torch.empty((0, 2, 0) if self.formula.gated else (0, 0), dtype=dtype, device=device)
+        backend = self._backend(empty)
+        if with_stats:
             sizes = (0 if parameter.share == "channel" else 1 for parameter in self.formula.learned.values())
             learned = [torch.zeros(size, device=device) for size in sizes]
-            backend.forward_with_stats(self.compiled, nothing, learned)
+            backend.forward_with_stats(self.compiled, empty, learned)
 
     def forward(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """Compute h without recording a gradient; `learned` in the formula's order."""
@@ -79,7 +88,7 @@ class Activation:
         return _operators().forward(pre, list(learned), self.key)
 
     def forward_with_stats(self, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, BatchStats]:
-        """`forward`, the same to the last bit, and what the kernel saw on the way: see `kernels/activations/telemetry.py`.
+        """Return h, equal to that of `forward` to the last bit, and its statistics (`telemetry.py`).
 
         Raises:
             TypeError: tensors that torch.compile traces, or that have no data of their own.
@@ -95,7 +104,7 @@ class Activation:
         """Compute the gradients of `pre` and of `learned` from that of h, all in one pass.
 
         Returns:
-            The gradient of `pre` in one packed buffer, h again if asked for, and the gradient of each learned parameter.
+            The gradient of `pre`, of its shape; h if `with_h`; and the gradient of each learned parameter.
         """
         if is_plain(pre):
             return self.compute_backward(pre, dh, learned, with_h)
@@ -103,19 +112,19 @@ class Activation:
         return dpre, rest.pop(0) if with_h else None, rest
 
     def backward_from_output(self, h: Tensor, dh: Tensor) -> Tensor:
-        """Compute the gradient of the pre-activation from the output; for formulas that were given `from_output`."""
+        """Compute the gradient of the pre-activation from the output; for formulas with a `from_output`."""
         self._check_memory(h, dh, ())
         return self._backend(h).backward_from_output(self.compiled, h.contiguous(), dh.contiguous())
 
     def compute(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
-        """`forward`, by the backend itself."""
+        """Compute `forward` of plain tensors, without the operator."""
         self._check_forward(pre, learned)
         return self._backend(pre).forward(self.compiled, pre.contiguous(), learned)
 
     def compute_backward(
         self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """`backward`, by the backend itself."""
+        """Compute `backward` of plain tensors, without the operator."""
         self.check(pre)
         self._check_memory(pre[..., 0, :] if self.formula.gated else pre, dh, learned)
         return self._backend(pre).backward(self.compiled, pre.contiguous(), dh.contiguous(), learned, with_h)
@@ -125,7 +134,7 @@ class Activation:
         self._check_memory(pre[..., 0, :] if self.formula.gated else pre, None, learned)
 
     def _check_memory(self, h: Tensor, dh: Tensor | None, learned: Sequence[Tensor]) -> None:
-        """Refuse what would let a kernel read or write beyond a tensor, or take its bytes for another type.
+        """Refuse tensors with which a kernel would read or write out of bounds, or misread a dtype.
 
         Args:
             h: the output, or anything of its shape, dtype and device.
@@ -139,17 +148,17 @@ class Activation:
                 f"and h is {tuple(h.shape)} {h.dtype} on {h.device}"
             )
         if len(learned) != len(self.formula.learned):
-            raise ValueError(f"{self!r} learns {list(self.formula.learned)}, and {len(learned)} tensors were given")
+            raise ValueError(f"{self!r} learns {list(self.formula.learned)}, but {len(learned)} tensors were given")
         for (name, parameter), tensor in zip(self.formula.learned.items(), learned, strict=True):
             size = h.shape[-1] if parameter.share == "channel" else 1
             if tuple(tensor.shape) != (size,) or tensor.device != h.device:
                 raise ValueError(
-                    f"the parameter {name!r}, one a {parameter.share}, is ({size},) on {h.device}, "
+                    f"the parameter {name!r}, one per {parameter.share}, must be ({size},) on {h.device}, "
                     f"not {tuple(tensor.shape)} on {tensor.device}"
                 )
 
     def _backend(self, pre: Tensor) -> Any:
-        """Return what computes tensors like `pre`: something with the two functions of `reference`."""
+        """Return the backend for tensors like `pre`: the functions of `reference`, or an object with the same methods."""
         if self.backend == "reference":
             return reference
         if self.backend == "triton" or (self.backend == "auto" and pre.is_cuda):
@@ -181,7 +190,7 @@ class Activation:
 
 
 class _Elementwise(torch.autograd.Function):
-    """The activation alone: keeps the pre-activations, and computes all gradients from them in one pass."""
+    """The activation as an autograd function: saves the pre-activations, computes all gradients from them in one pass."""
 
     @staticmethod
     def forward(ctx: Any, activation: Activation, pre: Tensor, *learned: Tensor) -> Tensor:
@@ -191,7 +200,7 @@ class _Elementwise(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         pre, *learned = ctx.saved_tensors
         dpre, _, dlearned = ctx.activation.backward(pre, dh, learned)
         return None, dpre, *(d.to(p.dtype) for d, p in zip(dlearned, learned, strict=True))

@@ -1,6 +1,6 @@
-"""A formula as it is written by hand in plain torch: one operation after the other, in the dtype of the tensors.
+"""A formula as hand-written plain torch: one operation after the other in the dtype of the tensors, differentiated by autograd.
 
-What the fused kernels are compared with, in error, speed and memory; no backend. Differentiation is autograd's.
+The baseline of the fused kernels in error, speed and memory; not a backend.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _value(node: Node, values: Mapping[str, Value], dtype: torch.dtype) -> Value
 def _where(dtype: torch.dtype, condition: Value, then: Value, otherwise: Value) -> Value:
     if not isinstance(condition, Tensor):
         return then if condition else otherwise
-    if not isinstance(then, Tensor) and not isinstance(otherwise, Tensor):  # of numbers, torch.where makes fp32
+    if not isinstance(then, Tensor) and not isinstance(otherwise, Tensor):  # of two numbers torch.where returns fp32
         return torch.where(condition, then, otherwise).to(dtype)
     return torch.where(condition, then, otherwise)
 
@@ -68,7 +68,7 @@ _OPERATORS: dict[str, Callable[..., Value]] = {
     ">=": operator.ge,
 }
 _FUNCTIONS: dict[str, Callable[..., Value]] = {
-    name: implementation(written, torch)
+    name: implementation(eager, torch)
     for name, f in REGISTRY.items()
-    if f.in_grammar and (written := f.eager or f.torch) is not None
+    if f.in_grammar and (eager := f.eager or f.torch) is not None
 }

@@ -1,7 +1,7 @@
-"""What can be said about an activation before it is trained: its cost, its shape, and what it does to normal pre-activations.
+"""Static properties of an activation: cost, memory, the shape of its curve, and moments under normal pre-activations.
 
-Values are computed in float64. "Sampled" is over |pre-activation| <= 10 in steps of 1/1024 (1/16 for pairs of gate and up);
-learned parameters stand at their start. No printing here (`show.py`).
+All values are computed in float64 on a grid of |pre-activation| <= 10 with a step of 1/1024 (1/16 for pairs of gate and up),
+with learned parameters at their initial values. `show.py` prints them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,21 @@ from .telemetry import SATURATED
 REACH = 10.0
 _STEP = 1 / 1024
 _COST = {
-    **dict.fromkeys(("add", "sub", "mul", "neg"), "add or multiply"),
-    **dict.fromkeys(("gt", "ge", "select", "keep_nan"), "compare or select"),
+    "add": "add or multiply",
+    "sub": "add or multiply",
+    "mul": "add or multiply",
+    "neg": "add or multiply",
+    "gt": "compare or select",
+    "ge": "compare or select",
+    "select": "compare or select",
+    "keep_nan": "compare or select",
     "div": "divide or root",
     **{name: function.cost for name, function in REGISTRY.items() if function.operation},
 }
 
 
 def cost(program: Program) -> Counter[str]:
-    """Count operations per element by class."""
+    """Return the number of operations per element by class of cost."""
     classes: Counter[str] = Counter()
     for operation, count in program.count().items():
         classes[_COST[operation]] += count
@@ -41,9 +47,9 @@ def cost(program: Program) -> Counter[str]:
 
 
 def bytes_moved(formula: Formula, itemsize: int = 2) -> dict[str, int]:
-    """Return bytes an element of h that a fused kernel reads and writes.
+    """Return the bytes per element of h that a fused kernel reads and writes.
 
-    Forward reads the pre-activations and writes h; backward reads them and dh and writes their gradients, and h where asked.
+    Forward reads the pre-activations and writes h. Backward reads them and dh, and writes their gradients and optionally h.
     """
     streams = len(formula.pre_activations)
     forward, backward = (streams + 1) * itemsize, (2 * streams + 1) * itemsize
@@ -51,38 +57,44 @@ def bytes_moved(formula: Formula, itemsize: int = 2) -> dict[str, int]:
 
 
 def saved_by_eager(formula: Formula, itemsize: int = 2) -> tuple[int, int]:
-    """Return bytes an element that plain torch keeps for backward: without h, and with h, which the down projection keeps."""
+    """Return the bytes per element of h that plain torch saves for backward, without and with h.
+
+    The down projection saves h, whatever computes the activation.
+    """
     width, dtype = 4096, {2: torch.bfloat16, 4: torch.float32}[itemsize]
     pre = torch.randn((1, 2, width) if formula.gated else (1, width), dtype=dtype).requires_grad_()
     learned = {name: torch.full((1,), p.init, requires_grad=True) for name, p in formula.learned.items()}
-    kept: dict[int, int] = {}
+    nbytes: dict[int, int] = {}  # by address of the storage
+    alive: list[Tensor] = []  # the address of a freed storage could be used again
 
-    def keep(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor:
+        alive.append(tensor)
         if tensor.numel() >= width // 8:  # no scalars
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            nbytes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    alive = []  # a storage that is freed could give its address to the next
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (alive.append(t), keep(t))[1], lambda t: t):
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         h = plain(formula)(pre, **learned)
-    own = h.untyped_storage()
-    without = {address: size for address, size in kept.items() if address != own.data_ptr()}
-    total = without | {own.data_ptr(): own.nbytes()}
-    return round(sum(without.values()) / width), round(sum(total.values()) / width)
+    storage = h.untyped_storage()
+    without_h = sum(size for address, size in nbytes.items() if address != storage.data_ptr())
+    return round(without_h / width), round((without_h + storage.nbytes()) / width)
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """h along one pre-activation (the other one, if any, is 1).
+    """Properties of h along one pre-activation, with the other one (if any) at 1.
 
     Attributes:
-        jump, jump_at: the largest jump of h, and where; 0 and NaN if it has none.
-        kink, kink_at: the same of the slope.
+        jump, jump_at: the largest jump of h and its position; 0 and NaN without a jump.
+        kink, kink_at: the same for the slope.
         monotone: "rising", "falling", "constant" or "neither".
-        argmin: where h is smallest.
-        dead: intervals in which h and all slopes are exactly 0, whatever the other pre-activation is.
-        saturated: share of standard normal pre-activations at which the slope is smaller than `SATURATED`.
-        steepest: the largest slope by size.
+        argmin: position of the smallest h.
+        dead: intervals in which h and all slopes are exactly 0 for every value of the other pre-activation.
+        saturated: fraction of standard normal pre-activations at which |slope| < `SATURATED`.
+        steepest: the largest |slope|.
     """
 
     jump: float
@@ -98,7 +110,16 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Properties:
-    """What `properties` finds. `curves` has one for each pre-activation; mean, std and rms are of h under N(0, 1)."""
+    """The properties of an activation.
+
+    Attributes:
+        at_zero: h where all pre-activations are 0.
+        low, high: range of h on the grid.
+        mean, std, rms: of h under standard normal pre-activations.
+        true_glu: whether h is proportional to up; None for an ungated formula.
+        curves: one for each pre-activation, by name.
+        warnings: sentences about what is likely to hurt training.
+    """
 
     at_zero: float
     low: float
@@ -112,7 +133,7 @@ class Properties:
 
 
 class Sampler:
-    """h and its slopes at chosen points, in float64."""
+    """Evaluate h and its slopes at given points, in float64."""
 
     def __init__(self, compiled: Compiled) -> None:
         self.compiled = compiled
@@ -129,7 +150,7 @@ class Sampler:
         return h.reshape(shape), {n: s.reshape(shape) for n, s in zip(self.names, slopes, strict=True)}
 
     def along(self, name: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """Return the curve of h and its slope in one pre-activation, the other one being 1."""
+        """Return the function points -> (h, slope) of one pre-activation, with the other one at 1."""
 
         def curve(points: Tensor) -> tuple[Tensor, Tensor]:
             others = {other: torch.ones_like(points) for other in self.names if other != name}
@@ -140,21 +161,20 @@ class Sampler:
 
 
 def properties(compiled: Compiled) -> Properties:
-    """Sample an activation."""
+    """Return the properties of a compiled formula."""
     sample = Sampler(compiled)
     names, gated = sample.names, compiled.formula.gated
     axis = torch.arange(-REACH, REACH + _STEP / 2, 1 / 16 if gated else _STEP, dtype=torch.float64)
-    grid = dict(zip(names, torch.meshgrid(*[axis] * len(names), indexing="ij"), strict=True))
-    h, slopes = sample(**grid)
+    h, slopes = sample(**_grid(names, axis))
     normal = torch.arange(-8.0, 8.0 + 1e-9, 1 / 64 if gated else 1 / 1024, dtype=torch.float64)
     weight = torch.exp(-(normal**2) / 2)
     weight /= weight.sum()
     weights = weight[:, None] * weight if gated else weight
-    hn, slopes_n = sample(**dict(zip(names, torch.meshgrid(*[normal] * len(names), indexing="ij"), strict=True)))
-    mean = round(float((weights * hn).sum()), 12) + 0.0  # the rounding of a sum is no mean
-    square = float((weights * hn**2).sum())
-    curves = {name: _curve(sample, name, float((weights * (slopes_n[name].abs() < SATURATED)).sum())) for name in names}
-    zero = dict.fromkeys(names, torch.zeros(1, dtype=torch.float64))
+    normal_h, normal_slopes = sample(**_grid(names, normal))
+    mean = round(float((weights * normal_h).sum()), 12) + 0.0  # a mean of rounding errors is 0, and not -0
+    square = float((weights * normal_h**2).sum())
+    saturated = {name: float((weights * (normal_slopes[name].abs() < SATURATED)).sum()) for name in names}
+    zero = {name: torch.zeros(1, dtype=torch.float64) for name in names}
     result = Properties(
         at_zero=float(sample(**zero)[0]),
         low=float(h.min()),
@@ -163,29 +183,37 @@ def properties(compiled: Compiled) -> Properties:
         std=math.sqrt(max(square - mean**2, 0.0)),
         rms=math.sqrt(square),
         true_glu=_is_true_glu(sample) if gated else None,
-        curves=curves,
+        curves={name: _curve(sample, name, saturated[name]) for name in names},
         warnings=[],
     )
     result.warnings.extend(_warnings(result, h, slopes))
     return result
 
 
+def _grid(names: tuple[str, ...], axis: Tensor) -> dict[str, Tensor]:
+    """Return the coordinates of all points of a grid with the same axis for each name."""
+    axes = [axis] * len(names)
+    return dict(zip(names, torch.meshgrid(*axes, indexing="ij"), strict=True))
+
+
 def _curve(sample: Sampler, name: str, saturated: float) -> Curve:
     along = sample.along(name)
     points = torch.arange(-REACH, REACH + _STEP / 2, _STEP, dtype=torch.float64)
     h, slope = along(points)
-    jump, kink = _largest_jump(lambda p: along(p)[0], points), _largest_jump(lambda p: along(p)[1], points)
+    jump, jump_at = _largest_jump(lambda p: along(p)[0], points)
+    kink, kink_at = _largest_jump(lambda p: along(p)[1], points)
     change = h.diff()
     noise = 1e-12 * float(h.abs().max())
     rises, falls = bool((change > noise).any()), bool((change < -noise).any())
     low = float(points[h.argmin()])
     near = torch.linspace(low - _STEP, low + _STEP, 2001, dtype=torch.float64).clamp(-REACH, REACH)
+    directions = {(True, False): "rising", (False, True): "falling", (False, False): "constant"}
     return Curve(
-        *jump,
-        *kink,
-        monotone={(True, False): "rising", (False, True): "falling", (False, False): "constant"}.get(
-            (rises, falls), "neither"
-        ),
+        jump=jump,
+        jump_at=jump_at,
+        kink=kink,
+        kink_at=kink_at,
+        monotone=directions.get((rises, falls), "neither"),
         argmin=float(near[along(near)[0].argmin()]),
         dead=_dead(sample, name, points),
         saturated=saturated,
@@ -194,7 +222,7 @@ def _curve(sample: Sampler, name: str, saturated: float) -> Curve:
 
 
 def _largest_jump(function: Callable[[Tensor], Tensor], points: Tensor) -> tuple[float, float]:
-    """Return the largest jump and its place: every step of the grid is halved, towards the larger change, to 2^-43."""
+    """Return the largest jump and its position, by bisection of every step of the grid towards the larger change, to 2^-43."""
     left, right = points[:-1].clone(), points[1:].clone()
     f_left, f_right = function(left), function(right)
     for _ in range(33):
@@ -224,26 +252,26 @@ def _dead(sample: Sampler, name: str, points: Tensor) -> list[tuple[float, float
 
 def _is_true_glu(sample: Sampler) -> bool:
     gate, up = torch.randn(2, 1024, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
-    nothing, _ = sample(gate=gate, up=torch.zeros_like(up))
+    closed, _ = sample(gate=gate, up=torch.zeros_like(up))
     once, _ = sample(gate=gate, up=up)
     twice, _ = sample(gate=gate, up=2 * up)
-    return bool((nothing == 0).all()) and torch.allclose(twice, 2 * once, rtol=1e-12, atol=0.0)
+    return bool((closed == 0).all()) and torch.allclose(twice, 2 * once, rtol=1e-12, atol=0.0)
 
 
-def _warnings(found: Properties, h: Tensor, slopes: dict[str, Tensor]) -> list[str]:
-    said = []
-    if all(bool((slope == 0).all()) for slope in slopes.values()):
-        said.append("the gradient is 0 everywhere: nothing below this activation can learn")
+def _warnings(result: Properties, h: Tensor, slopes: dict[str, Tensor]) -> list[str]:
+    warnings = []
+    flat = [name for name, slope in slopes.items() if bool((slope == 0).all())]
+    if len(flat) == len(slopes):
+        warnings.append("the gradient is 0 everywhere: nothing below this activation can learn")
     else:
-        said += [f"h does not depend on {name} smoothly: its gradient is 0 everywhere" for name, slope in slopes.items()
-                 if bool((slope == 0).all())]  # fmt: skip
+        warnings += [f"h does not depend on {name} smoothly: its gradient is 0 everywhere" for name in flat]
     if not (h.isfinite().all() and all(slope.isfinite().all() for slope in slopes.values())):
-        said.append(f"h or a slope is not finite for some |pre-activation| <= {REACH:g}")
-    for name, curve in found.curves.items():
+        warnings.append(f"h or a slope is not finite for some |pre-activation| <= {REACH:g}")
+    for name, curve in result.curves.items():
         if curve.jump:
-            said.append(
-                f"h jumps by {curve.jump:.3g} at {name} = {curve.jump_at:.4g}: the gradient does not know of it"
+            warnings.append(
+                f"h jumps by {curve.jump:.3g} at {name} = {curve.jump_at:.4g}, which the gradient does not show"
             )
-    if found.true_glu is False:
-        said.append("not a true GLU: h is not proportional to up")
-    return said
+    if result.true_glu is False:
+        warnings.append("not a true GLU: h is not proportional to up")
+    return warnings

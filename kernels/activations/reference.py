@@ -1,7 +1,6 @@
-"""The reference backend: a formula's programs run with plain torch operations.
+"""The reference backend: interprets a formula's programs with plain torch operations, in any floating dtype, on any device.
 
-Any floating dtype and any device. It computes in fp32 at least and rounds once, as the fused backends do; in float64 it is what
-all of them are judged against.
+It computes in fp32 or wider and rounds once, as the fused backends do. In float64 it is the ground truth of their tests.
 """
 
 from __future__ import annotations
@@ -18,11 +17,14 @@ from ..formula.program import Program, run
 from ..formula.symbolic import OUTPUT, Compiled
 from .telemetry import STORED, BatchStats, stats_program
 
-_BLOCK = 1 << 16  # elements: what a block's intermediate results need stays in a core's cache
+_BLOCK = 1 << 16  # elements; the intermediate results of a block fit a core's cache
 
 
 def forward(compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
-    """Return h (..., F) of pre (..., F), or (..., 2, F) if gated; `learned` in the formula's order, (1,) or (F,) each."""
+    """Return h (..., d_ff) of pre (..., d_ff), or (..., 2, d_ff) if gated.
+
+    `learned` holds the learned parameters in the formula's order, (1,) or (d_ff,) each.
+    """
     names = compiled.formula.pre_activations
     rows = _rows(pre, len(names))
     h = torch.empty((rows.shape[0], rows.shape[-1]), dtype=pre.dtype, device=pre.device)
@@ -56,7 +58,7 @@ def stats_of(compiled: Compiled, pre: Tensor, h: Tensor, learned: Sequence[Tenso
 def backward(
     compiled: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Return the gradient of pre, h again if asked, and the gradients of the learned parameters (fp32 or wider)."""
+    """Return the gradient of pre, h if `with_h`, and the gradients of the learned parameters (fp32 or wider)."""
     names = compiled.formula.pre_activations
     rows = _rows(pre, len(names))
     dh = dh.reshape(rows.shape[0], rows.shape[-1])  # no -1: a width may be 0
@@ -80,35 +82,44 @@ def backward(
 
 
 def backward_from_output(compiled: Compiled, h: Tensor, dh: Tensor) -> Tensor:
-    """Return the gradient of the pre-activation of an ungated formula from its output alone (`Compiled.from_output`)."""
+    """Return the gradient of the pre-activation of an ungated formula from its output (`Compiled.from_output`)."""
     assert compiled.from_output is not None
     wide = _wide(h.dtype)
     rows, gradients, dpre = h.reshape(-1, h.shape[-1]), dh.reshape(-1, dh.shape[-1]), torch.empty_like(h)
-    number = lambda value: torch.tensor(value, dtype=wide, device=h.device)  # noqa: E731
     for block in _blocks(rows):
         values = {OUTPUT: rows[block].to(wide), "dh": gradients[block].to(wide)}
-        results = run(compiled.from_output, {**_OPERATIONS, "number": number}, values)
+        results = run(compiled.from_output, _operations(h), values)
         dpre.view(rows.shape)[block] = results[f"d{OUTPUT}"]
     return dpre
 
 
-def _run(program: Program, compiled: Compiled, rows: Tensor, learned: Sequence[Tensor], **more: Tensor) -> dict:
+def _run(
+    program: Program, compiled: Compiled, rows: Tensor, learned: Sequence[Tensor], **more: Tensor
+) -> dict[str, Tensor]:
     wide = _wide(rows.dtype)
     values: dict[str, Any] = {
         name: rows.select(1, i).to(wide) for i, name in enumerate(compiled.formula.pre_activations)
     }
     values |= {name: tensor.to(wide) for name, tensor in zip(compiled.formula.learned, learned, strict=True)} | more
-    number = lambda value: torch.tensor(value, dtype=wide, device=rows.device)  # noqa: E731
-    return run(program, {**_OPERATIONS, "number": number}, values)
+    return run(program, _operations(rows), values)
+
+
+def _operations(like: Tensor) -> dict[str, Callable[..., Tensor]]:
+    """Return the operations of a program over tensors on the device of `like`, in its dtype or fp32 if that is narrower."""
+
+    def number(value: float) -> Tensor:
+        return torch.tensor(value, dtype=_wide(like.dtype), device=like.device)
+
+    return {**_OPERATIONS, "number": number}
 
 
 def _rows(pre: Tensor, count: int) -> Tensor:
-    """View pre as (rows, pre-activations, F)."""
+    """View pre as (rows, pre-activations, d_ff)."""
     return pre.reshape(math.prod(pre.shape[: -1 if count == 1 else -2]), count, pre.shape[-1])
 
 
 def _blocks(rows: Tensor) -> list[slice]:
-    """Cut the rows into blocks: of a size that stays in the cache on a CPU, one on other devices."""
+    """Return slices of the rows: blocks that fit the cache on a CPU, one block on other devices."""
     count = rows.shape[0]
     size = max(1, _BLOCK // max(1, rows.shape[-1])) if rows.device.type == "cpu" else max(1, count)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]

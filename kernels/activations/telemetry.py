@@ -20,21 +20,21 @@ import torch
 from sympy.core.parameters import distribute
 from torch import Tensor
 
-from ..formula.program import Line, Lowering, Program
+from ..formula.program import Argument, Line, Lowering, Program
 from ..formula.symbolic import Compiled, abs, max, where_ge, where_gt
 
-SATURATED = 0.01  # a slope smaller than this hardly learns
-STORED = "0h"  # h as an input: "h" may be the name of a parameter, and no name begins with a digit
+SATURATED = 0.01  # |slope| below which a pre-activation counts as saturated
+STORED = "0h"  # h as an input; "h" could be the name of a parameter, which cannot begin with a digit
 PEAK, ACTIVE = "peak", "active"
 
 
 @functools.lru_cache(maxsize=256)
 def stats_program(compiled: Compiled) -> Program:
-    """Return the program of what one element adds to the statistics.
+    """Return the program that computes the contribution of one element to the statistics.
 
-    Inputs: the pre-activations and learned parameters, and `STORED`, h as it was rounded. Outputs: all but the last two are
-    added up over all elements; `PEAK` is |h|, of which the largest is kept; `ACTIVE`, added up over the tokens of each unit, is
-    1 unless h and all its slopes are exactly 0. Its lines have other names than those of `compiled.forward`.
+    Inputs: the pre-activations, the learned parameters, and `STORED`, the rounded h. Outputs: all but the last two are summed
+    over all elements; `PEAK` is |h|, reduced by maximum; `ACTIVE` is 0 where h and all its slopes are exactly 0, else 1, and is
+    summed over the tokens of each unit. The names of its lines differ from those of `compiled.forward`.
     """
     with distribute(False):  # as in `compile_formula`: 0.5 * (1 + erf(x)) must stay one
         return _renumbered(_lowered(compiled), len(compiled.forward.lines))
@@ -60,7 +60,7 @@ def _lowered(compiled: Compiled) -> Program:
 
 
 def sums_of(compiled: Compiled) -> tuple[str, ...]:
-    """Return the names of what is added up over all elements, in order."""
+    """Return the names of the outputs that are summed over all elements, in order."""
     return tuple(name for name in stats_program(compiled).outputs if name not in (PEAK, ACTIVE))
 
 
@@ -73,11 +73,14 @@ def _flat(slope: sympy.Expr) -> sympy.Expr:
 
 
 def _renumbered(program: Program, first: int) -> Program:
-    """Return the program with lines named from t`first` on."""
+    """Return the program with its lines named from t`first` on."""
     names = {line.name: f"t{first + i}" for i, line in enumerate(program.lines)}
-    new = lambda argument: names.get(argument, argument)  # noqa: E731
-    lines = tuple(Line(names[n.name], n.operation, tuple(map(new, n.arguments))) for n in program.lines)
-    return Program(program.inputs, lines, {name: new(value) for name, value in program.outputs.items()})
+
+    def renamed(argument: Argument) -> Argument:
+        return names.get(argument, argument) if isinstance(argument, str) else argument
+
+    lines = [Line(names[n.name], n.operation, tuple(map(renamed, n.arguments))) for n in program.lines]
+    return Program(program.inputs, tuple(lines), {name: renamed(value) for name, value in program.outputs.items()})
 
 
 @dataclasses.dataclass
@@ -109,9 +112,9 @@ class ActivationStats:
     def __init__(self, compiled: Compiled, width: int, device: torch.device) -> None:
         self.names = sums_of(compiled)
         self.pre_activations = len(compiled.formula.pre_activations)
-        wide = {"dtype": torch.float64, "device": device}
-        self.sums = torch.zeros(len(self.names) + 1, **wide)
-        self.peak, self.active = torch.zeros(1, **wide), torch.zeros(width, **wide)
+        self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=device)
+        self.peak = torch.zeros(1, dtype=torch.float64, device=device)
+        self.active = torch.zeros(width, dtype=torch.float64, device=device)
 
     def add(self, batch: BatchStats) -> None:
         """Accumulate the statistics of one call."""
@@ -122,22 +125,25 @@ class ActivationStats:
 
 
 def figures(names: Sequence[str], pre_activations: int, sums: Sequence[float], peak: float) -> dict[str, float]:
-    """Return what the sums of a layer mean.
+    """Return the figures of a layer by name.
 
     Args:
-        names, pre_activations: of its `ActivationStats`.
-        sums, peak: as there, over all ranks.
+        names, pre_activations: those of its `ActivationStats`.
+        sums, peak: as in `ActivationStats`, reduced over all ranks.
 
     Returns:
-        zeros: share of h that is exactly 0.
-        saturated: share of pre-activations at which |slope| < `SATURATED`; of a gated formula, both kinds count.
+        zeros: fraction of h that is exactly 0.
+        saturated: fraction of pre-activations (gate and up alike) at which |slope| < `SATURATED`.
         slope: mean |slope|.
-        mean, rms, max: of h; max of |h|.
-        mean_over_std: of h; far from 0, all gradients of a unit's weights tend to have one sign (zigzag).
-        kurtosis: of h about its mean, 3 for a normal distribution.
-        gate_mean, gate_std: of the gate; gate_saturated: share of it whose slope is smaller than `SATURATED`.
+        mean, rms: of h.
+        max: largest |h|.
+        mean_over_std: of h; far from 0, the gradients of a unit's weights tend to have one sign (zigzag).
+        kurtosis: of h about its mean; 3 for a normal distribution.
+        gate_mean, gate_std: of the gate.
+        gate_saturated: fraction of gate values at which the gate's |slope| < `SATURATED`.
         gate_up_correlation: of the two pre-activations.
-        What is not defined (of no elements, or of a constant) is NaN.
+
+        A figure is NaN where it is undefined: no elements, or a constant.
     """
     count = sums[-1]
     mean = {name: total / count if count else math.nan for name, total in zip(names, sums, strict=False)}
@@ -150,7 +156,7 @@ def figures(names: Sequence[str], pre_activations: int, sums: Sequence[float], p
         "slope": mean["slope"] / pre_activations,
         "mean": first,
         "rms": math.sqrt(_not_negative(second)),
-        "max": peak if first == first else math.nan,  # a device's maximum may pass over a NaN, a sum does not
+        "max": peak if first == first else math.nan,  # a device's maximum may ignore a NaN, a sum does not
         "mean_over_std": _ratio(first, math.sqrt(variance)),
         "kurtosis": _ratio(central, variance**2),
     }

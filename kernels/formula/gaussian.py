@@ -1,4 +1,4 @@
-"""What a formula does to normal pre-activations, by quadrature: no data and no training needed."""
+"""Moments of h under standard normal pre-activations, by Gauss-Hermite quadrature."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .program import run
 from .safety import NUMPY
 from .symbolic import Compiled, compile_formula
 
-_NODES = 180  # a dimension: kinks and steps leave an error of about 1e-3
+_NODES = 180  # per dimension; the error at kinks and steps is about 1e-3
 
 
 def gaussian_rms(formula: Formula) -> float:

@@ -1,7 +1,6 @@
-"""Straight-line programs: what every backend prints.
+"""Straight-line programs, the intermediate representation that every backend prints, and the lowering of SymPy expressions.
 
-A program is a list of lines, each one operation on numbers, inputs and earlier lines. It is made from SymPy expressions; equal
-subexpressions become one line, across all outputs.
+A line is one operation on numbers, inputs and earlier lines. Equal subexpressions become one line, across all outputs.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import sympy
 
@@ -18,11 +17,11 @@ from .grammar import PRE_ACTIVATIONS
 
 Argument = str | float  # the name of an input or of a line, or a number
 
-# What a backend must be able to print, with the number of operands: arithmetic, and the operations of the registry.
-# - gt and ge give a condition, which only `select` takes
-# - max and min give NaN where one operand is NaN; keep_nan(a, b) is b where b is NaN, else a
-# - complement(s, u) is 1 - s where s = sigmoid(u), and sech2(t, u) is 1 - t**2 where t = tanh(u), each from whichever of the
-#   two is more exact
+# The operations that a backend must print, with their number of operands: arithmetic, and the operations of the registry.
+# - gt and ge return a condition, which only `select` takes
+# - max and min return NaN where one operand is NaN; keep_nan(a, b) is b where b is NaN, else a
+# - complement(s, u) is 1 - s with s = sigmoid(u), and sech2(t, u) is 1 - t**2 with t = tanh(u), computed from whichever
+#   operand is more exact
 OPERATIONS = {
     "add": 2,
     "sub": 2,
@@ -35,7 +34,7 @@ OPERATIONS = {
     "keep_nan": 2,
     **{name: function.operands or function.arity for name, function in REGISTRY.items() if function.operation},
 }
-# How C and Python both write some of them.
+# Notation common to C and Python.
 INFIX = {"add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "gt": "{} > {}", "ge": "{} >= {}"}
 
 
@@ -50,29 +49,34 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Lines in an order in which they can run. `outputs` says which line, input or number is which result."""
+    """Lines in order of execution; `outputs` maps each result to the line, input or number that holds it."""
 
     inputs: tuple[str, ...]
     lines: tuple[Line, ...]
     outputs: Mapping[str, Argument]
 
     def count(self) -> Counter[str]:
-        """Return how often each operation stands in it."""
+        """Return the number of lines per operation."""
         return Counter(line.operation for line in self.lines)
 
     @property
     def used(self) -> frozenset[str]:
-        """The inputs that it reads."""
+        """The inputs that the program reads."""
         read = {argument for line in self.lines for argument in line.arguments} | set(self.outputs.values())
-        return frozenset(read & set(self.inputs))
+        return frozenset(name for name in self.inputs if name in read)
+
+
+def arguments_of(expression: sympy.Basic) -> tuple[sympy.Expr, ...]:
+    """Return the arguments of an expression, which SymPy types as `Basic`."""
+    return cast("tuple[sympy.Expr, ...]", expression.args)
 
 
 class Lowering:
-    """Turns expressions into lines. An expression that was seen before costs nothing.
+    """Lowering of expressions to lines; equal expressions share a line.
 
     Args:
         inputs: names of the symbols that may occur.
-        expressions: all that are going to be lowered, to know what is shared.
+        expressions: everything that will be lowered, by the name of the output.
     """
 
     def __init__(self, inputs: tuple[str, ...], expressions: Mapping[str, sympy.Expr]) -> None:
@@ -80,15 +84,15 @@ class Lowering:
         self.lines: list[Line] = []
         self._names: dict[tuple, str] = {}
         self._done: dict[sympy.Basic, Argument] = {}
-        shared, reduced = sympy.cse(list(expressions.values()), symbols=sympy.numbered_symbols("_s"), order="none")
-        # How often each node is used: one that is used once may be folded into its user.
-        self._uses: Counter[sympy.Basic] = Counter()
+        shared, reduced = _shared(list(expressions.values()))
+        self._uses: Counter[sympy.Basic] = Counter()  # a node that is used once may be folded into its user
         self._sigmoids: set[sympy.Basic] = set()  # arguments whose sigmoid is needed anyway
-        for whole in (*(value for _, value in shared), *reduced):
-            for node in sympy.preorder_traversal(whole):
-                self._uses.update(node.args)
+        for expression in [value for _, value in shared] + reduced:
+            for node in sympy.preorder_traversal(expression):
+                arguments = arguments_of(node)
+                self._uses.update(arguments)
                 if type(node).__name__ == "complement":
-                    self._sigmoids.add(node.args[0])
+                    self._sigmoids.add(arguments[0])
         self._uses.update(reduced)
         for symbol, value in shared:
             self._done[symbol] = self.lower(value)
@@ -97,38 +101,41 @@ class Lowering:
     def program(self) -> Program:
         return Program(self.inputs, tuple(self.lines), self.outputs)
 
-    def lower(self, node: sympy.Basic) -> Argument:
-        """Return the name (or number) that holds `node`, adding the lines that compute it."""
+    def lower(self, node: sympy.Expr) -> Argument:
+        """Return the name or number that holds `node`; appends the lines that compute it."""
         if node not in self._done:
             self._done[node] = self._lower(node)
         return self._done[node]
 
-    def _lower(self, node: sympy.Basic) -> Argument:
+    def _lower(self, node: sympy.Expr) -> Argument:
         if node.is_Symbol:
             return str(node)
         if node.is_Rational:
             return float(node)
-        if node.is_Add:
+        if isinstance(node, sympy.Add):
             return self._sum(node)
-        if node.is_Mul or node.is_Pow:
+        if isinstance(node, (sympy.Mul, sympy.Pow)):
             return self._product(node)
-        name = type(node).__name__
+        return self._function(type(node).__name__, arguments_of(node))
+
+    def _function(self, name: str, operands: tuple[sympy.Expr, ...]) -> Argument:
+        """Lower a function of the registry, or one of those that `symbolic.py` defines."""
         if name.startswith("where_"):
-            left, right, then, otherwise = (self.lower(argument) for argument in node.args)
+            left, right, then, otherwise = (self.lower(operand) for operand in operands)
             return self._line("select", self._line(name.removeprefix("where_"), left, right), then, otherwise)
         if name == "step":
-            return self._line("select", self._line("gt", self.lower(node.args[0]), 0.0), 1.0, 0.0)
+            return self._line("select", self._line("gt", self.lower(operands[0]), 0.0), 1.0, 0.0)
         if name in ("complement", "sech2"):
-            argument = self.lower(node.args[0])
+            argument = self.lower(operands[0])
             return self._line(name, self._line("sigmoid" if name == "complement" else "tanh", argument), argument)
         if name.startswith("tanh_softplus"):
-            return self._tanh_softplus(self.lower(node.args[0]), slope=name.endswith("slope"))
+            return self._tanh_softplus(self.lower(operands[0]), slope=name.endswith("slope"))
         if name == "relu":
-            return self._line("max", self.lower(node.args[0]), 0.0)
+            return self._line("max", self.lower(operands[0]), 0.0)
         if name == "power":  # of a base that is not negative, to an exponent that is no integer
-            base, exponent = (self.lower(argument) for argument in node.args)
+            base, exponent = (self.lower(operand) for operand in operands)
             return self._line("exp", self._line("mul", self._line("log", base), exponent))
-        return self._line(name, *(self.lower(argument) for argument in node.args))
+        return self._line(name, *(self.lower(operand) for operand in operands))
 
     def _tanh_softplus(self, u: Argument, slope: bool) -> Argument:
         """Lower n / (n + 2), n = e (e + 2), e = exp(u), or its derivative; where u > 0, over e^2, for e would overflow."""
@@ -140,8 +147,8 @@ class Lowering:
         if slope:
             half = self._line("mul", self._line("select", positive, square, z), self._line("add", z, 1.0))
             return self._line("div", self._line("mul", half, 4.0), self._line("mul", below, below))
-        share = self._line("div", above, below)
-        return self._line("select", positive, self._line("sub", 1.0, share), share)
+        quotient = self._line("div", above, below)
+        return self._line("select", positive, self._line("sub", 1.0, quotient), quotient)
 
     def _line(self, operation: str, *arguments: Argument) -> str:
         assert len(arguments) == OPERATIONS[operation], (operation, arguments)
@@ -152,9 +159,10 @@ class Lowering:
         return self._names[key]
 
     def _sum(self, node: sympy.Add) -> Argument:
-        plus = [term for term in node.args if not term.could_extract_minus_sign()]
-        minus = [-term for term in node.args if term.could_extract_minus_sign()]
-        # A number last: it is the term that a fused multiply-add can take up.
+        terms = arguments_of(node)
+        plus = [term for term in terms if not term.could_extract_minus_sign()]
+        minus = [-term for term in terms if term.could_extract_minus_sign()]
+        # Numbers last: a fused multiply-add can take one as its addend.
         plus.sort(key=lambda term: term.is_Rational)
         total: Argument | None = None
         for term in plus:
@@ -173,15 +181,15 @@ class Lowering:
             if factor.is_Rational:
                 number *= float(factor)
             elif self._folds(factor, node):
-                gates.append(self.lower(factor.args[0]))
+                gates.append(self.lower(arguments_of(factor)[0]))
             elif exponent.is_Integer:
                 (factors if exponent > 0 else divisors).append(self._power(base, abs(int(exponent))))
             else:
                 raise AssertionError(f"{factor} has an exponent that is no integer")
         return self._line_of_product(number, factors, divisors, gates)
 
-    def _folds(self, factor: sympy.Basic, product: sympy.Basic) -> bool:
-        """Tell whether a * sigmoid(b) may be one operation, shorter than two: nothing else needs the sigmoid."""
+    def _folds(self, factor: sympy.Expr, product: sympy.Expr) -> bool:
+        """Whether a * sigmoid(b) may be one operation, because nothing else needs the sigmoid."""
         others = [other for other in product.args if other != factor and not other.is_Rational]
         varies = any(str(symbol) in PRE_ACTIVATIONS for symbol in factor.free_symbols)
         needed = self._uses[factor] > 1 or (factor.args[:1] and factor.args[0] in self._sigmoids)
@@ -210,7 +218,7 @@ class Lowering:
             return self._line("neg", total)
         return total if number == 1.0 else self._line("mul", total, number)
 
-    def _power(self, base: sympy.Basic, exponent: int) -> Argument:
+    def _power(self, base: sympy.Expr, exponent: int) -> Argument:
         value, result = self.lower(base), None
         while True:
             if exponent & 1:
@@ -220,6 +228,12 @@ class Lowering:
                 assert result is not None
                 return result
             value = self._line("mul", value, value)
+
+
+def _shared(expressions: list[sympy.Expr]) -> tuple[list[tuple[sympy.Symbol, sympy.Expr]], list[sympy.Expr]]:
+    """Return the common subexpressions under symbols, and the expressions in terms of these."""
+    shared, reduced = sympy.cse(expressions, symbols=sympy.numbered_symbols("_s"), order="none")
+    return cast("list[tuple[sympy.Symbol, sympy.Expr]]", shared), cast("list[sympy.Expr]", reduced)
 
 
 def keep_nan(program: Program, sources: Sequence[str]) -> Program:
@@ -236,7 +250,7 @@ def run(program: Program, operations: Mapping[str, Callable[..., Any]], inputs: 
     """Interpret a program.
 
     Args:
-        operations: a function for each entry of `OPERATIONS`, and "number", which makes a value of a Python float.
+        operations: a function for each entry of `OPERATIONS`, and "number", which converts a Python float to a value.
         inputs: a value for each input that the program uses.
 
     Returns:
@@ -244,7 +258,10 @@ def run(program: Program, operations: Mapping[str, Callable[..., Any]], inputs: 
     """
     values = dict(inputs)
     number = operations["number"]
-    value_of = lambda argument: values[argument] if isinstance(argument, str) else number(argument)  # noqa: E731
+
+    def value_of(argument: Argument) -> Any:
+        return values[argument] if isinstance(argument, str) else number(argument)
+
     for line in program.lines:
         values[line.name] = operations[line.operation](*(value_of(argument) for argument in line.arguments))
     return {name: value_of(argument) for name, argument in program.outputs.items()}

@@ -1,7 +1,7 @@
-"""Programs must not overflow where the true value is moderate, nor swallow a NaN.
+"""Numerical checks of programs: overflow where the true value is moderate, lost NaNs, a wrong `from_output`.
 
-They run, forward and derivative, in 32-bit arithmetic on a grid up to |pre-activation| = 10,000; where they give no finite
-number, the truth is computed with 30 digits, and if that is finite the formula is refused. `domains.py` has looked before.
+Forward and derivative run in 32-bit arithmetic on a grid up to |pre-activation| = 10,000. Where a result is not finite, the
+true value is computed with 30 digits; if that is moderate, the formula is refused. Domains are checked before (`domains.py`).
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ _GRID = (0.0, *(s * m for m in (1e-3, 0.7, 5.0, 20.0, 100.0, 1e3, REACH) for s i
 
 
 def check_overflow(formula: Formula, programs: Mapping[str, Program]) -> None:
-    """Refuse programs that give inf or NaN in 32-bit arithmetic where the true value is a moderate number.
+    """Refuse programs that return inf or NaN in 32-bit arithmetic where the true value is below 3e38 in size.
 
     Args:
-        programs: by what they compute, for the message: {"the formula": ..., "its derivative": ...}.
+        programs: by their description in the message: {"the formula": ..., "its derivative": ...}.
 
     Raises:
-        FormulaError: says where.
+        FormulaError: with the point and the first operation that overflows.
     """
     points = np.array(list(itertools.product(_GRID, repeat=len(formula.pre_activations))), dtype=np.float32).T
     inputs = dict(zip(formula.pre_activations, points, strict=True))
     for offset in (0.0, LEARNED_REACH / 5, -LEARNED_REACH / 5) if formula.learned else (0.0,):
         learned = {name: np.float32(p.init + offset) for name, p in formula.learned.items()}
         values: dict[str, Any] = {**inputs, **learned, "dh": np.float32(1.0)}
-        for what, program in programs.items():
+        for description, program in programs.items():
             with np.errstate(all="ignore"):
                 results = run(program, NUMPY, values)
             for name, result in results.items():
-                _check_points(formula, what, program, name, np.broadcast_to(result, points.shape[1:]), values)
+                _check_points(formula, description, program, name, np.broadcast_to(result, points.shape[1:]), values)
 
 
 def _check_points(
-    formula: Formula, what: str, program: Program, name: str, result: np.ndarray, values: Mapping[str, Any]
+    formula: Formula, description: str, program: Program, name: str, result: np.ndarray, values: Mapping[str, Any]
 ) -> None:
     for index in np.flatnonzero(~np.isfinite(result)):
         at = {key: float(value[index] if np.ndim(value) else value) for key, value in values.items()}
@@ -50,7 +50,7 @@ def _check_points(
         if abs(truth) < 3e38:
             where = ", ".join(f"{key} = {at[key]:g}" for key in (*formula.pre_activations, *formula.learned))
             raise FormulaError(
-                f"{what} gives {result[index]} in 32-bit arithmetic at {where}, where it is {float(truth):g}: "
+                f"{description} gives {result[index]} in 32-bit arithmetic at {where}, where it is {float(truth):g}: "
                 "write it without numbers that overflow on the way, for instance with sigmoid, tanh or softplus",
                 formula.text,
                 _first_overflow(formula, at),
@@ -58,27 +58,29 @@ def _check_points(
 
 
 def check_from_output(formula: Formula, forward: Program, backward: Program, from_output: Program) -> None:
-    """Refuse a derivative of the output that is not the derivative: compared on the grid, in 64-bit arithmetic.
+    """Refuse a `from_output` that differs from the derivative on the grid, in 64-bit arithmetic.
 
     Raises:
-        FormulaError: says where it differs.
+        FormulaError: with the point where it differs.
     """
     x = np.concatenate([np.linspace(-10, 10, 401), np.array(_GRID)])
     with np.errstate(all="ignore"):
         (h,) = run(forward, NUMPY, {"x": x}).values()
         (slope,) = run(backward, NUMPY, {"x": x, "dh": np.float64(1)}).values()
-        (found,) = run(from_output, NUMPY, {from_output.inputs[0]: h, "dh": np.float64(1)}).values()
-    found, slope = np.broadcast_to(found, x.shape), np.broadcast_to(slope, x.shape)
-    wrong = ~(np.abs(found - slope) <= 1e-5 * (1 + np.abs(slope)))
+        (claimed,) = run(from_output, NUMPY, {from_output.inputs[0]: h, "dh": np.float64(1)}).values()
+    claimed, slope = np.broadcast_to(claimed, x.shape), np.broadcast_to(slope, x.shape)
+    wrong = ~(np.abs(claimed - slope) <= 1e-5 * (1 + np.abs(slope)))
     if wrong.any():
         index = int(np.flatnonzero(wrong)[0])
-        what = f"at x = {x[index]:g} it gives {found[index]:g}, and the derivative is {slope[index]:g}"
+        difference = f"at x = {x[index]:g} it gives {claimed[index]:g}, and the derivative is {slope[index]:g}"
         assert formula.from_output is not None
-        raise FormulaError(f"from_output is not the derivative of {formula.text}: {what}", formula.from_output[0], 0)
+        raise FormulaError(
+            f"from_output is not the derivative of {formula.text}: {difference}", formula.from_output[0], 0
+        )
 
 
 def loses_nan(formula: Formula, forward: Program) -> list[str]:
-    """Return the pre-activations whose NaN the program would turn into a number, as where(x > 0, 1, 0) does."""
+    """Return the pre-activations whose NaN the program would lose, as where(x > 0, 1, 0) does."""
     lost = []
     for name in formula.pre_activations:
         for other in (1.0, -1.0):
@@ -92,7 +94,7 @@ def loses_nan(formula: Formula, forward: Program) -> list[str]:
 
 
 def _first_overflow(formula: Formula, at: Mapping[str, float]) -> int:
-    """Return the place of the first operation that is not finite at a point; 0 if it is the derivative's alone."""
+    """Return the place of the first operation that is not finite at a point; 0 if only the derivative overflows."""
 
     def value(node: Node) -> tuple[Any, int | None]:
         if node.kind == "number":
@@ -101,7 +103,7 @@ def _first_overflow(formula: Formula, at: Mapping[str, float]) -> int:
             return np.float32({**formula.fixed, **at}[str(node.value)]), None
         parts = [value(argument) for argument in node.arguments]
         place = next((place for _, place in parts if place is not None), None)
-        result = _TREE[node.value if node.kind == "call" else node.kind](*(part for part, _ in parts))
+        result = _TREE[str(node.value) if node.kind == "call" else node.kind](*(part for part, _ in parts))
         return result, node.place if place is None and not np.isfinite(result) else place
 
     with np.errstate(all="ignore"):

@@ -1,8 +1,8 @@
-"""From a formula's tree to SymPy, to its derivatives, to the programs that the backends print.
+"""Compilation of a formula: tree -> SymPy expression -> derivatives -> the programs that the backends print.
 
-Every function of the registry (`functions.py`) becomes a SymPy function of its own here: SymPy differentiates and collects, but
-it never rewrites a function into another one. Each carries the derivative in the form that is stable in 32-bit arithmetic,
-written with what the function itself has computed, so that forward and backward share it.
+Every function of the registry (`functions.py`) becomes an opaque SymPy function: SymPy differentiates and collects terms, but
+never rewrites one function into another. Derivatives have a form that is stable in 32-bit arithmetic and reuses the value of
+the function, so that forward and backward share subexpressions.
 """
 
 from __future__ import annotations
@@ -10,34 +10,48 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 from sympy.core.parameters import distribute
 
 from .functions import REGISTRY, Function
 from .grammar import Formula, Node
-from .program import Lowering, Program, keep_nan
+from .program import Lowering, Program, arguments_of, keep_nan
 from .safety import check_from_output, check_overflow, loses_nan
 
 
-class Primitive(sympy.Function):
-    """A function whose derivative is a formula of its argument: subclasses give `slope(u)`."""
+class _Real(sympy.Function):
+    """A function of real numbers, typed as the expressions that its calls and arguments are."""
 
     is_real = True
+
+    if TYPE_CHECKING:  # SymPy's annotations: a call returns a class, and arguments are any `Basic`
+
+        def __new__(cls, *arguments: Any) -> sympy.Expr: ...
+
+        @property
+        def args(self) -> tuple[sympy.Expr, ...]: ...
+
+
+class Primitive(_Real):
+    """A function whose derivative is a formula of its argument: subclasses define `slope(u)`."""
+
+    @staticmethod
+    def slope(u: sympy.Expr) -> sympy.Expr:
+        """Return the derivative at u."""
+        raise NotImplementedError
 
     def fdiff(self, argindex: int = 1) -> sympy.Expr:  # noqa: ARG002 (SymPy's signature)
         return self.slope(*self.args)
 
 
-class Choice(sympy.Function):
-    """A function that picks one of its arguments: its derivative picks among theirs, and never multiplies what it drops."""
-
-    is_real = True
+class Choice(_Real):
+    """A function that returns one of its arguments. Its derivative selects among theirs, and never multiplies the others."""
 
 
 class _Functions:
-    """What the registry writes slopes and macros with: its functions over SymPy expressions, and exact numbers."""
+    """The namespace of slopes and macros: the registry's functions over SymPy expressions, and exact numbers."""
 
     def __getattr__(self, name: str) -> Callable[..., sympy.Expr]:
         return _PRIMITIVES[name]
@@ -48,11 +62,17 @@ class _Functions:
 
     @staticmethod
     def exact(value: float) -> sympy.Rational:
-        """Return the binary fraction that a float is."""
-        return sympy.Rational(value)
+        """Return a float as the binary fraction that it is."""
+        return _rational(value)
 
 
 _f = _Functions()
+
+
+def _rational(value: float | str) -> sympy.Rational:
+    exact = sympy.Rational(value)
+    assert isinstance(exact, sympy.Rational), f"{value} is not a finite number"
+    return exact
 
 
 def _primitive(name: str, function: Function) -> type[Primitive]:
@@ -75,8 +95,9 @@ class power(Primitive):
 class where_gt(Choice):
     """where_gt(a, b, c, d) is c where a > b, else d."""
 
-    def _eval_derivative(self, symbol: sympy.Symbol) -> sympy.Expr:
-        return _where(type(self), *self.args[:2], *(branch.diff(symbol) for branch in self.args[2:]))
+    def _eval_derivative(self, s: sympy.Symbol) -> sympy.Expr:
+        left, right, then, otherwise = self.args
+        return _where(type(self), left, right, then.diff(s), otherwise.diff(s))
 
 
 class where_ge(where_gt):
@@ -86,20 +107,22 @@ class where_ge(where_gt):
 class max(Choice):
     """The larger one; where both are equal, the derivative is that of the first."""
 
-    def _eval_derivative(self, symbol: sympy.Symbol) -> sympy.Expr:
+    def _eval_derivative(self, s: sympy.Symbol) -> sympy.Expr:
         first, second = self.args
-        return _where(where_ge, first, second, first.diff(symbol), second.diff(symbol))
+        return _where(where_ge, first, second, first.diff(s), second.diff(s))
 
 
 class min(Choice):
     """The smaller one; where both are equal, the derivative is that of the first."""
 
-    def _eval_derivative(self, symbol: sympy.Symbol) -> sympy.Expr:
+    def _eval_derivative(self, s: sympy.Symbol) -> sympy.Expr:
         first, second = self.args
-        return _where(where_ge, second, first, first.diff(symbol), second.diff(symbol))
+        return _where(where_ge, second, first, first.diff(s), second.diff(s))
 
 
-def _where(kind: type, left: sympy.Expr, right: sympy.Expr, then: sympy.Expr, otherwise: sympy.Expr) -> sympy.Expr:
+def _where(
+    kind: type[where_gt], left: sympy.Expr, right: sympy.Expr, then: sympy.Expr, otherwise: sympy.Expr
+) -> sympy.Expr:
     return then if then == otherwise else kind(left, right, then, otherwise)
 
 
@@ -113,7 +136,7 @@ def _power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
 
 def number(value: float) -> sympy.Rational:
     """Return a number as the exact decimal that was typed."""
-    return sympy.Rational(repr(value))
+    return _rational(repr(value))
 
 
 _MACROS = {name: function.macro for name, function in REGISTRY.items() if function.macro is not None}
@@ -182,7 +205,8 @@ def _one_plus_exp(expression: sympy.Expr) -> sympy.Expr | None:
     if expression.is_Add and len(expression.args) == 2 and sympy.Integer(1) in expression.args:
         other = expression - 1
         if isinstance(other, exp):
-            return other.args[0]
+            (exponent,) = arguments_of(other)
+            return exponent
     return None
 
 
@@ -194,22 +218,26 @@ def _without_double_steps(expression: sympy.Expr) -> sympy.Expr:
         kept = [f for f in product.args if not (isinstance(f, step) and f.args[0] in positive)]
         return product if len(kept) == len(product.args) else sympy.Mul(*kept)
 
-    return expression.replace(lambda node: node.is_Mul, once)
+    replaced = expression.replace(lambda node: node.is_Mul, once)
+    assert isinstance(replaced, sympy.Expr)
+    return replaced
 
 
-OUTPUT = "y"  # what a formula's output is called where the gradient is computed from it
+OUTPUT = "y"  # name of the formula's output as an input of `Compiled.from_output`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Compiled:
-    """A formula's programs, and the expressions they came from. There is one a formula, so it can be a key.
+    """A formula's programs and the expressions behind them. `compile_formula` makes one per formula, so it can be a key.
 
     Attributes:
-        forward: inputs: pre-activations, then learned parameters. Output "h".
-        backward: inputs: those and "dh". Outputs "d" + name for each pre-activation and each learned parameter.
-        backward_with_h: the same and "h".
-        from_output: inputs `OUTPUT` and "dh". Output "d" + `OUTPUT`, the gradient of the pre-activation; None: h is not enough.
-        expression: h. `slopes` has its derivative for each of those names.
+        expression: h.
+        slopes: the derivative of h by each pre-activation and each learned parameter.
+        forward: inputs: pre-activations, then learned parameters. Output: "h".
+        backward: inputs: those of `forward` and "dh". Outputs: "d" + name for each input of `forward`.
+        backward_with_h: `backward` with the additional output "h".
+        from_output: inputs: `OUTPUT` and "dh". Output: "d" + `OUTPUT`, the gradient of the pre-activation. None unless the
+            formula has a `from_output`.
     """
 
     formula: Formula
@@ -222,7 +250,11 @@ class Compiled:
 
 
 def compile_formula(formula: Formula) -> Compiled:
-    """Differentiate a formula and lower it to programs."""
+    """Differentiate a formula and lower it to programs; the result is cached per process.
+
+    Raises:
+        FormulaError: a program overflows where its true value is moderate, or `from_output` is not the derivative.
+    """
     from_output = formula.from_output and formula.from_output[0]
     key = (formula.text, *map(tuple, (formula.fixed.items(), formula.learned.items())), from_output)
     if key not in _compiled:
