@@ -1,27 +1,29 @@
-"""What a formula is, before anything is trained with it: `python -m kernels.show FORMULA [name=value ...] [options]`.
+"""Print the properties of a formula before training: `python -m kernels.show FORMULA [NAME=VALUE ...] [options]`.
 
     python -m kernels.show 'silu(gate) * up'
     python -m kernels.show 'x * sigmoid(b * x)' b=1.702
     python -m kernels.show 'where(x > 0, x, slope * x)' slope=learned:0.25:channel --plot prelu.png
 
-    name=1.702                  a fixed parameter
-    name=learned:0.25           a learned one that starts at 0.25, one for a layer
-    name=learned:0.25:channel   the same, one for each of the d_ff channels
-    --plot FILE                 draw h and its slope beside ReLU and SiLU; FILE ends in .png, .pdf or .svg
-    --c                         all of the generated C; without it the bodies of the two loops are shown
-    --triton                    the generated Triton
+    NAME=1.702                  a fixed parameter
+    NAME=learned:0.25           a learned parameter that starts at 0.25, one per layer
+    NAME=learned:0.25:channel   the same, one for each of the d_ff channels
+    --plot FILE                 plot h and its slope, with ReLU and SiLU; FILE ends in .png, .pdf or .svg
+    --c                         print all of the generated C, not only the bodies of the two loops
+    --triton                    print the generated Triton
 
-Prints h and its derivatives, cost and memory, and what the curve does: `activations/properties.py` defines each figure.
+Prints h and its derivatives, cost and memory, and the shape of the curve; `activations/properties.py` defines the figures.
 A formula that is refused is one sentence with a caret under the place, and exit status 2.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .common.commands import run_command
+from .common.errors import UserError, unknown
+from .common.options import split_options
 from .formula import Formula, FormulaError, parse
 from .formula.functions import REGISTRY
 
@@ -32,78 +34,82 @@ if TYPE_CHECKING:
     from .formula.program import Program
     from .formula.symbolic import Compiled
 
-_WRITTEN = {  # of what derivatives are made of and the registry does not have
+_NOTATION = {  # of functions in derivatives that the registry does not have
     "where_gt": "where({0} > {1}, {2}, {3})",
     "where_ge": "where({0} >= {1}, {2}, {3})",
     "power": "({0})**{1}",
 }
-_ENDINGS = (".png", ".pdf", ".svg")
-
-
-class _Refused(Exception):
-    """Bad input, told in one sentence; exit status 2."""
+_OPTIONS = {"plot": "", "c": False, "triton": False}
+_PLOT_FORMATS = (".png", ".pdf", ".svg")
 
 
 def main(argv: list[str]) -> None:
-    """Run the command with the words after its name.
+    """Run the command.
 
     Raises:
+        UserError: an argument is invalid.
         FormulaError: the formula or a parameter is refused; nothing has been compiled.
     """
-    if not argv or any(word in ("-h", "--help") for word in argv):
-        print(__doc__)
-        return
     formula, options = _read(argv)
     from .formula.domains import check_domains
     from .formula.symbolic import compile_formula
 
     check_domains(formula)
-    compiled = compile_formula(formula)  # all refusals come before torch is loaded, which takes a second or two
+    compiled = compile_formula(formula)  # all refusals come before torch is imported, which takes a second or two
     if options["plot"]:
         _check_plot(options["plot"])
-    if "triton" in options["code"]:
-        _triton_source(compiled)
     from .activations.properties import properties
 
-    found = properties(compiled)
-    print("\n".join([*_formula(compiled), "", *_cost(compiled), "", *_shape(found), "", *_code(compiled, options)]))
+    sections = [_formula(compiled), _cost(compiled), _shape(properties(compiled)), _code(compiled, options)]
+    print("\n\n".join("\n".join(section) for section in sections))
     if options["plot"]:
         _plot(compiled, options["plot"])
         print(f"\nwritten to {options['plot']}")
 
 
 def _read(argv: list[str]) -> tuple[Formula, dict[str, Any]]:
-    """Take the words of the command line apart."""
-    texts, parameters, options = [], {}, {"plot": None, "code": set()}
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if word in ("--c", "--triton"):
-            options["code"].add(word[2:])
-        elif name == "--plot":
-            options["plot"] = value if equals else next(words, None)
-            if not options["plot"]:
-                raise _Refused("--plot needs the name of a file, such as --plot curve.png")
-        elif word.startswith("--"):
-            raise _Refused(f"unknown option {name!r}: choose from --plot, --c, --triton")
-        elif equals and name.isidentifier():
+    """Return the parsed formula with its parameters, and the options.
+
+    Only arguments that begin with -- are options: a formula may have parameters named c, plot or triton.
+    """
+    options, others = _options(argv)
+    texts, parameters = [], {}
+    for argument in others:
+        name, equals, value = argument.partition("=")
+        if equals and name.isidentifier():
             parameters[name] = _parameter(name, value)
         else:
-            texts.append(word)
+            texts.append(argument)
     if len(texts) != 1:
         given = ", ".join(map(repr, texts)) or "none"
-        raise _Refused(f"one formula is needed, in quotes, and {given} was given")
+        raise UserError(f"expected one formula, in quotes, not {given}")
     return parse(texts[0], parameters), options
 
 
-def _parameter(name: str, value: str) -> Any:
+def _options(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the options, and the arguments that are none."""
+    given, others = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--plot":  # its value may be the next argument
+            argument = f"--plot={next(arguments, '')}"
+        if argument == "--plot=":
+            raise UserError("--plot needs the name of a file, such as --plot curve.png")
+        (given if argument.startswith("--") else others).append(argument)
+    options, invalid = split_options(given, _OPTIONS, flags={"c": True, "triton": True})
+    if invalid:
+        raise unknown("option", invalid[0].partition("=")[0], [f"--{name}" for name in _OPTIONS])
+    return options, others
+
+
+def _parameter(name: str, value: str) -> float | dict[str, Any]:
     kind, _, rest = value.partition(":")
     number, colon, share = rest.partition(":") if kind == "learned" else (value, "", "")
     try:
         start = float(number)
     except ValueError:
-        raise _Refused(
-            f"{name}={value} is no parameter: write {name}=1.702, {name}=learned:0.25 or {name}=learned:0.25:channel"
+        raise UserError(
+            f"invalid parameter {name}={value}: write {name}=1.702, {name}=learned:0.25 or {name}=learned:0.25:channel"
         ) from None
     return start if kind != "learned" else {"init": start, "share": share if colon else "layer"}
 
@@ -114,17 +120,17 @@ def _parameter(name: str, value: str) -> Any:
 def _formula(compiled: Compiled) -> list[str]:
     formula = compiled.formula
     kind = "gated: 3 matrices (gate, up, down)" if formula.gated else "ungated: 2 matrices (up, down)"
-    learned = ", ".join(f"{n} (learned, starts at {p.init:g}, one a {p.share})" for n, p in formula.learned.items())
+    learned = ", ".join(f"{n} (learned, starts at {p.init:g}, one per {p.share})" for n, p in formula.learned.items())
     fixed = ", ".join(f"{name} = {value:g}" for name, value in formula.fixed.items())
     lines = [" ".join(formula.text.split()), f"  {kind}"]
     lines += [f"  parameters: {', '.join(filter(None, (learned, fixed)))}"] if learned or fixed else []
-    lines += ["", f"  {'h':<12} = {written(compiled.expression)}"]
-    lines += [f"  {f'dh/d{name}':<12} = {written(slope)}" for name, slope in compiled.slopes.items()]
+    lines += ["", f"  {'h':<12} = {notation(compiled.expression)}"]
+    lines += [f"  {f'dh/d{name}':<12} = {notation(slope)}" for name, slope in compiled.slopes.items()]
     return lines
 
 
-def written(expression: sympy.Expr) -> str:
-    """Write an expression in the grammar of formulas, long numbers with 6 digits."""
+def notation(expression: sympy.Expr) -> str:
+    """Return an expression in the grammar of formulas, with long numbers rounded to 6 digits."""
     import sympy
     from sympy.core.parameters import distribute
     from sympy.printing.str import StrPrinter
@@ -132,9 +138,9 @@ def written(expression: sympy.Expr) -> str:
     class Printer(StrPrinter):
         def _print_Function(self, expr: Any) -> str:
             name, arguments = type(expr).__name__, [self._print(argument) for argument in expr.args]
-            if name in _WRITTEN:
-                return _WRITTEN[name].format(*arguments)
-            if name in REGISTRY and (form := REGISTRY[name].written):
+            if name in _NOTATION:
+                return _NOTATION[name].format(*arguments)
+            if name in REGISTRY and (form := REGISTRY[name].notation):
                 return form.format(*arguments)
             return super()._print_Function(expr)
 
@@ -151,35 +157,33 @@ def _cost(compiled: Compiled) -> list[str]:
         return ", ".join(f"{count} {name}" for name, count in sorted(cost(program).items())) or "none"
 
     moved = bytes_moved(compiled.formula)
-    ours = 2 * len(compiled.formula.pre_activations)
-    without, total = saved_by_eager(compiled.formula)
+    saved = 2 * len(compiled.formula.pre_activations)
+    without_h, with_h = saved_by_eager(compiled.formula)
     return [
-        "operations an element",
+        "operations per element",
         f"  forward                  {line(compiled.forward)}",
         f"  backward                 {line(compiled.backward)}",
-        "bytes an element of h, in bf16",
+        "bytes per element of h, in bf16",
         f"  moved                    forward {moved['forward']}, backward {moved['backward']}"
-        f" ({moved['backward with h']} where h is written again)",
-        f"  saved for backward       {ours} (the packed pre-activations)",
-        f"  saved by eager PyTorch   {without} beside h; {total} with h, which the down projection keeps",
+        f" ({moved['backward with h']} where h is recomputed)",
+        f"  saved for backward       {saved} (the packed pre-activations)",
+        f"  saved by eager PyTorch   {without_h} without h; {with_h} with h, which the down projection saves",
     ]
 
 
-def _shape(found: Properties) -> list[str]:
+def _shape(result: Properties) -> list[str]:
     lines = [
         "values (|pre-activation| <= 10)",
-        f"  at 0                     {found.at_zero:.6g}",
-        f"  range                    {found.low:.6g} to {found.high:.6g}",
-        f"  under N(0, 1)            mean {found.mean:.4f}, std {found.std:.4f}, RMS {found.rms:.4f}"
-        + (f", mean/std {found.mean / found.std:.2f}" if found.std else ""),
+        f"  at 0                     {result.at_zero:.6g}",
+        f"  range                    {result.low:.6g} to {result.high:.6g}",
+        f"  under N(0, 1)            mean {result.mean:.4f}, std {result.std:.4f}, RMS {result.rms:.4f}"
+        + (f", mean/std {result.mean / result.std:.2f}" if result.std else ""),
     ]
-    if found.true_glu is not None:
-        lines.append(
-            f"  a true GLU               {'yes' if found.true_glu else 'no'} (0 where up is 0, twice where up is)"
-        )
-    for name, curve in found.curves.items():
-        lines += [f"in {name}" + (", the other one being 1" if len(found.curves) > 1 else ""), *_curve(curve)]
-    return lines + [f"warning: {warning}" for warning in found.warnings]
+    if result.true_glu is not None:
+        lines.append(f"  a true GLU               {'yes' if result.true_glu else 'no'} (h is proportional to up)")
+    for name, curve in result.curves.items():
+        lines += [f"in {name}" + (", with the other one at 1" if len(result.curves) > 1 else ""), *_curve(curve)]
+    return lines + [f"warning: {warning}" for warning in result.warnings]
 
 
 def _curve(curve: Curve) -> list[str]:
@@ -198,15 +202,15 @@ def _curve(curve: Curve) -> list[str]:
 
 
 def _code(compiled: Compiled, options: dict[str, Any]) -> list[str]:
-    from .activations import c_source
+    from .activations import c_source, triton_source
 
-    if "c" in options["code"]:
+    if options["c"]:
         lines = ["C", c_source.source(compiled)]
     else:
-        lines = ["C, inside the loop of the forward kernel (fp32; --c shows all)", *_body(compiled.forward)]
-        lines += ["and of the backward kernel", *_body(compiled.backward)]
-    if "triton" in options["code"]:
-        lines += ["", "Triton", _triton_source(compiled)]
+        lines = ["C, inside the loop of the forward kernel (fp32; --c prints everything)", *_body(compiled.forward)]
+        lines += ["inside the loop of the backward kernel", *_body(compiled.backward)]
+    if options["triton"]:
+        lines += ["", "Triton", triton_source.source(compiled)]
     return lines
 
 
@@ -216,27 +220,19 @@ def _body(program: Program) -> list[str]:
     return [f"    {line}" for line in body(program).splitlines()]
 
 
-def _triton_source(compiled: Compiled) -> str:
-    try:
-        from .activations import triton_source
-    except ImportError:
-        raise _Refused("--triton: the Triton backend is not in this build") from None
-    return triton_source.source(compiled)
-
-
 # ------------------------------------------------------------------------------------------------------------ plotting
 
 
 def _check_plot(path: str) -> None:
-    """Refuse a plot that cannot be drawn or written, before the work is done."""
-    if not path.endswith(_ENDINGS):
-        raise _Refused(f"--plot {path}: the name must end in {', '.join(_ENDINGS)}")
+    """Refuse a plot that cannot be drawn or written, before anything is computed."""
+    if not path.endswith(_PLOT_FORMATS):
+        raise UserError(f"--plot {path}: the name must end in {', '.join(_PLOT_FORMATS)}")
     if not Path(path).absolute().parent.is_dir():
-        raise _Refused(f"--plot {path}: there is no folder {Path(path).parent}")
+        raise UserError(f"--plot {path}: the folder {Path(path).parent} does not exist")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise _Refused("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
+        raise UserError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
 
 
 def _plot(compiled: Compiled, path: str) -> None:
@@ -250,14 +246,14 @@ def _plot(compiled: Compiled, path: str) -> None:
 
     sample, silu = Sampler(compiled), torch.nn.functional.silu
     x = torch.linspace(-5, 5, 2001, dtype=torch.float64, requires_grad=True)
-    beside = {}
+    baselines = {}
     for name, function in {"ReLU": torch.relu, "SiLU": silu}.items():
         h = function(x)
-        beside[name] = (h.detach(), torch.autograd.grad(h.sum(), x)[0])
+        baselines[name] = (h.detach(), torch.autograd.grad(h.sum(), x)[0])
     x = x.detach()
     gated = compiled.formula.gated
     figure, axes = pyplot.subplots(1, 3 if gated else 2, figsize=(15 if gated else 10, 4), layout="constrained")
-    for name, curves in beside.items():
+    for name, curves in baselines.items():
         for axis, curve in zip(axes, curves, strict=False):
             axis.plot(x, curve, "--", linewidth=1, label=name)
     for up in (1.0, -1.0, 0.5) if gated else (None,):
@@ -265,45 +261,44 @@ def _plot(compiled: Compiled, path: str) -> None:
         label = "h" if up is None else f"h, up = {up:g}"
         for axis, curve in zip(axes, (h, next(iter(slopes.values()))), strict=False):
             axis.plot(x, curve, linewidth=2 if up in (None, 1.0) else 1, label=label)
-    over = compiled.formula.pre_activations[0]
-    for axis, title in zip(axes, ("h", f"dh/d{over}"), strict=False):
-        axis.set(title=title, xlabel=over)
+    argument = compiled.formula.pre_activations[0]
+    for axis, title in zip(axes, ("h", f"dh/d{argument}"), strict=False):
+        axis.set(title=title, xlabel=argument)
         axis.grid(alpha=0.3)
         axis.legend()
     if gated:
         coarse = x[::10]
         h, _ = sample(gate=coarse[None, :], up=coarse[:, None])
-        most = float(h.abs().max()) or 1.0
-        image = axes[2].pcolormesh(coarse, coarse, h, cmap="RdBu_r", vmin=-most, vmax=most, rasterized=True)
+        limit = float(h.abs().max()) or 1.0
+        image = axes[2].pcolormesh(coarse, coarse, h, cmap="RdBu_r", vmin=-limit, vmax=limit, rasterized=True)
         axes[2].set(title="h", xlabel="gate", ylabel="up")
         figure.colorbar(image, ax=axes[2])
     figure.suptitle(" ".join(compiled.formula.text.split()), family="monospace", parse_math=False)
     target = Path(path)
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")  # then nobody sees half a file
+    temporary = target.with_name(
+        f".{target.stem}.{os.getpid()}.tmp{target.suffix}"
+    )  # so that readers never see a partial file
     try:
         figure.savefig(temporary, dpi=150)
         os.replace(temporary, target)
     except OSError as error:
-        raise _Refused(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
         pyplot.close(figure)
 
 
 def run() -> None:
-    """Run the command: bad input is one sentence on standard error and status 2."""
+    """Run the command line program; a refused formula is bad input, as an invalid argument is."""
+    usage = (__doc__ or "").replace("kernels.show", f"{__package__}.show")
+    run_command(_main, usage, needs_arguments=True)
+
+
+def _main(argv: list[str]) -> None:
     try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-    except (FormulaError, _Refused) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # `... | head` closed the pipe: nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+        main(argv)
+    except FormulaError as error:
+        raise UserError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -200,7 +200,9 @@ class _Elementwise(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's decorator is typed without the signature
+        ctx: Any, dh: Tensor
+    ) -> tuple[Tensor | None, ...]:
         pre, *learned = ctx.saved_tensors
         dpre, _, dlearned = ctx.activation.backward(pre, dh, learned)
         return None, dpre, *(d.to(p.dtype) for d, p in zip(dlearned, learned, strict=True))

@@ -1,6 +1,6 @@
 """The C backend: fp32 and bf16 tensors on a CPU, fp32 inside, one rounding at the store.
 
-`c_source.py` generates the kernels of a formula, `kernels/c` compiles and loads them.
+`c_source.py` generates the kernels of a formula; `c/` compiles and loads them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _kernels: dict[Compiled, CKernels] = {}
 
 
 def kernels_of(compiled: Compiled) -> CKernels | None:
-    """Return the kernels of a formula, built if need be; None where no compiler works."""
+    """Return the kernels of a formula, built at the first call; None where no compiler works."""
     if compiled not in _kernels:
         built = load(source(compiled))
         if built is None:
@@ -37,7 +37,7 @@ class CKernels:
     def __init__(self, compiled: Compiled, built: ctypes.CDLL) -> None:
         self.compiled, self.built = compiled, built
         self.matrices = len(compiled.formula.pre_activations)
-        # Rows mean nothing to an ungated formula that learns nothing: one long row has one end.
+        # An ungated formula without learned parameters is independent of rows: all elements form one row, with one remainder.
         self.flat = self.matrices == 1 and not compiled.formula.learned
 
     def forward(self, _: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
@@ -48,7 +48,7 @@ class CKernels:
 
     @functools.cached_property
     def built_with_stats(self) -> ctypes.CDLL | None:
-        """The variant that tells of itself, built when it is first asked for; None where no compiler is left."""
+        """The forward kernel with statistics, built on first use; None where no compiler works."""
         return load(source_with_stats(self.compiled))
 
     def forward_with_stats(
@@ -71,7 +71,8 @@ class CKernels:
         """See `reference.backward`."""
         dpre, h = torch.empty_like(pre), torch.empty_like(dh) if with_h else None
         dlearned = [torch.zeros(tensor.shape, dtype=torch.float32) for tensor in learned]
-        tensors = (pre, dh, dpre, *([] if h is None else [h]), *_values(learned), *dlearned)
+        outputs = [dpre] if h is None else [dpre, h]
+        tensors = (pre, dh, *outputs, *_values(learned), *dlearned)
         self._call("backward_h" if with_h else "backward", tensors, dh)
         return dpre, h, dlearned
 
@@ -85,7 +86,7 @@ class CKernels:
         return torch.empty(pre.shape if self.matrices == 1 else (*pre.shape[:-2], pre.shape[-1]), dtype=pre.dtype)
 
     def _call(self, name: str, tensors: Sequence[Tensor], like: Tensor) -> None:
-        """Run a kernel over the rows of `like`."""
+        """Call a kernel for the rows of `like`."""
         if like.numel():
             _run(self.built, name, tensors, like, like.numel() if self.flat else like.shape[-1])
 
@@ -94,7 +95,7 @@ def _run(built: ctypes.CDLL, name: str, tensors: Sequence[Tensor], like: Tensor,
     addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
     sizes = ctypes.c_int64(like.numel() // width), ctypes.c_int64(width)
     if getattr(built, f"{name}_{NAMES[like.dtype]}")(*addresses, *sizes):
-        raise MemoryError("no memory for the partial sums of a kernel")
+        raise MemoryError("cannot allocate the partial sums of a kernel")
 
 
 def _values(learned: Sequence[Tensor]) -> list[Tensor]:

@@ -1,9 +1,9 @@
-"""Formulas printed as C: one template for every kernel of every formula.
+"""C source of a formula's kernels, from one template.
 
-A kernel is two functions. The loop runs over one tile of a row in whole vectors, reading and writing a few streams of elements;
-the driver cuts rows x width into tiles. The last few elements of a row go through the same loop by way of padded copies, in
-which pre-activations and gradients are 0. With learned parameters, rows are cut into blocks with sums of their own, which are
-added up in their order at the end: no result depends on the number of threads.
+A kernel is two functions. The loop processes one tile of a row in full vectors, over a few streams of elements; the driver
+splits rows x width into tiles. The remainder of a row goes through the same loop in padded copies, where pre-activations and
+gradients are 0. With learned parameters, rows are split into blocks with their own partial sums, which are added in a fixed
+order at the end, so no result depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _SHORT = {"div", *(name for name, function in REGISTRY.items() if function.short
 def source(compiled: Compiled) -> str:
     """Return the C source of a formula: forward_T, backward_T, backward_h_T [, from_output_T] for every T of `DTYPES`.
 
-    Each returns 0, or 1 without memory, and takes pointers to pre, [dh, dpre], [h], each learned parameter (float), [its
-    gradient (float)], and then int64 rows and width.
+    Each returns 0, or 1 if it cannot allocate memory. Arguments: pointers to pre, [dh, dpre], [h], each learned parameter
+    (float), [its gradient (float)]; then rows and width (int64).
     """
     parts = _head(compiled)
     for dtype in DTYPES:
@@ -44,10 +44,11 @@ def source(compiled: Compiled) -> str:
 
 
 def source_with_stats(compiled: Compiled) -> str:
-    """Return the C source of statistics_T for every T of `DTYPES`: the forward kernel that also tells of h and the slopes.
+    """Return the C source of statistics_T for every T of `DTYPES`: the forward kernel with statistics of h and the slopes.
 
-    Each tile goes through the loop of forward_T, the same to the last bit, and then, still in the cache, through one that adds
-    up. Takes pointers to pre, h, each learned parameter, each sum of `stats_program` (float), and then rows and width.
+    Each tile goes through the loop of forward_T, with the same h to the last bit, and then, while it is in the cache, through
+    the loop of the statistics. Arguments: pointers to pre, h, each learned parameter, each output of `stats_program` (float);
+    then rows and width.
     """
     parts = _head(compiled)
     for dtype in DTYPES:
@@ -62,14 +63,20 @@ def _head(compiled: Compiled) -> list[str]:
 
 
 def body(program: Program, dtype: str = "f32") -> str:
-    """Return the lines of a program, for one vector of elements, and its results under their names."""
+    """Return the lines of a program for one vector of elements, and its outputs by name."""
     results = (f"{name} = {_argument(value, '')};" for name, value in program.outputs.items())
     return _lines([*(_line(line, dtype, "") for line in program.lines), *results])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stream:
-    """What a loop reads or writes element by element: its name in the program, its type, and where a tile of it begins."""
+    """An array that a loop reads or writes element by element.
+
+    Attributes:
+        name: that of the input or output of the program.
+        dtype: its type in C.
+        address: C expression for the beginning of the current tile.
+    """
 
     name: str
     dtype: str
@@ -81,7 +88,7 @@ class _Kernel:
 
     Args:
         pre: names of the pre-activations, if not the formula's.
-        before: the kernel that every tile goes through first, and whose h this one reads.
+        before: the kernel that processes every tile first, and whose h this one reads.
     """
 
     def __init__(
@@ -96,37 +103,39 @@ class _Kernel:
         self.program, self.dtype, self.name, self.before = program, dtype, name, before
         self.backward = "dh" in program.inputs
         pre, learned = pre or compiled.formula.pre_activations, compiled.formula.learned
-        rows = lambda array, i=0, of=1: f"{array} + (row * {of} + {i}) * width + first"  # noqa: E731
-        self.reads = [_Stream(n, dtype, rows("pre", i, len(pre))) for i, n in enumerate(pre)]
-        self.writes = []
+        self.reads = [_Stream(n, dtype, _row("pre", i, len(pre))) for i, n in enumerate(pre)]
+        self.writes: list[_Stream] = []
         if self.backward:
-            self.reads.append(_Stream("dh", dtype, rows("dh")))
-            self.writes = [_Stream(f"d{n}", dtype, rows("dpre", i, len(pre))) for i, n in enumerate(pre)]
+            self.reads.append(_Stream("dh", dtype, _row("dh")))
+            self.writes = [_Stream(f"d{n}", dtype, _row("dpre", i, len(pre))) for i, n in enumerate(pre)]
         if before:
-            self.reads.append(_Stream(STORED, dtype, rows("h")))
+            self.reads.append(_Stream(STORED, dtype, _row("h")))
         if "h" in program.outputs:
-            self.writes.append(_Stream("h", dtype, rows("h")))
+            self.writes.append(_Stream("h", dtype, _row("h")))
         self.learned = list(learned)
         self.scalars = [n for n, p in learned.items() if p.share == "layer"]
         self.reads += [_Stream(n, "f32", f"p_{n} + first") for n in learned if n not in self.scalars]
-        # Outputs that are added up over the rows of a block, one after the other in its memory `mine`: 1, or one a column.
+        # Outputs that are summed over the rows of a block, with their number of elements: 1, or one per column. They follow
+        # each other in the block's partial sums, `mine`.
         self.sizes = {f"d{n}": "1" if n in self.scalars else "width" for n in learned} if self.backward else {}
         if before:
             self.sizes = {n: "width" if n == ACTIVE else "1" for n in program.outputs}
         sizes = list(self.sizes.values())
         self.offsets = {n: _sum(sizes[:i]) for i, n in enumerate(self.sizes)}
-        self.sum_of = "bf16" if before else dtype  # statistics need no more digits than that
+        self.sum_of = "bf16" if before else dtype  # precise enough for statistics
         self.totals = [n for n, size in self.sizes.items() if size == "1"]
         self.sums = [_Stream(n, "f32", f"mine + {self.offsets[n]} + first") for n in self.sizes if n not in self.totals]
 
     def text(self) -> str:
+        """Return the source of both functions."""
         return f"{self.loop()}\n{self.driver()}"
 
     def value(self, output: str) -> str:
+        """Return the C expression of an output."""
         return _argument(self.program.outputs[output])
 
     def loop(self) -> str:
-        """Return the function that runs over `n` elements, or over up to LANES in padded memory."""
+        """Return the function that processes `n` elements: a multiple of LANES, or fewer than LANES in padded memory."""
         arguments = [f"const {s.dtype} *restrict r_{s.name}" for s in self.reads]
         arguments += [f"{s.dtype} *restrict w_{s.name}" for s in (*self.writes, *self.sums)]
         arguments += [f"const float p_{n}" for n in self.scalars] + [f"double *restrict s_{n}" for n in self.totals]
@@ -136,12 +145,12 @@ class _Kernel:
         inside += [_line(line, self.dtype) for line in self.program.lines]
         inside += [f"store_{s.dtype}(w_{s.name} + c, {self.value(s.name)});" for s in self.writes]
         inside += [f"add_f32(w_{s.name} + c, {self.value(s.name)});" for s in self.sums]
-        # What stands beyond the end must not count, whatever a formula makes of 0.
+        # Padding must not count, whatever the formula's value at 0.
         inside += ["const I counts = lanes_below(n - c);"] if self.totals else []
         for n in self.totals:
             value = f"k_select(counts, {self.value(n)}, number(0))"
-            keep = f"sum_{n}.high = k_max(sum_{n}.high, {value});"
-            inside.append(keep if n == PEAK else f"accumulate_{self.sum_of}(&sum_{n}, {value});")
+            largest = f"sum_{n}.high = k_max(sum_{n}.high, {value});"
+            inside.append(largest if n == PEAK else f"accumulate_{self.sum_of}(&sum_{n}, {value});")
         return (
             f"static void {self.name}_tile({', '.join(arguments)}, int64_t n) {{\n"
             + _lines((f"Sum sum_{n} = {{}};" for n in self.totals), 1)
@@ -159,7 +168,7 @@ class _Kernel:
         )
 
     def tile(self) -> list[str]:
-        """Return the lines that do the tile of row `row` that begins at `first`: `whole` vectors, and a rest."""
+        """Return the lines that process one tile, from column `first` of row `row`: full vectors, then the remainder."""
         outputs = (*self.writes, *self.sums)
         buffers = [*((f"b_r_{s.name}", s) for s in self.reads), *((f"b_w_{s.name}", s) for s in outputs)]
         scalars = [f"p_{n}[0]" for n in self.scalars] + [f"&total_{n}" for n in self.totals]
@@ -167,7 +176,7 @@ class _Kernel:
         padded = ", ".join([buffer for buffer, _ in buffers] + scalars)
         copies_in = [(buffer, s) for buffer, s in buffers if s not in self.writes]
         copies_out = [(buffer, s) for buffer, s in buffers if s in outputs]
-        own = [
+        lines = [
             f"{self.name}_tile({in_place}, whole);",
             "if (rest) {",
             *(f"    {s.dtype} {buffer}[LANES] = {{0}};" for buffer, s in buffers),
@@ -176,10 +185,10 @@ class _Kernel:
             *(f"    memcpy({s.address} + whole, {buffer}, rest * sizeof({s.dtype}));" for buffer, s in copies_out),
             "}",
         ]
-        return (self.before.tile() if self.before else []) + own
+        return (self.before.tile() if self.before else []) + lines
 
     def driver(self) -> str:
-        """Return the function that is called."""
+        """Return the exported function."""
         arguments = [f"const {self.dtype} *restrict pre"]
         arguments += [f"const {self.dtype} *restrict dh", f"{self.dtype} *restrict dpre"] if self.backward else []
         arguments += [f"{self.dtype} *restrict h"] if self.before or "h" in self.program.outputs else []
@@ -221,8 +230,13 @@ class _Kernel:
         return head + _lines(block, 1) + _lines(tile, 2) + end + "}\n"
 
 
+def _row(array: str, i: int = 0, count: int = 1) -> str:
+    """Return the address of column `first` of a row, in matrix i of the `count` matrices that alternate in `array`."""
+    return f"{array} + (row * {count} + {i}) * width + first"
+
+
 def _sum(sizes: Iterable[str]) -> str:
-    """Print the sum of sizes, which are "1" or "width"."""
+    """Return the sum of sizes, which are "1" or "width", as a C expression."""
     counts = Counter(sizes)
     return f"{counts['width']} * width + {counts['1']}"
 
@@ -239,7 +253,7 @@ def _line(line: Line, dtype: str, prefix: str = "v_") -> str:
 
 
 def _argument(argument: Argument, prefix: str = "v_") -> str:
-    """Print a number, a line's name, or an input's with a prefix: its name is the user's, and may be a word of C."""
+    """Print a number, the name of a line, or that of an input with a prefix: users choose it, and it may be a C keyword."""
     if not isinstance(argument, str):
         return f"number({float(argument).hex()}f)"
     return argument if re.fullmatch(r"t[0-9]+", argument) else prefix + argument

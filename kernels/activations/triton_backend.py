@@ -1,7 +1,7 @@
 """The Triton backend: bf16, fp16 and fp32 tensors on a GPU, and fp32 on a CPU under TRITON_INTERPRET=1.
 
-fp32 inside, one rounding at the store. A program of the grid computes one row and a tile of columns; row offsets are int64.
-`triton_source.py` generates the kernels. Importing this module does not import Triton.
+fp32 inside, one rounding at the store. A Triton program computes a tile of columns of one row; row offsets are int64.
+`triton_source.py` generates the kernels. This module does not import Triton.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..triton.runtime import load
 from .telemetry import BatchStats, sums_of
 from .triton_source import source, source_with_stats
 
-TILE = 1024  # columns per program: 128 threads with 8 each, which in 16 bits is one load
+TILE = 1024  # columns per program: 8 for each of 128 threads, one load of 128 bits in 16-bit dtypes
 WARPS = 4
-_SUMS = 256  # at most so many blocks of rows, whose gradients of learned parameters are added up apart
+_SUMS = 256  # most blocks of rows, each with its own partial sums of the gradients of learned parameters
 
 
 class TritonKernels:
@@ -31,12 +31,12 @@ class TritonKernels:
 
     def __init__(self, compiled: Compiled) -> None:
         self.compiled, self.module = compiled, load(source(compiled))
-        self.pre = len(compiled.formula.pre_activations)
-        self.shares = [learned.share for learned in compiled.formula.learned.values()]
+        self.matrices = len(compiled.formula.pre_activations)
+        self.per_channel = [learned.share == "channel" for learned in compiled.formula.learned.values()]
 
     @functools.cached_property
     def module_with_stats(self) -> ModuleType:
-        """The variant of the forward kernel that tells of itself, printed when it is first asked for."""
+        """The forward kernel with statistics, generated on first use."""
         return load(source_with_stats(self.compiled))
 
     def forward(self, _: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
@@ -54,14 +54,14 @@ class TritonKernels:
         width, count = pre.shape[-1], len(sums_of(compiled)) + 1
         h = self._empty_h(pre)
         if not h.numel():
-            nothing = torch.zeros(count, device=pre.device)
-            return h, BatchStats(nothing[:-1], nothing[-1], torch.zeros(width, device=pre.device), 0)
+            zeros = torch.zeros(count, device=pre.device)
+            return h, BatchStats(zeros[:-1], zeros[-1], torch.zeros(width, device=pre.device), 0)
         rows = h.numel() // width
-        share, blocks = _blocks(rows)
+        rows_per_program, blocks = _blocks(rows)
         totals = torch.empty((count, blocks, _tiles(width)), dtype=torch.float32, device=pre.device)
         active = torch.empty((blocks, width), dtype=torch.float32, device=pre.device)
         tensors = [pre, h, *_detached(learned), totals, active]
-        self._launch(self.module_with_stats.statistics, blocks, width, tensors, rows, share)
+        self._launch(self.module_with_stats.statistics, blocks, width, tensors, rows, rows_per_program)
         return h, BatchStats(totals[:-1].sum((1, 2)), totals[-1].amax(), active.sum(0), h.numel())
 
     def backward(
@@ -73,16 +73,17 @@ class TritonKernels:
         if not dh.numel():
             return dpre, h, [torch.zeros(p.shape, dtype=torch.float32, device=pre.device) for p in learned]
         rows, kernel = dh.numel() // width, self.module.backward_with_h if with_h else self.module.backward
-        tensors = [pre, dh, dpre, *([h] if h is not None else []), *_detached(learned)]
+        outputs = [dpre] if h is None else [dpre, h]
+        tensors = [pre, dh, *outputs, *_detached(learned)]
         if not learned:
             self._launch(kernel, rows, width, tensors)
             return dpre, h, []
-        share, blocks = _blocks(rows)
+        rows_per_program, blocks = _blocks(rows)
         sums = [
-            torch.empty((blocks, width if kind == "channel" else _tiles(width)), dtype=torch.float32, device=pre.device)
-            for kind in self.shares
+            torch.empty((blocks, width if per_channel else _tiles(width)), dtype=torch.float32, device=pre.device)
+            for per_channel in self.per_channel
         ]
-        self._launch(kernel, blocks, width, [*tensors, *sums], rows, share)
+        self._launch(kernel, blocks, width, [*tensors, *sums], rows, rows_per_program)
         return dpre, h, [_total(s, p) for s, p in zip(sums, learned, strict=True)]
 
     def backward_from_output(self, _: Compiled, h: Tensor, dh: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class TritonKernels:
         return dpre
 
     def _empty_h(self, pre: Tensor) -> Tensor:
-        shape = pre.shape if self.pre == 1 else (*pre.shape[:-2], pre.shape[-1])
+        shape = pre.shape if self.matrices == 1 else (*pre.shape[:-2], pre.shape[-1])
         return torch.empty(shape, dtype=pre.dtype, device=pre.device)
 
     def _launch(self, kernel: Any, programs: int, width: int, tensors: list[Tensor], *rows: int) -> None:
@@ -105,7 +106,7 @@ class TritonKernels:
 
 
 def unit_of(width: int) -> int:
-    """Return what a width is passed in units of."""
+    """Return the number of columns per unit in which a width is passed to a kernel."""
     return 1 if width % 8 else 8
 
 
@@ -118,9 +119,9 @@ def _tiles(width: int) -> int:
 
 
 def _blocks(rows: int) -> tuple[int, int]:
-    """Return how many rows one program adds up, and how many programs that takes."""
-    share = math.ceil(rows / _SUMS)
-    return share, math.ceil(rows / share)
+    """Return the rows per program, and the number of programs."""
+    rows_per_program = math.ceil(rows / _SUMS)
+    return rows_per_program, math.ceil(rows / rows_per_program)
 
 
 def _detached(learned: Iterable[Tensor]) -> list[Tensor]:
@@ -135,7 +136,7 @@ _kernels: dict[Compiled, TritonKernels] = {}
 
 
 def kernels_of(compiled: Compiled) -> TritonKernels:
-    """Return the kernels of a formula, printed and imported at the first call."""
+    """Return the kernels of a formula, generated and imported at the first call."""
     if compiled not in _kernels:
         _kernels[compiled] = TritonKernels(compiled)
     return _kernels[compiled]

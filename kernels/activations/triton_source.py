@@ -1,11 +1,10 @@
-"""A formula's programs printed as Triton kernels.
+"""Triton source of a formula's kernels, from one template per kernel.
 
-- One template for forward and one for backward; a formula contributes its program.
-- A width that is a multiple of 8 is passed as its eighth, so that the compiler knows that rows begin on 16 bytes and loads
-  128 bits at once, whether or not the width is a multiple of 16.
-- The gradient of a learned parameter is added up in an order that only the shape decides, so results repeat exactly.
+- A width that is a multiple of 8 is passed as an eighth of it: the compiler then knows that rows are aligned to 16 bytes and
+  loads 128 bits at once, whether or not the width is a multiple of 16.
+- The gradient of a learned parameter is summed in an order that depends on the shape alone, so results are reproducible.
 
-The functions of the grammar are in `kernels/triton/primitives.py`. Importing this module does not import Triton.
+The elementary functions are in `triton/primitives.py`. This module does not import Triton.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ _PACKAGE = __name__.rpartition(".activations.")[0]  # "kernels" or "formula_ffn"
 
 _OPERATORS = INFIX | {"neg": "{} * -1.0", "select": "tl.where({}, {}, {})"}
 _OPERATORS |= {"abs": "tl.abs({})", "max": "fn.maximum({}, {})", "min": "fn.minimum({}, {})"}
-# One form for fp32 tensors, a shorter one for 16 bits.
+# These have a form for fp32 tensors and a shorter one for 16 bits.
 _TWO_FORMS = {name for name, function in REGISTRY.items() if function.short_in_triton}
 
 
 def source(compiled: Compiled) -> str:
-    """Return the Python source of a formula's kernels: `forward`, `backward`, `backward_with_h`."""
+    """Return the Python source of a formula's kernels: `forward`, `backward`, `backward_with_h` [, `from_output`]."""
     return f"""{_imports(compiled)}
 
 {_forward(compiled)}
@@ -41,7 +40,7 @@ def source(compiled: Compiled) -> str:
 
 
 def source_with_stats(compiled: Compiled) -> str:
-    """Return the Python source of `statistics`: the forward kernel that also tells of h and the slopes."""
+    """Return the Python source of `statistics`: the forward kernel with statistics of h and the slopes."""
     return f"{_imports(compiled)}\n\n{_statistics(compiled)}"
 
 
@@ -107,7 +106,7 @@ def _forward(compiled: Compiled) -> str:
 
 
 def _statistics(compiled: Compiled) -> str:
-    """Print the forward kernel in which a program walks a block of rows and adds up what `stats_program` says."""
+    """Print the forward kernel in which a Triton program iterates over a block of rows and reduces `stats_program`."""
     program, learned = stats_program(compiled), compiled.formula.learned
     *sums, peak, active = program.outputs
     pointers = ["pre", "h", *(f"at_{name}" for name in learned), "totals", "active"]
@@ -115,9 +114,9 @@ def _statistics(compiled: Compiled) -> str:
         *_load_learned(compiled, program, compiled.forward),
         *(f"sum_{name} = tl.full((), 0.0, tl.float32)" for name in (*sums, peak)),
         "units = tl.zeros((TILE,), tl.float32)",
-        *_WALK,
+        *_ROW_LOOP,
     ]
-    counted = lambda name: f"tl.where(inside, {_argument(program.outputs[name], program)}, 0.0)"  # noqa: E731
+    values = {name: f"tl.where(inside, {_argument(value, program)}, 0.0)" for name, value in program.outputs.items()}
     row = [
         *_load_pre(compiled, program, compiled.forward),
         *_lines(compiled.forward),
@@ -125,15 +124,15 @@ def _statistics(compiled: Compiled) -> str:
         "tl.store(h + row * width + column, stored, mask=inside)",
         f"v_{STORED} = stored.to(tl.float32)",
         *_lines(program),
-        *(f"sum_{name} += tl.sum({counted(name)})" for name in sums),
-        f"sum_{peak} = tl.maximum(sum_{peak}, tl.max({counted(peak)}))",
-        f"units += {counted(active)}",
+        *(f"sum_{name} += tl.sum({values[name]})" for name in sums),
+        f"sum_{peak} = tl.maximum(sum_{peak}, tl.max({values[peak]}))",
+        f"units += {values[active]}",
         "row += 1",
     ]
     place = "({} * tl.num_programs(0).to(tl.int64) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)"
     after = [f"tl.store(totals + {place.format(i)}, sum_{name})" for i, name in enumerate((*sums, peak))]
     after.append("tl.store(active + tl.program_id(0).to(tl.int64) * width + column, units, mask=inside)")
-    head = _head("statistics", pointers, ["rows", "share", "width"])
+    head = _head("statistics", pointers, ["rows", "rows_per_program", "width"])
     return head + _indented(before, 1) + _indented(row, 2) + _indented(after, 1)
 
 
@@ -142,16 +141,16 @@ def _rounded(compiled: Compiled) -> str:
     return f"tl.where(inside, {_argument(compiled.forward.outputs['h'], compiled.forward)}, 0.0).to(h.dtype.element_ty)"
 
 
-# A program that walks a block of rows.
-_WALK = (
-    "row = tl.program_id(0).to(tl.int64) * share",
-    "last = tl.minimum(row + share, rows)",
-    "while row < last:",  # the interpreter has no range of what is not known beforehand
+# A Triton program that iterates over a block of rows.
+_ROW_LOOP = (
+    "row = tl.program_id(0).to(tl.int64) * rows_per_program",
+    "last = tl.minimum(row + rows_per_program, rows)",
+    "while row < last:",  # the interpreter has no `range` over runtime values
 )
 
 
 def _backward(compiled: Compiled, with_h: bool) -> str:
-    """Print a backward kernel. With learned parameters a program walks a block of rows, and keeps its sums in registers."""
+    """Print a backward kernel. With learned parameters a Triton program iterates over rows, with its sums in registers."""
     program = compiled.backward_with_h if with_h else compiled.backward
     names, learned = compiled.formula.pre_activations, compiled.formula.learned
     pointers = ["pre", "dh", "dpre", *(["h"] if with_h else []), *(f"at_{name}" for name in learned)]
@@ -164,7 +163,7 @@ def _backward(compiled: Compiled, with_h: bool) -> str:
     ]
     if with_h:
         row.append(_store("h + row * width + column", program.outputs["h"], program))
-    # Outside of the tensor stands no 0 but anything, NaN included: chosen away, not multiplied away.
+    # Masked lanes hold arbitrary values, NaN included, so `where` replaces them; a product with 0 would not.
     row += [
         f"sum_{name} += tl.where(inside, {_argument(program.outputs[f'd{name}'], program)}, 0.0)" for name in learned
     ]
@@ -177,7 +176,7 @@ def _backward(compiled: Compiled, with_h: bool) -> str:
     before = [
         *_load_learned(compiled, program),
         *(f"sum_{name} = tl.zeros((TILE,), tl.float32)" for name in learned),
-        *_WALK,
+        *_ROW_LOOP,
     ]
     after = [
         f"tl.store(sums_{name} + tl.program_id(0).to(tl.int64) * width + column, sum_{name}, mask=inside)"
@@ -185,12 +184,12 @@ def _backward(compiled: Compiled, with_h: bool) -> str:
         else f"tl.store(sums_{name} + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(sum_{name}))"
         for name, parameter in learned.items()
     ]
-    head = _head(name, pointers, ["rows", "share", "width"])
+    head = _head(name, pointers, ["rows", "rows_per_program", "width"])
     return head + _indented(before, 1) + _indented(row, 2) + _indented(after, 1)
 
 
 def _from_output(compiled: Compiled) -> str:
-    """Print the kernel that computes the gradient from h, which it calls `pre`; nothing where h is not enough."""
+    """Print the kernel that computes the gradient from h, in the argument `pre`; "" for a formula without `from_output`."""
     program = compiled.from_output
     if program is None:
         return ""
@@ -214,7 +213,7 @@ def _lines(program: Program) -> list[str]:
 
 def _operation(line: Line, program: Program) -> str:
     printed = [_argument(argument, program) for argument in line.arguments]
-    if not any(isinstance(argument, str) for argument in line.arguments):  # Triton's functions take no bare numbers
+    if not any(isinstance(argument, str) for argument in line.arguments):  # Triton's functions require a tensor
         printed = [f"tl.full((), {number}, tl.float32)" for number in printed]
     if line.operation in _OPERATORS:
         return _OPERATORS[line.operation].format(*printed)
@@ -222,8 +221,10 @@ def _operation(line: Line, program: Program) -> str:
 
 
 def _argument(argument: Argument, program: Program) -> str:
-    """Print a name, or a number as the fp32 that it is computed with."""
-    if isinstance(argument, str):  # a parameter may have any name: the prefix keeps it off Python's and the kernel's
+    """Print a name, or a number rounded to fp32."""
+    if isinstance(
+        argument, str
+    ):  # users name parameters: the prefix avoids Python's keywords and the kernel's variables
         return f"v_{argument}" if argument in program.inputs else argument
     with np.errstate(over="ignore"):
         number = float(np.float32(argument))

@@ -1,6 +1,6 @@
-"""Loading C kernels through ctypes: generated sources, and the hand-written files of the ops.
+"""Load C kernels through ctypes: generated sources, and the hand-written files of the ops.
 
-`toolchain.py` compiles and caches; the vector arithmetic that every kernel is made of is in `primitives.h`.
+`toolchain.py` compiles and caches; `primitives.h` has the vector arithmetic that all kernels share.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .toolchain import build
 DTYPES = ("f32", "bf16")
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 PRIMITIVES = Path(__file__).with_name("primitives.h")
-_compiler_failed = False  # warn once per process, and do not try again
+_compiler_failed = False  # warn once per process, and do not retry
 
 
 def serves(tensor: Tensor) -> bool:
@@ -27,13 +27,13 @@ def serves(tensor: Tensor) -> bool:
 
 
 def load_file(path: Path, signatures: Mapping[str, Sequence[type]]) -> ctypes.CDLL | None:
-    """Build and load a hand-written C file, once for each dtype; None where no compiler works.
+    """Build and load a hand-written C file, instantiated for each dtype; None where no compiler works.
 
-    The word DTYPE in the file is replaced by the name of the dtype.
+    The name of the dtype replaces DTYPE in the file.
 
     Args:
         path: the C file.
-        signatures: argument types of each function, which is called `<function>_<dtype>` and returns an int.
+        signatures: {function: argument types}; in the library it is `<function>_<dtype>` and returns an int.
     """
     template = path.read_text(encoding="utf-8")
     parts = [PRIMITIVES.read_text(encoding="utf-8"), *(template.replace("DTYPE", dtype) for dtype in DTYPES)]

@@ -1,7 +1,7 @@
-"""C source to a loaded library: the machine's own compiler, and a cache that survives whatever happens to it.
+"""Compile C source with the machine's compiler and load the library, through a cache on disk.
 
-Libraries are kept by a hash of source, compiler and CPU. A damaged one is built again, two processes that need the same one
-build it once, and where the cache cannot be written a temporary folder serves.
+The key of the cache is a hash of source, compiler, flags and CPU. A damaged library is rebuilt; processes that need the same
+one build it once. Where the cache is not writable, a temporary folder replaces it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC
 
 
 def build(text: str) -> ctypes.CDLL:
-    """Compile C source, or find what an earlier process compiled, and load it.
+    """Return the loaded library of a C source, compiled unless it is in the cache.
 
     Raises:
-        OSError: no compiler, or it failed.
+        OSError: there is no compiler, or it failed.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -43,19 +43,19 @@ def build(text: str) -> ctypes.CDLL:
 
 
 def find_compiler() -> str | None:
-    """Return the path of the compiler that kernels are built with: `CC`, cc, gcc or clang, the first that is there."""
+    """Return the path of the C compiler, the first that exists of `CC`, cc, gcc and clang; None without one."""
     return shutil.which(os.environ.get("CC", "")) or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
         yield
 
 
 def _intact(path: Path) -> bool:
-    """Whether a library is the one that was written: loading half of one can end the process."""
+    """Whether a library matches its checksum: loading a truncated one can crash the process."""
     with contextlib.suppress(OSError):
         return path.with_suffix(".sum").read_text(encoding="utf-8") == _sum(path)
     return False
@@ -69,12 +69,13 @@ def _compile(compiler: str, text: str, path: Path) -> None:
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     command = [compiler, *FLAGS, "-", "-o", str(partial), "-lm"]
     try:
-        done = subprocess.run([*command[:1], "-fopenmp", *command[1:]], input=text, capture_output=True, text=True)
-        if done.returncode:  # a compiler without OpenMP still gives kernels, for one thread
+        with_openmp = [compiler, "-fopenmp", *command[1:]]
+        done = subprocess.run(with_openmp, input=text, capture_output=True, text=True)
+        if done.returncode:  # without OpenMP, kernels run on one thread
             done = subprocess.run(command, input=text, capture_output=True, text=True)
         if done.returncode:
-            said = done.stderr.strip().splitlines() or ["it said nothing"]
-            raise OSError(f"{compiler} failed: {said[0]}")
+            errors = done.stderr.strip().splitlines() or ["no message"]
+            raise OSError(f"{compiler} failed: {errors[0]}")
         checksum = path.with_suffix(".sum")
         checksum.unlink(missing_ok=True)
         os.replace(partial, path)
@@ -91,7 +92,7 @@ def _version(compiler: str) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _cpu() -> str:
-    """Return what `-march=native` depends on."""
+    """Return the CPU features that `-march=native` depends on."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith(("flags", "Features")):

@@ -1,4 +1,4 @@
-"""Where built kernels are kept between processes."""
+"""The folder in which built kernels are cached between processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @functools.lru_cache(maxsize=1)
 def folder() -> Path:
-    """Return the folder of built kernels: the user's cache, or one of this process where that cannot be written."""
+    """Return the folder of built kernels: the user's cache, or a temporary one per process if that is not writable."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     path = Path(home, "formula-ffn", "kernels")
     try:

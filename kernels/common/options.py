@@ -58,7 +58,7 @@ def split_options(
     defaults: Mapping[str, Value],
     minimum: Mapping[str, int] | None = None,
     required: Mapping[str, str] | None = None,
-    flags: Mapping[str, str] | None = None,
+    flags: Mapping[str, Value] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the options of a command that also takes overrides, and all other arguments, in order and unchecked.
 

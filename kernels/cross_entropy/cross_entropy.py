@@ -1,6 +1,6 @@
-"""Softmax cross-entropy of rows of logits, which become their own gradient: one pass over memory on a CPU, in C.
+"""Softmax cross-entropy of rows of logits, with the gradient in place of the logits: one pass over memory on a CPU, in C.
 
-What does not live here: the output projection that makes the logits, chunk by chunk, and what runs elsewhere (model/loss.py).
+The output projection that computes the logits chunk by chunk, and the loss on other devices, are the caller's.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from ..tensors import is_plain
 
 
 def serves(logits: Tensor) -> bool:
-    """Whether tensors of this kind can be computed here."""
+    """Whether `cross_entropy_` supports the device and dtype of `logits`."""
     return is_plain(logits) and c.serves(logits) and _library() is not None
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, differentiate: bool) -> tuple[Tensor, Tensor]:
-    """Return the nats of each row against its target, and its log-sum-exp, both (rows,) in fp32.
+    """Return the loss of each row in nats, and its log-sum-exp, both (rows,) in fp32.
 
     Args:
-        logits: (rows, words) without gaps; overwritten by the gradient of nats + z_loss * log-sum-exp^2 of each row if
-            `differentiate`.
-        targets: (rows,) int64 word numbers.
+        logits: (rows, vocabulary), contiguous, fp32 or bf16 on a CPU.
+        targets: (rows,) int64 indices into the vocabulary.
+        z_loss: coefficient of log-sum-exp^2 in the gradient (Chowdhery 2022, arXiv 2204.02311).
+        differentiate: overwrite `logits` with the gradient of loss + z_loss * log-sum-exp^2 of each row.
 
     Raises:
-        ValueError: the tensors do not fit together.
-        IndexError: a target is no word.
+        ValueError: shapes or dtypes do not match.
+        IndexError: a target is outside of the vocabulary.
     """
     if (
         logits.ndim != 2
@@ -40,15 +41,15 @@ def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, differentiate
         or targets.dtype != torch.int64
     ):
         raise ValueError(f"targets {tuple(targets.shape)} {targets.dtype} do not fit logits {tuple(logits.shape)}")
-    rows, words = logits.shape
+    rows, vocabulary = logits.shape
     nats, lse = (torch.empty((rows,), dtype=torch.float32) for _ in range(2))
     if not rows:
         return nats, lse
-    if not 0 <= int(targets.min()) <= int(targets.max()) < words:
-        raise IndexError(f"a target is no word: there are {words}, and targets are {targets.min()} to {targets.max()}")
+    if not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
+        raise IndexError(f"targets must be 0 to {vocabulary - 1}, not {targets.min()} to {targets.max()}")
     tensors = (logits, targets.contiguous(), nats, lse)
     run = getattr(_library(), f"cross_entropy_{c.NAMES[logits.dtype]}")
-    run(*(tensor.data_ptr() for tensor in tensors), rows, words, int(differentiate), z_loss)
+    run(*(tensor.data_ptr() for tensor in tensors), rows, vocabulary, int(differentiate), z_loss)
     return nats, lse
 
 

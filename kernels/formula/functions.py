@@ -1,10 +1,10 @@
-"""The registry of elementary functions: everything that the rooms know of one, in one entry.
+"""The registry of elementary functions: one entry defines a function for the grammar, all backends and all checks.
 
-A new function is an entry here, a body `k_<name>` in `kernels/c/primitives.h`, and a body `<name>` in
-`kernels/triton/primitives.py`. Nothing here imports torch, NumPy or SymPy: an entry names what it needs of them, or takes the
-module as its first argument.
+To add a function, write an entry here, a body `k_<name>` in `c/primitives.h`, and a body `<name>` in `triton/primitives.py`.
+This module imports neither torch, NumPy nor SymPy: an entry names a function of theirs, or takes the module as its first
+argument.
 
-Functions that formulas cannot call (`in_grammar=False`) occur in derivatives, in the form that is stable in 32-bit arithmetic.
+Functions with `in_grammar=False` occur in derivatives only, in a form that is stable in 32-bit arithmetic.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from . import intervals
 from .intervals import Interval
 
 Cost = Literal["compare or select", "divide or root", "transcendental"]
-Implementation = (
-    str | Callable[..., Any]
-)  # the name of a function of the module, or a function that takes the module first
+# The name of a function of a module, or a function that takes the module as its first argument.
+Implementation = str | Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,20 +28,23 @@ class Function:
 
     Attributes:
         arity: number of arguments.
-        operands: of the operation, if not `arity`: complement and sech2 also take the value of sigmoid or tanh, first.
+        operands: number of operands of the operation, if not `arity`: complement and sech2 take the value of sigmoid or tanh
+            as an additional first operand.
         in_grammar: whether formulas may call it.
-        operation: whether backends compute it under its name; otherwise `macro` or `program.py` lowers it to others.
-        slope: (f, u) -> its derivative at u, where `f` offers every function of this registry, and exact numbers
-            (`f.number(0.5)`), over SymPy expressions.
-        macro: (f, *arguments) -> the expression that stands for it.
-        interval: an interval that holds every value, from intervals that hold the arguments.
-        above: the argument must stay above this, or the formula is refused; `above_reason` says why, if more is to be said.
-        numpy, mpmath, torch: what computes it there; torch in fp32 or wider.
-        eager: what a person would write in torch, in any precision; None: as `torch`.
-        cost: the class under which its operations are counted.
+        operation: whether backends implement it under its name; otherwise `macro` or `program.py` lowers it to others.
+        slope: (f, u) -> its derivative at u as a SymPy expression; `f` has every function of this registry, and exact
+            numbers (`f.number(0.5)`).
+        macro: (f, *arguments) -> the SymPy expression that replaces it.
+        interval: (intervals that contain the arguments) -> an interval that contains every value.
+        above: exclusive lower bound of the argument; a formula that may violate it is refused.
+        above_reason: addition to the message of that refusal.
+        numpy, mpmath: the implementation of the checks and of quadrature.
+        torch: the implementation of the reference backend, in fp32 or wider.
+        eager: the usual form in hand-written torch, in any precision; None: as `torch`.
+        cost: the class under which `show` counts it.
         short_in_c: whether there is a shorter form for bf16 tensors, `k_<name>_bf16`.
         short_in_triton: whether the body takes PRECISE, which is false for 16-bit tensors.
-        written: how `show` prints it; None: as a call.
+        notation: format string with which `show` prints it; None: a call.
     """
 
     arity: int = 1
@@ -61,11 +63,11 @@ class Function:
     cost: Cost = "transcendental"
     short_in_c: bool = False
     short_in_triton: bool = False
-    written: str | None = None
+    notation: str | None = None
 
 
 def implementation(of: Implementation, module: Any) -> Callable[..., Any]:
-    """Return the function that an entry means in `module`."""
+    """Return the function of an entry, bound to its module."""
     if isinstance(of, str):
         return getattr(module, of)
     return lambda *arguments: of(module, *arguments)
@@ -211,7 +213,7 @@ REGISTRY: dict[str, Function] = {
         interval=intervals.rising(lambda v: max(v, 0.0) + math.log1p(intervals.exp(-abs(v))) + intervals.NEXT_TO_ZERO),
         numpy=lambda np, x: np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))),
         mpmath=lambda mp, a: mp.log1p(mp.exp(a)),
-        # Linear above the threshold; torch's own 20 errs by 2e-9 there.
+        # Linear above the threshold; at torch's default of 20 the error is 2e-9.
         torch=lambda torch, x: torch.nn.functional.softplus(x, threshold=40.0),
         eager=lambda torch, x: torch.nn.functional.softplus(x),
         short_in_c=True,
@@ -271,12 +273,12 @@ REGISTRY: dict[str, Function] = {
         numpy="clip",
         eager=lambda torch, u, low, high: _clamped(torch, "min", _clamped(torch, "max", u, low), high),
     ),
-    # ------------------------------------------------------------------------------------------------- in derivatives alone
+    # ------------------------------------------------------------------------------------------------- in derivatives only
     "step": Function(  # 1 where u > 0, else 0: the derivative of relu
         in_grammar=False,
         operation=False,
         slope=lambda f, _: f.number(0),
-        written="where({0} > 0, 1, 0)",
+        notation="where({0} > 0, 1, 0)",
     ),
     "normal_cdf": Function(  # (1 + erf(u / sqrt(2))) / 2, without the cancellation that the sum has for u << 0
         in_grammar=False,
@@ -296,7 +298,7 @@ REGISTRY: dict[str, Function] = {
         torch=lambda torch, _, u: torch.sigmoid(-u),
         short_in_c=True,
         short_in_triton=True,
-        written="(1 - sigmoid({0}))",
+        notation="(1 - sigmoid({0}))",
     ),
     "sech2": Function(  # 1 - tanh(u)**2, likewise
         in_grammar=False,
@@ -307,7 +309,7 @@ REGISTRY: dict[str, Function] = {
         torch=_sech2,
         short_in_c=True,
         short_in_triton=True,
-        written="(1 - tanh({0})**2)",
+        notation="(1 - tanh({0})**2)",
     ),
     "mul_sigmoid": Function(  # a * sigmoid(b), where nothing else needs the sigmoid
         arity=2,
@@ -322,19 +324,19 @@ REGISTRY: dict[str, Function] = {
         in_grammar=False,
         operation=False,
         slope=lambda f, u: f.tanh_softplus_slope(u),
-        written="tanh(softplus({0}))",
+        notation="tanh(softplus({0}))",
     ),
     "tanh_softplus_slope": Function(  # 4 exp(u) (exp(u) + 1) / (n + 2)^2
         in_grammar=False,
         operation=False,
         slope=lambda f, u: f.tanh_softplus_slope(u) * (f.complement(u) - 2 * f.tanh_softplus(u) * f.sigmoid(u)),
-        written="(1 - tanh(softplus({0}))**2)*sigmoid({0})",
+        notation="(1 - tanh(softplus({0}))**2)*sigmoid({0})",
     ),
 }
 
 
 def _clamped(torch: Any, kind: str, a: Any, b: Any) -> Any:
-    """torch.maximum and torch.minimum take tensors, clamp takes a number."""
+    """Return the maximum or minimum of tensors or numbers, in torch: clamp takes numbers, torch.maximum only tensors."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return torch.maximum(a, b) if kind == "max" else torch.minimum(a, b)
     tensor, bound = (a, b) if isinstance(a, torch.Tensor) else (b, a)

@@ -1,7 +1,7 @@
-"""RMSNorm over the last dimension, together with the addition to a residual stream that comes before it.
+"""RMSNorm over the last dimension, fused with the preceding addition to the residual stream.
 
-One pass each way, on a CPU in C (`norm.c`) and on an NVIDIA GPU in Triton (`norm_triton.py`): fp32 inside, one rounding at each
-store. Everything else takes plain PyTorch. What does not live here: the layer with its weight, which is in the model.
+Forward and backward are one pass over memory each: in C on a CPU (`norm.c`), in Triton on an NVIDIA GPU (`triton.py`), with
+fp32 inside and one rounding at each store. Other tensors take plain PyTorch. The layer that holds the weight is the caller's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..tensors import is_plain, runs
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return s / sqrt(mean(s^2) + eps) * weight, and s = x + residual, which is x where there is no residual.
+    """Return y = s / sqrt(mean(s^2) + eps) * weight and s = x + residual; without a residual, s is x.
 
     Zhang and Sennrich 2019, arXiv 1910.07467. Differentiable once, in x, weight and residual, from both results.
 
@@ -35,11 +35,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     Args:
         x: (..., d) of any floating dtype.
         weight: (d,).
-        eps: added to the mean.
-        residual: like x.
+        eps: added to the mean square.
+        residual: of the shape, dtype and device of x.
 
     Raises:
-        ValueError: the tensors do not fit together.
+        ValueError: shapes or devices do not match, or the dtypes of x and residual differ.
     """
     fits = residual is None or (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device)
     if not fits or weight.shape != x.shape[-1:] or weight.device != x.device:
@@ -55,10 +55,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 
 class Backend(NamedTuple):
-    """What computes a norm.
+    """An implementation of RMSNorm.
 
-    forward(x, residual, weight, eps) -> (y, s, rstd), with rstd = 1 / sqrt(mean(s^2) + eps) for each row; and
-    backward(dy, ds, s, weight, rstd) -> (gradient of s, and so of x and of the residual; gradient of the weight).
+    Attributes:
+        forward: (x, residual, weight, eps) -> (y, s, rstd), with rstd = 1 / sqrt(mean(s^2) + eps) of each row.
+        backward: (dy, ds, s, weight, rstd) -> (gradient of s, which is that of x and of residual; gradient of the weight).
     """
 
     forward: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor, Tensor]]
@@ -66,7 +67,7 @@ class Backend(NamedTuple):
 
 
 def _backend(x: Tensor) -> Backend | None:
-    """Return what computes tensors like x; None is PyTorch's own function, which compiles, and is one kernel on a GPU."""
+    """Return the backend for tensors like x; None: PyTorch's own function, which compiles, and is one kernel on a GPU."""
     if not is_plain(x):
         return None
     if x.is_cuda:
@@ -84,7 +85,7 @@ def _backend(x: Tensor) -> Backend | None:
 
 
 def _plain_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """In few passes: the mean is taken in fp32, the products are in the dtype of x."""
+    """See `Backend`; the mean square is accumulated in fp32, the products are in the dtype of x."""
     s = x if residual is None else x + residual
     precise = torch.promote_types(s.dtype, torch.float32)
     norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True, dtype=precise)
@@ -93,7 +94,8 @@ def _plain_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: floa
 
 
 def _plain_backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    # ds = r w g - s r^3 mean(w g s) and dw = sum over rows of r g s: both reductions are of g s, as matrix products.
+    # With g = dy and r = rstd: dx = r w g - s r^3 mean(w g s) and dw = sum over rows of r g s. Both reduce g s, by matrix
+    # products.
     precise = torch.promote_types(s.dtype, torch.float32)
     product = (dy * s).flatten(0, -2)
     dweight = torch.mm(rstd.view(1, -1), product).flatten()
@@ -134,13 +136,13 @@ def _c_backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: 
 
 
 def _call(name: str, like: Tensor, tensors: tuple[Tensor | None, ...], *numbers: float) -> None:
-    """Run a kernel over the rows of `like`."""
+    """Call a C kernel for the rows of `like`."""
     if not like.numel():
         return
     addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     rows = like.numel() // like.shape[-1]
     if getattr(_library(), f"{name}_{c.NAMES[like.dtype]}")(*addresses, rows, like.shape[-1], *numbers):
-        raise MemoryError("no memory for the partial sums of a norm's weight")
+        raise MemoryError("cannot allocate the partial sums of the gradient of a norm's weight")
 
 
 C = Backend(_c_forward, _c_backward)
@@ -162,7 +164,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's decorator is typed without the signature
+        ctx: Any, dy: Tensor | None, ds: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, ds, ds, None, None
         s, weight, rstd = ctx.saved_tensors

@@ -1,12 +1,13 @@
-"""The Triton kernels of `norm.py`: a program has a tile of whole rows of one run, and its sums never leave its registers.
+"""The Triton kernels of `norm.py`: a Triton program processes tiles of complete rows, with all sums in registers.
 
-Rows follow each other in runs of `run`; run i of a tensor with strides begins at i * stride. The gradient of the weight is
-added up in an order that only the shape decides. This module needs Triton, which `kernels` does not.
+Rows are contiguous in runs of `run` rows; run i of a tensor begins at i * stride (`tensors.runs`). The gradient of the weight
+is summed in an order that depends on the shape alone. This module requires Triton, so it is imported on first use.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from ..tensors import on_device_of, runs
 
-WIDEST = 8192  # a row, and all that backward computes with it, fits the registers of 16 warps
-_TILE = 2048  # elements of a tile at least, where a run has as many
-_PROGRAMS = 512  # of backward at most: what they add up is small beside what they read
+WIDEST = 8192  # widest row whose backward pass fits the registers of 16 warps
+_TILE = 2048  # least elements of a tile, where a run has as many
+_PROGRAMS = 512  # most programs of backward: their partial sums are small compared with what they read
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -42,17 +43,17 @@ def forward_kernel(
     tl.store(y + place, v * scale[:, None] * w[None, :], mask=inside)
 
 
-@triton.jit(do_not_specialize=["tiles", "all_tiles", "share"])
+@triton.jit(do_not_specialize=["tiles", "all_tiles", "tiles_per_program"])
 def backward_kernel(
-    dy, ds, s, weight, rstd, dx, sums, tiles, all_tiles, share, run, dy_stride, s_stride, width,
+    dy, ds, s, weight, rstd, dx, sums, tiles, all_tiles, tiles_per_program, run, dy_stride, s_stride, width,
     ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)
     w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     dw = tl.zeros((ROWS, COLUMNS), tl.float32)
-    tile = tl.program_id(0) * share
-    last = tl.minimum(tile + share, all_tiles)
-    while tile < last:  # the interpreter has no range of what is not known beforehand
+    tile = tl.program_id(0) * tiles_per_program
+    last = tl.minimum(tile + tiles_per_program, all_tiles)
+    while tile < last:  # the interpreter has no `range` over runtime values
         first = (tile // tiles).to(tl.int64)
         row = (tile % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         inside = (row < run)[:, None] & (column < width)[None, :]
@@ -61,7 +62,7 @@ def backward_kernel(
         v = tl.load(s + first * s_stride + within, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(dy + first * dy_stride + within, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(rstd + first * run + row, mask=row < run, other=0.0)
-        if ADD:  # asked for now, so that it is there when it is needed
+        if ADD:  # loaded early, to hide the latency
             more = tl.load(ds + place, mask=inside, other=0.0)
         g *= scale[:, None]
         dw += g * v
@@ -75,7 +76,7 @@ def backward_kernel(
 
 
 def tile_of(run: int, width: int) -> tuple[int, int, int]:
-    """Return the rows and columns of a tile, both powers of two, and the warps of a program: 16 elements a thread at most."""
+    """Return the rows and columns of a tile, both powers of two, and the warps of a program: at most 16 elements per thread."""
     columns = 1 << (width - 1).bit_length()
     rows = max(1, min(_TILE // columns, 1 << (run - 1).bit_length()))
     return rows, columns, min(16, max(4, rows * columns // 512))
@@ -91,7 +92,8 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
         rows, columns, warps = tile_of(run, x.shape[-1])
         tiles = math.ceil(run / rows)
         with on_device_of(x):
-            forward_kernel[(rstd.numel() // run * tiles,)](
+            launch: Any = forward_kernel[(rstd.numel() // run * tiles,)]  # typed as the kernel, without `num_warps`
+            launch(
                 x, residual, weight.contiguous(), y, s, rstd, tiles, run, stride, x.shape[-1], eps,
                 ADD=s is not x, ROWS=rows, COLUMNS=columns, num_warps=warps,
             )  # fmt: skip
@@ -107,13 +109,14 @@ def backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Ten
     rows, columns, warps = tile_of(run, s.shape[-1])
     tiles = math.ceil(run / rows)
     all_tiles = rstd.numel() // run * tiles
-    share = math.ceil(all_tiles / _PROGRAMS)
-    programs = math.ceil(all_tiles / share)
+    tiles_per_program = math.ceil(all_tiles / _PROGRAMS)
+    programs = math.ceil(all_tiles / tiles_per_program)
     sums = torch.empty((programs, s.shape[-1]), dtype=torch.float32, device=s.device)
     with on_device_of(s):
-        backward_kernel[(programs,)](
+        launch: Any = backward_kernel[(programs,)]  # typed as the kernel, without `num_warps`
+        launch(
             dy, dy if ds is None else ds.contiguous(), s, weight.contiguous(), rstd, dx, sums,
-            tiles, all_tiles, share, run, dy_stride, s_stride, s.shape[-1],
+            tiles, all_tiles, tiles_per_program, run, dy_stride, s_stride, s.shape[-1],
             ADD=ds is not None, ROWS=rows, COLUMNS=columns, num_warps=warps,
         )  # fmt: skip
     return dx, sums.sum(0)

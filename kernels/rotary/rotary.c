@@ -1,11 +1,11 @@
 // The rotation of pairs of channels (i, i + half) of heads, by the angles of a token's position: fp32 inside, one rounding at
 // each store.
 
-// `turned` is 1 for the rotation and -1 for the rotation back.
-INLINE void pair_DTYPE(const DTYPE *x, DTYPE *y, const f32 *cosine, const f32 *sine, float turned, int64_t half, int64_t c,
+// `direction` is 1 for the rotation and -1 for the rotation back.
+INLINE void pair_DTYPE(const DTYPE *x, DTYPE *y, const f32 *cosine, const f32 *sine, float direction, int64_t half, int64_t c,
                        int64_t n) {
     const V first = load_part_DTYPE(x + c, n), second = load_part_DTYPE(x + half + c, n);
-    const V along = load_part_f32(cosine + c, n), across = turned * load_part_f32(sine + c, n);
+    const V along = load_part_f32(cosine + c, n), across = direction * load_part_f32(sine + c, n);
     store_part_DTYPE(y + c, first * along - second * across, n);
     store_part_DTYPE(y + half + c, second * along + first * across, n);
 }
@@ -14,7 +14,7 @@ INLINE void pair_DTYPE(const DTYPE *x, DTYPE *y, const f32 *cosine, const f32 *s
 // cosine and sine (length, half).
 int rotate_DTYPE(const DTYPE *restrict x, DTYPE *restrict y, const f32 *restrict cosine, const f32 *restrict sine,
                  int64_t batch, int64_t length, int64_t heads, int64_t half, int64_t batch_stride, int64_t token_stride,
-                 int64_t head_stride, float turned) {
+                 int64_t head_stride, float direction) {
     PARALLEL_FOR(batch * length * heads * half)
     for (int64_t token = 0; token < batch * length; token++) {
         const int64_t position = token % length;
@@ -25,8 +25,8 @@ int rotate_DTYPE(const DTYPE *restrict x, DTYPE *restrict y, const f32 *restrict
             const DTYPE *const h = from + head * head_stride;
             DTYPE *const t = to + head * 2 * half;
             int64_t c = 0;
-            for (; c + LANES <= half; c += LANES) pair_DTYPE(h, t, along, across, turned, half, c, LANES);
-            if (c < half) pair_DTYPE(h, t, along, across, turned, half, c, half - c);
+            for (; c + LANES <= half; c += LANES) pair_DTYPE(h, t, along, across, direction, half, c, LANES);
+            if (c < half) pair_DTYPE(h, t, along, across, direction, half, c, half - c);
         }
     }
     return 0;

@@ -1,7 +1,7 @@
-"""The rotation of queries and keys by their positions, in the half-split layout: channels i and i + E/2 are a pair.
+"""Rotary position embedding of queries and keys, in the half-split layout: channels i and i + E/2 form a pair.
 
-One pass each way, on a CPU in C (`rotary.c`) and on an NVIDIA GPU in Triton (`rotary_triton.py`): fp32 inside, one rounding at
-each store. Everything else takes plain PyTorch. What does not live here: the angles, which are the model's.
+Forward and backward are one pass over memory each: in C on a CPU (`rotary.c`), in Triton on an NVIDIA GPU (`triton.py`), with
+fp32 inside and one rounding at each store. Other tensors take plain PyTorch. The angles are the caller's.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch.autograd.function import once_differentiable
 from ..c import library as c
 from ..tensors import is_plain
 
-# (x, cos, sin, turned) -> x rotated; `turned` is 1, or -1 for the rotation back.
+# (x, cos, sin, direction) -> x rotated; `direction` is 1, or -1 for the inverse rotation.
 Backend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate every pair (a, b) of channels (i, i + E/2) to (a cos - b sin, b cos + a sin), by the angle of position and i.
+    """Return q and k with every pair (a, b) of channels (i, i + E/2) rotated to (a cos - b sin, b cos + a sin).
 
     Su 2021, arXiv 2104.09864. Differentiable once, in q and k.
 
@@ -36,11 +36,11 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     (torch.Size([2, 10, 8, 64]), torch.Size([2, 10, 4, 64]))
 
     Args:
-        q, k: (B, S, heads, E) of any strides, slices of a packed tensor among them; their numbers of heads may differ.
-        cos, sin: (S, E/2), in fp32, or in fp64 for fp64 heads.
+        q, k: (B, S, heads, E) of any strides, such as slices of a packed tensor; their numbers of heads may differ.
+        cos, sin: (S, E/2) of the angles, in fp32, or in fp64 for fp64 q and k.
 
     Raises:
-        ValueError: the tensors do not fit together.
+        ValueError: shapes, dtypes or devices do not match.
     """
     _, length, _, width = q.shape
     table = torch.Size((length, width // 2)), torch.promote_types(q.dtype, torch.float32), q.device
@@ -54,7 +54,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 
 def _backend(x: Tensor) -> Backend:
-    """Return what computes tensors like x."""
+    """Return the backend for tensors like x."""
     if x.is_cuda:
         from ..triton import runtime
 
@@ -68,10 +68,10 @@ def _backend(x: Tensor) -> Backend:
 # ---------------------------------------------------------------------------------------------------------- plain PyTorch
 
 
-def _plain(x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
+def _plain(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     along = torch.cat((cos, cos), -1).to(x.dtype).unsqueeze(1)  # (S, 1, E)
     across = torch.cat((-sin, sin), -1).to(x.dtype).unsqueeze(1)
-    return (x * along).addcmul_(x.roll(x.shape[-1] // 2, -1), across, value=turned)
+    return (x * along).addcmul_(x.roll(x.shape[-1] // 2, -1), across, value=direction)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- C
@@ -84,12 +84,12 @@ def _library() -> ctypes.CDLL | None:
     )
 
 
-def _c(x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
+def _c(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype)
     addresses = (tensor.data_ptr() for tensor in (x, y, cos.contiguous(), sin.contiguous()))
     rotated = getattr(_library(), f"rotate_{c.NAMES[x.dtype]}")
-    rotated(*addresses, *x.shape[:3], x.shape[3] // 2, *x.stride()[:3], turned)
+    rotated(*addresses, *x.shape[:3], x.shape[3] // 2, *x.stride()[:3], direction)
     return y
 
 
@@ -97,7 +97,7 @@ def _c(x: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back."""
+    """The gradient of a rotation is the inverse rotation."""
 
     @staticmethod
     def forward(ctx: Any, backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,6 +107,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's decorator is typed without the signature
+        ctx: Any, dq: Tensor, dk: Tensor
+    ) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return None, ctx.backend(dq, cos, sin, -1), ctx.backend(dk, cos, sin, -1), None, None

@@ -1,15 +1,15 @@
-"""The functions of the grammar for Triton: branch-free fp32 arithmetic that runs compiled and in the interpreter alike.
+"""The elementary functions in Triton: branch-free fp32 arithmetic, for the compiler and the interpreter alike.
 
-Nothing here is libdevice: its erf, tanh and log1p cost more instructions an element than the memory leaves time for, its sine
-has a slow path in local memory, and the interpreter has none of it. The polynomials are those of `primitives.h`. A NaN comes
-out a NaN.
+None of them is libdevice's, whose erf, tanh and log1p take more instructions per element than a kernel bound by memory can
+hide, whose sine has a slow path through local memory, and which the interpreter lacks. The polynomials are those of
+`primitives.h`. All functions propagate NaN.
 
-PRECISE is true for fp32 tensors: there every function errs by a few ulp. For bf16 and fp16 an error of 2**-17 is as good as
-none, and exp and log are the hardware's: 2**x of a rounded product errs by |x| * 2**-24, and log2 by 2**-22, which is absolute,
-so that small arguments take a short series instead. Negation is a product with -1, which the compiler folds into its user;
-Triton's own `-x` is 0 - x, an instruction.
+PRECISE is true for fp32 tensors, where every function is accurate to a few ulp. For bf16 and fp16 a relative error of 2**-17 is
+negligible, and exp and log are the hardware's: 2**x of a rounded product has an error of |x| * 2**-24; that of log2 is 2**-22
+and absolute, so small arguments take a short series instead. Negation is a product with -1, which the compiler folds into its
+user; Triton's own `-x` is 0 - x, a separate instruction.
 
-Only generated code imports this module: it needs Triton, which `kernels` does not.
+Only generated code imports this module, which requires Triton.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton.language as tl
 
 @triton.jit
 def maximum(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)  # the default drops a NaN
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)  # the default ignores a NaN
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def keep_nan(value, source):
 
 @triton.jit
 def sign(x):
-    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))  # a NaN compares false twice
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))  # NaN fails both comparisons
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def expm1_reduced(r):
 
 @triton.jit
 def reduce_exp(x):
-    """Return r and n of x = n ln 2 + r; n stands in the low bits of the second result, an int32."""
+    """Return r and n of x = n ln 2 + r; n is in the low bits of the second result, an int32."""
     t = x * 1.4426950216293335 + 12582912.0  # + 1.5 * 2**23: rounds to the nearest integer
     n = t - 12582912.0
     r = (x - n * 0.693145751953125) - n * 1.428606765330187e-06  # the first constant has 16 bits: the product is exact
@@ -74,7 +74,7 @@ def power_of_two(n):
 @triton.jit
 def exp(x, PRECISE: tl.constexpr):
     if PRECISE:
-        r, n = reduce_exp(minimum(maximum(x, -104.0), 89.0))
+        r, n = reduce_exp(minimum(maximum(x, -104.0), 89.0))  # pyright: ignore[reportGeneralTypeIssues]  # typed as raising
         half = ((n & 0x1FF) ^ 0x100) - 0x100  # the sign of the 9 low bits, extended
         low = half >> 1
         result = (expm1_reduced(r) + 1.0) * power_of_two(low) * power_of_two(half - low)
@@ -86,9 +86,9 @@ def exp(x, PRECISE: tl.constexpr):
 @triton.jit
 def expm1(x, PRECISE: tl.constexpr):
     if PRECISE:
-        r, n = reduce_exp(minimum(maximum(x, -20.0), 89.0))
+        r, n = reduce_exp(minimum(maximum(x, -20.0), 89.0))  # pyright: ignore[reportGeneralTypeIssues]  # typed as raising
         half = power_of_two(n - 1)
-        result = 2.0 * (half * expm1_reduced(r) + (half - 0.5))  # half: 2**128 is no fp32
+        result = 2.0 * (half * expm1_reduced(r) + (half - 0.5))  # half: 2**128 overflows fp32
     else:
         series = x * ((x * 0.166666667 + 0.5) * x + 1.0)  # the next term is x**3 / 24 of it
         result = tl.where(tl.abs(x) < 0.015625, series, tl.exp(x) - 1.0)
@@ -97,7 +97,7 @@ def expm1(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def tail(x):
-    """Return sigmoid(-|x|), at most 1/2; `primitives.h` says what for."""
+    """Return sigmoid(-|x|), at most 1/2; see `tail` in `primitives.h`."""
     z = exp(tl.abs(x) * -1.0, True)
     return z / (1.0 + z)
 
@@ -113,7 +113,7 @@ def sigmoid(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def complement(s, u, PRECISE: tl.constexpr):
-    """Return 1 - s of s = sigmoid(u); the compiler has the exp from there."""
+    """Return 1 - s with s = sigmoid(u), whose exp the compiler reuses."""
     if PRECISE:
         result = tl.where(u > 0.0, tail(u), 1.0 - s)
     else:
@@ -147,7 +147,7 @@ def log1p_reduced(f):
 
 @triton.jit
 def log_of(x, correction):
-    """Return log(x) + correction / x, for x > 0 that is no denormal."""
+    """Return log(x) + correction / x, for normal x > 0."""
     u = x.to(tl.int32, bitcast=True) - 0x3F3504F3  # mantissas from sqrt(1/2) to sqrt(2)
     n = (u >> 23).to(tl.float32)
     f = ((u & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
@@ -157,7 +157,7 @@ def log_of(x, correction):
 
 @triton.jit
 def log_edges(x, y):
-    """Return y, but what log gives for an x that is 0, negative, infinite or NaN."""
+    """Return log(x) where x is 0, negative, infinite or NaN, else y."""
     edge = tl.where(x == 0.0, float("-inf"), tl.where(x < 0.0, float("nan"), x))
     return tl.where((x > 0.0) & (x < float("inf")), y, edge)
 
@@ -217,7 +217,7 @@ def tanh(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def sech2(t, u, PRECISE: tl.constexpr):
-    """Return 1 - t * t of t = tanh(u)."""
+    """Return 1 - t * t with t = tanh(u)."""
     if PRECISE:
         c = tail(2.0 * u)
         result = tl.where(t * t < 0.25, 1.0 - t * t, 4.0 * c * (1.0 - c))
@@ -271,7 +271,7 @@ def normal_cdf(x, PRECISE: tl.constexpr):
         q = q * t - 0.458715439
         q = q * t - 1.15117407
         tail_ = tl.exp2(q * t - 1.0)
-    kept = tl.where(t < 5.7, tail_, tail_ * 0.0)  # beyond it is nothing beside 1; a NaN stays
+    kept = tl.where(t < 5.7, tail_, tail_ * 0.0)  # negligible beyond it; propagates NaN
     return tl.where(x > 0.0, 1.0 - kept, kept)
 
 
@@ -310,7 +310,7 @@ def atan(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def circle(x, quarters):
-    """Return sin(x + quarters * pi / 2), right for |x| up to 100,000."""
+    """Return sin(x + quarters * pi / 2), accurate for |x| up to 100,000."""
     t = x * 0.6366197466850281 + 12582912.0
     whole = t - 12582912.0
     n = t.to(tl.int32, bitcast=True) + quarters

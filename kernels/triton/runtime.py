@@ -1,4 +1,4 @@
-"""Whether Triton serves a tensor, and the loading of generated kernels. Importing this module does not import Triton."""
+"""Which tensors Triton kernels support, and the loading of generated kernels. This module does not import Triton."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @functools.lru_cache(maxsize=1)
 def installed() -> bool:
-    """Whether there is a Triton to import."""
+    """Whether the package triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter: on a CPU, slowly, for tests."""
+    """Whether kernels run in Triton's interpreter, on a CPU, which is slow and meant for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def serves(pre: Tensor) -> bool:
-    """Whether tensors of this kind can be computed here."""
+    """Whether Triton kernels support the device and dtype of `pre` on this machine."""
     if not installed():
         return False
     if interpreted():
@@ -41,7 +41,7 @@ def serves(pre: Tensor) -> bool:
 
 
 def refusal(pre: Tensor) -> Exception:
-    """Return what to raise where this backend was asked for by name and does not serve `pre`."""
+    """Return the exception for a `pre` that the backend, selected by name, does not support."""
     if not installed():
         return ImportError("the Triton backend needs the package triton, which is not installed: pip install triton")
     kind = f"{pre.dtype} on {pre.device.type}".removeprefix("torch.")
@@ -52,7 +52,7 @@ def refusal(pre: Tensor) -> Exception:
 
 @functools.lru_cache(maxsize=1)
 def warn_if_missing() -> None:
-    """Say once a process that a GPU is used without Triton."""
+    """Warn once per process that a GPU is used without Triton."""
     if not installed():
         warnings.warn(
             "no Triton kernels, the slower reference backend computes the activation instead: pip install triton",
@@ -62,9 +62,9 @@ def warn_if_missing() -> None:
 
 @functools.lru_cache(maxsize=256)
 def load(text: str) -> ModuleType:
-    """Write kernels to a file, since Triton reads their source back from one, and import it.
+    """Return the module of generated source, imported from a file: Triton reads the source of a kernel from its file.
 
-    The name is the hash of the text, and the file appears whole or not at all: processes that write the same one do not meet.
+    The file is named by a hash of the text and replaced atomically, so processes may write the same one at the same time.
     """
     name = f"triton_{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
     path = folder() / f"{name}.py"

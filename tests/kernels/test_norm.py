@@ -320,7 +320,7 @@ def machine_code_of(kernel: Any, dtype: str, run: int, width: int, add: bool) ->
     from kernels.norm.triton import tile_of
 
     rows, columns, warps = tile_of(run, width)
-    numbers = {"tiles", "all_tiles", "share", "run", "stride", "dy_stride", "s_stride", "width"}
+    numbers = {"tiles", "all_tiles", "tiles_per_program", "run", "stride", "dy_stride", "s_stride", "width"}
     kinds = {n: "constexpr" if n.isupper() else "i32" if n in numbers else f"*{dtype}" for n in kernel.arg_names}
     kinds |= {n: kind for n, kind in (("eps", "fp32"), ("rstd", "*fp32"), ("sums", "*fp32")) if n in kinds}
     divisible = {"width", "stride", "dy_stride", "s_stride"} if width % 16 == 0 else ()

@@ -284,7 +284,7 @@ def test_machine_code_for_hopper(heads, half, dtype):
     from kernels.rotary.triton import rotate_kernel, tile_of
 
     tall, pairs, warps = tile_of(heads, half)
-    tensors = {"x": f"*{dtype}", "y": f"*{dtype}", "cos": "*fp32", "sin": "*fp32", "turned": "fp32"}
+    tensors = {"x": f"*{dtype}", "y": f"*{dtype}", "cos": "*fp32", "sin": "*fp32", "direction": "fp32"}
     kinds = {n: "constexpr" if n.isupper() else tensors.get(n, "i32") for n in rotate_kernel.arg_names}
     divisible = ("half", "batch_stride", "token_stride", "head_stride")
     code = machine_code(rotate_kernel, kinds, {"HEADS": tall, "PAIRS": pairs}, warps, divisible)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from kernels.activations.properties import Properties, bytes_moved, cost, properties, saved_by_eager
+from kernels.common.errors import UserError
 from kernels.formula import FormulaError, parse
 from kernels.formula.symbolic import compile_formula
-from kernels.show import _Refused, main, written
+from kernels.show import main, notation
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,8 +39,8 @@ def test_relu():
     [("sigmoid(x)", 2.40), ("where(x > 0, x, 0.01*x)", 0.67), ("gelu(x)", 0.48), ("silu(x)", 0.37)],
 )
 def test_the_mean_over_the_std_is_the_published_one(formula, ratio):
-    found = of(formula)
-    assert found.mean / found.std == pytest.approx(ratio, abs=0.01)
+    result = of(formula)
+    assert result.mean / result.std == pytest.approx(ratio, abs=0.01)
 
 
 def test_smooth_curves_have_no_kink_and_no_dead_region():
@@ -61,9 +62,9 @@ def test_kinks_and_jumps_are_found_between_the_points_of_the_grid():
 
 
 def test_threshold_is_warned_of():
-    found = of("where(x >= 0, 1, 0)")
-    assert "the gradient is 0 everywhere: nothing below this activation can learn" in found.warnings
-    assert found.curves["x"].saturated == pytest.approx(1.0)
+    result = of("where(x >= 0, 1, 0)")
+    assert "the gradient is 0 everywhere: nothing below this activation can learn" in result.warnings
+    assert result.curves["x"].saturated == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,9 @@ def test_threshold_is_warned_of():
     [("silu(gate)*up", True), ("gate*up", True), ("max(gate, up)", False), ("silu(gate)*(up + 1)", False)],
 )
 def test_a_true_glu_is_told_from_others(formula, true_glu):
-    found = of(formula)
-    assert found.true_glu is true_glu
-    assert ("not a true GLU: h is not proportional to up" in found.warnings) is not true_glu
+    result = of(formula)
+    assert result.true_glu is true_glu
+    assert ("not a true GLU: h is not proportional to up" in result.warnings) is not true_glu
 
 
 def test_dead_regions_of_a_gate_hold_for_every_up():
@@ -95,46 +96,66 @@ def test_bytes_and_operations():
 
 def test_expressions_are_written_in_the_grammar():
     compiled = compile_formula(parse("where(x >= 0, relu(x), 0.044715*x)"))
-    assert written(compiled.expression) == "where(x >= 0, relu(x), 0.044715*x)"
-    assert written(compiled.slopes["x"]) == "where(x >= 0, where(x > 0, 1, 0), 0.044715)"
+    assert notation(compiled.expression) == "where(x >= 0, relu(x), 0.044715*x)"
+    assert notation(compiled.slopes["x"]) == "where(x >= 0, where(x > 0, 1, 0), 0.044715)"
 
 
 def test_what_it_prints(capsys):
     main(["where(x > 0, x, slope*x)", "slope=learned:0.25:channel"])
-    said = capsys.readouterr().out
-    assert "slope (learned, starts at 0.25, one a channel)" in said
-    assert "dh/dslope    = where(x > 0, 0, x)" in said
-    assert "ungated: 2 matrices" in said
-    assert "0.75 at 0" in said
-    assert "k_select" in said
-    assert "PARALLEL_FOR" not in said
+    printed = capsys.readouterr().out
+    assert "slope (learned, starts at 0.25, one per channel)" in printed
+    assert "dh/dslope    = where(x > 0, 0, x)" in printed
+    assert "ungated: 2 matrices" in printed
+    assert "0.75 at 0" in printed
+    assert "k_select" in printed
+    assert "PARALLEL_FOR" not in printed
     main(["gate*up*b", "b=2", "--c"])
-    said = capsys.readouterr().out
-    assert "b = 2" in said
-    assert "PARALLEL_FOR" in said
-    main(["--help"])
-    assert "learned:0.25:channel" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "b = 2" in printed
+    assert "PARALLEL_FOR" in printed
+
+
+def test_parameters_may_be_named_like_options(capsys):
+    main(["c*x + plot*triton", "c=2", "plot=learned:1", "triton=3"])
+    printed = capsys.readouterr().out
+    assert "parameters: plot (learned, starts at 1, one per layer), c = 2, triton = 3" in printed
+    assert "PARALLEL_FOR" not in printed
+    assert "triton.jit" not in printed
+    main(["x", "--triton"])
+    assert "triton.jit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["kernels", "formula_ffn"])
+def test_help_names_the_package_that_was_imported(name, tmp_path):
+    (tmp_path / "formula_ffn").symlink_to(ROOT / "kernels")
+    for argv in (["--help"], []):
+        command = [sys.executable, "-m", f"{name}.show", *argv]
+        folder = ROOT if name == "kernels" else tmp_path
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"    python -m {name}.show 'x * sigmoid(b * x)' b=1.702\n" in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "reason"),
+    ("argv", "reason"),
     [
-        (["x", "y*x"], "one formula is needed"),
-        (["--c"], "one formula is needed"),
-        (["x", "--d"], "unknown option '--d'"),
+        (["x", "y*x"], "expected one formula, in quotes, not 'x', 'y\\*x'"),
+        (["--c"], "expected one formula, in quotes, not none"),
+        (["x", "--d"], "unknown option '--d': did you mean '--c'\\? choose from --c, --plot, --triton"),
         (["x", "--plot"], "--plot needs the name of a file"),
+        (["x", "--plot="], "--plot needs the name of a file"),
         (["x", "--plot=a.gif"], "must end in .png, .pdf, .svg"),
-        (["x", "--plot=nowhere/a.png"], "there is no folder nowhere"),
+        (["x", "--plot=nowhere/a.png"], "the folder nowhere does not exist"),
         (["b*x", "b=two"], "write b=1.702, b=learned:0.25 or b=learned:0.25:channel"),
-        (["b*x", "b=learned"], "b=learned is no parameter"),
+        (["b*x", "b=learned"], "invalid parameter b=learned:"),
     ],
 )
-def test_bad_words_are_one_sentence(words, reason):
-    with pytest.raises(_Refused, match=reason):
-        main(words)
+def test_an_invalid_argument_is_one_sentence(argv, reason):
+    with pytest.raises(UserError, match=reason):
+        main(argv)
 
 
-def test_a_share_that_is_none_is_refused_by_the_grammar():
+def test_an_unknown_share_is_refused_by_the_grammar():
     with pytest.raises(FormulaError, match="shared by layer or by channel, not 'row'"):
         main(["b*x", "b=learned:1:row"])
 
@@ -163,5 +184,5 @@ def test_a_plot_is_written_whole(formula, tmp_path, capsys):
 
 def test_without_matplotlib_a_plot_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(_Refused, match="needs matplotlib, which is not installed"):
+    with pytest.raises(UserError, match="needs matplotlib, which is not installed"):
         main(["x", f"--plot={tmp_path}/a.png"])
