@@ -331,10 +331,10 @@ def test_a_derivative_of_the_output_that_is_none_is_refused(formula, from_output
 @pytest.mark.parametrize(
     ("share", "shape", "dh", "reason"),
     [
-        ("channel", (1,), (3, 8), "the parameter 'b', one a channel, is (8,) on cpu, not (1,) on cpu"),
-        ("channel", (7,), (3, 8), "the parameter 'b', one a channel, is (8,) on cpu, not (7,) on cpu"),
-        ("layer", (8,), (3, 8), "the parameter 'b', one a layer, is (1,) on cpu, not (8,) on cpu"),
-        ("layer", (), (3, 8), "the parameter 'b', one a layer, is (1,) on cpu, not () on cpu"),
+        ("channel", (1,), (3, 8), "the parameter 'b', one per channel, must be (8,) on cpu, not (1,) on cpu"),
+        ("channel", (7,), (3, 8), "the parameter 'b', one per channel, must be (8,) on cpu, not (7,) on cpu"),
+        ("layer", (8,), (3, 8), "the parameter 'b', one per layer, must be (1,) on cpu, not (8,) on cpu"),
+        ("layer", (), (3, 8), "the parameter 'b', one per layer, must be (1,) on cpu, not () on cpu"),
         ("layer", (1,), (3, 7), "the gradient of h is (3, 7) torch.float32 on cpu, and h is (3, 8)"),
     ],
 )
