@@ -152,7 +152,7 @@ INLINE V expm1_reduced(V r) {
     p = p * r + 0.5f;
     return r * r * p + r;
 }
-INLINE V scale(V x, V n) {  // x * 2^n, for n from -300 to 300
+INLINE V scale(V x, V n) {  // x * 2^n, for n from -252 to 254
 #ifdef __AVX512F__
     return (V)_mm512_scalef_ps((__m512)x, (__m512)n);
 #else
@@ -233,7 +233,7 @@ INLINE V split(V x, V *n) {  // x = n + r with |r| <= 1/2
     *n = x - r;
     return r;
 #else
-    x = bounded(x, -280.0f, 280.0f);
+    x = bounded(x, -252.0f, 252.0f);  // what `scale` takes; 2^x is 0 or infinite long before
     *n = (x + ROUND) - ROUND;
     return x - *n;
 #endif

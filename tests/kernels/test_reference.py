@@ -347,5 +347,5 @@ def test_what_a_kernel_would_reach_beyond_is_refused(share, shape, dh, reason, b
             function(torch.ones(3, 8), b=torch.ones(shape))
     with pytest.raises(ValueError, match=r"torch\.float64"):
         function.backward(torch.ones(3, 8), torch.ones(3, 8, dtype=torch.float64), [torch.ones(1)])
-    with pytest.raises(ValueError, match="and 0 tensors were given"):
+    with pytest.raises(ValueError, match="but 0 tensors were given"):
         function.forward(torch.ones(3, 8), [])
