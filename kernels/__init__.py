@@ -12,10 +12,10 @@ This folder is imported as `kernels` from the repository, and installed as the p
     c/ triton/        toolchains and primitives of the two kernel languages
     mlp.py            `FormulaMLP`, a feed-forward layer for one rank
     huggingface/      `patch`: the fused layer in a Transformers model
-    show.py           what a formula is: `python -m formula_ffn.show 'silu(gate) * up'`
-    common/           errors, files, options: what the other rooms of the repository need too
+    show.py           properties of a formula: `python -m formula_ffn.show 'silu(gate) * up'`
+    common/           errors, files, options, commands; the other rooms of the repository use them too
 
-Layers of the decoder, configuration and training live in the other rooms, which this one does not know.
+The package imports nothing from the other rooms of the repository.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "reference", "c", "triton")
-_LAZY = {  # name -> module of this package: what needs torch is imported when it is asked for
+_LAZY = {  # name -> module of this package: modules that need torch are imported on first use
     "FormulaMLP": ".mlp",
     "cross_entropy_": ".cross_entropy",
     "linear_cross_entropy": ".cross_entropy",
@@ -78,8 +78,8 @@ def activation(
     torch.Size([2, 8])
 
     Args:
-        formula: of `x` (ungated), or of `gate` and `up` (gated), and of `parameters` by name. A `Formula` that `parse`
-            returned carries its parameters and `from_output`: nothing else is given then.
+        formula: in `x` (ungated), or in `gate` and `up` (gated), and in `parameters` by name. A parsed `Formula` has its own
+            parameters and `from_output`.
         parameters: a number for each fixed one, {init: ..., share: layer | channel} for each learned one.
         backend: one of `BACKENDS`; "auto" is the fastest that supports the tensor's device and dtype.
         from_output: the derivative as a formula of the output `h`, if it is one; checked against the derivative.
@@ -97,7 +97,7 @@ def activation(
         raise ValueError(f"unknown kernel backend {backend!r}: choose from {', '.join(BACKENDS)}")
     if isinstance(formula, Formula):
         if parameters or from_output:
-            raise ValueError("a parsed formula carries its parameters and from_output: give them to `parse`")
+            raise ValueError("a parsed formula has its own parameters and from_output: pass them to `parse`")
         parsed = formula
     else:
         parsed = parse(formula, parameters, from_output)

@@ -1,13 +1,13 @@
-"""The differentiable function that a formula describes, and the backends that compute it.
+"""The differentiable function of a formula, and its backends.
 
-activation.py                          `Activation`: checks, choice of the backend, autograd
-ops.py                                 the same as operators of torch, for torch.compile and FakeTensor
+activation.py                          `Activation`: argument checks, choice of the backend, autograd
+ops.py                                 custom operators of torch, for torch.compile and FakeTensor
 reference.py                           the backend in plain torch, in any precision
-c_source.py, c_backend.py              the C backend: generated source, and the calls
+c_source.py, c_backend.py              the C backend: generated source, calls
 triton_source.py, triton_backend.py    the Triton backend
-telemetry.py                           statistics that a forward kernel computes on the way
-eager.py                               the formula as one writes it by hand, to compare with
-properties.py                          cost and shape of an activation before it is trained
+telemetry.py                           statistics that the forward kernel computes
+eager.py                               the formula as hand-written torch, the baseline
+properties.py                          cost, memory and shape of an activation
 """
 
 from . import ops  # registers the operators

@@ -1,6 +1,6 @@
-// The functions of the grammar in 32-bit arithmetic, as straight-line code that a compiler can vectorise: no branch, no call,
+// The elementary functions in 32-bit arithmetic, as straight-line code that a compiler can vectorise: no branch, no call,
 // no table. Polynomials are minimax fits (relative error of the fit below 2^-27); tests hold every function to its error in ulp.
-// NaN comes out as NaN: -ffinite-math-only and its like must never be given.
+// All functions propagate NaN, so flags such as -ffinite-math-only must never be set.
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -52,7 +52,7 @@ INLINE V load_bf16(const bf16 *p) {
     memcpy(&h, p, sizeof h);
     return (V)(__builtin_convertvector(h, U) << 16);
 }
-INLINE void store_bf16(bf16 *p, V x) {  // to the nearest, ties to even; a NaN stays one
+INLINE void store_bf16(bf16 *p, V x) {  // to the nearest, ties to even; propagates NaN
 #ifdef __AVX512BF16__
     const __m256bh h = _mm512_cvtneps_pbh((__m512)x);
 #else
@@ -61,7 +61,7 @@ INLINE void store_bf16(bf16 *p, V x) {  // to the nearest, ties to even; a NaN s
 #endif
     memcpy(p, &h, sizeof h);
 }
-// The first n <= LANES elements, behind which there may be no memory: 0 is loaded there, and nothing stored.
+// The first n <= LANES elements, beyond which memory may be unmapped: loads give 0 there, and nothing is stored.
 #define PARTS(T)                                                    \
     INLINE V load_part_##T(const T *p, int64_t n) {                 \
         if (n == LANES) return load_##T(p);                         \
@@ -92,7 +92,7 @@ INLINE float sum(V x) {
     for (int i = 0; i < LANES; i++) total += x[i];
     return total;
 }
-// A sum with what its roundings dropped (Knuth's TwoSum): a tile's thousands of terms cancel, and those errors would not.
+// A sum with its rounding errors (Knuth's TwoSum): the thousands of terms of a tile may cancel, but their errors would not.
 typedef struct {
     V high, low;
 } Sum;
@@ -101,7 +101,7 @@ INLINE void accumulate_f32(Sum *s, V x) {
     s->low += (s->high - (high - added)) + (x - added);
     s->high = high;
 }
-INLINE void accumulate_bf16(Sum *s, V x) { s->high += x; }  // what the terms were made of has 8 bits
+INLINE void accumulate_bf16(Sum *s, V x) { s->high += x; }  // inputs of 8 bits need no compensation
 INLINE double whole_of(Sum s) {
     double total = 0;
     for (int i = 0; i < LANES; i++) total += (double)s.high[i] + s.low[i];
@@ -137,7 +137,7 @@ INLINE V k_sqrt(V x) {
 #endif
 }
 
-// x = n ln 2 + r with |r| <= ln 2 / 2; adding 1.5 * 2^23 rounds to the nearest integer, which then stands in the low bits.
+// x = n ln 2 + r with |r| <= ln 2 / 2; adding 1.5 * 2^23 rounds to the nearest integer, which is then in the low bits.
 #define ROUND 12582912.0f
 INLINE V reduce_exp(V x, V *n) {
     *n = (x * 0x1.715476p+0f + ROUND) - ROUND;
@@ -160,14 +160,14 @@ INLINE V scale(V x, V n) {  // x * 2^n, for n from -252 to 254
     return x * (V)((half + 127) << 23) * (V)((whole - half + 127) << 23);
 #endif
 }
-INLINE V bounded(V x, float low, float high) {  // NaN stays
+INLINE V bounded(V x, float low, float high) {  // propagates NaN
 #ifdef __AVX512F__
     return (V)_mm512_max_ps((__m512)number(low), _mm512_min_ps((__m512)number(high), (__m512)x));
 #else
     return k_select(x > high, number(high), k_select(x < low, number(low), x));
 #endif
 }
-INLINE V at_most(V x, float high) {  // NaN stays
+INLINE V at_most(V x, float high) {  // propagates NaN
 #ifdef __AVX512F__
     return (V)_mm512_min_ps((__m512)number(high), (__m512)x);
 #else
@@ -196,9 +196,9 @@ INLINE V k_sigmoid(V x) { return k_select(x > 0.0f, 1.0f - tail(x), tail(x)); }
 INLINE V k_complement(V s, V u) { return k_select(u > 0.0f, tail(u), 1.0f - s); }  // 1 - s, s = sigmoid(u)
 INLINE V k_mul_sigmoid(V a, V b) { return a * k_sigmoid(b); }
 
-// normal_cdf(x) of tail = normal_cdf(-|x|), which beyond 5.7 is nothing beside 1.
+// normal_cdf(x) from tail = normal_cdf(-|x|), which is negligible compared with 1 beyond 5.7.
 INLINE V from_tail(V tail, V x) {
-    const V kept = (V)((I)tail & ~(k_abs(x) >= 5.7f));  // a NaN stays
+    const V kept = (V)((I)tail & ~(k_abs(x) >= 5.7f));  // propagates NaN
     return k_select(x > 0.0f, 1.0f - kept, kept);
 }
 INLINE V k_normal_cdf(V x) {
@@ -215,7 +215,7 @@ INLINE V k_normal_cdf(V x) {
     return from_tail(0.5f * k_exp(-q * t), x);
 }
 
-// For tensors in bf16 an error of 2^-17 is as good as none.
+// For tensors in bf16 a relative error of 2^-17 is negligible.
 INLINE V k_div_bf16(V a, V b) {
 #ifdef __AVX512F__
     const __m512 r = _mm512_rcp14_ps((__m512)b), e = _mm512_fnmadd_ps((__m512)b, r, (__m512)number(1.0f));
@@ -225,7 +225,7 @@ INLINE V k_div_bf16(V a, V b) {
     return a / b;
 #endif
 }
-// x in 2^x: so that the reduction is one instruction where there is AVX-512, and takes any x.
+// Arguments of 2^x, whose reduction is one instruction with AVX-512 and valid for any x.
 #define LOG2_E 1.44269504f
 INLINE V split(V x, V *n) {  // x = n + r with |r| <= 1/2
 #ifdef __AVX512DQ__
@@ -256,7 +256,7 @@ INLINE V k_exp_bf16(V x) { return k_exp2_bf16(x * LOG2_E); }
 INLINE V k_expm1_bf16(V x) {
     V n;
     const V p = exp2m1_reduced_bf16(split(at_most(x, 89.0f) * LOG2_E, &n)), half = scale(number(0.5f), n);
-    return 2.0f * (half * p + (half - 0.5f));  // half: 2^128 is no number
+    return 2.0f * (half * p + (half - 0.5f));  // half: 2^128 overflows
 }
 INLINE V k_sigmoid_bf16(V x) { return k_div_bf16(number(1.0f), 1.0f + k_exp2_bf16(x * -LOG2_E)); }
 INLINE V k_complement_bf16(V s, V u) { return 1.0f - s; }
@@ -295,7 +295,7 @@ INLINE V k_softplus_bf16(V x) {
     return k_select(x < 0.0f, number(0.0f), x) + p * z;
 }
 
-INLINE V log_of(V x, V correction) {  // log(x) + correction / x, for x > 0 that is no denormal
+INLINE V log_of(V x, V correction) {  // log(x) + correction / x, for normal x > 0
     const I u = (I)x - 0x3f3504f3;  // mantissas from sqrt(1/2) to sqrt(2)
     const V n = __builtin_convertvector(u >> 23, V);
     const V f = (V)((u & 0x7fffff) + 0x3f3504f3) - 1.0f;
@@ -311,7 +311,7 @@ INLINE V log_of(V x, V correction) {  // log(x) + correction / x, for x > 0 that
     const V low = f * f * p + (n * 0x1.7f7d1cp-20f + correction / x);
     return n * 0x1.62e4p-1f + (f + low);
 }
-INLINE V log_edges(V x, V y) {  // 0, negative, infinite or NaN: not what log_of makes of it
+INLINE V log_edges(V x, V y) {  // log(x) where x is 0, negative, infinite or NaN, else y
     const V edge = k_select(x == 0.0f, number(-__builtin_inff()), k_select(x < 0.0f, number(__builtin_nanf("")), x));
     return k_select((x > 0.0f) & (x < __builtin_inff()), y, edge);
 }
@@ -374,7 +374,7 @@ INLINE V k_atan(V x) {
     return copysign_(k_select(a > 1.0f, 0x1.921fb6p+0f - y, y), x);
 }
 
-// x = n pi / 2 + r, right for |x| up to 100,000.
+// x = n pi / 2 + r, accurate for |x| up to 100,000.
 INLINE V reduce_circle(V x, I *n) {
     const V t = x * 0x1.45f306p-1f + ROUND, whole = t - ROUND;
     *n = (I)t;

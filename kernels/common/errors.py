@@ -1,7 +1,7 @@
-"""The one exception that means "the person who typed this must act".
+"""The exception for mistakes of the user, and the message for an unknown name.
 
-Everything that a user can get wrong is raised as `UserError` with one sentence that says what was wrong, where, and what
-would be right. Commands print the sentence and exit with status 2; a traceback is kept for bugs of ours.
+A `UserError` is one sentence: what is wrong, where, and what would be right. Commands print it and exit with status 2; other
+exceptions are bugs and print a traceback.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input, told in one sentence; commands print it and exit with status 2."""
+    """Invalid input, described in one sentence; commands print it and exit with status 2."""
 
 
-def suggest(word: str, choices: Iterable[str]) -> str:
+def suggest(name: str, choices: Iterable[str]) -> str:
     """Return `"did you mean 'x'? "` for a near miss among `choices`, else an empty string."""
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}? " if near else ""
 
 
-def unknown(kind: str, word: str, choices: Iterable[str]) -> UserError:
-    """Build the error for a name that is none of `choices`: a near miss first, then all that would do."""
+def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
+    """Return the error for a name that is not among `choices`, with a suggestion for a near miss."""
     choices = sorted(choices)
-    return UserError(f"unknown {kind} {word!r}: {suggest(word, choices)}choose from {', '.join(choices)}")
+    return UserError(f"unknown {kind} {name!r}: {suggest(name, choices)}choose from {', '.join(choices)}")

@@ -1,7 +1,6 @@
-"""The one place that writes files: a temporary name beside the target, fsync, rename.
+"""Atomic files and folders: written under a temporary name beside the target, synced, renamed.
 
-Nobody can then see half a file under its final name: not a reader, and not the next run after a crash or a full disk.
-It lives beside the configuration because every room may read `conf`, and every room that writes a result needs it.
+A partial file never has its final name, neither for a concurrent reader nor after a crash or on a full disk.
 """
 
 from __future__ import annotations
@@ -19,7 +18,11 @@ from .errors import UserError
 
 @contextlib.contextmanager
 def say_why(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn the operating system's refusals (full disk, no permission) into one sentence about `path`."""
+    """Convert errors of the operating system (full disk, no permission) to a `UserError` about `path`.
+
+    Args:
+        what: the attempted action, such as "write".
+    """
     try:
         yield
     except OSError as error:
@@ -74,7 +77,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success sync its files and rename it, on failure remove it.
 
-    An existing `path` is never replaced: that is refused before anything is written.
+    Raises:
+        FileExistsError: `path` exists; nothing has been written.
     """
     path = Path(path)
     if path.exists():

@@ -1,7 +1,7 @@
-// Softmax cross-entropy of rows of logits against one word each, and the gradient in place of the logits: fp32 inside. A row
+// Softmax cross-entropy of rows of logits against one target each, and the gradient in place of the logits: fp32 inside. A row
 // is read three times, but comes from memory once.
 
-// n elements of a row from c on; behind its end -inf, which neither is the largest nor adds to a sum of exponentials.
+// n elements of a row from c on, padded with -inf, which affects neither the maximum nor a sum of exponentials.
 INLINE V logits_DTYPE(const DTYPE *row, int64_t c, int64_t n) {
     return n == LANES ? load_DTYPE(row + c)
                       : k_select(lanes_below(n), load_part_DTYPE(row + c, n), number(-__builtin_inff()));

@@ -1,12 +1,12 @@
-"""From the text of a formula to the programs that backends print.
+"""The compiler of formulas: from text to the programs that backends print.
 
 grammar.py    text -> a checked expression tree (`parse`), with neither torch nor SymPy
 functions.py  the elementary functions, one entry each
-domains.py    refuses divisions by zero and what leaves a function's domain
+domains.py    refuses division by zero and arguments outside of a domain
 symbolic.py   tree -> SymPy -> derivatives -> programs (`compile_formula`)
 program.py    straight-line programs, and the lowering of expressions to them
 safety.py     refuses programs that overflow where the true value is moderate
-gaussian.py   the root mean square of h under standard normal pre-activations
+gaussian.py   RMS of h under standard normal pre-activations
 """
 
 from .grammar import Formula, FormulaError, Learned, Node, parse

@@ -1,6 +1,6 @@
-"""What a formula must not do: divide by what can be 0, or leave the domain of a logarithm, a root or a power.
+"""Domain checks of formulas: division by zero, and arguments outside the domain of a logarithm, a root or a power.
 
-Interval arithmetic over the tree, which knows where in the formula each operation stands. Needs neither torch nor SymPy.
+They are interval arithmetic over the tree, whose nodes know their place in the text. Imports neither torch nor SymPy.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from .functions import REGISTRY
 from .grammar import Formula, FormulaError, Node
 from .intervals import Interval
 
-REACH = 1e4  # pre-activations up to this size are answered for
-LEARNED_REACH = 10.0  # and learned parameters that move this far from their start
+REACH = 1e4  # largest |pre-activation| that is checked
+LEARNED_REACH = 10.0  # largest distance of a learned parameter from its initial value that is checked
 
 
 def check_domains(formula: Formula) -> None:
-    """Refuse what can leave a function's domain for any |pre-activation| up to `REACH`.
+    """Refuse a formula that can leave the domain of a function for a |pre-activation| up to `REACH`.
 
     Raises:
-        FormulaError: with the place.
+        FormulaError: the message points at the place.
     """
     ranges = dict.fromkeys(formula.pre_activations, (-REACH, REACH))
     ranges |= {name: (value, value) for name, value in formula.fixed.items()}
@@ -38,7 +38,7 @@ _OPERATORS: dict[str, Callable[..., Interval]] = {
 
 
 class _Domains:
-    """Interval arithmetic over the tree; refuses at the place where a domain is left."""
+    """Interval arithmetic over the tree of one formula."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -58,7 +58,7 @@ class _Domains:
         if node.kind == "**":
             return self.power(node, *parts)
         if node.kind == "/" and parts[1][0] <= 0 <= parts[1][1]:
-            raise self.refuse("the division can hit zero: what stands below must keep away from 0", node.arguments[1])
+            raise self.refuse("the division can hit zero: keep the denominator away from 0", node.arguments[1])
         if node.kind == "*" and _same(*node.arguments):
             return intervals.power(parts[0], 2)
         if node.kind == "call":
@@ -77,7 +77,7 @@ class _Domains:
         return min(low for low, _ in branches), max(high for _, high in branches)
 
     def narrow(self, condition: Node, ranges: Mapping[str, Interval], holds: bool) -> dict[str, Interval] | None:
-        """Return the ranges under which a comparison holds, or does not; None if it never is so."""
+        """Return the ranges narrowed to where a comparison is `holds`; None if they would be empty."""
         left, right = condition.arguments
         sign = condition.kind
         if not holds:
@@ -99,29 +99,29 @@ class _Domains:
         low, high = exponent
         if low != high:
             if base[0] <= 0:
-                raise self.refuse("a power with a varying exponent needs a base that stays above 0", node.arguments[0])
+                raise self.refuse("a power with a varying exponent requires a base above 0", node.arguments[0])
             return intervals.rising(intervals.exp)(intervals.multiply(intervals.rising(intervals.log)(base), exponent))
         if low == int(low):
             if low < 0 and base[0] <= 0 <= base[1]:
                 raise self.refuse("a negative power is a division, and it can hit zero", node.arguments[0])
             return intervals.power(base, int(low))
         if base[0] < 0 or (base[0] == 0 and low < 1):
-            needed = "stays above 0" if low < 1 else "is never negative"
-            raise self.refuse(f"a power that is no whole number needs a base that {needed}", node.arguments[0])
+            bound = "above 0" if low < 1 else "that is never negative"
+            raise self.refuse(f"a power with a fractional exponent requires a base {bound}", node.arguments[0])
         return intervals.rising(lambda value: intervals.exp(low * intervals.log(value)))(base)
 
     def call(self, node: Node, parts: list[Interval]) -> Interval:
         function, argument = REGISTRY[str(node.value)], node.arguments[0]
         if function.above is not None and parts[0][0] <= function.above:
             raise self.refuse(
-                f"{node.value} needs what stays above {function.above:g}{function.above_reason}", argument
+                f"{node.value} requires an argument above {function.above:g}{function.above_reason}", argument
             )
-        assert function.interval is not None, f"{node.value} is in the grammar and has no interval"
+        assert function.interval is not None, f"{node.value} is in the grammar but has no interval"
         return function.interval(*parts)
 
 
 def _same(a: Node, b: Node) -> bool:
-    """Whether two trees are the same formula, wherever they stand."""
+    """Whether two trees are equal, apart from their places."""
     return (a.kind, a.value, len(a.arguments)) == (b.kind, b.value, len(b.arguments)) and all(
         map(_same, a.arguments, b.arguments)
     )

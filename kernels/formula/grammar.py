@@ -1,4 +1,4 @@
-"""The grammar of formulas: text -> a checked expression tree. Needs neither torch nor SymPy, and never calls `eval`.
+"""The grammar of formulas, and the parser: text -> a checked expression tree. Imports neither torch nor SymPy.
 
     expression := sum [("<" | "<=" | ">" | ">=") sum]
     sum        := product (("+" | "-") product)*
@@ -7,7 +7,8 @@
     power      := atom ["**" unary]
     atom       := number | name | name "(" expression ("," expression)* ")" | "(" expression ")"
 
-Formulas come from users, so everything that is not listed here is refused, with a caret under the place.
+Formulas are untrusted input: nothing is ever evaluated, and everything outside of the grammar is refused, with a caret under
+the place.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .functions import REGISTRY
@@ -28,9 +29,9 @@ FUNCTIONS = {  # name: number of arguments
 CONSTANTS = {"pi": 3.141592653589793}
 PRE_ACTIVATIONS = ("x", "gate", "up")
 COMPARISONS = ("<", "<=", ">", ">=")
-LONGEST = 1000  # characters: the longest known arm has 70
-MOST_OPERATIONS = 200  # of two arguments: a sum of them is a tree as deep, which every backend walks
-DEEPEST = 50  # nested brackets, so that the parser cannot run out of stack
+LONGEST = 1000  # characters; the longest known arm has 70
+MOST_OPERATIONS = 200  # binary ones; a sum of so many is a tree of that depth, which the compiler traverses recursively
+DEEPEST = 50  # nested brackets, which bounds the recursion of the parser
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)|(?P<name>[A-Za-z_]\w*)|(?P<sign>\*\*|<=|>=|[-+*/(),<>]))"
@@ -38,18 +39,30 @@ _TOKEN = re.compile(
 
 
 class FormulaError(ValueError):
-    """A formula that is refused: one sentence, then the formula with a caret under the place."""
+    """A formula is refused: one sentence, then the formula with a caret under the place.
+
+    Attributes:
+        reason: the sentence.
+        place: index of the character in the formula.
+    """
 
     def __init__(self, reason: str, text: str, place: int) -> None:
         self.reason, self.place = reason, place
         first = max(0, place - 60)
-        shown = text[first : place + 40].replace("\n", " ").replace("\t", " ")
-        super().__init__(f"{reason}\n  {shown}\n  {' ' * (place - first)}^")
+        excerpt = text[first : place + 40].replace("\n", " ").replace("\t", " ")
+        super().__init__(f"{reason}\n  {excerpt}\n  {' ' * (place - first)}^")
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One operation: `kind` is "number", "symbol" (with `value`), "call", or an operator's sign, over `arguments`."""
+    """A node of the expression tree.
+
+    Attributes:
+        kind: "number", "symbol", "call", "negate", or the sign of a binary operator.
+        value: the number, or the name of the symbol or function.
+        arguments: the operands.
+        place: index of the character in the formula where it begins.
+    """
 
     kind: str
     value: float | str = ""
@@ -58,22 +71,34 @@ class Node:
 
     @property
     def is_condition(self) -> bool:
+        """Whether it is a comparison, which only `where` takes."""
         return self.kind in COMPARISONS
 
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """A learned parameter of a formula: its value at the start, and whether a layer has one of it or each channel its own."""
+    """A learned parameter of a formula.
+
+    Attributes:
+        init: initial value.
+        share: "layer" for one per layer, "channel" for one for each of the d_ff channels.
+    """
 
     init: float
-    share: str = "layer"  # or "channel"
+    share: str = "layer"
 
 
 @dataclasses.dataclass(frozen=True)
 class Formula:
-    """A checked formula. `symbols` are the pre-activations and parameters that it uses.
+    """A checked formula.
 
-    `learned` has the parameters that training changes, in the order in which they were given; `fixed` those that are numbers.
+    Attributes:
+        text: as it was written.
+        tree: its expression tree.
+        symbols: the pre-activations and parameters that it uses.
+        learned: the learned parameters by name, in the order in which they were given.
+        fixed: the numbers of the fixed parameters by name.
+        from_output: text and tree of the derivative as a formula of the output h; None if not given.
     """
 
     text: str
@@ -81,7 +106,7 @@ class Formula:
     symbols: frozenset[str]
     learned: dict[str, Learned] = dataclasses.field(default_factory=dict)
     fixed: dict[str, float] = dataclasses.field(default_factory=dict)
-    from_output: tuple[str, Node] | None = None  # text and tree of the derivative as a function of h
+    from_output: tuple[str, Node] | None = None
 
     @property
     def gated(self) -> bool:
@@ -100,16 +125,16 @@ class Formula:
 
 
 def parse(text: str, parameters: Mapping[str, Any] | None = None, from_output: str = "") -> Formula:
-    """Parse and check `text`.
+    """Return the checked formula of `text`.
 
     Args:
         text: the formula, at most `LONGEST` characters.
-        parameters: names that it may use beside the pre-activations `x`, or `gate` and `up`. A number is fixed; a mapping
-            {init: 0.25, share: layer} is learned, one for the layer or (share: channel) one for each of the d_ff channels.
-        from_output: the derivative written as a formula of the output `h`, where it is one: "2*sqrt(h)" for relu(x)**2.
+        parameters: what it may use in addition to the pre-activations `x`, or `gate` and `up`. A number is a fixed parameter;
+            a mapping {init: 0.25, share: layer} is a learned one, one per layer or (share: channel) per channel of d_ff.
+        from_output: the derivative as a formula of the output `h`, if it is one: "2*sqrt(h)" for relu(x)**2.
 
     Raises:
-        FormulaError: what is wrong and where.
+        FormulaError: the text is no formula of this grammar, or a parameter is invalid; the message points at the place.
     """
     if len(text) > LONGEST:
         raise FormulaError(f"the formula has {len(text):,} characters; at most {LONGEST:,} are read", text, LONGEST)
@@ -117,32 +142,32 @@ def parse(text: str, parameters: Mapping[str, Any] | None = None, from_output: s
     parser = _Parser(text, tuple(given))
     tree = parser.expression()
     if parser.kind != "end":
-        raise parser.error(f"unexpected {parser.word!r}")
+        raise parser.error(f"unexpected {parser.token!r}")
     if tree.is_condition:
         raise FormulaError("a comparison has no value of its own: use where(condition, a, b)", text, tree.place)
     symbols = frozenset(parser.symbols)
     if "x" in symbols and symbols & {"gate", "up"}:
         place = min(parser.symbols[name] for name in symbols & {"gate", "up"})
         raise FormulaError(
-            "x is the one pre-activation of an ungated arm; it cannot stand beside gate or up", text, place
+            "x is the pre-activation of an ungated formula; it cannot occur together with gate or up", text, place
         )
     if not symbols & set(PRE_ACTIVATIONS):
-        raise FormulaError("the formula uses no pre-activation: write it of x, or of gate and up", text, 0)
+        raise FormulaError("the formula uses no pre-activation: write it in x, or in gate and up", text, 0)
     if "x" not in symbols and not {"gate", "up"} <= symbols:
         missing = "gate" if "gate" not in symbols else "up"
         raise FormulaError(
-            f"a gated formula uses gate and up, and {missing} is missing: write an ungated one of x", text, 0
+            f"a gated formula uses gate and up, and {missing} is missing: write an ungated one in x", text, 0
         )
     for name in given:
         if name not in symbols:
-            raise FormulaError(f"the parameter {name!r} does not stand in the formula", text, 0)
+            raise FormulaError(f"the formula does not use the parameter {name!r}", text, 0)
     learned = {name: value for name, value in given.items() if isinstance(value, Learned)}
     fixed = {name: value for name, value in given.items() if isinstance(value, float)}
     derivative = None
     if from_output:
         if "x" not in symbols or learned:
             reason = (
-                "from_output is for ungated formulas that learn nothing: others need their pre-activations in backward"
+                "from_output requires an ungated formula that learns nothing: others need pre-activations in backward"
             )
             raise FormulaError(reason, from_output, 0)
         derivative = from_output, _parse_from_output(from_output, tuple(fixed))
@@ -153,22 +178,22 @@ def _parse_from_output(text: str, fixed: tuple[str, ...]) -> Node:
     parser = _Parser(text, ("h", *fixed))
     tree = parser.expression()
     if parser.kind != "end" or tree.is_condition or set(PRE_ACTIVATIONS) & set(parser.symbols):
-        raise FormulaError("from_output is a formula of h and of fixed parameters alone", text, parser.place)
+        raise FormulaError("from_output may use only h and fixed parameters", text, parser.place)
     return tree
 
 
 def _parameter(text: str, name: str, value: Any) -> float | Learned:
-    """Check one entry of `parameters`."""
-    found = re.search(rf"\b{re.escape(str(name))}\b", text)
-    place = found.start() if found else 0
+    """Return a checked entry of `parameters`."""
+    match = re.search(rf"\b{re.escape(str(name))}\b", text)
+    place = match.start() if match else 0
     if not isinstance(name, str) or not (name.isascii() and name.isidentifier()):
-        raise FormulaError(f"a parameter cannot be named {name!r}: that is no name", text, place)
+        raise FormulaError(f"a parameter cannot be named {name!r}: that is not an identifier", text, place)
     if name in PRE_ACTIVATIONS or name in FUNCTIONS or name in CONSTANTS or re.fullmatch(r"dh|t[0-9]+", name):
         raise FormulaError(f"a parameter cannot be named {name!r}: that name is taken", text, place)
     settings = {"init": value, "share": None} if not isinstance(value, Mapping) else {"share": "layer", **value}
     if settings.keys() != {"init", "share"}:
-        said = ", ".join(map(str, value)) or "nothing"
-        raise FormulaError(f"the learned parameter {name!r} takes init and share, and {said} was given", text, place)
+        keys = ", ".join(map(str, value)) or "nothing"
+        raise FormulaError(f"the learned parameter {name!r} takes init and share, not {keys}", text, place)
     number, share = settings["init"], settings["share"]
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
         raise FormulaError(f"the parameter {name!r} must be a finite number, not {number!r}", text, place)
@@ -178,12 +203,13 @@ def _parameter(text: str, name: str, value: Any) -> float | Learned:
 
 
 class _Parser:
-    """Recursive descent over the tokens of one formula."""
+    """Recursive descent over the tokens of one formula; `kind`, `token` and `place` are those of the current token."""
 
     def __init__(self, text: str, parameters: tuple[str, ...]) -> None:
         self.text, self.parameters = text, parameters
-        self.position = self.depth = self.operations = 0
-        self.symbols: dict[str, int] = {}  # name -> where it first stands
+        self.position = self.depth = self.operations = self.place = 0
+        self.kind = self.token = ""
+        self.symbols: dict[str, int] = {}  # name -> place of its first use
         self.advance()
 
     def error(self, reason: str, place: int | None = None) -> FormulaError:
@@ -193,24 +219,24 @@ class _Parser:
         match = _TOKEN.match(self.text, self.position)
         if match:
             self.kind = match.lastgroup or ""
-            self.word, self.place, self.position = match[self.kind], match.start(self.kind), match.end()
+            self.token, self.place, self.position = match[self.kind], match.start(self.kind), match.end()
             return
         rest = self.text[self.position :]
         self.place = self.position + len(rest) - len(rest.lstrip())
         if rest.strip():
             raise self.error(f"the character {self.text[self.place]!r} is not part of a formula")
-        self.kind, self.word = "end", "end of the formula"
+        self.kind, self.token = "end", "end of the formula"
 
     def take(self, *signs: str) -> str | None:
-        if self.kind == "sign" and self.word in signs:
-            sign = self.word
+        if self.kind == "sign" and self.token in signs:
+            sign = self.token
             self.advance()
             return sign
         return None
 
     def expect(self, sign: str, why: str) -> None:
         if not self.take(sign):
-            raise self.error(f"expected {sign!r} {why}, found {self.word!r}")
+            raise self.error(f"expected {sign!r} {why}, found {self.token!r}")
 
     def value(self, node: Node) -> Node:
         """Refuse a comparison where a number is needed."""
@@ -249,7 +275,9 @@ class _Parser:
 
     def unary(self) -> Node:
         place, signs = self.place, 0
-        while sign := self.take("+", "-"):  # a loop: a thousand signs must not become a thousand frames
+        while sign := self.take(
+            "+", "-"
+        ):  # a loop, because a recursion would nest a thousand frames for a thousand signs
             signs += sign == "-"
         node = self.power()
         return Node("negate", "", (self.value(node),), place) if signs % 2 else node
@@ -266,30 +294,30 @@ class _Parser:
         return self.binary("**", base, exponent, place)
 
     def atom(self) -> Node:
-        word, place = self.word, self.place
+        token, place = self.token, self.place
         if self.kind == "number":
-            if math.isinf(float(word)):
-                raise self.error(f"the number {word} is too large", place)
+            if math.isinf(float(token)):
+                raise self.error(f"the number {token} is too large", place)
             self.advance()
-            return Node("number", float(word), (), place)
+            return Node("number", float(token), (), place)
         if self.take("("):
             inside = self.expression()
             self.expect(")", f"to close the bracket opened at character {place + 1}")
             return inside
         if self.kind != "name":
-            raise self.error(f"expected a number, a name or a bracket, found {word!r}")
+            raise self.error(f"expected a number, a name or a bracket, found {token!r}")
         self.advance()
-        if word in FUNCTIONS:
-            return self.call(word, place)
-        if self.kind == "sign" and self.word == "(":
-            raise self.error(f"unknown function {word!r}: {_near(word, FUNCTIONS)}", place)
-        if word in CONSTANTS:
-            return Node("number", CONSTANTS[word], (), place)
-        if word not in PRE_ACTIVATIONS and word not in self.parameters:
+        if token in FUNCTIONS:
+            return self.call(token, place)
+        if self.kind == "sign" and self.token == "(":
+            raise self.error(f"unknown function {token!r}: {_choices(token, FUNCTIONS)}", place)
+        if token in CONSTANTS:
+            return Node("number", CONSTANTS[token], (), place)
+        if token not in PRE_ACTIVATIONS and token not in self.parameters:
             known = [*PRE_ACTIVATIONS, *CONSTANTS, *self.parameters]
-            raise self.error(f"unknown symbol {word!r}: {_near(word, known)}", place)
-        self.symbols.setdefault(word, place)
-        return Node("symbol", word, (), place)
+            raise self.error(f"unknown symbol {token!r}: {_choices(token, known)}", place)
+        self.symbols.setdefault(token, place)
+        return Node("symbol", token, (), place)
 
     def call(self, name: str, place: int) -> Node:
         self.expect("(", f"after {name}")
@@ -298,7 +326,7 @@ class _Parser:
             arguments.append(self.expression())
         self.expect(")", f"to close {name}(")
         if len(arguments) != FUNCTIONS[name]:
-            raise self.error(f"{name} takes {FUNCTIONS[name]} argument(s), {len(arguments)} were given", place)
+            raise self.error(f"{name} takes {FUNCTIONS[name]} argument(s), not {len(arguments)}", place)
         if name == "where":
             if not arguments[0].is_condition:
                 raise self.error("the first argument of where must be a comparison such as x > 0", arguments[0].place)
@@ -308,7 +336,7 @@ class _Parser:
         return Node("call", name, tuple(arguments), place)
 
 
-def _near(word: str, known: object) -> str:
-    names = list(known)  # type: ignore[call-overload]
-    close = difflib.get_close_matches(word, names, n=1)
+def _choices(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
     return (f"did you mean {close[0]!r}? " if close else "") + f"known are {', '.join(names)}"

@@ -1,4 +1,4 @@
-"""Interval arithmetic: from intervals that hold the arguments, one that holds every value."""
+"""Interval arithmetic: functions from intervals that contain the arguments to an interval that contains every value."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 Interval = tuple[float, float]
 
-NEXT_TO_ZERO = 1e-30  # what is positive, and can be no closer to 0
+NEXT_TO_ZERO = 1e-30  # stands for the smallest positive number
 
 
 def exp(value: float) -> float:
-    """Return e to a power, infinite where it overflows."""
+    """Return e**value, infinite where it overflows."""
     return math.exp(value) if value < 700 else math.inf
 
 
@@ -21,7 +21,7 @@ def log(value: float) -> float:
 
 
 def rising(function: Callable[[float], float]) -> Callable[[Interval], Interval]:
-    """Return the interval function of a function that never falls: it maps the ends."""
+    """Return the interval function of a non-decreasing function, which maps the ends."""
     return lambda a: (function(a[0]), function(a[1]))
 
 
@@ -63,7 +63,7 @@ def divide(a: Interval, b: Interval) -> Interval:
 
 
 def power(base: Interval, exponent: int) -> Interval:
-    """Return an interval of a whole power; for a negative exponent the base does not hold 0."""
+    """Return an interval of base**exponent; with a negative exponent the base must not contain 0."""
     if exponent < 0:
         return power((1 / base[1], 1 / base[0]), -exponent)
     try:

@@ -1,8 +1,8 @@
 // RMSNorm of rows of a width: fp32 inside, one rounding at each store. Row r of a tensor with runs of `run` rows begins
-// at r / run * stride + r % run * width; where no run is given, rows follow each other.
+// at r / run * stride + r % run * width; without a run, rows are contiguous.
 
-#define BLOCKS_OF_ROWS 64  // whose gradients of the weight are added up apart: what only the shape decides
-#define UNROLLED 4         // sums at once, so that none waits for the last addition
+#define BLOCKS_OF_ROWS 64  // each with partial sums of the weight's gradient: the order depends on the shape alone
+#define UNROLLED 4         // independent sums, to hide the latency of additions
 
 // s = x + residual for n elements from c on, as it was rounded; x itself without a residual.
 INLINE V stream_DTYPE(const DTYPE *x, const DTYPE *residual, DTYPE *s, int64_t c, int64_t n) {
@@ -25,7 +25,7 @@ INLINE void forward_row_DTYPE(const DTYPE *x, const DTYPE *residual, const f32 *
         const V v = stream_DTYPE(x, residual, s, c, width - c < LANES ? width - c : LANES);
         squares[0] += v * v;
     }
-    // Once a row: in double, so that it is rounded once.
+    // Once per row: in double, so that it is rounded once.
     const double total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
     *rstd = 1 / __builtin_sqrt(total / width + eps);
     const DTYPE *from = residual ? s : x;
@@ -49,7 +49,7 @@ int forward_DTYPE(const DTYPE *restrict x, const DTYPE *restrict residual, const
     return 0;
 }
 
-// Adds to the gradient of the weight; the sum of what is returned is that of dy * weight * s.
+// Accumulates the gradient of the weight; the lanes of the returned vector sum to that of dy * weight * s.
 INLINE V products_DTYPE(const DTYPE *dy, const DTYPE *s, const f32 *weight, f32 *dweight, V rstd, int64_t c, int64_t n) {
     const V product = load_part_DTYPE(dy + c, n) * load_part_DTYPE(s + c, n);
     add_f32(dweight + c, product * rstd);

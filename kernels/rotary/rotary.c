@@ -1,7 +1,7 @@
 // The rotation of pairs of channels (i, i + half) of heads, by the angles of a token's position: fp32 inside, one rounding at
 // each store.
 
-// `direction` is 1 for the rotation and -1 for the rotation back.
+// `direction` is 1 for the rotation and -1 for the inverse rotation.
 INLINE void pair_DTYPE(const DTYPE *x, DTYPE *y, const f32 *cosine, const f32 *sine, float direction, int64_t half, int64_t c,
                        int64_t n) {
     const V first = load_part_DTYPE(x + c, n), second = load_part_DTYPE(x + half + c, n);
@@ -10,7 +10,7 @@ INLINE void pair_DTYPE(const DTYPE *x, DTYPE *y, const f32 *cosine, const f32 *s
     store_part_DTYPE(y + half + c, second * along + first * across, n);
 }
 
-// x (batch, length, heads, 2 half) with strides of the first three dimensions, y the same without gaps,
+// x (batch, length, heads, 2 half) with strides of the first three dimensions, y the same and contiguous,
 // cosine and sine (length, half).
 int rotate_DTYPE(const DTYPE *restrict x, DTYPE *restrict y, const f32 *restrict cosine, const f32 *restrict sine,
                  int64_t batch, int64_t length, int64_t heads, int64_t half, int64_t batch_stride, int64_t token_stride,

@@ -50,7 +50,7 @@ def test_a_layer_may_have_a_formula_of_its_own():
         (["ffn.per_layer.3=relu", "ffn.per_layer.last=relu2"], "ffn.per_layer names layer 3 twice: 3 and last"),
         (["ffn.per_layer=relu"], "ffn.per_layer='relu' must map layers to arms"),
         (["ffn.per_layer.1.formula='x/x'"], "the arm of layer 1 is refused: the division can hit zero"),
-        (["ffn.parameters.b=1"], "ffn.formula is refused: the parameter 'b' does not stand in the formula"),
+        (["ffn.parameters.b=1"], "ffn.formula is refused: the formula does not use the parameter 'b'"),
         (["ffn=prelu", "ffn.parameters.slope.init=one"], "must be a finite number, not 'one'"),
         (["ffn=prelu", "ffn.parameters=3"], "ffn.parameters=3 must map names to numbers"),
     ],
