@@ -22,15 +22,15 @@ class Poisoned:
 
     def new(self, shape: Any, dtype: torch.dtype, device: Any = None) -> Tensor:  # noqa: ARG002
         size = math.prod(shape)
-        whole = torch.full((size + 2 * self.EDGE,), math.nan, dtype=dtype)
-        self.all.append(whole)
-        return whole[self.EDGE : self.EDGE + size].view(shape)
+        buffer = torch.full((size + 2 * self.EDGE,), math.nan, dtype=dtype)
+        self.all.append(buffer)
+        return buffer[self.EDGE : self.EDGE + size].view(shape)
 
     def copy(self, tensor: Tensor) -> Tensor:
         return self.new(tensor.shape, tensor.dtype).copy_(tensor)
 
     def __exit__(self, *_: object) -> None:
         torch.empty, torch.empty_like = self.empty, self.empty_like
-        for whole in self.all:
-            assert whole[: self.EDGE].isnan().all(), "written before the beginning"
-            assert whole[-self.EDGE :].isnan().all(), "written behind the end"
+        for buffer in self.all:
+            assert buffer[: self.EDGE].isnan().all(), "written before the beginning"
+            assert buffer[-self.EDGE :].isnan().all(), "written beyond the end"

@@ -124,11 +124,11 @@ def test_the_gradient_from_the_output(formula, derivative, dtype):
         h = function.forward(torch.randn(3, width).to(dtype), [])
         dh = torch.randn(3, width).to(dtype)
         exact = reference.backward_from_output(function.compiled, h.double(), dh.double())
-        found = function.backward_from_output(h, dh)
+        actual = function.backward_from_output(h, dh)
         # The rounding of the result, and 8 of fp32 on the way; 1 - h^2 cancels to what fp32 knows of 1.
         eps, fp32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
         slack = 8 * fp32 * dh.abs().max().item()
-        torch.testing.assert_close(found.double(), exact, rtol=eps, atol=slack)
+        torch.testing.assert_close(actual.double(), exact, rtol=eps, atol=slack)
 
 
 @pytest.mark.parametrize("backend", ["c", "reference"])
@@ -174,18 +174,18 @@ def test_every_element_is_written_and_none_beside(which, dtype, monkeypatch):
 
     def poisoned(shape, dtype=None, **_):
         count = torch.Size(shape).numel()
-        whole = torch.full((count + 128,), torch.nan, dtype=dtype or torch.float32)
-        fenced.append(whole)
-        return whole[64 : 64 + count].view(shape)
+        buffer = torch.full((count + 128,), torch.nan, dtype=dtype or torch.float32)
+        fenced.append(buffer)
+        return buffer[64 : 64 + count].view(shape)
 
     monkeypatch.setattr(c.torch, "empty", poisoned)
     monkeypatch.setattr(c.torch, "empty_like", lambda tensor: poisoned(tensor.shape, tensor.dtype))
-    found = everything(function, pre, dh, learned)
+    actual = everything(function, pre, dh, learned)
     monkeypatch.undo()
     assert len(fenced) == 3
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours, theirs)
-    assert all(whole[:64].isnan().all() and whole[-64:].isnan().all() for whole in fenced)
+    assert all(buffer[:64].isnan().all() and buffer[-64:].isnan().all() for buffer in fenced)
 
 
 @pytest.fixture
@@ -200,12 +200,12 @@ def threads() -> Iterator[None]:
 def test_results_do_not_depend_on_the_number_of_threads(which, dtype, threads):  # noqa: ARG001
     function = activation(*which, backend="c")
     given = inputs(function, 131, 1025, dtype)
-    found = []
+    actual = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append(everything(function, *given))
-    for results in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results, found[0], strict=True))
+        actual.append(everything(function, *given))
+    for results in actual[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results, actual[0], strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------- the cache
@@ -234,15 +234,15 @@ def test_a_damaged_library_is_built_again(cache, ending, damage):
         cwd=ROOT,
         check=True,
     )
-    (whole,) = cache.glob("*.so")
-    good, broken = whole.read_bytes(), whole.with_suffix(ending)
+    (built,) = cache.glob("*.so")
+    good, broken = built.read_bytes(), built.with_suffix(ending)
     if damage is None:
         broken.unlink()
     else:
         broken.write_bytes(damage)
     assert value_of(c_build.build(text)) == number
-    assert c_build._intact(whole)
-    assert len(whole.read_bytes()) == len(good)
+    assert c_build._intact(built)
+    assert len(built.read_bytes()) == len(good)
     assert not list(cache.glob("*.tmp"))
 
 
@@ -259,10 +259,10 @@ def test_two_processes_build_the_same_library_once(cache):
     code = (
         "import os, pathlib\n"
         "from kernels.c import toolchain as c_build\n"
-        "whole = c_build._compile\n"
+        "original = c_build._compile\n"
         "def counted(*arguments):\n"
         f"    pathlib.Path({str(cache.parent)!r}, f'built.{{os.getpid()}}').touch()\n"
-        "    whole(*arguments)\n"
+        "    original(*arguments)\n"
         "c_build._compile = counted\n"
         "print(c_build.build('int value(void) { return 42; }').value())\n"
     )
@@ -297,15 +297,15 @@ def test_without_a_compiler_there_is_one_warning_and_the_reference_computes(tmp_
     monkeypatch.setenv("PATH", f"{tmp_path}:/nowhere")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(library, "_compiler_failed", False)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for formula in ("silu(gate) * up * 1.25", "relu(gate) * up * 1.25"):  # formulas that nothing else has built
             function = activation(formula)
             pre, _, learned = inputs(function, 3, 9)
             assert torch.equal(function.forward(pre, learned), reference.forward(function.compiled, pre, learned))
-    said = [warning for warning in said if "no C kernels" in str(warning.message)]
-    assert len(said) == 1
-    assert ("no licence found" if broken else "there is no C compiler") in str(said[0].message)
+    caught = [warning for warning in caught if "no C kernels" in str(warning.message)]
+    assert len(caught) == 1
+    assert ("no licence found" if broken else "there is no C compiler") in str(caught[0].message)
 
 
 # ------------------------------------------------------------------------------------------------- what torch makes of it

@@ -16,10 +16,10 @@ pytestmark = pytest.mark.skipif(cross_entropy._library() is None, reason="no C c
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def draw(rows: int, words: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(words)
-    logits = (4 * torch.randn(rows, words, generator=generator)).to(dtype)
-    return logits, torch.randint(0, words, (rows,), generator=generator)
+def draw(rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = (4 * torch.randn(rows, vocabulary, generator=generator)).to(dtype)
+    return logits, torch.randint(0, vocabulary, (rows,), generator=generator)
 
 
 def plain(logits: Tensor, targets: Tensor, z_loss: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,10 +32,10 @@ def plain(logits: Tensor, targets: Tensor, z_loss: float, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-3])
-@pytest.mark.parametrize("words", [1, 7, 16, 31, 33, 4099])
+@pytest.mark.parametrize("vocabulary", [1, 7, 16, 31, 33, 4099])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_values_and_gradient(dtype, words, z_loss):
-    logits, targets = draw(9, words, dtype)
+def test_values_and_gradient(dtype, vocabulary, z_loss):
+    logits, targets = draw(9, vocabulary, dtype)
     exact = plain(logits, targets, z_loss, torch.float64)
     eps, fp32 = torch.finfo(dtype).eps, 2.0**-23
     with Poisoned() as poisoned:

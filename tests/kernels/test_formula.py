@@ -19,11 +19,11 @@ from kernels.formula.grammar import (
 )
 
 
-def shown(node: Node) -> str:
+def prefix_notation(node: Node) -> str:
     """Write a tree with every bracket."""
     if node.kind in ("number", "symbol"):
         return f"{node.value:g}" if node.kind == "number" else str(node.value)
-    arguments = [shown(argument) for argument in node.arguments]
+    arguments = [prefix_notation(argument) for argument in node.arguments]
     if node.kind in ("call", "negate"):
         return f"{node.value or '-'}({', '.join(arguments)})"
     return f"({arguments[0]}{node.kind}{arguments[1]})"
@@ -59,7 +59,7 @@ def shown(node: Node) -> str:
     ],
 )
 def test_a_formula_is_read_with_the_precedence_of_python(text, tree):
-    assert shown(parse(text).tree) == tree
+    assert prefix_notation(parse(text).tree) == tree
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def test_its_implementations_compute_the_same(name):
     np.testing.assert_allclose(
         implementation(of["numpy"], np)(*operands), exact, rtol=16 * rounding, atol=16 * rounding
     )
-    found = implementation(of["torch"], torch)(*(torch.from_numpy(np.ascontiguousarray(each)) for each in operands))
-    np.testing.assert_allclose(found.numpy(), exact, rtol=16 * np.finfo(float).eps, atol=16 * np.finfo(float).eps)
+    actual = implementation(of["torch"], torch)(*(torch.from_numpy(np.ascontiguousarray(each)) for each in operands))
+    np.testing.assert_allclose(actual.numpy(), exact, rtol=16 * np.finfo(float).eps, atol=16 * np.finfo(float).eps)
 
 
 @pytest.mark.parametrize("name", [name for name, function in REGISTRY.items() if function.in_grammar])

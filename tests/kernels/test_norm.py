@@ -49,12 +49,12 @@ def everything(
     y, s = function(leaves["x"], leaves["weight"], EPS, leaves["residual"] if add else None)
     dy, ds = given["dy"].to(dtype), given["ds"].to(dtype)
     torch.autograd.backward(*(((y, s), (dy, ds)) if add else ((y,), (dy,))))
-    found = {"y": y, "s": s, "dx": leaves["x"].grad, "dweight": leaves["weight"].grad}
+    actual = {"y": y, "s": s, "dx": leaves["x"].grad, "dweight": leaves["weight"].grad}
     if add:
-        found["dresidual"] = leaves["residual"].grad
-        torch.testing.assert_close(found["dresidual"], found["dx"], rtol=0, atol=0, equal_nan=True)
-    assert all(each.dtype == dtype for each in found.values())
-    return {name: each.detach().double() for name, each in found.items()}
+        actual["dresidual"] = leaves["residual"].grad
+        torch.testing.assert_close(actual["dresidual"], actual["dx"], rtol=0, atol=0, equal_nan=True)
+    assert all(each.dtype == dtype for each in actual.values())
+    return {name: each.detach().double() for name, each in actual.items()}
 
 
 def assert_errs_as_plain(given: dict[str, Tensor], dtype: torch.dtype, add: bool) -> None:
@@ -112,15 +112,15 @@ def test_the_gradients_of_the_reference(add):
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_do_not_depend_on_the_number_of_threads(dtype):
-    given, before, found = draw(533, 257, dtype), torch.get_num_threads(), []
+    given, before, actual = draw(533, 257, dtype), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(everything(rms_norm, given, dtype, True))
+            actual.append(everything(rms_norm, given, dtype, True))
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(torch.equal(other[name], found[0][name]) for name in other)
+    for other in actual[1:]:
+        assert all(torch.equal(other[name], actual[0][name]) for name in other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -156,8 +156,8 @@ def test_strides(dtype, add):
     for name in ("x", "residual", "dy", "ds"):
         for laid in layouts(given[name]):
             assert not laid.is_contiguous()
-            found = everything(rms_norm, given | {name: laid}, dtype, add)
-            assert all(torch.equal(found[each], expected[each]) for each in expected), name
+            actual = everything(rms_norm, given | {name: laid}, dtype, add)
+            assert all(torch.equal(actual[each], expected[each]) for each in expected), name
 
 
 @needs_compiler
@@ -203,13 +203,13 @@ def test_what_only_one_result_is_used_for(dtype):
 def test_a_nan_stays_in_its_row(dtype, name):
     given = draw(5, 35, dtype)
     given[name][2, 33] = math.nan
-    found = everything(rms_norm, given, dtype, True)
-    assert found["dx"][2, 33].isnan()
-    assert found["dweight"][33].isnan() == (name != "ds")
+    actual = everything(rms_norm, given, dtype, True)
+    assert actual["dx"][2, 33].isnan()
+    assert actual["dweight"][33].isnan() == (name != "ds")
     if name in ("x", "residual"):
-        assert found["y"][2].isnan().all()
-        assert found["s"][2].isnan().sum() == 1
-    assert all(found[each][[0, 1, 3, 4]].isfinite().all() for each in ("y", "s", "dx"))
+        assert actual["y"][2].isnan().all()
+        assert actual["s"][2].isnan().sum() == 1
+    assert all(actual[each][[0, 1, 3, 4]].isfinite().all() for each in ("y", "s", "dx"))
 
 
 def test_without_a_compiler_pytorch_computes(monkeypatch):
@@ -219,17 +219,17 @@ def test_without_a_compiler_pytorch_computes(monkeypatch):
     norm._library.cache_clear()
     try:
         given = draw(6, 40, torch.bfloat16)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = [everything(rms_norm, given, torch.bfloat16, True) for _ in range(2)][1]
-        assert [str(each.message) for each in said] == [
+            actual = [everything(rms_norm, given, torch.bfloat16, True) for _ in range(2)][1]
+        assert [str(each.message) for each in caught] == [
             "no C kernels, slower plain PyTorch computes instead: there is no C compiler (cc, gcc or clang)"
         ]
     finally:
         norm._library.cache_clear()
     y, s, _ = norm.PLAIN.forward(given["x"], given["residual"], given["weight"], EPS)
-    assert torch.equal(found["y"], y.double())
-    assert torch.equal(found["s"], s.double())
+    assert torch.equal(actual["y"], y.double())
+    assert torch.equal(actual["s"], s.double())
 
 
 def test_what_has_no_memory_of_its_own_takes_pytorchs(monkeypatch):
@@ -276,10 +276,10 @@ def check_triton() -> None:
         expected = everything(rms_norm, given, torch.float32, add)
         for name in ("x", "residual", "dy", "ds"):
             for laid in layouts(given[name]):
-                found = everything(rms_norm, given | {name: laid}, torch.float32, add)
+                actual = everything(rms_norm, given | {name: laid}, torch.float32, add)
                 # A tile of other rows adds in another order.
                 for each in expected:
-                    torch.testing.assert_close(found[each], expected[each], rtol=1e-6, atol=1e-6)
+                    torch.testing.assert_close(actual[each], expected[each], rtol=1e-6, atol=1e-6)
         test_no_rows_and_no_columns((2, 0, 8), torch.float32)
     for name in ("x", "residual", "dy", "ds"):
         test_a_nan_stays_in_its_row(torch.float32, name)

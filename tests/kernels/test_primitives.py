@@ -124,9 +124,9 @@ def test_edges(operation, dtype):
     if operation == "sign":
         exact[0] = math.nan  # torch has 0 here; a NaN must not vanish
     assert torch.equal(h.isnan(), exact.isnan()), (h, exact)
-    whole = ~exact.isnan()
-    assert torch.equal(h[whole], exact[whole].to(dtype))
-    zeros = whole & (exact == 0) & (x == 0)
+    defined = ~exact.isnan()
+    assert torch.equal(h[defined], exact[defined].to(dtype))
+    zeros = defined & (exact == 0) & (x == 0)
     if operation not in ("expm1", "tanh", "sin", "sign"):  # there a 0 may change its sign, which no formula can tell
         assert torch.equal(h[zeros].signbit(), exact[zeros].signbit()), (h, exact)
 
@@ -177,7 +177,7 @@ TAIL = 2.0**-23  # of the largest value in sight: what remains of 1 + erf(x) whe
 def test_formulas_of_several_functions(formula, exact):
     """4 ulp of the result, or half an ulp of the argument's size where terms cancel; torch's own have no better."""
     x = points("exp")
-    x, whole = x[x.abs() <= 1e4], exact(x[x.abs() <= 1e4].double())
-    error = (activation(formula, backend="c")(x).double() - whole).abs()
-    allowed = 4 * ulp(whole) + TAIL / 2 * x.abs().clamp(max=10).double()
+    x, truth = x[x.abs() <= 1e4], exact(x[x.abs() <= 1e4].double())
+    error = (activation(formula, backend="c")(x).double() - truth).abs()
+    allowed = 4 * ulp(truth) + TAIL / 2 * x.abs().clamp(max=10).double()
     assert (error <= allowed).all(), x[(error / allowed).argmax()]

@@ -307,9 +307,9 @@ def test_the_gradient_from_the_output_is_the_gradient(arm):
     pre = pre_activations(arm)
     dh = torch.randn(pre.shape, dtype=torch.float64)
     expected, _, _ = function.backward(pre, dh, [])
-    found = function.backward_from_output(function.forward(pre, []), dh)
+    actual = function.backward_from_output(function.forward(pre, []), dh)
     # 1 - h^2 of an h near 1 keeps the absolute precision of h, not the relative one.
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,9 @@ def everything(function: Callable[..., tuple], given: dict[str, Tensor], dtype: 
     """Return rotated q and k and the gradients of q and k, computed in `dtype`, in float64."""
     q, k = (given[name].detach().to(dtype).requires_grad_() for name in ("q", "k"))
     tables = (given[name].to(torch.promote_types(dtype, torch.float32)) for name in ("cos", "sin"))
-    found = function(q, k, *tables)
-    torch.autograd.backward(found, (given["dq"].to(dtype), given["dk"].to(dtype)))
-    results = {"q": found[0], "k": found[1], "dq": q.grad, "dk": k.grad}
+    actual = function(q, k, *tables)
+    torch.autograd.backward(actual, (given["dq"].to(dtype), given["dk"].to(dtype)))
+    results = {"q": actual[0], "k": actual[1], "dq": q.grad, "dk": k.grad}
     assert all(each.dtype == dtype for each in results.values())
     return {name: each.detach().double() for name, each in results.items()}
 
@@ -95,10 +95,12 @@ def test_every_width(dtype):
 def test_the_reference(dtype):
     given = draw(12, dtype)
     assert rotary._backend(given["q"]) is rotary._plain
-    exact, found = everything(plain, given, torch.float64), everything(rotate, given, dtype)
+    exact, actual = everything(plain, given, torch.float64), everything(rotate, given, dtype)
     for name, true in exact.items():
         # The roundings of the tables and of the two products, in the dtype itself.
-        torch.testing.assert_close(found[name], true, rtol=0, atol=4 * torch.finfo(dtype).eps * true.abs().max().item())
+        torch.testing.assert_close(
+            actual[name], true, rtol=0, atol=4 * torch.finfo(dtype).eps * true.abs().max().item()
+        )
 
 
 def test_the_gradients_of_the_reference():
@@ -110,23 +112,23 @@ def test_the_gradients_of_the_reference():
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_do_not_depend_on_the_number_of_threads(dtype):
-    given, before, found = draw(64, dtype, length=129), torch.get_num_threads(), []
+    given, before, actual = draw(64, dtype, length=129), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(everything(rotate, given, dtype))
+            actual.append(everything(rotate, given, dtype))
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(torch.equal(other[name], found[0][name]) for name in other)
+    for other in actual[1:]:
+        assert all(torch.equal(other[name], actual[0][name]) for name in other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("sizes", [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
 def test_no_tokens_and_no_heads(sizes, dtype):
     given = draw(8, dtype, *sizes)
-    found = everything(rotate, given, dtype)
-    assert [found[name].shape for name in ("q", "dk")] == [given["q"].shape, given["k"].shape]
+    actual = everything(rotate, given, dtype)
+    assert [actual[name].shape for name in ("q", "dk")] == [given["q"].shape, given["k"].shape]
 
 
 def layouts(dense: Tensor) -> Iterator[Tensor]:
@@ -153,8 +155,8 @@ def check_strides(dtype: torch.dtype, name: str) -> None:
     expected = everything(rotate, given, dtype)
     for laid in layouts(given[name]):
         assert not laid.is_contiguous()
-        found = everything(rotate, given | {name: laid}, dtype)
-        assert all(torch.equal(found[each], expected[each]) for each in expected)
+        actual = everything(rotate, given | {name: laid}, dtype)
+        assert all(torch.equal(actual[each], expected[each]) for each in expected)
 
 
 @needs_compiler
@@ -174,9 +176,9 @@ def test_a_nan_stays_in_its_pair(dtype):
     given = draw(34, dtype)
     for name in ("q", "dq"):
         given[name][1, 3, 2, 16] = math.nan
-    found = everything(rotate, given, dtype)
+    actual = everything(rotate, given, dtype)
     for name in ("q", "dq"):
-        assert found[name].isnan().nonzero().tolist() == [[1, 3, 2, 16], [1, 3, 2, 33]]
+        assert actual[name].isnan().nonzero().tolist() == [[1, 3, 2, 16], [1, 3, 2, 33]]
 
 
 def test_without_a_compiler_pytorch_computes(monkeypatch):
@@ -186,15 +188,15 @@ def test_without_a_compiler_pytorch_computes(monkeypatch):
     rotary._library.cache_clear()
     try:
         given = draw(16, torch.bfloat16)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = [everything(rotate, given, torch.bfloat16) for _ in range(2)][1]
-        assert [str(each.message).partition(":")[0] for each in said] == [
+            actual = [everything(rotate, given, torch.bfloat16) for _ in range(2)][1]
+        assert [str(each.message).partition(":")[0] for each in caught] == [
             "no C kernels, slower plain PyTorch computes instead"
         ]
     finally:
         rotary._library.cache_clear()
-    assert torch.equal(found["q"], rotary._plain(given["q"], given["cos"], given["sin"], 1).double())
+    assert torch.equal(actual["q"], rotary._plain(given["q"], given["cos"], given["sin"], 1).double())
 
 
 def test_what_has_no_memory_of_its_own_takes_pytorchs(monkeypatch):
@@ -205,9 +207,9 @@ def test_what_has_no_memory_of_its_own_takes_pytorchs(monkeypatch):
     given = draw(8, torch.float32)
     arguments = given["q"], given["k"], given["cos"].float(), given["sin"].float()
     torch._dynamo.reset()
-    found = torch.compile(rotate, backend="aot_eager", fullgraph=True)(*arguments)
+    actual = torch.compile(rotate, backend="aot_eager", fullgraph=True)(*arguments)
     torch._dynamo.reset()
-    for ours, theirs in zip(found, plain(*arguments), strict=True):
+    for ours, theirs in zip(actual, plain(*arguments), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

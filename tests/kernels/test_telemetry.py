@@ -78,9 +78,9 @@ def assert_stats(function: Activation, pre: Tensor, learned: list[Tensor], h: Te
     assert tuple(terms) == sums_of(function.compiled)
     # A sum of n terms rounds each n - 1 times at most; a term has its own error: of the short forms in 16 bits.
     error = h.numel() * 2.0**-24 + (2.0**-12 if pre.dtype == torch.bfloat16 else 2.0**-18)
-    for (name, term), found in zip(terms.items(), batch.sums.double(), strict=True):
+    for (name, term), actual in zip(terms.items(), batch.sums.double(), strict=True):
         allowed = float(term.detach().abs().sum()) * error + borderline.get(name, 0)
-        assert abs(float(found) - float(term.detach().sum())) <= allowed, name
+        assert abs(float(actual) - float(term.detach().sum())) <= allowed, name
     assert float(batch.peak) == float(h64.abs().max())
     assert batch.elements == h.numel()
     largest = torch.stack([h64.abs(), *(s.detach().abs() for s in slopes)]).amax(0)
@@ -228,35 +228,35 @@ def test_known_values_for_normal_pre_activations(name):
     function = activation(*ALL[name])
     shape = (4096, 2, 256) if function.formula.gated else (4096, 256)
     pre = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = collected(function, 256, function.forward_with_stats(pre, [])[1])
+    actual = collected(function, 256, function.forward_with_stats(pre, [])[1])
     # Two digits are published: half of the last one, and 2% for the million samples.
-    assert found["mean_over_std"] == pytest.approx(MEAN_OVER_STD.get(name, 0.0), rel=0.02, abs=0.005)
+    assert actual["mean_over_std"] == pytest.approx(MEAN_OVER_STD.get(name, 0.0), rel=0.02, abs=0.005)
     if name in ("relu", "reglu", "relu2"):
-        assert found["zeros"] == pytest.approx(0.5, rel=0.02)
+        assert actual["zeros"] == pytest.approx(0.5, rel=0.02)
     if name == "relu":  # moments of half a normal distribution
-        assert found["rms"] == pytest.approx(math.sqrt(0.5), rel=0.02)
+        assert actual["rms"] == pytest.approx(math.sqrt(0.5), rel=0.02)
         mean, square = 1 / math.sqrt(2 * math.pi), 0.5
         fourth = 1.5 - 4 * mean * 2 * mean + 6 * mean**2 * square - 3 * mean**4
-        assert found["kurtosis"] == pytest.approx(fourth / (square - mean**2) ** 2, rel=0.02)
-        assert found["saturated"] == pytest.approx(0.5, rel=0.02)
-        assert found["slope"] == pytest.approx(0.5, rel=0.02)
+        assert actual["kurtosis"] == pytest.approx(fourth / (square - mean**2) ** 2, rel=0.02)
+        assert actual["saturated"] == pytest.approx(0.5, rel=0.02)
+        assert actual["slope"] == pytest.approx(0.5, rel=0.02)
     if name == "bilinear":
-        assert found["kurtosis"] == pytest.approx(9.0, rel=0.02)
-        assert found["gate_std"] == pytest.approx(1.0, rel=0.02)
-        assert found["gate_saturated"] == 0.0
+        assert actual["kurtosis"] == pytest.approx(9.0, rel=0.02)
+        assert actual["gate_std"] == pytest.approx(1.0, rel=0.02)
+        assert actual["gate_saturated"] == 0.0
     if name == "reglu":
-        assert found["gate_mean"] == pytest.approx(1 / math.sqrt(2 * math.pi), rel=0.02)
-        assert found["gate_saturated"] == pytest.approx(0.5, rel=0.02)
+        assert actual["gate_mean"] == pytest.approx(1 / math.sqrt(2 * math.pi), rel=0.02)
+        assert actual["gate_saturated"] == pytest.approx(0.5, rel=0.02)
     if name == "glu":
-        assert found["gate_mean"] == pytest.approx(0.5, rel=0.02)
+        assert actual["gate_mean"] == pytest.approx(0.5, rel=0.02)
 
 
 def test_the_correlation_of_gate_and_up():
     function = activation("silu(gate) * up")
     gate, other = torch.randn(2, 4096, 256, generator=torch.Generator().manual_seed(0))
     pre = torch.stack((3 * gate + 1, 0.6 * gate + 0.8 * other - 2), 1)
-    found = collected(function, 256, function.forward_with_stats(pre, [])[1])
-    assert found["gate_up_correlation"] == pytest.approx(0.6, rel=0.02)
+    actual = collected(function, 256, function.forward_with_stats(pre, [])[1])
+    assert actual["gate_up_correlation"] == pytest.approx(0.6, rel=0.02)
 
 
 def test_what_is_not_defined_is_nan():

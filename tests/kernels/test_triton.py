@@ -183,9 +183,9 @@ def check_from_output(formula: str, derivative: str, width: int) -> None:
     h = reference.forward(compiled, 2 * torch.randn(ROWS, width, generator=generator), [])
     dh = torch.randn(ROWS, width, generator=generator)
     with Poisoned() as poisoned:
-        found = triton_backend.kernels_of(compiled).backward_from_output(compiled, poisoned.copy(h), poisoned.copy(dh))
+        actual = triton_backend.kernels_of(compiled).backward_from_output(compiled, poisoned.copy(h), poisoned.copy(dh))
     expected = bounded(compiled.from_output, {OUTPUT: h, "dh": dh}, 2.0**-24)
-    assert_within(found, *expected[f"d{OUTPUT}"], "dx")
+    assert_within(actual, *expected[f"d{OUTPUT}"], "dx")
 
 
 def check_changed(name: str, width: int, old: str, new: str, eps: float = 2.0**-24) -> None:

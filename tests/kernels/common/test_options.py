@@ -1,4 +1,4 @@
-"""Options of small commands: what is read of which type, and what is refused in which words."""
+"""Options of commands: types of values, and refusals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_last_of_two_wins():
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("argv", "sentence"),
     [
         (["stp=1"], "unknown option 'stp': did you mean 'step'? choose from run, step, temperature, yes"),
         (["run"], "run needs a value: run=VALUE"),
@@ -36,9 +36,9 @@ def test_the_last_of_two_wins():
         (["step=1"], "missing run=NAME, the run"),
     ],
 )
-def test_what_is_refused(words, sentence):
+def test_what_is_refused(argv, sentence):
     with pytest.raises(UserError) as caught:
-        read_options(words, DEFAULTS, required={"run": "run=NAME, the run"})
+        read_options(argv, DEFAULTS, required={"run": "run=NAME, the run"})
     assert str(caught.value).startswith(sentence)
 
 
