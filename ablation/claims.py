@@ -33,7 +33,7 @@ from ablation.statistics import Comparison, Verdict, compare_pairs
 from conf.arms import catalogue
 from conf.load import flatten
 from kernels.common.commands import run_command
-from kernels.common.files import atomic_write, say_why
+from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.options import read_positional
 
 DATA = Path(__file__).with_name("claims.yaml")
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     answers = judge(read_claims(), [read_results(folder) for folder in folders])
     show(answers, Console(file=sys.stdout, highlight=False, markup=False))
     if options["to"]:
-        with say_why("write", options["to"]), atomic_write(options["to"]) as file:
+        with explain_os_errors("write", options["to"]), atomic_write(options["to"]) as file:
             file.write(markdown(answers))
     return 0
 

@@ -30,7 +30,7 @@ from conf.load import from_yaml
 from conf.login import wandb_mode
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_write, say_why
+from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.options import read_positional
 
 NAME = "dashboard.json"
@@ -161,7 +161,7 @@ def write(content: Content, path: Path) -> None:
         "report": {"title": model.display_name, "description": model.description, "spec": _spec(model)},
         STATISTICS: {"columns": list(COLUMNS), "data": content.rows},
     }
-    with say_why("write the dashboard to", path), atomic_write(path) as file:
+    with explain_os_errors("write the dashboard to", path), atomic_write(path) as file:
         json.dump(document, file, indent=1, allow_nan=False)
         file.write("\n")
 

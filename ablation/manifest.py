@@ -24,7 +24,7 @@ from conf.load import flatten
 from conf.schema import AblationConfig
 from conf.validate import digest
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_write, say_why
+from kernels.common.files import atomic_write, explain_os_errors
 
 NAME = "manifest.json"
 _RUN = re.compile(r"(?P<size>[^-]+)-(?P<arm>[^-]+)-lr(?P<lr>[0-9.e+-]+)-seed(?P<seed>[0-9]+)")
@@ -82,7 +82,7 @@ def write_manifest(plan: Plan, folder: Path) -> None:
         }
         for size, arms in plan.arms.items()
     }
-    with say_why("write to the folder of the plan", folder):
+    with explain_os_errors("write to the folder of the plan", folder):
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / NAME) as file:
             hashes = {name: digest(value, 4) for name, value in _leaves(content)}

@@ -28,7 +28,7 @@ from ablation.statistics import ALPHA, FEWEST_SEEDS, POWER, Comparison, SpeedUp,
 from ablation.verdict import sentences
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_write, say_why
+from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.options import read_positional
 
 
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 def write_report(results: Results, to: Path) -> None:
     """Write all files of a report to a folder. Each file is written atomically."""
     figures = draw(results)
-    with say_why("write the report", to):
+    with explain_os_errors("write the report", to):
         (to / "figures").mkdir(parents=True, exist_ok=True)
         for figure in figures:
             figure.save(to / "figures")

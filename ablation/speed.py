@@ -20,7 +20,7 @@ from ablation.outcomes import read_metrics
 from ablation.plan import Plan, StepSeconds, resolve
 from conf.schema import AblationConfig
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_write, say_why
+from kernels.common.files import atomic_write, explain_os_errors
 
 NAME = "step_times.json"
 RUNS = "step_times"  # folder of the short runs, removed once the times are written
@@ -42,7 +42,7 @@ def step_time(config: AblationConfig, overrides: Sequence[str], folder: Path, ra
     path = folder / NAME
     if not path.exists():
         times = measure(resolve(dataclasses.replace(config, budget="parameters"), overrides), folder, ranks)
-        with say_why("write step times", path), atomic_write(path) as file:
+        with explain_os_errors("write step times", path), atomic_write(path) as file:
             json.dump(times, file, indent=1)
         shutil.rmtree(folder / RUNS, ignore_errors=True)
     try:
@@ -57,7 +57,7 @@ def step_time(config: AblationConfig, overrides: Sequence[str], folder: Path, ra
 
 def measure(plan: Plan, folder: Path, ranks: int = 0) -> Times:
     """Measure the step times of every arm at two widths."""
-    with say_why("write to the folder of the plan", folder):
+    with explain_os_errors("write to the folder of the plan", folder):
         (folder / "logs").mkdir(parents=True, exist_ok=True)
     candidates: list[tuple[str, str, int]] = []
     for size, name in plan.size_arm_pairs():

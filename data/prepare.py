@@ -34,7 +34,7 @@ from data.shards import FORMAT, INDEX, SPLITS, finished_group, read_index, remov
 from data.tokenizer import FILE_NAMES, TRAINER, Tokenizer, load_tokenizer, train_sentencepiece
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.files import say_why
+from kernels.common.files import explain_os_errors
 
 MEGABYTE = 1 << 20
 FEW = 1000  # documents; in a corpus of fewer, chance alone may hold out none of them, or all
@@ -57,11 +57,11 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, show: bool = False) ->
     if _complete(folder):
         return folder
     progress = ProgressReporter(show)
-    with say_why("create the folder", folder):
+    with explain_os_errors("create the folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder, progress):
         if not _complete(folder):
-            with say_why("prepare", folder), progress:
+            with explain_os_errors("prepare", folder), progress:
                 remove_leftovers(folder)
                 prepare_source = _prepare_blend if data.source == "blend" else _prepare_corpus
                 prepare_source(data, tokenizer, folder, progress)

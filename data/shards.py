@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_write, say_why
+from kernels.common.files import atomic_write, explain_os_errors
 
 FORMAT = 1  # of the folder; a folder of another format is prepared again beside it
 INDEX = "index.json"
@@ -70,14 +70,14 @@ def write_shard(
     for suffix, array in ((".bin", tokens), (".idx", ends)):
         path = folder / (name + suffix)
         checksum.update(array.data)
-        with say_why("write", path), atomic_write(path, "wb") as file:
+        with explain_os_errors("write", path), atomic_write(path, "wb") as file:
             file.write(array.data)
     return Shard(name, split, len(tokens), len(documents), text_bytes, checksum.hexdigest())
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` atomically; UserError on a full disk or an unwritable folder."""
-    with say_why("write", path), atomic_write(path) as file:
+    with explain_os_errors("write", path), atomic_write(path) as file:
         json.dump(content, file, indent=1)
         file.write("\n")
 

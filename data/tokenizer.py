@@ -21,7 +21,7 @@ from typing import Any
 
 from data.files import need
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_write, say_why
+from kernels.common.files import atomic_write, explain_os_errors
 
 # Every option of the trainer. A document is one "sentence", so that pieces may hold line ends and indentation.
 TRAINER: dict[str, Any] = {
@@ -84,7 +84,7 @@ class Tokenizer(abc.ABC):
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the model file into `folder` as tokenizer.model or tokenizer.json and return its path."""
         path = Path(folder, self.file_name)
-        with say_why("write", path), atomic_write(path, "wb") as file:
+        with explain_os_errors("write", path), atomic_write(path, "wb") as file:
             file.write(self.raw)
         return path
 
@@ -230,7 +230,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
             "the trained tokenizer does not give texts back exactly; an option of TRAINER in data/tokenizer.py is lossy"
         )
     if path is not None:
-        with say_why("write", path), atomic_write(path, "wb") as file:
+        with explain_os_errors("write", path), atomic_write(path, "wb") as file:
             file.write(tokenizer.raw)
     return tokenizer
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from conf.load import read_group
 from conf.schema import ClusterConfig
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_write, say_why
+from kernels.common.files import atomic_write, explain_os_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 _CODE = ("train.py", "ablation", "conf", "data", "kernels", "launch", "model", "training")
@@ -269,7 +269,7 @@ def submit(jobs: list[Job], cluster: ClusterConfig) -> list[str]:
         UserError: there is no sbatch, or SLURM rejects a job; the scripts remain.
     """
     folder = jobs[0].folder / "slurm"
-    with say_why("write the job to", folder):
+    with explain_os_errors("write the job to", folder):
         folder.mkdir(parents=True, exist_ok=True)
         _keep_code(folder / "code")
         for job in jobs:

@@ -20,7 +20,7 @@ from conf.schema import ClusterConfig
 from conf.validate import validate
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_write, say_why
+from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.options import split_options
 from launch.sbatch import Job, check, command_of, doctor_of, refuse_queued, render, submit
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         print(render(job, cluster), end="")
         return 0
     refuse_queued(job.folder)
-    with say_why("write the job to", job.folder):
+    with explain_os_errors("write the job to", job.folder):
         (job.folder / "slurm").mkdir(parents=True, exist_ok=True)
         with atomic_write(job.folder / "slurm" / "config.yaml") as file:
             file.write(configuration)

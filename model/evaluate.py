@@ -30,7 +30,7 @@ from conf.load import find_run
 from data.files import need
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError, suggest
-from kernels.common.files import atomic_write, say_why
+from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.options import read_options
 from model.export import export
 from model.weights import checkpoints
@@ -167,7 +167,7 @@ def main(argv: list[str]) -> None:
     limit = f"-first{results['limit']}" if results["limit"] else ""
     name = re.sub(r"[^A-Za-z0-9_.+-]+", "_", "+".join(tasks))[:120]
     path = Path(options["output"] or run / "evaluations" / f"step_{results['step']:08d}-{name}{shots}{limit}.json")
-    with say_why("write", path):
+    with explain_os_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             json.dump(results, file, indent=2, default=str)

@@ -28,7 +28,7 @@ from conf.schema import Config
 from data.tokenizer import Tokenizer
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError, unknown
-from kernels.common.files import atomic_folder, say_why
+from kernels.common.files import atomic_folder, explain_os_errors
 from kernels.common.options import read_options
 from kernels.formula import Formula
 from launch.estimate.counts import Shape
@@ -62,7 +62,7 @@ def export(run: Path, to: Path, step: int = -1, dtype: str = "fp32") -> str:
     config = from_yaml(run / "config.yaml")
     model, tokenizer, _ = load_run(run, step)
     layout = transformers_layout(model.shape)
-    with say_why("write", to):
+    with explain_os_errors("write", to):
         if to.exists():
             to.rmdir()
         with atomic_folder(to) as folder:

@@ -27,7 +27,7 @@ from conf.validate import validate
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_folder, say_why
+from kernels.common.files import atomic_folder, explain_os_errors
 from kernels.common.options import split_options
 from launch.estimate.counts import Shape, shape_of
 from model.decoder import Decoder
@@ -167,7 +167,7 @@ def _write_run(
         "wall_seconds": 0.0,
     }
     event = {"kind": "event", "step": 0, "tokens": 0, "event": "imported", "from": os.path.abspath(source)}
-    with say_why("write the run", run), atomic_folder(run) as folder:
+    with explain_os_errors("write the run", run), atomic_folder(run) as folder:
         (folder / "tokenizer").mkdir()
         tokenizer.save(folder / "tokenizer")
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")

@@ -18,7 +18,7 @@ from conf.validate import Batch, validate
 from data.batches import BatchStream, Dataset, open_dataset
 from data.prepare import prepare
 from kernels.common.errors import UserError
-from kernels.common.files import say_why
+from kernels.common.files import explain_os_errors
 from launch.estimate.counts import Shape, check_divisibility, shape_of
 from launch.launchers import Launchers
 from launch.ranks import Ranks
@@ -160,7 +160,7 @@ def _copy_tokenizer(dataset: Dataset, run: Path) -> None:
     """Copy the tokenizer into the run folder, so that the folder can be moved and still generate text."""
     target = run / "tokenizer"
     if not target.exists():
-        with say_why("write to the run folder", run):
+        with explain_os_errors("write to the run folder", run):
             partial = run / ".tokenizer.tmp"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()

@@ -25,7 +25,7 @@ from conf.load import from_yaml, to_yaml
 from conf.schema import Config
 from conf.validate import differences
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_write, say_why
+from kernels.common.files import atomic_write, explain_os_errors
 
 LOCK_TIMEOUT_SECONDS = 1.0  # `ablation` holds the lock for a moment to check whether a run is alive
 
@@ -50,10 +50,10 @@ class RunFolder:
         Raises:
             UserError: another process trains in it, it holds a run with other settings, or it cannot be written.
         """
-        with say_why("write to the run folder", self.path):
+        with explain_os_errors("write to the run folder", self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         try:
-            with say_why("write to the run folder", self.path):
+            with explain_os_errors("write to the run folder", self.path):
                 self._lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
         except Timeout as error:
             raise UserError(
@@ -74,13 +74,13 @@ class RunFolder:
                     f"{self.path} holds a run with other settings ({'; '.join(changed)}): "
                     "give this run another name (run=NAME)"
                 )
-        with say_why("write to the run folder", self.path), atomic_write(config_path) as file:
+        with explain_os_errors("write to the run folder", self.path), atomic_write(config_path) as file:
             file.write(to_yaml(config))
 
     def rewind(self, step: int) -> None:
         """Delete the summary, the metrics after `step` and a partial last line: a resumed run writes them again."""
         path = self.path / "metrics.jsonl"
-        with say_why("write to the run folder", self.path):
+        with explain_os_errors("write to the run folder", self.path):
             (self.path / "summary.json").unlink(missing_ok=True)
             if not path.exists():
                 return

@@ -17,7 +17,7 @@ from .errors import UserError
 
 
 @contextlib.contextmanager
-def say_why(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
+def explain_os_errors(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
     """Convert errors of the operating system (full disk, no permission) to a `UserError` about `path`.
 
     Args:

@@ -7,7 +7,7 @@ import math
 
 from conf.schema import ClusterConfig, Config
 from kernels.common.errors import UserError
-from kernels.common.files import say_why
+from kernels.common.files import explain_os_errors
 from launch.estimate.search import MOST_GPUS, Estimate, fast_then_small, search
 
 
@@ -52,7 +52,7 @@ def draw(config: Config, cluster: ClusterConfig, per_node: int, path: str) -> No
     lower.legend()
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
-    with say_why("write the picture", path):
+    with explain_os_errors("write the picture", path):
         try:
             figure.savefig(path, dpi=150)
         except ValueError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_folder, atomic_write, say_why
+from kernels.common.files import atomic_folder, atomic_write, explain_os_errors
 
 
 def fail(*_: object) -> None:
@@ -168,16 +168,16 @@ def test_a_folder_left_by_a_killed_writer_is_written_anew(tmp_path):
 )
 def test_the_systems_refusal_becomes_a_sentence(number, reason):
     with pytest.raises(UserError) as caught:
-        with say_why("write to", Path("runs/a")):
+        with explain_os_errors("write to", Path("runs/a")):
             raise OSError(number, os.strerror(number))
     assert str(caught.value) == f"cannot write to runs/a: {reason}"
 
 
 def test_what_is_no_refusal_passes_through():
     with pytest.raises(OSError, match="Input/output error") as caught:
-        with say_why("write to", "runs/a"):
+        with explain_os_errors("write to", "runs/a"):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
     assert not isinstance(caught.value, UserError)
     with pytest.raises(ZeroDivisionError):
-        with say_why("write to", "runs/a"):
+        with explain_os_errors("write to", "runs/a"):
             raise ZeroDivisionError
