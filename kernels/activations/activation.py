@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,22 @@ NAMESPACE = __name__.partition(".")[0]
 
 def _operators() -> Any:
     return getattr(torch.ops, NAMESPACE)
+
+
+class ActivationBackend(Protocol):
+    """The functions of a backend; `reference.py` documents them."""
+
+    def forward(self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], /) -> Tensor: ...
+
+    def forward_with_stats(
+        self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], /
+    ) -> tuple[Tensor, BatchStats]: ...
+
+    def backward(
+        self, compiled: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool, /
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]: ...
+
+    def backward_from_output(self, compiled: Compiled, h: Tensor, dh: Tensor, /) -> Tensor: ...
 
 
 class Activation:
@@ -157,8 +173,8 @@ class Activation:
                     f"not {tuple(tensor.shape)} on {tensor.device}"
                 )
 
-    def _backend(self, pre: Tensor) -> Any:
-        """Return the backend for tensors like `pre`: the functions of `reference`, or an object with the same methods."""
+    def _backend(self, pre: Tensor) -> ActivationBackend:
+        """Return the backend for tensors like `pre`."""
         if self.backend == "reference":
             return reference
         if self.backend == "triton" or (self.backend == "auto" and pre.is_cuda):
