@@ -317,9 +317,9 @@ def test_the_gradient_from_the_output_is_the_gradient(arm):
     [
         ("tanh(x)", "1 - h", "is not the derivative of tanh(x): at x = -10 it gives 2"),
         ("gelu(x)", "h", "is not the derivative of gelu(x)"),
-        ("tanh(x)", "1 - x", "is a formula of h and of fixed parameters alone"),
+        ("tanh(x)", "1 - x", "may use only h and fixed parameters"),
         ("tanh(x)", "1 - k", "unknown symbol 'k'"),
-        ("gate * up", "h", "is for ungated formulas that learn nothing"),
+        ("gate * up", "h", "requires an ungated formula that learns nothing"),
     ],
 )
 def test_a_derivative_of_the_output_that_is_none_is_refused(formula, from_output, reason):
