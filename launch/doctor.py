@@ -18,6 +18,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -73,6 +74,9 @@ def main(argv: list[str]) -> int:
     with contextlib.suppress(UserError):  # `launcher` reports it
         ranks = find_ranks(local_rank=local_rank)
     host = f"{socket.gethostname()}: " if ranks.world_size > 1 else ""
+    if options["quick"] and ranks.world_size > 1:
+        # The first rank that exits with status 1 makes the launcher end the others, which still have findings to print.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for finding in findings(config, cluster, ranks, options["quick"]):
         worst = max(worst, finding.level, key=(GREEN, YELLOW, RED).index)
         if ranks.world_size > 1 and finding.level == GREEN and ranks.rank:

@@ -235,7 +235,7 @@ def test_a_run_is_found_by_name_and_by_path(tmp_path):
     (run / "config.yaml").write_text("{}")
     assert find_run("first", str(tmp_path / "runs")) == run
     assert find_run(str(run), "elsewhere") == run
-    with pytest.raises(UserError, match="there are first"):
+    with pytest.raises(UserError, match="choose from first"):
         find_run("frist", str(tmp_path / "runs"))
 
 

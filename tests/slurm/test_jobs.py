@@ -180,7 +180,7 @@ def test_slurms_own_words_say_why_a_job_is_not_taken(slurm, words):
     assert result.status == 2
     assert "SLURM rejected the job: " in result.err
     assert "invalid partition specified: nowhere" in result.err
-    assert "Change what it asks for with cluster.KEY=VALUE" in result.err
+    assert "Change its request with cluster.KEY=VALUE" in result.err
 
 
 def test_a_plan_is_an_array_of_which_a_task_can_be_run_again(slurm, words, tmp_path):
