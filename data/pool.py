@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,10 @@ _worker_tokenizer: Tokenizer | None = None  # of this worker process, loaded onc
 
 def _start_worker(tokenizer_path: Path | None) -> None:
     global _worker_tokenizer
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Ctrl-C ends a worker at once and silently: files are written atomically
+    # Ctrl-C ends a worker at once and silently: files are written atomically. One that came while it started, with the
+    # signal blocked by `_quiet_start`, ends it here.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if tokenizer_path is not None:
@@ -95,14 +97,26 @@ def _no_main_module() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _quiet_start() -> Iterator[None]:
+    # A process spawned in this context inherits a mask that holds SIGINT back until `_start_worker`: Python's own handler,
+    # which stands from the interpreter's start on, would print a traceback. Here the signal waits for the end of the context.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def _pool(workers: int, tokenizer_path: Path | None, remedy: str) -> Iterator[Callable[..., Future]]:
     """Yield a `submit`; on any failure, Ctrl-C included, terminate the workers at once."""
     context = multiprocessing.get_context("spawn")
     before = set(multiprocessing.active_children())
+    resource_tracker.ensure_running()  # its start unblocks SIGINT, so it must not fall into `_quiet_start`
     executor = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_path,))
 
     def submit(function: Callable, *arguments: Any) -> Future:
-        with _no_main_module():  # workers are started by submit, as they are needed
+        with _no_main_module(), _quiet_start():  # workers are started by submit, as they are needed
             return executor.submit(function, *arguments)
 
     try:

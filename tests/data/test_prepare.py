@@ -284,14 +284,15 @@ def test_an_interrupt_does_not_wait_for_what_a_worker_is_doing(python):
 @pytest.mark.parametrize("with_signal", ["SIGKILL", "SIGINT"])
 def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, python, with_signal):
     kill = f"""
-        import multiprocessing
+        import contextlib, multiprocessing
         config.workers = 2
         class ProgressReporter(data.progress.ProgressReporter):
             def start(self, stage):
                 self.stage = stage
             def update(self, fraction):
                 for child in multiprocessing.active_children() if "tokenizing" in self.stage else []:
-                    os.kill(child.pid, signal.{with_signal})
+                    with contextlib.suppress(ProcessLookupError):  # the pool ends the others when one is gone
+                        os.kill(child.pid, signal.{with_signal})
         data.prepare.ProgressReporter = ProgressReporter
         from kernels.common.errors import UserError
         try:
@@ -304,6 +305,21 @@ def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, python, with_sign
     assert complaint.startswith("said: a worker process died")
     assert "lower data.workers" in complaint
     assert complaint.count("\n") == 1
+
+
+def test_an_interrupt_that_meets_a_worker_at_its_start_prints_no_traceback(corpus, python, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if any('spawn_main' in argument for argument in sys.orig_argv): os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    environment = f"""
+        os.environ["PYTHONPATH"] = {str(tmp_path)!r} + os.pathsep + os.environ["PYTHONPATH"]
+        from kernels.common.errors import UserError
+    """
+    lines = script(corpus, environment).splitlines()
+    lines[-1] = f"try: {lines[-1]}\nexcept UserError as error: raise SystemExit(f'said: {{error}}')"
+    _, complaint = python("\n".join(lines)).communicate(timeout=60)
+    assert re.fullmatch(r"said: a worker process died.*\n", complaint)
 
 
 def test_bad_settings_are_refused_before_anything_is_written(corpus, tmp_path):
