@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from conf.schema import Config
-from launch.ranks import installed_gpus
+from launch.ranks import installed_gpus, without_launcher
 
 _TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -35,7 +35,7 @@ def environment_of(slot: int, jobs: int, ranks: int) -> dict[str, str]:
     Args:
         slot: number of this run among the concurrent ones, from 0.
     """
-    environment = dict(os.environ)
+    environment = without_launcher(os.environ)  # a run is not a rank of what started the plan
     gpus = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or [
         str(i) for i in range(installed_gpus())
     ]

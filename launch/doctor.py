@@ -40,7 +40,7 @@ from kernels.common.errors import UserError
 from kernels.common.options import split_options
 from launch.estimate.counts import parameters, shape_of
 from launch.installed import installed_versions
-from launch.ranks import Ranks, export, find_ranks, installed_gpus, take_local_rank
+from launch.ranks import Ranks, export, find_ranks, installed_gpus, take_local_rank, without_launcher
 from launch.sbatch import read_cluster
 
 GREEN, YELLOW, RED = "green", "yellow", "red"
@@ -199,7 +199,10 @@ def launcher() -> Finding:
         missing = ", ".join(name for name in names if name not in present)
         text = f"{missing} is not set although {', '.join(sorted(present))} is: every process would train alone"
         return Finding(RED, "ranks", text, "start it by deepspeed, torchrun, srun or mpirun, or unset them")
-    return Finding(GREEN, "ranks", f"rank {ranks.rank} of {ranks.world_size}")
+    text, tasks = f"rank {ranks.rank} of {ranks.world_size}", os.environ.get("SLURM_NTASKS", "")
+    if ranks.world_size == 1 and tasks.isdigit() and int(tasks) > 1:
+        text += f"; this allocation has {tasks} tasks, which srun starts"
+    return Finding(GREEN, "ranks", text)
 
 
 def wandb() -> Finding:
@@ -323,11 +326,10 @@ def collective(ranks: Ranks, cluster: ClusterConfig | None) -> Iterator[Finding]
     else:
         world = installed_gpus() or 2
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        environment = {
-            name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        }
         module = str(Path(__file__).with_name("run_module.py"))
-        done = subprocess.run([*command, module, "launch.collective"], capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [*command, module, "launch.collective"], capture_output=True, text=True, env=without_launcher(os.environ)
+        )
         if done.returncode:
             message = next((line for line in reversed(done.stderr.splitlines()) if "Error" in line), "no message")
             yield Finding(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from conf.load import load
 from kernels.common.errors import UserError
+from launch.ranks import find_ranks, without_launcher
 
 FLAGS = ("--multirun", "-m")
 _TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -53,9 +54,9 @@ def expand(overrides: list[str]) -> list[list[str]]:
 
 def multirun(overrides: list[str]) -> int:
     """Train the runs in sequence; return 0 if all succeeded, else 1. A failed run does not stop the next one."""
-    if "RANK" in os.environ:
+    if "RANK" in os.environ or find_ranks().world_size > 1:
         raise UserError(
-            "--multirun starts its runs itself: python train.py --multirun ..., without deepspeed or torchrun"
+            "--multirun starts its runs itself: python train.py --multirun ..., without deepspeed, torchrun or srun"
         )
     runs, failed, stopped = expand(overrides), [], False
 
@@ -66,7 +67,9 @@ def multirun(overrides: list[str]) -> int:
 
     for number, run in enumerate(runs, 1):
         print(f"run {number} of {len(runs)}: {shlex.join(run)}", flush=True)
-        process = subprocess.Popen([sys.executable, str(_TRAIN), *run], start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, str(_TRAIN), *run], env=without_launcher(os.environ), start_new_session=True
+        )
         before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
         if process.wait():
             failed.append(shlex.join(run))

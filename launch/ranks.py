@@ -10,7 +10,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,15 +27,24 @@ class Ranks:
     local_world_size: int = 1
 
 
-# The variables of each launcher: rank, world size, local rank, processes on this node. The first complete set counts.
+# The variables of each launcher: rank, world size, local rank, processes on this node. The first complete set counts, and srun's
+# comes after those that a launcher inside an srun task sets.
 _OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 _LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
-    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     "mpirun": _OPEN_MPI,
+    # The step's tasks: SLURM_NTASKS is the allocation's in the shell that `salloc` opens as a step of a single task.
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     "a hand": ("RANK", "WORLD_SIZE", "LOCAL_RANK", None),  # set by the user, with one process per node
 }
+# What only the processes of a launcher have: names, and beginnings of names.
+_LEFT_BEHIND = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK")
+    + ("GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    + ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_TASK_PID", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_STEPID"),
+    ("SLURM_STEP_", "SLURM_CPU_BIND", "SLURM_SRUN_", "OMPI_COMM_WORLD_", "TORCHELASTIC_", "PMI_", "PMIX_"),
+)
 
 
 def take_local_rank(argv: list[str]) -> tuple[list[str], int | None]:
@@ -56,7 +65,13 @@ def take_local_rank(argv: list[str]) -> tuple[list[str], int | None]:
     return rest, local_rank
 
 
-def find_ranks(environment: MutableMapping[str, str] = os.environ, local_rank: int | None = None) -> Ranks:
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without the variables of launchers, for a child process that is not one of their ranks."""
+    names, beginnings = _LEFT_BEHIND
+    return {name: value for name, value in environment.items() if name not in names and not name.startswith(beginnings)}
+
+
+def find_ranks(environment: Mapping[str, str] = os.environ, local_rank: int | None = None) -> Ranks:
     """Read the launcher's variables.
 
     Args:
@@ -66,41 +81,62 @@ def find_ranks(environment: MutableMapping[str, str] = os.environ, local_rank: i
     Raises:
         UserError: the variables contradict each other.
     """
+    in_step = bool(environment.get("SLURM_STEP_ID"))
     for launcher, (rank, world, local, per_node) in _LAUNCHERS.items():
-        # Inside `sbatch` or `salloc`, but not under `srun`, SLURM_NTASKS is set although there is a single process.
-        if launcher == "srun" and "SLURM_STEP_ID" not in environment:
+        # Inside `sbatch` or `salloc`, but not under `srun`, some variables of tasks are set although there is a single process.
+        if launcher == "srun" and not in_step:
             continue
-        if not all(name in environment for name in (rank, world, local, per_node) if name):
+        if launcher == "srun" and not environment.get(world):
+            world = "SLURM_NTASKS"  # of a SLURM that sets no SLURM_STEP_NUM_TASKS
+        names = [name for name in (rank, world, local, per_node) if name]
+        if not all(name in environment for name in names):
             continue
-        local_size = environment[per_node].split("(")[0].split(",")[0] if per_node else "1"  # SLURM writes "4(x2),3"
         try:
-            ranks = Ranks(int(environment[rank]), int(environment[world]), int(environment[local]), int(local_size))
+            numbers = [int(environment[name]) for name in (rank, world, local)]
+            local_size = _on_this_node(environment, per_node) if per_node else 1
         except ValueError as error:
-            names = ", ".join(filter(None, (rank, world, local, per_node)))
-            raise UserError(f"{launcher} set one of {names} to something other than a number") from error
+            raise UserError(f"{launcher} set one of {', '.join(names)} to something other than a number") from error
+        ranks = Ranks(*numbers, local_size)
         if not 0 <= ranks.rank < ranks.world_size or not ranks.local_rank >= 0:
             raise UserError(f"{rank}={ranks.rank} does not fit {world}={ranks.world_size}")
         if local_rank is not None and local_rank != ranks.local_rank:
             raise UserError(f"--local_rank={local_rank} contradicts {local}={ranks.local_rank} of the environment")
-        if launcher != "srun" and "SLURM_STEP_ID" in environment:
-            _check_against_slurm(ranks, rank, world, environment)
+        # torchrun says that it set them, and numbers the ranks as nodes arrive, in another order than srun.
+        if rank == "RANK" and in_step and "TORCHELASTIC_RUN_ID" not in environment:
+            _check_against_slurm(ranks, environment)
         return ranks
     if local_rank:
         raise UserError(f"--local_rank={local_rank} was given, but no launcher set RANK and WORLD_SIZE")
     return Ranks()
 
 
-def _check_against_slurm(ranks: Ranks, rank: str, world: str, environment: MutableMapping[str, str]) -> None:
+def _on_this_node(environment: Mapping[str, str], per_node: str) -> int:
+    """Return the number of processes on this node; SLURM writes those of all nodes as "4(x2),3".
+
+    Raises:
+        ValueError: the variable is not written that way.
+    """
+    counts: list[int] = []
+    for part in environment[per_node].split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    node = environment.get("SLURM_NODEID", "")
+    return counts[int(node)] if len(counts) > 1 and node.isdigit() and int(node) < len(counts) else counts[0]
+
+
+def _check_against_slurm(ranks: Ranks, environment: Mapping[str, str]) -> None:
     """Refuse variables that no launcher inside an srun task can have set: they are left over from the shell."""
-    tasks, task = environment.get("SLURM_NTASKS", "1"), environment.get("SLURM_PROCID", "0")
+    name = "SLURM_STEP_NUM_TASKS" if environment.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
+    tasks, task = environment.get(name, "1"), environment.get("SLURM_PROCID", "0")
     if not (tasks.isdigit() and task.isdigit()):
         return
     if ranks.world_size < int(tasks):
-        raise UserError(
-            f"{world}={ranks.world_size} contradicts SLURM_NTASKS={tasks}: unset {rank} and {world} before srun"
-        )
-    if ranks.world_size == int(tasks) and ranks.rank != int(task):
-        raise UserError(f"{rank}={ranks.rank} contradicts SLURM_PROCID={task}: unset {rank} and {world} before srun")
+        text = f"WORLD_SIZE={ranks.world_size} contradicts {name}={tasks}"
+    elif ranks.world_size == int(tasks) and ranks.rank != int(task):
+        text = f"RANK={ranks.rank} contradicts SLURM_PROCID={task}"
+    else:
+        return
+    raise UserError(f"{text}: unset RANK and WORLD_SIZE before srun")
 
 
 def installed_gpus() -> int:
@@ -124,15 +160,23 @@ def export(ranks: Ranks, environment: MutableMapping[str, str] = os.environ) -> 
     environment.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
     environment.setdefault("LOCAL_SIZE", str(ranks.local_world_size))
     environment.setdefault("LOCAL_WORLD_SIZE", str(ranks.local_world_size))
-    if "MASTER_ADDR" not in environment:
+    if not environment.get("MASTER_ADDR"):
         environment["MASTER_ADDR"] = _first_node(environment)
-    # SLURM's job number makes a port that two jobs on one node do not share.
-    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "9500")) % 20000))
+    if not environment.get("MASTER_PORT"):
+        environment["MASTER_PORT"] = str(_port(environment))
 
 
-def _first_node(environment: MutableMapping[str, str]) -> str:
+def _port(environment: Mapping[str, str]) -> int:
+    """Return a port that jobs on one node do not share, nor steps of a job: from SLURM's numbers, else 29500."""
+    job, step = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "")
+    if not job.isdigit():
+        return 29500
+    return 20000 + (int(job) + 101 * int(step if step.isdigit() else 0)) % 20000
+
+
+def _first_node(environment: Mapping[str, str]) -> str:
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
-    if not nodes or environment.get("SLURM_STEP_NUM_NODES", "1") == "1":
+    if not nodes or (environment.get("SLURM_STEP_NUM_NODES") or "1") == "1":
         return "127.0.0.1"
     try:
         listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)

@@ -13,17 +13,26 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from conf.load import read_group
 from conf.schema import ClusterConfig
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
+from launch.ranks import without_launcher
 
 ROOT = Path(__file__).resolve().parents[1]
 _CODE = ("train.py", "ablation", "conf", "data", "kernels", "launch", "model", "training")
 RUNS = ("RUNNING", "COMPLETING")
 _UNFINISHED = ("PENDING", "CONFIGURING", "SUSPENDED", *RUNS)  # states of a job in the queue
+_CLIENT_SETTINGS = (
+    "SLURM_CONF",
+    "SLURM_CONF_SERVER",
+    "SLURM_JWT",
+    "SLURM_CLUSTERS",
+)  # of SLURM's commands, set by users
+_LEFT_BY_SHELL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 _WAIT = 20  # seconds between the first rank that exits with status 0 and the last
 
 
@@ -111,6 +120,8 @@ def render(job: Job, cluster: ClusterConfig) -> str:
         f"# submit it again: sbatch {'--array=TASK ' if job.tasks else ''}{shlex.quote(str(job.path))}",
         *(f"#SBATCH {option}" for option in _options(job, cluster)),
         "",
+        "# What the shell that submitted this job may have left behind.",
+        f"unset {' '.join(_LEFT_BY_SHELL)} ${{!SLURM_STEP_@}} ${{!SLURM_CPU_BIND@}} ${{!TORCHELASTIC_@}} ${{!OMPI_COMM_@}}",
         *(f"module load {module}" for module in cluster.modules),
         *cluster.setup,
         f"export OMP_NUM_THREADS={_cores(job, cluster)}",
@@ -130,7 +141,13 @@ def render(job: Job, cluster: ClusterConfig) -> str:
         "# the same step and save. Before a preemption SLURM sends TERM to this script, to the ranks, or to both.",
         "trap 'signalled=yes; kill -USR1 \"$step\"' USR1 TERM",
         # A failed rank ends the others, and so does one that exits while others remain (on a lost node).
-        _srun(["--kill-on-bad-exit=1", f"--wait={_WAIT}", cpus], job.command, job, cluster) + " &",
+        _srun(
+            [f"--ntasks={job.nodes * job.per_node}", "--kill-on-bad-exit=1", f"--wait={_WAIT}", cpus],
+            job.command,
+            job,
+            cluster,
+        )
+        + " &",
         "step=$!",
         'wait "$step"; status=$?',
         'while [ -n "$signalled" ]; do signalled=; wait "$step"; status=$?; done',
@@ -286,7 +303,13 @@ def submit(jobs: list[Job], cluster: ClusterConfig) -> list[str]:
 def _sbatch(arguments: list[str]) -> str:
     script = arguments[-1]
     try:
-        submitted = subprocess.run(["sbatch", "--parsable", *arguments], capture_output=True, text=True, check=True)
+        submitted = subprocess.run(
+            ["sbatch", "--parsable", *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=_job_environment(os.environ),
+        )
     except FileNotFoundError:
         print(Path(script).read_text(encoding="utf-8"), end="")
         raise UserError(
@@ -300,6 +323,15 @@ def _sbatch(arguments: list[str]) -> str:
             f"account, time, memory, nodes=N) or in {script}"
         ) from error
     return submitted.stdout.strip().split(";")[0]
+
+
+def _job_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment to submit a job from: without what a job or step that this process is part of has set.
+
+    sbatch hands its environment on, and srun in the job would take an outer job's number of tasks or memory for options.
+    """
+    kept = without_launcher(environment).items()
+    return {name: value for name, value in kept if not name.startswith("SLURM_") or name in _CLIENT_SETTINGS}
 
 
 def _keep_code(target: Path) -> None:

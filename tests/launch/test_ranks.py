@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kernels.common.errors import UserError
-from launch.ranks import Ranks, export, find_ranks, take_local_rank
+from launch.ranks import Ranks, export, find_ranks, take_local_rank, without_launcher
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}
@@ -21,6 +21,7 @@ SRUN = {
     "SLURM_STEP_ID": "0",
     "SLURM_PROCID": "5",
     "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
     "SLURM_LOCALID": "1",
     "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
 }
@@ -68,13 +69,64 @@ def test_a_script_of_sbatch_without_srun_is_one_process():
     assert find_ranks(batch_script) == Ranks()
 
 
-@pytest.mark.parametrize(("written", "here"), [("4", 4), ("4(x2)", 4), ("4(x2),3", 4), ("2,1(x3)", 2)])
-def test_slurms_way_to_write_tasks_per_node(written, here):
-    assert find_ranks(SRUN | {"SLURM_STEP_TASKS_PER_NODE": written}).local_world_size == here
+@pytest.mark.parametrize(
+    ("written", "node", "here"),
+    [
+        ("4", "0", 4),
+        ("4(x2)", "1", 4),
+        ("4(x2),3", "", 4),
+        ("4(x2),3", "2", 3),
+        ("2,1(x3)", "0", 2),
+        ("2,1(x3)", "3", 1),
+    ],
+)
+def test_slurms_way_to_write_tasks_per_node(written, node, here):
+    found = find_ranks(SRUN | {"SLURM_STEP_TASKS_PER_NODE": written, "SLURM_NODEID": node})
+    assert found.local_world_size == here
+
+
+# The shell that `salloc -n4` opens at sites with use_interactive_step: a step of one task in an allocation of four.
+INTERACTIVE = SRUN | {
+    "SLURM_STEP_ID": "4294967290",
+    "SLURM_PROCID": "0",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "1",
+}
+
+
+def test_an_interactive_step_is_one_process_where_any_launcher_works():
+    assert find_ranks(INTERACTIVE) == Ranks()
+    assert find_ranks(INTERACTIVE | DEEPSPEED | {"RANK": "3"}) == Ranks(3, 8, 1, 4)
+    assert find_ranks(INTERACTIVE | MPIRUN) == Ranks(5, 8, 1, 4)
+    one = dict.fromkeys(("RANK", "LOCAL_RANK"), "0") | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "1")
+    assert find_ranks(INTERACTIVE | one) == Ranks()
+    older = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_NUM_TASKS"}
+    assert find_ranks(older) == Ranks(5, 8, 1, 4)
+
+
+def test_torchrun_may_number_the_nodes_in_another_order_than_srun():
+    assert find_ranks(SRUN | TORCHRUN | {"RANK": "3", "TORCHELASTIC_RUN_ID": "1"}).rank == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NUM_NODES", "MASTER_ADDR", "MASTER_PORT"]
+)
+def test_an_empty_variable_is_one_that_is_not_set(name):
+    environment = {name: ""}
+    export(find_ranks(environment), environment)
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("127.0.0.1", "29500")
+
+
+def test_a_child_that_is_no_rank_inherits_no_launcher():
+    own = {"PATH": "/bin", "SLURM_JOB_ID": "7", "SLURM_CONF": "/etc/slurm.conf", "OMP_NUM_THREADS": "1"}
+    inherited = SRUN | TORCHRUN | DEEPSPEED | MPIRUN | {"MASTER_ADDR": "gpu07", "TORCHELASTIC_RUN_ID": "1"} | own
+    assert without_launcher(inherited) == own
 
 
 def test_a_launcher_inside_slurm_counts_before_slurm():
-    assert find_ranks(SRUN | TORCHRUN | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}) == Ranks(5, 8, 1, 4)
+    assert find_ranks(SRUN | TORCHRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}) == Ranks(5, 8, 1, 4)
     assert find_ranks(SRUN | TORCHRUN) == Ranks(5, 8, 1, 4)  # a launcher of one process, in each task
 
 
@@ -90,10 +142,14 @@ def test_a_launcher_inside_slurm_counts_before_slurm():
             "torchrun set one of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE to something other than a number",
         ),
         (DEEPSPEED | {"LOCAL_SIZE": ""}, None, "deepspeed set one of"),
-        (SRUN | {"SLURM_PROCID": ""}, None, "srun set one of SLURM_PROCID, SLURM_NTASKS"),
+        (SRUN | {"SLURM_PROCID": ""}, None, "srun set one of SLURM_PROCID, SLURM_STEP_NUM_TASKS"),
         (MPIRUN | {"OMPI_COMM_WORLD_RANK": "9"}, None, "OMPI_COMM_WORLD_RANK=9 does not fit OMPI_COMM_WORLD_SIZE=8"),
         (SRUN | TORCHRUN | {"RANK": "3"}, None, "RANK=3 contradicts SLURM_PROCID=5: unset RANK and WORLD_SIZE"),
-        (SRUN | dict.fromkeys(DEEPSPEED, "0") | {"WORLD_SIZE": "1"}, None, "WORLD_SIZE=1 contradicts SLURM_NTASKS=8"),
+        (
+            SRUN | dict.fromkeys(DEEPSPEED, "0") | {"WORLD_SIZE": "1"},
+            None,
+            "WORLD_SIZE=1 contradicts SLURM_STEP_NUM_TASKS=8",
+        ),
         (TORCHRUN, 2, "--local_rank=2 contradicts LOCAL_RANK=1 of the environment"),
         (SRUN, 0, "--local_rank=0 contradicts SLURM_LOCALID=1"),
         ({}, 1, "--local_rank=1 was given, but no launcher set RANK and WORLD_SIZE"),
@@ -158,11 +214,11 @@ def test_child_processes_find_the_same_ranks(launcher):
 
 def test_jobs_of_slurm_have_ports_of_their_own():
     ports = set()
-    for job in ("123456", "123457", "9500"):
-        environment = {"SLURM_JOB_ID": job}
+    for job, step in (("123456", "0"), ("123457", "0"), ("9500", "0"), ("9500", "1"), ("9500", "4294967290")):
+        environment = {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}
         export(Ranks(), environment)
         ports.add(int(environment["MASTER_PORT"]))
-    assert len(ports) == 3
+    assert len(ports) == 5
     assert all(1024 < port < 65536 for port in ports)
 
 

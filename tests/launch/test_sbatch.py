@@ -16,7 +16,7 @@ from conf.keys import choices
 from conf.load import read_group
 from conf.schema import ClusterConfig
 from kernels.common.errors import UserError
-from launch.sbatch import Job, command_of, render
+from launch.sbatch import Job, _sbatch, command_of, render
 from launch.slurm import main, plan
 from tests.training.tiny import ROOT, command
 
@@ -130,3 +130,28 @@ def test_without_sbatch_the_script_is_printed_and_how_to_submit_it(tmp_path):
     assert "run: x" in (tmp_path / "x" / "slurm" / "config.yaml").read_text()
     helped = subprocess.run([sys.executable, code / "train.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert helped.returncode == 0, helped.stderr
+
+
+@pytest.mark.parametrize("job", ["launch", "by hand"])
+def test_a_job_inherits_nothing_of_the_step_that_submits_it(tmp_path, monkeypatch, job):
+    """Its own variables are SLURM's; those of an interactive step or of torchrun around the command would mislead srun."""
+    outer = {
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_CPU_BIND": "quiet",
+        "RANK": "3",
+        "TORCHELASTIC_RUN_ID": "x",
+    }
+    for name, value in outer.items() | {("SLURM_MEM_PER_CPU", "100"), ("SLURM_CONF", "/etc/c")}:
+        monkeypatch.setenv(name, value)
+    if job == "launch":
+        sbatch = tmp_path / "sbatch"
+        sbatch.write_text("#!/bin/sh\nenv\n")
+        sbatch.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        seen = _sbatch(["job.sh"])
+        assert "SLURM_MEM_PER_CPU=" not in seen
+        assert "SLURM_CONF=/etc/c" in seen
+    else:
+        lines = [line for line in script(cluster()).splitlines() if line.startswith("unset ")]
+        seen = subprocess.run(["bash", "-c", "\n".join([*lines, "env"])], capture_output=True, text=True).stdout
+    assert not [name for name in outer if f"\n{name}=" in seen]
