@@ -27,8 +27,8 @@ class Ranks:
     local_world_size: int = 1
 
 
-# The variables of each launcher: rank, world size, local rank, processes on this node. The first complete set counts, and srun's
-# comes after those that a launcher inside an srun task sets.
+# The variables of each launcher: rank, world size, local rank, processes on this node. The first complete set counts:
+# srun's comes after those that a launcher inside an srun task sets.
 _OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 _LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
@@ -39,12 +39,12 @@ _LAUNCHERS = {
     "a hand": ("RANK", "WORLD_SIZE", "LOCAL_RANK", None),  # set by the user, with one process per node
 }
 # What only the processes of a launcher have: names, and beginnings of names.
-_LEFT_BEHIND = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK")
-    + ("GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    + ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_TASK_PID", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_STEPID"),
-    ("SLURM_STEP_", "SLURM_CPU_BIND", "SLURM_SRUN_", "OMPI_COMM_WORLD_", "TORCHELASTIC_", "PMI_", "PMIX_"),
-)
+_NAMES = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"),
+    *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_TASK_PID", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_STEPID"),
+}
+_BEGINNINGS = ("SLURM_STEP_", "SLURM_CPU_BIND", "SLURM_SRUN_", "OMPI_COMM_WORLD_", "TORCHELASTIC_", "PMI_", "PMIX_")
 
 
 def take_local_rank(argv: list[str]) -> tuple[list[str], int | None]:
@@ -67,8 +67,9 @@ def take_local_rank(argv: list[str]) -> tuple[list[str], int | None]:
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment without the variables of launchers, for a child process that is not one of their ranks."""
-    names, beginnings = _LEFT_BEHIND
-    return {name: value for name, value in environment.items() if name not in names and not name.startswith(beginnings)}
+    return {
+        name: value for name, value in environment.items() if name not in _NAMES and not name.startswith(_BEGINNINGS)
+    }
 
 
 def find_ranks(environment: Mapping[str, str] = os.environ, local_rank: int | None = None) -> Ranks:
@@ -92,11 +93,10 @@ def find_ranks(environment: Mapping[str, str] = os.environ, local_rank: int | No
         if not all(name in environment for name in names):
             continue
         try:
-            numbers = [int(environment[name]) for name in (rank, world, local)]
             local_size = _on_this_node(environment, per_node) if per_node else 1
+            ranks = Ranks(int(environment[rank]), int(environment[world]), int(environment[local]), local_size)
         except ValueError as error:
             raise UserError(f"{launcher} set one of {', '.join(names)} to something other than a number") from error
-        ranks = Ranks(*numbers, local_size)
         if not 0 <= ranks.rank < ranks.world_size or not ranks.local_rank >= 0:
             raise UserError(f"{rank}={ranks.rank} does not fit {world}={ranks.world_size}")
         if local_rank is not None and local_rank != ranks.local_rank:
