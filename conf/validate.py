@@ -258,15 +258,19 @@ def _check_batch(config: Config, world_size: int) -> Batch:
             f"micro_batch_size={micro} does not divide"
         )
     per_step = total * config.sequence_length
-    if config.steps is not None:
-        steps = config.steps
-    elif config.tokens is not None:
-        steps = config.tokens // per_step
-    else:
+    steps = total_steps(config)
+    if steps is None:
         raise UserError("the length of the run is missing: steps=N, or tokens=N")
     if steps < 1:
         raise UserError(f"tokens={config.tokens} is less than one step of {per_step} tokens")
     return Batch(micro, total, world_size, per_rank // micro, steps, per_step)
+
+
+def total_steps(config: Config) -> int | None:
+    """Return the length of a run in steps; None: it is not set."""
+    if config.steps is not None or config.tokens is None:
+        return config.steps
+    return config.tokens // (config.global_batch_size * config.sequence_length)
 
 
 def what_is_learned(config: Config) -> dict[str, Any]:

@@ -222,6 +222,11 @@ class CheckpointReader:
         return self._files[rank]
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint's folder, `step_N`."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def checkpoints(folder: Path) -> Iterator[Path]:
     """Yield the complete checkpoints in `folder`, newest first: folders `step_N`. An unfinished one has another name."""
     steps = {path: path.name.removeprefix("step_") for path in folder.glob("step_*") if path.is_dir()}

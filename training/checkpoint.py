@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import threading
 import time
@@ -41,11 +42,13 @@ from model.weights import (
     checkpoints,
     file_of,
     index_entry,
+    step_of,
     stored_name,
     write_rest,
     write_tensors,
 )
 from training.engine import Engine
+from training.runfolder import periodic_losses
 from training.zero import fragment_mapping, stage_3_parameter
 
 NamedPieces = list[tuple[str, Piece]]  # (parameter's name, the piece of it that a rank stores)
@@ -253,16 +256,24 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
 
 
 def prune(folder: Path, keep_last: int) -> None:
-    """Delete all checkpoints but the newest `keep_last` and the one with the lowest held-out loss."""
+    """Delete all checkpoints but the newest `keep_last` and the best one, that with the lowest held-out loss.
+
+    Losses compare only on the same number of held-out tokens. So the figure of a step is its periodic evaluation; if
+    `eval_tokens` was changed on the way, the best one of each number is kept.
+    """
     newest_first = list(checkpoints(folder))
-    losses = {}
+    periodic = periodic_losses(folder.parent)
+    best: dict[int | None, tuple[float, Path]] = {}  # by number of held-out tokens; None: all
     for path in newest_first:
-        with contextlib.suppress(OSError, ValueError):
-            losses[path] = json.loads((path / "state.json").read_text(encoding="utf-8")).get("eval_loss")
-    evaluated = {path: loss for path, loss in losses.items() if loss is not None}
-    best = min(evaluated, key=evaluated.__getitem__) if evaluated else None
+        tokens, loss = periodic.get(step_of(path), (None, None))
+        if loss is None:
+            with contextlib.suppress(OSError, ValueError):
+                loss = json.loads((path / "state.json").read_text(encoding="utf-8")).get("eval_loss")
+        if loss is not None and math.isfinite(loss) and (tokens not in best or loss < best[tokens][0]):
+            best[tokens] = loss, path
+    kept = {path for _, path in best.values()}
     for path in newest_first[keep_last:]:
-        if path != best:
+        if path not in kept:
             renamed = path.with_name("." + path.name + ".old")
             path.rename(renamed)  # first, so that a half-deleted folder is never taken for a checkpoint
             shutil.rmtree(renamed)

@@ -6,6 +6,7 @@ The ranks take the same decisions: they stop after the same step, and all of the
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from training import machine
 from training.evaluation import HeldOut, evaluate
 from training.recorder import RunRecorder
 from training.runfolder import RunFolder
-from training.schedule import lr_scale
+from training.schedule import lr_scale, warmup_steps
 from training.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class TrainingLoop:
         self.saver = Saver(engine, folder.checkpoints, CheckpointCollectives(), config.keep_last)
         self.telemetry = Telemetry(engine, config.telemetry_every, config.telemetry_window)
         self.step, self.batches_hash = 0, 0
+        self.warmup_steps = warmup_steps(config.schedule, batch.steps)
         self.skipped_in_a_row = 0
         self.session_started = time.monotonic()
         self.earlier_seconds = 0.0  # wall-clock time of the run's earlier sessions
@@ -92,8 +94,12 @@ class TrainingLoop:
         self.evaluation_missed = False  # the previous session stopped at a step whose evaluation was due
         self.save_failed = ""  # why the newest checkpoint could not be saved, the same on every rank
 
-    def resume(self, path: Path) -> None:
-        """Load weights, optimizer state and counters from a checkpoint. Collective."""
+    def resume(self, path: Path, previous_steps: int | None) -> None:
+        """Load weights, optimizer state and counters from a checkpoint. Collective.
+
+        Args:
+            previous_steps: length of the run before this session, if this rank knows it (rank 0 does).
+        """
         from training import checkpoint
 
         state = checkpoint.load(self.engine, path)
@@ -103,6 +109,25 @@ class TrainingLoop:
         self.evaluation_missed = state["evaluation_missed"]
         if state["eval_loss"] is not None:
             self.last_eval = HeldOut(state["eval_loss"], self.dataset.held_out.tokens)
+        self.console.print(f"resuming {self.recorder.folder.path} after step {self.step} of {self.batch.steps}")
+        self._change_length(state.get("steps") or self._broadcast(previous_steps), state.get("warmup_steps"))
+
+    def _change_length(self, before: int | None, warmup: int | None) -> None:
+        """Go on with a run that was to have `before` steps: do not warm up again, and report both learning rates."""
+        schedule, steps = self.config.schedule, self.batch.steps
+        if not self.step or before is None:
+            return
+        warmup = warmup_steps(schedule, before) if warmup is None else warmup
+        self.warmup_steps = min(warmup, self.warmup_steps)
+        if before == steps:
+            return
+        last = lr_scale(schedule, self.step - 1, before, warmup)
+        following = lr_scale(schedule, self.step, steps, self.warmup_steps)
+        report = self.console.print if math.isclose(last, following, rel_tol=0.01) else self.console.warn
+        report(
+            f"the length was changed from {before} to {steps} steps: the learning rate was {self.config.optim.lr * last:.3g} "
+            f"at step {self.step} and is {self.config.optim.lr * following:.3g} at step {self.step + 1}"
+        )
 
     def run(self, peak_flops: float, launchers: Launchers, launched_at: float) -> int:
         """Train to the last step or to a signal, and write the summary; return the exit status.
@@ -131,7 +156,7 @@ class TrainingLoop:
         throughput = _Throughput(self.step)
         with StopRequest(launchers) as stop:
             while self.step < batch.steps:
-                scale = lr_scale(config.schedule, self.step, batch.steps)
+                scale = lr_scale(config.schedule, self.step, batch.steps, self.warmup_steps)
                 loss, grad_norm, applied = self._train_step(scale)
                 if self.step == 1:
                     self.recorder.event("first_step", seconds_since_start=time.monotonic() - launched_at)
@@ -260,6 +285,8 @@ class TrainingLoop:
             eval_loss = held_out.loss
         state = {
             "step": self.step,
+            "steps": self.batch.steps,
+            "warmup_steps": self.warmup_steps,
             "samples": self.step * self.batch.global_batch,
             "tokens": self.recorder.tokens,
             "batches_hash": self._global_batches_hash(),

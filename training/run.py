@@ -73,14 +73,12 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
         engine = _build_engine(config, batch, ranks, folder, dataset, shape, device, dtype, attention)
         loop = TrainingLoop(config, batch, ranks, folder, dataset, stream, shape, recorder, engine)
         if checkpoint:
-            loop.resume(checkpoint)
+            loop.resume(checkpoint, folder.previous_steps)
         if ranks.rank == 0:
             _copy_tokenizer(dataset, folder.path)
         recorder.open()
         peak_flops, peak_source = machine.peak_flops(device, dtype)
-        if checkpoint:
-            console.print(f"resuming {folder.path} after step {loop.step} of {batch.steps}")
-        else:
+        if not checkpoint:
             rows = recorder.summary_rows(device, dtype, attention, peak_flops, peak_source, ranks.world_size)
             console.summary(config, shape, batch, rows)
         event = "resumed" if checkpoint else "started"

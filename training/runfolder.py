@@ -23,9 +23,10 @@ from filelock import FileLock, Timeout
 
 from conf.load import from_yaml, to_yaml
 from conf.schema import Config
-from conf.validate import differences
+from conf.validate import differences, total_steps
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
+from model.weights import checkpoints, step_of
 
 LOCK_TIMEOUT_SECONDS = 1.0  # `ablation` holds the lock for a moment to check whether a run is alive
 
@@ -37,6 +38,7 @@ class RunFolder:
         self.path = Path(config.runs) / str(config.run)
         # Without filelock's fallback to a file that outlives a killed process: the kernel releases this lock with its process.
         self._lock = FileLock(self.path / ".lock", fallback_to_soft=False)
+        self.previous_steps: int | None = None  # length of the run before this session; None: it is new
         self._metrics: IO[bytes] | None = None
         self._unwritten: list[str] = []  # lines of metrics.jsonl that could not be written, in order
 
@@ -68,14 +70,32 @@ class RunFolder:
         if config_path.exists() and (self.path / "metrics.jsonl").exists():
             if not config.resume:
                 raise UserError(f"{self.path} holds a run and resume=false: give this run another name (run=NAME)")
-            changed = differences(from_yaml(config_path), config)
+            previous = from_yaml(config_path)
+            changed = differences(previous, config)
             if changed:
                 raise UserError(
                     f"{self.path} holds a run with other settings ({'; '.join(changed)}): "
                     "give this run another name (run=NAME)"
                 )
+            self.previous_steps = total_steps(previous)
+            self._refuse_fewer_steps(total_steps(config))
         with explain_os_errors("write to the run folder", self.path), atomic_write(config_path) as file:
             file.write(to_yaml(config))
+
+    def _refuse_fewer_steps(self, steps: int | None) -> None:
+        """Refuse a length that the run has reached already at the learning rate of a longer one.
+
+        Raises:
+            UserError: the newest checkpoint is at or beyond `steps`, and was not meant to be the last.
+        """
+        done = next((step_of(path) for path in checkpoints(self.checkpoints)), 0)
+        if steps is None or done < steps or done == steps == self.previous_steps:
+            return
+        state = "has finished its" if done == self.previous_steps else f"has trained {done} of"
+        raise UserError(
+            f"{self.path} {state} {self.previous_steps} steps, so it cannot end after {steps}: "
+            f"set steps to more than {done}, or give this run another name (run=NAME)"
+        )
 
     def rewind(self, step: int) -> None:
         """Delete the summary, the metrics after `step` and a partial last line: a resumed run writes them again."""
@@ -167,3 +187,22 @@ class RunFolder:
                 os.dup2(duplicate, descriptor)
                 os.close(duplicate)
             os.close(log)
+
+
+def periodic_losses(run: Path) -> dict[int, tuple[int, float]]:
+    """Return {step: (held-out tokens, loss)} of the periodic evaluations in a run's metrics.jsonl.
+
+    The last step is evaluated twice where `eval_tokens` is less than the held-out set; its first line is the periodic one.
+    """
+    losses: dict[int, tuple[int, float]] = {}
+    try:
+        lines = (run / "metrics.jsonl").read_bytes().splitlines()
+    except FileNotFoundError:
+        return losses
+    for line in lines:
+        if b'"eval"' in line:
+            with contextlib.suppress(ValueError, KeyError):  # a partial last line
+                record = json.loads(line)
+                if record["kind"] == "eval":
+                    losses.setdefault(record["step"], (record["held_out_tokens"], record["loss"]))
+    return losses

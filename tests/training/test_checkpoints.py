@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.weights import MOMENTS, CheckpointReader, checkpoints, damage, newest_intact
+from model.weights import MOMENTS, CheckpointReader, checkpoints, damage, newest_intact, step_of
 from training.checkpoint import prune
 
 TOPOLOGIES = list(itertools.product(("0", "1", "2", "3"), (1, 2)))
@@ -189,3 +189,32 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     assert [path.name[-1] for path in checkpoints(tmp_path)] == ["6", "5", "3"]
     prune(tmp_path, 1)
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["3", "6"]
+
+
+def evaluated_run(run: Path, evaluations: list[tuple[int, int, float]], saved: range) -> Path:
+    """Write a run folder with these (step, held-out tokens, loss), and empty checkpoints; return their folder."""
+    lines = [
+        {"kind": "eval", "step": step, "loss": loss, "held_out_tokens": tokens} for step, tokens, loss in evaluations
+    ]
+    for step in saved:
+        (run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "eval", "st')
+    return run / "checkpoints"
+
+
+def kept_steps(folder: Path) -> list[int]:
+    return sorted(step_of(path) for path in checkpoints(folder))
+
+
+def test_the_best_checkpoint_is_that_of_the_periodic_evaluation(tmp_path):
+    # The last step is evaluated on all held-out text too, where every loss would be lower.
+    losses = [(5, 128, 3.0), (10, 128, 2.0), (15, 128, float("nan")), (20, 128, 2.5), (20, 999, 1.0)]
+    folder = evaluated_run(tmp_path, losses, range(5, 21, 5))
+    prune(folder, 1)
+    assert kept_steps(folder) == [10, 20]
+
+
+def test_losses_on_other_numbers_of_tokens_do_not_compete(tmp_path):
+    folder = evaluated_run(tmp_path, [(5, 128, 2.0), (10, 128, 3.0), (15, 256, 2.8), (20, 256, 2.9)], range(5, 26, 5))
+    prune(folder, 1)
+    assert kept_steps(folder) == [5, 15, 25]

@@ -148,6 +148,47 @@ def test_a_run_resumes_only_with_the_same_settings(folder, config):
     assert from_yaml(folder.path / "config.yaml").steps == 99
 
 
+@pytest.mark.parametrize(
+    ("length", "sentence"),
+    [
+        ({"steps": 8}, "has trained 10 of 12 steps, so it cannot end after 8: set steps to more than 10"),
+        (
+            {"steps": 10},
+            "has trained 10 of 12 steps, so it cannot end after 10",
+        ),  # at the learning rate of step 10 of 12
+        ({"steps": None, "tokens": 8 * 8 * 32}, "has trained 10 of 12 steps, so it cannot end after 8"),
+    ],
+)
+def test_a_run_cannot_end_before_its_newest_checkpoint(folder, config, length, sentence):
+    folder.append_metrics({"kind": "event", "step": 0})
+    (folder.checkpoints / "step_00000010").mkdir()
+    folder.close()
+    for key, value in length.items():
+        setattr(config, key, value)
+    again = RunFolder(config)
+    with pytest.raises(UserError, match=sentence):
+        again.claim(config)
+    again.close()
+    assert from_yaml(folder.path / "config.yaml").steps == 12  # the record of the run is unchanged
+    config.steps, config.tokens = 11, None
+    again.claim(config)
+    again.close()
+    assert again.previous_steps == 12
+
+
+def test_a_run_that_finished_cannot_become_shorter(folder, config):
+    folder.append_metrics({"kind": "event", "step": 0})
+    (folder.checkpoints / "step_00000012").mkdir()
+    folder.close()
+    for _ in range(2):  # the same length is no change
+        RunFolder(config).claim(config)
+    config.steps = 6
+    with pytest.raises(
+        UserError, match="has finished its 12 steps, so it cannot end after 6: set steps to more than 12"
+    ):
+        RunFolder(config).claim(config)
+
+
 def test_a_summary_that_cannot_be_written_leaves_the_previous_one(folder, monkeypatch):
     folder.write_summary({"status": "stopped"})
     monkeypatch.setattr(os, "fsync", lambda _: 1 / 0)

@@ -49,6 +49,18 @@ def test_wsd_is_flat_then_decays_linearly():
     assert values[80:] == pytest.approx([1 - 0.5 * step / 20 for step in range(1, 21)])
 
 
+def test_wsd_without_decay_stays_at_the_peak():
+    assert scales(name="wsd", warmup=0.1, decay=0.0)[9:] == [1.0] * 91
+    assert scales(20, name="wsd", warmup=0.0, decay=0.01) == [1.0] * 20  # less than half a step
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+def test_a_changed_length_brings_no_other_warm_up(name):
+    schedule = ScheduleConfig(name=name, warmup=0.1)
+    assert lr_scale(schedule, 50, 10_000) < 0.06
+    assert lr_scale(schedule, 50, 10_000, warmup=10) == pytest.approx(1.0, abs=0.01)
+
+
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0])
