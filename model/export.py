@@ -5,9 +5,9 @@ to=FOLDER         new or empty                        dtype=fp32   of the weight
 runs=FOLDER       where run folders are
 
 The folder holds safetensors, config.json, generation_config.json and the tokenizer, and loads without this project:
-AutoModelForCausalLM.from_pretrained(FOLDER). An arm that Transformers knows becomes a LlamaForCausalLM or an ArceeForCausalLM.
-Any other becomes a FormulaForCausalLM, whose code is in the folder: from_pretrained(FOLDER, trust_remote_code=True).
-`python -m model.import_hf` reads such a folder.
+AutoModelForCausalLM.from_pretrained(FOLDER). An arm that Transformers knows becomes a LlamaForCausalLM or an ArceeForCausalLM,
+with QK-norm a Qwen3ForCausalLM or an ApertusForCausalLM. Any other becomes a FormulaForCausalLM, whose code is in the folder:
+from_pretrained(FOLDER, trust_remote_code=True). What else loads the folder is printed. `python -m model.import_hf` reads it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from kernels.common.errors import UserError, unknown
 from kernels.common.files import atomic_folder, explain_os_errors
 from kernels.common.options import read_options
 from kernels.formula import Formula
-from launch.estimate.counts import Shape
+from launch.estimate.counts import Shape, shape_of
 from model.decoder import Decoder
 from model.generate import load_run
-from model.huggingface.layout import CLASSES, FORMULA, TransformersLayout, tensor_names, transformers_layout
-from model.huggingface.tokenizer import write_tokenizer
+from model.huggingface.layout import APERTUS, CLASSES, FORMULA, TransformersLayout, tensor_names, transformers_layout
+from model.huggingface.loaders import loaders, notes
+from model.huggingface.tokenizer import ORIGINAL, write_tokenizer
 
 _DEFAULTS = {"run": "", "to": "", "runs": "runs", "step": -1, "dtype": "fp32"}
 _REQUIRED = {"run": "run=NAME, the run to export", "to": "to=FOLDER, the folder for the model"}
@@ -106,6 +107,7 @@ def _model_config(
             "intermediate_size": shape.ffn[0].d_ff,
             "attention_bias": False,
             "mlp_bias": False,
+            **(_plain_rotary(config.model.rope_theta) if layout.model_type == APERTUS else {}),
         }
     module = _CODE.removesuffix(".py")
     layers = [
@@ -120,6 +122,11 @@ def _model_config(
         "qk_norm": shape.qk_norm,
         "ffn": layers,
     }
+
+
+def _plain_rotary(theta: float) -> dict[str, Any]:
+    """Return the keys that keep Transformers, before 5 and since, from the scaled positions that it takes by default."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}, "rope_scaling": None}
 
 
 def _plain(formula: Formula, parameters: list[str]) -> dict[str, Any]:
@@ -141,13 +148,16 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _tensors(model: Decoder, layout: TransformersLayout) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors by their names in Transformers, each a view of one of our parameters."""
+    """Yield the tensors by their names in Transformers: views of our parameters, and constants of the activation."""
     for name, parameter in model.named_parameters():
         rows = parameter.detach()
         rows = rows.flatten(0, 1) if rows.ndim == 3 else rows  # gate, then up
         names = tensor_names(name, model.shape, layout)
         for (theirs, _), block in zip(names, rows.split([size[0] for _, size in names]), strict=True):
             yield theirs, block
+    for index in range(model.shape.n_layers):
+        for buffer, value in layout.buffers.items():
+            yield f"model.layers.{index}.mlp.act_fn.{buffer}", torch.tensor(value)
 
 
 def _write_weights(model: Decoder, layout: TransformersLayout, folder: Path, dtype: torch.dtype) -> None:
@@ -185,6 +195,10 @@ def main(argv: list[str]) -> None:
     trust = ", trust_remote_code=True" if class_name == CLASSES[FORMULA] else ""
     print(f"wrote {to}: a {class_name}")
     print(f"AutoModelForCausalLM.from_pretrained({str(to)!r}{trust})")
+    layout = transformers_layout(shape_of(from_yaml(run / "config.yaml")))
+    print(f"loads in {', '.join(loaders(layout))}")
+    for note in notes(layout, (to / ORIGINAL["tokenizer.model"]).is_file()):
+        print(note)
 
 
 if __name__ == "__main__":

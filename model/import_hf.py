@@ -3,9 +3,9 @@
 from=FOLDER       with config.json, safetensors and a tokenizer    run=NAME     name of the new run
 key=value         overrides for train.py: data, steps, optim ...   runs=FOLDER  where run folders are
 
-The folder is one that `python -m model.export` wrote, or any LlamaForCausalLM or ArceeForCausalLM. Sizes, formula and tokenizer
-come from the folder, everything else from the overrides. The run starts with the imported weights as a checkpoint of step 0.
-The printed command continues training from there.
+The folder is one that `python -m model.export` wrote, or any LlamaForCausalLM, Qwen3ForCausalLM, ArceeForCausalLM or
+ApertusForCausalLM with plain rotary positions. Sizes, formula and tokenizer come from the folder, everything else from the
+overrides. The run starts with the imported weights as a checkpoint of step 0, and the printed command trains on from there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,8 @@ def import_folder(source: Path, overrides: list[str]) -> tuple[Config, list[str]
     run = _new_run(source, overrides)
     stored = StoredTensors(source)
     imported = read_config(read_json(source / "config.json"), source, stored)
+    if imported.warning:
+        print(f"warning: {imported.warning}", file=sys.stderr)
     tokenizer = _tokenizer(source)
     if tokenizer.vocab_size > imported.vocab_size:
         raise UserError(

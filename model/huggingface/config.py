@@ -17,16 +17,30 @@ from kernels.common.errors import UserError, unknown
 from kernels.formula import FormulaError, parse
 from model.huggingface.layout import (
     ACTIVATIONS,
+    APERTUS,
     ARCEE,
     CLASSES,
     FORMULA,
+    GATED,
     LLAMA,
+    QWEN3,
+    WITH_QK_NORM,
     NativeActivation,
     TransformersLayout,
     canonical,
+    variants,
 )
 
 Arm = tuple[str, dict[str, Any]]  # a formula and its parameters
+
+# What Transformers takes for keys that a config.json leaves out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    LLAMA: {"hidden_act": "silu"},
+    QWEN3: {"hidden_act": "silu", "head_dim": 128, "num_key_value_heads": 32},
+    ARCEE: {"hidden_act": "relu2", "rms_norm_eps": 1e-5},
+    APERTUS: {"hidden_act": "xielu", "rms_norm_eps": 1e-5, "rope_theta": 12e6},
+    FORMULA: {"rms_norm_eps": 1e-5},
+}
 
 
 class TensorStore(Protocol):
@@ -49,6 +63,7 @@ class ImportedConfig:
     arms: list[Arm]  # of each layer
     widths: list[int]  # d_ff of each layer
     layout: TransformersLayout
+    warning: str = ""
 
     @property
     def vocab_size(self) -> int:
@@ -66,6 +81,7 @@ def read_config(content: dict[str, Any], source: Path, stored: TensorStore) -> I
     model_type = content.get("model_type")
     if model_type not in CLASSES:
         raise unknown(f"model_type in {path}:", str(model_type), CLASSES)
+    content = _DEFAULTS[model_type] | content
     _refuse_unsupported(content, path)
     n_layers, n_heads = _count(content, "num_hidden_layers", path), _count(content, "num_attention_heads", path)
     rope = content.get("rope_parameters") or {}
@@ -78,18 +94,22 @@ def read_config(content: dict[str, Any], source: Path, stored: TensorStore) -> I
         "vocab_size": _count(content, "vocab_size", path),
         "rope_theta": _number({**content, **rope}, "rope_theta", path, 10000.0),
         "norm_eps": _number(content, "rms_norm_eps", path, 1e-6),
-        "tie_embeddings": bool(content.get("tie_word_embeddings", False)),
-        "qk_norm": False,
+        "tie_embeddings": bool(content.get("tie_word_embeddings", False)) and not _has_own_head(stored),
+        "qk_norm": model_type in WITH_QK_NORM or bool(content.get("qk_norm", False)),
     }
     if model_type == FORMULA:
         arms, widths = _layers(content, n_layers, path)
         layout = TransformersLayout(FORMULA)
-        sizes["qk_norm"] = bool(content.get("qk_norm", False))
     else:
         layout = _native_layout(model_type, content.get("hidden_act"), path)
         arms = [_native_arm(layout, index, stored) for index in range(n_layers)]
         widths = [_count(content, "intermediate_size", path)] * n_layers
-    return ImportedConfig(sizes | _widths(arms, widths, path), arms, widths, layout)
+    warning = ""
+    if content.get("tie_word_embeddings") and not sizes["tie_embeddings"]:
+        warning = (
+            f"{path} has tie_word_embeddings=true, and lm_head.weight beside it is another matrix: imported untied"
+        )
+    return ImportedConfig(sizes | _widths(arms, widths, path), arms, widths, layout, warning)
 
 
 def key_of(formula: str, parameters: dict[str, Any]) -> tuple:
@@ -107,8 +127,16 @@ def choice_of(arm: Arm) -> str:
     return ""
 
 
+def _has_own_head(stored: TensorStore) -> bool:
+    """Return whether an output projection is stored that is not the embedding."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    return {head, embedding} <= stored.names() and not stored.tensor(head).equal(stored.tensor(embedding))
+
+
 def _refuse_unsupported(content: dict[str, Any], path: Path) -> None:
     """Raise a UserError if the model has positions, biases or weights that this decoder does not support."""
+    if content["model_type"] == APERTUS and not (content.get("rope_parameters") or content.get("rope_scaling")):
+        content = content | {"rope_parameters": {"rope_type": "llama3"}}  # what Transformers then takes
     for key in ("rope_parameters", "rope_scaling"):
         rope = content.get(key) or {}
         if not isinstance(rope, dict):
@@ -124,6 +152,9 @@ def _refuse_unsupported(content: dict[str, Any], path: Path) -> None:
     for key in ("attention_bias", "mlp_bias"):
         if content.get(key):
             raise UserError(f"{path} has {key}={content[key]}: biases are not supported (false)")
+    kinds = {"sliding_attention"} if content.get("use_sliding_window") else set(content.get("layer_types") or ())
+    if kinds - {"full_attention"}:
+        raise UserError(f"{path} has layers of {min(kinds - {'full_attention'})}: only full_attention is supported")
     if content.get("quantization_config"):
         raise UserError(f"{path} has a quantization_config: only plain weights (fp32, fp16, bf16) are supported")
 
@@ -147,26 +178,26 @@ def _number(content: dict[str, Any], key: str, path: Path, default: float) -> fl
 
 
 def _native_layout(model_type: str, hidden_act: Any, path: Path) -> TransformersLayout:
-    if hidden_act is None:  # the defaults of LlamaConfig and ArceeConfig
-        hidden_act = {LLAMA: "silu", ARCEE: "relu2"}[model_type]
     if not isinstance(hidden_act, str) or hidden_act not in ACTIVATIONS:
         raise unknown(f"hidden_act in {path}:", str(hidden_act), ACTIVATIONS)
     native = ACTIVATIONS[hidden_act]
     stored = {name: theirs for name, (theirs, _) in native.learned.items()}
-    return TransformersLayout(model_type, hidden_act, stored, tuple(native.fixed))
+    return TransformersLayout(model_type, hidden_act, stored, native.fixed)
 
 
 def _native_arm(layout: TransformersLayout, index: int, stored: TensorStore) -> Arm:
-    native, names = ACTIVATIONS[layout.hidden_act], stored.names()
-    parameters = dict(native.parameters)
-    for name in native.fixed:
+    buffers = dict(layout.buffers)
+    for name in buffers:
         tensor = f"model.layers.{index}.mlp.act_fn.{name}"
-        if tensor in names:
-            parameters[name] = float(stored.tensor(tensor))
+        if tensor in stored.names():
+            number = float(stored.tensor(tensor))
             # A stored constant that was rounded to fp32 stands for the exact one.
-            if abs(parameters[name] - native.fixed[name]) <= 1e-6 * abs(native.fixed[name]):
-                parameters[name] = native.fixed[name]
-    if layout.model_type == ARCEE:
+            buffers[name] = number if abs(number - buffers[name]) > 1e-6 * abs(buffers[name]) else buffers[name]
+    native = next(
+        each for each in reversed(variants(layout.hidden_act)) if all(buffers[n] == v for n, v in each.absent.items())
+    )
+    parameters = native.parameters | {name: buffers[name] for name in native.fixed}
+    if layout.model_type not in GATED:
         return native.formula, parameters
     return f"{_of_gate(native)} * up", parameters
 

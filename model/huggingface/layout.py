@@ -1,8 +1,13 @@
 """How Hugging Face Transformers represents our decoder: the class for an arm, and the names and shapes of its tensors.
 
     LlamaForCausalLM     act(gate) * up, for an `act` of `ACTIVATIONS`
+    Qwen3ForCausalLM     the same with QK-norm
     ArceeForCausalLM     act(x), for an `act` of `ACTIVATIONS`
-    FormulaForCausalLM   everything else (`modeling.py`): other formulas, layers that differ, QK-norm
+    ApertusForCausalLM   the same with QK-norm; the only class that keeps the parameters of xielu in the model's dtype
+    FormulaForCausalLM   everything else (`modeling.py`): other formulas, and layers that differ
+
+Gemma's classes fit no arm: they scale the embedding by sqrt(d_model), add 1 to the weights of norms, and later versions
+normalise the output of each block. `gelu(gate) * up` is a Llama or Qwen3 with hidden_act "gelu".
 
 An arm is recognised by its parsed formula, never by its name. `model/export.py` and `model/import_hf.py` share this table of
 names. This module imports neither torch nor Transformers, and opens no file.
@@ -18,8 +23,17 @@ from typing import Any
 from kernels.formula import Formula, Node, parse
 from launch.estimate.counts import Shape
 
-LLAMA, ARCEE, FORMULA = "llama", "arcee", "formula_ffn"  # model_type in config.json
-CLASSES = {LLAMA: "LlamaForCausalLM", ARCEE: "ArceeForCausalLM", FORMULA: "FormulaForCausalLM"}
+# model_type in config.json
+LLAMA, QWEN3, ARCEE, APERTUS, FORMULA = "llama", "qwen3", "arcee", "apertus", "formula_ffn"
+CLASSES = {
+    LLAMA: "LlamaForCausalLM",
+    QWEN3: "Qwen3ForCausalLM",
+    ARCEE: "ArceeForCausalLM",
+    APERTUS: "ApertusForCausalLM",
+    FORMULA: "FormulaForCausalLM",
+}
+GATED, WITH_QK_NORM = (LLAMA, QWEN3), (QWEN3, APERTUS)
+_NATIVE = {(name in GATED, name in WITH_QK_NORM): name for name in (LLAMA, QWEN3, ARCEE, APERTUS)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +44,16 @@ class NativeActivation:
         formula: of x.
         learned: its parameters, one value per layer, by their name in the formula: (name in `mlp.act_fn`, initial value).
         fixed: its buffers by their name in the formula, which checkpoints hold too.
-        exact: whether Transformers keeps the parameters in the dtype of the model. If it rounds them, the activation is
-            imported but never exported.
+        absent: buffers that the formula leaves out, with the value at which they have no effect.
+        exact_in: the model types that keep the parameters in the dtype of the model. Others round them to bf16: there the
+            activation is imported but never exported.
     """
 
     formula: str
     learned: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
     fixed: dict[str, float] = dataclasses.field(default_factory=dict)
-    exact: bool = True
+    absent: dict[str, float] = dataclasses.field(default_factory=dict)
+    exact_in: tuple[str, ...] = (LLAMA, QWEN3, ARCEE, APERTUS)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -45,7 +61,8 @@ class NativeActivation:
         return self.fixed | {name: {"init": init, "share": "layer"} for name, (_, init) in self.learned.items()}
 
 
-_XIELU = "where(x > 0, softplus(ap) * x**2 + beta * x, (beta + softplus(an)) * (expm1(min(x, eps)) - x) + beta * x)"
+# Huang 2024, arXiv 2411.13010: a learned number starts so that each alpha is 0.8, log(expm1(0.8)) and log(expm1(0.8 - beta)).
+_XIELU_LEARNED = {"ap": ("alpha_p", 0.20338), "an": ("alpha_n", -1.05022)}
 ACTIVATIONS = {  # of several names for one function, export uses the first
     "silu": NativeActivation("silu(x)"),
     "gelu": NativeActivation("gelu(x)"),
@@ -62,13 +79,11 @@ ACTIVATIONS = {  # of several names for one function, export uses the first
     "hardswish": NativeActivation("x * clip(x + 3, 0, 6) / 6"),
     "gelu_10": NativeActivation("clip(gelu(x), -10, 10)"),
     "prelu": NativeActivation("where(x > 0, x, slope * x)", {"slope": ("weight", 0.25)}),
-    # Transformers keeps these parameters in bf16. They start at log(expm1(0.8)) and log(expm1(0.3)), because a constant 0.5 is
-    # added to softplus(an), which the arm xielu does not do.
     "xielu": NativeActivation(
-        _XIELU,
-        {"ap": ("alpha_p", 0.20343), "an": ("alpha_n", -1.05022)},
+        "where(x > 0, softplus(ap) * x**2, (beta + softplus(an)) * (expm1(min(x, eps)) - x)) + beta * x",
+        _XIELU_LEARNED,
         fixed={"beta": 0.5, "eps": -1e-6},
-        exact=False,
+        exact_in=(APERTUS,),
     ),
     "swish": NativeActivation("silu(x)"),
     "gelu_python": NativeActivation("gelu(x)"),
@@ -77,6 +92,20 @@ ACTIVATIONS = {  # of several names for one function, export uses the first
     "gelu_accurate": NativeActivation("gelu_tanh(x)"),
     "gelu_python_tanh": NativeActivation("gelu_tanh(x)"),
 }
+_VARIANTS = {  # further formulas of a `hidden_act`, for other values of its buffers
+    "xielu": NativeActivation(
+        "where(x > 0, softplus(ap) * x**2, (beta + softplus(an)) * (expm1(x) - x)) + beta * x",
+        _XIELU_LEARNED,
+        fixed={"beta": 0.5},
+        absent={"eps": 0.0},
+        exact_in=(APERTUS,),
+    )
+}
+
+
+def variants(hidden_act: str) -> list[NativeActivation]:
+    """Return the formulas of a `hidden_act`, of which the first is that of its default buffers."""
+    return [ACTIVATIONS[hidden_act], *([_VARIANTS[hidden_act]] if hidden_act in _VARIANTS else [])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,40 +114,57 @@ class TransformersLayout:
 
     Args:
         model_type: in config.json.
-        hidden_act: in config.json, for llama and arcee.
+        hidden_act: in config.json, for all but formula_ffn.
         learned: {a formula's learned parameter: its tensor in `mlp.act_fn`}.
-        buffers: names of further tensors that `mlp.act_fn` may store.
+        buffers: {name of a further tensor in `mlp.act_fn`: its value}.
     """
 
     model_type: str
     hidden_act: str = ""
     learned: dict[str, str] = dataclasses.field(default_factory=dict)
-    buffers: tuple[str, ...] = ()
+    buffers: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def transformers_layout(shape: Shape) -> TransformersLayout:
     """Return how Transformers represents a decoder of this shape: by a native class if one computes the same function."""
-    activations = [recognise(ffn.formula) for ffn in shape.ffn]
+    first = shape.ffn[0]
+    model_type = _NATIVE[first.formula.gated, shape.qk_norm]
+    activations = [recognise(ffn.formula, model_type) for ffn in shape.ffn]
     alike = all(each == activations[0] for each in activations) and len({ffn.d_ff for ffn in shape.ffn}) == 1
-    # The native classes refuse a d_model that n_heads does not divide, even if head_dim is given.
-    if activations[0] is None or not alike or shape.qk_norm or shape.d_model % shape.n_heads:
+    # Llama and Arcee refuse a d_model that n_heads does not divide, even if head_dim is given.
+    fits = shape.qk_norm or shape.d_model % shape.n_heads == 0
+    if activations[0] is None or not alike or not fits:
         return TransformersLayout(FORMULA)
-    hidden_act, learned = activations[0]
-    stored = {ours: ACTIVATIONS[hidden_act].learned[theirs][0] for ours, theirs in learned.items()}
-    return TransformersLayout(LLAMA if shape.ffn[0].formula.gated else ARCEE, hidden_act, stored)
+    hidden_act, native, learned = activations[0]
+    stored = {ours: native.learned[theirs][0] for ours, theirs in learned.items()}
+    return TransformersLayout(model_type, hidden_act, stored, native.fixed | native.absent)
 
 
-def recognise(formula: Formula) -> tuple[str, dict[str, str]] | None:
-    """Return the `hidden_act` that a formula computes, and {its learned parameter: that of the `NativeActivation`}; or None."""
+def recognise(formula: Formula, model_type: str) -> tuple[str, NativeActivation, dict[str, str]] | None:
+    """Return the `hidden_act` that computes a formula in a native class, or None.
+
+    Returns:
+        The name, the activation, and {the formula's learned parameter: that of the activation}.
+    """
     if any(parameter.share != "layer" for parameter in formula.learned.values()):
         return None
-    for hidden_act, native in ACTIVATIONS.items():
-        if native.exact and len(native.learned) == len(formula.learned):
-            pattern = parse(native.formula, native.parameters)
-            for names in itertools.permutations(native.learned):
-                learned = dict(zip(formula.learned, names, strict=True))
-                if _activation(formula, learned) == canonical(pattern.tree, pattern.fixed):
-                    return hidden_act, learned
+    for hidden_act in ACTIVATIONS:
+        for native in variants(hidden_act):
+            learned = _match(formula, native) if model_type in native.exact_in else None
+            if learned is not None:
+                return hidden_act, native, learned
+    return None
+
+
+def _match(formula: Formula, native: NativeActivation) -> dict[str, str] | None:
+    """Return {the formula's learned parameter: that of `native`} if both compute the same function."""
+    if len(native.learned) != len(formula.learned):
+        return None
+    pattern = canonical(parse(native.formula, native.parameters).tree, native.fixed)
+    for order in itertools.permutations(native.learned):
+        learned = dict(zip(formula.learned, order, strict=True))
+        if _activation(formula, learned) == pattern:
+            return learned
     return None
 
 
@@ -138,7 +184,8 @@ def _activation(formula: Formula, learned: dict[str, str]) -> tuple | None:
 def canonical(node: Node, names: Mapping[str, float | str] | None = None) -> tuple:
     """Return a canonical form of a formula's tree.
 
-    Formulas that differ in the order of terms, by `x**2 = x*x`, or by the definitions of silu and relu have the same form.
+    Formulas that differ in the order of terms, by `x**2 = x*x`, by a term that both branches of a `where` add, or by the
+    definitions of silu and relu have the same form.
 
     Args:
         names: numbers or other names to substitute for symbols.
@@ -169,7 +216,17 @@ def canonical(node: Node, names: Mapping[str, float | str] | None = None) -> tup
         return ("max", *sorted([inside[0], ("number", 0.0)], key=repr))
     if node.value in ("max", "min"):
         return (str(node.value), *sorted(inside, key=repr))
+    if node.value == "where":
+        return _where(*inside)
     return (str(node.value), *inside)
+
+
+def _where(condition: tuple, left: tuple, right: tuple) -> tuple:
+    """Return the form of a `where`, with the terms that both branches add outside of it."""
+    terms = [list(branch[1:]) if branch[0] == "+" else [branch] for branch in (left, right)]
+    shared = [term for term in terms[0] if term in terms[1]]
+    rest = [_sum([term for term in branch if term not in shared]) for branch in terms]
+    return _sum([("where", condition, *rest), *shared]) if left != right else left
 
 
 def _product(factors: list[tuple]) -> tuple:
@@ -216,16 +273,19 @@ def tensor_names(name: str, shape: Shape, layout: TransformersLayout) -> list[tu
         theirs = f"act_fn.{layout.learned[ours]}" if ours in layout.learned else f"learned.{ours}"
         return [(f"{prefix}.mlp.{theirs}", (ffn.d_ff if _share(ffn.arm.parameters[ours]) == "channel" else 1,))]
     halves = ("gate", "up") if ffn.matrices == 3 else ("up",)
+    norm = "{}_proj.norm" if layout.model_type == FORMULA else "{}_norm"
+    apertus = ("attention_layernorm", "feedforward_layernorm")
+    before = apertus if layout.model_type == APERTUS else ("input_layernorm", "post_attention_layernorm")
     parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {
         "attention.qkv": [
             (f"self_attn.{each}_proj.weight", (rows, shape.d_model))
             for each, rows in (("q", queries), ("k", keys), ("v", keys))
         ],
         "attention.out": [("self_attn.o_proj.weight", (shape.d_model, queries))],
-        "attention.q_norm.weight": [("self_attn.q_proj.norm.weight", (shape.head_dim,))],
-        "attention.k_norm.weight": [("self_attn.k_proj.norm.weight", (shape.head_dim,))],
-        "attention_norm.weight": [("input_layernorm.weight", (shape.d_model,))],
-        "ffn_norm.weight": [("post_attention_layernorm.weight", (shape.d_model,))],
+        "attention.q_norm.weight": [(f"self_attn.{norm.format('q')}.weight", (shape.head_dim,))],
+        "attention.k_norm.weight": [(f"self_attn.{norm.format('k')}.weight", (shape.head_dim,))],
+        "attention_norm.weight": [(f"{before[0]}.weight", (shape.d_model,))],
+        "ffn_norm.weight": [(f"{before[1]}.weight", (shape.d_model,))],
         "ffn.up": [(f"mlp.{each}_proj.weight", (ffn.d_ff, shape.d_model)) for each in halves],
         "ffn.down": [("mlp.down_proj.weight", (shape.d_model, ffn.d_ff))],
     }

@@ -27,6 +27,15 @@ def normal_cdf(x: np.ndarray) -> np.ndarray:
     return (1 + erf(x / math.sqrt(2))) / 2
 
 
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+def xielu(x: np.ndarray, alpha_p: float, alpha_n: float) -> np.ndarray:
+    assert abs(alpha_p - 0.8) < 1e-4 > abs(alpha_n - 0.8)
+    return np.where(x > 0, alpha_p * x * x, alpha_n * (np.expm1(np.minimum(x, 0)) - x)) + 0.5 * x
+
+
 # Each arm from its paper, by hand.
 ARMS = {
     "relu": lambda x: np.maximum(x, 0),
@@ -52,7 +61,8 @@ ARMS = {
     "leaky_relu2": lambda x: np.where(x > 0, x, 0.5 * x) ** 2,
     "smooth_relu2": lambda x: x * (x + np.sqrt(x * x + 0.04)) / 2,
     "tanh_relu2": lambda x: (16 * np.tanh(np.maximum(x, 0) / 16)) ** 2,
-    "xielu": lambda x: np.where(x > 0, ALPHA * x * x, ALPHA * (np.expm1(np.minimum(x, 0)) - x)) + 0.5 * x,
+    "xielu": lambda x: xielu(x, softplus(0.20338), 0.5 + softplus(-1.05022)),
+    "xielu_positive": lambda x: xielu(x, softplus(0.20343), softplus(0.20343)),
     "reglu2": lambda gate, up: np.maximum(gate, 0) ** 2 * up,
     "swiglu_clamped": lambda gate, up: (
         np.minimum(gate, 7) * sigmoid(1.702 * np.minimum(gate, 7)) * (np.clip(up, -7, 7) + 1)
@@ -62,7 +72,6 @@ ARMS = {
     "silu_plus_relu": lambda x: x * sigmoid(x) + (x > 0) * x,
 }
 GATED = {"glu", "bilinear", "reglu", "geglu", "swiglu", "reglu2", "swiglu_clamped", "situ_glu", "maxout"}
-ALPHA = math.log1p(math.exp(0.20343))  # 0.8
 
 # Each function of the grammar as (formula, the same by hand); its points are `POINTS`, or their absolute values.
 FUNCTIONS_BY_HAND = {

@@ -15,27 +15,49 @@ from kernels.formula.grammar import FUNCTIONS
 from model import export as command
 from model.export import export, main
 from model.generate import generate, load_run
+from model.huggingface.layout import TransformersLayout
 from model.weights import checkpoints
 
 # fp32 sums in another order: 1.2e-6 of the largest logit was the most that any arm differed by.
 TOLERANCE = 1e-5
 LLAMA, ARCEE, FORMULA = "LlamaForCausalLM", "ArceeForCausalLM", "FormulaForCausalLM"
+WITH_QK_NORM = {LLAMA: "Qwen3ForCausalLM", ARCEE: "ApertusForCausalLM"}
+QWEN3, APERTUS = WITH_QK_NORM.values()
 CLASSES = {
     **dict.fromkeys(("bilinear", "geglu", "glu", "reglu", "reglu2", "swiglu"), LLAMA),
     **dict.fromkeys(("gelu", "gelu_tanh", "leaky_relu", "mish", "prelu", "relu", "relu2"), ARCEE),
     **dict.fromkeys(("sigmoid", "silu", "tanh"), ARCEE),
     **dict.fromkeys(("elu", "leaky_relu2", "maxout", "selu", "silu_plus_relu", "situ_glu", "smooth_relu2"), FORMULA),
-    **dict.fromkeys(("softplus", "swiglu_clamped", "swish", "tanh_relu2", "threshold", "xielu"), FORMULA),
+    **dict.fromkeys(
+        ("softplus", "swiglu_clamped", "swish", "tanh_relu2", "threshold", "xielu", "xielu_positive"), FORMULA
+    ),
 }
 XIELU = "where(x > 0, softplus(a) * x * x + 0.5 * x, 0.5 * x + (0.5 + softplus(b)) * (expm1(min(x, -1e-6)) - x))"
 SHARED = {"init": 0.25, "share": "layer"}
+XIELU_LEARNED = {"b": SHARED, "a": SHARED}
 OTHERS = {  # what else can differ: (the arm, values of its group, values of model=), and the class
     "heads that do not divide d_model": (("swiglu", None, {"d_model": 33, "head_dim": 8}), FORMULA),
     "one key head": (("swiglu", None, {"n_kv_heads": 1}), LLAMA),
     "as many key heads": (("relu2", None, {"n_kv_heads": None}), ARCEE),
     "tied": (("swiglu", None, {"tie_embeddings": True}), LLAMA),
     "tied, custom": (("swish", None, {"tie_embeddings": True}), FORMULA),
-    "qk_norm": (("swiglu", None, {"qk_norm": True}), FORMULA),
+    "qk_norm": (("swiglu", None, {"qk_norm": True}), QWEN3),
+    "qk_norm, tied": (("geglu", None, {"qk_norm": True, "tie_embeddings": True, "rope_theta": 30.0}), QWEN3),
+    "qk_norm, heads that do not divide d_model": (
+        ("swiglu", None, {"qk_norm": True, "d_model": 33, "head_dim": 8}),
+        QWEN3,
+    ),
+    "qk_norm, ungated": (("relu2", None, {"qk_norm": True, "norm_eps": 0.3, "rope_theta": 30.0}), APERTUS),
+    "qk_norm, ungated, wide heads": (("relu", None, {"qk_norm": True, "d_model": 33, "head_dim": 6}), APERTUS),
+    "qk_norm, layers that differ": (("swiglu", {"per_layer": {0: "relu2"}}, {"qk_norm": True}), FORMULA),
+    "qk_norm, a gated xielu": (
+        (
+            "custom",
+            {"formula": f"({XIELU.replace('x', 'gate').replace('egatep', 'exp')}) * up", "parameters": XIELU_LEARNED},
+            {"qk_norm": True},
+        ),
+        FORMULA,
+    ),
     "rope_theta and norm_eps": (("geglu", None, {"rope_theta": 30.0, "norm_eps": 0.3}), LLAMA),
     "rope_theta and norm_eps, custom": (("elu", None, {"rope_theta": 30.0, "norm_eps": 0.3, "qk_norm": True}), FORMULA),
     "another slope": (("leaky_relu", {"parameters": {"slope": 0.3}}, {}), FORMULA),
@@ -44,8 +66,9 @@ OTHERS = {  # what else can differ: (the arm, values of its group, values of mod
         ("custom", {"formula": "up * where(gate > 0, gate, k*gate)", "parameters": {"k": SHARED}}, {}),
         LLAMA,
     ),
-    # Transformers knows this one, and rounds its two numbers to bf16.
-    "xielu of Transformers": (("custom", {"formula": XIELU, "parameters": {"b": SHARED, "a": SHARED}}, {}), FORMULA),
+    # Arcee rounds its two numbers to bf16; Apertus keeps them.
+    "xielu of Transformers": (("custom", {"formula": XIELU, "parameters": XIELU_LEARNED}, {}), FORMULA),
+    "xielu of Apertus": (("custom", {"formula": XIELU, "parameters": XIELU_LEARNED}, {"qk_norm": True}), APERTUS),
     "swiglu by hand": (("custom", {"formula": "up * (gate * sigmoid(gate))"}, {}), LLAMA),
     "relu2 by hand": (("custom", {"formula": "max(0, x) * relu(x)"}, {}), ARCEE),
     "a name that is a word of Python": (
@@ -80,6 +103,24 @@ def test_every_arm_gives_our_logits(transformers, make_run, arm, tokens, tmp_pat
     assert type(model).__name__ == CLASSES[arm]
     assert model.dtype == torch.float32
     assert difference(model, run, tokens) < TOLERANCE
+
+
+def test_every_arm_of_nano_gives_our_logits(transformers, make_run, arm, tokens, tmp_path):
+    expected = APERTUS if arm == "xielu" else WITH_QK_NORM.get(CLASSES[arm], FORMULA)
+    run = make_run(arm, qk_norm=True)
+    assert export(run, tmp_path / "hf") == expected
+    native = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=expected == FORMULA)
+    assert difference(native.eval(), run, tokens) < TOLERANCE
+
+
+def test_qwen3_gives_the_logits_of_the_formula_class_to_the_bit(transformers, make_run, tokens, tmp_path, monkeypatch):
+    run = make_run("swiglu", qk_norm=True)
+    export(run, tmp_path / "qwen3")
+    monkeypatch.setattr(command, "transformers_layout", lambda _: TransformersLayout("formula_ffn"))
+    assert export(run, tmp_path / "formula") == FORMULA
+    models = [loaded(transformers, tmp_path / name) for name in ("qwen3", "formula")]
+    with torch.inference_mode():
+        assert torch.equal(*(model(tokens).logits for model in models))
 
 
 @pytest.mark.parametrize("case", OTHERS)
@@ -199,7 +240,7 @@ def test_learned_numbers_start_where_the_formula_says(make_run, modeling, tmp_pa
     export(make_run("xielu"), tmp_path / "hf")
     config = modeling.FormulaConfig.from_pretrained(tmp_path / "hf")
     fresh = modeling.FormulaForCausalLM(config)
-    assert fresh.model.layers[1].mlp.learned["an"].item() == pytest.approx(0.20343)
+    assert fresh.model.layers[1].mlp.learned["an"].item() == pytest.approx(-1.05022)
 
 
 # ---- the command

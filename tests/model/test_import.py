@@ -24,9 +24,13 @@ from model.huggingface.config import key_of
 from model.import_hf import main
 
 LEARNED = {"init": 0.25, "share": "channel"}
+PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 30.0}}  # Apertus' own are llama3
 OTHERS = {
     "tied": {"tie_embeddings": True},
     "qk_norm": {"arm": "relu2", "qk_norm": True},
+    "qk_norm, gated": {"qk_norm": True, "tie_embeddings": True},
+    "qk_norm, of a formula": {"arm": "swish", "qk_norm": True},
+    "xielu of Apertus": {"arm": "xielu", "qk_norm": True},
     "heads that do not divide d_model": {"d_model": 33, "head_dim": 8},
     "one key head": {"n_kv_heads": 1, "rope_theta": 77.0, "norm_eps": 0.01},
     "one width for all layers": {"ffn": {"per_layer": {0: "relu2", "last": "swish"}}, "n_layers": 3, "d_ff": 40},
@@ -109,11 +113,28 @@ def test_the_run_is_complete_and_its_command_goes_on(make_run, tmp_path, capsys)
     assert load_tokenizer(new / "tokenizer").exact
 
 
-def test_a_head_that_is_stored_although_it_is_tied_is_no_other(make_run, tmp_path):
+def test_a_head_that_is_stored_although_it_is_tied_may_be_the_embedding(make_run, tmp_path, capsys):
     run = make_run(tie_embeddings=True)
     export(run, tmp_path / "hf")
-    _edit(tmp_path / "hf", lambda tensors: tensors.update({"lm_head.weight": torch.ones(384, 32)}))
+    _edit(tmp_path / "hf", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert_same(run, begin(tmp_path / "hf", tmp_path / "imported"))
+    assert "untied" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arm", ["swiglu", "swish"])
+def test_a_head_of_its_own_in_a_tied_folder_is_kept(transformers, make_run, arm, tokens, tmp_path, capsys):
+    export(make_run(arm, tie_embeddings=True), tmp_path / "hf")
+    _edit(tmp_path / "hf", lambda t: t.update({"lm_head.weight": torch.randn(384, 32)}))
+    new = begin(tmp_path / "hf", tmp_path / "imported")
+    assert from_yaml(new / "config.yaml").model.tie_embeddings is False
+    sentence = (
+        "config.json has tie_word_embeddings=true, and lm_head.weight beside it is another matrix: imported untied"
+    )
+    assert sentence in capsys.readouterr().err
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    with torch.inference_mode():
+        expected, actual = theirs(tokens).logits, load_run(new)[0](tokens)
+    assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 # ---- folders that Transformers made
@@ -156,6 +177,10 @@ def foreign(transformers, tmp_path):
         ("Arcee", {"hidden_act": "hardswish"}, "x * clip(x + 3, 0, 6) / 6"),
         ("Arcee", {"hidden_act": "xielu"}, None),
         ("Arcee", {"hidden_act": "gelu_new"}, "gelu_tanh(x)"),
+        ("Qwen3", {"head_dim": 8, "rms_norm_eps": 0.1}, "silu(gate) * up"),
+        ("Qwen3", {"head_dim": 12, "tie_word_embeddings": True, "hidden_act": "gelu"}, "gelu(gate) * up"),
+        ("Apertus", PLAIN, None),
+        ("Apertus", PLAIN | {"hidden_act": "relu2"}, "relu(x) ** 2"),
     ],
 )
 def test_a_folder_of_transformers_gives_its_logits(foreign, family, settings, formula, tmp_path):
@@ -178,8 +203,14 @@ def test_a_folder_of_transformers_gives_its_logits(foreign, family, settings, fo
     ("change", "sentence"),
     [
         (
-            {"model_type": "qwen3"},
-            "unknown model_type in FOLDER/config.json: 'qwen3': choose from arcee, formula_ffn, llama",
+            {"model_type": "gemma"},
+            "unknown model_type in FOLDER/config.json: 'gemma': choose from apertus, arcee, formula_ffn, llama, qwen3",
+        ),
+        ({"model_type": "apertus", "rope_parameters": None}, "FOLDER/config.json has rope_parameters of type 'llama3'"),
+        ({"model_type": "qwen3", "use_sliding_window": True}, "FOLDER/config.json has layers of sliding_attention"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "has layers of sliding_attention: only full_attention",
         ),
         ({"hidden_act": "gelu_nwe"}, "unknown hidden_act in FOLDER/config.json: 'gelu_nwe': did you mean 'gelu_new'?"),
         ({"hidden_act": ["silu"]}, "unknown hidden_act"),

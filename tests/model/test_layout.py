@@ -56,12 +56,36 @@ def test_each_is_what_transformers_computes(transformers, hidden_act):
     ],
 )
 def test_a_formula_is_recognised_by_its_structure(formula, parameters, expected):
-    actual = recognise(parse(formula, parameters))
+    parsed = parse(formula, parameters)
+    actual = recognise(parsed, "llama" if parsed.gated else "arcee")
     assert (actual and actual[0]) == expected
 
 
 def test_what_it_learns_is_mapped_by_its_place():
-    assert recognise(parse("where(x > 0, x, k * x)", {"k": SLOPE["slope"]})) == ("prelu", {"k": "slope"})
+    name, _, learned = recognise(parse("where(x > 0, x, k * x)", {"k": SLOPE["slope"]}), "arcee") or (None, None, None)
+    assert (name, learned) == ("prelu", {"k": "slope"})
+
+
+BETA_OUTSIDE = "where(x > 0, softplus(p) * x**2, (0.5 + softplus(n)) * (expm1(MIN) - x)) + 0.5 * x"
+BETA_INSIDE = "where(x > 0, x * softplus(p) * x + x / 2, (softplus(n) + 0.5) * (expm1(MIN) - x) + 0.5 * x)"
+
+
+@pytest.mark.parametrize("formula", [BETA_OUTSIDE, BETA_INSIDE.replace("x / 2", "0.5 * x")])
+@pytest.mark.parametrize(("inner", "eps"), [("min(x, -1e-6)", -1e-6), ("x", 0.0)])
+def test_xielu_is_recognised_where_its_numbers_keep_their_dtype(formula, inner, eps):
+    parsed = parse(formula.replace("MIN", inner), {"p": SLOPE["slope"], "n": SLOPE["slope"]})
+    assert recognise(parsed, "arcee") is None
+    name, native, learned = recognise(parsed, "apertus") or (None, None, None)
+    assert (name, learned) == ("xielu", {"p": "ap", "n": "an"})
+    assert native.fixed | native.absent == {"beta": 0.5, "eps": eps}
+
+
+def test_an_alpha_that_beta_does_not_bound_is_another_function():
+    loose = parse(
+        BETA_OUTSIDE.replace("(0.5 + softplus(n))", "softplus(n)").replace("MIN", "x"),
+        {"p": SLOPE["slope"], "n": SLOPE["slope"]},
+    )
+    assert recognise(loose, "apertus") is None
 
 
 @pytest.mark.parametrize(
