@@ -22,7 +22,7 @@ from ablation.budget import Width, match
 from conf.keys import choices
 from conf.load import load, quoted, read_group, to_dict
 from conf.schema import AblationConfig, Config
-from conf.validate import Batch, digest, validate, what_is_learned
+from conf.validate import Batch, digest, holds_text_out, validate, what_is_learned
 from kernels.common.errors import UserError, suggest, unknown
 from launch.estimate.counts import check_divisibility, ffn_saved_bytes, flops_per_token, shape_of
 
@@ -299,7 +299,10 @@ def _load(overrides: tuple[str, ...], arm: str, size: str) -> Config:
         if _key(override) in _SET_BY_THE_PLAN:
             raise UserError(f"{override} of {arm} at {size} is set by the plan: use ablation.seeds, and folder=FOLDER")
     with _errors_prefixed(f"{arm} at {size}"):
-        return load(list(overrides))
+        config = load(list(overrides))
+        if not holds_text_out(config.data):
+            raise UserError("data.held_out=0 leaves no held-out text, by whose loss arms are compared: set it above 0")
+        return config
 
 
 @contextlib.contextmanager

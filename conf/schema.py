@@ -78,7 +78,10 @@ class DataConfig:
     field: str = key("text", "jsonl, parquet, hf: the field with the text")
     subset: Optional[str] = key(None, "hf: configuration of the data set")
     split: str = key("train", "hf: split of the data set")
-    held_out: float = key(0.04, "fraction of the documents held out for evaluation, selected by a hash of their text")
+    held_out: float = key(
+        0.04,
+        "fraction of the documents held out for evaluation, selected by a hash of their text; 0: train without evaluation",
+    )
     prepared: str = key("prepared", "folder of prepared corpora")
     shard_megabytes: int = key(64, "text per shard (MB), the unit of parallel work and of resuming")
     workers: int = key(0, "tokenizer processes; 0: one per core")

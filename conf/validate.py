@@ -13,7 +13,7 @@ from typing import Any
 
 from conf.arms import Arm, layer_arms
 from conf.load import NOT_IN_NAME, flatten, to_dict
-from conf.schema import Config
+from conf.schema import Config, DataConfig
 from kernels.common.errors import UserError, unknown
 from kernels.formula import FormulaError
 from kernels.formula.domains import check_domains
@@ -129,6 +129,14 @@ def validate(config: Config, world_size: int) -> Batch:
     return _check_batch(config, world_size)
 
 
+def holds_text_out(data: DataConfig) -> bool:
+    """Return whether a corpus, or a part of a blend, holds text out for evaluation."""
+    if data.source != "blend" or not isinstance(data.parts, dict):
+        return data.held_out > 0
+    parts = [part for part in data.parts.values() if isinstance(part, dict)]
+    return any(part.get("held_out", data.held_out) for part in parts)
+
+
 def _check_values(values: dict[str, Any]) -> None:
     for name, allowed in _CHOICES.items():
         if values[name] not in allowed:
@@ -148,8 +156,10 @@ def _check_values(values: dict[str, Any]) -> None:
     for name in _FRACTIONS:
         if not 0 <= values[name] <= 1:
             raise UserError(f"{name}={values[name]} must lie between 0 and 1")
-    if not 0 < values["data.held_out"] <= 0.5:
-        raise UserError(f"data.held_out={values['data.held_out']} must be a fraction above 0 and at most 0.5")
+    if not 0 <= values["data.held_out"] <= 0.5:
+        raise UserError(
+            f"data.held_out={values['data.held_out']} must be a fraction of at most 0.5; 0 trains without evaluation"
+        )
     if values["run"] in ("", ".", "..") or "/" in values["run"]:
         raise UserError(
             f"run={values['run']!r} cannot name a folder inside {values['runs']}/: leave out '/' (runs=FOLDER moves it)"

@@ -52,9 +52,10 @@ class Dataset:
     corpus_hash: str  # of the text, the tokenizer and the weights
 
     @property
-    def held_out_bytes(self) -> int:
-        """UTF-8 bytes of the held-out text."""
-        return self.held_out.text_bytes
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes per token of the held-out text; where there is none, of the training text."""
+        sets = [self.held_out] if self.held_out.tokens else [part.train for part in self.parts]
+        return sum(s.text_bytes for s in sets) / max(1, sum(s.tokens for s in sets))
 
     @property
     def vocab_size(self) -> int:

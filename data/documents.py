@@ -27,6 +27,9 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test
 # memory stays bounded, and a fraction of a corpus that is one large file can be held out.
 WHOLE = 256 << 10
 SPLIT = 64 << 10
+# A corpus of a single document is cut at line ends into about PIECES, so that a fraction of it can be held out.
+PIECES = 32
+SHORTEST = 64  # characters of such a piece
 
 
 class Document(NamedTuple):
@@ -40,6 +43,8 @@ class Document(NamedTuple):
 def documents(config: DataConfig) -> Iterator[Document]:
     """Iterate over the documents of a source (not of a blend: see `parts`); empty ones are left out.
 
+    A single document is cut into several if a fraction of them is to be held out.
+
     Raises:
         UserError: a file is missing, empty, unreadable, damaged, not UTF-8 (with the byte offset), or has not the
             field; or there is no text at all.
@@ -47,13 +52,28 @@ def documents(config: DataConfig) -> Iterator[Document]:
     readers = {"stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "parquet": _parquet, "hf": _hf}
     if config.source not in readers:
         raise unknown("data source", config.source, readers)
-    is_empty = True
-    for document in readers[config.source](config):
-        if document.text:
-            is_empty = False
-            yield document
-    if is_empty:
+    found = (document for document in readers[config.source](config) if document.text)
+    first = next(found, None)
+    if first is None:
         raise UserError(f"there is no text in data={config.name}" + (f" ({config.path})" if config.path else ""))
+    second = next(found, None)
+    if second is None:
+        yield from _cut(first) if config.held_out else [first]
+        return
+    yield first
+    yield second
+    del first, second  # they may be large
+    yield from found
+
+
+def _cut(document: Document) -> Iterator[Document]:
+    """Cut a document after line ends, or within a line that is much longer than a piece."""
+    text, start = document.text, 0
+    size = max(SHORTEST, min(SPLIT, len(text) // PIECES))
+    while start < len(text):
+        end = text.find("\n", start + size - 1, start + 8 * size) + 1 or start + size
+        yield Document(f"{document.name} at character {start}", text[start:end], document.fraction)
+        start = end
 
 
 def fingerprint(config: DataConfig) -> str:

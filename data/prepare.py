@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import heapq
-import itertools
 import json
 import lzma
 import os
@@ -37,7 +36,6 @@ from kernels.common.errors import UserError
 from kernels.common.files import explain_os_errors
 
 MEGABYTE = 1 << 20
-FEW = 1000  # documents; in a corpus of fewer, chance alone may hold out none of them, or all
 XZ_LIMIT = 32 << 20  # bytes of held-out text that xz is tried on: xz -9 takes about a second for 2 MB
 
 
@@ -227,21 +225,27 @@ def _digest(raw: bytes) -> tuple[int, int]:
 def _threshold(data: DataConfig) -> int:
     """Return the threshold: documents whose first hash lies below it are held out.
 
-    Equal texts fall on the same side. In a corpus of few documents the threshold is moved so that each side has at least one.
+    Equal texts fall on the same side. Where chance would leave a side empty, the threshold is moved so that each has at
+    least one document.
+
+    Raises:
+        UserError: all documents have the same text.
     """
-    limit = int(data.held_out * 2**64)
-    if limit == 0:
+    if data.held_out == 0:
         return 0
-    few = [_digest(document.text.encode())[0] for document in itertools.islice(documents(data), FEW + 1)]
-    if len(few) <= FEW:
-        numbers = sorted(set(few))
-        if len(numbers) == 1:
-            raise UserError(
-                f"data={data.name} is a single document, so none can be held out for evaluation; "
-                f"give it more documents or set data.held_out=0"
-            )
-        limit = min(max(limit, numbers[0] + 1), numbers[-1])
-    return limit
+    limit = int(data.held_out * 2**64)
+    smallest, largest = 2**64, -1
+    for document in documents(data):
+        number = _digest(document.text.encode())[0]
+        smallest, largest = min(smallest, number), max(largest, number)
+        if smallest < limit <= largest:
+            return limit  # both sides have a document: the rest need not be read
+    if smallest == largest:
+        raise UserError(
+            f"all documents of data={data.name} have the same text, so none can be held out for evaluation; "
+            f"give it other documents, or train without evaluation: data.held_out=0"
+        )
+    return min(max(limit, smallest + 1), largest)
 
 
 def _sample(data: DataConfig, threshold: int, budget: int, progress: ProgressReporter) -> list[str]:

@@ -114,6 +114,13 @@ class Saver:
             raise result
         return result
 
+    def prune(self) -> str:
+        """Delete all checkpoints but the newest and the best, as rank 0 does after a save; return why that failed, or ""."""
+        keep_last = self.keep_last
+        if keep_last is None or dist.get_rank() > 0:
+            return ""
+        return _os_error_of(lambda: prune(self.folder, keep_last))
+
     def _copy_to_host(self) -> tuple[NamedPieces, dict[str, Tensor]]:
         """Return the pieces that this rank stores, and their tensors in host buffers that the next save overwrites."""
         tensor, data_context_rank, rank = self.engine.mesh.tensor, self.engine.mesh.data_context.rank, dist.get_rank()
@@ -145,12 +152,12 @@ class Saver:
         started: float,
         blocked_seconds: float,
     ) -> None:
-        path, keep_last = self.folder / f"step_{state['step']:08d}", self.keep_last
+        path = self.folder / f"step_{state['step']:08d}"
         warning = ""
         try:
             failure = self._write(path, pieces, tensors, state)
-            if not failure and keep_last is not None and dist.get_rank() == 0:
-                warning = _os_error_of(lambda: prune(self.folder, keep_last))
+            if not failure:
+                warning = self.prune()
             seconds = time.perf_counter() - started
             self._result = SaveResult(state["step"], path, failure, warning, blocked_seconds, seconds)
         except BaseException as error:  # not an error of the disk: `take_result` raises it in the training thread

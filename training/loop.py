@@ -140,6 +140,7 @@ class TrainingLoop:
         try:
             status = self._train(peak_flops, launchers, launched_at)
         except BaseException:
+            self._complete_save()
             self._finish("failed")
             raise
         self.console.stop()
@@ -150,7 +151,8 @@ class TrainingLoop:
         config, batch = self.config, self.batch
         self.console.start(self.step, batch.steps)
         if self.step >= batch.steps and self.last_eval is None:
-            self._evaluate(None)
+            self._evaluate_last()  # the previous session ended between its last checkpoint and its summary
+            self._sample()
         elif self.evaluation_missed:
             self._evaluate(config.eval_tokens)
         throughput = _Throughput(self.step)
@@ -239,23 +241,36 @@ class TrainingLoop:
 
     def _evaluate_sample_save(self, last: bool, stopping: bool) -> None:
         """Do what is due at this step. A run that is stopping saves at once, and does nothing else."""
-        config = self.config
-        held_out = None
+        config, held_out = self.config, None
         self.evaluation_missed = self._due(config.eval_every) and stopping and not last
-        if last or (self._due(config.eval_every) and not stopping):
-            periodic_tokens, all_tokens = config.eval_tokens, self.dataset.held_out.tokens
-            if last and config.eval_every and periodic_tokens is not None and periodic_tokens < all_tokens:
-                self._evaluate(periodic_tokens)  # the curve's last point, on the same tokens as its other points
-            held_out = self._evaluate(None if last else periodic_tokens)
-        if (last or self._due(config.sample_every)) and not stopping:
+        if last:
+            self._save(None)  # first: whatever fails in what follows, the weights are kept
+            self._evaluate_last()
+            if not stopping:
+                self._sample()
+            self._record_save(wait=True)
+            self.saver.prune()  # the last step may be the best one
+            return
+        if self._due(config.eval_every) and not stopping:
+            held_out = self._evaluate(config.eval_tokens)
+        if self._due(config.sample_every) and not stopping:
             self._sample()
-        if last or stopping or self._due(config.save_every):
+        if stopping or self._due(config.save_every):
             self._save(held_out)
-        if last or stopping:
+        if stopping:
             self._record_save(wait=True)
 
-    def _evaluate(self, tokens: int | None) -> HeldOut:
-        """Evaluate on the first `tokens` held-out tokens, or on all; record and return the result."""
+    def _evaluate_last(self) -> None:
+        """Evaluate on all held-out tokens, and before that on those of the periodic evaluations: their curve's last point."""
+        periodic_tokens = self.config.eval_tokens
+        if self.config.eval_every and periodic_tokens is not None and periodic_tokens < self.dataset.held_out.tokens:
+            self._evaluate(periodic_tokens)
+        self._evaluate(None)
+
+    def _evaluate(self, tokens: int | None) -> HeldOut | None:
+        """Evaluate on the first `tokens` held-out tokens, or on all; record and return the result (None: there are none)."""
+        if not self.dataset.held_out.tokens:
+            return None
         # Only the whole held-out set is enough text to call a unit dead.
         with self.telemetry.dead_units() if tokens is None else contextlib.nullcontext([]) as dead:
             held_out = self.last_eval = evaluate(self.engine, self.dataset, self.config.sequence_length, tokens)
@@ -312,6 +327,13 @@ class TrainingLoop:
             self.recorder.event("saved", result.step, path=result.path.name, **seconds)
         if result.warning:
             self.console.warn(f"older checkpoints could not be removed: {result.warning}")
+
+    def _complete_save(self) -> None:
+        """Wait for a save that has started before this rank fails: it needs all ranks, whatever they do meanwhile."""
+        try:
+            self._record_save(wait=True)
+        except Exception as error:
+            self.console.warn(f"the checkpoint could not be completed: {error}")
 
     def _finish(self, status: str) -> int:
         """Write the summary, close the loggers and print the end; return the exit status."""

@@ -43,7 +43,7 @@ class RunRecorder:
         self.config, self.batch, self.dataset = config, batch, dataset
         self.folder, self.console, self.enabled = folder, console, enabled
         self.step = 0
-        self.bytes_per_token = dataset.held_out_bytes / max(1, dataset.held_out.tokens)
+        self.bytes_per_token = dataset.bytes_per_token
         self.flops_per_token = sum(flops_per_token(shape, config.sequence_length).values())
         self._last_sample = ""
         self._write_failed = False  # whether the newest line of metrics.jsonl waits for space
@@ -169,7 +169,8 @@ class RunRecorder:
         dataset, config, parallel = self.dataset, self.config, self.config.parallel
         tokens = sum(part.train.tokens for part in dataset.parts)
         epochs = self.batch.tokens / max(1, tokens)
-        corpus = f"{tokens:,} training tokens ({epochs:.1f} epochs), {dataset.held_out.tokens:,} held out"
+        held_out = f"{dataset.held_out.tokens:,} held out" if dataset.held_out.tokens else "none held out"
+        corpus = f"{tokens:,} training tokens ({epochs:.1f} epochs), {held_out}"
         masters = " with fp32 master weights" if dtype == torch.bfloat16 else ""
         numbers = f"{str(dtype).removeprefix('torch.')}{masters}, ZeRO stage {config.zero.stage}"
         rows = [
@@ -211,6 +212,8 @@ class RunRecorder:
 
 def held_out_line(summary: dict[str, Any]) -> str:
     """Return the held-out figures of a summary as one line."""
+    if summary["final_eval_loss"] is None:
+        return "held-out text: none, the run was trained without evaluation"
     return (
         f"held-out text: {summary['bits_per_byte']:.4f} bits per byte ({summary['final_eval_loss']:.4f} nats per token)"
     )

@@ -57,6 +57,8 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
     try:
         dataset = open_dataset(prepare(config.data, config.tokenizer, show=ranks.rank == 0))
         shape = _shape(config, dataset)
+        if not dataset.held_out.tokens:
+            console.warn("no text of this corpus is held out: the run is trained without evaluation")
         for warning in check_arms(shape.ffn, device, dtype, statistics=bool(config.telemetry_every)):
             console.warn(warning)
         checkpoint, warnings = newest_intact(folder.checkpoints)
@@ -148,7 +150,7 @@ def _already_finished(console: Console, folder: RunFolder, batch: Batch) -> int:
     """Print that there is nothing to do; return the exit status."""
     summary = folder.read_summary()
     console.print(f"{folder.path} has finished its {batch.steps} steps: there is nothing to do")
-    if summary.get("bits_per_byte"):
+    if summary.get("final_eval_loss"):
         console.print(held_out_line(summary))
     console.print("give a new run another name (run=NAME), or override a setting: python train.py --help")
     return 0

@@ -26,6 +26,14 @@ def smoke() -> Plan:
     return resolve(*read_plan(["ablation=smoke"]))
 
 
+def test_a_plan_without_held_out_text_is_refused():
+    with pytest.raises(UserError, match=r"relu at nano: data\.held_out=0 leaves no held-out text"):
+        plan_of(common=["data.held_out=0"])
+    parts = ["data=blend", "data.parts.a.path=a", "data.parts.a.source=text", "data.parts.a.held_out=0"]
+    with pytest.raises(UserError, match=r"data\.held_out=0 leaves no held-out text"):
+        plan_of(common=parts)
+
+
 @pytest.mark.parametrize("name", choices("ablation"))
 def test_every_plan_resolves_at_equal_parameters(name):
     plan = resolve(*read_plan([f"ablation={name}"]))

@@ -65,7 +65,7 @@ def test_every_document_comes_back_on_one_side(corpus):
     assert sorted(train + held_out) == sorted(written)
     assert train == [text for text in written if text not in held_out]  # in order
     assert 3 <= len(held_out) <= 25
-    assert dataset.held_out_bytes == sum(len(text.encode()) for text in held_out)
+    assert dataset.held_out.text_bytes == sum(len(text.encode()) for text in held_out)
     assert len(dataset.parts[0].train.shards) > 5
     assert 1 < dataset.xz_bits_per_byte < 8
 
@@ -87,11 +87,42 @@ def test_few_documents_still_give_both_sides(more_corpus, tmp_path):
         dataset = open_dataset(prepare(config, TokenizerConfig(vocab_size=330)))
         assert dataset.held_out.documents >= 1
         assert dataset.parts[0].train.documents >= 1
-    one = DataConfig(source="text", path=str(more_corpus(tmp_path / "one", 1)), prepared=str(tmp_path / "p"))
-    with pytest.raises(UserError, match=r"single document.*data\.held_out=0"):
-        prepare(one, TokenizerConfig(vocab_size=300))
-    whole = open_dataset(prepare(replace(one, held_out=0.0), TokenizerConfig(vocab_size=300)))
-    assert (whole.held_out.tokens, whole.xz_bits_per_byte) == (0, None)
+
+
+def test_a_fraction_so_small_that_chance_holds_out_nothing_still_holds_out_a_document(tmp_path):
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps({"text": f"line {i} of many"}) + "\n" for i in range(1500)))
+    for share in (1e-3, 1e-30):
+        config = DataConfig(source="jsonl", path=str(path), prepared=str(tmp_path / "p"), held_out=share)
+        dataset = open_dataset(prepare(config, TokenizerConfig(vocab_size=300)))
+        assert dataset.held_out.documents >= 1
+        assert dataset.parts[0].train.documents >= 1490
+
+
+def test_a_single_document_is_cut_so_that_a_part_of_it_can_be_held_out(more_corpus, tmp_path):
+    text = "".join(path.read_text() for path in sorted(more_corpus(tmp_path / "some", 20).iterdir()))
+    (tmp_path / "one.txt").write_text(text)
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": text}))
+    (tmp_path / "line.txt").write_text(text.replace("\n", " "))
+    for source, name in (("text", "one.txt"), ("jsonl", "one.jsonl"), ("text", "line.txt")):
+        config = DataConfig(source=source, path=str(tmp_path / name), prepared=str(tmp_path / "p"))
+        dataset = open_dataset(prepare(config, TokenizerConfig(vocab_size=330)))
+        kept, held_out = decoded(dataset, dataset.parts[0].train), decoded(dataset, dataset.held_out)
+        assert 20 <= len(kept) + len(held_out) <= 40
+        assert len(held_out) >= 1
+        if name != "line.txt":
+            assert all(piece.endswith("\n") for piece in kept + held_out)
+        whole = open_dataset(prepare(replace(config, held_out=0.0), TokenizerConfig(vocab_size=330)))
+        assert (whole.held_out.tokens, whole.xz_bits_per_byte) == (0, None)
+        assert decoded(whole, whole.parts[0].train) == [(tmp_path / name).read_text() if source == "text" else text]
+
+
+def test_text_of_which_nothing_can_be_held_out_is_refused(tmp_path):
+    path = tmp_path / "same.jsonl"
+    path.write_text('{"text": "the same line"}\n' * 1500)
+    config = DataConfig(source="jsonl", path=str(path), prepared=str(tmp_path / "p"))
+    with pytest.raises(UserError, match=r"all documents of data=stdlib have the same text.*data\.held_out=0"):
+        prepare(config, TokenizerConfig(vocab_size=300))
 
 
 def test_the_second_call_does_nothing_and_workers_change_nothing(corpus, tmp_path, monkeypatch):

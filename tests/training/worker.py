@@ -273,13 +273,19 @@ def _broken_text(number: int, ending: str) -> Iterator[None]:
         yield
 
 
-# Errors of a file system, by where they occur.
+def _bug(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("a bug, or a lack of memory")
+
+
+# Errors of a file system and of other parts, by where they occur.
 FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "tensors on a full disk": lambda: mock.patch("training.checkpoint.write_tensors", _raise(errno.ENOSPC)),
     "manifest on a full disk": lambda: _broken_text(errno.ENOSPC, "manifest.json"),
     "rename refused": lambda: mock.patch("os.replace", _raise(errno.ENOSPC)),
     "folder refused": lambda: mock.patch.object(Path, "mkdir", _raise(errno.EACCES)),
     "read-only": lambda: mock.patch.object(Path, "mkdir", _raise(errno.EROFS)),
+    "evaluation": lambda: mock.patch("training.loop.evaluate", _bug),
+    "sampling": lambda: mock.patch("training.loop.generate", _bug),
     "full disk": lambda: mock.patch("os.replace", _raise(errno.ENOSPC)),
 }
 JOBS = {"script": script, "failing_save": failing_save, "command": command}
