@@ -26,6 +26,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; exit 2; }
 	@$(PIP) install $$(grep -E '^torch==' requirements.lock | cut -d' ' -f1)
 	@$(PIP) install -c requirements.lock -e '.[train]'
+	@$(BIN)/python -m launch.calm_launchers
 	@touch $@
 
 # A torch for CUDA brings the Triton that it was built with; one without takes the version that the lock names.

@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
     argv, local_rank = take_local_rank(argv)
     ranks = find_ranks(local_rank=local_rank)
     export(ranks)
+    launchers.choose_port(ranks)
     config = load(argv)
     from training.machine import keep_freed_memory
 

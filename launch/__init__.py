@@ -1,7 +1,8 @@
 """Start runs on one machine or many, and check and estimate them beforehand.
 
 ranks.py        the rank of this process, under any launcher
-launchers.py    whether the launcher is still alive, and whether it has signalled the run to stop
+launchers.py    whether the launcher is still alive, whether it told the run to stop, and a port for its ranks;
+                calm_launchers.py lets `deepspeed` and `torchrun` wait for their ranks after Ctrl-C
 multirun.py     several runs from one command, in sequence
 slurm.py        a SLURM job that trains; sbatch.py writes and submits job scripts, for ablations too
 estimate/       memory, time and cost of a run before it starts

@@ -40,6 +40,7 @@ from kernels.common.errors import UserError
 from kernels.common.options import split_options
 from launch.estimate.counts import parameters, shape_of
 from launch.installed import installed_versions
+from launch.launchers import Launchers, refuse_taken_port
 from launch.ranks import Ranks, export, find_ranks, installed_gpus, take_local_rank, without_launcher
 from launch.sbatch import read_cluster
 
@@ -322,6 +323,8 @@ def collective(ranks: Ranks, cluster: ClusterConfig | None) -> Iterator[Finding]
         from launch.collective import measure
 
         export(ranks)
+        Launchers().choose_port(ranks)
+        refuse_taken_port(ranks)
         result = measure()
     else:
         world = installed_gpus() or 2

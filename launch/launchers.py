@@ -1,6 +1,7 @@
-"""Whether the launcher that started this rank is still alive, and whether it has signalled the run to stop.
+"""Whether the launcher that started this rank is still alive, whether it told the run to stop, and a port for its ranks.
 
-`deepspeed` on one node forwards no signals: SIGTERM ends it alone, and its child launch.py, which started the ranks, runs on.
+`deepspeed` on one node forwards no signals (unless `calm_launchers` set the environment up): SIGTERM ends it alone, and its
+child launch.py, which started the ranks, runs on.
 Ranks of `srun` are not notified either when the daemon on their node dies. A rank therefore watches the launchers above it,
 and stops when one is gone as if it had received the signal.
 
@@ -12,11 +13,18 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+from collections.abc import MutableMapping
 from pathlib import Path
 
 import psutil
 
+from kernels.common.errors import UserError
+from launch.ranks import Ranks
+
 _NAMES = {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
+_DEEPSPEED = "deepspeed.launcher.launch"  # starts the ranks of a node
+_DEEPSPEED_PORT = "29500"  # unless --master_port is given
 
 
 class Launchers:
@@ -25,6 +33,7 @@ class Launchers:
     def __init__(self) -> None:
         self.warned = False  # by SIGUSR1, before the run installs its own handler
         self.pids: list[int] = []
+        self._deepspeed: int | None = None  # the process that started the ranks of this node, if that is DeepSpeed's
         for process in psutil.Process().parents():
             try:
                 arguments, name = process.cmdline(), process.name()
@@ -37,6 +46,8 @@ class Launchers:
             script = next((argument for argument in arguments[1:] if not argument.startswith("-")), "")
             if not Path(arguments[0] if arguments else "").name.startswith("python") or Path(script).name not in _NAMES:
                 break
+            if not self.pids and Path(script).name == _DEEPSPEED:
+                self._deepspeed = process.pid
             self.pids.append(process.pid)
 
     def listen(self) -> None:
@@ -45,6 +56,12 @@ class Launchers:
 
     def _record(self, *_: object) -> None:
         self.warned = True
+
+    def choose_port(self, ranks: Ranks, environment: MutableMapping[str, str] = os.environ) -> None:
+        """Give ranks that `deepspeed` started on this node alone a port of their own, instead of one port for every run."""
+        alone = 1 < ranks.world_size == ranks.local_world_size
+        if self._deepspeed and alone and environment.get("MASTER_PORT") == _DEEPSPEED_PORT:
+            environment["MASTER_PORT"] = str(20000 + self._deepspeed % 12000)  # below the ports that connections take
 
     def gone(self) -> bool:
         """Return whether one of them has ended since: its child then has another parent."""
@@ -57,3 +74,29 @@ class Launchers:
                 return True
             child = pid
         return False
+
+
+def refuse_taken_port(ranks: Ranks, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Check that rank 0 can listen where the others will look for it.
+
+    Raises:
+        UserError: another process listens on the port.
+    """
+    # torchrun listens itself, and its ranks are clients.
+    if ranks.rank or ranks.world_size == 1 or environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    port = environment["MASTER_PORT"]
+    if not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError(f"MASTER_PORT={port} must be a port, from 1 to 65535")
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", int(port)))
+        except OSError as error:
+            with socket.socket() as other:
+                other.bind(("", 0))
+                free = other.getsockname()[1]
+            raise UserError(
+                f"port {port} is taken ({error.strerror}), perhaps by another run: choose one, such as "
+                f"deepspeed --master_port={free}, or MASTER_PORT={free} under srun and mpirun"
+            ) from None

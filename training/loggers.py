@@ -9,12 +9,14 @@ import json
 import os
 import queue
 import secrets
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from conf.load import to_dict
+from conf.load import from_yaml, to_dict
 from conf.login import wandb_mode
 from conf.schema import Config
 from conf.validate import config_hash
@@ -51,12 +53,14 @@ class Loggers:
     """
 
     def __init__(self, config: Config, folder: Path, warn: Callable[[str], None]) -> None:
-        self._warn = warn
+        self._warn, self._folder = warn, folder
         self._loggers: dict[str, Logger] = {}
+        self._service_lost = False  # of W&B: `finish` writes the run anew
         if config.logger.tensorboard:
             self._start("TensorBoard", lambda: TensorBoardLogger(folder))
         if config.logger.wandb:
-            mode, earlier_bytes = wandb_mode(), _file_bytes(folder / "metrics.jsonl")
+            self._wandb_mode = mode = wandb_mode()
+            earlier_bytes = _file_bytes(folder / "metrics.jsonl")
             self._start("W&B", lambda: AsyncLogger(lambda: WandbLogger(config, folder, mode, earlier_bytes)))
 
     def _start(self, name: str, make: Callable[[], Logger]) -> None:
@@ -72,8 +76,12 @@ class Loggers:
             try:
                 action(self._loggers[name])
             except Exception as error:
-                self._warn(f"{name} is off from here on: {type(error).__name__}: {error}")
                 del self._loggers[name]
+                # Whoever ends this run may have ended W&B's process before it: DeepSpeed on Ctrl-C, SLURM on scancel.
+                if name == "W&B" and isinstance(error, ConnectionError) and self._wandb_mode in OFFLINE_MODES:
+                    self._service_lost = True
+                else:
+                    self._warn(f"{name} is off from here on: {type(error).__name__}: {error}")
 
     def log(self, record: dict[str, Any]) -> None:
         """Log one line of metrics.jsonl."""
@@ -82,6 +90,11 @@ class Loggers:
     def finish(self, summary: dict[str, Any]) -> None:
         """Log the summary, flush and close."""
         self._for_each(lambda logger: logger.finish(summary))
+        if self._service_lost:
+            try:
+                rewrite_offline(self._folder, summary)
+            except Exception as error:
+                self._warn(f"W&B's process was ended, and its file could not be written anew: {error}")
 
     @property
     def notes(self) -> list[str]:
@@ -221,6 +234,35 @@ class WandbLogger:
         self.run.finish(exit_code=0 if summary.get("status") != "failed" else 1)
 
 
+def rewrite_offline(folder: Path, summary: dict[str, Any]) -> None:
+    """Write the offline W&B run of a run folder from its metrics.jsonl, in a process with a W&B of its own.
+
+    Raises:
+        RuntimeError: it failed; the last line of what it printed.
+        subprocess.TimeoutExpired: it took longer than an upload may.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"} | {
+        "WANDB_MODE": "offline"
+    }
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "launch" / "run_module.py"),
+        "training.loggers",
+        str(folder),
+    ]
+    done = subprocess.run(
+        command,
+        input=json.dumps(summary),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=UPLOAD_TIMEOUT_SECONDS,
+        start_new_session=True,
+    )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
+
+
 class TensorBoardLogger:
     """Event files in `<run>/tensorboard`.
 
@@ -247,3 +289,9 @@ class TensorBoardLogger:
     def finish(self, summary: dict[str, Any]) -> None:  # noqa: ARG002 (the interface of `Logger`)
         """Flush and close the files."""
         self.writer.close()
+
+
+if __name__ == "__main__":  # of `rewrite_offline`
+    _folder = Path(sys.argv[1])
+    _run = WandbLogger(from_yaml(_folder / "config.yaml"), _folder, "offline", _file_bytes(_folder / "metrics.jsonl"))
+    _run.finish(json.load(sys.stdin))

@@ -20,7 +20,7 @@ from data.prepare import prepare
 from kernels.common.errors import UserError
 from kernels.common.files import explain_os_errors
 from launch.estimate.counts import Shape, check_divisibility, shape_of
-from launch.launchers import Launchers
+from launch.launchers import Launchers, refuse_taken_port
 from launch.ranks import Ranks
 from model.attention import choose
 from model.decoder import Decoder
@@ -105,6 +105,7 @@ def _build_engine(
     """Start the process group, and return the engine. Collective."""
     from training.engine import Engine, mesh_from_config, redirect_deepspeed_log, start_process_group
 
+    refuse_taken_port(ranks)
     start_process_group(ranks, device, config.parallel.timeout_minutes)
     document_start = dataset.eos_id if config.model.mask_documents else None
     with folder.quiet():

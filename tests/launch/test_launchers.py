@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 import sys
 
 import psutil
 import pytest
 
-from launch.launchers import Launchers
+from kernels.common.errors import UserError
+from launch.launchers import Launchers, refuse_taken_port
+from launch.ranks import Ranks
 
 # Each process starts the next one and waits for it; the last answers a question a line.
 RANK = """
@@ -75,3 +79,44 @@ def test_the_end_of_any_launcher_is_seen(chain, victim):
     else:
         launcher.wait()
     assert gone(process)
+
+
+def test_ranks_of_deepspeed_on_one_node_have_a_port_of_their_own(monkeypatch):
+    launchers = Launchers()
+    monkeypatch.setattr(launchers, "_deepspeed", 4321)
+
+    def chosen(ranks: Ranks, port: str) -> str:
+        environment = {"MASTER_PORT": port}
+        launchers.choose_port(ranks, environment)
+        return environment["MASTER_PORT"]
+
+    first, second = (chosen(Ranks(rank, 2, rank, 2), "29500") for rank in range(2))
+    assert first == second != "29500"
+    assert chosen(Ranks(0, 2, 0, 2), "29777") == "29777"  # --master_port
+    assert chosen(Ranks(0, 4, 0, 2), "29500") == "29500"  # the ranks of other nodes cannot know it
+    monkeypatch.setattr(launchers, "_deepspeed", None)
+    assert chosen(Ranks(0, 2, 0, 2), "29500") == "29500"
+
+
+def test_deepspeeds_launcher_is_found_above_a_rank(tmp_path):
+    code = "from launch.launchers import Launchers; import os; print(Launchers()._deepspeed == os.getppid())"
+    (tmp_path / "deepspeed.launcher.launch").write_text(PARENT)
+    words = [sys.executable, tmp_path / "deepspeed.launcher.launch", sys.executable, "-c", code]
+    assert subprocess.run(words, capture_output=True, text=True).stdout == "True\n"
+
+
+def test_a_taken_port_is_a_sentence_that_names_a_free_one():
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        environment = {"MASTER_PORT": str(port)}
+        with pytest.raises(UserError, match=rf"port {port} is taken \(Address already in use\)") as caught:
+            refuse_taken_port(Ranks(0, 2, 0, 2), environment)
+        free = int(re.search(r"deepspeed --master_port=(\d+)", str(caught.value))[1])
+        refuse_taken_port(Ranks(1, 2, 1, 2), environment)
+        refuse_taken_port(Ranks(), environment)
+        refuse_taken_port(Ranks(0, 2, 0, 2), environment | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    refuse_taken_port(Ranks(0, 2, 0, 2), {"MASTER_PORT": str(free)})
+    with pytest.raises(UserError, match="MASTER_PORT=x must be a port"):
+        refuse_taken_port(Ranks(0, 2, 0, 2), {"MASTER_PORT": "x"})

@@ -9,11 +9,12 @@ import types
 
 import pytest
 
-from conf.load import load
+from conf.load import load, to_yaml
 from conf.login import wandb_mode
 from conf.validate import config_hash
 from tests.training.tiny import overrides
-from training.loggers import Loggers
+from training import loggers as loggers_module
+from training.loggers import Loggers, rewrite_offline
 
 RECORD = {"kind": "train", "step": 3, "tokens": 768, "loss": 2.5, "lr": 0.01, "event": "text is not logged"}
 
@@ -89,6 +90,37 @@ def test_offline_a_resumed_run_logs_again_what_metrics_jsonl_kept(config, wandb,
         loggers.log(RECORD)
         loggers.finish({})
         assert [logged["step"] for logged in wandb.runs[-1].logged] == steps
+
+
+@pytest.mark.usefixtures("wandb")
+def test_offline_a_run_whose_wandb_process_was_ended_is_written_anew(config, tmp_path, monkeypatch):
+    """By whoever ended the run: DeepSpeed ends the descendants of a rank on Ctrl-C, SLURM all processes of a job."""
+    rewritten, warnings = [], []
+    monkeypatch.setattr(loggers_module, "rewrite_offline", lambda *arguments: rewritten.append(arguments))
+    for mode in ("offline", "online"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        loggers = Loggers(only(config, "wandb"), tmp_path, warnings.append)
+
+        def lost(*_, **__):
+            raise ConnectionResetError("Connection lost")
+
+        monkeypatch.setattr(FakeRun, "finish", lost)
+        loggers.finish({"status": "stopped"})
+    assert rewritten == [(tmp_path, {"status": "stopped"})]
+    assert warnings == [
+        "W&B is off from here on: ConnectionResetError: Connection lost"
+    ]  # online, the server has the run
+
+
+def test_a_run_that_is_written_anew_is_whole(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/gone")
+    (tmp_path / "config.yaml").write_text(to_yaml(only(config, "wandb")))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(RECORD | {"step": step}) + "\n" for step in (1, 2)))
+    rewrite_offline(tmp_path, {"status": "stopped", "final_eval_loss": 2.0})
+    [written] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"train/loss" in written.read_bytes()
+    assert b"final_eval_loss" in written.read_bytes()
 
 
 def test_figures_are_logged_over_tokens_under_their_kind(config, wandb, tmp_path):

@@ -1,0 +1,103 @@
+"""Let `deepspeed` and `torchrun` wait for their ranks after Ctrl-C: `python -m launch.calm_launchers` sets this environment up.
+
+Left alone, `deepspeed` answers Ctrl-C with a traceback while its ranks still save. The process between it and the ranks ends
+every descendant of a rank, W&B's service among them, and kills what is left after 30 seconds. `torchrun` kills after 30 seconds
+too, and also ends in a traceback. Set up, both pass the signal on to their children, wait, and exit with the status of the
+ranks. A third signal is the launcher's own to answer, so that a run that hangs can still be interrupted.
+
+A .pth file in site-packages, which Python reads at every start, loads this file in launchers and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+# By the first argument that is not an option: a script's name or a module. The value: whether it also answers signals that it
+# has installed a handler for; on several nodes `deepspeed` ends its remote processes in one.
+LAUNCHERS = {
+    "deepspeed": True,
+    "deepspeed.launcher.runner": True,
+    "deepspeed.launcher.launch": False,
+    "torchrun": False,
+    "torch.distributed.run": False,
+    "torch.distributed.launch": False,
+}
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_PTH = "formula_ffn_launchers.pth"
+_LINE = (
+    "import os, sys; next((os.path.basename(a) for a in sys.orig_argv[1:] if a[:1] != '-'), '') in {names} and "
+    "os.path.exists({path}) and exec(compile(open({path}).read(), {path}, 'exec'), {{'__name__': 'calm_launchers'}})\n"
+)
+
+
+class SignalsToChildren:
+    """Pass SIGINT, SIGTERM and SIGUSR1 on to this process's children.
+
+    Args:
+        keeps_own: leave handlers that the program installs later to it.
+    """
+
+    def __init__(self, keeps_own: bool) -> None:
+        self._install = signal.signal
+        self._own: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._received: list[float] = []  # times, of signals more than a second apart
+        for number in _SIGNALS:
+            self._install(number, self._pass_on)
+        if not keeps_own:
+            signal.signal = self._remember  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _remember(self, number: int, handler: Callable[[int, FrameType | None], Any] | int | None) -> Any:
+        """Stand in for `signal.signal`: keep the program's handler for a third signal."""
+        if number not in self._own:
+            return self._install(number, handler)
+        before, self._own[number] = self._own[number], handler
+        return before
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        # One key press reaches every process of the terminal, and a launcher above this one passes it on as well.
+        now = time.monotonic()
+        if not self._received or now - self._received[-1] > 1.0:
+            self._received.append(now)
+        if len(self._received) > 2:
+            self._answer(number, frame)
+            return
+        import psutil
+
+        for child in psutil.Process().children():
+            try:
+                child.send_signal(number)
+            except psutil.Error:
+                continue
+
+    def _answer(self, number: int, frame: FrameType | None) -> None:
+        """Do what the launcher does by itself."""
+        own = self._own[number]
+        if callable(own):
+            own(number, frame)
+        elif own == signal.SIG_DFL:
+            self._install(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def pth_line() -> str:
+    """Return the line of the .pth file."""
+    return _LINE.format(names=set(LAUNCHERS), path=repr(str(Path(__file__).resolve())))
+
+
+def _launcher() -> str:
+    """Return the name under which this process was started."""
+    return next((os.path.basename(argument) for argument in sys.orig_argv[1:] if argument[:1] != "-"), "")
+
+
+if __name__ == "calm_launchers":
+    SignalsToChildren(keeps_own=LAUNCHERS[_launcher()])
+elif __name__ == "__main__":
+    Path(sysconfig.get_path("purelib"), _PTH).write_text(pth_line(), encoding="utf-8")

@@ -1,0 +1,118 @@
+"""A launcher passes signals on to its children and waits for them; no other process of the environment is changed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from launch.calm_launchers import LAUNCHERS, pth_line
+from tests.training.tiny import ROOT, environment
+
+# A rank that says when it is ready and which signals arrive, and ends with status 5 after the second.
+RANK = """
+import signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, _: print(signal.Signals(number).name, flush=True))
+print("ready", flush=True)
+signal.pause()
+signal.pause()
+sys.exit(5)
+"""
+# Handles signals itself, as `deepspeed.launcher.launch` and torchrun do.
+LAUNCHER = f"""
+import signal, site, subprocess, sys
+site.addsitedir(sys.argv[1])
+def end(number, _):
+    raise RuntimeError("the launcher's own answer")
+signal.signal(signal.SIGINT, end)
+sys.exit(subprocess.run([sys.executable, "-c", {RANK!r}]).returncode)
+"""
+
+
+def start(folder, name: str) -> subprocess.Popen[str]:
+    (folder / "formula_ffn_launchers.pth").write_text(pth_line())
+    (folder / name).write_text(LAUNCHER)
+    words = [sys.executable, str(folder / name), str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, env=environment(), start_new_session=True, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("name", ["deepspeed.launcher.launch", "torchrun"])
+def test_a_launcher_passes_signals_on_and_ends_as_its_ranks_do(tmp_path, name):
+    process = start(tmp_path, name)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+        assert process.stdout.readline() == f"{number.name}\n"
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (5, "", "")
+
+
+def test_the_third_signal_is_the_launchers_own(tmp_path):
+    code = f"""
+import itertools, signal, sys, time
+time.monotonic = itertools.count(step=2).__next__
+sys.path.insert(0, {str(ROOT)!r})
+from launch.calm_launchers import SignalsToChildren
+SignalsToChildren(keeps_own=False)
+signal.signal(signal.SIGINT, lambda *_: sys.exit(9))
+for number in range(3):
+    print(number, flush=True)
+    signal.raise_signal(signal.SIGINT)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (9, "0\n1\n2\n", "")
+
+
+def test_programs_that_are_no_launcher_keep_their_handlers(tmp_path):
+    process = start(tmp_path, "train.py")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert "the launcher's own answer" in err
+    assert process.returncode == 1
+
+
+def test_the_runner_of_deepspeed_keeps_the_handler_that_ends_other_nodes(tmp_path):
+    process = start(tmp_path, "deepspeed")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert "the launcher's own answer" in err
+    assert LAUNCHERS["deepspeed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [("deepspeed", "--num_gpus", "2"), ("torchrun", "--standalone", "--nproc-per-node=2")]
+)
+def test_the_installed_launchers_end_calmly(tmp_path, launcher):
+    """Ctrl-C reaches all processes of a terminal at once; they are in one group here too."""
+    name, *options = launcher
+    (tmp_path / "formula_ffn_launchers.pth").write_text(pth_line())
+    program = (
+        "from deepspeed.launcher.runner import main"
+        if name == "deepspeed"
+        else "from torch.distributed.run import main"
+    )
+    hook = f"import site; site.addsitedir({str(tmp_path)!r})"
+    (tmp_path / name).write_text(f"{hook}\n{program}\nmain()\n")
+    (tmp_path / "sitecustomize.py").write_text(hook)  # for the process between `deepspeed` and the ranks
+    rank = RANK.replace("sys.exit(5)", "").replace("signal.pause()\nsignal.pause()", "signal.pause()")
+    (tmp_path / "rank.py").write_text(rank)
+    words = [sys.executable, str(tmp_path / name), *options, str(tmp_path / "rank.py")]
+    variables = environment(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", TORCH_CPP_LOG_LEVEL="ERROR")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(words, env=variables, start_new_session=True, **pipes)
+    for _ in range(2):
+        while "ready" not in process.stdout.readline():
+            assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    assert len(re.findall("^SIGINT", out, re.MULTILINE)) >= 2
+    assert "Traceback" not in out
