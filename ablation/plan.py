@@ -19,8 +19,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ablation.budget import Width, match
+from conf.arms import unknown_arm
 from conf.keys import choices
-from conf.load import load, quoted, read_group, to_dict
+from conf.load import load, read_group, to_dict
+from conf.overrides import quoted
 from conf.schema import AblationConfig, Config
 from conf.validate import Batch, digest, holds_text_out, validate, what_is_learned
 from kernels.common.errors import UserError, suggest, unknown
@@ -112,15 +114,15 @@ class Plan:
         tags = [*arm.config.logger.tags, *tags_of(self.hash, planned.size, planned.stage)]
         return [
             *arm.overrides,
-            f"model.d_ff={arm.width.d_ff}",
+            f"++model.d_ff={arm.width.d_ff}",  # ++: beside a size's d_ff_gated, and with logger=none, none of these is an error
             f"optim.lr={planned.lr!r}",
             f"seed={planned.seed}",
             f"data_seed={planned.seed}",
             f"runs={runs}",
             f"run={planned.name}",
-            f"logger.group={quoted(self.config.name)}",
-            f"logger.job_type={quoted(planned.arm)}",
-            f"logger.tags=[{','.join(map(quoted, tags))}]",
+            f"++logger.group={quoted(self.config.name)}",
+            f"++logger.job_type={quoted(planned.arm)}",
+            f"++logger.tags=[{','.join(map(quoted, tags))}]",
         ]
 
     def count_runs(self) -> int:
@@ -244,7 +246,9 @@ def _named(value: Any, key: str) -> dict[str, str | list[str]]:
         value = {name: f"ffn={name}" for name in value}
         for name in value:
             if name not in choices("ffn"):
-                raise unknown("arm", str(name), choices("ffn"))
+                raise unknown_arm(
+                    str(name), f"ablation.arms={{mine: \"ffn=custom ffn.formula='{name}'\", relu: ffn=relu}}"
+                )
     if not isinstance(value, dict) or not value:
         raise UserError(f"ablation.{key} must map names to overrides, such as {{mine: ffn=relu}}")
     for name in value:
@@ -267,6 +271,10 @@ def _split(overrides: Any, key: str) -> tuple[str, ...]:
 
 
 def _overrides_of_arm(text: Any, arm: str, common: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(text, str) and not re.match(r"\+*[\w.]+=(?!=)", text.strip()):  # the name of an arm, or a formula
+        if text not in choices("ffn"):
+            raise unknown_arm(text, f"ablation.arms={{{arm}: \"ffn=custom ffn.formula='{text}'\"}}")
+        text = f"ffn={text}"
     overrides = _split(text, f"arms.{arm}")
     common_keys = {_key(override): override for override in common}
     for override in overrides:
@@ -324,6 +332,9 @@ def _check(config: AblationConfig, arms: Mapping[str, Any]) -> None:
         )
     if len(arms) < 2:
         raise UserError("a plan compares at least two arms: ablation.arms=[relu,swiglu]")
+    if isinstance(config.seeds, int):
+        listed = ",".join(map(str, range(max(2, min(config.seeds, 9)))))
+        raise UserError(f"ablation.seeds={config.seeds} is one number: list the seeds, as ablation.seeds=[{listed}]")
     if not _whole_numbers(config.seeds) or len(set(config.seeds)) != len(config.seeds):
         raise UserError(f"ablation.seeds={config.seeds} must be distinct whole numbers")
     if len(config.seeds) < 2:

@@ -19,8 +19,8 @@ import numpy as np
 from ablation.budget import REFUSE
 from ablation.manifest import Manifest, read_manifest
 from ablation.outcomes import DIVERGED, ENDED, FINISHED, Outcome, is_finite, read_metrics, read_outcome, run_folders
-from ablation.plan import PlannedRun
-from ablation.statistics import Comparison, SweepResult, compare, sweep_result
+from ablation.plan import Plan, PlannedRun
+from ablation.statistics import FEWEST_SEEDS, Comparison, SweepResult, compare, sweep_result
 from conf.load import values_of
 from kernels.common.errors import UserError
 
@@ -160,6 +160,21 @@ class Results:
         if self.baseline in blocked:
             blocked[self.baseline] = f"the baseline: {blocked[self.baseline]}"
         return compare(losses, self.baseline, self.manifest.plan.smallest_effect, self.ceiling(size), blocked)
+
+
+def why_no_verdict(plan: Plan) -> list[str]:
+    """Return why a plan can give no verdict, or none on some arm, whatever its runs show: known before the first one."""
+    config = plan.config
+    reasons = []
+    if len(config.rates) < FEWEST_RATES:
+        reasons.append(f"a verdict needs {FEWEST_RATES} learning rates per arm, ablation.rates has {len(config.rates)}")
+    if len(config.seeds) < FEWEST_SEEDS:
+        reasons.append(f"a verdict needs {FEWEST_SEEDS} seeds, ablation.seeds has {len(config.seeds)}")
+    for size, name in plan.size_arm_pairs():
+        mismatch = plan.arms[size][name].width.mismatch
+        if config.budget != "none" and abs(mismatch) > REFUSE:
+            reasons.append(f"{name} at {size}: its {config.budget} differ from the baseline's by {mismatch:+.1%}")
+    return reasons
 
 
 def read_results(folder: Path) -> Results:

@@ -37,8 +37,11 @@ from ablation.manifest import check_manifest, write_manifest
 from ablation.outcomes import DIVERGED, ENDED, FAILED, FINISHED, Outcome, is_running, read_outcome, run_folders
 from ablation.plan import Plan, PlannedRun, read_plan, resolve
 from ablation.progress import outcome_of, sweep_progress
+from ablation.results import why_no_verdict
 from ablation.speed import step_time
+from conf.help import key_lines
 from conf.keys import choices
+from conf.schema import AblationConfig, ClusterConfig
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import split_options
@@ -48,9 +51,15 @@ _OPTIONS = {"yes": False, "jobs": 0, "ranks": 0, "folder": "ablations", "task": 
 
 
 def usage() -> str:
-    """Return the text of `--help`: the module's docstring, and the question of every plan."""
+    """Return the text of `--help`: the module's docstring, the question of every plan, and the keys of a plan."""
     plans = [f"    {name:<16}{read_plan([f'ablation={name}'])[0].question}" for name in choices("ablation")]
-    return "\n".join([__doc__ or "", *plans])
+    keys = [
+        "",
+        "keys of a plan, and of a cluster",
+        *key_lines(AblationConfig, "ablation."),
+        *key_lines(ClusterConfig, "cluster."),
+    ]
+    return "\n".join([__doc__ or "", *plans, *keys])
 
 
 def main(argv: list[str]) -> int:
@@ -109,6 +118,8 @@ def show(plan: Plan, folder: Path, console: Console) -> None:
         f"+ {len(config.seeds)} seeds), equal in {config.budget}; {plan.flops():.3g} FLOPs; {_duration(plan, folder)}",
         soft_wrap=True,
     )
+    for reason in why_no_verdict(plan):
+        console.print(f"no verdict: {reason}", soft_wrap=True)
     ended = sum(read_outcome(path).state in ENDED for path in run_folders(folder))
     if ended:
         console.print(f"{ended} of them have ended already, in {folder}", soft_wrap=True)

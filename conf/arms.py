@@ -97,7 +97,7 @@ def _changed(base: FFNConfig, change: Any, key: str) -> FFNConfig:
             raise unknown(f"key of {key}", str(name), list(_CHANGEABLE))
     change = dict(change)
     if "arm" in change:
-        base = dataclasses.replace(base, **_arm(str(change.pop("arm"))))
+        base = dataclasses.replace(base, **_arm(str(change.pop("arm")), key))
     if "formula" in change:
         base = dataclasses.replace(base, name="custom", parameters={}, from_output="")
     if isinstance(change.get("parameters"), dict):
@@ -110,9 +110,21 @@ def catalogue() -> dict[str, dict[str, Any]]:
     return {name: _arm(name) for name in choices("ffn")}
 
 
-def _arm(name: str) -> dict[str, Any]:
+def unknown_arm(name: str, as_formula: str, kind: str = "arm") -> UserError:
+    """Return the error for a name that no arm of conf/ffn has.
+
+    Args:
+        as_formula: what to type where the name turns out to be a formula.
+        kind: what the name is one of.
+    """
+    if re.search(r"[()*+/<>^]|\b(x|gate|up)\b", name):
+        return UserError(f"{name!r} is a formula, not the name of an arm: write {as_formula}")
+    return unknown(kind, name, choices("ffn"))
+
+
+def _arm(name: str, key: str = "ffn.per_layer") -> dict[str, Any]:
     if name not in choices("ffn"):
-        raise unknown("arm", name, choices("ffn"))
+        raise unknown_arm(name, f"{key}.formula='{name}'")
     stored: Any = OmegaConf.to_container(OmegaConf.load(FOLDER / "ffn" / f"{name}.yaml"))
     return {
         "parameters": {},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
+from typing import Any
 
 from conf.keys import choices, keys
 from conf.schema import GROUPS, Config
@@ -14,35 +16,56 @@ EXAMPLES = """\
   python train.py ffn=custom ffn.formula='x*sigmoid(1.702*x)'
   python train.py data=text data.path=notes/ steps=500
   python train.py --multirun ffn=relu,swiglu seed=0,1       four runs in sequence, without a comparison
+  python train.py run=notes steps=1000                      goes on with the run of that name, from its config.yaml
   deepspeed train.py model=llama_1b data=parquet data.path=fineweb/ tokenizer=huggingface tokenizer.path=tokenizer.json\
 """
 
 
-def print_help(program: str) -> None:
-    """Print usage, examples, the groups with their choices, and every key with its default and help."""
+def print_help(program: str, values: Mapping[str, Any], chosen: Mapping[str, str]) -> None:
+    """Print usage, examples, the groups with their choices, and every key with its default and help.
+
+    Args:
+        values: {dotted key: value} of a run without overrides, presets included.
+        chosen: {group: the choice of that run}.
+    """
     types = typing.get_type_hints(Config)
     print(f"usage: {program} GROUP=CHOICE ... key=value ...\n")
     if program == "train.py":
         print(f"Trains a LLaMA-style decoder. The same command again resumes a stopped run.\n\nexamples\n{EXAMPLES}\n")
-    print("groups")
+    print("groups (* is the default)")
     for group in GROUPS:
-        print(f"  {group + '=':<12}{' | '.join(choices(group))}")
-    section = None  # the group whose keys are being printed
-    for name, _, field in keys():
-        group = name.rpartition(".")[0]
-        if group != section:
-            section = group
-            print(f"\n{types[group].__doc__.strip() if group else 'keys'}")
-        print(f"  {f'{name}={_default(field)}':<44}{field.metadata['help']}")
+        print(f"  {group + '=':<12}{' | '.join(f'{c}*' if c == chosen[group] else c for c in choices(group))}")
+    for group in dict.fromkeys(name.rpartition(".")[0] for name, _, _ in keys()):
+        print(f"\n{types[group].__doc__.strip() if group else 'keys, with the values of the default run'}")
+        print("\n".join(key_lines(types[group] if group else Config, f"{group}." if group else "", values)))
     print(
         f"\n{program} --cfg prints the composed configuration. A preset (model=...) sets its own values of these keys."
     )
 
 
-def _default(field: dataclasses.Field) -> str:
-    """Return a key's default as it is typed."""
-    if field.default_factory is not dataclasses.MISSING:
-        return str(field.default_factory())
-    if field.default is None:
-        return "null"
-    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+def key_lines(schema: type, prefix: str, values: Mapping[str, Any] | None = None) -> list[str]:
+    """Return a line for each key of a group: the key with its default, and its help.
+
+    Args:
+        prefix: the group with a dot; "" lists the keys that are in no group.
+        values: {dotted key: value}, instead of the schema's defaults.
+    """
+    lines = []
+    for name, _, field in keys(schema, prefix):
+        if prefix or "." not in name:
+            typed = f"{name}={_typed((values or {}).get(name, _default(field)))}"
+            lines.append(f"  {typed:<44}{'' if len(typed) < 44 else ' '}{field.metadata['help']}")
+    return lines
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _typed(value: Any) -> str:
+    """Write a value as it is typed; a list that would not fit on its line is only counted."""
+    if isinstance(value, list) and value:
+        return f"[{','.join(map(str, value))}]" if len(str(value)) < 40 else f"[{len(value)} of them]"
+    if isinstance(value, float) and value >= 1e6:
+        return f"{value:g}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,9 +1,8 @@
 """From a command line to a typed `Config`, composed with Hydra; a mistyped override is refused in one sentence.
 
 This module uses Hydra's compose API rather than `hydra.main`, because the project owns the run folder, the console and the
-exit status. The override grammar is Hydra's (`group=choice key=value`), with two conveniences: a formula or a path needs no
-second layer of quotes, and an integer may be written as `1e9`. Keys are defined in `conf/schema.py`; `conf/validate.py` checks
-that values fit together.
+exit status. `run=NAME` of a run that has started composes over that run's config.yaml. Keys are defined in `conf/schema.py`;
+`conf/overrides.py` reads overrides, `conf/effects.py` refuses those without effect, `conf/validate.py` checks that values fit.
 """
 
 from __future__ import annotations
@@ -19,24 +18,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from conf.effects import refuse_ignored, refuse_ignored_of_parts, refuse_mislabelled
 from conf.help import print_help
 from conf.keys import FOLDER, choices, keys
+from conf.overrides import Override, parse, read_override, within
 from conf.schema import GROUPS, Config
 from kernels.common.commands import HELP
 from kernels.common.errors import UserError, unknown
+from kernels.common.options import whole_number
 
 Group = typing.TypeVar("Group")
-FREE_FORM = ("data.parts", "ffn.parameters", "ffn.per_layer")  # dictionaries with keys chosen by the user
-PLAIN_TEXT = (
-    "ffn.formula",
-    "ffn.from_output",
-    "data.path",
-    "tokenizer.path",
-    "run",
-    "runs",
-    "data.prepared",
-)  # taken verbatim, not parsed by Hydra
-LARGEST_FORMULA = 10_000  # characters; the formula parser has a far lower limit, this one bounds Hydra's work
 # Keys that do not change what is learned: they neither name a run nor prevent resuming it (conf/validate.py).
 NOT_IN_NAME = (
     "run",
@@ -54,31 +45,81 @@ NOT_IN_NAME = (
 def load(argv: list[str], program: str = "train.py") -> Config:
     """Compose the configuration from `argv`, the overrides without the program's name.
 
-    `--help` prints the keys and exits; `--cfg` prints the composed configuration and exits.
+    With `run=NAME` of a run that has started, they are set over the run's config.yaml. `--help` prints the keys and exits;
+    `--cfg` prints the composed configuration and exits.
 
     Raises:
-        UserError: an override that is not understood, an unknown group, choice or key, or a value of the wrong type.
+        UserError: an override that is not understood, an unknown group, choice or key, a value of the wrong type, or a key that
+            has no effect under the chosen options.
     """
     if any(argument in HELP for argument in argv):
-        print_help(program)
+        default = _compose([])
+        print_help(program, flatten(to_dict(default)), _choices_of(default))
         raise SystemExit(0)
     print_config = "--cfg" in argv  # Hydra's own spelling is `--cfg job`
     ignored = ("--cfg", "job") if print_config else ()
-    overrides = [_prepare(argument, program) for argument in argv if argument not in ignored]
-    _refuse_two_lengths(overrides)
-    config = _compose(overrides)
+    overrides = [read_override(argument, program) for argument in argv if argument not in ignored]
+    typed = {override.key for override in overrides}
+    if {"steps", "tokens"} <= typed:
+        raise UserError("both steps and tokens were given: set the length of the run with one of them")
+    composed = _compose(overrides)
+    stored = _started(composed) if "run" in typed else None
+    config = _over(stored, overrides) if stored else composed
     # A length given as an override wins over the preset's, whichever of the two it is.
-    typed = {override.partition("=")[0] for override in overrides}
     if "tokens" in typed and config.tokens is not None:
         config.steps = None
     elif "steps" in typed and config.steps is not None:
         config.tokens = None
+    _refuse_without_effect(overrides, config, stored)
     if config.run is None:
         config.run = run_name(config, overrides)
     if print_config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def _started(config: Config) -> Config | None:
+    """Return the configuration of the run in the run folder that `config` names; None where no run has started there."""
+    folder = Path(config.runs) / str(config.run)
+    with contextlib.suppress(OSError, ValueError):  # a name that no folder can have is refused later
+        if config.resume and (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
+            return from_yaml(folder / "config.yaml")
+    return None
+
+
+def _over(stored: Config, overrides: list[Override]) -> Config:
+    """Return a run's configuration with overrides set over it. A group replaces its keys, unless it is the run's choice."""
+    chosen = _choices_of(stored)
+    preset = [Override("model", f"'{chosen['model']}'")] if chosen["model"] in choices("model") else []
+    composed = _compose([*preset, *overrides])
+    changed = [o for o in overrides if o.key not in GROUPS or o.value.strip("'") != chosen[o.key]]
+    if any(override.key == "model" for override in changed):
+        return composed  # a preset is a whole recipe
+    values, typed = to_dict(stored), to_dict(composed)
+    for override in changed:
+        *path, name = override.key.split(".")
+        target, source = values, typed
+        for part in path:
+            target, source = target.setdefault(part, {}), source[part]
+        target[name] = source[name]
+    values["runs"], values["run"] = composed.runs, composed.run
+    return _from_dict(values)
+
+
+def _choices_of(config: Config) -> dict[str, str]:
+    """Return {group: choice} of a configuration, as far as its values tell."""
+    tree = to_dict(config)
+    return {group: str(tree[group].get("name", tree[group].get("stage", "default"))) for group in GROUPS}
+
+
+def _refuse_without_effect(overrides: list[Override], config: Config, stored: Config | None) -> None:
+    refuse_ignored(overrides, flatten(to_dict(config)))
+    if any(within(override.key, ("data.parts",)) for override in overrides):
+        refuse_ignored_of_parts(config.data.parts)
+    if any(override.key.endswith(".name") for override in overrides):
+        chosen = {override.key: override.value.strip("'") for override in overrides if override.key in GROUPS}
+        refuse_mislabelled(overrides, _choices_of(stored or _compose([])) | chosen)
 
 
 def read_group(group: str, schema: type[Group], arguments: list[str], kind: str) -> tuple[Group, list[str]]:
@@ -120,13 +161,20 @@ def read_group(group: str, schema: type[Group], arguments: list[str], kind: str)
             if types.get(name) in (str, typing.Optional[str]) and text != "null":  # YAML takes 1:00:00 for a number
                 settings[name] = text
                 continue
+            if types.get(name) is int and (count := whole_number(text)) is not None:
+                settings[name] = count
+                continue
             [(name, value)] = _container(OmegaConf.from_dotlist([override])).items()
             adds = "." in override.partition("=")[0] and isinstance(settings.get(name), dict)
             settings[name] = {**settings[name], **value} if adds else value
-        config = OmegaConf.merge(OmegaConf.structured(schema), {"name": names[-1], **settings})
-        return typing.cast(Group, OmegaConf.to_object(config)), others
+        merged = OmegaConf.merge(OmegaConf.structured(schema), {"name": names[-1], **settings})
+        config: Any = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{kind} {names[-1]}: {str(error).splitlines()[0]}") from error
+    split = (override.partition("=") for override in overrides)
+    typed = [Override(f"{group}.{key}", value, value) for key, _, value in split]
+    refuse_ignored(typed, flatten({group: dataclasses.asdict(config)}), schema, f"{group}.")
+    return config, others
 
 
 def _container(config: Any) -> dict[str, Any]:
@@ -160,8 +208,26 @@ def from_yaml(path: str | os.PathLike[str]) -> Config:
     from omegaconf import OmegaConf
 
     with _refused(path):
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(Path(path)))
-        return typing.cast(Config, OmegaConf.to_object(merged))
+        return _from_dict(OmegaConf.load(Path(path)))
+
+
+def _from_dict(values: Any) -> Config:
+    """Return the configuration that `to_dict` wrote; keys that it leaves out have the schema's defaults."""
+    from omegaconf import OmegaConf
+
+    merged = OmegaConf.merge(OmegaConf.structured(Config), values)
+    return _with_text_keys(typing.cast(Config, OmegaConf.to_object(merged)))
+
+
+def _with_text_keys(config: Config) -> Config:
+    """Write the keys of the user's own dictionaries as text: the layer in `ffn.per_layer={0: relu2}` is typed as a number."""
+    ffn, data = config.ffn, config.data
+    ffn.parameters, ffn.per_layer, data.parts = map(_text_keys, (ffn.parameters, ffn.per_layer, data.parts))
+    return config
+
+
+def _text_keys(value: Any) -> Any:
+    return {str(key): _text_keys(inner) for key, inner in value.items()} if isinstance(value, dict) else value
 
 
 def values_of(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -212,11 +278,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict) and value:
             flat.update(flatten(value, f"{prefix}{name}."))
         else:
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat
 
 
-def run_name(config: Config, overrides: list[str]) -> str:
+def run_name(config: Config, overrides: list[Override]) -> str:
     """Name a run after its command: model, arm, and all other overrides, so that the same command finds it again.
 
     Commands that train something else get different names: what the name cannot spell out goes into a hash at its end.
@@ -224,8 +290,9 @@ def run_name(config: Config, overrides: list[str]) -> str:
     values = flatten(to_dict(config))
     last_parts = Counter(key.rpartition(".")[2] for key, _, _ in keys())
     parts, hidden = [config.model.name, config.ffn.name], ""
-    for key, text in sorted(override.lstrip("+").split("=", 1) for override in _effective(overrides)):
-        if key in ("model", "ffn") or any(key == name or key.startswith(name + ".") for name in NOT_IN_NAME):
+    effective = {override.key: override.value for override in overrides}  # the last override of a key counts
+    for key, text in sorted(effective.items()):
+        if key in ("model", "ffn") or within(key, NOT_IN_NAME):
             continue
         value = text.strip("'") if key in GROUPS else _as_typed(values.get(key, text))
         part = value if type(values.get(key)) in (int, float) else re.sub(r"[^A-Za-z0-9.]+", "_", value).strip("_")
@@ -246,78 +313,20 @@ def _as_typed(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _effective(overrides: list[str]) -> list[str]:
-    """Return the last override of every key, which is the one that counts."""
-    return list({override.partition("=")[0]: override for override in overrides}.values())
-
-
-def _prepare(argument: str, program: str) -> str:
-    """Check one override's key against the schema, normalise its value, and return the override for Hydra to parse."""
-    if argument.startswith("-"):
-        raise UserError(f"unknown option {argument!r}: {program} takes GROUP=CHOICE and key=value; --help lists them")
-    key, equals, value = argument.partition("=")
-    if not equals:
-        raise UserError(
-            f"{argument!r} is not an override: write GROUP=CHOICE or key=value ({program} --help lists them)"
-        )
-    key = key.lstrip("+")
-    if key in GROUPS:
-        if value not in choices(key):
-            raise unknown(key, value, choices(key))
-        return f"{key}='{value}'"  # quoted: a bare `zero=1` would reach Hydra as a number
-    if any(key == name or key.startswith(name + ".") for name in FREE_FORM):
-        return f"++{key}={value}"
-    known = {name: kind for name, kind, _ in keys()}
-    if key not in known:
-        inside = [name for name in known if name.endswith("." + key)]
-        if inside:
-            raise UserError(f"unknown key {key!r}: did you mean {' or '.join(map(repr, inside))}?")
-        siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
-        raise unknown("key", key, siblings if siblings and "." in key else [*siblings, *GROUPS])
-    if key in PLAIN_TEXT and value[:1] not in ("'", '"', "[") and value not in ("null", ""):
-        if len(value) > LARGEST_FORMULA:
-            raise UserError(f"{key} has {len(value):,} characters; at most {LARGEST_FORMULA:,} are read")
-        value = quoted(value)
-    elif (
-        known[key] in (int, typing.Optional[int])
-        and re.fullmatch(r"[0-9]*\.?[0-9]+[eE]\+?[0-9]{1,2}", value)
-        and float(value).is_integer()
-    ):
-        value = str(int(float(value)))
-    return f"{key}={value}"
-
-
-def quoted(text: str) -> str:
-    """Quote a text so that Hydra reads it back unchanged, whatever it contains: `'1e5'` stays a text."""
-    # In Hydra's quotes a backslash is itself, unless it stands before a quote.
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text) + "'"
-
-
-def _refuse_two_lengths(overrides: list[str]) -> None:
-    typed = {override.partition("=")[0] for override in overrides}
-    if {"steps", "tokens"} <= typed:
-        raise UserError("both steps and tokens were given: set the length of the run with one of them")
-
-
-def _compose(overrides: list[str]) -> Config:
+def _compose(overrides: list[Override]) -> Config:
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    parser = OverridesParser.create()
     for override in overrides:
-        try:
-            parser.parse_override(override)
-        except HydraException as error:
-            raise UserError(f"cannot parse {override!r}: a bracket, quote or comma is misplaced") from error
+        parse(str(override))
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_dir(str(FOLDER), version_base="1.3"):
-            composed = compose("config", overrides)
-        return typing.cast(Config, OmegaConf.to_object(composed))
+            composed = compose("config", [str(override) for override in overrides])
+        return _with_text_keys(typing.cast(Config, OmegaConf.to_object(composed)))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_sentence(error)) from error
 

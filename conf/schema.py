@@ -10,11 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 
-def key(default: Any, help: str) -> Any:
-    """Return a dataclass field with a default and its line of help."""
+def key(default: Any, help: str, only: str = "") -> Any:
+    """Return a dataclass field with a default and its line of help.
+
+    Args:
+        only: the condition under which the key has an effect: "schedule.name=wsd", "data.source=jsonl|parquet",
+            "zero.stage!=0", or "parallel.tensor>1" (of a list: its length). Typed where it does not hold, the key is refused
+            (conf/effects.py).
+    """
+    metadata = {"help": help, "only": only}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -22,11 +29,17 @@ class FFNConfig:
     """`ffn=`: the feed-forward arm, given by its formula."""
 
     name: str = key("swiglu", "name of the arm, used in the name of the run")
-    formula: str = key("silu(gate) * up", "formula of x (ungated, 2 matrices), or of gate and up (gated, 3 matrices)")
+    formula: str = key(
+        "silu(gate) * up",
+        "formula of x (ungated, 2 matrices), or of gate and up (gated, 3 matrices)",
+        only="ffn.name=custom",
+    )
     parameters: Any = key(
         {}, "parameters of the formula: a number is fixed, {init: 0.25, share: layer | channel} is learned"
     )
-    from_output: str = key("", "the derivative as a formula of the output h, if there is one: for save=output")
+    from_output: str = key(
+        "", "the derivative as a formula of the output h, if there is one: for save=output", only="ffn.name=custom"
+    )
     save: str = key(
         "packed", "saved for backward beside the layer's input: packed (pre-activations) | output | everything | input"
     )
@@ -51,7 +64,9 @@ class ModelConfig:
     n_kv_heads: Optional[int] = key(None, "key and value heads (grouped-query attention); null: as many as n_heads")
     head_dim: Optional[int] = key(None, "channels per head; null: d_model / n_heads")
     d_ff: Optional[int] = key(None, "FFN width; null: d_ff_gated for a gated arm, 3/2 of it for an ungated one")
-    d_ff_gated: int = key(688, "FFN width of a gated arm (3 matrices); an ungated arm (2 matrices) gets 3/2 of it")
+    d_ff_gated: int = key(
+        688, "FFN width of a gated arm (3 matrices); an ungated arm (2 matrices) gets 3/2 of it", only="model.d_ff=null"
+    )
     vocab_size: Optional[int] = key(
         None, "rows of the embedding; null: the tokenizer's size, rounded up to a multiple of 64"
     )
@@ -74,10 +89,14 @@ class DataConfig:
 
     name: str = key("stdlib", "name of the corpus, used in the name of the prepared folder")
     source: str = key("stdlib", "reader: stdlib | text | jsonl | parquet | hf | blend")
-    path: Any = key(None, "file, glob, folder, or a list of them; .gz and .zst are decompressed")
-    field: str = key("text", "jsonl, parquet, hf: the field with the text")
-    subset: Optional[str] = key(None, "hf: configuration of the data set")
-    split: str = key("train", "hf: split of the data set")
+    path: Any = key(
+        None,
+        "file, glob, folder, or a list of them; .gz and .zst are decompressed",
+        only="data.source=text|jsonl|parquet|hf",
+    )
+    field: str = key("text", "jsonl, parquet, hf: the field with the text", only="data.source=jsonl|parquet|hf|blend")
+    subset: Optional[str] = key(None, "hf: configuration of the data set", only="data.source=hf|blend")
+    split: str = key("train", "hf: split of the data set", only="data.source=hf|blend")
     held_out: float = key(
         0.04,
         "fraction of the documents held out for evaluation, selected by a hash of their text; 0: train without evaluation",
@@ -85,7 +104,7 @@ class DataConfig:
     prepared: str = key("prepared", "folder of prepared corpora")
     shard_megabytes: int = key(64, "text per shard (MB), the unit of parallel work and of resuming")
     workers: int = key(0, "tokenizer processes; 0: one per core")
-    parts: Any = key({}, "blend: {name: {weight: W, source: ..., path: ...}}")
+    parts: Any = key({}, "blend: {name: {weight: W, source: ..., path: ...}}", only="data.source=blend")
 
 
 @dataclass
@@ -95,8 +114,10 @@ class TokenizerConfig:
     name: str = key("sentencepiece", "name of the choice")
     kind: str = key("sentencepiece", "sentencepiece | huggingface")
     path: Optional[str] = key(None, "a .model file or a tokenizer.json; null: train SentencePiece on the corpus")
-    vocab_size: int = key(4096, "vocabulary entries of a tokenizer trained here")
-    train_megabytes: int = key(64, "most text to train it on (MB, a uniform sample of the corpus)")
+    vocab_size: int = key(4096, "vocabulary entries of a tokenizer trained here", only="tokenizer.path=null")
+    train_megabytes: int = key(
+        64, "most text to train it on (MB, a uniform sample of the corpus)", only="tokenizer.path=null"
+    )
 
 
 @dataclass
@@ -119,7 +140,7 @@ class ScheduleConfig:
     name: str = key("cosine", "cosine | linear | wsd")
     warmup: float = key(0.01, "fraction of the steps over which the learning rate rises from 0")
     final: float = key(0.1, "learning rate at the end, as a fraction of the peak")
-    decay: float = key(0.2, "wsd: fraction of the steps over which the learning rate decays")
+    decay: float = key(0.2, "wsd: fraction of the steps over which the learning rate decays", only="schedule.name=wsd")
 
 
 @dataclass
@@ -130,9 +151,11 @@ class ZeroConfig:
     offload_optimizer: bool = key(False, "keep the optimizer state in CPU memory")
     offload_parameters: bool = key(False, "stage 3: keep the parameters in CPU memory")
     bucket_elements: int = key(
-        50_000_000, "elements per reduction or gather; stage 3 keeps up to 20 times as many gathered"
+        50_000_000,
+        "elements per reduction or gather; stage 3 keeps up to 20 times as many gathered",
+        only="zero.stage!=0",
     )
-    overlap: bool = key(False, "overlap gradient reduction with backward")
+    overlap: bool = key(False, "overlap gradient reduction with backward", only="zero.stage!=0")
 
 
 @dataclass
@@ -141,7 +164,9 @@ class ParallelConfig:
 
     tensor: int = key(1, "tensor-parallel ranks, which shard each matrix; best within a node")
     sequence: bool = key(
-        False, "sequence parallelism over the tensor ranks between matmuls: less memory, the same traffic"
+        False,
+        "sequence parallelism over the tensor ranks between matmuls: less memory, the same traffic",
+        only="parallel.tensor>1",
     )
     context: int = key(1, "context-parallel ranks, which split each sequence; all-to-all over heads around attention")
     timeout_minutes: float = key(30.0, "timeout of a collective; the run stops after it")
@@ -152,7 +177,7 @@ class PrecisionConfig:
     """`precision=`: dtypes."""
 
     name: str = key("auto", "auto: bf16 where the machine has bf16 instructions, else fp32")
-    reduce: str = key("fp32", "dtype of gradient reductions: fp32 | bf16")
+    reduce: str = key("fp32", "dtype of gradient reductions: fp32 | bf16", only="precision.name!=fp32")
 
 
 @dataclass
@@ -162,13 +187,17 @@ class LoggerConfig:
     name: str = key("wandb", "name of the choice")
     wandb: bool = key(True, "Weights & Biases; offline when not logged in")
     tensorboard: bool = key(False, "TensorBoard event files in the run folder")
-    project: str = key("ffn", "wandb: project")
-    entity: Optional[str] = key(None, "wandb: team or user")
-    group: Optional[str] = key(None, "wandb: group of runs; `python -m ablation.run` sets the plan")
-    job_type: Optional[str] = key(
-        None, "wandb: job type, runs of one kind in a group; `python -m ablation.run` sets the arm"
+    project: str = key("ffn", "wandb: project", only="logger.wandb=true")
+    entity: Optional[str] = key(None, "wandb: team or user", only="logger.wandb=true")
+    group: Optional[str] = key(
+        None, "wandb: group of runs; `python -m ablation.run` sets the plan", only="logger.wandb=true"
     )
-    tags: Any = key([], "wandb: tags")
+    job_type: Optional[str] = key(
+        None,
+        "wandb: job type, runs of one kind in a group; `python -m ablation.run` sets the arm",
+        only="logger.wandb=true",
+    )
+    tags: Any = key([], "wandb: tags", only="logger.wandb=true")
 
 
 @dataclass
@@ -187,10 +216,10 @@ class Config:
     global_batch_size: int = key(8, "sequences per step, over all ranks and accumulation")
     eval_every: int = key(100, "steps between evaluations; 0: only at the end")
     eval_tokens: Optional[int] = key(
-        None, "held-out tokens per periodic evaluation; null: all. The final evaluation uses all"
+        None, "held-out tokens per periodic evaluation; null: all. The final evaluation uses all", only="eval_every>0"
     )
-    sample_every: int = key(0, "steps between samples from the prompts; 0: only at the end")
-    sample_tokens: int = key(96, "tokens per sample")
+    sample_every: int = key(0, "steps between samples from the prompts; 0: only at the end", only="prompts>0")
+    sample_tokens: int = key(96, "tokens per sample", only="prompts>0")
     prompts: Any = key([], "prompts of the samples")
     save_every: int = key(100, "steps between checkpoints; 0: only at the end")
     keep_last: int = key(2, "newest checkpoints to keep, beside the best one")
@@ -198,7 +227,9 @@ class Config:
     telemetry_every: int = key(
         50, "steps between activation telemetry samples (telemetry lines of metrics.jsonl); 0: none"
     )
-    telemetry_window: int = key(1_000_000, "sampled tokens without activity after which a unit counts as dead")
+    telemetry_window: int = key(
+        1_000_000, "sampled tokens without activity after which a unit counts as dead", only="telemetry_every>0"
+    )
     deterministic: bool = key(False, "refuse nondeterministic operations")
     ffn: FFNConfig = field(default_factory=FFNConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -226,11 +257,15 @@ class AblationConfig:
         [0.5, 1.0, 2.0],
         "learning rates to sweep, times the size's optim.lr; a single one: no sweep, no verdict",
     )
-    rate_extensions: int = key(2, "how often to extend a sweep whose best learning rate lies at an edge")
-    rate_seed: int = key(1000, "seed of the sweep, different from all `seeds`")
+    rate_extensions: int = key(
+        2, "how often to extend a sweep whose best learning rate lies at an edge", only="ablation.rates>1"
+    )
+    rate_seed: int = key(1000, "seed of the sweep, different from all `seeds`", only="ablation.rates>1")
     seeds: Any = key([0, 1, 2, 3, 4], "seeds of the compared runs, for weights and data")
     budget: str = key("parameters", "what is equal between arms: parameters | flops | memory | wallclock | none")
-    allowed_mismatch: float = key(0.01, "largest relative deviation of an arm's cost from the budget")
+    allowed_mismatch: float = key(
+        0.01, "largest relative deviation of an arm's cost from the budget", only="ablation.budget!=none"
+    )
     tile: int = key(128, "coarsest multiple to round a width to, on every tensor rank")
     metric: str = key("final_eval_loss", "key of summary.json by which arms are compared; less is better")
     smallest_effect: float = key(0.01, "smallest difference of interest, nats per token")
@@ -269,12 +304,14 @@ class ClusterConfig:
     memory: Optional[str] = key("0", "memory per node, as SLURM's --mem; 0: all")
     time: str = key("24:00:00", "time limit of a job; an unfinished run resumes in another job")
     signal_seconds: int = key(120, "seconds before the time limit at which SLURM signals the run to save")
-    gpu_request: str = key("--gpus-per-node", "how GPUs are requested: --gpus-per-node, --gres, or none")
+    gpu_request: str = key(
+        "--gpus-per-node", "how GPUs are requested: --gpus-per-node, --gres, or none", only="cluster.gpus_per_node>0"
+    )
     tasks: str = key("gpu", "srun tasks: gpu, one per GPU; node, one per node, which starts its ranks itself")
     python: Optional[str] = key(None, "interpreter; null: the one that submits, or python inside a container")
     container: str = key("none", "none, apptainer, or pyxis")
-    image: Optional[str] = key(None, "container image")
-    mounts: Any = key([], "container mounts, HOST:INSIDE")
+    image: Optional[str] = key(None, "container image", only="cluster.container!=none")
+    mounts: Any = key([], "container mounts, HOST:INSIDE", only="cluster.container!=none")
     modules: Any = key([], "environment modules to load")
     setup: Any = key([], "shell lines to run first, such as activating an environment")
     environment: Any = key({}, "environment variables of every rank, such as NCCL_SOCKET_IFNAME")

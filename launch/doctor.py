@@ -34,11 +34,12 @@ from rich.text import Text
 from conf.load import load
 from conf.login import wandb_mode
 from conf.schema import ClusterConfig, Config
+from conf.validate import validate
 from kernels.c.toolchain import FLAGS, find_compiler
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import split_options
-from launch.estimate.counts import parameters, shape_of
+from launch.estimate.counts import check_divisibility, parameters, shape_of
 from launch.installed import installed_versions
 from launch.launchers import Launchers, refuse_taken_port
 from launch.ranks import Ranks, export, find_ranks, installed_gpus, take_local_rank, without_launcher
@@ -94,16 +95,20 @@ def findings(config: Config, cluster: ClusterConfig | None, ranks: Ranks, quick:
     """Yield the findings of all checks as they complete."""
     yield python()
     yield from packages()
+    configured = configuration(config)
+    yield configured
     yield from optional_packages(config)
     yield compiler()
     yield launcher()
     yield wandb()
-    yield space(config)
+    if configured.level == GREEN:  # a shape that cannot be has no size
+        yield space(config)
     yield shared_memory()
     yield open_files()
     if quick:
         return
-    yield disk_speed(config)
+    if configured.level == GREEN:
+        yield disk_speed(config)
     yield from torch_and_gpus()
     yield deepspeed_ops()
     yield from collective(ranks, cluster)
@@ -149,10 +154,21 @@ def packages() -> Iterator[Finding]:
     yield from problems
 
 
+def configuration(config: Config) -> Finding:
+    """Validate the configuration as training does, for as many ranks as it needs: the doctor itself has one per node."""
+    try:
+        validate(config, config.parallel.tensor * config.parallel.context)
+        check_divisibility(shape_of(config), config.parallel)
+    except UserError as error:
+        return Finding(RED, "configuration", str(error), "python train.py --help lists the keys")
+    return Finding(GREEN, "configuration", f"{config.run} is valid")
+
+
 def optional_packages(config: Config) -> Iterator[Finding]:
     """Yield whether the optional packages that the configuration requires are installed."""
     for required, override, package, install in (
         (config.model.attention == "flash", "model.attention=flash", "flash_attn", "flash-attn"),
+        (config.model.attention == "flex", "model.attention=flex", "torch", "torch"),
         (config.ffn.backend == "triton", "ffn.backend=triton", "triton", "triton"),
         (config.logger.tensorboard, "logger.tensorboard=true", "tensorboard", "tensorboard"),
         (config.data.source == "hf", "data.source=hf", "datasets", "datasets"),
@@ -160,6 +176,8 @@ def optional_packages(config: Config) -> Iterator[Finding]:
         is_installed = importlib.util.find_spec(package) is not None
         if required and not is_installed:
             yield Finding(RED, override, f"{package} is not installed", f"pip install {install}, or omit {override}")
+        elif required and override.startswith("model.attention=") and not installed_gpus():
+            yield Finding(RED, override, "needs a GPU, and this machine has none", "model.attention=auto")
         elif required:
             yield Finding(GREEN, override, f"{package} is installed")
         elif package in ("flash_attn", "triton") and installed_gpus():

@@ -1,20 +1,23 @@
 """Several runs from one command: `python train.py --multirun ffn=relu,swiglu optim.lr=1e-3,2e-3` trains all four in sequence.
 
-Comma-separated values, and Hydra's `choice(...)` and `range(...)`, are expanded; each run has its own process and folder. A run
-has a single process, widths are not matched, seeds are not paired, and nothing is compared: `python -m ablation.run` does that.
+Values are separated by commas, or given as Hydra's `choice(...)`, `range(...)` or `glob(...)`, and are read as for a single
+run. Each run has its own process and folder. A run has a single process, widths are not matched, seeds are not paired, and
+nothing is compared: `python -m ablation.run` does that.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from conf.load import load
+from conf.load import NOT_IN_NAME, load
+from conf.overrides import sweep, within
 from kernels.common.errors import UserError
 from launch.ranks import find_ranks, without_launcher
 
@@ -23,33 +26,39 @@ _TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 def expand(overrides: list[str]) -> list[list[str]]:
-    """Return the overrides of every run, in the order in which Hydra's sweeper would take them.
+    """Return the overrides of every run, the last key varying fastest.
+
+    Runs that differ only in keys which name no run, such as `zero`, get a `run=` of their own.
 
     Raises:
-        UserError: no override has several values, a run is invalid, or two runs have one name.
+        UserError: no override has several values, a run is invalid, or two runs have one folder.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    choices: list[list[str]] = []  # of every override
-    for override in overrides:
-        try:
-            parsed = parser.parse_override(override)
-        except HydraException as error:
-            raise UserError(f"cannot parse {override!r}: a bracket, quote or comma is misplaced") from error
-        if parsed.is_sweep_override():
-            key = override.partition("=")[0]
-            choices.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
-        else:
-            choices.append([override])
-    runs = [list(run) for run in itertools.product(*choices)]
+    swept = [sweep(override) for override in overrides]
+    runs = [list(run) for run in itertools.product(*swept)]
     if len(runs) < 2:
         raise UserError("--multirun needs several comma-separated values of a key: ffn=relu,swiglu")
-    names = [load(run).run for run in runs]
-    if len(set(names)) < len(names):
+    configs = [load(run) for run in runs]
+    if len({(config.runs, config.run) for config in configs}) == len(runs):
+        return runs
+    if "run" in map(_key, overrides):
         raise UserError("--multirun would train several runs in one folder: leave run=NAME out")
-    return runs
+    unnamed = [i for i, values in enumerate(swept) if len(values) > 1 and within(_key(values[0]), NOT_IN_NAME)]
+    names = [
+        "-".join([str(config.run), *(_label(run[i]) for i in unnamed)])
+        for config, run in zip(configs, runs, strict=True)
+    ]
+    if len(set(names)) < len(names):
+        raise UserError("--multirun would train the same run twice: a value is listed twice")
+    return [[*run, f"run={name}"] for run, name in zip(runs, names, strict=True)]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+")
+
+
+def _label(override: str) -> str:
+    """Return a value as a part of a name: zero=2 is zero2."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", _key(override).rpartition(".")[2] + override.partition("=")[2])
 
 
 def multirun(overrides: list[str]) -> int:

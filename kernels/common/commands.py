@@ -1,14 +1,24 @@
-"""The frame of every command line program: `--help`, exit status, and errors in one sentence."""
+"""The frame of every command line program: `--help`, exit status, and errors in one sentence, once per node."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 from .errors import UserError
 
 HELP = ("-h", "--help")
+# The variables of launchers: deepspeed and torchrun, Open MPI, srun.
+_RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+_RANKS_OF_NODE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
+_WAIT_SECONDS = 0.5  # of other ranks, so that rank 0 speaks for all of them where it has the same error
+_FRESH_SECONDS = 60.0  # an error that is older was of an earlier command
 
 
 def run_command(
@@ -33,8 +43,7 @@ def run_command(
             status = main(argv)
         sys.stdout.flush()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        _print_once(str(error))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -43,3 +52,43 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     raise SystemExit(status or 0)
+
+
+def _print_once(sentence: str) -> None:
+    """Print an error, with the number of the rank unless it is 0. Of the ranks of a node that share it, one prints it."""
+    rank = _integer(*_RANK)
+    if rank:
+        time.sleep(_WAIT_SECONDS)
+    if _integer(*_RANKS_OF_NODE) < 2 or _claim(sentence, rank):
+        print(f"error: {f'rank {rank}: ' if rank else ''}{sentence}", file=sys.stderr, flush=True)
+
+
+def _claim(sentence: str, rank: int) -> bool:
+    """Return whether this rank is the one to print an error: the first of those that one launcher started on this node.
+
+    The rank that printed an error claims it again, so that the same command typed twice prints it twice.
+    """
+    launcher = f"{os.getuid()} {os.getppid()} {os.environ.get('MASTER_PORT', '')}"
+    name = hashlib.sha256(f"{launcher} {sentence}".encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir(), f"formula-ffn-error-{name}")
+    for claim in path.parent.glob("formula-ffn-error-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - claim.stat().st_mtime > _FRESH_SECONDS or (
+                claim == path and path.read_text() == str(rank)
+            ):
+                claim.unlink()
+    try:
+        with open(path, "x") as file:
+            file.write(str(rank))
+    except FileExistsError:
+        return False
+    except OSError:  # no temporary folder: better twice than never
+        return True
+    return True
+
+
+def _integer(*names: str) -> int:
+    """Return the first of these environment variables that is set, as a number; 0 where none is, or it is none."""
+    text = next((os.environ[name] for name in names if os.environ.get(name)), "0")
+    match = text.split("(")[0].split(",")[0]  # SLURM writes "4(x2),3"
+    return int(match) if match.isdigit() else 0

@@ -15,9 +15,10 @@ class UserError(Exception):
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:
-    """Return `"did you mean 'x'? "` for a near miss among `choices`, else an empty string."""
-    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}? " if near else ""
+    """Return `"did you mean 'x'? "` for a near miss among `choices`, in any case, else an empty string."""
+    by_lower = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f"did you mean {by_lower[near[0]]!r}? " if near else ""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:

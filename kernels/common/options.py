@@ -6,12 +6,25 @@ A run's configuration is not read here: `conf/load.py` composes it from override
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from .errors import UserError, unknown
 
 Value = str | int | float | bool
+_MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_COUNT = re.compile(r"([+-]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE]\+?[0-9]{1,2})?)([KMBT]?)", re.IGNORECASE)
+
+
+def whole_number(text: str) -> int | None:
+    """Return the integer that is typed as 4096, 1e9, 100k, 1.5M, 2B or 15T (thousands to trillions), or None."""
+    match = _COUNT.fullmatch(text.strip())
+    if match is None:
+        return None
+    number = Decimal(match[1]) * _MULTIPLES[match[2].upper()]
+    return int(number) if number == number.to_integral_value() else None
 
 
 def read_options(
@@ -101,11 +114,9 @@ def _cast(argument: str, text: str, kind: type, minimum: int) -> Value:
             raise UserError(f"{argument}: expected true or false")
         return text == "true"
     try:
-        number = kind(text)
-        if not minimum <= number < math.inf:
-            raise ValueError
+        number = whole_number(text) if kind is int else kind(text)
     except ValueError:
-        raise UserError(
-            f"{argument}: expected a {'whole ' if kind is int else ''}number of at least {minimum}"
-        ) from None
+        number = None
+    if number is None or not minimum <= number < math.inf:
+        raise UserError(f"{argument}: expected a {'whole ' if kind is int else ''}number of at least {minimum}")
     return number

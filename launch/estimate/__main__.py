@@ -15,6 +15,7 @@ import sys
 
 from rich.console import Console
 
+from conf.help import key_lines
 from conf.keys import choices
 from conf.load import load, read_group
 from conf.schema import ClusterConfig
@@ -29,8 +30,9 @@ _OPTIONS = {"nodes": 1, "ranks_per_node": 0, "plot": ""}
 
 
 def usage() -> str:
-    """Return the text of `--help`: the module's docstring and the clusters."""
-    return f"{__doc__}\nclusters: {', '.join(choices('cluster'))}; add your own as a file in conf/cluster"
+    """Return the text of `--help`: the module's docstring, the clusters, and the keys of one."""
+    clusters = f"clusters: {', '.join(choices('cluster'))}; add your own as a file in conf/cluster"
+    return "\n".join([__doc__ or "", clusters, "", "keys of a cluster", *key_lines(ClusterConfig, "cluster.")])
 
 
 def main(argv: list[str]) -> int:

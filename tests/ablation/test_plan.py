@@ -9,6 +9,7 @@ import pytest
 
 from ablation.budget import WARN
 from ablation.plan import LONGEST_TAG, Plan, next_learning_rate, read_plan, resolve
+from ablation.results import why_no_verdict
 from conf.keys import choices
 from conf.load import load
 from conf.schema import AblationConfig
@@ -175,6 +176,16 @@ def test_arguments_that_are_refused(arguments, sentence):
     ("keys", "sentence"),
     [
         ({"arms": ["relu", "swigl"]}, "unknown arm 'swigl': did you mean 'swiglu'?"),
+        (
+            {"arms": ["relu", "x*atan(x)"]},
+            "'x*atan(x)' is a formula, not the name of an arm: write ablation.arms={mine: ",
+        ),
+        (
+            {"arms": {"relu": "ffn=relu", "mine": "x*atan(x)"}},
+            "'x*atan(x)' is a formula, not the name of an arm: write",
+        ),
+        ({"seeds": 3}, "ablation.seeds=3 is one number: list the seeds, as ablation.seeds=[0,1,2]"),
+        ({"common": ["data.path=notes"]}, "relu at nano: data.path=notes has no effect with data=stdlib"),
         ({"arms": ["relu", "relu"]}, "ablation.arms lists relu twice"),
         ({"arms": ["relu"]}, "a plan compares at least two arms"),
         ({"arms": {"a b": "ffn=relu", "relu": "ffn=relu"}}, "ablation.arms: 'a b' must consist of letters"),
@@ -207,6 +218,30 @@ def test_arguments_that_are_refused(arguments, sentence):
 def test_plans_that_are_refused(keys, sentence):
     with pytest.raises(UserError, match="^" + re.escape(sentence)):
         plan_of(**keys)
+
+
+def test_what_a_run_is_given_is_no_error_where_it_has_no_effect():
+    plan = plan_of(common=["logger=none", "model.d_ff_gated=256"])
+    assert load(plan.overrides(plan.final_runs("nano", "relu", 4e-3)[0], "r")).logger.group == plan.config.name
+
+
+def test_an_arm_may_be_given_by_its_name_alone():
+    assert plan_of(arms={"a": "relu", "b": "swiglu"}, baseline="a").arms["nano"]["b"].config.ffn.name == "swiglu"
+
+
+@pytest.mark.parametrize(
+    ("keys", "reasons"),
+    [
+        ({"rates": [0.5, 1.0, 2.0], "seeds": [0, 1, 2]}, []),
+        ({"rates": [0.5, 1.0], "seeds": [0, 1]}, ["3 learning rates per arm, ablation.rates has 2", "3 seeds"]),
+        ({"rates": [0.5, 1.0, 2.0], "seeds": [0, 1, 2], "allowed_mismatch": 0.9,
+          "common": ["model.d_ff_gated=7", "parallel.tensor=1"]}, ["swiglu at nano: its parameters differ"]),
+    ],
+)  # fmt: skip
+def test_a_plan_that_can_give_no_verdict_is_told(keys, reasons):
+    found = why_no_verdict(plan_of(**keys))
+    assert len(found) == len(reasons)
+    assert all(reason in sentence for reason, sentence in zip(reasons, found, strict=True))
 
 
 def test_a_budget_that_cannot_be_met_names_the_size_and_the_arm():

@@ -43,10 +43,10 @@ def test_bad_input_is_one_line_on_stderr_and_status_2(words, sentence):
     assert len(ended.stderr.splitlines()) == 1
 
 
-def test_only_rank_0_says_it():
-    launched = {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    ended = run("train.py", "ffn=swigluu", RANK="1", **launched)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "")
+def test_an_error_of_one_rank_is_printed_with_its_number():
+    ended = run("train.py", RANK="1", WORLD_SIZE="1", LOCAL_RANK="0")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: rank 1: RANK=1 does not fit WORLD_SIZE=1\n"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import typing
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 import conf.keys
 import conf.load
 from conf.keys import FOLDER, choices, keys
-from conf.load import find_run, flatten, from_yaml, load, read_group, to_dict, to_yaml
+from conf.load import find_run, flatten, from_yaml, load, read_group, to_dict, to_yaml, values_of
 from conf.schema import GROUPS, ClusterConfig, Config
 from conf.validate import validate
 from kernels.common.errors import UserError
@@ -177,14 +178,14 @@ def test_one_length_is_typed_and_wins_over_the_presets(tmp_path, monkeypatch):
     ],
 )
 def test_formulas_and_paths_are_taken_as_typed(text):
-    assert load([f"data.path={text}"]).data.path == text
+    assert load(["data=text", f"data.path={text}"]).data.path == text
     assert load(["ffn=custom", f"ffn.formula={text}"]).ffn.formula == text
 
 
 def test_quotes_that_are_typed_and_lists_are_read():
-    assert load(["data.path='a b'"]).data.path == "a b"
-    assert load(['data.path="a b"']).data.path == "a b"
-    assert load(["data.path=[a,'b c']"]).data.path == ["a", "b c"]
+    assert load(["data=text", "data.path='a b'"]).data.path == "a b"
+    assert load(["data=text", 'data.path="a b"']).data.path == "a b"
+    assert load(["data=text", "data.path=[a,'b c']"]).data.path == ["a", "b c"]
     assert load(["data.path=null"]).data.path is None
 
 
@@ -205,7 +206,8 @@ def test_the_parts_of_a_blend_are_the_users_own():
 
 
 def test_awkward_values_read_back_equal(tmp_path):
-    words = ["prompts=['a: b','# c','d\\n','null']", "model.n_kv_heads=2", "optim.lr=1e-9", "data.path='1'", "run=yes"]
+    words = ["prompts=['a: b','# c','d\\n','null']", "model.n_kv_heads=2", "optim.lr=1e-9", "run=yes"]
+    words += ["data=text", "data.path='1'"]
     config = load(words)
     assert config.prompts == ["a: b", "# c", "d\\n", "null"]
     assert read_back(config, tmp_path / "config.yaml") == config
@@ -347,3 +349,113 @@ def test_a_group_beside_the_configuration_is_read_with_what_was_typed():
 def test_a_mistyped_group_is_one_sentence(words, why):
     with pytest.raises(UserError, match=re.escape(why)):
         read_group("cluster", ClusterConfig, words, "cluster")
+
+
+# ---- a run that goes on
+
+
+@pytest.fixture
+def started(tmp_path) -> Path:
+    """The folder of runs in which a run `first` has started."""
+    words = [
+        "run=first",
+        f"runs={tmp_path}",
+        "data=text",
+        "data.path=notes",
+        "ffn=custom",
+        "ffn.formula=b*x",
+        "steps=50",
+    ]
+    words += ["ffn.parameters.b=2", "schedule=wsd", "schedule.warmup=0.1", "ffn.per_layer={0: relu2}", "optim.lr=0.1"]
+    run = tmp_path / "first"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(load(words)), encoding="utf-8")
+    (run / "metrics.jsonl").write_text("")
+    return tmp_path
+
+
+def changes(started: Path, *words: str) -> dict[str, object]:
+    """Return the keys in which `run=first` with these words differs from the stored configuration."""
+    before = flatten(to_dict(from_yaml(started / "first" / "config.yaml")))
+    now = flatten(to_dict(load(["run=first", f"runs={started}", *words])))
+    return {key: now.get(key) for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], {}),
+        (["steps=100"], {"steps": 100}),
+        (["tokens=1M"], {"steps": None, "tokens": 10**6}),
+        (["zero=2", "data.workers=1"], {"zero.stage": 2, "data.workers": 1}),
+        (["logger=none"], {"logger.name": "none", "logger.wandb": False}),
+        (["schedule=wsd", "model=nano", "data=text"], {}),  # the run's own choices
+        (["ffn.parameters.b=3"], {"ffn.parameters.b": 3}),
+        (["ffn.per_layer.1=gelu"], {"ffn.per_layer.1": "gelu"}),
+        (["ffn.formula=b*x*x"], {"ffn.formula": "b*x*x"}),
+        (["model=nano", "optim.lr=0.2"], {"optim.lr": 0.2}),
+    ],
+)
+def test_a_run_goes_on_from_its_own_configuration(started, words, expected):
+    assert changes(started, *words) == expected
+
+
+def test_another_choice_replaces_what_it_sets(started):
+    assert changes(started, "ffn=relu") == {
+        "ffn.formula": "relu(x)", "ffn.from_output": "where(h > 0, 1, 0)", "ffn.name": "relu",
+        "ffn.parameters": {}, "ffn.parameters.b": None, "ffn.per_layer": {}, "ffn.per_layer.0": None,
+    }  # fmt: skip
+    assert changes(started, "model=llama_60m")["optim.lr"] == load(["model=llama_60m"]).optim.lr
+
+
+def test_a_key_without_effect_on_the_stored_run_is_refused(started):
+    load(["run=first", f"runs={started}", "schedule.decay=0.3"])
+    assert refusal("run=first", f"runs={started}", "data.field=y").startswith(
+        "data.field=y has no effect with data=text"
+    )
+
+
+def test_a_run_that_has_not_started_composes_from_the_defaults(started):
+    (started / "first" / "metrics.jsonl").unlink()
+    assert load(["run=first", f"runs={started}"]).data.name == "stdlib"
+    assert load(["run=second", f"runs={started}"]).data.name == "stdlib"
+    assert load(["run=" + "x" * 300]).run == "x" * 300  # refused where values are checked
+
+
+# ---- keys that are numbers
+
+
+def test_a_layer_may_be_typed_as_a_number(tmp_path):
+    config = load(["ffn.per_layer={0: relu2, last: {parameters: {a: {1: 2}}}}"])
+    assert config.ffn.per_layer == {"0": "relu2", "last": {"parameters": {"a": {"1": 2}}}}
+    assert read_back(config, tmp_path / "config.yaml") == config
+    (tmp_path / "old.yaml").write_text(to_yaml(config).replace("'0':", "0:"), encoding="utf-8")
+    assert from_yaml(tmp_path / "old.yaml") == config
+    assert values_of(tmp_path / "old.yaml")["ffn.per_layer.0"] == "relu2"
+    assert load(["ffn.per_layer={0: relu2}"]).run != load(["ffn.per_layer={1: relu2}"]).run
+    assert load(["data=blend", "data.parts={0: {source: text, path: x}}"]).data.parts == {
+        "0": {"source": "text", "path": "x"}
+    }
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("ffn=SwiGLU", "unknown ffn 'SwiGLU': did you mean 'swiglu'?"),
+        ("ffn=x*atan(x)", "'x*atan(x)' is a formula, not the name of an arm: write ffn=custom ffn.formula='x*atan(x)'"),
+        ("ffn=x", "'x' is a formula, not the name of an arm"),
+        (
+            "ffn.per_layer={0: gate*up}",
+            "'gate*up' is a formula, not the name of an arm: write ffn.per_layer.0.formula=",
+        ),
+        ("hydra/launcher=submitit_slurm", "its run folders, sweepers and launchers are not used; --multirun sweeps"),
+    ],
+)
+def test_the_last_hint_is_given(word, sentence):
+    assert sentence in refusal(word)
+
+
+def test_every_count_may_be_typed_in_thousands():
+    counts = [name for name, kind, _ in keys() if kind in (int, typing.Optional[int]) and name != "steps"]
+    values = flatten(to_dict(load([f"++{name}=1.5K" for name in counts])))
+    assert {values[name] for name in counts} == {1500}

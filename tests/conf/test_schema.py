@@ -73,8 +73,16 @@ def test_help_lists_every_key_with_its_meaning(help_lines):
 
 def test_help_lists_every_group_with_its_choices(help_lines):
     listed = {line.split()[0]: line.split()[1::2] for line in help_lines if line.count(" | ") or "= " in line}
+    default = {"ffn": "swiglu", "model": "nano", "data": "stdlib", "schedule": "linear", "zero": "1", "logger": "wandb"}
     for group in GROUPS:
-        assert listed[f"{group}="] == choices(group)
+        assert [choice.removesuffix("*") for choice in listed[f"{group}="]] == choices(group)
+        [starred] = [choice.removesuffix("*") for choice in listed[f"{group}="] if choice.endswith("*")]
+        assert starred == default.get(group, starred)
+
+
+def test_help_shows_the_values_of_the_default_run(help_lines):
+    shown = {line.split()[0] for line in help_lines if line}
+    assert {"optim.lr=0.004", "sequence_length=256", "model.d_model=192", "tokens=5800000"} <= shown
 
 
 def test_cfg_prints_the_composed_configuration_and_runs_nothing(capsys):

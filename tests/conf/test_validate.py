@@ -124,8 +124,14 @@ def test_a_name_is_one_of_those_that_the_rooms_know(name):
         ({"model.n_kv_heads": 8}, "model.n_kv_heads=8 does not divide model.n_heads=4"),
         ({"model.d_model": 12}, "the head dimension (d_model / n_heads) must be even"),
         ({"model.head_dim": 33}, "the head dimension (d_model / n_heads) must be even"),
-        ({"parallel.tensor": 2}, "parallel.tensor=2 x parallel.context=1 does not divide the 1 rank(s)"),
-        ({"parallel.context": 2}, "parallel.tensor=1 x parallel.context=2 does not divide the 1 rank(s)"),
+        (
+            {"parallel.tensor": 2},
+            "parallel.tensor=2 x parallel.context=1 needs 2 ranks, and this run has 1: start it as deepspeed --num_gpus 2",
+        ),
+        (
+            {"parallel.context": 2},
+            "parallel.tensor=1 x parallel.context=2 needs 2 ranks, and this run has 1: start it as deepspeed --num_gpus 2",
+        ),
         ({"zero.stage": 4}, "zero.stage=4: ZeRO has the stages 0, 1, 2 and 3"),
         ({"zero.stage": 0, "precision.name": "bf16"}, "zero=0 with precision=bf16 is incorrect in DeepSpeed"),
         ({"zero.offload_parameters": True, "zero.stage": 2}, "zero.offload_parameters=true needs zero=3"),
@@ -198,7 +204,11 @@ def test_a_batch_that_ranks_cannot_share_is_refused(world):
             "parallel.tensor=4 x parallel.context=1 does not divide the 6 rank(s) of this run: "
             "their product must be one of 1, 2, 3, 6",
         ),
-        ({"parallel.tensor": 2, "parallel.context": 2}, 2, "x parallel.context=2 does not divide the 2 rank(s)"),
+        (
+            {"parallel.tensor": 2, "parallel.context": 2},
+            2,
+            "x parallel.context=2 needs 4 ranks, and this run has 2: start it as deepspeed --num_gpus 4",
+        ),
         ({"parallel.context": 4, "sequence_length": 30}, 4, "parallel.context=4 does not divide sequence_length=30"),
         (
             {"parallel.tensor": 4, "parallel.sequence": True, "sequence_length": 30},

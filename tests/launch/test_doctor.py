@@ -63,6 +63,25 @@ def test_five_planted_faults_are_each_named(capsys, monkeypatch, tmp_path):
     assert {line.split()[0] for name, line in lines.items() if name not in expected} <= {"green", "yellow"}
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["model.attention=flash2"], "unknown model.attention 'flash2': did you mean 'flash'?"),
+        (["data=text", "data.path=null"], "data=text needs the location of the text"),
+        (["model.n_heads=5"], "model.n_heads=5 does not divide model.d_model=192"),
+        (["parallel.tensor=2"], "parallel.tensor=2 does not divide the 3 heads"),
+    ],
+)
+def test_a_configuration_that_cannot_train_is_red(capsys, monkeypatch, words, sentence):
+    monkeypatch.setattr(doctor, "installed_gpus", lambda: 0)
+    status, lines = quick(capsys, *words)
+    assert (status, lines["configuration"][:4]) == (1, "red ")
+    assert sentence in lines["configuration"]
+    assert quick(capsys, "model=llama_1b", "parallel.tensor=2")[1]["configuration"].startswith("green ")
+    status, lines = quick(capsys, "model.attention=flex")
+    assert (status, lines["model.attention=flex"][:4]) == (1, "red ")
+
+
 def test_packages_that_are_missing_or_old_are_named(monkeypatch):
     real = metadata.version
 

@@ -27,12 +27,44 @@ def test_values_are_gone_through_in_order():
 
 
 @pytest.mark.parametrize(
+    ("swept", "values"),
+    [
+        ("tokens=1e6,2M", ["1e6", "2M"]),
+        ("tokens=choice(1e6, 2M)", ["1e6", "2M"]),
+        ("ffn=glob(re*)", ["reglu", "reglu2", "relu", "relu2"]),
+        ("ffn=glob([re*,gelu],exclude=reglu*)", ["gelu", "relu", "relu2"]),
+        ("ffn.per_layer={0: relu2},{last: gelu}", ["{0: relu2}", "{last: gelu}"]),
+        ("prompts=['a,b'],[c]", ["['a,b']", "[c]"]),
+    ],
+)
+def test_values_are_read_as_for_a_single_run(swept, values):
+    assert [run[0].partition("=")[2] for run in expand([swept, "eval_every=3"])] == values
+
+
+def test_a_formula_needs_no_quotes_beside_a_sweep():
+    formulas = ["ffn=custom", "ffn.formula=max(x, 0),x*atan(x)", "seed=0,1"]
+    assert [run[1] for run in expand(formulas)] == ["ffn.formula=max(x, 0)"] * 2 + ["ffn.formula=x*atan(x)"] * 2
+
+
+def test_runs_that_learn_the_same_get_folders_of_their_own():
+    assert [run[-1] for run in expand(["zero=1,2", "seed=0,1"])] == [
+        f"run=nano-swiglu-seed{seed}-zero{stage}" for stage in (1, 2) for seed in (0, 1)
+    ]
+    assert expand(["runs=a,b"]) == [["runs=a"], ["runs=b"]]
+
+
+@pytest.mark.parametrize(
     ("words", "why"),
     [
         (["ffn=relu"], "--multirun needs several comma-separated values of a key"),
         (["ffn=relu,rellu"], "unknown"),
         (["ffn=relu,gelu", "run=mine"], "would train several runs in one folder: leave run=NAME out"),
         (["prompts=[a", "ffn=relu,gelu"], "cannot parse 'prompts=[a'"),
+        (["zero=1,1"], "would train the same run twice"),
+        (["optim.lr=interval(0,1)"], "optim.lr=interval(0,1) is a continuous range"),
+        (["optim.lr=glob(*)"], "glob(...) selects choices of a group"),
+        (["ffn=glob(z*)"], "ffn=glob(z*) matches no choice"),
+        (["hydra/sweeper=optuna", "seed=0,1"], "Hydra composes the configuration, but its run folders, sweepers"),
     ],
 )
 def test_bad_input_is_one_sentence(words, why):

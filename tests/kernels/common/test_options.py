@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kernels.common.errors import UserError
-from kernels.common.options import read_options, read_positional, split_options
+from kernels.common.options import read_options, read_positional, split_options, whole_number
 
 DEFAULTS = {"run": "", "step": -1, "temperature": 0.8, "yes": False}
 
@@ -66,3 +66,20 @@ def test_a_flag_has_a_value_of_its_own():
     assert split_options(["run=x"], DEFAULTS, flags=flags)[0]["run"] == "x"
     with pytest.raises(UserError, match="run needs a value"):
         split_options(["run"], DEFAULTS, flags=flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        *(("4096", 4096), ("-1", -1), ("1_000", 1000), ("1e9", 10**9), ("1E9", 10**9), (".5e1", 5), ("10.0", 10)),
+        *(("100k", 10**5), ("100K", 10**5), ("1.5m", 1_500_000), ("2B", 2 * 10**9), ("15t", 15 * 10**12)),
+        *(("0.1B", 10**8), ("1.1T", 1_100_000_000_000), (" 3 ", 3)),
+        *((text, None) for text in ("1.5", "1e-3", "0.5", "k", "", "1 k", "1kk", "1G", "abc", "null", "1,000", "0x10")),
+    ],
+)
+def test_a_count_may_be_typed_in_thousands_to_trillions(text, number):
+    assert whole_number(text) == number
+
+
+def test_options_are_counts_too():
+    assert read_options(["tokens=1.5k", "share=0.5"], {"tokens": 1, "share": 1.0}) == {"tokens": 1500, "share": 0.5}

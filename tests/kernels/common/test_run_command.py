@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,6 +37,36 @@ def test_the_status_of_a_command(capsys, monkeypatch):
     assert status_of(interrupt, capsys, monkeypatch) == (130, "interrupted\n")
 
 
+def lines_of_ranks(tmp_path: Path, *sentences: str) -> list[str]:
+    """Return what ranks of one launcher print on standard error, each of which fails with its sentence."""
+    code = """if True:
+        import os
+        from kernels.common.commands import run_command
+        from kernels.common.errors import UserError
+
+        def main(_):
+            raise UserError(os.environ["SENTENCE"])
+
+        run_command(main)"""
+    ranks = []
+    for rank, sentence in enumerate(sentences):
+        launched = {"RANK": str(rank), "LOCAL_WORLD_SIZE": str(len(sentences)), "SENTENCE": sentence}
+        environment = os.environ | launched | {"TMPDIR": str(tmp_path), "MASTER_PORT": "1"}
+        ranks.append(
+            subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    printed = [process.communicate()[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2] * len(ranks)
+    return sorted("".join(printed).splitlines())
+
+
+def test_ranks_that_share_an_error_print_it_once_and_others_print_their_own(tmp_path):
+    for _ in range(2):  # the same command again prints it again
+        [line] = lines_of_ranks(tmp_path, "it is wrong", "it is wrong")
+        assert line.removeprefix("error: ").removeprefix("rank 1: ") == "it is wrong"
+    assert lines_of_ranks(tmp_path, "a", "b") == ["error: a", "error: rank 1: b"]
+
+
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
     def bug(_: list[str]) -> None:
         raise KeyError("ours")
@@ -57,6 +88,7 @@ def test_a_closed_pipe_is_no_error():
 
 def test_suggestions_are_near_misses_only():
     assert suggest("swigluu", ["relu", "swiglu"]) == "did you mean 'swiglu'? "
+    assert suggest("SwiGLU", ["relu", "swiglu"]) == "did you mean 'swiglu'? "
     assert suggest("zzz", ["relu", "swiglu"]) == ""
     assert str(unknown("arm", "b", ["d", "c"])) == "unknown arm 'b': choose from c, d"
 

@@ -1,0 +1,195 @@
+"""One reader of overrides, for plain runs and for sweeps: `GROUP=CHOICE` and `key=value`, in Hydra's grammar.
+
+Three conveniences are added to it: a formula or a path needs no second layer of quotes, a count may be typed as 1e9, 100k or
+2B, and `--multirun` splits the values of a key at its outermost commas. `conf/load.py` composes what is read here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from conf.arms import unknown_arm
+from conf.keys import choices, keys
+from conf.schema import GROUPS
+from kernels.common.errors import UserError, unknown
+from kernels.common.options import whole_number
+
+FREE_FORM = ("data.parts", "ffn.parameters", "ffn.per_layer")  # dictionaries with keys chosen by the user
+PLAIN_TEXT = (
+    "ffn.formula",
+    "ffn.from_output",
+    "data.path",
+    "tokenizer.path",
+    "run",
+    "runs",
+    "data.prepared",
+)  # taken verbatim, not parsed by Hydra
+LARGEST_FORMULA = 10_000  # characters; the formula parser has a far lower limit, this one bounds Hydra's work
+_SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
+_OPENING, _CLOSING = "([{", ")]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """An override whose key is in the schema."""
+
+    key: str  # a group, or a dotted key
+    value: str  # in Hydra's grammar
+    typed: str = ""  # the value as it was typed
+    forced: bool = False  # typed as `++key=value`: not checked for an effect (conf/effects.py)
+
+    def __str__(self) -> str:
+        """Write it for Hydra."""
+        return f"{'++' if within(self.key, FREE_FORM) else ''}{self.key}={self.value}"
+
+
+def within(key: str, names: tuple[str, ...]) -> bool:
+    """Return whether a dotted key is one of `names`, or lies inside of one."""
+    return any(key == name or key.startswith(name + ".") for name in names)
+
+
+def read_override(argument: str, program: str = "train.py") -> Override:
+    """Check the key of one override against the schema, and bring its value into Hydra's grammar.
+
+    Raises:
+        UserError: it is no override, or names an unknown group, choice or key.
+    """
+    if argument.startswith("-"):
+        raise UserError(f"unknown option {argument!r}: {program} takes GROUP=CHOICE and key=value; --help lists them")
+    key, equals, typed = argument.partition("=")
+    forced, key = key.startswith("++"), key.lstrip("+")
+    if key.startswith(("hydra/", "hydra.")):
+        raise UserError(
+            f"unknown key {key!r}: Hydra composes the configuration, but its run folders, sweepers and launchers are not used; "
+            "--multirun sweeps in sequence, ablation.run compares arms, and launch.slurm submits jobs"
+        )
+    if not equals:
+        raise UserError(
+            f"{argument!r} is not an override: write GROUP=CHOICE or key=value ({program} --help lists them)"
+        )
+    if key in GROUPS:
+        return Override(key, f"'{_choice(key, typed)}'", typed, forced)  # quoted: a bare `zero=1` would be a number
+    if within(key, FREE_FORM):
+        return Override(key, typed, typed, forced)
+    known = {name: kind for name, kind, _ in keys()}
+    if key not in known:
+        raise _unknown_key(key, list(known))
+    value = typed
+    if key in PLAIN_TEXT and typed[:1] not in ("'", '"', "[") and typed not in ("null", ""):
+        if len(typed) > LARGEST_FORMULA:
+            raise UserError(f"{key} has {len(typed):,} characters; at most {LARGEST_FORMULA:,} are read")
+        value = quoted(typed)
+    elif known[key] in (int, typing.Optional[int]) and (number := whole_number(typed)) is not None:
+        value = str(number)
+    return Override(key, value, typed, forced)
+
+
+def _choice(group: str, value: str) -> str:
+    """Return the choice of a group without the quotes of a shell's second layer."""
+    name = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+    if name in choices(group):
+        return name
+    if group == "ffn":
+        raise unknown_arm(name, f"ffn=custom ffn.formula='{name}'", group)
+    raise unknown(group, name, choices(group))
+
+
+def _unknown_key(key: str, known: list[str]) -> UserError:
+    inside = [name for name in known if name.endswith("." + key)]
+    if inside:
+        return UserError(f"unknown key {key!r}: did you mean {' or '.join(map(repr, inside))}?")
+    siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+    return unknown("key", key, siblings if siblings and "." in key else [*siblings, *GROUPS])
+
+
+def quoted(text: str) -> str:
+    """Quote a text so that Hydra reads it back unchanged, whatever it contains: `'1e5'` stays a text."""
+    # In Hydra's quotes a backslash is itself, unless it stands before a quote.
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text) + "'"
+
+
+def parse(override: str) -> Any:
+    """Parse an override with Hydra's grammar.
+
+    Raises:
+        UserError: it does not parse.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise UserError(f"cannot parse {override!r}: a bracket, quote or comma is misplaced") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- sweeps
+
+
+def sweep(argument: str) -> list[str]:
+    """Return the overrides that one override of `--multirun` stands for, in order: a single one where it sweeps nothing.
+
+    Values are separated by the outermost commas, or given as Hydra's `choice(...)`, `range(...)` or `glob(...)`.
+
+    Raises:
+        UserError: a sweep that does not parse, or that has no list of values.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals:
+        return [argument]
+    if _SWEEP.fullmatch(value.strip()):
+        return [f"{key}={each}" for each in _expanded(key.lstrip("+"), value.strip())]
+    return [f"{key}={each.strip()}" for each in _split(value)]
+
+
+def _split(text: str) -> Iterator[str]:
+    """Split a text at commas outside of brackets and quotes. A quote opens only where a value begins."""
+    start, depth, quote, before = 0, 0, "", ","
+    for place, character in enumerate(text):
+        if quote:
+            if character == quote and not _is_escaped(text, place):
+                quote = ""
+        elif character in "'\"" and before in (",", ":", *_OPENING):
+            quote = character
+        elif character in _OPENING:
+            depth += 1
+        elif character in _CLOSING:
+            depth -= 1
+        elif character == "," and depth == 0:
+            yield text[start:place]
+            start = place + 1
+        before = before if character.isspace() else character
+    yield text[start:]
+
+
+def _is_escaped(text: str, place: int) -> bool:
+    before = text[:place]
+    return (len(before) - len(before.rstrip("\\"))) % 2 == 1
+
+
+def _expanded(key: str, value: str) -> list[str]:
+    """Return the values of one of Hydra's sweep functions; the function itself where it sweeps nothing, as sort([b,a])."""
+    from hydra.core.override_parser.types import Glob
+
+    if value.startswith("choice("):
+        return [each.strip() for each in _split(value[len("choice(") : -1])]
+    parsed = parse(f"{key}={value}")
+    if not parsed.is_sweep_override():
+        return [value]
+    if parsed.is_interval_sweep():
+        raise UserError(
+            f"{key}={value} is a continuous range, which only an optimizer can search: list values, or use range(1,4)"
+        )
+    glob = parsed.value()
+    if not isinstance(glob, Glob):
+        return list(parsed.sweep_string_iterator())
+    if key not in GROUPS:
+        raise UserError(f"{key}={value}: glob(...) selects choices of a group, and {key} is no group")
+    found = glob.filter(choices(key))
+    if not found:
+        raise UserError(f"{key}={value} matches no choice: there are {', '.join(choices(key))}")
+    return found
