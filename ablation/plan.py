@@ -114,7 +114,7 @@ class Plan:
         tags = [*arm.config.logger.tags, *tags_of(self.hash, planned.size, planned.stage)]
         return [
             *arm.overrides,
-            f"++model.d_ff={arm.width.d_ff}",  # ++: beside a size's d_ff_gated, and with logger=none, none of these is an error
+            f"++model.d_ff={arm.width.d_ff}",  # ++: with a d_ff_gated or logger=none of the plan's, no error
             f"optim.lr={planned.lr!r}",
             f"seed={planned.seed}",
             f"data_seed={planned.seed}",

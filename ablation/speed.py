@@ -82,14 +82,14 @@ def _short_run(plan: Plan, size: str, name: str, d_ff: int, folder: Path, turn: 
     runs, ranks = folder / RUNS, ranks or ranks_of(arm.config)
     overrides = [
         *(override for override in arm.overrides if override.partition("=")[0] not in ("steps", "tokens")),
-        f"model.d_ff={d_ff}",
+        f"++model.d_ff={d_ff}",  # ++: the plan may set keys that have no effect beside these
         f"steps={STEPS}",
         "log_every=1",
-        "logger=none",
-        "eval_every=0",
+        "++logger=none",
+        "++eval_every=0",
         "save_every=0",
         "sample_every=0",
-        "telemetry_every=0",
+        "++telemetry_every=0",
         f"runs={runs}",
         f"run={run}",
     ]

@@ -31,7 +31,7 @@ from kernels.common.files import atomic_write
 from kernels.common.options import split_options
 
 CONTENDERS = ("ours", "hf", "hf+allocator")
-_FIXED = ["logger=none", "eval_every=0", "save_every=0", "eval_tokens=1", "prompts=[]", "log_every=1"]
+_FIXED = ["++logger=none", "++eval_every=0", "save_every=0", "++prompts=[]", "log_every=1"]
 
 
 def main(argv: list[str]) -> None:

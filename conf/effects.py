@@ -38,7 +38,8 @@ def refuse_ignored(
     for override in overrides:
         key = next((name for name in FREE_FORM if within(override.key, (name,))), override.key)
         condition = conditions.get(key, "")
-        if override.key in forced or (condition and _parts(condition)[0] in forced):
+        decides = _parts(condition)[0] if condition else ""
+        if forced & {override.key, decides, decides.partition(".")[0]}:
             continue
         value = values.get(override.key, override.value)  # a dictionary is flat in `values`
         if condition and not _is_off(value) and not _holds(condition, values):

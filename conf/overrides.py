@@ -29,6 +29,17 @@ PLAIN_TEXT = (
     "data.prepared",
 )  # taken verbatim, not parsed by Hydra
 LARGEST_FORMULA = 10_000  # characters; the formula parser has a far lower limit, this one bounds Hydra's work
+_PLACES = ("data.path", "tokenizer.path", "runs", "data.prepared")  # of files and folders
+_DOWNLOAD = {  # how a file reaches this machine, by the scheme of its address
+    "s3": "aws s3 sync {0} FOLDER",
+    "gs": "gcloud storage rsync -r {0} FOLDER",
+    "hf": "hf download NAME --local-dir FOLDER; a data set of the hub is data=hf data.path=NAME",
+}
+_INSTEAD = {  # of a choice that is a path or a name on the hub
+    "data": "text in files is data=text data.path={0}",
+    "tokenizer": "a tokenizer in a file is tokenizer=huggingface tokenizer.path=tokenizer.json",
+    "model": "a Hugging Face model is imported by python -m model.import_hf from=FOLDER",
+}
 _SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
 _OPENING, _CLOSING = "([{", ")]}"
 
@@ -73,6 +84,8 @@ def read_override(argument: str, program: str = "train.py") -> Override:
         )
     if key in GROUPS:
         return Override(key, f"'{_choice(key, typed)}'", typed, forced)  # quoted: a bare `zero=1` would be a number
+    if key in _PLACES or (key.startswith("data.parts.") and key.endswith(".path")):
+        _refuse_address(key, typed)
     if within(key, FREE_FORM):
         return Override(key, typed, typed, forced)
     known = {name: kind for name, kind, _ in keys()}
@@ -95,7 +108,18 @@ def _choice(group: str, value: str) -> str:
         return name
     if group == "ffn":
         raise unknown_arm(name, f"ffn=custom ffn.formula='{name}'", group)
+    if group in _INSTEAD and re.search(r"[/.]", name):
+        raise UserError(
+            f"{group}={name} names no choice of {', '.join(choices(group))}: {_INSTEAD[group].format(name)}"
+        )
     raise unknown(group, name, choices(group))
+
+
+def _refuse_address(key: str, text: str) -> None:
+    """Refuse an address such as s3://bucket/text, also inside of a list."""
+    if address := re.search(r"\b([a-z][a-z0-9+.-]*)://[^\s,'\"\]]*", text):
+        how = _DOWNLOAD.get(address[1], "a mounted folder will do").format(address[0])
+        raise UserError(f"{key}={text} is not on this machine, and only local files are read: copy it first ({how})")
 
 
 def _unknown_key(key: str, known: list[str]) -> UserError:

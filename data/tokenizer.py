@@ -198,7 +198,13 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+        hint = ""
+        if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)) and path.suffix not in (".json", ".model"):
+            hint = (
+                f"; if it is a name on the Hugging Face hub: hf download {path} tokenizer.json --local-dir FOLDER, and "
+            )
+            hint += "tokenizer=huggingface tokenizer.path=FOLDER/tokenizer.json"
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}{hint}") from error
     kind = _HuggingFace if path.suffix == ".json" else _SentencePiece
     return kind(raw, str(path))
 

@@ -84,6 +84,7 @@ def test_the_sentence_names_every_choice():
 def test_what_switches_off_and_what_is_forced_is_not_refused():
     load(["data.path=null", "parallel.sequence=false", "zero=0", "zero.overlap=false", "logger=none", "logger.tags=[]"])
     load(["logger=none", "++logger.group=plan", "model.d_ff_gated=64", "++model.d_ff=96"])
+    load(["logger.tags=[a]", "++logger=none", "eval_tokens=512", "++eval_every=0"])
 
 
 def test_presets_and_stored_configurations_are_not_refused(tmp_path):

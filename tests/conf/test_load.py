@@ -448,6 +448,23 @@ def test_a_layer_may_be_typed_as_a_number(tmp_path):
             "ffn.per_layer={0: gate*up}",
             "'gate*up' is a formula, not the name of an arm: write ffn.per_layer.0.formula=",
         ),
+        (
+            "data.path=s3://bucket/text",
+            "is not on this machine, and only local files are read: copy it first (aws s3 sync s3://",
+        ),
+        ("data.path=[a,gs://bucket/text]", "copy it first (gcloud storage rsync -r gs://bucket/text FOLDER)"),
+        ("data.parts.a.path=hf://datasets/a/b", "a data set of the hub is data=hf data.path=NAME"),
+        ("tokenizer.path=https://a.org/t.json", "is not on this machine, and only local files are read"),
+        ("runs=s3://bucket/runs", "runs=s3://bucket/runs is not on this machine"),
+        (
+            "tokenizer=meta-llama/Llama-2-7b",
+            "a tokenizer in a file is tokenizer=huggingface tokenizer.path=tokenizer.json",
+        ),
+        ("model=meta-llama/Llama-2-7b", "is imported by python -m model.import_hf from=FOLDER"),
+        (
+            "data=notes/",
+            "data=notes/ names no choice of blend, hf, jsonl, parquet, stdlib, text: text in files is data=text",
+        ),
         ("hydra/launcher=submitit_slurm", "its run folders, sweepers and launchers are not used; --multirun sweeps"),
     ],
 )
