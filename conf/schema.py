@@ -218,8 +218,8 @@ class Config:
     eval_tokens: Optional[int] = key(
         None, "held-out tokens per periodic evaluation; null: all. The final evaluation uses all", only="eval_every>0"
     )
-    sample_every: int = key(0, "steps between samples from the prompts; 0: only at the end", only="prompts>0")
-    sample_tokens: int = key(96, "tokens per sample", only="prompts>0")
+    sample_every: int = key(0, "steps between samples from the prompts; 0: only at the end", only="prompts!=[]")
+    sample_tokens: int = key(96, "tokens per sample", only="prompts!=[]")
     prompts: Any = key([], "prompts of the samples")
     save_every: int = key(100, "steps between checkpoints; 0: only at the end")
     keep_last: int = key(2, "newest checkpoints to keep, beside the best one")

@@ -142,7 +142,7 @@ def import_folder(source: Path, overrides: list[str]) -> tuple[Config, list[str]
 
 def _new_run(source: Path, overrides: list[str]) -> Path:
     """Return the path of the run to create, after checking the overrides and that `source` is a folder."""
-    given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
+    given = {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in overrides)}
     if not given.get("run"):
         raise UserError("give the new run a name: run=NAME")
     for key in sorted(given):
