@@ -260,14 +260,15 @@ def find_run(name: str, runs: str = "runs") -> Path:
     """Return the folder of a run given by its name or by its path.
 
     Raises:
-        UserError: there is none; the runs that exist are listed.
+        UserError: there is none; the runs that have a checkpoint are listed.
     """
     for path in (Path(runs) / name, Path(name)):
         if (path / "config.yaml").is_file():
             return path
-    known = sorted(path.parent.name for path in Path(runs).glob("*/config.yaml"))
+    known = sorted({path.parents[1].name for path in Path(runs).glob("*/checkpoints/step_*")})
     raise UserError(
-        f"there is no run {name!r} in {runs}/: " + (f"choose from {', '.join(known)}" if known else "it has no runs")
+        f"there is no run {name!r} in {runs}/: "
+        + (f"choose from {', '.join(known)}" if known else "no run in it has a checkpoint")
     )
 
 

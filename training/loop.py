@@ -160,6 +160,7 @@ class TrainingLoop:
             while self.step < batch.steps:
                 scale = lr_scale(config.schedule, self.step, batch.steps, self.warmup_steps)
                 loss, grad_norm, applied = self._train_step(scale)
+                self.recorder.folder.trained = True
                 if self.step == 1:
                     self.recorder.event("first_step", seconds_since_start=time.monotonic() - launched_at)
                 self._count_skipped(applied, grad_norm)

@@ -29,6 +29,7 @@ from model.weights import CheckpointReader, check_shapes, newest_intact
 from training import machine
 from training.console import Console
 from training.loop import TrainingLoop
+from training.memory import MemoryBudget
 from training.recorder import RunRecorder, held_out_line
 from training.runfolder import RunFolder
 
@@ -52,9 +53,9 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     folder = RunFolder(config)
-    if ranks.rank == 0:
-        folder.claim(config)
     try:
+        if ranks.rank == 0:
+            folder.claim(config)
         dataset = open_dataset(prepare(config.data, config.tokenizer, show=ranks.rank == 0))
         shape = _shape(config, dataset)
         if not dataset.held_out.tokens:
@@ -72,20 +73,27 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
                 return _already_finished(console, folder, batch)
         stream = BatchStream(dataset, config.sequence_length, config.data_seed)  # refuses a sequence beyond the text
         recorder = RunRecorder(config, batch, shape, dataset, folder, console, enabled=ranks.rank == 0)
-        engine = _build_engine(config, batch, ranks, folder, dataset, shape, device, dtype, attention)
-        loop = TrainingLoop(config, batch, ranks, folder, dataset, stream, shape, recorder, engine)
-        if checkpoint:
-            loop.resume(checkpoint, folder.previous_steps)
+        memory = MemoryBudget(config, batch, shape, ranks, device, dtype == torch.bfloat16)
+        memory.check()
+        with memory.explained():
+            engine = _build_engine(config, batch, ranks, folder, dataset, shape, device, dtype, attention)
+            loop = TrainingLoop(config, batch, ranks, folder, dataset, stream, shape, recorder, engine)
+            if checkpoint:
+                loop.resume(checkpoint, folder.previous_steps)
+            if ranks.rank == 0:
+                _copy_tokenizer(dataset, folder.path)
+            recorder.open()
+            peak_flops, peak_source = machine.peak_flops(device, dtype)
+            if not checkpoint:
+                rows = recorder.summary_rows(device, dtype, attention, peak_flops, peak_source, ranks.world_size)
+                console.summary(config, shape, batch, rows)
+            event = "resumed" if checkpoint else "started"
+            recorder.event(event, world_size=ranks.world_size, wall_seconds=loop.earlier_seconds)
+            return loop.run(peak_flops, launchers, launched_at)
+    except BaseException:
         if ranks.rank == 0:
-            _copy_tokenizer(dataset, folder.path)
-        recorder.open()
-        peak_flops, peak_source = machine.peak_flops(device, dtype)
-        if not checkpoint:
-            rows = recorder.summary_rows(device, dtype, attention, peak_flops, peak_source, ranks.world_size)
-            console.summary(config, shape, batch, rows)
-        event = "resumed" if checkpoint else "started"
-        recorder.event(event, world_size=ranks.world_size, wall_seconds=loop.earlier_seconds)
-        return loop.run(peak_flops, launchers, launched_at)
+            folder.discard()
+        raise
     finally:
         console.stop()
         folder.close()

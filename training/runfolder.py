@@ -14,6 +14,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,9 @@ class RunFolder:
         # Without filelock's fallback to a file that outlives a killed process: the kernel releases this lock with its process.
         self._lock = FileLock(self.path / ".lock", fallback_to_soft=False)
         self.previous_steps: int | None = None  # length of the run before this session; None: it is new
+        self.trained = False  # whether this session has taken a step
+        self._created = False  # whether this session created the folder
+        self._previous_config: bytes | None = None  # config.yaml as this session found it
         self._metrics: IO[bytes] | None = None
         self._unwritten: list[str] = []  # lines of metrics.jsonl that could not be written, in order
 
@@ -53,11 +57,13 @@ class RunFolder:
             UserError: another process trains in it, it holds a run with other settings, or it cannot be written.
         """
         with explain_os_errors("write to the run folder", self.path):
+            self._created = not self.path.exists()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         try:
             with explain_os_errors("write to the run folder", self.path):
                 self._lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
         except Timeout as error:
+            self._created = False
             raise UserError(
                 f"another process is training in {self.path}: wait for it, or give this run another name (run=NAME)"
             ) from error
@@ -79,8 +85,23 @@ class RunFolder:
                 )
             self.previous_steps = total_steps(previous)
             self._refuse_fewer_steps(total_steps(config))
+        if config_path.exists():
+            self._previous_config = config_path.read_bytes()
         with explain_os_errors("write to the run folder", self.path), atomic_write(config_path) as file:
             file.write(to_yaml(config))
+
+    def discard(self) -> None:
+        """Undo `claim` if this session took no step: remove the folder that it created, or restore config.yaml."""
+        if self.trained:
+            return
+        if self._created:
+            if self._metrics is not None:
+                self._metrics.close()
+                self._metrics = None
+            shutil.rmtree(self.path, ignore_errors=True)
+        elif self._previous_config is not None:
+            with contextlib.suppress(OSError), atomic_write(self.path / "config.yaml", "wb") as file:
+                file.write(self._previous_config)
 
     def _refuse_fewer_steps(self, steps: int | None) -> None:
         """Refuse a length that the run has reached already at the learning rate of a longer one.

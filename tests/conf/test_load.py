@@ -232,12 +232,15 @@ def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path, text):
 def test_a_run_is_found_by_name_and_by_path(tmp_path):
     run = tmp_path / "runs" / "first"
     run.mkdir(parents=True)
-    with pytest.raises(UserError, match="it has no runs"):
+    with pytest.raises(UserError, match="no run in it has a checkpoint"):
         find_run("first", str(tmp_path / "runs"))
     (run / "config.yaml").write_text("{}")
     assert find_run("first", str(tmp_path / "runs")) == run
     assert find_run(str(run), "elsewhere") == run
-    with pytest.raises(UserError, match="choose from first"):
+    (run / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (tmp_path / "runs" / "failed").mkdir()
+    (tmp_path / "runs" / "failed" / "config.yaml").write_text("{}")
+    with pytest.raises(UserError, match=r"choose from first$"):
         find_run("frist", str(tmp_path / "runs"))
 
 

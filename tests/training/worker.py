@@ -260,6 +260,10 @@ def _raise(number: int) -> Callable[..., Any]:
     return refuse
 
 
+def _no_memory(*_: Any) -> Any:
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+
 @contextlib.contextmanager
 def _broken_text(number: int, ending: str) -> Iterator[None]:
     original = Path.write_text
@@ -287,6 +291,7 @@ FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "evaluation": lambda: mock.patch("training.loop.evaluate", _bug),
     "sampling": lambda: mock.patch("training.loop.generate", _bug),
     "full disk": lambda: mock.patch("os.replace", _raise(errno.ENOSPC)),
+    "no memory": lambda: mock.patch.object(Engine, "train_step", _no_memory),
 }
 JOBS = {"script": script, "failing_save": failing_save, "command": command}
 
