@@ -220,10 +220,15 @@ class Config:
     )
     sample_every: int = key(0, "steps between samples from the prompts; 0: only at the end", only="prompts!=[]")
     sample_tokens: int = key(96, "tokens per sample", only="prompts!=[]")
-    prompts: Any = key([], "prompts of the samples")
+    prompts: Any = key(
+        None, "prompts of the samples; null: Python for the standard library, else beginnings of held-out documents"
+    )
     save_every: int = key(100, "steps between checkpoints; 0: only at the end")
     keep_last: int = key(2, "newest checkpoints to keep, beside the best one")
     log_every: int = key(1, "steps between lines of metrics.jsonl and of the console")
+    log_seconds: float = key(
+        5.0, "seconds between steps' lines of the console where that is no terminal; 0: a line per log_every steps"
+    )
     telemetry_every: int = key(
         50, "steps between activation telemetry samples (telemetry lines of metrics.jsonl); 0: none"
     )

@@ -67,6 +67,7 @@ _NOT_NEGATIVE = (
     "eval_every",
     "save_every",
     "sample_every",
+    "log_seconds",
     "telemetry_every",
     "model.z_loss",
     "optim.weight_decay",
@@ -85,6 +86,7 @@ NOT_LEARNED = (
     "save_every",
     "keep_last",
     "log_every",
+    "log_seconds",
     "sample_every",
     "sample_tokens",
     "prompts",
@@ -167,6 +169,8 @@ def _check_values(values: dict[str, Any]) -> None:
     if len(values["run"].encode()) > LONGEST_NAME:
         raise UserError(f"run={values['run'][:20]}... has more than {LONGEST_NAME} bytes: no folder can have that name")
     for name in ("prompts", "logger.tags"):
+        if values[name] is None and name == "prompts":
+            continue
         if not isinstance(values[name], list) or not all(isinstance(text, str) for text in values[name]):
             raise UserError(f"{name}={values[name]} must be a list of texts, such as \"{name}=['one','two']\"")
     if values["data.source"] not in ("stdlib", "blend") and not values["data.path"]:

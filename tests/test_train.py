@@ -165,7 +165,7 @@ def test_a_line_per_step_and_the_end_are_printed(uninterrupted):
     steps = [line for line in result.out.splitlines() if line.startswith("step ")]
     assert [int(line.split()[1].split("/")[0]) for line in steps] == list(range(1, STEPS + 1))
     assert "finished in" in result.out
-    assert f"python -m model.generate run=uninterrupted runs={run.parent} prompt='import '" in result.out
+    assert f"python -m model.generate run=uninterrupted runs={run.parent} prompt=ab" in result.out
 
 
 def test_the_run_folder_is_complete(uninterrupted):

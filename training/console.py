@@ -1,16 +1,17 @@
-"""The console: a summary before the first step, a line per step above a progress bar, and messages.
+"""The console: a summary before the first step, lines of steps above a progress bar, and messages.
 
+A terminal shows a line per step, as wide as it is. A file or a pipe gets a line every few seconds.
 Rank 0 alone prints; the other ranks hold a disabled console.
 """
 
 from __future__ import annotations
 
-import datetime
+import collections
 import time
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from conf.schema import Config
@@ -37,6 +38,32 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}h {minutes % 60:02d}m"
 
 
+class RecentSpeed:
+    """The speed of the last minute, evaluations and saves included; of a minute, or of one step if that takes longer."""
+
+    WINDOW_SECONDS = 60.0
+
+    def __init__(self, step: int) -> None:
+        self._marks = collections.deque([(time.monotonic(), step)])  # (time, steps done)
+        self._first = step + 1
+
+    def mark(self, step: int) -> None:
+        """Note that `step` steps are done."""
+        if step == self._marks[-1][1]:
+            return
+        now = time.monotonic()
+        if len(self._marks) == 2 and self._marks[1][1] == self._first:
+            self._marks.popleft()  # the first step of a session compiles and allocates
+        self._marks.append((now, step))
+        while len(self._marks) > 2 and self._marks[1][0] < now - self.WINDOW_SECONDS:
+            self._marks.popleft()
+
+    def seconds_left(self, steps: int) -> float | None:
+        """Return the estimated time up to step number `steps`; None before a step is done."""
+        (started, first), (now, step) = self._marks[0], self._marks[-1]
+        return (now - started) / (step - first) * (steps - step) if step > first else None
+
+
 class Console:
     """Prints if `enabled`, as on rank 0; otherwise does nothing."""
 
@@ -46,15 +73,16 @@ class Console:
             self.out = RichConsole(quiet=not enabled, highlight=False, width=120)  # a log file has no width
         self._progress: Progress | None = None
         self._task = TaskID(0)  # of `_progress`
-        self._started, self._first_step = time.monotonic(), 0  # of this session
+        self._steps, self._seconds = 0, 0.0
+        self._speed, self._last_line = RecentSpeed(0), -float("inf")  # time of the last line of a step
 
-    def print(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        self.out.print(escape(text), soft_wrap=True)
+    def print(self, text: str, wrap: bool = True) -> None:
+        """Print a text above the progress bar, on a terminal wrapped between words; commands and samples are not wrapped."""
+        self.out.print(escape(text), soft_wrap=not (wrap and self.out.is_terminal))
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        self.out.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+        self.out.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=not self.out.is_terminal)
 
     def summary(self, config: Config, shape: Shape, batch: Batch, rows: list[tuple[str, str]]) -> None:
         """Print what is going to be trained, on what, and for how long; `rows` come last."""
@@ -65,36 +93,56 @@ class Console:
             table.add_row(name, escape(value))
         self.out.print(table)
 
-    def start(self, done: int, steps: int) -> None:
-        """Start the clock of this session after `done` of `steps` steps, and show the progress bar on a terminal."""
-        if self.out.is_terminal and not self.out.quiet:
-            columns = (
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(elapsed_when_finished=True),
-            )
-            self._progress = Progress(*columns, console=self.out, transient=True, speed_estimate_period=60)
-            self._task = self._progress.add_task("train", total=steps, completed=done)
-            self._progress.start()
-        self._started, self._first_step = time.monotonic(), done
+    def start(self, done: int, steps: int, seconds: float = 0.0) -> None:
+        """Start to estimate the time left after `done` of `steps` steps, and show the progress bar on a terminal.
 
-    def step(self, step: int, steps: int, record: dict[str, float]) -> None:
-        """Print the line of a step."""
-        taken = max(1, step - self._first_step)
-        seconds_left = (time.monotonic() - self._started) / taken * (steps - step)
-        eta = str(datetime.timedelta(seconds=round(seconds_left)))
-        self.out.print(
-            f"step {step:>{len(str(steps))}}/{steps} ({step / steps:4.0%})  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
-            f"  grad norm {record['grad_norm']:.3f}  {human(record['tokens_per_second']):>5} tok/s"
-            f"  MFU {record['mfu']:.1%}  ETA {eta}",
-            soft_wrap=True,
-        )
+        Args:
+            seconds: between lines of steps where the output is no terminal; the first and the last are always printed.
+        """
+        if self.out.is_terminal and not self.out.quiet:
+            columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}"))
+            self._progress = Progress(*columns, console=self.out, transient=True)
+            self._task = self._progress.add_task("train", total=steps, completed=done, left="")
+            self._progress.start()
+        self._steps, self._seconds = steps, seconds
+        self._speed, self._last_line = RecentSpeed(done), -float("inf")
+
+    def step(self, step: int, record: dict[str, float | None]) -> None:
+        """Print the line of a step: what is known of it, as far as it fits, the least important figures left out first."""
+        now = time.monotonic()
+        if not self.out.is_terminal and step < self._steps and now - self._last_line < self._seconds:
+            return
+        self._last_line = now
+        mfu = record["mfu"]
+        figures = [  # (importance, text)
+            (9, f"step {step:>{len(str(self._steps))}}/{self._steps}"),
+            (1, f"({step / self._steps:4.0%})"),
+            (9, f"loss {record['loss']:.4f}"),
+            (4, f"lr {record['lr']:.2e}"),
+            (3, f"grad norm {record['grad_norm']:.3f}"),
+            (8, f"{human(record['tokens_per_second'] or 0.0):>5} tok/s"),
+            (5, "MFU unknown" if mfu is None else f"MFU {mfu:.1%}"),
+        ]
+        if self._progress is None:
+            figures.append((7, self._time_left(step)))
+        while (
+            len(line := "  ".join(text for _, text in figures).replace("  (", " (")) > self.out.width
+            and len(figures) > 2
+        ):
+            figures.remove(min(figures, key=lambda figure: figure[0]))
+        self.out.print(line, soft_wrap=True)
+
+    def _time_left(self, step: int) -> str:
+        self._speed.mark(step)
+        seconds = self._speed.seconds_left(self._steps)
+        return "" if seconds is None else f"ETA {duration(seconds)}"
 
     def advance(self, step: int) -> None:
-        """Move the progress bar."""
+        """Move the progress bar, and note the time of this step."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+            self._progress.update(self._task, completed=step, left=self._time_left(step))
+        else:
+            self._speed.mark(step)
 
     def stop(self) -> None:
         """Remove the progress bar."""

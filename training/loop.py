@@ -24,6 +24,7 @@ from launch.ranks import Ranks
 from model.generate import generate
 from training import machine
 from training.evaluation import HeldOut, evaluate
+from training.prompts import prompts_of
 from training.recorder import RunRecorder
 from training.runfolder import RunFolder
 from training.schedule import lr_scale, warmup_steps
@@ -86,6 +87,7 @@ class TrainingLoop:
         self.saver = Saver(engine, folder.checkpoints, CheckpointCollectives(), config.keep_last)
         self.telemetry = Telemetry(engine, config.telemetry_every, config.telemetry_window)
         self.step, self.batches_hash = 0, 0
+        self.prompts = prompts_of(config, dataset)
         self.warmup_steps = warmup_steps(config.schedule, batch.steps)
         self.skipped_in_a_row = 0
         self.session_started = time.monotonic()
@@ -129,16 +131,16 @@ class TrainingLoop:
             f"at step {self.step} and is {self.config.optim.lr * following:.3g} at step {self.step + 1}"
         )
 
-    def run(self, peak_flops: float, launchers: Launchers, launched_at: float) -> int:
+    def run(self, peak: machine.PeakSpeed, launchers: Launchers, launched_at: float) -> int:
         """Train to the last step or to a signal, and write the summary; return the exit status.
 
         Args:
-            peak_flops: FLOP/s per rank.
+            peak: of this rank.
             launched_at: time.monotonic() when the command started.
         """
         self.session_started = time.monotonic()
         try:
-            status = self._train(peak_flops, launchers, launched_at)
+            status = self._train(peak, launchers, launched_at)
         except BaseException:
             self._complete_save()
             self._finish("failed")
@@ -146,10 +148,10 @@ class TrainingLoop:
         self.console.stop()
         return self._finish(status)
 
-    def _train(self, peak_flops: float, launchers: Launchers, launched_at: float) -> str:
+    def _train(self, peak: machine.PeakSpeed, launchers: Launchers, launched_at: float) -> str:
         """Train to the last step or to a signal; return the status."""
         config, batch = self.config, self.batch
-        self.console.start(self.step, batch.steps)
+        self.console.start(self.step, batch.steps, config.log_seconds)
         if self.step >= batch.steps and self.last_eval is None:
             self._evaluate_last()  # the previous session ended between its last checkpoint and its summary
             self._sample()
@@ -166,7 +168,7 @@ class TrainingLoop:
                 self._count_skipped(applied, grad_norm)
                 last = self.step == batch.steps
                 if self.step % config.log_every == 0 or last:
-                    self._record_training(loss, grad_norm, scale, throughput, peak_flops)
+                    self._record_training(loss, grad_norm, scale, throughput, peak)
                     throughput.restart(self.step)
                 self.console.advance(self.step)
                 with throughput.paused():
@@ -199,22 +201,23 @@ class TrainingLoop:
         grad_norm: torch.Tensor | float,
         scale: float,
         throughput: _Throughput,
-        peak_flops: float,
+        peak: machine.PeakSpeed,
     ) -> None:
         """Record the steps since the last log line. Collective.
 
         Args:
             loss: mean of this rank's tokens; afterwards it holds the sum over ranks.
-            peak_flops: FLOP/s per rank.
+            peak: of this rank.
         """
         dist.all_reduce(loss)
         ranks, (steps, seconds) = self.ranks.world_size, throughput.measure(self.step)
+        tokens_per_second = steps * self.batch.tokens_per_step / seconds
         self.recorder.training(
             loss=float(loss) / ranks,
             grad_norm=float(grad_norm),
             lr=self.config.optim.lr * scale,
-            tokens_per_second=steps * self.batch.tokens_per_step / seconds,
-            peak_flops=peak_flops * ranks,
+            tokens_per_second=tokens_per_second,
+            mfu=peak.mfu(tokens_per_second * self.recorder.flops_per_token / ranks) if self.ranks.rank == 0 else None,
             memory_gib=machine.memory_gib(self.engine.device),
         )
 
@@ -286,7 +289,7 @@ class TrainingLoop:
     def _sample(self) -> None:
         """Generate a text for each prompt."""
         config, texts = self.config, []
-        for prompt in config.prompts:
+        for prompt in self.prompts:
             arguments = (self.dataset.tokenizer, self.shape.n_layers, prompt, config.sample_tokens)
             with torch.no_grad():
                 texts.append(generate(self.engine.logits, *arguments, device=self.engine.device))
@@ -361,7 +364,7 @@ class TrainingLoop:
         }
         written = self.recorder.close(summary)
         if self.ranks.rank == 0 and status == "finished":
-            self.recorder.print_end(summary)
+            self.recorder.print_end(summary, self.prompts)
         if synchronised:
             written = self._broadcast(written)
             dist.barrier()

@@ -109,6 +109,30 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return 2 * 1024**3 / best_seconds, f"measured, {str(dtype).removeprefix('torch.')} matmul of 1024 x 1024"
 
 
+class PeakSpeed:
+    """Peak FLOP/s of this rank's device, to which MFU is relative.
+
+    Attributes:
+        flops: FLOP/s. source: of that figure, for the console.
+    """
+
+    MEASUREMENTS = 5  # at most; each takes a tenth of a second
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype, self._left = device, dtype, self.MEASUREMENTS - 1
+        self.flops, self.source = peak_flops(device, dtype)
+
+    def mfu(self, flops_per_second: float) -> float | None:
+        """Return the model FLOPs utilization of this rank; None if it is unknown.
+
+        Beside other work a peak is measured too low. Above 100% it is measured again; what stays above is not plausible.
+        """
+        while flops_per_second > self.flops and self._left and self.source.startswith("measured"):
+            self._left -= 1
+            self.flops = max(self.flops, peak_flops(self._device, self._dtype)[0])
+        return flops_per_second / self.flops if flops_per_second <= self.flops else None
+
+
 def describe(device: torch.device) -> str:
     """Return a short description of the device for the console."""
     if device.type == "cuda":

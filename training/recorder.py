@@ -6,6 +6,7 @@ written is kept in memory, with one warning, and written when there is space aga
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class RunRecorder:
         self._write_line("event", {"event": event, **details}, step)
 
     def training(
-        self, loss: float, grad_norm: float, lr: float, tokens_per_second: float, peak_flops: float, memory_gib: float
+        self, loss: float, grad_norm: float, lr: float, tokens_per_second: float, mfu: float | None, memory_gib: float
     ) -> None:
         """Record the steps since the last such line, and print the line of the step.
 
@@ -74,19 +75,19 @@ class RunRecorder:
             grad_norm: before clipping.
             lr: the learning rate that was applied.
             tokens_per_second: over all ranks.
-            peak_flops: FLOP/s of all ranks together.
+            mfu: model FLOPs utilization; None: unknown.
             memory_gib: peak memory of this rank.
         """
-        figures = {
+        figures: dict[str, float | None] = {
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
             "tokens_per_second": tokens_per_second,
-            "mfu": tokens_per_second * self.flops_per_token / peak_flops,
+            "mfu": mfu,
             "memory_gib": memory_gib,
         }
         self._write_line("train", figures)
-        self.console.step(self.step, self.batch.steps, figures)
+        self.console.step(self.step, figures)
 
     def evaluation(self, held_out: HeldOut, dead: list[float | None]) -> None:
         """Record and print an evaluation.
@@ -106,7 +107,7 @@ class RunRecorder:
         self._write_line("eval", figures)
         partial = "" if held_out.tokens == self.dataset.held_out.tokens else f" (on {held_out.tokens} tokens)"
         self.console.print(
-            f"held-out: loss {held_out.loss:.4f} nats per token, perplexity {held_out.perplexity:.2f}, "
+            f"held-out: loss {held_out.loss:.4f}, perplexity {held_out.perplexity:.2f}, "
             f"{bits:.4f} bits per byte{partial}"
         )
 
@@ -139,31 +140,33 @@ class RunRecorder:
             self._loggers.finish(summary)
         return written
 
-    def print_end(self, summary: dict[str, Any]) -> None:
-        """Print the last lines of a run that finished."""
+    def print_end(self, summary: dict[str, Any], prompts: list[str]) -> None:
+        """Print the last lines of a run that finished; `prompts` are those of its samples."""
         console, config, path = self.console, self.config, self.folder.path
         console.print("")
         console.print(f"finished in {duration(summary['wall_seconds'])} after {summary['tokens']:,} tokens")
         xz = summary["xz_bits_per_byte"]
         console.print(held_out_line(summary) + (f"; xz -9 on the same text: {xz:.4f}" if xz else ""))
         if self._last_sample:
-            console.print(f"a sample:\n{self._last_sample}\n")
+            console.print(f"a sample:\n{self._last_sample}\n", wrap=False)
         console.print(f"run folder: {path}/ (config.yaml metrics.jsonl summary.json checkpoints/ samples.txt)")
         for note in self._loggers.notes if self._loggers is not None else ():
             console.print(note)
-        runs = "" if config.runs == "runs" else f" runs={config.runs}"
+        runs = "" if config.runs == "runs" else f" runs={shlex.quote(config.runs)}"
+        prompt = shlex.quote(prompts[0].splitlines()[0]) if prompts and prompts[0].strip() else "'The '"
+        name = shlex.quote(str(config.run))
         console.print("next steps:")
-        console.print(f"  python -m model.generate run={config.run}{runs} prompt='import '")
-        console.print("  deepspeed train.py ffn=relu2          # another arm with the same number of FFN parameters")
+        console.print(f"  python -m model.generate run={name}{runs} prompt={prompt}", wrap=False)
+        console.print("  deepspeed train.py ffn=relu2   # another arm, as many FFN parameters", wrap=False)
         console.print("  python train.py --help")
 
     def summary_rows(
-        self, device: torch.device, dtype: torch.dtype, attention: str, peak_flops: float, peak_source: str, ranks: int
+        self, device: torch.device, dtype: torch.dtype, attention: str, peak: machine.PeakSpeed, ranks: int
     ) -> list[tuple[str, str]]:
         """Return the rows of the console's summary about data and machine: (name, text).
 
         Args:
-            peak_flops: FLOP/s per rank.
+            peak: of a rank.
             ranks: the world size.
         """
         dataset, config, parallel = self.dataset, self.config, self.config.parallel
@@ -184,12 +187,12 @@ class RunRecorder:
             axes.append(f"context {parallel.context}")
         if axes:
             rows.append(("parallel", " x ".join([*axes, f"data {self.batch.data_parallel}"])))
-        expected_seconds = self.batch.tokens * self.flops_per_token / (EXPECTED_MFU * peak_flops * ranks)
+        expected_seconds = self.batch.tokens * self.flops_per_token / (EXPECTED_MFU * peak.flops * ranks)
         return [
             *rows,
             ("optimizer", f"{config.optim.name}, peak lr {config.optim.lr:g}, {config.schedule.name}"),
             ("attention", attention),
-            ("peak", f"{peak_flops / 1e12:.3g} TFLOP/s per rank ({peak_source})"),
+            ("peak", f"{peak.flops / 1e12:.3g} TFLOP/s per rank ({peak.source})"),
             ("expected time", f"about {duration(expected_seconds)} at {EXPECTED_MFU:.0%} MFU"),
         ]
 

@@ -83,13 +83,13 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
             if ranks.rank == 0:
                 _copy_tokenizer(dataset, folder.path)
             recorder.open()
-            peak_flops, peak_source = machine.peak_flops(device, dtype)
+            peak = machine.PeakSpeed(device, dtype)
             if not checkpoint:
-                rows = recorder.summary_rows(device, dtype, attention, peak_flops, peak_source, ranks.world_size)
+                rows = recorder.summary_rows(device, dtype, attention, peak, ranks.world_size)
                 console.summary(config, shape, batch, rows)
             event = "resumed" if checkpoint else "started"
             recorder.event(event, world_size=ranks.world_size, wall_seconds=loop.earlier_seconds)
-            return loop.run(peak_flops, launchers, launched_at)
+            return loop.run(peak, launchers, launched_at)
     except BaseException:
         if ranks.rank == 0:
             folder.discard()

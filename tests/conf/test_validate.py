@@ -46,6 +46,7 @@ MAY_BE_ZERO = {
         "save_every",
         "sample_every",
         "telemetry_every",
+        "log_seconds",
         "model.z_loss",
         "optim.weight_decay",
         "optim.clip",
@@ -234,7 +235,7 @@ def test_tokens_are_rounded_down_to_whole_steps_and_steps_win():
 
 FREE = {
     *("run", "runs", "resume", "steps", "tokens", "eval_every", "eval_tokens", "save_every", "keep_last", "log_every"),
-    *("telemetry_every", "telemetry_window"),
+    *("telemetry_every", "telemetry_window", "log_seconds"),
     *("sample_every", "sample_tokens", "prompts", "micro_batch_size", "data.prepared", "data.workers", "ffn.backend"),
     *("model.activation_checkpointing", "model.attention", "ffn.save"),
 }

@@ -96,3 +96,20 @@ def test_freed_memory_is_kept():
 def test_a_library_without_these_settings_is_no_error(monkeypatch):
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: object())
     assert machine.keep_freed_memory() is False
+
+
+def test_a_peak_that_was_measured_beside_other_work_is_measured_again(monkeypatch):
+    measured = iter([1e9, 0.5e9, 4e9, 1e9, 1e9])
+    monkeypatch.setattr(machine, "peak_flops", lambda *_: (next(measured), "measured, by a test"))
+    peak = machine.PeakSpeed(torch.device("cpu"), torch.float32)
+    assert peak.mfu(0.5e9) == 0.5
+    assert peak.mfu(2e9) == 0.5  # of the third measurement
+    assert peak.mfu(5e9) is None
+    assert peak.mfu(5e9) is None  # and is not measured for ever
+    assert peak.mfu(1e9) == 0.25
+
+
+def test_a_peak_of_a_data_sheet_is_not_measured_again(monkeypatch):
+    monkeypatch.setattr(machine, "peak_flops", lambda *_: (1e12, "data sheet of a GPU"))
+    peak = machine.PeakSpeed(torch.device("cpu"), torch.bfloat16)
+    assert peak.mfu(2.79e12) is None

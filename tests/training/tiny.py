@@ -38,6 +38,7 @@ TINY = {
     "eval_every": 4,
     "save_every": 4,
     "sample_tokens": 4,
+    "log_seconds": 0,
     "prompts": "['ab']",
     "model.qk_norm": "false",
     "optim.lr": 0.01,
