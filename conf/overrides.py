@@ -118,6 +118,10 @@ def _choice(group: str, value: str) -> str:
 def _refuse_address(key: str, text: str) -> None:
     """Refuse an address such as s3://bucket/text, also inside of a list."""
     if address := re.search(r"\b([a-z][a-z0-9+.-]*)://[^\s,'\"\]]*", text):
+        if key in ("runs", "data.prepared"):
+            raise UserError(
+                f"{key}={text} is not on this machine, and files are only written to its own or mounted folders"
+            )
         how = _DOWNLOAD.get(address[1], "a mounted folder will do").format(address[0])
         raise UserError(f"{key}={text} is not on this machine, and only local files are read: copy it first ({how})")
 

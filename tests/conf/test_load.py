@@ -458,7 +458,7 @@ def test_a_layer_may_be_typed_as_a_number(tmp_path):
         ("data.path=[a,gs://bucket/text]", "copy it first (gcloud storage rsync -r gs://bucket/text FOLDER)"),
         ("data.parts.a.path=hf://datasets/a/b", "a data set of the hub is data=hf data.path=NAME"),
         ("tokenizer.path=https://a.org/t.json", "is not on this machine, and only local files are read"),
-        ("runs=s3://bucket/runs", "runs=s3://bucket/runs is not on this machine"),
+        ("runs=s3://bucket/runs", "runs=s3://bucket/runs is not on this machine, and files are only written to"),
         (
             "tokenizer=meta-llama/Llama-2-7b",
             "a tokenizer in a file is tokenizer=huggingface tokenizer.path=tokenizer.json",
