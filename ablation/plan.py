@@ -239,6 +239,8 @@ def _resolve_size(
 
 def _named(value: Any, key: str) -> dict[str, str | list[str]]:
     """Return {name: overrides}. A list of arms of conf/ffn stands for {name: ffn=name}."""
+    if key == "arms":
+        _refuse_unlisted(key, value)
     if isinstance(value, list) and key == "arms":
         duplicates = {name for name in value if value.count(name) > 1}
         if duplicates:
@@ -250,7 +252,8 @@ def _named(value: Any, key: str) -> dict[str, str | list[str]]:
                     str(name), f"ablation.arms={{mine: \"ffn=custom ffn.formula='{name}'\", relu: ffn=relu}}"
                 )
     if not isinstance(value, dict) or not value:
-        raise UserError(f"ablation.{key} must map names to overrides, such as {{mine: ffn=relu}}")
+        example = "mine: ffn=relu" if key == "arms" else "small: model=nano"
+        raise UserError(f"ablation.{key} must map names to overrides, such as {{{example}}}")
     for name in value:
         if not _NAME.fullmatch(str(name)):
             raise UserError(
@@ -335,6 +338,8 @@ def _check(config: AblationConfig, arms: Mapping[str, Any]) -> None:
     if isinstance(config.seeds, int):
         listed = ",".join(map(str, range(max(2, min(config.seeds, 9)))))
         raise UserError(f"ablation.seeds={config.seeds} is one number: list the seeds, as ablation.seeds=[{listed}]")
+    _refuse_unlisted("seeds", config.seeds)
+    _refuse_unlisted("rates", config.rates)
     if not _whole_numbers(config.seeds) or len(set(config.seeds)) != len(config.seeds):
         raise UserError(f"ablation.seeds={config.seeds} must be distinct whole numbers")
     if len(config.seeds) < 2:
@@ -350,6 +355,11 @@ def _check(config: AblationConfig, arms: Mapping[str, Any]) -> None:
         raise unknown("metric", config.metric, ["final_eval_loss"])
     if not 0 < config.smallest_effect < math.inf:
         raise UserError(f"ablation.smallest_effect={config.smallest_effect} must be in nats per token, above 0")
+
+
+def _refuse_unlisted(key: str, value: Any) -> None:
+    if isinstance(value, (str, int, float)):
+        raise UserError(f"ablation.{key}={value} is no list: write ablation.{key}=[{value}]")
 
 
 def _whole_numbers(values: Any) -> bool:
