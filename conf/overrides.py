@@ -24,6 +24,8 @@ PLAIN_TEXT = (
     "ffn.from_output",
     "data.path",
     "tokenizer.path",
+    "tokenizer.eos",
+    "tokenizer.bos",
     "run",
     "runs",
     "data.prepared",

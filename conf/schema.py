@@ -114,6 +114,16 @@ class TokenizerConfig:
     name: str = key("sentencepiece", "name of the choice")
     kind: str = key("sentencepiece", "sentencepiece | huggingface")
     path: Optional[str] = key(None, "a .model file or a tokenizer.json; null: train SentencePiece on the corpus")
+    eos: Optional[str] = key(
+        None,
+        "the token that ends a document; null: as the files beside it say (eos_token), or by a common name",
+        only="tokenizer.path!=null",
+    )
+    bos: Optional[str] = key(
+        None,
+        "a token that begins each document; null: none, a text starts after the end of another",
+        only="tokenizer.path!=null",
+    )
     vocab_size: int = key(4096, "vocabulary entries of a tokenizer trained here", only="tokenizer.path=null")
     train_megabytes: int = key(
         64, "most text to train it on (MB, a uniform sample of the corpus)", only="tokenizer.path=null"

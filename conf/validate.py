@@ -97,6 +97,8 @@ NOT_LEARNED = (
     "ffn.backend",
     "ffn.save",
 )
+# Keys that 0.2.0 did not have. Where they are null they change nothing, and the hashes of older plans stay theirs.
+_ADDED = ("tokenizer.eos", "tokenizer.bos")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +296,7 @@ def total_steps(config: Config) -> int | None:
 
 def what_is_learned(config: Config) -> dict[str, Any]:
     """Return the values that determine what a run learns, by dotted key, without its length."""
-    values = flatten(to_dict(config))
+    values = {k: v for k, v in flatten(to_dict(config)).items() if k not in _ADDED or v is not None}
     return {k: v for k, v in values.items() if not any(k == free or k.startswith(free + ".") for free in NOT_LEARNED)}
 
 

@@ -48,7 +48,7 @@ def encode_group(folder: Path, tokenizer: Tokenizer, group: Group) -> list[Shard
     for split, texts in group.texts.items():
         if texts:
             # Each document is packed at once: Python integers take 16 times the memory of the tokens on disk.
-            ids = [np.array(tokenizer.encode(text), token_dtype(tokenizer.vocab_size)) for text in texts]
+            ids = [np.array(tokenizer.encode_document(text), token_dtype(tokenizer.vocab_size)) for text in texts]
             size = group.text_bytes[split]
             shards.append(
                 write_shard(folder, split, group.number, ids, size, tokenizer.eos_id, tokenizer.vocab_size),

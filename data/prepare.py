@@ -70,7 +70,7 @@ def folder_of(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
     """Return the folder of a prepared corpus; its name holds a hash of everything that determines its content."""
     _check(data, tokenizer)
     if tokenizer.path:
-        settings: Any = load_tokenizer(tokenizer.path).hash
+        settings: Any = load_tokenizer(tokenizer.path, tokenizer.eos, tokenizer.bos).hash
     else:
         settings = [TRAINER, tokenizer.vocab_size, tokenizer.train_megabytes]
     held_out: Any = data.held_out
@@ -279,7 +279,7 @@ def _tokenizer(
         if path.is_file():
             return load_tokenizer(path), path
     if config.path:
-        tokenizer = load_tokenizer(config.path)
+        tokenizer = load_tokenizer(config.path, config.eos, config.bos)
     else:
         texts = sample(config.train_megabytes * MEGABYTE)
         megabytes = sum(map(len, texts)) / 1e6

@@ -2,7 +2,8 @@
 
 Notable here:
 - a tokenizer trained here is lossless: decode(encode(text)) == text for every text that UTF-8 can encode;
-- a special token spelled out in a text ("</s>") is text, never the end of a document;
+- a special token spelled out in a text ("</s>") is text, never the end of a document; a vocabulary in which it cannot be
+  text is refused;
 - long texts are encoded in pieces, so that time and memory grow linearly.
 
 `prepare.py` selects the training text.
@@ -19,8 +20,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.ends import EOS_NAMES, SAVED, Ends, named_in_configs, save_ends, saved_ends
 from data.files import need
-from kernels.common.errors import UserError
+from kernels.common.errors import UserError, suggest
 from kernels.common.files import atomic_write, explain_os_errors
 
 # Every option of the trainer. A document is one "sentence", so that pieces may hold line ends and indentation.
@@ -45,8 +47,8 @@ UNKNOWN = "\u2585"  # what its trainer writes for an unknown character; it leave
 STRETCH = (
     1 << 16
 )  # characters encoded at once; on much longer texts SentencePiece is slower per character and needs gigabytes
-EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<end_of_text>")
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
+ODD = "\u0378\ue000\U0001f9ff \u6f22\u304b \x01"  # characters for which many vocabularies have no token
 PROBE = "  a  b\t\r\n\x00</s> \u00e9e\u0301\ufb01\u3000\U0001f600 \n   def"  # changed by whatever normalises
 
 
@@ -56,44 +58,151 @@ class Tokenizer(abc.ABC):
     Attributes:
         vocab_size: number of ids; every id is below it.
         eos_id: id of the end-of-text token.
-        hash: 32 hex digits, of the model file.
+        bos_id: id of the token that begins every document; None: documents have none.
+        hash: 32 hex digits, of the model file and of the two tokens where they are not those of convention.
         exact: decode gives back what was encoded, for any text.
     """
 
     file_name: str
+    unit = "token"
     vocab_size: int
     eos_id: int
+    bos_id: int | None = None
     exact: bool
 
-    def __init__(self, raw: bytes) -> None:
-        self.raw = raw
+    def __init__(self, raw: bytes, name: str) -> None:
+        self.raw, self.name = raw, name
+        self._conventional = True
         self.hash = hashlib.blake2b(raw, digest_size=16).hexdigest()
+
+    @property
+    def start_id(self) -> int:
+        """The token before the first one of a text: the begin token, or the end of the document before."""
+        return self.eos_id if self.bos_id is None else self.bos_id
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without any begin or end token."""
         return self.encode_batch([text])[0]
 
-    @abc.abstractmethod
+    def encode_document(self, text: str) -> list[int]:
+        """Return the ids of a document as it is stored: after the begin token, if there is one, and before its end."""
+        return self.encode(text) if self.bos_id is None else [self.bos_id, *self.encode(text)]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode several texts."""
+        """Encode several texts.
+
+        Raises:
+            UserError: the vocabulary turns a part of a text into the end-of-text token.
+        """
+        encoded = self._encode_batch(texts)
+        for text, ids in zip(texts, encoded, strict=True):
+            if self.eos_id in ids:
+                raise UserError(
+                    f"{self.name} turns a part of a text that begins {text[:40]!r} into its end-of-text token "
+                    f"{self.token(self.eos_id)!r}: name a token that no text becomes (tokenizer.eos=TOKEN)"
+                )
+        return encoded
+
+    @abc.abstractmethod
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    @abc.abstractmethod
+    def token(self, number: int) -> str:
+        """Return the name of a token."""
+
+    @abc.abstractmethod
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token, None if the vocabulary does not hold it."""
+
+    @abc.abstractmethod
+    def special_tokens(self) -> list[str]:
+        """Return the names of tokens that stand for no text."""
+
+    def use_ends(self, ends: Ends) -> None:
+        """Take the named tokens as the end and the begin of documents; an empty name leaves the conventional one.
+
+        Raises:
+            UserError: the vocabulary does not hold one of them, or has no end at all.
+        """
+        conventional = self.eos_id
+        ids = {key: self.token_id(token) for key, token in ends._asdict().items() if token}
+        for key, number in ids.items():
+            if number is None:
+                token = getattr(ends, key)
+                known = self.special_tokens()
+                raise UserError(
+                    f"tokenizer.{key}={token}: {self.name} has no such token; {suggest(token, known)}{self._special()}"
+                )
+        if "eos" not in ids and conventional < 0:
+            raise UserError(
+                f"{self.name} has no end-of-text {self.unit}, and documents need an end: "
+                f"name it by tokenizer.eos=TOKEN; {self._special()}"
+            )
+        eos, bos = ids.get("eos"), ids.get("bos")
+        self.eos_id = conventional if eos is None else eos
+        self.bos_id = None if bos == self.eos_id else bos
+        self._conventional = self.eos_id == conventional and self.bos_id is None
+        if not self._conventional:
+            known = f"\0eos={self.eos_id} bos={self.bos_id}".encode()
+            self.hash = hashlib.blake2b(self.raw + known, digest_size=16).hexdigest()
+        self._prepare_ends()
+        self._refuse_matching_ends()
+
+    def _special(self) -> str:
+        known = self.special_tokens()
+        shown = " ".join(known[:8]) + (" ..." if len(known) > 8 else "")
+        return f"its special tokens are {shown}" if known else "it has no special tokens"
+
+    @abc.abstractmethod
+    def _prepare_ends(self) -> None:
+        """Make the end and the begin tokens that are not matched in a text, as far as the library can."""
+
+    def _refuse_matching_ends(self) -> None:
+        """Raise a UserError if a text can become the end of a document or its begin."""
+        for key, number in (("eos", self.eos_id), ("bos", self.bos_id)):
+            if number is None:
+                continue
+            token = self.token(number)
+            wide = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in token)  # NFKC makes it plain
+            for probe in (token, f"a{token}b", f" {token} ", f"\n{token}\n", token.upper(), token.lower(), wide):
+                if number in self._encode_batch([probe])[0]:
+                    raise UserError(
+                        f"{self.name} turns the characters {probe.strip()!r} of a text into the token {token!r}, so documents "
+                        f"would end inside of their text: name a token that no text becomes (tokenizer.{key}=TOKEN), "
+                        "or take another tokenizer"
+                    )
+            if number in self._encode_batch([ODD])[0]:
+                raise UserError(
+                    f"{self.name} gives characters that it does not know the token {token!r}, so documents would end "
+                    f"inside of their text: name another token (tokenizer.{key}=TOKEN)"
+                )
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids. Bytes that are not UTF-8 (part of a character) become U+FFFD."""
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the model file into `folder` as tokenizer.model or tokenizer.json and return its path."""
+        """Write the model file into `folder` as tokenizer.model or tokenizer.json and return its path.
+
+        Beside it stand the names of the end and begin tokens where they are not those of convention.
+        """
         path = Path(folder, self.file_name)
-        with explain_os_errors("write", path), atomic_write(path, "wb") as file:
-            file.write(self.raw)
+        with explain_os_errors("write", path):
+            (path.parent / SAVED).unlink(missing_ok=True)
+            if not self._conventional:
+                save_ends(
+                    path.parent, Ends(self.token(self.eos_id), "" if self.bos_id is None else self.token(self.bos_id))
+                )
+            with atomic_write(path, "wb") as file:
+                file.write(self.raw)
         return path
 
 
 class _SentencePiece(Tokenizer):
-    file_name = FILE_NAMES[0]
+    file_name, unit = FILE_NAMES[0], "piece"
 
     def __init__(self, raw: bytes, name: str) -> None:
-        super().__init__(raw)
+        super().__init__(raw, name)
         sentencepiece = need("sentencepiece", "this tokenizer")
         sentencepiece.set_min_log_level(2)
         try:
@@ -103,8 +212,6 @@ class _SentencePiece(Tokenizer):
         self.vocab_size, self.eos_id = model.get_piece_size(), model.eos_id()
         if self.vocab_size == 0:
             raise UserError(f"{name} is no SentencePiece model")
-        if self.eos_id < 0:
-            raise UserError(f"{name} has no end-of-text piece; train it with an eos_id, documents need an end")
         # The bytes of every piece. Decoding by this table is exact where the library's own decoding is not (U+2581).
         self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
         bytes_there = {self._bytes[i]: i for i in range(self.vocab_size) if model.is_byte(i)}
@@ -122,7 +229,20 @@ class _SentencePiece(Tokenizer):
     def _join(self, ids: Iterable[int]) -> bytes:
         return b"".join([self._bytes[i] for i in ids])
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def token(self, number: int) -> str:
+        return self._model.id_to_piece(number)
+
+    def token_id(self, token: str) -> int | None:
+        number = self._model.piece_to_id(token)
+        return number if 0 <= number < self.vocab_size and self.token(number) == token else None
+
+    def special_tokens(self) -> list[str]:
+        return [self.token(i) for i in range(self.vocab_size) if self._model.is_control(i)]
+
+    def _prepare_ends(self) -> None:
+        """Do nothing: control pieces are never matched, and nothing keeps other ones from it."""
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.exact:
             return self._model.encode(list(texts), num_threads=1)
         # One flat call for all stretches; None stands for a U+2581 between two of them.
@@ -160,7 +280,7 @@ class _HuggingFace(Tokenizer):
     exact = False
 
     def __init__(self, raw: bytes, name: str) -> None:
-        super().__init__(raw)
+        super().__init__(raw, name)
         tokenizers = need("tokenizers", f"reading {name}")
         try:
             self._model = model = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
@@ -168,26 +288,48 @@ class _HuggingFace(Tokenizer):
             raise UserError(f"{name} is no tokenizer.json of Hugging Face tokenizers: {error}") from error
         model.no_truncation()
         model.no_padding()
-        model.encode_special_tokens = True  # what looks like a special token in a text is text
         vocabulary = model.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UserError(f"{name} has an empty vocabulary: it cannot encode any text")
         self.vocab_size = max(vocabulary.values()) + 1
-        eos = next((e for e in EOS_NAMES if e in vocabulary), None)
-        if eos is None:
-            raise UserError(f"{name} has no end-of-text token; looked for {' '.join(EOS_NAMES)}")
-        self.eos_id = vocabulary[eos]
+        self.eos_id = next((vocabulary[each] for each in EOS_NAMES if each in vocabulary), -1)
+        model.encode_special_tokens = True  # what looks like a special token in a text is text
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def token(self, number: int) -> str:
+        return self._model.id_to_token(number)
+
+    def token_id(self, token: str) -> int | None:
+        return self._model.token_to_id(token)
+
+    def special_tokens(self) -> list[str]:
+        added = self._model.get_added_tokens_decoder()
+        return [added[number].content for number in sorted(added) if added[number].special]
+
+    def _prepare_ends(self) -> None:
+        added = self._model.get_added_tokens_decoder()
+        for number in (self.eos_id, self.bos_id):
+            if number in added and not added[number].special:  # it would be matched in a text
+                token = added[number]
+                token.special = True
+                self._model.add_special_tokens([token])
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._model.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike[str], eos: str | None = None, bos: str | None = None) -> Tokenizer:
     """Load a SentencePiece `.model`, a Hugging Face `tokenizer.json`, or the one in a folder.
 
+    Args:
+        eos: name of the end-of-text token; None: the one that files beside the tokenizer name (`data/ends.py`), or by
+            convention.
+        bos: name of the token that begins a document; None: none, or what `Tokenizer.save` wrote.
+
     Raises:
-        UserError: it is missing or unreadable, no tokenizer, or has no end-of-text token.
+        UserError: it is missing or unreadable, no tokenizer, or has no end-of-text token that only ends documents.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -205,8 +347,25 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             )
             hint += "tokenizer=huggingface tokenizer.path=FOLDER/tokenizer.json"
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}{hint}") from error
-    kind = _HuggingFace if path.suffix == ".json" else _SentencePiece
-    return kind(raw, str(path))
+    tokenizer = (_HuggingFace if path.suffix == ".json" else _SentencePiece)(raw, str(path))
+    saved = saved_ends(path.parent)
+    eos = eos or saved.eos or named_by_config(tokenizer, path.parent, "eos")
+    tokenizer.use_ends(Ends(eos, bos or saved.bos))
+    return tokenizer
+
+
+def named_by_config(tokenizer: Tokenizer, folder: Path, kind: str) -> str:
+    """Return the token that a configuration of Hugging Face in `folder` names, "" if none names one of the vocabulary.
+
+    Args:
+        kind: eos or bos.
+    """
+    for given in named_in_configs(folder, kind):
+        if isinstance(given, str) and tokenizer.token_id(given) is not None:
+            return given
+        if isinstance(given, int) and 0 <= given < tokenizer.vocab_size and tokenizer.token(given):
+            return tokenizer.token(given)
+    return ""
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str] | None = None) -> Tokenizer:
@@ -231,6 +390,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
     except (RuntimeError, OSError) as error:
         raise _why_not_trained(str(error), vocab_size) from error
     tokenizer = _SentencePiece(model.getvalue(), "the trained tokenizer")
+    tokenizer.use_ends(Ends())
     if not tokenizer.exact:
         raise UserError(
             "the trained tokenizer does not give texts back exactly; an option of TRAINER in data/tokenizer.py is lossy"

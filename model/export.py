@@ -95,8 +95,8 @@ def _model_config(
         "rope_theta": config.model.rope_theta,
         "tie_word_embeddings": shape.tied,
         "initializer_range": shape.d_model**-0.5 if std is None else std,
-        # In training a document starts after the end of another, so a text starts with the end-of-text token.
-        "bos_token_id": tokenizer.eos_id,
+        # In training a document starts after the end of another, so a text starts with the end-of-text token by default.
+        "bos_token_id": tokenizer.start_id,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": pad,
         "torch_dtype": str(_DTYPES[dtype]).removeprefix("torch."),
@@ -137,7 +137,11 @@ def _plain(formula: Formula, parameters: list[str]) -> dict[str, Any]:
 
 def _generation_config(shape: Shape, tokenizer: Tokenizer, pad: int) -> dict[str, Any]:
     """Return the content of generation_config.json."""
-    content: dict[str, Any] = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
+    content: dict[str, Any] = {
+        "bos_token_id": tokenizer.start_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": pad,
+    }
     if shape.vocab_size > tokenizer.vocab_size:  # further rows are padding of the vocabulary
         content["suppress_tokens"] = list(range(tokenizer.vocab_size, shape.vocab_size))
     return content

@@ -48,8 +48,8 @@ def generate(
         seed: of the sampling, which is on the CPU: equal logits and seeds give equal text on every rank.
     """
     generator = torch.Generator().manual_seed(seed)
-    # In training a document starts after the end of another one.
-    written = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    # In training a document starts after the end of another one, or with a begin token.
+    written = [tokenizer.start_id, *tokenizer.encode(prompt)]
     cache = Cache(n_layers)
     newest = written
     for _ in range(tokens):

@@ -25,7 +25,7 @@ from torch import Tensor
 from conf.load import load, to_yaml
 from conf.schema import Config
 from conf.validate import validate
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, named_by_config
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_folder, explain_os_errors
@@ -181,15 +181,18 @@ def _write_run(
 
 def _tokenizer(source: Path) -> Tokenizer:
     """Return the folder's tokenizer, read if possible from the original file that `model.export` copied."""
+    tokenizer = load_tokenizer(_tokenizer_file(source))
+    return load_tokenizer(tokenizer.name, bos=named_by_config(tokenizer, source, "bos"))
+
+
+def _tokenizer_file(source: Path) -> Path:
     sentencepiece, original = source / ORIGINAL["tokenizer.model"], source / ORIGINAL["tokenizer.json"]
     converted = source / "tokenizer.json"
-    if sentencepiece.is_file():
-        tokenizer = load_tokenizer(sentencepiece)
-        if tokenizer.exact or not converted.is_file():
-            return tokenizer
+    if sentencepiece.is_file() and (load_tokenizer(sentencepiece).exact or not converted.is_file()):
+        return sentencepiece
     if not original.is_file() and not converted.is_file():
         raise UserError(f"{source} holds no tokenizer: neither tokenizer.json nor tokenizer.model")
-    return load_tokenizer(original if original.is_file() else converted)
+    return original if original.is_file() else converted
 
 
 def _model_overrides(imported: ImportedConfig) -> list[str]:

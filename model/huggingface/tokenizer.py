@@ -5,8 +5,8 @@ are ordered by the pieces' scores, characters without a piece become bytes, and 
 vocabulary, so a U+2581 in a text is no piece and becomes bytes, as in `data/tokenizer.py`. Two differences remain: our
 tokenizer splits texts of more than 65,536 characters, and decodes broken UTF-8 with fewer U+FFFD.
 
-With special tokens, the default in Transformers, a text starts with the end-of-text token. That is how a document starts in
-training and in `model.generate`. Special tokens are not recognised inside a text.
+With special tokens, the default in Transformers, a text starts with the token that a document starts with in training and in
+`model.generate`: the end-of-text token, or the begin token if the run has one. Special tokens are not recognised inside a text.
 """
 
 from __future__ import annotations
@@ -53,10 +53,13 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> int:
         converted.no_padding()
     else:
         converted = _from_sentencepiece(tokenizer.raw)
-    eos = converted.id_to_token(tokenizer.eos_id)
-    converted.add_special_tokens([eos])
-    template = tokenizers.processors.TemplateProcessing
-    converted.post_processor = template(f"{eos} $A", f"{eos} $A {eos} $B:1", special_tokens=[(eos, tokenizer.eos_id)])
+    eos, start = tokenizer.token(tokenizer.eos_id), tokenizer.token(tokenizer.start_id)
+    # Special tokens of a vocabulary may be listed as plain ones, which would be matched in a text.
+    special = [tokenizers.AddedToken(each, special=True, normalized=False) for each in dict.fromkeys((eos, start))]
+    converted.add_special_tokens(special)
+    converted.post_processor = tokenizers.processors.TemplateProcessing(
+        [start, "$A"], [start, "$A", start, "$B:1"], special_tokens=[(start, tokenizer.start_id)]
+    )
     converted.encode_special_tokens = True
     for probe in _PROBES:
         if converted.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe):
@@ -70,17 +73,31 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> int:
     pad = next((name for name in names if name in vocabulary), eos)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": eos,
+        "bos_token": start,
         "eos_token": eos,
         "pad_token": pad,
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
+        # For converters to GGUF, whose default is true, and for Transformers, which would change ByteLevel to false.
+        "add_prefix_space": _adds_space(converted),
         "model_max_length": max_length,
     }
     converted.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / ORIGINAL[tokenizer.file_name]).write_bytes(tokenizer.raw)
     return vocabulary[pad]
+
+
+def _adds_space(converted: Any) -> bool:
+    """Return whether a tokenizer puts a space before a text."""
+    parts = [json.loads(converted.to_str())[key] or {} for key in ("normalizer", "pre_tokenizer")]
+    steps = [step for part in parts for step in part.get("pretokenizers", part.get("normalizers", [part]))]
+    return any(
+        step.get("add_prefix_space")
+        or step.get("prepend_scheme") in ("always", "first")
+        or step.get("type") == "Prepend"
+        for step in steps
+    )
 
 
 def _from_sentencepiece(raw: bytes) -> Any:

@@ -158,7 +158,8 @@ class Ids:
     """A tokenizer that decodes ids to themselves."""
 
     def __init__(self, tokenizer) -> None:
-        self.encode, self.eos_id, self.vocab_size = tokenizer.encode, tokenizer.eos_id, tokenizer.vocab_size
+        self.encode, self.vocab_size = tokenizer.encode, tokenizer.vocab_size
+        self.eos_id, self.start_id = tokenizer.eos_id, tokenizer.start_id
 
     def decode(self, ids):
         return list(ids)

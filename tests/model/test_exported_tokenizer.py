@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 import tokenizers
+from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from data.tokenizer import load_tokenizer, train_sentencepiece
@@ -77,6 +80,59 @@ def test_ids_are_the_same_for_any_text(transformers, tokenizer, tmp_path):
     assert theirs.bos_token_id == theirs.eos_token_id == tokenizer.eos_id
     assert theirs.pad_token_id == pad
     assert theirs.model_max_length == 512
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+def test_a_space_that_the_vocabulary_puts_before_a_text_stays(transformers, byte_level, spaced, tmp_path):
+    made = tokenizers.Tokenizer.from_str(byte_level)
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)
+    (tmp_path / "hf").mkdir()
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    write_tokenizer(tokenizer, tmp_path / "hf", 512)
+    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["add_prefix_space"] is spaced
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in ("in range", " in", "index value\n"):
+        assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
+
+
+def test_a_begin_token_starts_a_text(transformers, byte_level, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(byte_level, encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path, bos="<|begin_of_text|>")
+    (tmp_path / "hf").mkdir()
+    write_tokenizer(tokenizer, tmp_path / "hf", 512)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs("in").input_ids == [tokenizer.bos_id, *tokenizer.encode("in")] == tokenizer.encode_document("in")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+
+
+def as_llama_cpp(folder: Path, text: str) -> list[int]:
+    """Return the ids after a conversion to GGUF, as llama.cpp's converter and its SentencePiece tokenizer are published.
+
+    The converter reads tokenizer.model, and `add_prefix_space` from tokenizer_config.json (default: true). The tokenizer merges
+    the neighbours of the highest score until none is left, and spells what is no piece in bytes.
+    """
+    model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    pieces = {model.id_to_piece(i): (model.get_score(i), i) for i in range(len(model))}
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    prefix = " " if settings.get("add_prefix_space", True) else ""
+    symbols = list((prefix + text).replace(" ", "\u2581"))
+    while True:
+        pairs = [("".join(symbols[i : i + 2]), i) for i in range(len(symbols) - 1)]
+        known = [(pieces[pair][0], -i) for pair, i in pairs if pair in pieces]
+        if not known:
+            break
+        at = -max(known)[1]
+        symbols[at : at + 2] = ["".join(symbols[at : at + 2])]
+    spelled = [[symbol] if symbol in pieces else [f"<0x{b:02X}>" for b in symbol.encode()] for symbol in symbols]
+    return [pieces[each][1] for some in spelled for each in some]
+
+
+def test_a_conversion_to_gguf_gives_the_same_tokens(sentencepiece, tmp_path):
+    write_tokenizer(sentencepiece, tmp_path, 512)
+    for text in ("def", " def", "    return self\n", "in range index é 漢\n\tx", "</s> a", *noise(40)):
+        if "\u2581" not in text:
+            assert as_llama_cpp(tmp_path, text) == sentencepiece.encode(text), text
 
 
 def test_the_file_of_the_run_lies_beside_it(tokenizer, tmp_path):

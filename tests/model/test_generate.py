@@ -20,7 +20,7 @@ EOS = 1
 class Letters:
     """A tokenizer whose pieces are the characters from "a" on, after two tokens without text."""
 
-    eos_id, vocab_size = EOS, 40
+    eos_id, start_id, vocab_size = EOS, EOS, 40
 
     def encode(self, text: str) -> list[int]:
         return [ord(character) - ord("a") + 2 for character in text]

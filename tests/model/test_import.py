@@ -95,6 +95,24 @@ def test_a_tokenizer_of_hugging_face_comes_back(make_run, tmp_path):
     assert (actual.kind, actual.path) == ("huggingface", str(new / "tokenizer" / "tokenizer.json"))
 
 
+def test_the_end_and_the_begin_of_a_foreign_folder_are_those_of_its_files(foreign, transformers, tmp_path):
+    """Two ends are in the vocabulary: the configurations, and not the first name that is known, say which it is."""
+    _, folder = foreign(eos_token_id=2, bos_token_id=3)
+    names = ["</s>", "<unk>", "<|endoftext|>", "<|start|>"]
+    vocabulary = {name: i for i, name in enumerate(names)} | {chr(ord("!") + i): i for i in range(4, 90)}
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[])).save(str(folder / "tokenizer.json"))
+    new = begin(folder, tmp_path / "runs")
+    _, tokenizer, _ = load_run(new)
+    assert (tokenizer.eos_id, tokenizer.bos_id) == (2, 3)
+    export(new, tmp_path / "again")
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((tmp_path / "again" / name).read_text())
+        assert (content["eos_token_id"], content["bos_token_id"]) == (2, 3)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "again")("&").input_ids == [3, vocabulary["&"]]
+    main([f"from={tmp_path / 'again'}", "run=twice", f"runs={tmp_path / 'runs'}", "steps=5", "logger=none"])
+    assert load_run(tmp_path / "runs" / "twice")[1].hash == tokenizer.hash
+
+
 def test_the_run_is_complete_and_its_command_goes_on(make_run, tmp_path, capsys):
     export(make_run("swish"), tmp_path / "hf")
     new = begin(tmp_path / "hf", tmp_path / "imported", "optim.lr=0.01", "model.z_loss=1e-4", "model=llama_60m")
