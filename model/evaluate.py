@@ -8,7 +8,8 @@ runs=FOLDER       where run folders are
 
 This needs `pip install '.[eval]'`. The run is exported (`model/export.py`) to a temporary folder and evaluated like any
 Transformers model, in fp32. A text starts with the end-of-text token, as a document does in training. Tasks whose data are
-local files (dataset_path: json) need no network.
+local files (dataset_path: json) need no network. A generation task gets at most half of the model's length for its answers. The
+results of other tasks are kept if one fails.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the harness's results for a run, with the run, step and settings that they belong to.
 
+    Tasks are evaluated one after another. `failed` gives the reason of each that failed.
+
     Args:
         tasks: names of tasks, groups or tags.
         include: folder with further tasks; "": none.
@@ -60,7 +63,7 @@ def evaluate(
         batch_size: sequences per batch.
 
     Raises:
-        UserError: the harness is not installed, a task is unknown, or its data is not available.
+        UserError: the harness is not installed, a task is unknown, or every task failed.
     """
     harness = _harness()
     if include and not Path(include).is_dir():
@@ -71,27 +74,48 @@ def evaluate(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "model")
         export(run, folder, step)
-        try:
-            results = harness.simple_evaluate(
-                model=_harness_model(folder, batch_size),
-                tasks=tasks,
-                task_manager=manager,
-                num_fewshot=None if num_fewshot < 0 else num_fewshot,
-                limit=limit or None,
-                log_samples=False,
-            )
-        except OSError as error:  # a file that is missing, or a download that fails
-            reason = str(error).splitlines()[0]
-            raise UserError(f"the data of {', '.join(tasks)} is not available: {reason}") from error
+        model = _harness_model(folder, batch_size)
+        fewshot = None if num_fewshot < 0 else num_fewshot
+        results, failed = _evaluate_each(
+            harness, tasks, model=model, task_manager=manager, num_fewshot=fewshot, limit=limit or None
+        )
     settings = {"tasks": tasks, "limit": limit or None, "num_fewshot": None if num_fewshot < 0 else num_fewshot}
-    keys = [key for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in results]
     return {
         "run": run.name,
         "step": step,
         **settings,
         "lm_eval": importlib.metadata.version("lm_eval"),
-        **{key: results[key] for key in keys},
+        **results,
+        **({"failed": failed} if failed else {}),
     }
+
+
+def _evaluate_each(harness: Any, tasks: list[str], **settings: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the results of the tasks that ended, and {task: why it failed} of the others.
+
+    Raises:
+        UserError: all failed.
+    """
+    results: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    for task in tasks:
+        try:
+            found = harness.simple_evaluate(tasks=[task], log_samples=False, **settings)
+        except OSError as error:  # a file that is missing, or a download that fails
+            failed[task] = f"the data of {task} is not available: {_first_line(error)}"
+        except Exception as error:  # of the task's own code or of the harness; results of other tasks took their time
+            failed[task] = f"{task} failed: {type(error).__name__}: {_first_line(error)}"
+        else:
+            for key in ("results", "groups", "versions", "n-shot", "n-samples"):
+                if key in found:
+                    results.setdefault(key, {}).update(found[key])
+    if not results:
+        raise UserError("; ".join(failed.values()))
+    return results, failed
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def _harness() -> Any:
@@ -137,9 +161,28 @@ def _harness_model(folder: Path, batch_size: int) -> Any:
             finally:
                 self.add_bos_token = True
 
+        def generate_until(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+            for request in requests:
+                context, settings = request.args
+                request.arguments = (context, _shortened(settings, self.max_gen_toks, self.max_length))
+            return super().generate_until(requests, *args, **kwargs)
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {"trust_remote_code": True, "add_bos_token": True, "dtype": "float32"}
     return DocumentStartLM(pretrained=str(folder), device=device, batch_size=batch_size, **settings)
+
+
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the harness takes the first
+
+
+def _shortened(settings: dict[str, Any], default: int, length: int) -> dict[str, Any]:
+    """Return a task's generation settings with at most half of the model's `length` for the answer.
+
+    The harness refuses an answer that may be as long as the model, and cuts the prompt to what an answer leaves.
+    """
+    wanted = next((int(settings[name]) for name in _LIMITS if settings.get(name) is not None), default)
+    rest = {name: value for name, value in settings.items() if name not in _LIMITS}
+    return rest | {"max_gen_toks": min(wanted, max(length // 2, 1))}
 
 
 def table(results: dict[str, Any]) -> Table:
@@ -156,7 +199,7 @@ def table(results: dict[str, Any]) -> Table:
     return rows
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     options = read_options(argv, _DEFAULTS, {"batch_size": 1}, _REQUIRED)
     run = find_run(options["run"], options["runs"])
     tasks = [task for task in options["tasks"].split(",") if task]
@@ -173,6 +216,9 @@ def main(argv: list[str]) -> None:
             json.dump(results, file, indent=2, default=str)
             file.write("\n")
     print(f"wrote {path}")
+    for reason in results.get("failed", {}).values():
+        print(f"error: {reason}", file=sys.stderr)
+    return 1 if "failed" in results else 0
 
 
 if __name__ == "__main__":

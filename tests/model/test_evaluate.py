@@ -112,7 +112,66 @@ def test_what_cannot_be_evaluated_is_refused(make_run, tasks, arguments, sentenc
     assert not (run / "evaluations").exists()
 
 
+@pytest.mark.usefixtures("harness")
+def test_answers_are_generated_by_a_model_that_is_shorter_than_they_may_be(make_run, tasks, capsys):
+    data = yaml.safe_load((tasks / "local_choice.yaml").read_text())
+    data |= {"task": "local_answer", "output_type": "generate_until", "doc_to_target": "{{choices[answer]}}"}
+    del data["doc_to_choice"]
+    data |= {"generation_kwargs": {"until": ["return"]}, "metric_list": [{"metric": "exact_match"}]}
+    (tasks / "local_answer.yaml").write_text(yaml.safe_dump(data))
+    run = make_run()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"sequence_length": 64}))
+    assert main([f"run={run}", "tasks=local_bits,local_answer", f"include={tasks}"]) == 0
+    assert "local_answer" in capsys.readouterr().out
+
+
 # ---- without the harness
+
+
+class Harness:
+    """Evaluates tasks that fail by their names."""
+
+    def simple_evaluate(self, tasks, **_):
+        (task,) = tasks
+        if task == "gone":
+            raise FileNotFoundError("gone.jsonl\nmore")
+        if task == "broken":
+            raise AssertionError("its own fault")
+        return {"results": {task: {"acc,none": 0.5}}, "n-shot": {task: 0}}
+
+
+def test_results_of_tasks_that_ended_are_kept_beside_the_reasons_of_others(make_run, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_harness", Harness)
+    monkeypatch.setattr(command, "_tasks", lambda *_: None)
+    monkeypatch.setattr(command, "_harness_model", lambda *_: None)
+    monkeypatch.setattr(command.importlib.metadata, "version", lambda _: "0")
+    run = make_run()
+    assert main([f"run={run}", "tasks=first,gone,broken,last"]) == 1
+    (path,) = (run / "evaluations").iterdir()
+    written = json.loads(path.read_text())
+    assert list(written["results"]) == ["first", "last"]
+    assert written["failed"]["gone"] == "the data of gone is not available: gone.jsonl"
+    assert "error: broken failed: AssertionError: its own fault" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"gone\.jsonl; broken failed"):
+        main([f"run={run}", "tasks=gone,broken"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "length", "expected"),
+    [
+        ({}, 128, 64),
+        ({}, 1024, 256),
+        ({"max_gen_toks": 2048, "until": ["."]}, 2048, 1024),
+        ({"max_new_tokens": 16}, 128, 16),
+        ({"max_tokens": 500}, 1, 1),
+    ],
+)
+def test_an_answer_takes_at_most_half_of_the_length(settings, length, expected):
+    shortened = command._shortened(settings, 256, length)
+    assert shortened["max_gen_toks"] == expected
+    assert shortened.get("until") == settings.get("until")
+    assert "max_new_tokens" not in shortened
 
 
 def test_what_is_not_installed_is_named(make_run, monkeypatch):
