@@ -22,9 +22,9 @@ _kernels: dict[Compiled, CKernels] = {}
 
 
 def kernels_of(compiled: Compiled) -> CKernels | None:
-    """Return the kernels of a formula, built at the first call; None where no compiler works."""
+    """Return the kernels of a formula, built at the first call; None where they cannot be built."""
     if compiled not in _kernels:
-        built = load(source(compiled))
+        built = load(source(compiled), repr(compiled.formula.text))
         if built is None:
             return None
         _kernels.setdefault(compiled, CKernels(compiled, built))
@@ -48,8 +48,8 @@ class CKernels:
 
     @functools.cached_property
     def built_with_stats(self) -> ctypes.CDLL | None:
-        """The forward kernel with statistics, built on first use; None where no compiler works."""
-        return load(source_with_stats(self.compiled))
+        """The forward kernel with statistics, built on first use; None where it cannot be built."""
+        return load(source_with_stats(self.compiled), repr(self.compiled.formula.text))
 
     def forward_with_stats(
         self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]

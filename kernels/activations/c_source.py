@@ -9,6 +9,7 @@ order at the end, so no result depends on the number of threads.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from ..formula.symbolic import OUTPUT, Compiled
 from .telemetry import ACTIVE, PEAK, STORED, stats_program
 
 _BLOCKS = 64  # of rows
+_ROUNDS_TO_INFINITY = 2.0**128 - 2.0**103
 _OPERATORS = INFIX | {"neg": "-{}"}
 # These have a shorter form that is exact enough for bf16.
 _SHORT = {"div", *(name for name, function in REGISTRY.items() if function.short_in_c)}
@@ -255,8 +257,15 @@ def _line(line: Line, dtype: str, prefix: str = "v_") -> str:
 def _argument(argument: Argument, prefix: str = "v_") -> str:
     """Print a number, the name of a line, or that of an input with a prefix: users choose it, and it may be a C keyword."""
     if not isinstance(argument, str):
-        return f"number({float(argument).hex()}f)"
+        return f"number({_literal(float(argument))})"
     return argument if re.fullmatch(r"t[0-9]+", argument) else prefix + argument
+
+
+def _literal(value: float) -> str:
+    """Print a number as a float of C; one that rounds to infinity there is infinity, as it is for the other backends."""
+    if math.isnan(value):
+        return '__builtin_nanf("")'
+    return f"{value.hex()}f" if abs(value) < _ROUNDS_TO_INFINITY else f"{'-' if value < 0 else ''}__builtin_inff()"
 
 
 def _lines(lines: Iterable[str], depth: int = 0) -> str:

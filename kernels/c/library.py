@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .toolchain import build
+from .toolchain import build, compiler_works
 
 DTYPES = ("f32", "bf16")
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 PRIMITIVES = Path(__file__).with_name("primitives.h")
 _compiler_failed = False  # warn once per process, and do not retry
+_failed: set[str] = set()  # sources that a working compiler refused
 
 
 def serves(tensor: Tensor) -> bool:
@@ -37,7 +38,7 @@ def load_file(path: Path, signatures: Mapping[str, Sequence[type]]) -> ctypes.CD
     """
     template = path.read_text(encoding="utf-8")
     parts = [PRIMITIVES.read_text(encoding="utf-8"), *(template.replace("DTYPE", dtype) for dtype in DTYPES)]
-    built = load("\n".join(parts))
+    built = load("\n".join(parts), path.name)
     if built is not None:
         for function, types in signatures.items():
             for dtype in DTYPES:
@@ -45,14 +46,23 @@ def load_file(path: Path, signatures: Mapping[str, Sequence[type]]) -> ctypes.CD
     return built
 
 
-def load(text: str) -> ctypes.CDLL | None:
-    """Build and load C source; None (with one warning per process) where no compiler works."""
+def load(text: str, name: str) -> ctypes.CDLL | None:
+    """Build and load C source; None, with a warning, where it cannot be built.
+
+    A source that fails where the compiler works is its own failure, with a warning of its own; one warning per process says
+    that no compiler works.
+
+    Args:
+        name: what the source computes, for the warning.
+    """
     global _compiler_failed
-    if _compiler_failed:
+    if _compiler_failed or text in _failed:
         return None
     try:
         return build(text)
     except OSError as error:
-        _compiler_failed = True
-        warnings.warn(f"no C kernels, slower plain PyTorch computes instead: {error}", stacklevel=2)
+        _failed.add(text)
+        _compiler_failed = not compiler_works()
+        missing, them = ("kernels", "") if _compiler_failed else (f"kernels for {name}", " it")
+        warnings.warn(f"no C {missing}, slower plain PyTorch computes{them} instead: {error}", stacklevel=2)
         return None

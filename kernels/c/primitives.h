@@ -1,11 +1,13 @@
 // The elementary functions in 32-bit arithmetic, as straight-line code that a compiler can vectorise: no branch, no call,
-// no table. Polynomials are minimax fits (relative error of the fit below 2^-27); tests hold every function to its error in ulp.
+// no table (but for sin and cos of large numbers). Polynomials are minimax fits (relative error of the fit below 2^-27); tests hold every function to its error in ulp.
 // All functions propagate NaN, so flags such as -ffinite-math-only must never be set.
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
+#endif
+#ifdef __AVX512F__
 #define LANES 16
 #elif defined __AVX__
 #define LANES 8
@@ -35,6 +37,15 @@ typedef double D __attribute__((vector_size(8 * LANES)));
 
 INLINE V number(float x) { return x - (V){}; }
 INLINE V k_select(I condition, V a, V b) { return (V)(((I)a & condition) | ((I)b & ~condition)); }
+INLINE int any_lane(I condition) {
+#ifdef __AVX512F__
+    return _mm512_test_epi32_mask((__m512i)condition, (__m512i)condition) != 0;
+#elif defined __AVX__
+    return _mm256_movemask_ps((__m256)condition) != 0;
+#else
+    return (condition[0] | condition[1] | condition[2] | condition[3]) != 0;
+#endif
+}
 INLINE V copysign_(V a, V b) { return (V)(((I)a & 0x7fffffff) | ((I)b & (I)(number(-0.0f)))); }
 
 INLINE V load_f32(const f32 *p) {
@@ -374,7 +385,8 @@ INLINE V k_atan(V x) {
     return copysign_(k_select(a > 1.0f, 0x1.921fb6p+0f - y, y), x);
 }
 
-// x = n pi / 2 + r, accurate for |x| up to 100,000.
+// x = n pi / 2 + r, accurate for |x| up to `FAR`.
+#define FAR 100000.0f
 INLINE V reduce_circle(V x, I *n) {
     const V t = x * 0x1.45f306p-1f + ROUND, whole = t - ROUND;
     *n = (I)t;
@@ -388,13 +400,25 @@ INLINE V circle(V r, I n) {
     const V y = k_select((n & 1) != 0, cosine, sine);
     return k_select((n & 2) != 0, -y, y);
 }
+// Beyond `FAR`, which almost no vector reaches, the C library reduces the argument, whatever its size.
+#define BEYOND(name)                                                                  \
+    static __attribute__((noinline, cold)) void name##_beyond(const V *x, V *y) {      \
+        for (int i = 0; i < LANES; i++)                                               \
+            if (__builtin_fabsf((*x)[i]) > FAR) (*y)[i] = __builtin_##name##f((*x)[i]); \
+    }
+BEYOND(sin)
+BEYOND(cos)
 INLINE V k_sin(V x) {
     I n;
     const V r = reduce_circle(x, &n);
-    return circle(r, n);
+    V y = circle(r, n);
+    if (__builtin_expect(any_lane(k_abs(x) > FAR), 0)) sin_beyond(&x, &y);
+    return y;
 }
 INLINE V k_cos(V x) {
     I n;
     const V r = reduce_circle(x, &n);
-    return circle(r, n + 1);
+    V y = circle(r, n + 1);
+    if (__builtin_expect(any_lane(k_abs(x) > FAR), 0)) cos_beyond(&x, &y);
+    return y;
 }

@@ -5,7 +5,11 @@ They are interval arithmetic over the tree, whose nodes know their place in the 
 
 from __future__ import annotations
 
+import functools
+import operator
+import sys
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 
 from . import intervals
 from .functions import REGISTRY
@@ -14,6 +18,8 @@ from .intervals import Interval
 
 REACH = 1e4  # largest |pre-activation| that is checked
 LEARNED_REACH = 10.0  # largest distance of a learned parameter from its initial value that is checked
+LARGEST_EXPONENT = 1000
+LARGEST, SMALLEST = Fraction(sys.float_info.max), Fraction(sys.float_info.min)  # sizes of a number
 
 
 def check_domains(formula: Formula) -> None:
@@ -22,10 +28,16 @@ def check_domains(formula: Formula) -> None:
     Raises:
         FormulaError: the message points at the place.
     """
-    ranges = dict.fromkeys(formula.pre_activations, (-REACH, REACH))
-    ranges |= {name: (value, value) for name, value in formula.fixed.items()}
-    ranges |= {name: (p.init - LEARNED_REACH, p.init + LEARNED_REACH) for name, p in formula.learned.items()}
-    _Domains(formula.text).of(formula.tree, ranges)
+    Domains(formula.text, formula.fixed).of(formula.tree, ranges_of(formula))
+
+
+def ranges_of(formula: Formula) -> dict[str, Interval]:
+    """Return the interval of every symbol: pre-activations, fixed and learned parameters."""
+    ranges = dict.fromkeys(formula.pre_activations, Interval(-REACH, REACH))
+    ranges |= {name: Interval(value, value) for name, value in formula.fixed.items()}
+    return ranges | {
+        name: Interval(p.init - LEARNED_REACH, p.init + LEARNED_REACH) for name, p in formula.learned.items()
+    }
 
 
 _OPERATORS: dict[str, Callable[..., Interval]] = {
@@ -37,19 +49,25 @@ _OPERATORS: dict[str, Callable[..., Interval]] = {
 }
 
 
-class _Domains:
-    """Interval arithmetic over the tree of one formula."""
+class Domains:
+    """Interval arithmetic over the tree of one formula.
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    Args:
+        text: the formula.
+        fixed: its fixed parameters.
+    """
+
+    def __init__(self, text: str, fixed: Mapping[str, float]) -> None:
+        self.text, self.fixed = text, fixed
+        self.numbers: dict[int, Fraction | None] = {}  # by the id of the node
 
     def refuse(self, reason: str, node: Node) -> FormulaError:
         return FormulaError(reason, self.text, node.place)
 
     def of(self, node: Node, ranges: Mapping[str, Interval]) -> Interval:
         """Return an interval that holds every value of `node`."""
-        if node.kind == "number":
-            return float(node.value), float(node.value)
+        if (number := self.number(node)) is not None:
+            return Interval(float(number), float(number))
         if node.kind == "symbol":
             return ranges[str(node.value)]
         if node.value == "where":
@@ -57,7 +75,7 @@ class _Domains:
         parts = [self.of(argument, ranges) for argument in node.arguments]
         if node.kind == "**":
             return self.power(node, *parts)
-        if node.kind == "/" and parts[1][0] <= 0 <= parts[1][1]:
+        if node.kind == "/" and not intervals.excludes_zero(parts[1]):
             raise self.refuse("the division can hit zero: keep the denominator away from 0", node.arguments[1])
         if node.kind == "*" and _same(*node.arguments):
             return intervals.power(parts[0], 2)
@@ -74,7 +92,7 @@ class _Domains:
             narrowed = self.narrow(condition, ranges, holds)
             if narrowed is not None:
                 branches.append(self.of(branch, narrowed))
-        return min(low for low, _ in branches), max(high for _, high in branches)
+        return functools.reduce(intervals.either, branches)
 
     def narrow(self, condition: Node, ranges: Mapping[str, Interval], holds: bool) -> dict[str, Interval] | None:
         """Return the ranges narrowed to where a comparison is `holds`; None if they would be empty."""
@@ -86,38 +104,87 @@ class _Domains:
         for side, other, greater in ((left, right, ">" in sign), (right, left, "<" in sign)):
             if side.kind != "symbol":
                 continue
-            low, high = result[str(side.value)]
-            bound = self.of(other, ranges)
-            gap = 0.0 if "=" in sign else intervals.NEXT_TO_ZERO
-            low, high = (max(low, bound[0] + gap), high) if greater else (low, min(high, bound[1] - gap))
-            if low > high:
+            narrowed = _beyond(result[str(side.value)], self.of(other, ranges), greater, strictly="=" not in sign)
+            if narrowed[0] > narrowed[1]:
                 return None
-            result[str(side.value)] = low, high
+            result[str(side.value)] = narrowed
         return result
 
     def power(self, node: Node, base: Interval, exponent: Interval) -> Interval:
-        low, high = exponent
-        if low != high:
-            if base[0] <= 0:
+        number = self.number(node.arguments[1])
+        if number is None:
+            if not intervals.is_positive(base):
                 raise self.refuse("a power with a varying exponent requires a base above 0", node.arguments[0])
-            return intervals.rising(intervals.exp)(intervals.multiply(intervals.rising(intervals.log)(base), exponent))
-        if low == int(low):
-            if low < 0 and base[0] <= 0 <= base[1]:
+            return intervals.varying_power(base, exponent)
+        self.check_exponent(number, node)
+        if number.denominator == 1:
+            if number < 0 and not intervals.excludes_zero(base):
                 raise self.refuse("a negative power is a division, and it can hit zero", node.arguments[0])
-            return intervals.power(base, int(low))
-        if base[0] < 0 or (base[0] == 0 and low < 1):
-            bound = "above 0" if low < 1 else "that is never negative"
+            return intervals.power(base, int(number))
+        if base[0] < 0 or (number < 1 and not intervals.is_positive(base)):
+            bound = "above 0" if number < 1 else "that is never negative"
             raise self.refuse(f"a power with a fractional exponent requires a base {bound}", node.arguments[0])
-        return intervals.rising(lambda value: intervals.exp(low * intervals.log(value)))(base)
+        return intervals.real_power(base, float(number))
+
+    def number(self, node: Node) -> Fraction | None:
+        """Return the exact value of numbers and fixed parameters under arithmetic; None of anything else."""
+        if id(node) not in self.numbers:
+            self.numbers[id(node)] = self._number(node)
+        return self.numbers[id(node)]
+
+    def _number(self, node: Node) -> Fraction | None:
+        if node.kind == "number":
+            return Fraction(repr(node.value))
+        if node.kind == "symbol":
+            fixed = self.fixed.get(str(node.value))
+            return None if fixed is None else Fraction(repr(fixed))
+        if node.kind == "call" or node.is_condition:
+            return None
+        parts = [self.number(argument) for argument in node.arguments]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts) or (node.kind == "**" and known[1].denominator != 1):
+            return None
+        if node.kind == "/" and known[1] == 0:
+            raise self.refuse("the division can hit zero: keep the denominator away from 0", node.arguments[1])
+        if node.kind == "**":
+            self.check_exponent(known[1], node)
+            if known[0] == 0 and known[1] < 0:
+                raise self.refuse("a negative power is a division, and it can hit zero", node.arguments[0])
+        exact = _ARITHMETIC[node.kind](*known)
+        if abs(exact) > LARGEST or (exact and abs(exact) < SMALLEST):
+            bound = "large" if abs(exact) > LARGEST else "small"
+            raise self.refuse(f"this number is too {bound} for floating-point arithmetic", node)
+        return exact
+
+    def check_exponent(self, exponent: Fraction, node: Node) -> None:
+        if abs(exponent) > LARGEST_EXPONENT:
+            raise self.refuse(f"an exponent is at most {LARGEST_EXPONENT:,} in size", node.arguments[1])
 
     def call(self, node: Node, parts: list[Interval]) -> Interval:
         function, argument = REGISTRY[str(node.value)], node.arguments[0]
-        if function.above is not None and parts[0][0] <= function.above:
-            raise self.refuse(
-                f"{node.value} requires an argument above {function.above:g}{function.above_reason}", argument
-            )
+        bound = function.above
+        if bound is not None and not (parts[0][0] > bound or (bound == 0 and intervals.is_positive(parts[0]))):
+            raise self.refuse(f"{node.value} requires an argument above {bound:g}{function.above_reason}", argument)
         assert function.interval is not None, f"{node.value} is in the grammar but has no interval"
         return function.interval(*parts)
+
+
+_ARITHMETIC = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "**": lambda base, exponent: base ** int(exponent),
+    "negate": operator.neg,
+}
+
+
+def _beyond(value: Interval, bound: Interval, greater: bool, strictly: bool) -> Interval:
+    """Return the part of an interval that is above (`greater`) or below a value in another one."""
+    if not greater:
+        return intervals.negate(_beyond(intervals.negate(value), intervals.negate(bound), True, strictly))
+    positive = bound[0] >= 0 if strictly else intervals.is_positive(bound)
+    return Interval(max(value[0], bound[0]), value[1], value.nonzero or positive)
 
 
 def _same(a: Node, b: Node) -> bool:

@@ -73,6 +73,14 @@ def implementation(of: Implementation, module: Any) -> Callable[..., Any]:
     return lambda *arguments: of(module, *arguments)
 
 
+def _softplus(value: float) -> float:
+    return max(value, 0.0) + math.log1p(intervals.exp(-abs(value)))
+
+
+def _always(_: intervals.Ends) -> bool:
+    return True
+
+
 def _erf(np: Any, x: Any) -> Any:
     return np.vectorize(math.erf, otypes=[np.float32])(x)
 
@@ -107,7 +115,7 @@ REGISTRY: dict[str, Function] = {
     ),
     "sign": Function(
         slope=lambda f, _: f.number(0),
-        interval=intervals.rising(lambda v: float((v > 0) - (v < 0))),
+        interval=intervals.exactly_rising(lambda v: float((v > 0) - (v < 0))),
         numpy="sign",
         mpmath="sign",
         torch="sign",
@@ -115,7 +123,7 @@ REGISTRY: dict[str, Function] = {
     ),
     "sqrt": Function(
         slope=lambda f, u: f.number(0.5) / f.sqrt(u),
-        interval=intervals.rising(math.sqrt),
+        interval=intervals.rising(math.sqrt, (0.0, math.inf), (1.0, 1.0)),
         above=0.0,
         above_reason=": at 0 its derivative is infinite (add a small constant)",
         numpy="sqrt",
@@ -126,7 +134,7 @@ REGISTRY: dict[str, Function] = {
     ),
     "exp": Function(
         slope=lambda f, u: f.exp(u),
-        interval=intervals.rising(lambda v: max(intervals.exp(v), intervals.NEXT_TO_ZERO)),
+        interval=intervals.EXP,
         numpy="exp",
         mpmath="exp",
         torch="exp",
@@ -135,7 +143,7 @@ REGISTRY: dict[str, Function] = {
     ),
     "expm1": Function(
         slope=lambda f, u: f.expm1(u) + 1,
-        interval=intervals.rising(lambda v: intervals.exp(v) - 1),
+        interval=intervals.rising(intervals.expm1, (-1.0, math.inf)),
         numpy="expm1",
         mpmath="expm1",
         torch="expm1",
@@ -144,7 +152,7 @@ REGISTRY: dict[str, Function] = {
     ),
     "log": Function(
         slope=lambda f, u: 1 / u,  # noqa: ARG005
-        interval=intervals.rising(intervals.log),
+        interval=intervals.rising(intervals.log, through=(1.0, 0.0), nonzero=lambda _: False),
         above=0.0,
         numpy="log",
         mpmath=lambda mp, a: mp.log(a) if a else -mp.inf,
@@ -153,7 +161,7 @@ REGISTRY: dict[str, Function] = {
     ),
     "log1p": Function(
         slope=lambda f, u: 1 / (1 + u),  # noqa: ARG005
-        interval=intervals.rising(math.log1p),
+        interval=intervals.rising(intervals.log1p),
         above=-1.0,
         numpy="log1p",
         mpmath="log1p",
@@ -161,7 +169,7 @@ REGISTRY: dict[str, Function] = {
     ),
     "sigmoid": Function(
         slope=lambda f, u: f.sigmoid(u) * f.complement(u),
-        interval=intervals.rising(lambda v: max(1 / (1 + intervals.exp(-v)), intervals.NEXT_TO_ZERO)),
+        interval=intervals.rising(lambda v: 1 / (1 + intervals.exp(-v)), (0.0, 1.0), (0.0, 0.5), _always),
         numpy=lambda np, x: 1 / (1 + np.exp(-x)),
         mpmath=lambda mp, a: 1 / (1 + mp.exp(-a)),
         torch="sigmoid",
@@ -170,7 +178,7 @@ REGISTRY: dict[str, Function] = {
     ),
     "tanh": Function(
         slope=lambda f, u: f.sech2(u),
-        interval=intervals.rising(math.tanh),
+        interval=intervals.rising(math.tanh, (-1.0, 1.0)),
         numpy="tanh",
         mpmath="tanh",
         torch="tanh",
@@ -179,14 +187,14 @@ REGISTRY: dict[str, Function] = {
     ),
     "sin": Function(
         slope=lambda f, u: f.cos(u),
-        interval=lambda _: (-1.0, 1.0),
+        interval=lambda _: Interval(-1.0, 1.0),
         numpy="sin",
         mpmath="sin",
         torch="sin",
     ),
     "cos": Function(
         slope=lambda f, u: -f.sin(u),
-        interval=lambda _: (-1.0, 1.0),
+        interval=lambda _: Interval(-1.0, 1.0),
         numpy="cos",
         mpmath="cos",
         torch="cos",
@@ -201,7 +209,7 @@ REGISTRY: dict[str, Function] = {
     ),
     "erf": Function(
         slope=lambda f, u: f.exact(2 / math.sqrt(math.pi)) * f.exp(-(u**2)),
-        interval=intervals.rising(math.erf),
+        interval=intervals.rising(math.erf, (-1.0, 1.0)),
         numpy=_erf,
         mpmath="erf",
         torch="erf",
@@ -210,7 +218,7 @@ REGISTRY: dict[str, Function] = {
     ),
     "softplus": Function(
         slope=lambda f, u: f.sigmoid(u),
-        interval=intervals.rising(lambda v: max(v, 0.0) + math.log1p(intervals.exp(-abs(v))) + intervals.NEXT_TO_ZERO),
+        interval=intervals.rising(_softplus, (0.0, math.inf), (-math.inf, 0.0), _always),
         numpy=lambda np, x: np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))),
         mpmath=lambda mp, a: mp.log1p(mp.exp(a)),
         # Linear above the threshold; at torch's default of 20 the error is 2e-9.
@@ -222,7 +230,7 @@ REGISTRY: dict[str, Function] = {
     "relu": Function(
         operation=False,
         slope=lambda f, u: f.step(u),
-        interval=intervals.rising(lambda v: max(v, 0.0)),
+        interval=intervals.exactly_rising(lambda v: max(v, 0.0), intervals.is_positive),
         numpy=lambda np, x: np.maximum(x, 0),
         eager="relu",
     ),
@@ -249,7 +257,7 @@ REGISTRY: dict[str, Function] = {
     ),
     "max": Function(
         arity=2,
-        interval=lambda a, b: (max(a[0], b[0]), max(a[1], b[1])),
+        interval=intervals.maximum,
         numpy="maximum",
         mpmath=lambda _, a, b: max(a, b),
         torch="maximum",
@@ -258,7 +266,7 @@ REGISTRY: dict[str, Function] = {
     ),
     "min": Function(
         arity=2,
-        interval=lambda a, b: (min(a[0], b[0]), min(a[1], b[1])),
+        interval=intervals.minimum,
         numpy="minimum",
         mpmath=lambda _, a, b: min(a, b),
         torch="minimum",
@@ -269,7 +277,7 @@ REGISTRY: dict[str, Function] = {
         arity=3,
         operation=False,
         macro=lambda f, u, low, high: f.min(f.max(u, low), high),
-        interval=lambda u, low, high: (max(u[0], low[0]), min(u[1], high[1])),
+        interval=intervals.clip,
         numpy="clip",
         eager=lambda torch, u, low, high: _clamped(torch, "min", _clamped(torch, "max", u, low), high),
     ),

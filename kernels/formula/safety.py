@@ -1,11 +1,14 @@
 """Numerical checks of programs: overflow where the true value is moderate, lost NaNs, a wrong `from_output`.
 
-Forward and derivative run in 32-bit arithmetic on a grid up to |pre-activation| = 10,000. Where a result is not finite, the
-true value is computed with 30 digits; if that is moderate, the formula is refused. Domains are checked before (`domains.py`).
+Forward and derivative run in 32-bit arithmetic on grids up to |pre-activation| = 10,000. Where a result is not finite, the
+true value is computed with 30 digits; if that is moderate, the formula is refused. A value can be lost in a narrow band only,
+so there are two grids: a coarse one, and a fine one, on which 64-bit arithmetic picks the points that 30 digits then decide.
+Domains are checked before (`domains.py`).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +20,10 @@ from .functions import REGISTRY, implementation
 from .grammar import Formula, FormulaError, Node
 from .program import Program, run
 
-_GRID = (0.0, *(s * m for m in (1e-3, 0.7, 5.0, 20.0, 100.0, 1e3, REACH) for s in (1, -1)))
+_COARSE = (0.0, *(s * m for m in (1e-3, 0.7, 5.0, 20.0, 100.0, 1e3, REACH) for s in (1, -1)))
+_OVERFLOWS = 3e38  # about the largest number of 32-bit arithmetic
+_LARGEST_EXPONENT = 2 * REACH  # of exp with 30 digits; what is larger is infinite
+_MODERATE = 1e30  # on the fine grid, which also meets the bands next to the largest number
 
 
 def check_overflow(formula: Formula, programs: Mapping[str, Program]) -> None:
@@ -29,32 +35,69 @@ def check_overflow(formula: Formula, programs: Mapping[str, Program]) -> None:
     Raises:
         FormulaError: with the point and the first operation that overflows.
     """
-    points = np.array(list(itertools.product(_GRID, repeat=len(formula.pre_activations))), dtype=np.float32).T
-    inputs = dict(zip(formula.pre_activations, points, strict=True))
-    for offset in (0.0, LEARNED_REACH / 5, -LEARNED_REACH / 5) if formula.learned else (0.0,):
-        learned = {name: np.float32(p.init + offset) for name, p in formula.learned.items()}
-        values: dict[str, Any] = {**inputs, **learned, "dh": np.float32(1.0)}
-        for description, program in programs.items():
-            with np.errstate(all="ignore"):
-                results = run(program, NUMPY, values)
-            for name, result in results.items():
-                _check_points(formula, description, program, name, np.broadcast_to(result, points.shape[1:]), values)
+    for axes, moderate in ((_coarse, _OVERFLOWS), (_fine, _MODERATE)):
+        points = axes(len(formula.pre_activations))
+        inputs = dict(zip(formula.pre_activations, points, strict=True))
+        for offset in (0.0, LEARNED_REACH / 5, -LEARNED_REACH / 5) if formula.learned else (0.0,):
+            learned = {name: np.float32(p.init + offset) for name, p in formula.learned.items()}
+            values: dict[str, Any] = {**inputs, **learned, "dh": np.float32(1.0)}
+            for description, program in programs.items():
+                _check_points(formula, description, program, values, moderate)
 
 
 def _check_points(
-    formula: Formula, description: str, program: Program, name: str, result: np.ndarray, values: Mapping[str, Any]
+    formula: Formula, description: str, program: Program, values: Mapping[str, Any], moderate: float
 ) -> None:
-    for index in np.flatnonzero(~np.isfinite(result)):
-        at = {key: float(value[index] if np.ndim(value) else value) for key, value in values.items()}
-        truth = run(program, _mpmath(), at)[name]
-        if abs(truth) < 3e38:
-            where = ", ".join(f"{key} = {at[key]:g}" for key in (*formula.pre_activations, *formula.learned))
-            raise FormulaError(
-                f"{description} gives {result[index]} in 32-bit arithmetic at {where}, where it is {float(truth):g}: "
-                "write it without numbers that overflow on the way, for instance with sigmoid, tanh or softplus",
-                formula.text,
-                _first_overflow(formula, at),
-            )
+    """Refuse a program that is not finite at one of the points, where its true value is below `moderate` in size."""
+    with np.errstate(all="ignore"):
+        results = run(program, NUMPY, values)
+        lost = {name: np.flatnonzero(~np.isfinite(result)) for name, result in results.items()}
+        if moderate < _OVERFLOWS and any(index.size for index in lost.values()):
+            wide = {key: np.asarray(value, np.float64) for key, value in values.items()}
+            truths = run(program, NUMPY | {"number": np.float64}, wide)
+            lost = {name: index[np.abs(_at(truths[name], index)) < moderate][:8] for name, index in lost.items()}
+    for name, indices in lost.items():
+        for index in indices:
+            at = {key: float(_at(value, index)) for key, value in values.items()}
+            truth = run(program, _mpmath(), at)[name]
+            if abs(truth) < moderate:
+                where = ", ".join(f"{key} = {at[key]:g}" for key in (*formula.pre_activations, *formula.learned))
+                raise FormulaError(
+                    f"{description} gives {_at(results[name], index)} in 32-bit arithmetic at {where}, where it is "
+                    f"{float(truth):g}: {_advice(program)}",
+                    formula.text,
+                    _first_overflow(formula, at),
+                )
+
+
+def _at(values: Any, index: Any) -> Any:
+    """Return the values of a program at points; a value may be one number for all."""
+    return values[index] if np.ndim(values) else np.broadcast_to(values, np.shape(index))
+
+
+def _advice(program: Program) -> str:
+    numbers = [abs(argument) for line in program.lines for argument in line.arguments if not isinstance(argument, str)]
+    if numbers and max(numbers) > _OVERFLOWS:
+        return f"the number {max(numbers):g} is beyond it, for its largest is 3.4e38"
+    return "write it without numbers that overflow on the way, for instance with sigmoid, tanh or softplus"
+
+
+@functools.cache
+def _coarse(dimensions: int) -> np.ndarray:
+    """Return points (dimensions, n): every combination of a few values."""
+    return np.array(list(itertools.product(_COARSE, repeat=dimensions)), dtype=np.float32).T
+
+
+@functools.cache
+def _fine(dimensions: int) -> np.ndarray:
+    """Return points (dimensions, n): 3,000 values of one pre-activation, with a few values of the other one."""
+    size = np.geomspace(1e-3, REACH, 1500)
+    dense = np.concatenate([-size, size]).astype(np.float32)
+    if dimensions == 1:
+        return dense[None]
+    others = np.array([*_COARSE, 1.0, -1.0, 50.0, -50.0], dtype=np.float32)
+    lines = np.stack([np.tile(dense, len(others)), np.repeat(others, len(dense))])
+    return np.concatenate([lines, lines[::-1]], axis=1)
 
 
 def check_from_output(formula: Formula, forward: Program, backward: Program, from_output: Program) -> None:
@@ -63,7 +106,7 @@ def check_from_output(formula: Formula, forward: Program, backward: Program, fro
     Raises:
         FormulaError: with the point where it differs.
     """
-    x = np.concatenate([np.linspace(-10, 10, 401), np.array(_GRID)])
+    x = np.concatenate([np.linspace(-10, 10, 401), np.array(_COARSE)])
     with np.errstate(all="ignore"):
         (h,) = run(forward, NUMPY, {"x": x}).values()
         (slope,) = run(backward, NUMPY, {"x": x, "dh": np.float64(1)}).values()
@@ -142,6 +185,7 @@ def _mpmath() -> dict[str, Callable[..., Any]]:
     import mpmath
 
     mpmath.mp.dps = 30
+    real = _Real(mpmath)
     return {
         "number": mpmath.mpf,
         "add": lambda a, b: a + b,
@@ -153,5 +197,48 @@ def _mpmath() -> dict[str, Callable[..., Any]]:
         "ge": lambda a, b: a >= b,
         "select": lambda condition, a, b: a if condition else b,
         "keep_nan": lambda a, _: a,
-        **{name: implementation(f.mpmath, mpmath) for name, f in REGISTRY.items() if f.mpmath is not None},
+        **{name: implementation(f.mpmath, real) for name, f in REGISTRY.items() if f.mpmath is not None},
     }
+
+
+class _Real:
+    """mpmath with functions of real numbers: NaN outside of their domain, and an answer for arguments of any size."""
+
+    def __init__(self, mpmath: Any) -> None:
+        self.mpmath = mpmath
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.mpmath, name)
+
+    def exp(self, a: Any) -> Any:
+        return self.inf if a > _LARGEST_EXPONENT else self.mpmath.exp(max(a, -_LARGEST_EXPONENT))
+
+    def expm1(self, a: Any) -> Any:
+        return self.exp(a) if a > 100 else self.mpmath.expm1(max(a, -_LARGEST_EXPONENT))
+
+    def sech(self, a: Any) -> Any:
+        return self.mpmath.sech(min(abs(a), _LARGEST_EXPONENT))
+
+    def tanh(self, a: Any) -> Any:
+        return self.mpmath.tanh(max(min(a, 1e3), -1e3))
+
+    def erf(self, a: Any) -> Any:
+        return self.mpmath.erf(max(min(a, 1e3), -1e3))
+
+    def ncdf(self, a: Any) -> Any:
+        return self.mpmath.ncdf(max(min(a, 1e3), -1e3))
+
+    def sin(self, a: Any) -> Any:  # of a huge number any value is as good, between -1 and 1
+        return self.mpmath.sin(a) if abs(a) < 1e300 else self.mpf(0.5)
+
+    def cos(self, a: Any) -> Any:
+        return self.mpmath.cos(a) if abs(a) < 1e300 else self.mpf(0.5)
+
+    def sqrt(self, a: Any) -> Any:
+        return self.mpmath.sqrt(a) if a >= 0 else self.nan
+
+    def log(self, a: Any) -> Any:
+        return self.mpmath.log(a) if a > 0 else (self.nan if a else -self.inf)
+
+    def log1p(self, a: Any) -> Any:
+        return self.mpmath.log1p(a) if a > -1 else self.nan

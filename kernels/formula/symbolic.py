@@ -7,8 +7,10 @@ the function, so that forward and backward share subexpressions.
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ import sympy
 from sympy.core.parameters import distribute
 
 from .functions import REGISTRY, Function
-from .grammar import Formula, Node
+from .grammar import Formula, FormulaError, Node
 from .program import Lowering, Program, arguments_of, keep_nan
 from .safety import check_from_output, check_overflow, loses_nan
 
@@ -25,6 +27,9 @@ class _Real(sympy.Function):
     """A function of real numbers, typed as the expressions that its calls and arguments are."""
 
     is_real = True
+
+    def _eval_evalf(self, prec: int) -> None:  # noqa: ARG002 (SymPy's signature)
+        """SymPy must not evaluate a function of numbers, exp(exp(100)) say, when it sorts the terms of a sum."""
 
     if TYPE_CHECKING:  # SymPy's annotations: a call returns a class, and arguments are any `Basic`
 
@@ -151,7 +156,25 @@ relu, step, abs = _PRIMITIVES["relu"], _PRIMITIVES["step"], _PRIMITIVES["abs"]
 
 
 def to_sympy(node: Node, formula: Formula) -> sympy.Expr:
-    """Translate a tree; fixed parameters become their numbers."""
+    """Translate a tree; fixed parameters become their numbers.
+
+    Raises:
+        FormulaError: the numbers of a product or a sum, taken together, are beyond 64-bit arithmetic.
+    """
+    expression = _translated(node, formula)
+    for number_ in (expression.as_coeff_Mul()[0], expression.as_coeff_Add()[0]):
+        if number_ and not _SMALLEST <= builtins.abs(number_) <= _LARGEST:
+            raise FormulaError(
+                "the numbers here, taken together, are beyond floating-point arithmetic", formula.text, node.place
+            )
+    return expression
+
+
+_LARGEST, _SMALLEST = _rational(sys.float_info.max), _rational(sys.float_info.min)
+_MOST_BITS = 1 << 16  # of an exact number
+
+
+def _translated(node: Node, formula: Formula) -> sympy.Expr:
     if node.kind == "number":
         return number(float(node.value))
     if node.kind == "symbol":
@@ -166,6 +189,8 @@ def to_sympy(node: Node, formula: Formula) -> sympy.Expr:
     arguments = [to_sympy(argument, formula) for argument in node.arguments]
     if node.kind == "call":
         return _call(str(node.value), arguments)
+    if node.kind == "**" and _power_of_number_is_long(*arguments):
+        raise FormulaError("the power of the number in this base has too many digits", formula.text, node.place)
     return _operate(node.kind, arguments)
 
 
@@ -182,6 +207,13 @@ def _call(name: str, arguments: list[sympy.Expr]) -> sympy.Expr:
     if name in _MACROS:
         return _MACROS[name](_f, *arguments)
     return _PRIMITIVES[name](*arguments)
+
+
+def _power_of_number_is_long(base: sympy.Expr, exponent: sympy.Expr) -> bool:
+    """Whether SymPy would compute a number of too many digits: (2*x)**n becomes 2**n * x**n."""
+    coefficient = base.as_coeff_Mul()[0]
+    digits = builtins.max(part.bit_length() for part in map(int, coefficient.as_numer_denom()))
+    return bool(exponent.is_Integer and digits > 1 and digits * builtins.abs(exponent) > _MOST_BITS)
 
 
 def _operate(sign_: str, arguments: list[sympy.Expr]) -> sympy.Expr:

@@ -1,8 +1,8 @@
 """The elementary functions in Triton: branch-free fp32 arithmetic, for the compiler and the interpreter alike.
 
 None of them is libdevice's, whose erf, tanh and log1p take more instructions per element than a kernel bound by memory can
-hide, whose sine has a slow path through local memory, and which the interpreter lacks. The polynomials are those of
-`primitives.h`. All functions propagate NaN.
+hide, whose sine has a slow path through local memory, and which the interpreter lacks. Only a block that holds a large argument
+of sin or cos takes Triton's own. The polynomials are those of `primitives.h`. All functions propagate NaN.
 
 PRECISE is true for fp32 tensors, where every function is accurate to a few ulp. For bf16 and fp16 a relative error of 2**-17 is
 negligible, and exp and log are the hardware's: 2**x of a rounded product has an error of |x| * 2**-24; that of log2 is 2**-22
@@ -310,7 +310,7 @@ def atan(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def circle(x, quarters):
-    """Return sin(x + quarters * pi / 2), accurate for |x| up to 100,000."""
+    """Return sin(x + quarters * pi / 2) for |x| up to 100,000."""
     t = x * 0.6366197466850281 + 12582912.0
     whole = t - 12582912.0
     n = t.to(tl.int32, bitcast=True) + quarters
@@ -323,10 +323,25 @@ def circle(x, quarters):
 
 
 @triton.jit
+def is_far(x):
+    """Return whether `circle` is inaccurate for any element of a block, or for a single number."""
+    far = tl.abs(x) > 100000.0
+    if x.type.is_block():
+        far = tl.max(far.to(tl.int32)) > 0
+    return far
+
+
+@triton.jit
 def sin(x):
-    return circle(x, 0)
+    y = circle(x, 0)
+    if is_far(x):
+        y = tl.where(tl.abs(x) > 100000.0, tl.sin(x), y)
+    return y
 
 
 @triton.jit
 def cos(x):
-    return circle(x, 1)
+    y = circle(x, 1)
+    if is_far(x):
+        y = tl.where(tl.abs(x) > 100000.0, tl.cos(x), y)
+    return y

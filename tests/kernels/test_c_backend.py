@@ -308,6 +308,32 @@ def test_without_a_compiler_there_is_one_warning_and_the_reference_computes(tmp_
     assert ("no licence found" if broken else "there is no C compiler") in str(caught[0].message)
 
 
+def test_a_formula_whose_kernels_do_not_compile_is_alone_in_that(monkeypatch):
+    """One warning, by its name; the reference computes it; other formulas keep their C kernels."""
+    monkeypatch.setattr(library, "_compiler_failed", False)
+    monkeypatch.setattr(c, "source", lambda compiled: f"broken {compiled.formula.text}")
+    function = activation("silu(gate) * up * 0.8125")
+    pre, _, learned = inputs(function, 3, 9)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert torch.equal(function.forward(pre, learned), reference.forward(function.compiled, pre, learned))
+    (warning,) = (str(each.message) for each in caught)
+    assert warning.startswith("no C kernels for 'silu(gate) * up * 0.8125', slower plain PyTorch computes it instead")
+    monkeypatch.undo()
+    assert not library._compiler_failed
+    assert c.kernels_of(activation("relu(gate) * up * 0.8125").compiled) is not None
+
+
+@pytest.mark.parametrize("formula", ["min(x, 1e300)", "max(x, -1e308)", "clip(x, -1e39, 3.5e38)", "x + 0*min(x, 1e39)"])
+def test_a_number_beyond_fp32_is_infinite_in_c(formula):
+    function = activation(formula, backend="c")
+    pre, dh, learned = inputs(function, 3, 9)
+    assert c.kernels_of(function.compiled) is not None
+    assert torch.equal(function.forward(pre, learned), pre)
+    assert torch.equal(function.backward(pre, dh, learned)[0], dh)
+
+
 # ------------------------------------------------------------------------------------------------- what torch makes of it
 
 

@@ -112,6 +112,25 @@ def test_error_in_ulp(operation):
     assert (error <= ULP[operation] + more).all(), f"{error[worst]:.2f} ulp at {x[worst]!r}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operation", ["sin", "cos"])
+def test_sine_and_cosine_of_numbers_of_any_size(operation, dtype):
+    """Alone among small numbers, and in whole vectors; the range is [-1, 1] wherever the argument lies."""
+    size = torch.cat([torch.logspace(4.9, 5.1, 5001), torch.logspace(5, 38.5, 20_001)])
+    alone = torch.zeros(20_001, 16)
+    alone[:, 5] = torch.logspace(5, 38.5, 20_001)
+    for x in (size.to(dtype), -size.to(dtype), alone.flatten().to(dtype)):
+        h, exact = compute(operation, x), EXACT[operation](x.double())
+        assert h.abs().max() <= 1
+        rounding = ulp(exact) if dtype == torch.float32 else torch.full_like(exact, 2.0**-8)
+        far = x.abs() > 100_000
+        assert ((h.double() - exact).abs() <= torch.where(far, 1.0, 2.0) * rounding).all()
+    x = torch.tensor([215.0])
+    fourth = (x * x) * (x * x)  # 2e9, rounded as the kernel rounds it
+    h = activation(f"{operation}(x**4)", backend="c")(x)
+    torch.testing.assert_close(h.double(), EXACT[operation](fourth.double()), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("operation", ULP)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_edges(operation, dtype):

@@ -336,6 +336,23 @@ def test_offsets_beyond_32_bits(interpreter):
         pytest.skip(reason)
 
 
+def check_far_arguments() -> None:
+    """sin and cos of numbers of any size, in a block and of a single number."""
+    size = torch.cat([torch.logspace(4.9, 5.1, 101), torch.logspace(5, 38.5, 1001)])
+    x = torch.cat([size, -size])[None]
+    for operation in ("sin", "cos"):
+        h = triton_backend.kernels_of(compile_formula(parse(f"{operation}(x)"))).forward(None, x, [])  # type: ignore[arg-type]
+        assert h.abs().max() <= 1
+        torch.testing.assert_close(h.double(), getattr(torch, operation)(x.double()), rtol=0, atol=2e-6)
+    compiled = compile_formula(parse("sin(b)*x", {"b": {"init": 1}}))
+    h = triton_backend.kernels_of(compiled).forward(compiled, torch.ones(1, 3), [torch.tensor([1e20])])
+    torch.testing.assert_close(h[0, 0].item(), math.sin(1.0000000200408773e20), rtol=1e-6, atol=0)
+
+
+def test_sine_and_cosine_of_numbers_of_any_size(interpreter):
+    interpreter.submit(check_far_arguments).result()
+
+
 def test_what_the_interpreter_cannot_compute_is_refused(interpreter):
     interpreter.submit(check_refusals).result()
 
