@@ -1,9 +1,11 @@
 """Print the properties of a formula before training: `python -m kernels.show FORMULA [NAME=VALUE ...] [options]`.
 
+    python -m kernels.show swiglu
     python -m kernels.show 'silu(gate) * up'
     python -m kernels.show 'x * sigmoid(b * x)' b=1.702
     python -m kernels.show 'where(x > 0, x, slope * x)' slope=learned:0.25:channel --plot prelu.png
 
+    ARM                         an arm of conf/ffn by its name, in place of a formula
     NAME=1.702                  a fixed parameter
     NAME=learned:0.25           a learned parameter that starts at 0.25, one per layer
     NAME=learned:0.25:channel   the same, one for each of the d_ff channels
@@ -26,6 +28,7 @@ from .common.errors import UserError, unknown
 from .common.options import split_options
 from .formula import Formula, FormulaError, parse
 from .formula.functions import REGISTRY
+from .formula.grammar import PRE_ACTIVATIONS
 
 if TYPE_CHECKING:
     import sympy
@@ -39,6 +42,7 @@ _NOTATION = {  # of functions in derivatives that the registry does not have
     "where_ge": "where({0} >= {1}, {2}, {3})",
     "power": "({0})**{1}",
 }
+_ARMS = Path(__file__).parents[1] / "conf" / "ffn"
 _OPTIONS = {"plot": "", "c": False, "triton": False}
 _PLOT_FORMATS = (".png", ".pdf", ".svg")
 
@@ -83,7 +87,22 @@ def _read(argv: list[str]) -> tuple[Formula, dict[str, Any]]:
     if len(texts) != 1:
         given = ", ".join(map(repr, texts)) or "none"
         raise UserError(f"expected one formula, in quotes, not {given}")
-    return parse(texts[0], parameters), options
+    arm = _arm(texts[0])
+    return parse(
+        arm.get("formula", texts[0]), {**arm.get("parameters", {}), **parameters}, arm.get("from_output", "")
+    ), options
+
+
+def _arm(text: str) -> dict[str, Any]:
+    """Return the keys of an arm of conf/ffn by its name; {} of a formula, or where only this package is installed."""
+    if not _ARMS.is_dir() or text in PRE_ACTIVATIONS or not text.isidentifier():
+        return {}
+    names = {path.stem for path in _ARMS.glob("*.yaml")} - {"custom"}
+    if text.lower() not in names:
+        raise unknown("arm", text, sorted(names))
+    import yaml
+
+    return yaml.safe_load((_ARMS / f"{text.lower()}.yaml").read_text(encoding="utf-8"))
 
 
 def _options(argv: list[str]) -> tuple[dict[str, Any], list[str]]:

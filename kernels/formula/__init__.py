@@ -1,6 +1,7 @@
 """The compiler of formulas: from text to the programs that backends print.
 
 grammar.py    text -> a checked expression tree (`parse`), with neither torch nor SymPy
+hints.py      what a near miss was meant to be
 functions.py  the elementary functions, one entry each
 domains.py    refuses division by zero and arguments outside of a domain
 symbolic.py   tree -> SymPy -> derivatives -> programs (`compile_formula`)

@@ -14,12 +14,12 @@ the place.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from . import hints
 from .functions import REGISTRY
 
 FUNCTIONS = {  # name: number of arguments
@@ -33,8 +33,9 @@ LONGEST = 1000  # characters; the longest known arm has 70
 MOST_OPERATIONS = 200  # binary ones; a sum of so many is a tree of that depth, which the compiler traverses recursively
 DEEPEST = 50  # nested brackets, which bounds the recursion of the parser
 
+_DOTTED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)+")
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)|(?P<name>[A-Za-z_]\w*)|(?P<sign>\*\*|<=|>=|[-+*/(),<>]))"
+    r"\s*(?:(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)|(?P<name>[A-Za-z_][A-Za-z0-9_]*)|(?P<sign>\*\*|<=|>=|[-+*/(),<>]))"
 )
 
 
@@ -142,7 +143,7 @@ def parse(text: str, parameters: Mapping[str, Any] | None = None, from_output: s
     parser = _Parser(text, tuple(given))
     tree = parser.expression()
     if parser.kind != "end":
-        raise parser.error(f"unexpected {parser.token!r}")
+        raise parser.unexpected()
     if tree.is_condition:
         raise FormulaError("a comparison has no value of its own: use where(condition, a, b)", text, tree.place)
     symbols = frozenset(parser.symbols)
@@ -224,8 +225,20 @@ class _Parser:
         rest = self.text[self.position :]
         self.place = self.position + len(rest) - len(rest.lstrip())
         if rest.strip():
-            raise self.error(f"the character {self.text[self.place]!r} is not part of a formula")
+            character = self.text[self.place]
+            raise self.error(f"the character {character!r} is not part of a formula{hints.of_character(character)}")
         self.kind, self.token = "end", "end of the formula"
+
+    def unexpected(self) -> FormulaError:
+        """Return the error of a token after the end of an expression."""
+        reason = f"unexpected {self.token!r}"
+        if self.token in ("if", "else"):
+            reason += ": a choice is written where(condition, a, b)"
+        elif self.token == ",":
+            reason += ": it separates arguments of a function; a decimal point is a dot"
+        elif self.token != ")":
+            reason += ": is an operator missing? A product is written with *"
+        return self.error(reason)
 
     def take(self, *signs: str) -> str | None:
         if self.kind == "sign" and self.token in signs:
@@ -306,16 +319,23 @@ class _Parser:
             return inside
         if self.kind != "name":
             raise self.error(f"expected a number, a name or a bracket, found {token!r}")
+        if dotted := _DOTTED.match(self.text, place):
+            raise self.error(f"{dotted[0]!r} is not part of a formula{hints.of_dotted(dotted[0], FUNCTIONS)}", place)
         self.advance()
         if token in FUNCTIONS:
             return self.call(token, place)
         if self.kind == "sign" and self.token == "(":
-            raise self.error(f"unknown function {token!r}: {_choices(token, FUNCTIONS)}", place)
+            if token in (*PRE_ACTIVATIONS, *CONSTANTS, *self.parameters):
+                raise self.error(f"{token} is a number, not a function: a product is written {token}*(...)", place)
+            raise self.error(f"unknown function {token!r}: {hints.of_name(token, FUNCTIONS)}", place)
         if token in CONSTANTS:
             return Node("number", CONSTANTS[token], (), place)
         if token not in PRE_ACTIVATIONS and token not in self.parameters:
             known = [*PRE_ACTIVATIONS, *CONSTANTS, *self.parameters]
-            raise self.error(f"unknown symbol {token!r}: {_choices(token, known)}", place)
+            hint = hints.of_name(token, known)
+            if hint.startswith("known") and token not in ("h", *self.parameters):
+                hint += f"; a parameter needs a value: ffn.parameters.{token}=1, or {token}=1 for kernels.show"
+            raise self.error(f"unknown symbol {token!r}: {hint}", place)
         self.symbols.setdefault(token, place)
         return Node("symbol", token, (), place)
 
@@ -334,9 +354,3 @@ class _Parser:
         else:
             arguments = [self.value(argument) for argument in arguments]
         return Node("call", name, tuple(arguments), place)
-
-
-def _choices(name: str, known: Iterable[str]) -> str:
-    names = list(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"known are {', '.join(names)}"

@@ -28,7 +28,7 @@ class _Real(sympy.Function):
 
     is_real = True
 
-    def _eval_evalf(self, prec: int) -> None:  # noqa: ARG002 (SymPy's signature)
+    def _eval_evalf(self, prec: int) -> None:
         """SymPy must not evaluate a function of numbers, exp(exp(100)) say, when it sorts the terms of a sum."""
 
     if TYPE_CHECKING:  # SymPy's annotations: a call returns a class, and arguments are any `Basic`

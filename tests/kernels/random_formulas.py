@@ -90,7 +90,10 @@ def check_every_node(formula: Formula, values: Mapping[str, np.ndarray]) -> None
         elif (number := domains.number(node)) is not None:
             result = np.full(size, float(number))
         else:
-            result = _value(node, [visit(argument, at, ranges) for argument in node.arguments], at)
+            parts = [visit(argument, at, ranges) for argument in node.arguments]
+            result = _value(node, parts, at)
+            if node.kind == "/" and 0 in domains.of(node.arguments[1], ranges):
+                result[parts[1] == 0] = np.nan  # exp(-1e4), say, which is above 0 and underflows
         low, high = domains.of(node, ranges)
         for edge, outside in ((low, result < low), (high, result > high)):
             if outside.any():

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from kernels.formula import hints
 from kernels.formula.grammar import (
     CONSTANTS,
     DEEPEST,
@@ -121,7 +122,7 @@ def test_what_is_no_parameter_is_refused(text, parameters, reason, place):
         ("x * * x", "expected a number, a name or a bracket, found '*'", "* x"),
         ("x^2", "the character '^' is not part of a formula", "^2"),
         ("x; x", "the character ';'", "; x"),
-        ("x.real", "the character '.'", ".real"),
+        ("x.real", "'x.real' is not part of a formula: names have no attributes", "x.real"),
         ("x[0]", "the character '['", "[0]"),
         ("x if 1", "unexpected 'if'", "if 1"),
         ("x == 1", "the character '='", "== 1"),
@@ -171,6 +172,48 @@ def test_what_is_no_formula_is_refused_with_a_caret_under_the_place(text, reason
     assert bool(text[caught.value.place :].strip()) == bool(caret)
     assert formula[len(pointer) - 1 :].startswith(caret)
     assert pointer.strip() == "^"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("x^2", "the character '^' is not part of a formula: a power is written **, as in x**2"),
+        ("x²", "the character '²' is not part of a formula: a power is written **, as in x**2"),
+        ("x*b", "a parameter needs a value: ffn.parameters.b=1, or b=1 for kernels.show"),
+        ("F.silu(x)", "'F.silu' is not part of a formula: functions stand without a module, as silu(x)"),
+        ("torch.tanh(x)", "functions stand without a module, as tanh(x)"),
+        ("x*torch.nn.functional.gelu(x)", "functions stand without a module, as gelu(x)"),
+        ("nn.SiLU(x)", "functions stand without a module, as silu(x)"),
+        ("np.exp(x)", "functions stand without a module, as exp(x)"),
+        ("np.arctan(x)", "functions stand without a module, as atan(x)"),
+        ("torch.bessel_j0(x)", "functions stand without a module, and known are abs"),
+        ("X*2", "unknown symbol 'X': did you mean 'x'?"),
+        ("ReLU(x)", "unknown function 'ReLU': did you mean 'relu'?"),
+        ("clamp(x, 0, 6)", "did you mean 'clip'?"),
+        ("leaky_relu(x)", "write where(x > 0, x, 0.01*x)"),
+        ("swiglu", "unknown symbol 'swiglu': write silu(gate)*up"),
+        ("e**x", "write exp(1)"),
+        ("2x", "is an operator missing? A product is written with *"),
+        ("x(1 + x)", "x is a number, not a function: a product is written x*(...)"),
+        ("x if x > 0 else 0", "a choice is written where(condition, a, b)"),
+        ("0,5*x", "a decimal point is a dot"),
+        ("h = x*2", "a formula is the right-hand side alone"),
+        ("|x|", "an absolute value is written abs(x)"),
+        ("x − 1", "minus is written -"),
+    ],
+)
+def test_a_near_miss_is_told_what_to_write(text, reason):
+    with pytest.raises(FormulaError, match=re.escape(reason)):
+        parse(text)
+
+
+@pytest.mark.parametrize("word", sorted(hints._WORDS))
+def test_what_a_hint_says_to_write_is_a_formula(word):
+    advice = hints._WORDS[word]
+    if advice in FUNCTIONS:
+        advice = f"{advice}({', '.join('x' * FUNCTIONS[advice])})"
+    if not advice.startswith(("gate and", "the expression")):
+        parse(advice.replace("condition, a, b", "x > 0, x, 0").replace("exp(1)", "exp(1)*x"))
 
 
 def test_the_caret_stands_right_in_a_long_formula():

@@ -115,6 +115,21 @@ def test_what_it_prints(capsys):
     assert "PARALLEL_FOR" in printed
 
 
+@pytest.mark.parametrize("name", ["swiglu", "SwiGLU"])
+def test_the_name_of_an_arm_shows_the_arm(name, capsys):
+    main([name])
+    assert capsys.readouterr().out.startswith("silu(gate) * up\n  gated: 3 matrices")
+
+
+def test_an_arm_has_its_parameters_and_others_may_be_given(capsys):
+    main(["prelu"])
+    assert "slope (learned, starts at 0.25, one per layer)" in capsys.readouterr().out
+    main(["prelu", "slope=0.5"])
+    assert "parameters: slope = 0.5" in capsys.readouterr().out
+    with pytest.raises(UserError, match="unknown arm 'swiglo': did you mean 'swiglu'"):
+        main(["swiglo"])
+
+
 def test_parameters_may_be_named_like_options(capsys):
     main(["c*x + plot*triton", "c=2", "plot=learned:1", "triton=3"])
     printed = capsys.readouterr().out
