@@ -129,6 +129,8 @@ def check_manifest(plan: Plan, folder: Path) -> None:
         )
         one, other = (dict(_leaves(content)) for content in (before, plan.content))
         changed = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+        if changed == ["plan.question"]:  # which decides nothing
+            return
         raise UserError(
             f"{folder} holds the runs of another plan (it differs in {', '.join(changed[:6])}): "
             "choose another folder, folder=FOLDER"

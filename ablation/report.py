@@ -20,11 +20,22 @@ from typing import Any
 
 import jinja2
 
-from ablation.efficiency import Efficiency, efficiency
+from ablation.efficiency import efficiency
 from ablation.figures import LOSS_FIGURES, PHENOMENA, ReportFigure, draw
 from ablation.outcomes import ENDED
 from ablation.results import Results, expected_runs, read_results
-from ablation.statistics import ALPHA, FEWEST_SEEDS, POWER, Comparison, SpeedUp, Verdict
+from ablation.statistics import ALPHA, FEWEST_SEEDS, POWER, Verdict
+from ablation.tables import (
+    PageTable,
+    TableCell,
+    TableRow,
+    arms_table,
+    is_missing,
+    number_cell,
+    row_css,
+    tests_table,
+    text_cell,
+)
 from ablation.verdict import sentences
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
@@ -112,59 +123,10 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["run"], lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({key: "" if _missing(value) else value for key, value in row.items()})
-
-
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and not math.isfinite(value))
+            writer.writerow({key: "" if is_missing(value) else value for key, value in row.items()})
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
-
-
-@dataclasses.dataclass(frozen=True)
-class IntervalBar:
-    """A difference and its interval as positions on a small drawing, in pixels."""
-
-    label: str
-    zero: float  # the baseline
-    low: float
-    high: float
-    difference: float
-
-
-@dataclasses.dataclass(frozen=True)
-class TableCell:
-    """A cell of a table."""
-
-    text: str = ""
-    sort_value: Any = None  # None: sorted by its text
-    css: str = ""
-    code: bool = False
-    bar: IntervalBar | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TableRow:
-    """A row of a table."""
-
-    cells: Sequence[TableCell]
-    css: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class PageTable:
-    """A table whose columns can be sorted."""
-
-    heads: Sequence[str]
-    rows: Sequence[TableRow]
-    caption: str = ""
-
-    @property
-    def columns(self) -> list[tuple[str, str]]:
-        """(head, class) of each column; the class is the first one of its first cell."""
-        cells = self.rows[0].cells if self.rows else [TableCell()] * len(self.heads)
-        return [(head, cell.css.partition(" ")[0]) for head, cell in zip(self.heads, cells, strict=True)]
 
 
 def page(results: Results, figures: Sequence[ReportFigure]) -> str:
@@ -200,7 +162,8 @@ def page(results: Results, figures: Sequence[ReportFigure]) -> str:
         figures=by_name,
         losses=losses,
         phenomena=phenomena,
-        arms=[_arms(results, size) for size in results.sizes],
+        arms=[arms_table(results, size) for size in results.sizes],
+        tests=[tests_table(results, size) for size in results.sizes],
         rates=rates,
         costs=[_cost(results, size) for size in results.sizes],
         fairness=_fairness(results),
@@ -222,90 +185,6 @@ def _provisional(results: Results) -> str:
     return f"Provisional: {ended} of {len(known_runs)} runs have ended{more}. The results may change as the others end."
 
 
-def _number(value: Any, form: str = ".4f") -> TableCell:
-    return TableCell("–", "") if _missing(value) else TableCell(format(value, form), repr(value))
-
-
-def _text(value: Any) -> TableCell:
-    return TableCell(str(value), css="text")
-
-
-def _row_css(results: Results, arm: str) -> str:
-    return "baseline" if arm == results.baseline else ""
-
-
-def _arms(results: Results, size: str) -> PageTable:
-    """Return the comparison of a size's arms, the baseline first, then by difference."""
-    comparisons = {c.arm: c for c in results.comparisons(size)}
-    costs, losses = efficiency(results, size), results.losses(size)
-    ends = [end for c in comparisons.values() for end in (*c.interval, c.difference) if math.isfinite(end)]
-    scale = (min([0.0, *ends]), max([0.0, *ends]))
-    heads = (
-        "arm", "verdict", "95% interval", f"minus {results.baseline}, nats", "from", "to", "p", "p (Holm)", "detectable",
-        "mean loss", "seeds", "speed-up, FLOPs", "speed-up, seconds", "loss at equal time", "loss at equal memory",
-    )  # fmt: skip
-    rows = []
-    order = [results.baseline, *sorted(comparisons, key=lambda arm: comparisons[arm].difference)]
-    for arm in sorted(results.arms(size), key=lambda arm: order.index(arm) if arm in order else len(order)):
-        finite = [loss for loss in losses[arm].values() if math.isfinite(loss)]
-        mean = sum(finite) / len(finite) if finite else math.nan
-        cells = [
-            _text(arm),
-            *_comparison_cells(comparisons.get(arm), scale),
-            _number(mean),
-            _number(len(losses[arm]), "d"),
-            *_efficiency_cells(costs.get(arm)),
-        ]
-        rows.append(TableRow(cells, _row_css(results, arm)))
-    return PageTable(heads, rows, f"{size}: final held-out loss, compared with {results.baseline} seed by seed")
-
-
-def _comparison_cells(c: Comparison | None, scale: tuple[float, float]) -> list[TableCell]:
-    if c is None:
-        return [TableCell("baseline", "", "text baseline-word"), *(TableCell("", "") for _ in range(7))]
-    css = c.verdict.value.replace(" ", "-")
-    return [
-        TableCell(c.verdict.value, list(Verdict).index(c.verdict), f"text {css}"),
-        TableCell(sort_value=_number(c.difference).sort_value, css=css, bar=_bar(c, scale)),
-        _number(c.difference, "+.4f"),
-        _number(c.interval[0], "+.4f"),
-        _number(c.interval[1], "+.4f"),
-        _number(c.p, ".2g"),
-        _number(c.p_holm, ".2g"),
-        _number(c.detectable),
-    ]
-
-
-def _efficiency_cells(cost: Efficiency | None) -> list[TableCell]:
-    if cost is None:
-        return [_number(math.nan) for _ in range(4)]
-    return [
-        _speed_up(cost.per_flop),
-        _speed_up(cost.per_second),
-        _number(cost.loss_at_equal_time),
-        _number(cost.loss_at_equal_memory),
-    ]
-
-
-def _speed_up(speed_up: SpeedUp) -> TableCell:
-    cell = _number(speed_up.factor, ".2f")
-    starred = speed_up.extrapolated and not _missing(speed_up.factor)
-    return dataclasses.replace(cell, text=f"{cell.text}*") if starred else cell
-
-
-def _bar(c: Comparison, scale: tuple[float, float]) -> IntervalBar | None:
-    """Return the drawing of a difference, 160 pixels wide."""
-    if not math.isfinite(c.difference):
-        return None
-    low, high = scale
-
-    def x(value: float) -> float:
-        return 6 + 148 * (value - low) / ((high - low) or 1.0)
-
-    ends = [x(end if math.isfinite(end) else c.difference) for end in c.interval]
-    return IntervalBar(f"{c.difference:+.4f}", x(0), ends[0], ends[1], x(c.difference))
-
-
 def _rates(results: Results) -> PageTable | None:
     heads = ("size", "arm", "best learning rate", "loss there", "rise at a factor of 2", "tried", "at an edge")
     rows = []
@@ -316,9 +195,11 @@ def _rates(results: Results) -> PageTable | None:
                 f"{lr:g}" + ("" if math.isfinite(loss) else " (diverged)")
                 for lr, loss in sorted(results.sweep_losses(size, arm).items())
             ]
-            numbers = [_number(sweep.best_lr, "g"), _number(sweep.loss), _number(sweep.rise)]
+            numbers = [number_cell(sweep.best_lr, "g"), number_cell(sweep.loss), number_cell(sweep.rise)]
             edge = f"the {sweep.edge}" if sweep.edge else "no"
-            rows.append(TableRow([_text(size), _text(arm), *numbers, _text(", ".join(tried)), _text(edge)]))
+            rows.append(
+                TableRow([text_cell(size), text_cell(arm), *numbers, text_cell(", ".join(tried)), text_cell(edge)])
+            )
     if not rows:
         return None
     return PageTable(heads, rows, f"The sweep, with seed {results.manifest.plan.rate_seed}, which no verdict uses")
@@ -338,12 +219,12 @@ def _cost(results: Results, size: str) -> PageTable:
     for arm in results.arms(size):
         planned, measured = results.manifest.cost[size][arm], costs.get(arm)
         cells = [
-            _text(arm),
-            _number(measured.tokens_per_second if measured else math.nan, ",.0f"),
-            _number(measured.memory_gib if measured else math.nan, ".2f"),
-            *(_number(planned[key], ",d") for key in ("flops_per_token", "saved_bytes_per_token", "tokens")),
+            text_cell(arm),
+            number_cell(measured.tokens_per_second if measured else math.nan, ",.0f"),
+            number_cell(measured.memory_gib if measured else math.nan, ".2f"),
+            *(number_cell(planned[key], ",d") for key in ("flops_per_token", "saved_bytes_per_token", "tokens")),
         ]
-        rows.append(TableRow(cells, _row_css(results, arm)))
+        rows.append(TableRow(cells, row_css(results, arm)))
     return PageTable(heads, rows, f"{size}: speed is the median over the compared runs, on the machine as it was then")
 
 
@@ -353,15 +234,15 @@ def _fairness(results: Results) -> PageTable:
     for size, arm in results.size_arm_pairs():
         learned, cost = results.manifest.learned(size, arm), results.manifest.cost[size][arm]
         cells = [
-            _text(size),
-            _text(arm),
+            text_cell(size),
+            text_cell(arm),
             TableCell(str(learned.get("ffn.formula")), css="text", code=True),
-            _number(learned["model.d_ff"], "d"),
-            _number(cost["ffn_parameters"], ",d"),
+            number_cell(learned["model.d_ff"], "d"),
+            number_cell(cost["ffn_parameters"], ",d"),
             TableCell(f"{cost['mismatch']:+.2%}", repr(cost["mismatch"])),
-            _text("the same for a seed" if results.runs else "–"),
+            text_cell("the same for a seed" if results.runs else "–"),
         ]
-        rows.append(TableRow(cells, _row_css(results, arm)))
+        rows.append(TableRow(cells, row_css(results, arm)))
     return PageTable(heads, rows)
 
 
@@ -406,15 +287,15 @@ def _runs(results: Results) -> PageTable:
         planned, summary = run.planned, run.outcome.summary
         cells = [
             TableCell(name, name, "text", code=True),
-            _text(planned.stage),
-            _text(planned.size),
-            _text(planned.arm),
-            _number(planned.lr, "g"),
-            _number(planned.seed, "d"),
-            _text(run.outcome.state),
-            _number(run.outcome.loss, ".6f"),
-            _number(summary.get("bits_per_byte"), ".4f"),
-            _text(summary.get("data_order_hash") or "–"),
+            text_cell(planned.stage),
+            text_cell(planned.size),
+            text_cell(planned.arm),
+            number_cell(planned.lr, "g"),
+            number_cell(planned.seed, "d"),
+            text_cell(run.outcome.state),
+            number_cell(run.outcome.loss, ".6f"),
+            number_cell(summary.get("bits_per_byte"), ".4f"),
+            text_cell(summary.get("data_order_hash") or "–"),
         ]
         rows.append(TableRow(cells))
     caption = "Folders in runs/ of the plan's folder; each has config.yaml, metrics.jsonl and summary.json"
@@ -427,7 +308,7 @@ def _differing(results: Results) -> PageTable:
     for size, arms in results.manifest.arms.items():
         for arm, values in arms.items():
             listed = ", ".join(f"{key}={value}" for key, value in values.items())
-            rows.append(TableRow([_text(size), _text(arm), TableCell(listed, css="why")]))
+            rows.append(TableRow([text_cell(size), text_cell(arm), TableCell(listed, css="why")]))
     return PageTable(("size", "arm", "values"), rows)
 
 

@@ -85,6 +85,8 @@ def main(argv: list[str]) -> int:
         print("nothing was run")
         return 0
     write_manifest(plan, folder)
+    if not cluster:
+        print(f"python -m ablation.status {folder}   shows the runs as they train, in another terminal", flush=True)
     return slurm.submit_all(arrays, cluster, folder) if cluster else runner.run_all()
 
 

@@ -15,7 +15,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,17 +45,6 @@ def build(text: str) -> ctypes.CDLL:
 def find_compiler() -> str | None:
     """Return the path of the C compiler, the first that exists of `CC`, cc, gcc and clang; None without one."""
     return shutil.which(os.environ.get("CC", "")) or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-
-
-def compiler_works() -> bool:
-    """Return whether there is a compiler that builds a small source, past the cache."""
-    compiler = find_compiler()
-    if compiler is None:
-        return False
-    with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as folder:
-        _compile(compiler, "int works(void) { return 1; }", Path(folder) / "works.so")
-        return True
-    return False
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from ablation.plan import Plan
 from ablation.report import page as whole_page
 from ablation.report import write_report
 from ablation.results import read_results
+from ablation.sketch import sketch
 from tests.ablation.made import all_planned, losses, make, plan_of
 from tests.training.tiny import command
 
@@ -96,7 +97,12 @@ def test_numbers_of_the_page_are_those_of_the_runs(plan, folder, page):
     assert {row["run"][0] for row in rows} == {planned.name for planned in all_planned(plan, RULE)}
     for row in rows:
         assert float(row["final loss"][0]) == pytest.approx(last_loss(folder, row["run"][0]), abs=1e-6)
-    arms = page.table("arm", "verdict", "minus relu, nats")
+    arms = [
+        shown | numbers
+        for shown, numbers in zip(
+            page.table("arm", "verdict", "minus relu, nats"), page.table("arm", "from", "to", "p (Holm)"), strict=True
+        )
+    ]
     assert len(arms) == 2 * 8
     for size, of_size in zip(("nano", "small"), (arms[:8], arms[8:]), strict=True):
         final = {
@@ -125,7 +131,7 @@ def test_the_csv_has_every_run_and_every_comparison(plan, folder, page):
         (size, arm) for size, arms in plan.arms.items() for arm in arms if arm != "relu"
     ]
     assert all(len(row["runs"].split()) == 5 for row in comparisons)
-    shown = {row["arm"][0]: row["verdict"][0] for row in page.table("arm", "verdict", "minus relu, nats")[:8]}
+    shown = {row["arm"][1]: row["verdict"][0] for row in page.table("arm", "verdict", "minus relu, nats")[:8]}
     assert {row["arm"]: row["verdict"] for row in comparisons[:7]} == {
         arm: verdict for arm, verdict in shown.items() if arm != "relu"
     }
@@ -142,6 +148,30 @@ def test_the_verdict_comes_first_and_the_plan_is_there(plan, folder, page):
     assert plan.hash in before
     assert "Provisional" not in page.text
     assert len(page.ids) == len(set(page.ids))
+
+
+def test_the_first_table_says_what_an_arm_is_and_what_its_numbers_mean(folder, page):
+    text = (folder / "report" / "report.html").read_text(encoding="utf-8")
+    first = text[text.index('<section id="verdicts">') : text.index("</table>")]
+    assert "below 0, left of the line, the arm is better" in first
+    assert "h (solid) and its slope (dashed) over x, or over gate where up is 1" in first
+    rows = page.table("arm", "h, slope", "verdict")
+    assert [row["arm"] for row in rows[:2]] == [("relurelu(x)", "relu"), ("geglugelu(gate) * up", "geglu")]
+    assert first.count('<svg class="plot"') == 8
+    assert len(page.tables[0][0]) <= 7  # it fits a window of 1280 pixels
+
+
+def test_the_small_plot_is_the_formula():
+    drawn = sketch({"ffn.formula": "where(x > 0, x, slope * x)", "ffn.parameters.slope.init": 0.5,
+                    "ffn.parameters.slope.share": "layer"})  # fmt: skip
+    assert drawn is not None
+    h, slope = ([tuple(map(float, point.split(","))) for point in curve.split()] for curve in (drawn.h, drawn.slope))
+    # 96 x 72 pixels from -4 to 4 and from -2 to 4: 12 pixels upwards for 1, and 0 at 48 from the top.
+    assert (h[0], h[-1], slope[0], slope[-1]) == ((0, 72), (96, 0), (0, 42), (96, 36))
+    assert drawn.x_axis == 48
+    assert sketch({"ffn.formula": "silu(gate) * up"}) is not None
+    assert sketch({"ffn.formula": "x * unknown"}) is None
+    assert sketch({}) is None
 
 
 def test_the_page_is_one_small_file_without_requests(folder):
@@ -265,8 +295,8 @@ def test_a_browser_shows_it_without_errors_and_sorts_its_tables(folder, tmp_path
         pytest.skip("no Chromium on this machine")
     text = (folder / "report" / "report.html").read_text(encoding="utf-8")
     click = (
-        "<script>document.querySelectorAll('th button')[9].click();"
-        "document.title = [...document.querySelector('tbody').rows].map(r => r.cells[0].textContent).join(' ')</script>"
+        "<script>document.querySelectorAll('th button')[5].click();"
+        "document.title = [...document.querySelector('tbody').rows].map(r => r.cells[0].dataset.value).join(' ')</script>"
     )
     page = tmp_path / "page.html"
     page.write_text(text.replace("</body>", click + "</body>"), encoding="utf-8")

@@ -53,20 +53,20 @@ def test_the_eight_of_glu_variants_and_all_but_the_threshold_in_the_zoo():
 
 
 def test_the_cost_is_arms_times_rates_plus_seeds(smoke):
-    assert smoke.count_runs() == 2 * (2 + 2)
+    assert smoke.count_runs() == 2 * (3 + 3)
     own = smoke.arms["nano"]
-    assert smoke.flops() == 4 * own["relu"].flops + 4 * own["swiglu"].flops
+    assert smoke.flops() == 6 * own["relu"].flops + 6 * own["swiglu"].flops
     assert own["relu"].flops == own["relu"].flops_per_token * own["relu"].batch.tokens
     assert plan_of(rates=[1.0]).count_runs() == 2 * 5  # one rate: nothing to sweep
 
 
 def test_the_overrides_of_a_run_set_what_the_plan_decides(smoke):
-    [first, second] = smoke.final_runs("nano", "swiglu", 4e-3)
-    assert (first.seed, second.seed) == (0, 1)
+    [first, second, third] = smoke.final_runs("nano", "swiglu", 4e-3)
+    assert (first.seed, second.seed, third.seed) == (0, 1, 2)
     config = load(smoke.overrides(second, "somewhere"))
     assert (config.seed, config.data_seed, config.optim.lr, config.model.d_ff) == (1, 1, 4e-3, 512)
     assert (config.ffn.name, config.runs, config.run) == ("swiglu", "somewhere", "nano-swiglu-lr0.004-seed1")
-    assert (config.sequence_length, config.tokens) == (128, 400_000)
+    assert (config.sequence_length, config.tokens) == (128, 200_000)
 
 
 def test_a_run_is_tagged_in_wandb_by_plan_arm_size_and_stage(smoke):
@@ -100,11 +100,11 @@ def test_runs_of_one_seed_differ_in_nothing_but_the_arm_and_its_width(smoke):
     assert differ <= {key for key in one if key.startswith("ffn.")} | {"model.d_ff"}
 
 
-def test_the_sweep_has_a_seed_of_its_own_and_includes_the_configured_rate(smoke):
+def test_the_sweep_has_a_seed_of_its_own_and_multiples_of_the_configured_rate(smoke):
     planned_runs = smoke.sweep_runs("nano", "relu")
     assert {planned.seed for planned in planned_runs} == {smoke.config.rate_seed}
-    assert [planned.lr for planned in planned_runs] == [2e-3, 4e-3]
-    assert len({planned.name for place in smoke.size_arm_pairs() for planned in smoke.sweep_runs(*place)}) == 4
+    assert [planned.lr for planned in planned_runs] == [2e-3, 8e-3, 3.2e-2]
+    assert len({planned.name for place in smoke.size_arm_pairs() for planned in smoke.sweep_runs(*place)}) == 6
 
 
 def test_a_sweep_extends_by_the_ratio_at_its_edge():

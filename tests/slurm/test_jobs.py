@@ -185,6 +185,7 @@ def test_slurms_own_words_say_why_a_job_is_not_taken(slurm, words):
 
 def test_a_plan_is_an_array_of_which_a_task_can_be_run_again(slurm, words, tmp_path):
     plan = ["ablation=smoke", "ablation.sizes={tiny: model=nano}", "ablation.tile=1", "ablation.rates=[1.0]"]
+    plan.append("ablation.seeds=[0,1]")
     kept = [word for word in words if not word.startswith(("run", "steps", "model=", "model.d_ff"))]
     plan += [*kept, "tokens=3072", f"folder={tmp_path}", "yes=true", "jobs=2"]
     folder = tmp_path / "smoke"

@@ -1,0 +1,187 @@
+"""The tables of the report that compare arms, and the cells of all of its tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ablation.efficiency import Efficiency, efficiency
+from ablation.results import Results
+from ablation.sketch import HIGH, LOW, REACH, Sketch, sketch
+from ablation.statistics import POWER, Comparison, SpeedUp, Verdict
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a value is None or not finite."""
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class IntervalBar:
+    """A difference and its interval as positions on a small drawing, in pixels."""
+
+    label: str
+    zero: float  # the baseline
+    low: float
+    high: float
+    difference: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TableCell:
+    """A cell of a table."""
+
+    text: str = ""
+    sort_value: Any = None  # None: sorted by its text
+    css: str = ""
+    code: bool = False
+    bar: IntervalBar | None = None
+    sketch: Sketch | None = None
+    below: str = ""  # a second line
+
+
+@dataclasses.dataclass(frozen=True)
+class TableRow:
+    """A row of a table."""
+
+    cells: Sequence[TableCell]
+    css: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PageTable:
+    """A table whose columns can be sorted."""
+
+    heads: Sequence[str]
+    rows: Sequence[TableRow]
+    caption: str = ""
+    note: str = ""  # a second paragraph of it
+    css: str = ""
+
+    @property
+    def columns(self) -> list[tuple[str, str]]:
+        """(head, class) of each column; the class is the first one of its first cell."""
+        cells = self.rows[0].cells if self.rows else [TableCell()] * len(self.heads)
+        return [(head, cell.css.partition(" ")[0]) for head, cell in zip(self.heads, cells, strict=True)]
+
+
+def number_cell(value: Any, form: str = ".4f") -> TableCell:
+    """Return a cell that is sorted by its exact number."""
+    return TableCell("–", "") if is_missing(value) else TableCell(format(value, form), repr(value))
+
+
+def text_cell(value: Any) -> TableCell:
+    """Return a cell of text, aligned to the left."""
+    return TableCell(str(value), css="text")
+
+
+def row_css(results: Results, arm: str) -> str:
+    """Return the class of an arm's row."""
+    return "baseline" if arm == results.baseline else ""
+
+
+def _by_difference(results: Results, size: str) -> list[tuple[str, Comparison | None]]:
+    """Return a size's arms with their comparisons, the baseline first, then by difference."""
+    comparisons = {c.arm: c for c in results.comparisons(size)}
+    order = [results.baseline, *sorted(comparisons, key=lambda arm: comparisons[arm].difference)]
+    arms = sorted(results.arms(size), key=lambda arm: order.index(arm) if arm in order else len(order))
+    return [(arm, comparisons.get(arm)) for arm in arms]
+
+
+def arms_table(results: Results, size: str) -> PageTable:
+    """Return what is known of a size's arms: what they are, the verdict and the difference behind it."""
+    arms, losses, baseline = _by_difference(results, size), results.losses(size), results.baseline
+    ends = [end for _, c in arms if c for end in (*c.interval, c.difference) if math.isfinite(end)]
+    scale = (min([0.0, *ends]), max([0.0, *ends]))
+    rows = []
+    for arm, c in arms:
+        finite = [loss for loss in losses[arm].values() if math.isfinite(loss)]
+        learned = results.manifest.learned(size, arm)
+        cells = [
+            TableCell(arm, arm, "text", below=str(learned.get("ffn.formula") or "")),
+            TableCell("", "", sketch=sketch(learned)),
+            *_verdict_cells(c, scale),
+            number_cell(sum(finite) / len(finite) if finite else math.nan),
+            number_cell(len(losses[arm]), "d"),
+        ]
+        rows.append(TableRow(cells, row_css(results, arm)))
+    heads = ("arm", "h, slope", "verdict", "95% interval", f"minus {baseline}, nats", "mean loss", "seeds")
+    caption = (
+        f"{size}: final held-out loss in nats per token, where lower is better. The difference is the arm's loss minus "
+        f"{baseline}'s, seed by seed: below 0, left of the line, the arm is better."
+    )
+    note = (
+        f"The small plot: h (solid) and its slope (dashed) over x, or over gate where up is 1, from -{REACH:g} to {REACH:g}; "
+        f"upwards from {LOW:g} to {HIGH:g}, with lines at 0."
+    )
+    return PageTable(heads, rows, caption, note, "cards")
+
+
+def _verdict_cells(c: Comparison | None, scale: tuple[float, float]) -> list[TableCell]:
+    if c is None:
+        return [TableCell("baseline", "", "text baseline-word"), *(TableCell("", "") for _ in range(2))]
+    css = c.verdict.value.replace(" ", "-")
+    ends = [number_cell(end, "+.4f").text for end in c.interval]
+    return [
+        TableCell(c.verdict.value, list(Verdict).index(c.verdict), f"text {css}"),
+        TableCell(sort_value=number_cell(c.difference).sort_value, css=css, bar=_bar(c, scale)),
+        dataclasses.replace(number_cell(c.difference, "+.4f"), below=f"{ends[0]} to {ends[1]}"),
+    ]
+
+
+def tests_table(results: Results, size: str) -> PageTable:
+    """Return the tests behind the verdicts of a size, and what the arms' losses are worth in compute."""
+    costs = efficiency(results, size)
+    heads = (
+        "arm", "from", "to", "p", "p (Holm)", "detectable", "speed-up, FLOPs", "speed-up, seconds", "loss at equal time",
+        "loss at equal memory",
+    )  # fmt: skip
+    rows = [
+        TableRow([text_cell(arm), *_test_cells(c), *_efficiency_cells(costs.get(arm))], row_css(results, arm))
+        for arm, c in _by_difference(results, size)
+    ]
+    caption = (
+        f"{size}: the 95% interval of the difference in nats per token, its p-value alone and among all arms (Holm), the "
+        f"smallest difference that {POWER:.0%} of such plans would find; how many times the arm's compute {results.baseline} "
+        "needs for the arm's loss, and the arm's loss in the time or memory that the baseline takes."
+    )
+    return PageTable(heads, rows, caption)
+
+
+def _test_cells(c: Comparison | None) -> list[TableCell]:
+    if c is None:
+        return [TableCell("", "") for _ in range(5)]
+    ends = [number_cell(end, "+.4f") for end in c.interval]
+    return [*ends, number_cell(c.p, ".2g"), number_cell(c.p_holm, ".2g"), number_cell(c.detectable)]
+
+
+def _efficiency_cells(cost: Efficiency | None) -> list[TableCell]:
+    if cost is None:
+        return [number_cell(math.nan) for _ in range(4)]
+    return [
+        _speed_up(cost.per_flop),
+        _speed_up(cost.per_second),
+        number_cell(cost.loss_at_equal_time),
+        number_cell(cost.loss_at_equal_memory),
+    ]
+
+
+def _speed_up(speed_up: SpeedUp) -> TableCell:
+    cell = number_cell(speed_up.factor, ".2f")
+    starred = speed_up.extrapolated and not is_missing(speed_up.factor)
+    return dataclasses.replace(cell, text=f"{cell.text}*") if starred else cell
+
+
+def _bar(c: Comparison, scale: tuple[float, float]) -> IntervalBar | None:
+    """Return the drawing of a difference, 160 pixels wide."""
+    if not math.isfinite(c.difference):
+        return None
+    low, high = scale
+
+    def x(value: float) -> float:
+        return 6 + 148 * (value - low) / ((high - low) or 1.0)
+
+    ends = [x(end if math.isfinite(end) else c.difference) for end in c.interval]
+    return IntervalBar(f"{c.difference:+.4f}", x(0), ends[0], ends[1], x(c.difference))
