@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ FUNCTIONS = {  # name: number of arguments
 CONSTANTS = {"pi": 3.141592653589793}
 PRE_ACTIVATIONS = ("x", "gate", "up")
 COMPARISONS = ("<", "<=", ">", ">=")
+LARGEST, LARGEST_IN_FP32 = sys.float_info.max, 3.4e38
 LONGEST = 1000  # characters; the longest known arm has 70
 MOST_OPERATIONS = 200  # binary ones; a sum of so many is a tree of that depth, which the compiler traverses recursively
 DEEPEST = 50  # nested brackets, which bounds the recursion of the parser
@@ -196,10 +198,13 @@ def _parameter(text: str, name: str, value: Any) -> float | Learned:
         keys = ", ".join(map(str, value)) or "nothing"
         raise FormulaError(f"the learned parameter {name!r} takes init and share, not {keys}", text, place)
     number, share = settings["init"], settings["share"]
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= LARGEST:
         raise FormulaError(f"the parameter {name!r} must be a finite number, not {number!r}", text, place)
     if share not in (None, "layer", "channel"):
         raise FormulaError(f"the parameter {name!r} is shared by layer or by channel, not {share!r}", text, place)
+    if share and abs(number) > LARGEST_IN_FP32:
+        reason = f"the learned parameter {name!r} starts at {number:g}, beyond 32-bit arithmetic, which ends at 3.4e38"
+        raise FormulaError(reason, text, place)
     return Learned(float(number), share) if share else float(number)
 
 

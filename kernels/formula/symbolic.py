@@ -156,10 +156,10 @@ relu, step, abs = _PRIMITIVES["relu"], _PRIMITIVES["step"], _PRIMITIVES["abs"]
 
 
 def to_sympy(node: Node, formula: Formula) -> sympy.Expr:
-    """Translate a tree; fixed parameters become their numbers.
+    """Translate a tree of the formula, its own or that of `from_output`; fixed parameters become their numbers.
 
     Raises:
-        FormulaError: the numbers of a product or a sum, taken together, are beyond 64-bit arithmetic.
+        FormulaError: a division by 0, or the numbers of a product or a sum, taken together, are beyond 64-bit arithmetic.
     """
     expression = _translated(node, formula)
     for number_ in (expression.as_coeff_Mul()[0], expression.as_coeff_Add()[0]):
@@ -189,6 +189,8 @@ def _translated(node: Node, formula: Formula) -> sympy.Expr:
     arguments = [to_sympy(argument, formula) for argument in node.arguments]
     if node.kind == "call":
         return _call(str(node.value), arguments)
+    if arguments[-1].is_number and _divides_by_zero(node.kind, *arguments):
+        raise FormulaError("this divides by zero", formula.text, node.place)
     if node.kind == "**" and _power_of_number_is_long(*arguments):
         raise FormulaError("the power of the number in this base has too many digits", formula.text, node.place)
     return _operate(node.kind, arguments)
@@ -207,6 +209,12 @@ def _call(name: str, arguments: list[sympy.Expr]) -> sympy.Expr:
     if name in _MACROS:
         return _MACROS[name](_f, *arguments)
     return _PRIMITIVES[name](*arguments)
+
+
+def _divides_by_zero(sign_: str, left: sympy.Expr, right: sympy.Expr | None = None) -> bool:
+    return right is not None and (
+        (sign_ == "/" and right == 0) or (sign_ == "**" and left == 0 and bool(right.is_negative))
+    )
 
 
 def _power_of_number_is_long(base: sympy.Expr, exponent: sympy.Expr) -> bool:
@@ -313,7 +321,9 @@ def _compile(formula: Formula) -> Compiled:
         from_output = None
         if formula.from_output is not None:
             h, y = sympy.Symbol("h", real=True), sympy.Symbol(OUTPUT, real=True)
-            slope = to_sympy(formula.from_output[1], formula).subs(h, y)
+            slope = to_sympy(formula.from_output[1], dataclasses.replace(formula, text=formula.from_output[0])).subs(
+                h, y
+            )
             from_output = Lowering((OUTPUT, "dh"), {f"d{OUTPUT}": dh * slope}).program()
             check_from_output(formula, forward, backward, from_output)
         programs = keep_nan(forward, keep), backward, keep_nan(both, keep), from_output

@@ -132,3 +132,10 @@ def test_intervals_are_tight(text, low, high):
 def test_what_no_kernel_can_compute_is_refused_before_it_is_built(text, reason):
     with pytest.raises(FormulaError, match=re.escape(reason)):
         assert activation(text).compiled
+
+
+@pytest.mark.parametrize("from_output", ["h/0", "1/(h - h)", "0**(0 - 1)*h", "h*1e308*1e308"])
+def test_a_from_output_that_is_no_number_is_refused(from_output):
+    with pytest.raises(FormulaError, match=r"divides by zero|are beyond floating-point arithmetic") as caught:
+        assert activation("tanh(x)", from_output=from_output).compiled
+    assert from_output in str(caught.value)

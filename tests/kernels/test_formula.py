@@ -100,6 +100,8 @@ def test_parameters_are_known_by_name():
         ("x + b*x", {"b": True}, "must be a finite number, not True", 4),
         ("x + b*x", {"b": None}, "must be a finite number, not None", 4),
         ("x + b*x", {"b": float("nan")}, "must be a finite number, not nan", 4),
+        ("x + b*x", {"b": 10**400}, "must be a finite number, not 1000000", 4),
+        ("x + b*x", {"b": {"init": 1e300}}, "starts at 1e+300, beyond 32-bit arithmetic", 4),
         ("x + b*x", {"b": {"init": "one"}}, "must be a finite number, not 'one'", 4),
         ("x + b*x", {"b": {"init": 1, "share": "row"}}, "is shared by layer or by channel, not 'row'", 4),
         ("x + b*x", {"b": {"share": "layer"}}, "takes init and share, not share", 4),
