@@ -65,8 +65,8 @@ def _drawn(formula: Formula) -> Sketch:
     values |= {name: np.float64(p.init) for name, p in formula.learned.items()} | {argument: x}
     with np.errstate(all="ignore"):
         results = run(compile_formula(formula).backward_with_h, NUMPY, values)
-    curves = (_points(x, np.broadcast_to(results[name], x.shape)) for name in ("h", f"d{argument}"))
-    return Sketch(f"h and its slope over {argument} from -{REACH:g} to {REACH:g}", *curves, _y(0.0))
+    h, slope = (_points(x, np.broadcast_to(results[name], x.shape)) for name in ("h", f"d{argument}"))
+    return Sketch(f"h and its slope over {argument} from -{REACH:g} to {REACH:g}", h, slope, _y(0.0))
 
 
 def _points(x: np.ndarray, y: np.ndarray) -> str:
