@@ -70,7 +70,7 @@ def test_the_overrides_of_a_run_set_what_the_plan_decides(smoke):
 
 
 def test_a_run_is_tagged_in_wandb_by_plan_arm_size_and_stage(smoke):
-    [first, _] = smoke.final_runs("nano", "swiglu", 4e-3)
+    [first, *_] = smoke.final_runs("nano", "swiglu", 4e-3)
     logger = load(smoke.overrides(first, "r")).logger
     assert (logger.group, logger.job_type) == ("smoke", "swiglu")
     assert logger.tags == [f"plan:{smoke.hash}", "size:nano", "stage:final"]

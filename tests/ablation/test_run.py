@@ -129,7 +129,7 @@ def test_a_plan_without_a_verdict_is_told_before_it_is_asked_for(capsys):
     assert "it takes 3 learning rates, the plan has 1: ablation.rates=[0.5,1,2]" in few
     plan = plan_of("ablation=smoke")
     swiglu = plan.arms["nano"]["swiglu"]
-    wide = dataclasses.replace(swiglu, width=dataclasses.replace(swiglu.width, mismatch=0.03))
+    wide = dataclasses.replace(swiglu, width=dataclasses.replace(swiglu.width, target=round(swiglu.width.cost / 1.03)))
     plan.arms["nano"]["swiglu"] = wide
     [obstacle] = verdict_obstacles(plan)
     assert obstacle.startswith("the parameters of swiglu at nano differ by +3.0%")
