@@ -313,4 +313,6 @@ def digest(content: Any, size: int = 8) -> str:
 def differences(before: Config, now: Config) -> list[str]:
     """Return what prevents a run from resuming: "key: before -> now" for each changed key that determines what it learns."""
     old, new = what_is_learned(before), what_is_learned(now)
+    if old.get("tokenizer.path") and new.get("tokenizer.path"):  # the file may have moved; checkpoints know its hash
+        new["tokenizer.path"] = old["tokenizer.path"]
     return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]

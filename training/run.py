@@ -5,6 +5,7 @@ Every user error is found before the process group exists. The loop itself is in
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from conf.schema import Config
+from conf.schema import Config, TokenizerConfig
 from conf.validate import Batch, validate
 from data.batches import BatchStream, Dataset, open_dataset
 from data.prepare import prepare
@@ -56,7 +57,7 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
     try:
         if ranks.rank == 0:
             folder.claim(config)
-        dataset = open_dataset(prepare(config.data, config.tokenizer, show=ranks.rank == 0))
+        dataset = open_dataset(prepare(config.data, own_tokenizer(config.tokenizer, folder.path), show=ranks.rank == 0))
         shape = _shape(config, dataset)
         if not dataset.held_out.tokens:
             console.warn("no text of this corpus is held out: the run is trained without evaluation")
@@ -138,6 +139,14 @@ def _shape(config: Config, dataset: Dataset) -> Shape:
     return shape
 
 
+def own_tokenizer(tokenizer: TokenizerConfig, run: Path) -> TokenizerConfig:
+    """Return the tokenizer's keys, with the run's own copy in place of a file that is gone, as after moving `runs`."""
+    copy = run / "tokenizer"
+    if tokenizer.path and not Path(tokenizer.path).expanduser().exists() and copy.is_dir():
+        return dataclasses.replace(tokenizer, path=str(copy))
+    return tokenizer
+
+
 def _check_checkpoint(path: Path, dataset: Dataset, shape: Shape, config: Config) -> None:
     """Refuse a checkpoint of another model or of other text, before the process group exists.
 
@@ -148,6 +157,11 @@ def _check_checkpoint(path: Path, dataset: Dataset, shape: Shape, config: Config
     with torch.device("meta"):
         check_shapes(Decoder(shape, config.model, "sdpa"), reader)
     if reader.state["tokenizer_hash"] != dataset.tokenizer.hash:
+        if config.tokenizer.path is None:  # trained on the corpus, so it is the text that differs
+            raise UserError(
+                f"{path} was trained on other text than what data={config.data.name} holds today, whose tokenizer differs: "
+                "bring the text back, or give this run another name (run=NAME)"
+            )
         raise UserError(f"{path} was trained with another tokenizer than the one in {dataset.folder}")
     if reader.state["corpus_hash"] not in (None, dataset.corpus_hash):  # None: an imported model
         raise UserError(

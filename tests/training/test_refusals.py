@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from conf.schema import Config, TokenizerConfig
+from conf.validate import differences
 from tests.training.tiny import PATIENCE, ROOT, command, contents, environment, overrides, write_corpus
+from training.run import own_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +138,18 @@ def test_a_checkpoint_of_other_text(refuse, runs, own):
     assert "was trained on other text" in refuse(arguments, runs)
     arguments = overrides(own, runs, run="d", steps=4)
     shutil.copytree(runs / "a" / "checkpoints", runs / "d" / "checkpoints")
-    assert "was trained with another tokenizer" in refuse(arguments, runs)
+    assert "was trained on other text than what data=" in refuse(arguments, runs)
+
+
+def test_a_tokenizer_that_moved_with_its_run_is_found_there(tmp_path):
+    gone = TokenizerConfig(path=str(tmp_path / "runs" / "a" / "tokenizer" / "tokenizer.model"))
+    moved = tmp_path / "elsewhere" / "a"
+    assert own_tokenizer(gone, moved) == gone
+    (moved / "tokenizer").mkdir(parents=True)
+    assert own_tokenizer(gone, moved).path == str(moved / "tokenizer")
+    assert own_tokenizer(TokenizerConfig(), moved).path is None
+    assert differences(Config(tokenizer=gone), Config(tokenizer=own_tokenizer(gone, moved))) == []
+    assert differences(Config(tokenizer=gone), Config()) != []
 
 
 def test_an_existing_run_without_resume(refuse, corpus, runs):
