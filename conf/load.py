@@ -39,6 +39,7 @@ NOT_IN_NAME = (
     "micro_batch_size",
     "data.prepared",
     "data.workers",
+    "data.max_epochs",
 )
 
 

@@ -91,7 +91,7 @@ class DataConfig:
     source: str = key("stdlib", "reader: stdlib | text | jsonl | parquet | hf | blend")
     path: Any = key(
         None,
-        "file, glob, folder, or a list of them; .gz and .zst are decompressed",
+        "file, glob, folder, or a list of them; .gz, .zst, .bz2 and .xz are decompressed",
         only="data.source=text|jsonl|parquet|hf",
     )
     field: str = key("text", "jsonl, parquet, hf: the field with the text", only="data.source=jsonl|parquet|hf|blend")
@@ -102,7 +102,10 @@ class DataConfig:
         "fraction of the documents held out for evaluation, selected by a hash of their text; 0: train without evaluation",
     )
     prepared: str = key("prepared", "folder of prepared corpora")
-    shard_megabytes: int = key(64, "text per shard (MB), the unit of parallel work and of resuming")
+    max_epochs: float = key(
+        4.0, "refuse a run that goes through the corpus, or a part of a blend, more often than this"
+    )
+    shard_megabytes: int = key(64, "most text per shard (MB), the unit of parallel work and of resuming")
     workers: int = key(0, "tokenizer processes; 0: one per core")
     parts: Any = key({}, "blend: {name: {weight: W, source: ..., path: ...}}", only="data.source=blend")
 

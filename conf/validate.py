@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from typing import Any
 
 from conf.arms import Arm, layer_arms
@@ -50,6 +51,7 @@ _POSITIVE = (
     "parallel.context",
     "tokenizer.train_megabytes",
     "data.shard_megabytes",
+    "data.max_epochs",
     "tokenizer.vocab_size",
 )
 _POSITIVE_OR_NULL = (
@@ -311,8 +313,14 @@ def digest(content: Any, size: int = 8) -> str:
 
 
 def differences(before: Config, now: Config) -> list[str]:
-    """Return what prevents a run from resuming: "key: before -> now" for each changed key that determines what it learns."""
+    """Return what prevents a run from resuming: "key: before -> now" for each changed key that determines what it learns.
+
+    Where the text lies may change: the hash of its content in the checkpoint tells whether it is the same.
+    """
     old, new = what_is_learned(before), what_is_learned(now)
     if old.get("tokenizer.path") and new.get("tokenizer.path"):  # the file may have moved; checkpoints know its hash
         new["tokenizer.path"] = old["tokenizer.path"]
-    return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [
+        f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed if not re.fullmatch(r"data\.(.+\.)?path", key)
+    ]

@@ -6,7 +6,7 @@
     shards.py       the format on disk: writing a shard, reading tokens across shards
     prepare.py      the command that turns a corpus into a prepared folder
     pool.py         its worker processes; progress.py reports progress on standard error
-    verify.py       the command that checks every byte of a prepared folder
+    verify.py       the command that checks every byte of a prepared folder; usage.py lists the keys of both commands
     batches.py      sample number i of a run, and the windows of the held-out text
 
 The format on disk. A prepared folder is `<data.prepared>/<data.name>-<8 hex digits>`; the digits are a hash of

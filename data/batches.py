@@ -58,6 +58,14 @@ class Dataset:
         return sum(s.text_bytes for s in sets) / max(1, sum(s.tokens for s in sets))
 
     @property
+    def why_no_bits(self) -> str:
+        """Why a loss per token says nothing about bits per byte; "" if it does."""
+        lost, all_documents = self.held_out.lossy_documents, self.held_out.documents
+        if not lost:
+            return ""
+        return f"the tokenizer does not give back the text of {lost:,} of {all_documents:,} held-out documents"
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids."""
         return self.tokenizer.vocab_size
@@ -217,6 +225,27 @@ def _block_counts(weights: Sequence[float]) -> list[int]:
     for p in remainders[: BLOCK - sum(counts)]:
         counts[p] += 1
     return counts
+
+
+def epochs(dataset: Dataset, sequence_length: int, samples: int) -> dict[str, float]:
+    """Return how often the first `samples` samples go through each part of a data set, by its name."""
+    return {part.name: samples * part.weight / max(1, part.train.tokens // sequence_length) for part in dataset.parts}
+
+
+def refuse_repetition(dataset: Dataset, sequence_length: int, samples: int, max_epochs: float) -> None:
+    """Refuse a run of `samples` samples that goes through a corpus, or a part of a blend, more than `max_epochs` times.
+
+    Raises:
+        UserError: it would.
+    """
+    repeated = epochs(dataset, sequence_length, samples)
+    worst = max(dataset.parts, key=lambda part: repeated[part.name])
+    if repeated[worst.name] > max_epochs:
+        raise UserError(
+            f"this run would go {repeated[worst.name]:,.1f} times through {worst.name} ({worst.train.tokens:,} training "
+            f"tokens), and data.max_epochs={max_epochs:g}: give it more text, or fewer tokens=N, or set "
+            f"data.max_epochs={math.ceil(repeated[worst.name])}"
+        )
 
 
 def held_out_count(dataset: Dataset, sequence_length: int) -> int:

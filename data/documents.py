@@ -11,13 +11,13 @@ import json
 import math
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from conf.schema import DataConfig
-from data.files import find_files, need, not_utf8, read_chunks, read_lines, stamp
+from data.files import BOM, content_hash, find_files, need, not_utf8, read_chunks, read_lines, stamp
 from kernels.common.errors import UserError, unknown
 
 SOURCES = ("stdlib", "text", "jsonl", "parquet", "hf", "blend")
@@ -30,6 +30,7 @@ SPLIT = 64 << 10
 # A corpus of a single document is cut at line ends into about PIECES, so that a fraction of it can be held out.
 PIECES = 32
 SHORTEST = 64  # characters of such a piece
+HASHED = 256 << 20  # bytes of a corpus whose files are hashed whole to recognise it: a quarter of a second
 
 
 class Document(NamedTuple):
@@ -40,10 +41,13 @@ class Document(NamedTuple):
     fraction: float  # of the source read up to its end, 0 to 1, for a progress bar
 
 
-def documents(config: DataConfig) -> Iterator[Document]:
+def documents(config: DataConfig, skipped: Callable[[], None] | None = None) -> Iterator[Document]:
     """Iterate over the documents of a source (not of a blend: see `parts`); empty ones are left out.
 
     A single document is cut into several if a fraction of them is to be held out.
+
+    Args:
+        skipped: called for every record whose text is null or empty.
 
     Raises:
         UserError: a file is missing, empty, unreadable, damaged, not UTF-8 (with the byte offset), or has not the
@@ -52,7 +56,7 @@ def documents(config: DataConfig) -> Iterator[Document]:
     readers = {"stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "parquet": _parquet, "hf": _hf}
     if config.source not in readers:
         raise unknown("data source", config.source, readers)
-    found = (document for document in readers[config.source](config) if document.text)
+    found = _not_empty(readers[config.source](config), skipped)
     first = next(found, None)
     if first is None:
         raise UserError(f"there is no text in data={config.name}" + (f" ({config.path})" if config.path else ""))
@@ -66,6 +70,14 @@ def documents(config: DataConfig) -> Iterator[Document]:
     yield from found
 
 
+def _not_empty(found: Iterator[Document], skipped: Callable[[], None] | None) -> Iterator[Document]:
+    for document in found:
+        if document.text:
+            yield document
+        elif skipped is not None:
+            skipped()
+
+
 def _cut(document: Document) -> Iterator[Document]:
     """Cut a document after line ends, or within a line that is much longer than a piece."""
     text, start = document.text, 0
@@ -77,13 +89,30 @@ def _cut(document: Document) -> Iterator[Document]:
 
 
 def fingerprint(config: DataConfig) -> str:
-    """Return what identifies a corpus: equal when its documents are, without reading large files.
+    """Return what identifies a corpus wherever it lies: equal when its documents are, without reading large files.
 
-    stdlib: a hash of the content. Files: path, size and time of change. hf: names, and the data set's own fingerprint.
+    stdlib: a hash of the content. Files: a hash of the content up to HASHED bytes in all; beyond, of both ends of each, with
+    its size and time of change. hf: names, and the data set's own fingerprint.
     Raises UserError as `documents` does for what is missing.
     """
+    return _identity(config, _identities)
+
+
+def stamps(config: DataConfig) -> str:
+    """Return what changes when a file of a corpus is written or moved; else like `fingerprint`, and cheaper."""
+    return _identity(config, lambda files: [stamp(path) for path in files])
+
+
+def _identities(files: list[Path]) -> list[Any]:
+    known = [stamp(path)[1:] for path in files]
+    whole = sum(size for size, _ in known) <= HASHED
+    hashes = [content_hash(path, whole) for path in files]
+    return hashes if whole else [[*of_file, digest] for of_file, digest in zip(known, hashes, strict=True)]
+
+
+def _identity(config: DataConfig, identify: Callable[[list[Path]], list[Any]]) -> str:
     if config.source == "blend":
-        known: Any = {name: [weight, fingerprint(part)] for name, (weight, part) in parts(config).items()}
+        known: Any = {name: [weight, _identity(part, identify)] for name, (weight, part) in parts(config).items()}
     elif config.source == "stdlib":
         digest = hashlib.blake2b(digest_size=16)
         for name, path in _stdlib_files():
@@ -91,9 +120,9 @@ def fingerprint(config: DataConfig) -> str:
             digest.update(f"{name}\0{len(raw)}\0".encode() + raw)
         known = digest.hexdigest()
     elif config.source == "hf":
-        known = [str(config.path), config.subset, config.split, config.field, _load_hf(config)._fingerprint]
+        known = [str(config.path).rstrip("/"), config.subset, config.split, config.field, _load_hf(config)._fingerprint]
     elif config.source in SUFFIXES:
-        known = [config.field if config.source != "text" else None, *map(stamp, _files(config))]
+        known = [config.field if config.source != "text" else None, *identify(_files(config))]
     else:
         raise unknown("data source", config.source, SOURCES)
     return json.dumps([config.source, known], sort_keys=True)
@@ -111,7 +140,7 @@ def parts(config: DataConfig) -> dict[str, tuple[float, DataConfig]]:
         raise UserError(
             "data=blend needs its parts: data.parts.NAME.weight=W data.parts.NAME.path=PATH for each of them"
         )
-    allowed = {f.name for f in fields(DataConfig)} - {"parts", "name", "prepared", "workers"}
+    allowed = {f.name for f in fields(DataConfig)} - {"parts", "name", "prepared", "workers", "max_epochs"}
     found = {}
     for name, values in config.parts.items():
         if not isinstance(values, dict):
@@ -175,9 +204,11 @@ def _stdlib(_: DataConfig) -> Iterator[Document]:
     files = _stdlib_files()
     for i, (name, path) in enumerate(files):
         try:
-            yield Document(name, path.read_bytes().decode("utf-8"), (i + 1) / len(files))
+            text = path.read_bytes().removeprefix(BOM).decode("utf-8")
         except UnicodeDecodeError:
             continue  # only tests of codecs are not UTF-8, and the default corpus must not stop a run
+        if text:
+            yield Document(name, text, (i + 1) / len(files))
 
 
 def _text(config: DataConfig) -> Iterator[Document]:
@@ -209,9 +240,10 @@ def _line_end(buffer: bytes) -> int:
 
 def _decode(path: Path, raw: bytes, offset: int) -> str:
     try:
-        return raw.decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise not_utf8(path, error, offset) from error
+    return text if offset else text.removeprefix("\ufeff")  # a byte-order mark
 
 
 def _jsonl(config: DataConfig) -> Iterator[Document]:
@@ -222,16 +254,10 @@ def _jsonl(config: DataConfig) -> Iterator[Document]:
             offset += len(line) + 1
             if not text.strip():
                 continue
-            try:
-                record = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path} line {number} is not JSON: {error.msg} at column {error.colno}; "
-                    f"data=jsonl takes one JSON object per line"
-                ) from error
-            if not isinstance(record, dict):
-                raise UserError(f"{path} line {number} is a JSON {type(record).__name__}, not an object with fields")
-            value = _field(record, config.field, f"{path} line {number}")
+            record = _record(text, f"{path} line {number}")
+            if config.field not in record:
+                raise _no_field(config.field, f"{path} line {number}", record)
+            value = _text_of(record[config.field], config.field, f"{path} line {number}")
             if "\\u" in text:  # only an escape can put half of a surrogate pair into a string
                 try:
                     value.encode("utf-8")
@@ -241,12 +267,33 @@ def _jsonl(config: DataConfig) -> Iterator[Document]:
             yield Document(f"{path} line {number}", value, before + own * read / size)
 
 
-def _field(record: dict[str, Any], name: str, where: str) -> str:
-    if name not in record:
-        raise _no_field(name, where, record)
-    if not isinstance(record[name], str):
-        raise UserError(f"{where}: the field {name!r} holds {type(record[name]).__name__}, not text")
-    return record[name]
+def _record(line: str, where: str) -> dict[str, Any]:
+    """Parse a line of JSON."""
+    try:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # a number of more digits than Python converts; only the text matters
+            record = json.loads(line, parse_int=lambda _: 0)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where} is not JSON: {error.msg} at column {error.colno}; data=jsonl takes one JSON object per line"
+        ) from error
+    except RecursionError:
+        raise UserError(
+            f"{where} nests brackets too deeply to be read; a record has a few levels: leave this line out"
+        ) from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is a JSON {type(record).__name__}, not an object with fields")
+    return record
+
+
+def _text_of(value: Any, field: str, where: str) -> str:
+    """Return the text of a record's field; null is no text, as an empty one."""
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: the field {field!r} holds {type(value).__name__}, not text")
+    return value or ""
 
 
 def _no_field(name: str, where: str, available: Any) -> UserError:
@@ -267,10 +314,7 @@ def _parquet(config: DataConfig) -> Iterator[Document]:
                 for batch in file.iter_batches(batch_size=256, columns=[config.field]):
                     for value in batch.column(0):
                         row += 1
-                        text = value.as_py()
-                        if text is None:
-                            continue  # a null is an absent document
-                        text = _field({config.field: text}, config.field, f"{path} row {row}")
+                        text = _text_of(value.as_py(), config.field, f"{path} row {row}")
                         yield Document(f"{path} row {row}", text, before + own * row / total)
         except UnicodeDecodeError as error:
             raise UserError(
@@ -317,7 +361,5 @@ def _hf(config: DataConfig) -> Iterator[Document]:
     for batch in rows.iter(batch_size=256):
         for text in batch[config.field]:
             number += 1
-            if text is None:
-                continue
             name = f"{config.path} row {number}"
-            yield Document(name, _field({config.field: text}, config.field, name), number / len(rows))
+            yield Document(name, _text_of(text, config.field, name), number / len(rows))

@@ -1,14 +1,17 @@
 """Find the files that a path means, and read them in chunks, compressed or not.
 
-A path is a file, a glob, a folder, or a list of them. `.gz` and `.zst` are unpacked on the way. Every refusal is one
-sentence that names the file. Parsing their content is in `documents.py`.
+A path is a file, a glob, a folder, or a list of them. `.gz`, `.zst`, `.bz2` and `.xz` are unpacked on the way. Every refusal
+is one sentence that names the file. Parsing their content is in `documents.py`.
 """
 
 from __future__ import annotations
 
+import bz2
 import glob
 import gzip
+import hashlib
 import importlib
+import lzma
 import os
 import zlib
 from collections.abc import Iterator
@@ -19,7 +22,21 @@ from typing import Any
 from kernels.common.errors import UserError, suggest
 
 CHUNK = 1 << 20  # bytes read at once
-PACKED = (".gz", ".zst")
+PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}  # in capitals too
+LARGEST_WINDOW = 1 << 31  # bytes: what `zstd --long=31` asks for; the library's own limit is 128 MiB
+SLICE = 1 << 14  # bytes of zstd data unpacked at once: each frame that ends in a slice copies the rest of it
+BOM = b"\xef\xbb\xbf"  # byte-order mark of UTF-8, no part of the text
+# How files begin that are no text, and what to do about them.
+BINARY = (
+    (b"\x1f\x8b", "gzip data: give its name the ending .gz"),
+    (b"\x28\xb5\x2f\xfd", "zstd data: give its name the ending .zst"),
+    (b"BZh", "bzip2 data: give its name the ending .bz2"),
+    (b"\xfd7zXZ\x00", "xz data: give its name the ending .xz"),
+    (b"PK\x03\x04", "a zip archive: unpack it first"),
+    (b"PAR1", "a parquet file: read it with data=parquet"),
+    (b"\xff\xfe", "UTF-16: convert it (iconv -f UTF-16 -t UTF-8)"),
+    (b"\xfe\xff", "UTF-16: convert it (iconv -f UTF-16 -t UTF-8)"),
+)
 
 
 def need(package: str, why: str) -> ModuleType:
@@ -39,15 +56,15 @@ def find_files(paths: Any, suffixes: tuple[str, ...] | None) -> list[Path]:
     """List the files that `paths` means: sorted within a folder or glob, each file once.
 
     Args:
-        paths: a file, a glob (`**` descends), a folder (searched to the bottom, hidden names left out), or a list of
-            them.
-        suffixes: what a folder is searched for, before `.gz` and `.zst`; None: every file.
+        paths: a file, a glob (`**` descends), a folder (searched to the bottom, links followed, hidden names left out), or
+            a list of them.
+        suffixes: what a folder is searched for, before `.gz` and the like; None: every file.
 
     Raises:
-        UserError: one of them means no file.
+        UserError: one of them means no file, or a folder cannot be read.
     """
     entries = [str(entry) for entry in (paths if isinstance(paths, (list, tuple)) else [paths])]
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}  # by the file that a path leads to
     for entry in entries:
         path = Path(entry).expanduser()
         if path.is_dir():
@@ -65,22 +82,32 @@ def find_files(paths: Any, suffixes: tuple[str, ...] | None) -> list[Path]:
             siblings = os.listdir(path.parent) if path.parent.is_dir() else []
             near = suggest(path.name, siblings).strip()
             raise UserError(f"there is no file or folder {path}" + (f": {near}" if near else ""))
-        found.update(dict.fromkeys(files))
-    return list(found)
+        for file in files:
+            found.setdefault(os.path.realpath(file), file)
+    return list(found.values())
 
 
 def _walk(folder: Path, suffixes: tuple[str, ...] | None) -> Iterator[Path]:
-    for where, folders, names in os.walk(folder):
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    seen: set[tuple[int, int]] = set()
+    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        status = os.stat(where)
+        if (status.st_dev, status.st_ino) in seen:  # reached before, by another link
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             plain = Path(name)
-            plain = plain.with_suffix("") if plain.suffix in PACKED else plain
+            plain = plain.with_suffix("") if plain.suffix.lower() in PACKED else plain
             if not name.startswith(".") and (suffixes is None or plain.suffix.lower() in suffixes):
                 yield Path(where, name)
 
 
 def stamp(path: Path) -> list[Any]:
-    """Return what identifies a file without reading it: absolute path, size in bytes, modification time in ns."""
+    """Return what changes when a file is written: absolute path, size in bytes, modification time in ns."""
     try:
         status = path.stat()
     except OSError as error:
@@ -88,39 +115,69 @@ def stamp(path: Path) -> list[Any]:
     return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
 
 
+def content_hash(path: Path, whole: bool) -> str:
+    """Return a hash of a file's bytes: of all of them, or of its first and last CHUNK."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with open(path, "rb") as file:
+            if whole:
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+            else:
+                digest.update(file.read(CHUNK))
+                file.seek(max(0, path.stat().st_size - CHUNK))
+                digest.update(file.read(CHUNK))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
 def read_chunks(path: Path) -> Iterator[tuple[bytes, int]]:
     """Yield the unpacked content of a file in chunks, each with the count of bytes read from the file itself so far.
 
     Raises:
-        UserError: the file cannot be read, or its compressed data is damaged or truncated.
+        UserError: the file cannot be read, is a tar archive, or its compressed data is damaged or truncated.
     """
+    kind = PACKED.get(path.suffix.lower(), "")
+    first = True
     try:
         with open(path, "rb") as raw:
-            if path.suffix == ".gz":
-                with gzip.GzipFile(fileobj=raw) as unpacked:
-                    while chunk := unpacked.read(CHUNK):
-                        yield chunk, raw.tell()
-            elif path.suffix == ".zst":
-                for chunk in _unpack_zst(raw, path):
-                    yield chunk, raw.tell()
-            else:
-                while chunk := raw.read(CHUNK):
-                    yield chunk, raw.tell()
+            for chunk in _unpack(raw, path, kind):
+                if first and chunk[257:262] == b"ustar":
+                    raise UserError(f"{path} is a tar archive: unpack it, and set data.path to the folder")
+                first = False
+                yield chunk, raw.tell()
     except EOFError as error:
-        raise UserError(f"{path} is truncated: its gzip data ends early") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is not a valid gzip file: {error}") from error
+        raise UserError(f"{path} is truncated: its {kind} data ends early") from error
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{path} is not a valid {kind} file: {error}") from error
     except OSError as error:
+        if kind and error.errno is None:  # of the unpacker
+            raise UserError(f"{path} is not a valid {kind} file: {error}") from error
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _unpack(raw: Any, path: Path, kind: str) -> Iterator[bytes]:
+    if kind == "zstd":
+        yield from _unpack_zst(raw, path)
+        return
+    if kind == "gzip":
+        raw = gzip.GzipFile(fileobj=raw)
+    elif kind == "bzip2":
+        raw = bz2.BZ2File(raw)
+    elif kind == "xz":
+        raw = lzma.LZMAFile(raw)
+    while chunk := raw.read(CHUNK):
+        yield chunk
 
 
 def _unpack_zst(raw: Any, path: Path) -> Iterator[bytes]:
     # Frame by frame: a stream reader takes a truncated file for a complete one.
     zstandard = need("zstandard", f"reading {path}")
-    unpacker = zstandard.ZstdDecompressor()
+    unpacker = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
     frame = None
     try:
-        while chunk := raw.read(CHUNK):
+        while chunk := raw.read(SLICE):
             while chunk:
                 frame = frame or unpacker.decompressobj()
                 if unpacked := frame.decompress(chunk):
@@ -130,27 +187,31 @@ def _unpack_zst(raw: Any, path: Path) -> Iterator[bytes]:
     except zstandard.ZstdError as error:
         raise UserError(f"{path} is not a valid zstd file: {error}") from error
     if frame is not None:
-        raise UserError(f"{path} is truncated: its zstd data ends early")
+        raise EOFError
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, int]]:
     """Yield the lines of a file, without line feeds, each with the count of bytes read from the file so far."""
-    rest, read = b"", 0
+    begun: list[bytes] = []  # of a line that no chunk has ended yet
+    read = 0
     for chunk, read in read_chunks(path):
-        lines = (rest + chunk).split(b"\n") if b"\n" in chunk else [rest + chunk]
-        rest = lines.pop()
+        lines = chunk.split(b"\n")
+        if len(lines) > 1:
+            lines[0] = b"".join([*begun, lines[0]])
+            begun.clear()
+        begun.append(lines.pop())
         for line in lines:
             yield line, read
-    if rest:
+    if rest := b"".join(begun):
         yield rest, read
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError, before: int = 0) -> UserError:
     """Build the error for bytes that are no UTF-8; `before` is the offset at which the decoded stretch starts."""
     where = before + error.start
-    content = "unpacked content" if path.suffix in PACKED else "file"
-    hint = "; it looks like UTF-16" if before == 0 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+    content = "unpacked content" if path.suffix.lower() in PACKED else "file"
+    kinds = [kind for magic, kind in BINARY if before == 0 and error.object.startswith(magic)]
+    advice = f"it looks like {kinds[0]}" if kinds else "convert it (iconv -t UTF-8) or leave it out"
     return UserError(
-        f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {where} of the {content}{hint}; "
-        f"convert it (iconv -t UTF-8) or leave it out"
+        f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {where} of the {content}; {advice}"
     )

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -50,9 +50,11 @@ def encode_group(folder: Path, tokenizer: Tokenizer, group: Group) -> list[Shard
             # Each document is packed at once: Python integers take 16 times the memory of the tokens on disk.
             ids = [np.array(tokenizer.encode_document(text), token_dtype(tokenizer.vocab_size)) for text in texts]
             size = group.text_bytes[split]
-            shards.append(
-                write_shard(folder, split, group.number, ids, size, tokenizer.eos_id, tokenizer.vocab_size),
-            )
+            shard = write_shard(folder, split, group.number, ids, size, tokenizer.eos_id, tokenizer.vocab_size)
+            if split == "held_out":
+                pairs = zip(ids, texts, strict=True)
+                shard = replace(shard, lossy=sum(tokenizer.decode(some.tolist()) != text for some, text in pairs))
+            shards.append(shard)
     write_group(folder, group.number, group.text_hash, tokenizer.hash, shards)
     return shards
 

@@ -1,7 +1,4 @@
-"""Turn a corpus into a prepared folder of tokens, in parallel; resume where it stopped: `python -m data.prepare`.
-
-    data=NAME data.KEY=VALUE              the corpus
-    tokenizer=NAME tokenizer.KEY=VALUE    the tokenizer; both as for train.py, whose --help lists the keys
+"""Turn a corpus into a prepared folder of tokens, in parallel; resume where it stopped.
 
 This module selects the held-out documents and the tokenizer's training text, and groups documents into shards. Reading
 documents is in `documents.py`, writing a shard in `shards.py`, the worker processes in `pool.py`.
@@ -26,16 +23,18 @@ from filelock import FileLock, Timeout
 from conf.load import load
 from conf.schema import DataConfig, TokenizerConfig
 from data.batches import open_dataset
-from data.documents import documents, fingerprint, parts
+from data.documents import documents, fingerprint, parts, stamps
 from data.pool import Group, encode_groups, run_in_subprocess
 from data.progress import ProgressReporter
 from data.shards import FORMAT, INDEX, SPLITS, finished_group, read_index, remove_leftovers, token_dtype, write_json
 from data.tokenizer import FILE_NAMES, TRAINER, Tokenizer, load_tokenizer, train_sentencepiece
+from data.usage import with_keys
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import explain_os_errors
 
 MEGABYTE = 1 << 20
+GROUPS = 32  # in which a corpus is tokenized at least, unless they would be of less than a megabyte
 XZ_LIMIT = 32 << 20  # bytes of held-out text that xz is tried on: xz -9 takes about a second for 2 MB
 
 
@@ -69,6 +68,15 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, show: bool = False) ->
 def folder_of(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
     """Return the folder of a prepared corpus; its name holds a hash of everything that determines its content."""
     _check(data, tokenizer)
+    folder = _folder(data, tokenizer, fingerprint(data))
+    if not _complete(folder) and data.source not in ("stdlib", "hf"):
+        earlier = _folder(data, tokenizer, stamps(data))  # version 0.1 named it by the place of the files
+        if _complete(earlier):
+            return earlier
+    return folder
+
+
+def _folder(data: DataConfig, tokenizer: TokenizerConfig, corpus: str) -> Path:
     if tokenizer.path:
         settings: Any = load_tokenizer(tokenizer.path, tokenizer.eos, tokenizer.bos).hash
     else:
@@ -76,7 +84,7 @@ def folder_of(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
     held_out: Any = data.held_out
     if data.source == "blend":
         held_out = {name: part.held_out for name, (_, part) in parts(data).items()}
-    known = json.dumps([FORMAT, fingerprint(data), settings, held_out], sort_keys=True)
+    known = json.dumps([FORMAT, corpus, settings, held_out], sort_keys=True)
     name = re.sub(r"[^\w.-]+", "-", data.name) or "corpus"
     return Path(data.prepared).expanduser() / f"{name}-{hashlib.blake2b(known.encode(), digest_size=4).hexdigest()}"
 
@@ -158,10 +166,14 @@ class _Facts:
 
     corpus: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))  # of the text and of what is held out
     held_out_text: bytearray | None = field(default_factory=bytearray)  # None: more than XZ_LIMIT
+    skipped: int = 0  # records whose text is null or empty
+
+    def skip(self) -> None:
+        self.skipped += 1
 
 
 def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, progress: ProgressReporter) -> None:
-    before = fingerprint(data)
+    known, before = fingerprint(data), stamps(data)
     threshold = _threshold(data)
     tokenizer, path = _tokenizer(config, folder, lambda budget: _sample(data, threshold, budget, progress), progress)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -181,8 +193,10 @@ def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, pro
         for group, shards in encoded:
             done[group.number] = shards
             progress.update(group.fraction)
-    if fingerprint(data) != before:
+    if stamps(data) != before:
         raise UserError(f"the corpus data={data.name} was changed while it was read; run the same command again")
+    if facts.skipped:
+        progress.print(f"{facts.skipped:,} records of {data.name} have no text (null or empty) and were left out")
     shards = [shard for number in sorted(done) for shard in done[number]]
     facts.corpus.update(tokenizer.hash.encode())
     progress.start("compressing the held-out text with xz, for comparison")
@@ -192,9 +206,10 @@ def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, pro
         "format": FORMAT,
         "name": data.name,
         "source": data.source,
-        "fingerprint": hashlib.blake2b(before.encode(), digest_size=16).hexdigest(),
+        "fingerprint": hashlib.blake2b(known.encode(), digest_size=16).hexdigest(),
         "corpus_hash": facts.corpus.hexdigest(),
         "held_out": data.held_out,
+        "skipped": facts.skipped,
         "xz_bits_per_byte": xz,
         "shards": [asdict(shard) for shard in shards],
     }
@@ -289,14 +304,18 @@ def _tokenizer(
 
 
 def _groups(data: DataConfig, threshold: int, facts: _Facts) -> Iterator[Group]:
-    """Split the corpus into groups of about `data.shard_megabytes` of text, between documents."""
+    """Split the corpus between documents into groups of about `data.shard_megabytes` of text.
+
+    A corpus of less than GROUPS times that has smaller ones, of at least a megabyte: there should be work for every core.
+    Groups do not depend on the number of workers, so neither do the shards.
+    """
 
     def empty() -> tuple[dict[str, list[str]], dict[str, int], Any]:
         return {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0), hashlib.blake2b(digest_size=16)
 
-    number, fraction = 0, 0.0
+    number, begun, fraction = 0, 0.0, 0.0
     texts, sizes, text_hash = empty()
-    for document in documents(data):
+    for document in documents(data, facts.skip):
         raw = document.text.encode()
         held_out = _digest(raw)[0] < threshold
         split = "held_out" if held_out else "train"
@@ -310,12 +329,24 @@ def _groups(data: DataConfig, threshold: int, facts: _Facts) -> Iterator[Group]:
             facts.held_out_text += raw
             if len(facts.held_out_text) > XZ_LIMIT:
                 facts.held_out_text = None
-        if sum(sizes.values()) >= data.shard_megabytes * MEGABYTE:
+        size = sum(sizes.values())
+        if size >= data.shard_megabytes * MEGABYTE or (size >= MEGABYTE and fraction - begun >= 1 / GROUPS):
             yield Group(number, texts, sizes, text_hash.hexdigest(), fraction)
-            number += 1
+            number, begun = number + 1, fraction
             texts, sizes, text_hash = empty()
     if any(texts.values()):
         yield Group(number, texts, sizes, text_hash.hexdigest(), fraction)
+
+
+USAGE = """
+usage: python -m data.prepare data=NAME data.KEY=VALUE ... tokenizer=NAME tokenizer.KEY=VALUE ...
+
+Turns a corpus into a folder of tokens, in parallel, and prints its path and statistics: ahead of a training that takes the
+same overrides, which otherwise does this first. The same command again goes on where an interrupted one stopped.
+
+  python -m data.prepare data=text data.path=notes/
+  python -m data.prepare data=jsonl data.path='web/*.jsonl.gz' data.field=content tokenizer.vocab_size=32000
+"""
 
 
 def main(argv: list[str]) -> int:
@@ -335,10 +366,14 @@ def main(argv: list[str]) -> int:
     print(f"  documents  {count:,}, of which held out {held_out.documents:,}")
     print(f"  tokens     {tokens:,}, of which held out {held_out.tokens:,}")
     print(f"  text       {size / 1e6:,.2f} MB, of which held out {held_out.text_bytes / 1e6:,.2f} MB")
+    if dataset.why_no_bits:
+        print(f"  lossy      {dataset.why_no_bits}: training reports no bits per byte")
+    if skipped := sum(read_index(part.folder).get("skipped", 0) for part in dataset.parts):
+        print(f"  left out   {skipped:,} records without text (null or empty)")
     if dataset.xz_bits_per_byte is not None:
         print(f"  xz -9      {dataset.xz_bits_per_byte:.3f} bits per byte of the held-out text")
     return 0
 
 
 if __name__ == "__main__":
-    run_command(main, __doc__)
+    run_command(main, with_keys(USAGE))

@@ -38,6 +38,7 @@ class Shard:
     documents: int
     bytes: int  # of text, UTF-8
     checksum: str  # blake2b of the .bin, then the .idx
+    lossy: int = 0  # held-out documents whose tokens do not decode to their text
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -138,7 +139,8 @@ class ShardSet:
     -1, the one before the first: the wrap-around is an ordinary end of a document.
 
     Attributes:
-        tokens: length of the sequence. documents, text_bytes: what it holds.
+        tokens: length of the sequence. documents, text_bytes: what it holds. lossy_documents: held-out ones whose tokens do
+            not decode to their text.
     """
 
     def __init__(self, shards: Sequence[tuple[Path, Shard]], dtype: np.dtype) -> None:
@@ -148,6 +150,7 @@ class ShardSet:
         self.tokens = int(self._ends[-1]) if self.shards else 0
         self.documents = sum(shard.documents for _, shard in self.shards)
         self.text_bytes = sum(shard.bytes for _, shard in self.shards)
+        self.lossy_documents = sum(shard.lossy for _, shard in self.shards)
         self._map = functools.lru_cache(OPEN_FILES)(self._open)
 
     def _open(self, number: int) -> np.ndarray:

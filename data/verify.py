@@ -1,8 +1,4 @@
-"""Check every byte of a prepared folder: `python -m data.verify FOLDER`, or with the overrides of `data.prepare`.
-
-It checks checksums, sizes and document boundaries, that every token is in the vocabulary, and that the tokenizer is the
-one that made the shards.
-"""
+"""Check every byte of a prepared folder."""
 
 from __future__ import annotations
 
@@ -16,8 +12,21 @@ from conf.load import load
 from data.prepare import folder_of
 from data.shards import Shard, read_index, shard_problem, token_dtype
 from data.tokenizer import load_tokenizer
+from data.usage import with_keys
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
+
+USAGE = """
+usage: python -m data.verify FOLDER
+       python -m data.verify data=NAME data.KEY=VALUE ... tokenizer=NAME tokenizer.KEY=VALUE ...
+
+Reads all of a prepared folder, named by its path or by the overrides of data.prepare, and prints a line per shard. It checks
+checksums, sizes and document boundaries, that every token is in the vocabulary, and that the tokenizer is the one that made
+the shards. The exit status is 1 if anything is wrong; a sentence names each fault.
+
+  python -m data.verify prepared/stdlib-0a1b2c3d
+  python -m data.verify data=text data.path=notes/
+"""
 
 
 def check_shard(folder: Path, shard: Shard, vocab_size: int, eos_id: int) -> str | None:
@@ -81,4 +90,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, __doc__)
+    run_command(main, with_keys(USAGE))

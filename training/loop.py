@@ -346,11 +346,12 @@ class TrainingLoop:
             status = "failed" if self.save_failed else status
             dist.barrier()
         counts = parameters(self.shape)
-        final = self.last_eval if status == "finished" else None
+        final, withheld = self.last_eval if status == "finished" else None, self.dataset.why_no_bits
         summary = {
             "status": status,
             "final_eval_loss": final.loss if final else None,
-            "bits_per_byte": final.bits_per_byte(self.recorder.bytes_per_token) if final else None,
+            "bits_per_byte": final.bits_per_byte(self.recorder.bytes_per_token) if final and not withheld else None,
+            **({"bits_per_byte_withheld": withheld} if withheld else {}),
             "xz_bits_per_byte": self.dataset.xz_bits_per_byte,
             "parameters": sum(counts.values()),
             "vocab_size": self.shape.vocab_size,

@@ -13,7 +13,7 @@ import torch
 
 from conf.schema import Config
 from conf.validate import Batch
-from data.batches import Dataset
+from data.batches import Dataset, epochs
 from launch.estimate.counts import Shape, flops_per_token
 from training import machine
 from training.console import Console, duration
@@ -95,20 +95,21 @@ class RunRecorder:
         Args:
             dead: each layer's fraction of units that were active for none of its tokens; empty if that was not measured.
         """
-        bits = held_out.bits_per_byte(self.bytes_per_token)
+        bits = None if self.dataset.why_no_bits else held_out.bits_per_byte(self.bytes_per_token)
         figures: dict[str, Any] = {
             "loss": held_out.loss,
             "perplexity": held_out.perplexity,
-            "bits_per_byte": bits,
             "held_out_tokens": held_out.tokens,
         }
+        if bits is not None:
+            figures["bits_per_byte"] = bits
         if dead:
             figures["dead"] = dead
         self._write_line("eval", figures)
         partial = "" if held_out.tokens == self.dataset.held_out.tokens else f" (on {held_out.tokens} tokens)"
+        per_byte = "" if bits is None else f", {bits:.4f} bits per byte"
         self.console.print(
-            f"held-out: loss {held_out.loss:.4f}, perplexity {held_out.perplexity:.2f}, "
-            f"{bits:.4f} bits per byte{partial}"
+            f"held-out: loss {held_out.loss:.4f}, perplexity {held_out.perplexity:.2f}{per_byte}{partial}"
         )
 
     def telemetry(self, step: int, figures: dict[str, Any]) -> None:
@@ -146,7 +147,9 @@ class RunRecorder:
         console.print("")
         console.print(f"finished in {duration(summary['wall_seconds'])} after {summary['tokens']:,} tokens")
         xz = summary["xz_bits_per_byte"]
-        console.print(held_out_line(summary) + (f"; xz -9 on the same text: {xz:.4f}" if xz else ""))
+        console.print(
+            held_out_line(summary) + (f"; xz -9 on the same text: {xz:.4f}" if xz and summary["bits_per_byte"] else "")
+        )
         if self._last_sample:
             console.print(f"a sample:\n{self._last_sample}\n", wrap=False)
         console.print(f"run folder: {path}/ (config.yaml metrics.jsonl summary.json checkpoints/ samples.txt)")
@@ -171,9 +174,12 @@ class RunRecorder:
         """
         dataset, config, parallel = self.dataset, self.config, self.config.parallel
         tokens = sum(part.train.tokens for part in dataset.parts)
-        epochs = self.batch.tokens / max(1, tokens)
+        of_part = epochs(dataset, config.sequence_length, self.batch.steps * self.batch.global_batch)
+        repeated = [
+            f"{number:.1f} epochs{f' of {name}' if len(of_part) > 1 else ''}" for name, number in of_part.items()
+        ]
         held_out = f"{dataset.held_out.tokens:,} held out" if dataset.held_out.tokens else "none held out"
-        corpus = f"{tokens:,} training tokens ({epochs:.1f} epochs), {held_out}"
+        corpus = f"{tokens:,} training tokens ({', '.join(repeated)}), {held_out}"
         masters = " with fp32 master weights" if dtype == torch.bfloat16 else ""
         numbers = f"{str(dtype).removeprefix('torch.')}{masters}, ZeRO stage {config.zero.stage}"
         rows = [
@@ -217,6 +223,9 @@ def held_out_line(summary: dict[str, Any]) -> str:
     """Return the held-out figures of a summary as one line."""
     if summary["final_eval_loss"] is None:
         return "held-out text: none, the run was trained without evaluation"
+    if summary["bits_per_byte"] is None:
+        reason = f"bits per byte are withheld: {summary.get('bits_per_byte_withheld')}"
+        return f"held-out text: {summary['final_eval_loss']:.4f} nats per token; {reason}"
     return (
         f"held-out text: {summary['bits_per_byte']:.4f} bits per byte ({summary['final_eval_loss']:.4f} nats per token)"
     )

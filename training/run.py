@@ -16,7 +16,7 @@ import torch
 
 from conf.schema import Config, TokenizerConfig
 from conf.validate import Batch, validate
-from data.batches import BatchStream, Dataset, open_dataset
+from data.batches import BatchStream, Dataset, open_dataset, refuse_repetition
 from data.prepare import prepare
 from kernels.common.errors import UserError
 from kernels.common.files import explain_os_errors
@@ -57,10 +57,8 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
     try:
         if ranks.rank == 0:
             folder.claim(config)
-        dataset = open_dataset(prepare(config.data, own_tokenizer(config.tokenizer, folder.path), show=ranks.rank == 0))
+        dataset = _open_corpus(config, folder, ranks, console)
         shape = _shape(config, dataset)
-        if not dataset.held_out.tokens:
-            console.warn("no text of this corpus is held out: the run is trained without evaluation")
         for warning in check_arms(shape.ffn, device, dtype, statistics=bool(config.telemetry_every)):
             console.warn(warning)
         checkpoint, warnings = newest_intact(folder.checkpoints)
@@ -73,6 +71,8 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
             if complete and folder.read_summary().get("status") == "finished":
                 return _already_finished(console, folder, batch)
         stream = BatchStream(dataset, config.sequence_length, config.data_seed)  # refuses a sequence beyond the text
+        if checkpoint is None or (folder.previous_steps or batch.steps) < batch.steps:
+            _refuse_repetition(dataset, config, batch)
         recorder = RunRecorder(config, batch, shape, dataset, folder, console, enabled=ranks.rank == 0)
         memory = MemoryBudget(config, batch, shape, ranks, device, dtype == torch.bfloat16)
         memory.check()
@@ -98,6 +98,21 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
     finally:
         console.stop()
         folder.close()
+
+
+def _open_corpus(config: Config, folder: RunFolder, ranks: Ranks, console: Console) -> Dataset:
+    """Prepare the corpus unless that was done, open it, and say what cannot be measured on it."""
+    dataset = open_dataset(prepare(config.data, own_tokenizer(config.tokenizer, folder.path), show=ranks.rank == 0))
+    if not dataset.held_out.tokens:
+        console.warn("no text of this corpus is held out: the run is trained without evaluation")
+    if dataset.why_no_bits:
+        console.warn(f"bits per byte are withheld: {dataset.why_no_bits}")
+    return dataset
+
+
+def _refuse_repetition(dataset: Dataset, config: Config, batch: Batch) -> None:
+    samples = batch.steps * batch.global_batch
+    refuse_repetition(dataset, config.sequence_length, samples, config.data.max_epochs)
 
 
 def _build_engine(

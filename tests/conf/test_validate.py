@@ -237,6 +237,7 @@ FREE = {
     *("run", "runs", "resume", "steps", "tokens", "eval_every", "eval_tokens", "save_every", "keep_last", "log_every"),
     *("telemetry_every", "telemetry_window", "log_seconds"),
     *("sample_every", "sample_tokens", "prompts", "micro_batch_size", "data.prepared", "data.workers", "ffn.backend"),
+    *("data.path", "data.max_epochs"),  # the hash of the text in a checkpoint tells whether another place has the same
     *("model.activation_checkpointing", "model.attention", "ffn.save"),
 }
 

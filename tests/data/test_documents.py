@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import itertools
 import json
+import lzma
+import os
+import shutil
 import sysconfig
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from conf.schema import DataConfig
 from data import documents as module
-from data.documents import documents, fingerprint, parts
+from data.documents import documents, fingerprint, parts, stamps
 from kernels.common.errors import UserError
 
 zstandard = pytest.importorskip("zstandard")
@@ -187,18 +192,29 @@ def test_stdlib_is_the_library_of_this_python_without_its_tests(tmp_path, monkey
     assert fingerprint(real) != before
 
 
-def test_fingerprint_of_files_follows_size_time_and_name(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("text")
-    config = DataConfig(source="text", path=str(tmp_path))
-    seen = {fingerprint(config)}
-    path.write_text("longer text")
-    seen.add(fingerprint(config))
-    path.rename(tmp_path / "b.txt")
-    seen.add(fingerprint(config))
-    (tmp_path / "c.txt").write_text("more")
-    seen.add(fingerprint(config))
-    assert len(seen) == 4
+@pytest.mark.parametrize("hashed", [module.HASHED, 0], ids=["small", "large"])
+def test_a_corpus_is_known_by_its_content_wherever_it_lies(tmp_path, monkeypatch, hashed):
+    monkeypatch.setattr(module, "HASHED", hashed)
+    first = tmp_path / "first"
+    first.mkdir()
+
+    def known(folder: object) -> str:
+        return fingerprint(DataConfig(source="text", path=str(folder)))
+
+    (first / "a.txt").write_text("text")
+    seen = [known(first)]
+    (first / "a.txt").write_text("long")
+    os.utime(first / "a.txt", ns=(1, 1))
+    seen.append(known(first))
+    (first / "c.txt").write_text("more")
+    seen.append(known(first))
+    assert len(set(seen)) == 3
+    assert {known(f"{first}/"), known(f"{first}/*"), known(os.path.relpath(first))} == {seen[-1]}
+    shutil.copytree(first, tmp_path / "second")
+    assert known(tmp_path / "second") == seen[-1]
+    assert stamps(DataConfig(source="text", path=str(tmp_path / "second"))) != stamps(
+        DataConfig(source="text", path=str(first))
+    )
 
 
 def test_parts_of_a_blend():
@@ -225,3 +241,108 @@ def test_parts_that_are_wrong_are_refused(keys, sentence):
     with pytest.raises(UserError, match=r".") as error:
         parts(DataConfig(source="blend", parts=keys))
     assert sentence in str(error.value)
+
+
+def test_linked_folders_are_read_once_each(tmp_path):
+    for where in ("data/own", "elsewhere"):
+        (tmp_path / where).mkdir(parents=True)
+        (tmp_path / where / "a.txt").write_text(where)
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "own" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "own" / "around").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "b.txt").symlink_to(tmp_path / "data" / "own" / "a.txt")
+    assert sorted(texts("text", str(tmp_path / "data"))) == ["data/own", "elsewhere"]
+    both = [str(tmp_path / "data"), str(tmp_path / "elsewhere" / "a.txt"), os.path.relpath(tmp_path / "data")]
+    assert sorted(texts("text", both)) == ["data/own", "elsewhere"]
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert "cannot read the folder" in refusal("text", str(tmp_path))
+
+
+def test_packed_files_of_every_kind_and_in_capitals(tmp_path):
+    line = json.dumps({"text": "words"}).encode() + b"\n"
+    window = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+    long = zstandard.ZstdCompressor(compression_params=window).compressobj()  # of unknown size: its window is not cut
+    for name, packed in {
+        "a.jsonl.GZ": gzip.compress(line),
+        "b.jsonl.bz2": bz2.compress(line),
+        "c.jsonl.XZ": lzma.compress(line),
+        "d.jsonl.zst": long.compress(line) + long.flush(),
+        "e.jsonl.zst": b"".join(zstandard.compress(line[i : i + 1]) for i in range(len(line))),
+    }.items():
+        (tmp_path / name).write_bytes(packed)
+        assert texts("jsonl", str(tmp_path / name)) == ["words"]
+    assert texts("jsonl", str(tmp_path)) == ["words"] * 5
+    for name, packed in (("x.bz2", bz2.compress(line)), ("y.xz", lzma.compress(line))):
+        (tmp_path / name).write_bytes(packed[:-4])
+        assert "is truncated" in refusal("text", str(tmp_path / name))
+        (tmp_path / name).write_bytes(b"never packed")
+        assert "is not a valid" in refusal("text", str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("start", "advice"),
+    [
+        (gzip.compress(b"a"), "gzip data: give its name the ending .gz"),
+        (bz2.compress(b"a" * 999), "bzip2 data: give its name the ending .bz2"),
+        (b"PK\x03\x04\xff\xfe", "a zip archive: unpack it first"),
+        (b"PAR1\xff", "a parquet file: read it with data=parquet"),
+        ("text".encode("utf-16"), "UTF-16"),
+        (b"\x89PNG\r\n", "convert it (iconv -t UTF-8) or leave it out"),
+    ],
+    ids=["gzip", "bzip2", "zip", "parquet", "UTF-16", "other"],
+)
+def test_bytes_that_are_no_text_get_the_advice_that_helps(tmp_path, start, advice):
+    (tmp_path / "a.txt").write_bytes(start)
+    assert advice in refusal("text", str(tmp_path))
+
+
+def test_an_archive_is_not_read_as_text(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    shutil.make_archive(str(tmp_path / "packed"), "gztar", tmp_path, "a.txt")
+    assert "is a tar archive: unpack it" in refusal("text", str(tmp_path / "packed.tar.gz"))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("words", encoding="utf-8-sig")
+    (tmp_path / "a.jsonl").write_text('{"text": "words"}\n{"text": "\ufeff"}', encoding="utf-8-sig")
+    assert texts("text", str(tmp_path / "a.txt")) == ["words"]
+    assert texts("jsonl", str(tmp_path / "a.jsonl")) == ["words", "\ufeff"]  # what a record holds is its own
+
+
+def test_jsonl_reads_only_what_it_needs(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "words"})[:-1] + f', "number": {"1" * 5000}}}\n')
+    assert texts("jsonl", str(path)) == ["words"]
+    assert "the field 'number' holds int, not text" in refusal("jsonl", str(path), field="number")
+    path.write_text('{"text": "a"}\n{"text": "b", "other": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    assert "line 2 nests brackets too deeply" in refusal("jsonl", str(path))
+
+
+def test_a_line_of_many_chunks_is_put_together_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.files.CHUNK", 16)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": letter * 1_000_000}) for letter in "ab"))
+    assert texts("jsonl", str(tmp_path / "a.jsonl")) == ["a" * 1_000_000, "b" * 1_000_000]
+
+
+def test_records_without_text_are_left_out_and_counted_in_every_source(tmp_path):
+    values = ["one", None, "", "two", None]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": value}) + "\n" for value in values))
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+    for source in ("jsonl", "parquet"):
+        skip = mock.Mock()
+        config = DataConfig(source=source, path=str(tmp_path / f"a.{source}"))
+        assert [document.text for document in documents(config, skip)] == ["one", "two"]
+        assert skip.call_count == 3

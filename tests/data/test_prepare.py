@@ -117,6 +117,59 @@ def test_a_single_document_is_cut_so_that_a_part_of_it_can_be_held_out(more_corp
         assert decoded(whole, whole.parts[0].train) == [(tmp_path / name).read_text() if source == "text" else text]
 
 
+def test_records_without_text_are_counted_at_the_end(tmp_path, capsys):
+    path = tmp_path / "some.jsonl"
+    texts = [None, "", *(f"line {i} of some more" for i in range(40))]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepared = ["data=jsonl", f"data.path={path}", f"data.prepared={tmp_path / 'p'}", "tokenizer.vocab_size=300"]
+    assert data.prepare.main(prepared) == 0
+    out, err = capsys.readouterr()
+    assert "2 records of jsonl have no text (null or empty) and were left out\n" in err
+    assert "left out   2 records without text" in out
+
+
+def test_a_corpus_that_moved_is_not_prepared_again(corpus, tmp_path, monkeypatch):
+    config, tokenizer = corpus
+    folder = prepare(config, tokenizer)
+    Path(config.path).rename(tmp_path / "moved")
+    monkeypatch.setattr(data.prepare, "_prepare_corpus", None)  # would fail if it were called
+    assert prepare(replace(config, path=f"{tmp_path / 'moved'}/"), tokenizer) == folder
+    # Folders of version 0.1 are named by the place of the files.
+    named = data.prepare._folder(replace(config, path=str(tmp_path / "moved")), tokenizer, data.prepare.stamps(
+        replace(config, path=str(tmp_path / "moved"))
+    ))  # fmt: skip
+    folder.rename(named)
+    assert prepare(replace(config, path=str(tmp_path / "moved")), tokenizer) == named
+
+
+def test_a_corpus_below_a_shard_still_has_work_for_every_core(corpus, tmp_path):
+    config, tokenizer = corpus
+    folder = prepare(replace(config, shard_megabytes=64), tokenizer)
+    groups = sorted(folder.glob("group-*.json"))
+    assert 4 <= len(groups) <= 32
+    other = replace(config, shard_megabytes=64, workers=2, prepared=str(tmp_path / "other"))
+    assert content(prepare(other, tokenizer)) == content(folder)
+
+
+def test_a_tokenizer_that_loses_text_is_noticed_on_the_held_out_documents(corpus, tmp_path):
+    config, tokenizer = corpus
+    for path in list(Path(config.path).iterdir())[::2]:
+        path.write_text("漢字" * 50 + path.name)
+    assert open_dataset(prepare(config, tokenizer)).why_no_bits == ""
+    model = {
+        "type": "BPE",
+        "vocab": {chr(32 + i): i for i in range(96)} | {"\n": 96, "<|endoftext|>": 97},
+        "merges": [],
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    lossy = replace(tokenizer, kind="huggingface", path=str(tmp_path / "tokenizer.json"))
+    dataset = open_dataset(prepare(config, lossy))
+    lost = dataset.held_out.lossy_documents
+    assert 0 < lost <= dataset.held_out.documents
+    sentence = f"the tokenizer does not give back the text of {lost} of {dataset.held_out.documents} held-out documents"
+    assert dataset.why_no_bits == sentence
+
+
 def test_text_of_which_nothing_can_be_held_out_is_refused(tmp_path):
     path = tmp_path / "same.jsonl"
     path.write_text('{"text": "the same line"}\n' * 1500)

@@ -1,14 +1,15 @@
-"""The end of a run: its weights are kept whatever fails after the last step, and a run may do without held-out text."""
+"""The end of a run: weights that are kept whatever fails, figures that are withheld, and lengths that are refused."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from model.weights import newest_intact
-from tests.training.tiny import overrides
+from tests.training.tiny import overrides, write_corpus
 
 
 def summary(run: Path) -> dict:
@@ -56,3 +57,47 @@ def test_without_held_out_text_a_run_is_trained_and_says_so(train, corpus, tmp_p
     assert newest_intact(tmp_path / "a" / "checkpoints")[0]
     assert "there is nothing to do" in train(arguments)["out"]
     assert "data.held_out=0.6" in train([*arguments, "data.held_out=0.6"])["err"]
+
+
+def test_bits_per_byte_are_withheld_where_the_tokenizer_loses_text(train, tmp_path):
+    write_corpus(tmp_path / "own" / "corpus", files=8)
+    characters = {character: number for number, character in enumerate("abcdefghij \n")}  # the others are lost
+    model = {"type": "BPE", "vocab": characters | {"<|endoftext|>": len(characters)}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    lossy = {"tokenizer": "huggingface", "tokenizer.path": tmp_path / "tokenizer.json", "tokenizer.vocab_size": None}
+    result = train(overrides(tmp_path / "own", tmp_path / "runs", run="a", steps=2, **lossy))
+    assert result["status"] == 0, result
+    reason = r"bits per byte are withheld: the tokenizer does not give back the text of \d of \d held-out documents"
+    assert re.search(f"warning: {reason}", result["out"])
+    assert re.search(rf"nats per token; {reason}\n", result["out"])
+    assert "bits per byte (" not in result["out"]
+    ended = summary(tmp_path / "runs" / "a")
+    assert ended["final_eval_loss"] > 0
+    assert ended["bits_per_byte"] is None
+    assert ended["bits_per_byte_withheld"].startswith("the tokenizer does not give back")
+    assert all("bits_per_byte" not in line for line in lines_of(tmp_path / "runs" / "a", "eval"))
+
+
+def test_a_corpus_repeated_too_often_is_refused_before_training(train, corpus, tmp_path):
+    arguments = overrides(corpus, tmp_path, run="a", data__max_epochs=None)
+    result = train([*arguments, "steps=4000"])
+    assert (result["status"], result["joined"]) == (2, False)
+    found = re.search(r"this run would go ([\d.]+) times through text \([\d,]+ training tokens\), and "
+                      r"data.max_epochs=4: .* set data.max_epochs=(\d+)$", result["err"].strip())  # fmt: skip
+    assert found
+    assert float(found[1]) <= int(found[2]) < float(found[1]) + 1
+    parts = {"a": {"path": str(corpus / "corpus"), "source": "text", "weight": 1}}
+    parts["b"] = parts["a"] | {"path": str(corpus / "corpus" / "000.txt"), "weight": 1}
+    words = [f"data.parts.{name}.{key}={value}" for name, part in parts.items() for key, value in part.items()]
+    blend = [word for word in arguments if not word.startswith("data")]
+    blend = ["data=blend", f"data.prepared={tmp_path / 'p'}", *words, *blend, "steps=100"]
+    assert "times through b (" in train(blend)["err"]
+
+
+def test_a_run_that_resumes_is_not_refused_for_its_length_again(train, corpus, tmp_path):
+    arguments = overrides(corpus, tmp_path, run="a", steps=2)
+    assert train(arguments)["status"] == 0
+    (tmp_path / "a" / "summary.json").unlink()
+    assert train([*arguments, "data.max_epochs=0.001"])["status"] == 0
+    result = train([*arguments, "data.max_epochs=0.001", "steps=3"])
+    assert (result["status"], "data.max_epochs=0.001" in result["err"]) == (2, True)

@@ -25,7 +25,7 @@ def recorder(tmp_path):
     folder = RunFolder(config)
     folder.claim(config)
     batch = SimpleNamespace(steps=4, tokens_per_step=256, tokens=1024)
-    dataset = SimpleNamespace(held_out=SimpleNamespace(tokens=100), bytes_per_token=3.0)
+    dataset = SimpleNamespace(held_out=SimpleNamespace(tokens=100), bytes_per_token=3.0, why_no_bits="")
     recorder = RunRecorder(config, batch, shape_of(config, 384), dataset, folder, Console(), enabled=True)
     recorder.open()
     yield recorder

@@ -50,6 +50,7 @@ TINY = {
     "telemetry_every": 5,
     "data.workers": 1,
     "data.held_out": 0.1,
+    "data.max_epochs": 1_000_000,  # the corpus is tiny too
 }
 
 
