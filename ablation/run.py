@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
     write_manifest(plan, folder)
     if not cluster:
         print(f"python -m ablation.status {folder}   shows the runs as they train, in another terminal", flush=True)
-    return slurm.submit_all(arrays, cluster, folder) if cluster else runner.run_all()
+    return slurm.submit_all(arrays, cluster, plan, folder) if cluster else runner.run_all()
 
 
 # -------------------------------------------------------------------------------------------------- before it starts

@@ -17,7 +17,9 @@ from ablation.plan import Plan
 from ablation.progress import outcome_of, sweep_progress
 from conf.schema import ClusterConfig
 from kernels.common.errors import UserError
-from launch.sbatch import RUNS, Job, check, doctor_of, python_of, queued, refuse_queued, submit
+from launch.corpus import is_prepared
+from launch.job_script import Job, doctor_of, python_of
+from launch.sbatch import RUNS, check, queued, refuse_queued, submit
 
 
 def task_name(size: str, arm: str, seed: int) -> str:
@@ -70,7 +72,7 @@ def jobs(
             name=f"{plan.config.name}-{stage}",
             folder=folder,
             command=f'{shlex.join(command)} "task=$task"',
-            doctor=doctor_of(cluster, code, []),
+            doctor=doctor_of(cluster, code, ranks_per_node, []),
             typed=f"python -m ablation.run {command_line}",
             saved=f"{quoted_folder}/runs/$task/{{checkpoints/*,summary.json}}",
             ranks_per_node=ranks_per_node,
@@ -119,13 +121,23 @@ def read_tasks(script: Path) -> list[str]:
     return [shlex.split(line, comments=True)[0] for line in lines]
 
 
-def submit_all(arrays: list[Job], cluster: ClusterConfig, folder: Path) -> int:
-    """Submit the arrays and print how to watch them; return the exit status."""
+def submit_all(arrays: list[Job], cluster: ClusterConfig, plan: Plan, folder: Path) -> int:
+    """Submit the arrays, after a job that prepares the corpus if need be, and print how to watch them; return the exit status.
+
+    Raises:
+        UserError: the files of the corpus or of the tokenizer are missing or do not fit.
+    """
     if not arrays:
-        print(f"every run has ended; python -m ablation.report {folder}   writes the report")
+        print(f"every run has ended; python -m ablation.report {shlex.quote(str(folder))}   writes the report")
         return 0
-    for job, number in zip(arrays, submit(arrays, cluster), strict=True):
+    size, arm = next(iter(plan.size_arm_pairs()))
+    overrides = plan.overrides(plan.final_runs(size, arm, plan.learning_rates(size, arm)[0])[0], str(folder / "runs"))
+    unprepared = cluster.container != "none" or not is_prepared(overrides)
+    numbers = submit(arrays, cluster, overrides if unprepared else None)
+    if unprepared:
+        print(f"job {numbers[0]} prepares the corpus on one node, and the arrays start after it")
+    for job, number in zip(arrays, numbers[-len(arrays) :], strict=True):
         print(f"job array {number} is submitted, {len(job.tasks)} task(s): {job.path}")
-        print(f"sbatch --array=TASK {job.path}   runs a single task again, if it failed")
-    print(f"python -m ablation.status {folder}   shows their state")
+        print(f"sbatch --array=TASK {shlex.quote(str(job.path))}   runs a single task again, if it failed")
+    print(f"python -m ablation.status {shlex.quote(str(folder))}   shows their state")
     return 0

@@ -21,12 +21,16 @@ from launch.installed import installed_versions
 _SECONDS, _BYTES = 5.0, 64 * 2**20
 
 
-def measure() -> dict[str, Any]:
+def measure(seconds: float = _SECONDS) -> dict[str, Any]:
     """Initialise the process group from the environment, benchmark all-reduce, and return the result.
+
+    Args:
+        seconds: to repeat it for.
 
     Returns:
         `bytes_per_second` sent per rank, 2 (p - 1) / p per byte reduced; `bytes` of the tensor; `backend`; `world_size`;
-        the `hosts` and `versions` of all ranks; and the `clock_skew` between them, in seconds.
+        the `hosts` and `versions` of all ranks, and the `matmul_seconds` of their slowest device; and the `clock_skew`
+        between them, in seconds.
     """
     cuda = torch.cuda.is_available()
     if cuda:
@@ -49,24 +53,45 @@ def measure() -> dict[str, Any]:
         reduce_once()  # sets up connections
         times = torch.tensor([reduce_once() for _ in range(3)], device=device).max()
         dist.all_reduce(times, op=dist.ReduceOp.MAX)  # so that all ranks repeat it equally often
-        count = max(1, min(1000, int(_SECONDS / float(times))))
+        count = max(1, min(1000, int(seconds / float(times))))
         best = min(reduce_once() for _ in range(count))
         assert float(tensor[0]) == world
         gathered: list[Any] = [None] * world
         dist.barrier()
-        dist.all_gather_object(gathered, (time.time(), socket.gethostname(), _versions()))
-        clocks = [clock for clock, _, _ in gathered]
+        matmul = _matmul_seconds(cuda)
+        dist.barrier()
+        dist.all_gather_object(gathered, (time.time(), _node(), _versions(), matmul))
+        clocks = [clock for clock, _, _, _ in gathered]
         return {
             "bytes_per_second": 2 * (world - 1) / world * _BYTES / best,
             "bytes": _BYTES,
             "backend": dist.get_backend(),
             "world_size": world,
-            "hosts": [host for _, host, _ in gathered],
-            "versions": [version for _, _, version in gathered],
+            "hosts": [host for _, host, _, _ in gathered],
+            "versions": [version for _, _, version, _ in gathered],
+            "matmul_seconds": [took for _, _, _, took in gathered],
             "clock_skew": max(clocks) - min(clocks),
         }
     finally:
         dist.destroy_process_group()
+
+
+def _node() -> str:
+    """Return the name of this node, as SLURM calls it if there is one."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _matmul_seconds(cuda: bool) -> float:
+    """Return the seconds of a matmul on the slowest device of this node: the best of three."""
+    size, slowest = (8192 if cuda else 512), 0.0
+    for device in [f"cuda:{i}" for i in range(torch.cuda.device_count())] if cuda else ["cpu"]:
+        a, best = torch.ones(size, size, device=device, dtype=torch.bfloat16 if cuda else torch.float32), float("inf")
+        for _ in range(4):  # the first one loads the kernel
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()
+            best = min(best, time.perf_counter() - start)
+        slowest = max(slowest, best)
+    return slowest
 
 
 def _versions() -> dict[str, str]:

@@ -1,7 +1,10 @@
 """Check this machine for problems, with advice on how to fix them: `python -m launch.doctor`.
 
     KEY=VALUE        as for train.py: also checks what the run requires, such as model.attention=flash
-    quick=true       only checks that take a moment: for the start of a job
+    quick=true       only checks that take a moment
+    gate=FILE        those, the node's hardware and half a second of all-reduce: for the start of a job. The name of a node that
+                     cannot train is appended to FILE
+    gpus=N           GPUs that the job uses on each node
     cluster=NAME     a file of conf/cluster, to compare the measured bandwidth with its data sheet
 
 Prints a line per finding: green is fine, yellow is suboptimal, red will not work; the status is 1 if any is red. Under a
@@ -12,7 +15,6 @@ nodes, and a collective is benchmarked over all of them for five seconds; otherw
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import os
@@ -40,29 +42,21 @@ from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import split_options
 from launch.estimate.counts import check_divisibility, parameters, shape_of
+from launch.finding import GREEN, RED, YELLOW, Finding
 from launch.installed import installed_versions
 from launch.launchers import Launchers, refuse_taken_port
+from launch.preflight import node_findings, slow_nodes
 from launch.ranks import Ranks, export, find_ranks, installed_gpus, take_local_rank, without_launcher
 from launch.sbatch import read_cluster
 
-GREEN, YELLOW, RED = "green", "yellow", "red"
-_OPTIONS = {"quick": False}
+_OPTIONS = {"quick": False, "gate": "", "gpus": 0}
 _DISTRIBUTION, _EXTRA = "formula-ffn", "train"  # the kernels alone need fewer packages
 _CHECKPOINT_BYTES = 14  # per parameter: the bf16 weight, and in fp32 the weight and two moments
 _MIN_OPEN_FILES, _MIN_SHARED_BYTES = 4096, 2**30
 _DISK_MEGABYTES = 128
 _MAX_SKEW = 1.0  # seconds between the clocks of nodes: a larger skew confuses logs and file times
+_GATE_SECONDS = 0.5
 _SLOW = 0.2  # fraction of a data sheet's bandwidth
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """The result of a check, and advice if it is not green."""
-
-    level: str
-    name: str
-    text: str
-    advice: str = ""
 
 
 def main(argv: list[str]) -> int:
@@ -76,11 +70,18 @@ def main(argv: list[str]) -> int:
     with contextlib.suppress(UserError):  # `launcher` reports it
         ranks = find_ranks(local_rank=local_rank)
     host = f"{socket.gethostname()}: " if ranks.world_size > 1 else ""
-    if options["quick"] and ranks.world_size > 1:
+    if (options["quick"] or options["gate"]) and ranks.world_size > 1:
         # The first rank that exits with status 1 makes the launcher end the others, which still have findings to print.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for finding in findings(config, cluster, ranks, options["quick"]):
+    found = (
+        gate(config, cluster, ranks, options["gpus"])
+        if options["gate"]
+        else findings(config, cluster, ranks, options["quick"])
+    )
+    at_fault = False
+    for finding in found:
         worst = max(worst, finding.level, key=(GREEN, YELLOW, RED).index)
+        at_fault |= finding.node
         if ranks.world_size > 1 and finding.level == GREEN and ranks.rank:
             continue  # green findings are printed by rank 0 only
         advice = f" -> {finding.advice}" if finding.advice and finding.level != GREEN else ""
@@ -88,7 +89,22 @@ def main(argv: list[str]) -> int:
             Text(f"{finding.level:<7}", style=f"bold {finding.level}") + f"{host}{finding.name}: {finding.text}{advice}"
         )
         console.print(line, soft_wrap=True)
+    if at_fault and options["gate"]:
+        with open(options["gate"], "a", encoding="utf-8") as file:
+            file.write(f"{os.environ.get('SLURMD_NODENAME') or socket.gethostname()}\n")
     return int(worst == RED)
+
+
+def gate(config: Config, cluster: ClusterConfig | None, ranks: Ranks, gpus: int) -> Iterator[Finding]:
+    """Yield the findings that decide whether a job trains on its nodes; `gpus` is how many it uses on each."""
+    yield from findings(config, cluster, ranks, quick=True)
+    yield from node_findings(gpus)
+    if ranks.world_size > 1:
+        try:
+            yield from collective(ranks, cluster, _GATE_SECONDS)
+        except RuntimeError as error:
+            text = f"the nodes cannot communicate: {str(error).splitlines()[0]}"
+            yield Finding(RED, "collective", text, "NCCL_DEBUG=INFO prints details")
 
 
 def findings(config: Config, cluster: ClusterConfig | None, ranks: Ranks, quick: bool) -> Iterator[Finding]:
@@ -119,9 +135,9 @@ def findings(config: Config, cluster: ClusterConfig | None, ranks: Ranks, quick:
 
 def python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
-    if (3, 10) <= tuple(sys.version_info[:2]) <= (3, 12):
+    if (3, 10) <= tuple(sys.version_info[:2]) <= (3, 13):
         return Finding(GREEN, "Python", version)
-    return Finding(RED, "Python", f"{version} is not 3.10 to 3.12", "make PYTHON=/path/to/python3.12 setup")
+    return Finding(RED, "Python", f"{version} is not 3.10 to 3.13", "make PYTHON=/path/to/python3.12 setup")
 
 
 def packages() -> Iterator[Finding]:
@@ -335,7 +351,7 @@ def deepspeed_ops() -> Finding:
     return Finding(GREEN, "DeepSpeed", f"imports; ops that could be built (none is required): {built}")
 
 
-def collective(ranks: Ranks, cluster: ClusterConfig | None) -> Iterator[Finding]:
+def collective(ranks: Ranks, cluster: ClusterConfig | None, seconds: float = 5.0) -> Iterator[Finding]:
     """Yield the bandwidth of an all-reduce over all ranks, or over this machine's devices without a launcher."""
     if ranks.world_size > 1:
         from launch.collective import measure
@@ -343,7 +359,7 @@ def collective(ranks: Ranks, cluster: ClusterConfig | None) -> Iterator[Finding]
         export(ranks)
         Launchers().choose_port(ranks)
         refuse_taken_port(ranks)
-        result = measure()
+        result = measure(seconds)
     else:
         world = installed_gpus() or 2
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
@@ -382,6 +398,7 @@ def collective(ranks: Ranks, cluster: ClusterConfig | None) -> Iterator[Finding]
         yield Finding(
             YELLOW if skew > _MAX_SKEW else GREEN, "clocks", f"{skew:.2f} s apart at most", "enable NTP on the nodes"
         )
+        yield from slow_nodes(result["hosts"], result["matmul_seconds"], ranks.rank, result["backend"] == "nccl")
     versions = {json.dumps(version, sort_keys=True) for version in result["versions"]}
     if len(versions) > 1:
         text = f"differ between nodes: {'; '.join(sorted(versions))}"

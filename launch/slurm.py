@@ -4,9 +4,10 @@
     cluster.KEY=VALUE       overrides one of its keys      ranks_per_node=N     default: one per GPU of a node
     KEY=VALUE               for train.py                   dry_run=true         only print the script
 
-Writes a script for sbatch into the run's folder, with a copy of the code and the configuration, and submits it. The job saves
-before its time limit and when it is preempted, and is requeued to resume the run until it is complete; a job that saved nothing
-new is not requeued.
+Writes a script for sbatch into the run's folder, with a copy of the code and the configuration, and submits it. A corpus that
+is not tokenized yet is prepared before, by a job on one node. The job checks its nodes and leaves out those that cannot train.
+It saves before its time limit and when it is preempted, and is requeued to resume the run until it is complete; one that saved
+nothing new is not requeued.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.options import split_options
-from launch.sbatch import Job, check, command_of, doctor_of, refuse_queued, render, submit
+from launch.corpus import is_prepared
+from launch.job_script import Job, command_of, doctor_of, render
+from launch.sbatch import check, refuse_queued, submit
 
 _OPTIONS = {"nodes": 1, "ranks_per_node": 0, "dry_run": False}
 
@@ -42,14 +45,18 @@ def main(argv: list[str]) -> int:
         print(render(job, cluster), end="")
         return 0
     refuse_queued(job.folder)
+    # Paths inside a container may be others than here: there the job that prepares the corpus checks it.
+    unprepared = cluster.container != "none" or not is_prepared(overrides)
     with explain_os_errors("write the job to", job.folder):
         (job.folder / "slurm").mkdir(parents=True, exist_ok=True)
         with atomic_write(job.folder / "slurm" / "config.yaml") as file:
             file.write(configuration)
-    [number] = submit([job], cluster)
+    *before, number = submit([job], cluster, overrides if unprepared else None)
+    if before:
+        print(f"job {before[0]} prepares the corpus on one node, and the next one starts after it")
     print(f"job {number} is submitted: {job.path}")
     print(f"squeue --job {number}             its state")
-    print(f"tail -F {job.folder}/slurm/{number}.log   its output")
+    print(f"tail -F {shlex.quote(f'{job.folder}/slurm/{number}.log')}   its output")
     print(f"scancel {number}                  cancels it; the same command again resumes the run")
     return 0
 
@@ -81,7 +88,7 @@ def plan(cluster: ClusterConfig, nodes: int, ranks_per_node: int, overrides: lis
         name=name,
         folder=folder,
         command=command_of(cluster, nodes, ranks_per_node, code, overrides),
-        doctor=doctor_of(cluster, code, overrides),
+        doctor=doctor_of(cluster, code, ranks_per_node, overrides),
         typed=f"python -m launch.slurm {typed}",
         saved=f"{run_folder}/checkpoints/*",
         stopped=f'grep -qs \'"status": "stopped"\' {run_folder}/summary.json',

@@ -22,6 +22,11 @@ _PARTS = {
 }
 
 
+def _duration(hours: float) -> str:
+    """Return a number of hours, in days if it is above two of them."""
+    return f"{hours:,.1f} hours" if hours <= 48 else f"{hours / 24:,.1f} days"
+
+
 def show(requested: Estimate, candidates: list[Estimate], console: Console) -> None:
     """Print the requested configuration's memory, time and cost, then the fastest of the candidates that fit."""
     config, cluster, shape = requested.config, requested.cluster, requested.shape
@@ -61,20 +66,20 @@ def show(requested: Estimate, candidates: list[Estimate], console: Console) -> N
     console.print(step)
     console.print(
         f"{requested.tokens_per_second:,.0f} tokens/s, {requested.tokens_per_second / requested.gpus:,.0f} per {device}; "
-        f"MFU {requested.mfu:.1%}; {requested.hours:,.1f} hours, {requested.hours * requested.gpus:,.0f} {device} hours, "
+        f"MFU {requested.mfu:.1%}; {_duration(requested.hours)}, {requested.hours * requested.gpus:,.0f} {device} hours, "
         f"{requested.megawatt_hours:,.3g} MWh, ${requested.dollars:,.0f} at ${hardware.dollars_per_gpu_hour:g} per GPU hour",
         soft_wrap=True,
     )
     if not candidates:
         console.print(what_would_fit(requested), soft_wrap=True)
         return
-    table = Table("tensor", "ZeRO", "micro", "recompute", "GiB", "s per step", "MFU", "hours", box=box.SIMPLE)
+    table = Table("tensor", "ZeRO", "micro", "recompute", "GiB", "s per step", "MFU", "time", box=box.SIMPLE)
     for candidate in candidates[:_LISTED]:
         tensor, stage, micro, checkpoints = candidate.choice
         gib = sum(candidate.memory.values()) / 2**30
         table.add_row(
             f"{tensor}", f"{stage}", f"{micro}", "on" if checkpoints else "off", f"{gib:.1f}",
-            f"{candidate.step.total:.4g}", f"{candidate.mfu:.1%}", f"{candidate.hours:,.1f}",
+            f"{candidate.step.total:.4g}", f"{candidate.mfu:.1%}", _duration(candidate.hours),
         )  # fmt: skip
     console.print(f"fastest of the {len(candidates)} combinations that fit:")
     console.print(table)

@@ -11,6 +11,7 @@ import math
 import re
 import unittest.mock
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -395,7 +396,15 @@ def check_machine_code(name: str) -> None:
         assert not kernel.spilled, kernel
         assert kernel.loads in (128, 0), kernel  # 0: nothing is read for a gradient that is 0 everywhere
         assert kernel.stores == 128, kernel
-        assert kernel.fits == ((name, kernel.name) not in OVER_BUDGET), kernel
+        if of_the_page():
+            assert kernel.fits == ((name, kernel.name) not in OVER_BUDGET), kernel
+
+
+def of_the_page() -> bool:
+    """Whether the installed Triton is the one that bench/results/sm90.md was made with: others count other instructions."""
+    from bench.sm90 import RESULT
+
+    return f"with Triton {metadata.version('triton')}, " in RESULT.read_text(encoding="utf-8")
 
 
 # By how much: bench/results/sm90.md.
@@ -419,6 +428,8 @@ def test_the_page_has_what_the_compiler_says_now():
     """Of one formula: the file is made by `python -m bench.sm90`."""
     from bench.sm90 import RESULT, table
 
+    if not of_the_page():
+        pytest.skip("the page was made with another Triton: python -m bench.sm90 makes it anew")
     row = next(line for line in table(["swiglu"]).splitlines() if "| forward |" in line)
     assert row in RESULT.read_text(encoding="utf-8")
 

@@ -51,7 +51,7 @@ def test_five_planted_faults_are_each_named(capsys, monkeypatch, tmp_path):
     status, lines = quick(capsys, "model.attention=flash")
     assert status == 1
     expected = {
-        "Python": "3.9.1 is not 3.10 to 3.12 -> make PYTHON=",
+        "Python": "3.9.1 is not 3.10 to 3.13 -> make PYTHON=",
         "compiler": "there is no cc, gcc or clang",
         "disk space": r"0.0 GB free in .*, 0.\d GB for 4 checkpoints -> free disk space",
         "model.attention=flash": "flash_attn is not installed -> pip install flash-attn",
@@ -121,13 +121,17 @@ def test_contradictory_ranks_are_red(monkeypatch):
         ({}, {"collective": GREEN}),
         ({"bytes_per_second": 1e9}, {"collective": YELLOW}),
         ({"hosts": ["a", "b"], "clock_skew": 0.2}, {"collective": GREEN, "clocks": GREEN}),
+        (
+            {"hosts": ["a", "b"], "clock_skew": 0.2, "matmul_seconds": [1.0, 9.0]},
+            {"collective": GREEN, "clocks": GREEN, "slow node": RED},
+        ),
         ({"hosts": ["a", "b"], "clock_skew": 9.0}, {"collective": GREEN, "clocks": YELLOW}),
         ({"versions": [{"torch": "1"}, {"torch": "2"}]}, {"collective": GREEN, "versions": RED}),
     ],
 )
 def test_what_a_collective_shows_is_judged(monkeypatch, told, levels):
     usual = {"bytes_per_second": 1e11, "bytes": 2**26, "backend": "nccl", "world_size": 2, "hosts": ["a"] * 2,
-             "versions": [{"torch": "1"}] * 2, "clock_skew": 9.0}  # fmt: skip
+             "versions": [{"torch": "1"}] * 2, "clock_skew": 9.0, "matmul_seconds": [1.0, 1.0]}  # fmt: skip
     said = doctor.json.dumps(usual | told) + "\n"
     done = subprocess.CompletedProcess([], 0, stdout=said, stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)

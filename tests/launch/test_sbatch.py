@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ from conf.keys import choices
 from conf.load import read_group
 from conf.schema import ClusterConfig
 from kernels.common.errors import UserError
-from launch.sbatch import Job, _sbatch, command_of, render
+from launch import sbatch
+from launch.job_script import Job, command_of, render
+from launch.sbatch import _sbatch
 from launch.slurm import main, plan
 from tests.training.tiny import ROOT, command
 
@@ -59,7 +62,7 @@ def test_bash_can_read_every_script(name, tasks, container):
     read = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True)
     assert (read.returncode, read.stderr) == (0, "")
     assert text.index("module load cuda/12") < text.index("export NCCL_DEBUG='WARN x'") < text.index("\nsrun ")
-    assert text.index("launch.doctor quick=true") < text.index("train.py")
+    assert text.index("launch.doctor") < text.index("train.py")
 
 
 def test_what_srun_starts():
@@ -110,7 +113,7 @@ def test_bad_input_is_one_sentence(words, why):
 
 
 def test_without_sbatch_the_script_is_printed_and_how_to_submit_it(tmp_path):
-    words = ["cluster=cpu", "nodes=2", "run=x", f"runs={tmp_path}"]
+    words = ["cluster=cpu", "nodes=2", "run=x", f"runs={tmp_path}", f"data.prepared={tmp_path / 'p'}"]
     dry = command(sys.executable, "-m", "launch.slurm", *words, "dry_run=true")
     assert dry.status == 0
     assert not (tmp_path / "x").exists()
@@ -123,7 +126,8 @@ def test_without_sbatch_the_script_is_printed_and_how_to_submit_it(tmp_path):
     # The version of git and the option are what differs.
     strip = lambda text: [line for line in text.splitlines() if not line.startswith("# w")]  # noqa: E731
     assert strip(result.stdout) == strip(dry.out) == strip(kept.read_text())
-    assert f"run  sbatch {kept}" in result.stderr
+    prepare = kept.with_name("prepare.sh")
+    assert f"run  sbatch --dependency=afterok:$(sbatch --parsable {prepare}) {kept}" in result.stderr
     assert os.access(kept, os.X_OK)
     code = tmp_path / "x" / "slurm" / "code"
     assert (code / "train.py").read_bytes() == (ROOT / "train.py").read_bytes()
@@ -155,3 +159,125 @@ def test_a_job_inherits_nothing_of_the_step_that_submits_it(tmp_path, monkeypatc
         lines = [line for line in script(cluster()).splitlines() if line.startswith("unset ")]
         seen = subprocess.run(["bash", "-c", "\n".join([*lines, "env"])], capture_output=True, text=True).stdout
     assert not [name for name in outer if f"\n{name}=" in seen]
+
+
+NAME = "lr 50%user it's |$(false)"
+
+
+def test_a_name_of_any_characters_stays_one(tmp_path):
+    """Patterns of sbatch, words and substitutions of the shell, quotes, and the separator of a listing."""
+    text = script(cluster(), f"runs={tmp_path}", f"run={NAME}")
+    outputs = re.findall("^#SBATCH --output=(.*)$", text, re.MULTILINE)
+    assert shlex.split(outputs[0]) == [f"{tmp_path}/{NAME}/slurm/%j.log".replace("50%u", "50%%u")]
+    saved = re.search(r"^saved\(\).*$", text, re.MULTILINE)[0]
+    checkpoint = tmp_path / NAME / "checkpoints" / "step_1"
+    checkpoint.mkdir(parents=True)
+    seen = subprocess.run(["bash", "-c", f"{saved}\nsaved"], capture_output=True, text=True)
+    assert seen.stdout == f"{checkpoint}\n"
+    trained = re.search(r"\n    (\S+ -u .*train\.py.*) &\n", text)[1]
+    assert shlex.split(trained)[-1] == f"run={NAME}"
+
+
+def test_no_line_of_what_was_typed_becomes_a_command():
+    job, _ = plan(cluster(), 1, 0, ["ffn=swiglu", "run=x"], "'prompts=[a\nrm -r x]'")
+    assert "# written by  python -m launch.slurm 'prompts=[a rm -r x]'\n" in render(job, cluster())
+
+
+@pytest.mark.parametrize(
+    ("changes", "run", "why"),
+    [
+        ({}, "a\\b", r"has the character '\\\\', and SLURM cannot write a log there"),
+        ({}, "a\nb", r"has the character '\\n', and SLURM cannot write a log there"),
+        (
+            {"container": "pyxis", "image": "i"},
+            "a:b",
+            "has the character ':', which separates the mounts of a container",
+        ),
+        ({"environment": {"A B": 1}}, "a", "cluster.environment: 'A B' is not a name of an environment variable"),
+    ],
+)
+def test_a_name_that_slurm_would_misread_is_refused(changes, run, why):
+    of = cluster(**changes)
+    job, _ = plan(of, 1, 0, ["ffn=swiglu", "run=x"], "")
+    with pytest.raises(UserError, match=why):
+        render(dataclasses.replace(job, folder=job.folder.with_name(run)), of)
+
+
+def test_the_queue_is_read_whatever_its_jobs_are_called(tmp_path, monkeypatch):
+    folder = tmp_path / NAME
+
+    def listing(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        [form] = [word for word in command if word.startswith("--format=")]
+        values = {"%i": "7_3", "%T": "RUNNING", "%j": "a|b", "%K": "3", "%k": str(folder)}
+        line = re.sub("%.", lambda match: values[match[0]], form.removeprefix("--format="))
+        return subprocess.CompletedProcess(command, 0, stdout=line + "\n")
+
+    monkeypatch.setattr(sbatch.subprocess, "run", listing)
+    assert sbatch.queued(folder) == [sbatch.Queued("7_3", "RUNNING", "a|b", 3)]
+
+
+def test_output_is_labelled_and_ranks_keep_their_cores():
+    text = script(cluster())
+    train = text[text.index("\nsrun ") :]
+    assert "srun --ntasks=16 --distribution=block --label --cpu-bind=cores --kill-on-bad-exit=1" in train
+
+
+def run_preflight(tmp_path, doctor: str) -> tuple[int, str, str]:
+    """Run a job's script up to its training, with a fake SLURM of one node; return status, output and what was submitted."""
+    job = Job("j", tmp_path, "echo trained", doctor, "typed", "x", per_node=2)
+    (tmp_path / "slurm").mkdir(exist_ok=True)
+    programs = {"srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"', "scontrol": "echo gpu7",
+                "sbatch": f'echo "$@" > {tmp_path}/submitted'}  # fmt: skip
+    for name, code in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "5", "SLURM_NNODES": "1", "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NODELIST": "gpu7"}
+    environment = os.environ | variables | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash"], input=render(job, cluster("cpu")), env=environment, capture_output=True, text=True)
+    submitted = tmp_path / "submitted"
+    return done.returncode, done.stdout + done.stderr, submitted.read_text() if submitted.exists() else ""
+
+
+def test_a_job_trains_only_on_nodes_that_pass(tmp_path):
+    status, said, submitted = run_preflight(tmp_path, "true")
+    assert (status, submitted) == (0, "")
+    assert said.splitlines() == ["task 0 and on: gpu7", "trained"]
+    status, said, submitted = run_preflight(tmp_path, "false")  # not the node's fault
+    assert (status, submitted) == (1, "")
+    assert said == "job 5 cannot train here, for the reasons in red: it is not queued again\n"
+    for bad, excluded in (("gpu7", "gpu7"), ("gpu3", "gpu3,gpu7")):
+        status, said, submitted = run_preflight(tmp_path, f'bash -c "echo {bad} >> $failed; exit 1"')
+        assert (status, said) == (0, f"job 5 is queued again without {excluded}\n")
+        assert submitted == f"--exclude={excluded} --dependency=afterany:5 {tmp_path}/slurm/job.sh\n"
+
+
+def test_a_corpus_is_prepared_before_nodes_are_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    words = [
+        "cluster=h100",
+        "nodes=8",
+        "global_batch_size=64",
+        "run=x",
+        f"runs={tmp_path}",
+        "data=text",
+        f"data.prepared={tmp_path / 'p'}",
+    ]
+    missing = tmp_path / "missing"
+    with pytest.raises(UserError, match="missing"):
+        main([*words, f"data.path={missing}"])
+    submitted = []
+    monkeypatch.setattr(sbatch.shutil, "which", lambda _: "sbatch")
+    monkeypatch.setattr(sbatch, "_keep_code", lambda _: None)
+    monkeypatch.setattr(sbatch, "_sbatch", lambda arguments: submitted.append(arguments) or str(len(submitted)))
+    monkeypatch.setattr("launch.slurm.refuse_queued", lambda _: None)
+    assert main([*words, f"data.path={tmp_path}/a.txt", "cluster.cpu_partition=cpus"]) == 0
+    slurm = tmp_path / "x" / "slurm"
+    assert submitted == [
+        [f"{slurm}/prepare.sh"],
+        ["--dependency=afterok:1", "--kill-on-invalid-dep=yes", f"{slurm}/job.sh"],
+    ]
+    found = options((slurm / "prepare.sh").read_text())
+    assert (found["--nodes"], found["--partition"], found["--ntasks-per-node"]) == ("1", "cpus", "1")
+    assert "--gpus-per-node" not in found
+    assert "data.prepare global_batch_size=64 " in (slurm / "prepare.sh").read_text()
+    assert subprocess.run(["bash", "-n", slurm / "prepare.sh"]).returncode == 0

@@ -30,7 +30,7 @@ class Slurm(Cluster):
         """Run `launch.slurm` and return the number of the job."""
         result = self.launch(*words)
         assert result.status == 0, result.err
-        return re.match(r"job (\d+) is submitted", result.out)[1]
+        return re.search(r"^job (\d+) is submitted", result.out, re.MULTILINE)[1]
 
     def wait(self, number: str, *wanted: str) -> None:
         """Wait until a job is in one of these states, and fail when it ends in another."""
@@ -49,7 +49,7 @@ class Slurm(Cluster):
         def told() -> bool:
             said = log(run, number)
             assert self.state(number) in ("PENDING", "RUNNING"), said
-            return bool(re.search(rf"^step +{step}/", said, re.MULTILINE))
+            return bool(re.search(rf"^0: step +{step}/", said, re.MULTILINE))
 
         until(told, f"step {step} of {run.name}", PATIENCE)
 

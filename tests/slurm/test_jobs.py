@@ -12,6 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
+from conf.load import read_group
+from conf.schema import ClusterConfig
+from launch.job_script import Job, render
 from tests.slurm.cluster import until
 from tests.slurm.conftest import SETTINGS, log
 from tests.training.tiny import PATIENCE, command, overrides, shared_corpus
@@ -211,3 +214,22 @@ def test_a_plan_is_an_array_of_which_a_task_can_be_run_again(slurm, words, tmp_p
     number = slurm.run("sbatch", "--parsable", f"--array={task}", str(folder / "slurm" / "seeds.sh")).strip()
     until(lambda: not slurm.run("squeue", "-h", "-j", number), "the task to end", PATIENCE)
     assert "4 runs: 4 finished" in command(*status, **slurm.environment).out
+
+
+def test_a_job_goes_on_without_a_bad_node_and_is_logged_whatever_its_name(slurm, tmp_path):
+    folder = tmp_path / "lr 50%user it's"
+    # The first node that is asked is at fault.
+    doctor = """bash -c '[ -e "$1" ] || { echo $SLURMD_NODENAME >> "$0"; exit 1; }' "$failed" "$slurm/excluded" """
+    command_line = """bash -c 'echo "trained on $SLURMD_NODENAME"'"""
+    job = Job(folder.name, folder, command_line, doctor.strip(), "typed", "x")
+    of, _ = read_group("cluster", ClusterConfig, SETTINGS, "cluster")
+    (folder / "slurm").mkdir(parents=True)
+    job.path.write_text(render(job, of))
+    first = slurm.run("sbatch", "--parsable", str(job.path)).strip()
+    second = str(int(first) + 1)
+    until(lambda: "trained" in log(folder, second), "the second job to train", PATIENCE)
+    bad = (folder / "slurm" / "excluded").read_text().strip()
+    assert f"job {first} is queued again without {bad}\n" in log(folder, first)
+    [node] = re.findall(r"^0: trained on (node\d)$", log(folder, second), re.MULTILINE)
+    assert node != bad
+    assert f"task 0: {node}\n" in log(folder, second)
