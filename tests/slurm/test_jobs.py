@@ -166,9 +166,10 @@ def test_a_job_that_saves_nothing_new_is_not_started_again(slurm, words, runs):
 
 def test_a_cancelled_job_saves_and_does_not_come_back(slurm, words, runs):
     run = runs / "cancelled"
-    number = slurm.submit("nodes=2", *words, f"run={run.name}")
+    # Enough steps for the job to be running still when the second command looks.
+    number = slurm.submit("nodes=2", *words, f"run={run.name}", "steps=4000")
     slurm.wait_for_step(run, number, 12)
-    again = slurm.launch("nodes=2", *words, f"run={run.name}")
+    again = slurm.launch("nodes=2", *words, f"run={run.name}", "steps=4000")
     assert again.status == 2
     assert f"has been submitted already: job {number} is running" in again.err
     slurm.run("scancel", number)
