@@ -36,6 +36,8 @@ def environment_of(slot: int, jobs: int, ranks: int) -> dict[str, str]:
         slot: number of this run among the concurrent ones, from 0.
     """
     environment = without_launcher(os.environ)  # a run is not a rank of what started the plan
+    for name in ("WANDB_RUN_ID", "WANDB_NAME"):  # of one run: all runs of the plan would share them
+        environment.pop(name, None)
     gpus = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or [
         str(i) for i in range(installed_gpus())
     ]

@@ -27,7 +27,7 @@ from ablation.plan import tags_of
 from ablation.results import Results, read_results
 from ablation.verdict import sentences
 from conf.load import from_yaml
-from conf.login import wandb_mode
+from conf.login import wandb_mode, wandb_project
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
@@ -116,7 +116,7 @@ def content_of(results: Results) -> Content:
         question=plan.question,
         baseline=plan.baseline,
         entity=logger.entity or "",
-        project=logger.project,
+        project=wandb_project(logger.project),
         sentences=dict(zip(results.sizes, sentences(results), strict=True)),
         rows=rows,
         notes=list(results.notes),
@@ -184,10 +184,17 @@ def read_content(path: Path) -> Content:
 
 def sync_command(results: Results, target: dict[str, str]) -> str:
     """Return the command that uploads the runs that trained offline; "" if there are none."""
-    if not any(list((run.folder / "wandb").glob("offline-run-*")) for run in results.runs.values()):
-        return ""
+    runs, paths = shlex.quote(str(results.folder / "runs")), []
+    if any(list((run.folder / "wandb").glob("offline-run-*")) for run in results.runs.values()):
+        paths.append(f"{runs}/*/wandb/latest-run")  # runs that have a folder each
+    sessions = sorted((results.folder / "runs" / "wandb").glob("offline-run-*"))  # by date
+    newest = {path.name.rpartition("-")[2]: path for path in sessions}  # by id; it holds the whole run
+    if len(newest) == len(sessions) and sessions:
+        paths.append(f"{runs}/wandb/offline-run-*")
+    else:
+        paths.extend(shlex.quote(str(path)) for path in newest.values())
     options = [f"--{name}={shlex.quote(value)}" for name, value in target.items()]
-    return " ".join(["wandb sync", *options, f"{shlex.quote(str(results.folder / 'runs'))}/*/wandb/latest-run"])
+    return " ".join(["wandb sync", *options, *paths]) if paths else ""
 
 
 # ----------------------------------------------------------------------------------------------------------- the layout

@@ -1,17 +1,19 @@
 """`manifest.json`: what the runs of a folder are. Written before the first run starts; runs that do not match are refused.
 
-    hash       of everything below except `cost` and `hashes`
+    hash       of everything below except `cost`, `hashes` and `provenance`
     plan       the keys of the plan
     shared     the values that decide what a run learns and that all runs share
     arms       by size and arm: the values that differ, and `steps`
     cost       by size and arm: the cost of a run, for readers
     hashes     of each single value, to name the one that was changed
+    provenance of each time that the plan was started: date, commit, machine, versions, command
 
 A run adds its own learning rate and seeds, which are part of its folder's name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -21,6 +23,7 @@ from typing import Any
 
 from ablation.plan import Plan, PlannedRun, learning_rates
 from conf.load import flatten
+from conf.provenance import provenance
 from conf.schema import AblationConfig
 from conf.validate import digest
 from kernels.common.errors import UserError
@@ -82,11 +85,15 @@ def write_manifest(plan: Plan, folder: Path) -> None:
         }
         for size, arms in plan.arms.items()
     }
+    earlier = []
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        earlier = list(json.loads((folder / NAME).read_text(encoding="utf-8"))["provenance"])
     with explain_os_errors("write to the folder of the plan", folder):
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / NAME) as file:
             hashes = {name: digest(value, 4) for name, value in _leaves(content)}
-            json.dump({"hash": plan.hash, **content, "cost": cost, "hashes": hashes}, file, indent=1)
+            document = {"hash": plan.hash, **content, "cost": cost, "hashes": hashes}
+            json.dump({**document, "provenance": [*earlier, provenance()]}, file, indent=1)
             file.write("\n")
 
 

@@ -23,7 +23,7 @@ import jinja2
 from ablation.efficiency import efficiency
 from ablation.figures import LOSS_FIGURES, PHENOMENA, ReportFigure, draw
 from ablation.outcomes import ENDED
-from ablation.results import Results, expected_runs, read_results
+from ablation.results import Results, expected_runs, provenance_lines, read_results
 from ablation.statistics import ALPHA, FEWEST_SEEDS, POWER, Verdict
 from ablation.tables import (
     PageTable,
@@ -169,6 +169,7 @@ def page(results: Results, figures: Sequence[ReportFigure]) -> str:
         fairness=_fairness(results),
         open_questions=_open_questions(results),
         runs=_runs(results),
+        provenance=provenance_lines(results),
         plan_keys={k: v for k, v in dataclasses.asdict(results.manifest.plan).items() if v is not None},
         differing=_differing(results),
     )

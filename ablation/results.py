@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from ablation.outcomes import DIVERGED, ENDED, FINISHED, Outcome, is_finite, rea
 from ablation.plan import Plan, PlannedRun
 from ablation.statistics import FEWEST_SEEDS, Comparison, SweepResult, compare, sweep_result
 from conf.load import values_of
+from conf.provenance import summarise
 from kernels.common.errors import UserError
 
 FEWEST_RATES = 3  # learning rates that a verdict needs
@@ -265,3 +267,17 @@ def _check_config(manifest: Manifest, run: Run, config: dict[str, Any]) -> None:
         if config.get(name) != value:
             difference = f"{name} is {config.get(name)}, the plan has {value}"
             raise UserError(f"{run.folder} is not a run of the plan {manifest.plan.name}: {difference}")
+
+
+def provenance_lines(results: Results) -> list[str]:
+    """Return where the runs come from, a line per commit, machine and set of versions; [] if no run knows it."""
+    groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for name, run in results.runs.items():
+        content = run.outcome.summary.get("provenance")
+        if content:
+            same = {key: value for key, value in content.items() if key not in ("date", "command")}
+            groups.setdefault(json.dumps(same, sort_keys=True), (content, []))[1].append(name)
+    lines = [f"{len(names)} run(s): {summarise(content)}" for content, names in groups.values()]
+    if len({content.get("commit") for content, _ in groups.values()}) > 1:
+        lines.append("The runs were trained by different commits of the code")
+    return lines

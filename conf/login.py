@@ -6,6 +6,11 @@ import netrc
 import os
 
 
+def wandb_project(project: str | None) -> str:
+    """Return the project that was typed (`logger.project`), else that of `WANDB_PROJECT`, else ffn."""
+    return project or os.environ.get("WANDB_PROJECT") or "ffn"
+
+
 def wandb_mode() -> str:
     """Return "online" when logged in to W&B, else "offline"; `WANDB_MODE` overrides that. Makes no network request."""
     if os.environ.get("WANDB_MODE"):

@@ -200,7 +200,7 @@ class LoggerConfig:
     name: str = key("wandb", "name of the choice")
     wandb: bool = key(True, "Weights & Biases; offline when not logged in")
     tensorboard: bool = key(False, "TensorBoard event files in the run folder")
-    project: str = key("ffn", "wandb: project", only="logger.wandb=true")
+    project: Optional[str] = key(None, "wandb: project; null: WANDB_PROJECT, or ffn", only="logger.wandb=true")
     entity: Optional[str] = key(None, "wandb: team or user", only="logger.wandb=true")
     group: Optional[str] = key(
         None, "wandb: group of runs; `python -m ablation.run` sets the plan", only="logger.wandb=true"

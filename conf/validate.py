@@ -170,6 +170,8 @@ def _check_values(values: dict[str, Any]) -> None:
         raise UserError(
             f"run={values['run']!r} cannot name a folder inside {values['runs']}/: leave out '/' (runs=FOLDER moves it)"
         )
+    if values["run"] == "wandb":
+        raise UserError(f"run=wandb: {values['runs']}/wandb holds the files of W&B; give this run another name")
     if len(values["run"].encode()) > LONGEST_NAME:
         raise UserError(f"run={values['run'][:20]}... has more than {LONGEST_NAME} bytes: no folder can have that name")
     for name in ("prompts", "logger.tags"):

@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -116,7 +117,7 @@ def findings(config: Config, cluster: ClusterConfig | None, ranks: Ranks, quick:
     yield from optional_packages(config)
     yield compiler()
     yield launcher()
-    yield wandb()
+    yield wandb(config.runs)
     if configured.level == GREEN:  # a shape that cannot be has no size
         yield space(config)
     yield shared_memory()
@@ -240,13 +241,13 @@ def launcher() -> Finding:
     return Finding(GREEN, "ranks", text)
 
 
-def wandb() -> Finding:
+def wandb(runs: str) -> Finding:
     mode = wandb_mode()
     if mode == "online":
         return Finding(GREEN, "W&B", "logged in")
-    return Finding(
-        YELLOW, "W&B", f"{mode}: runs stay on this machine", "wandb login; later  wandb sync wandb/offline-run-*"
-    )
+    folder = f"{shlex.quote(runs)}/wandb"
+    text = f"{mode}: runs stay on this machine; wandb leet {folder} draws them in the terminal"
+    return Finding(YELLOW, "W&B", text, f"wandb login; later  wandb sync {folder}/offline-run-*")
 
 
 def space(config: Config) -> Finding:

@@ -185,6 +185,9 @@ def test_the_run_folder_is_complete(uninterrupted):
     ended = summary(run)
     keys = "status final_eval_loss bits_per_byte parameters ffn_parameters flops_per_token data_order_hash config_hash"
     assert {*keys.split(), "tokens", "wall_seconds"} <= ended.keys()
+    assert [session["command"] for session in json.loads((run / "provenance.json").read_text())] == [
+        ended["provenance"]["command"]
+    ]
     assert ended["status"] == "finished"
     assert ended["final_eval_loss"] == evaluated[-1]["loss"]
     assert ended["tokens"] == 256 * STEPS
@@ -282,8 +285,9 @@ def test_killed_between_its_last_checkpoint_and_its_summary(uninterrupted, corpu
     (run / "summary.json").unlink()
     result = command(sys.executable, *arguments_of(corpus, run.parent, "uninterrupted"))
     assert result.status == 0, result.err
-    assert {key: value for key, value in summary(run).items() if key != "wall_seconds"} == {
-        key: value for key, value in ended.items() if key != "wall_seconds"
+    of_this_session = ("wall_seconds", "provenance")
+    assert {key: value for key, value in summary(run).items() if key not in of_this_session} == {
+        key: value for key, value in ended.items() if key not in of_this_session
     }
     assert [line["step"] for line in metrics(run, "train")] == list(range(1, STEPS + 1))
     assert [line["step"] for line in metrics(run, "eval")] == [20, 40, 60]  # the evaluation of step 60 is not repeated

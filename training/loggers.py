@@ -9,6 +9,7 @@ import json
 import os
 import queue
 import secrets
+import shlex
 import subprocess
 import sys
 import threading
@@ -17,15 +18,25 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 from conf.load import from_yaml, to_dict
-from conf.login import wandb_mode
+from conf.login import wandb_mode, wandb_project
 from conf.schema import Config
 from conf.validate import config_hash
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write
+from training.runfolder import newest_provenance
 
 UPLOAD_TIMEOUT_SECONDS = 60.0
 KINDS = ("train", "eval", "telemetry", "event")  # of the lines of metrics.jsonl
 OFFLINE_MODES = ("offline", "dryrun")  # of W&B
+_SETTINGS = {
+    "console": "off",
+    "silent": True,
+    "disable_git": True,  # `provenance` is in the configuration
+    "init_timeout": 60,
+    "x_disable_stats": True,
+    "finish_timeout": UPLOAD_TIMEOUT_SECONDS - 5,  # W&B gives up before AsyncLogger does
+    "finish_timeout_raises": True,
+}
 
 
 class Logger(Protocol):
@@ -177,6 +188,9 @@ class WandbLogger:
     Offline, each session therefore first logs all lines that metrics.jsonl kept: the newest file holds the whole run, every
     line once. Online, the server keeps what reached it, so retrained steps appear twice, at the same token counts.
 
+    A variable `WANDB_*` decides whatever was not typed. All runs of `config.runs` share its folder `wandb`, so that
+    `wandb leet` compares them.
+
     Args:
         mode: of W&B, as `wandb_mode` returned it.
         earlier_bytes: size of metrics.jsonl when this session started.
@@ -185,42 +199,44 @@ class WandbLogger:
     def __init__(self, config: Config, folder: Path, mode: str, earlier_bytes: int) -> None:
         import wandb
 
-        id_path = folder / "wandb_id"
-        if not id_path.exists():
-            with atomic_write(id_path) as file:
-                file.write(secrets.token_hex(4))
         os.environ.setdefault("WANDB_SILENT", "true")
+        self._mode, self._id, logger = mode, _wandb_id(folder), config.logger
+        # A run that began when each had a folder of its own stays there.
+        default = folder if (folder / "wandb").is_dir() else folder.parent
+        self._files = Path(os.environ.get("WANDB_DIR") or default) / "wandb"
+        typed = {
+            "project": wandb_project(logger.project),
+            "entity": logger.entity,
+            "group": logger.group,
+            "job_type": logger.job_type,
+            "tags": list(logger.tags) or None,
+        }
+        defaults = {"id": self._id, "resume": "allow", "dir": str(default), "name": config.run}
+        variables = {"id": "WANDB_RUN_ID", "resume": "WANDB_RESUME", "dir": "WANDB_DIR", "name": "WANDB_NAME"}
         self.run = wandb.init(
-            id=id_path.read_text(encoding="utf-8").strip(),
-            resume="allow",
             mode=cast(Literal["online", "offline", "disabled", "shared"], mode),
-            dir=str(folder),
-            project=config.logger.project,
-            entity=config.logger.entity,
-            group=config.logger.group,
-            job_type=config.logger.job_type,
-            tags=list(config.logger.tags),
-            name=config.run,
-            config={**to_dict(config), "config_hash": config_hash(config)},
-            settings=wandb.Settings(
-                console="off",
-                silent=True,
-                disable_git=True,
-                init_timeout=60,
-                x_disable_stats=True,
-                finish_timeout=UPLOAD_TIMEOUT_SECONDS - 5,  # W&B gives up before AsyncLogger does
-                finish_timeout_raises=True,
-            ),
+            config={**to_dict(config), "config_hash": config_hash(config), "provenance": newest_provenance(folder)},
+            settings=wandb.Settings(**_unless_set(_SETTINGS)),
+            **typed,
+            **{name: value for name, value in defaults.items() if not os.environ.get(variables[name])},
         )
         self.run.define_metric("tokens")
         for kind in KINDS:
             self.run.define_metric(f"{kind}/*", step_metric="tokens")
-        self.note = f"W&B: {self.run.url or mode}"
-        if mode in OFFLINE_MODES:
-            self.note = f"W&B: offline; `wandb sync {folder / 'wandb' / 'latest-run'}` uploads it"
-            if earlier_bytes:
-                for line in (folder / "metrics.jsonl").read_bytes()[:earlier_bytes].splitlines():
-                    self.log(json.loads(line))
+        if mode in OFFLINE_MODES and earlier_bytes:
+            for line in (folder / "metrics.jsonl").read_bytes()[:earlier_bytes].splitlines():
+                self.log(json.loads(line))
+
+    @property
+    def note(self) -> str:
+        """The address of the run; offline, the commands that upload it and draw it."""
+        if self._mode not in OFFLINE_MODES:
+            return f"W&B: {self.run.url or self._mode}"
+        newest = max(self._files.glob(f"offline-run-*-{self._id}"), default=self._files / "latest-run")
+        return (
+            f"W&B: offline; `wandb sync {shlex.quote(str(newest))}` uploads it, "
+            f"`wandb leet {shlex.quote(str(self._files))}` draws the runs in the terminal"
+        )
 
     def log(self, record: dict[str, Any]) -> None:
         """Log the numbers of a line as kind/name, over tokens."""
@@ -263,6 +279,21 @@ def rewrite_offline(folder: Path, summary: dict[str, Any]) -> None:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
 
 
+def _wandb_id(folder: Path) -> str:
+    """Return the W&B id of the run in a folder; the folder keeps it. `WANDB_RUN_ID` replaces it."""
+    path, wanted = folder / "wandb_id", os.environ.get("WANDB_RUN_ID")
+    if wanted or not path.exists():
+        with atomic_write(path) as file:
+            file.write(wanted or secrets.token_hex(4))
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _unless_set(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return W&B's settings without those that a variable sets: WANDB_NAME of `name`, WANDB__NAME of `x_name` too."""
+    names = {name: (f"WANDB_{name.upper()}", f"WANDB__{name.removeprefix('x_').upper()}") for name in settings}
+    return {name: value for name, value in settings.items() if not any(os.environ.get(v) for v in names[name])}
+
+
 class TensorBoardLogger:
     """Event files in `<run>/tensorboard`.
 
@@ -278,7 +309,10 @@ class TensorBoardLogger:
                 "logger.tensorboard=true needs the package tensorboard: .venv/bin/pip install -c requirements.lock tensorboard"
             ) from error
         self.writer = SummaryWriter(str(folder / "tensorboard"))
-        self.note = f"TensorBoard: `tensorboard --logdir {folder / 'tensorboard'}`"
+        # TensorBoard names a run by its path below the folder that is given: the run's own would be ".".
+        self.note = (
+            f"TensorBoard: `tensorboard --logdir {shlex.quote(str(folder.parent))}`, run {folder.name}/tensorboard"
+        )
 
     def log(self, record: dict[str, Any]) -> None:
         """Log the numbers of a line as kind/name, over steps."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from conf.provenance import provenance
 from conf.schema import Config
 from conf.validate import Batch
 from data.batches import Dataset, epochs
@@ -49,11 +50,18 @@ class RunRecorder:
         self._last_sample = ""
         self._write_failed = False  # whether the newest line of metrics.jsonl waits for space
         self._loggers: Loggers | None = None
+        self._provenance: dict[str, Any] = {}
 
-    def open(self) -> None:
-        """Delete what was written after `step`, which will be written again, and start the loggers."""
+    def open(self, device: str = "") -> None:
+        """Delete what was written after `step`, which will be written again; write the provenance, and start the loggers.
+
+        Args:
+            device: description of what is trained on.
+        """
         if self.enabled:
             self.folder.rewind(self.step)
+            self._provenance = provenance(device)
+            self.folder.append_provenance(self._provenance)
             self._loggers = Loggers(self.config, self.folder.path, self.console.warn)
 
     @property
@@ -130,7 +138,7 @@ class RunRecorder:
         """Write the summary and close the loggers; return whether everything is on disk."""
         if not self.enabled:
             return True
-        written = True
+        written, summary = True, {**summary, "provenance": self._provenance}
         try:
             self.folder.write_metrics()
             self.folder.write_summary(summary)

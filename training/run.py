@@ -83,7 +83,7 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
                 loop.resume(checkpoint, folder.previous_steps)
             if ranks.rank == 0:
                 _copy_tokenizer(dataset, folder.path)
-            recorder.open()
+            recorder.open(f"{machine.describe(device)} x {ranks.world_size}")
             peak = machine.PeakSpeed(device, dtype)
             if not checkpoint:
                 rows = recorder.summary_rows(device, dtype, attention, peak, ranks.world_size)

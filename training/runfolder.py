@@ -4,6 +4,7 @@ runs/<name>/config.yaml      the configuration, every key resolved
             metrics.jsonl    one JSON object per line: kind, step, tokens, then figures
             summary.json     how the run ended
             checkpoints/     (checkpoint.py)
+            provenance.json  date, commit, machine, versions and command of each session, newest last
             samples.txt      text that the model generated, by step
             deepspeed.log    the output of DeepSpeed and other libraries
 """
@@ -29,6 +30,7 @@ from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
 from model.weights import checkpoints, step_of
 
+_PROVENANCE = "provenance.json"
 LOCK_TIMEOUT_SECONDS = 1.0  # `ablation` holds the lock for a moment to check whether a run is alive
 
 
@@ -169,6 +171,17 @@ class RunFolder:
         with open(self.path / "samples.txt", "a", encoding="utf-8") as file:
             file.write(text)
 
+    def append_provenance(self, content: dict[str, Any]) -> None:
+        """Add this session to provenance.json.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        sessions = _sessions(self.path)
+        with explain_os_errors("write to the run folder", self.path), atomic_write(self.path / _PROVENANCE) as file:
+            json.dump([*sessions, content], file, indent=1)
+            file.write("\n")
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replace summary.json."""
         with atomic_write(self.path / "summary.json") as file:
@@ -208,6 +221,19 @@ class RunFolder:
                 os.dup2(duplicate, descriptor)
                 os.close(duplicate)
             os.close(log)
+
+
+def _sessions(run: Path) -> list[dict[str, Any]]:
+    """Return the provenance of each session of a run; [] if the run has none."""
+    try:
+        return list(json.loads((run / _PROVENANCE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def newest_provenance(run: Path) -> dict[str, Any]:
+    """Return the provenance of a run's newest session; {} if the run has none."""
+    return (_sessions(run) or [{}])[-1]
 
 
 def periodic_losses(run: Path) -> dict[int, tuple[int, float]]:

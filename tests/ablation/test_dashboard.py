@@ -265,6 +265,18 @@ def test_runs_that_trained_offline_are_synced_by_one_line(copy, capsys):
     assert f"\n  wandb sync --project='p q' {copy}/runs/*/wandb/latest-run\n" in capsys.readouterr().out
 
 
+def test_runs_that_share_a_folder_are_synced_without_their_earlier_sessions(copy, capsys):
+    files = copy / "runs" / "wandb"
+    for name in ("20260101_000000-aaaa", "20260102_000000-bbbb"):
+        (files / f"offline-run-{name}").mkdir(parents=True)
+    main([str(copy), "project=p"])
+    assert f"\n  wandb sync --project=p {copy}/runs/wandb/offline-run-*\n" in capsys.readouterr().out
+    (files / "offline-run-20260103_000000-aaaa").mkdir()  # a resumed run: its newest file holds all of it
+    main([str(copy), "project=p"])
+    newest = f"{files}/offline-run-20260103_000000-aaaa {files}/offline-run-20260102_000000-bbbb"
+    assert f"\n  wandb sync --project=p {newest}\n" in capsys.readouterr().out
+
+
 def test_with_a_login_the_table_the_workspace_and_the_report_are_saved(plan, copy, wandb, capsys):
     main([str(copy), "project=mine"])
     (run,), (view,), (report,) = wandb.runs, wandb.views, wandb.reports
@@ -369,5 +381,5 @@ def test_the_command_prints_help_and_exits_2_on_bad_input(tmp_path):
 
 def test_entity_and_project_are_those_of_the_runs(copy):
     path = min((copy / "runs").glob("*/config.yaml"))
-    path.write_text(path.read_text(encoding="utf-8").replace("project: ffn", "project: theirs"), encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8").replace("project: null", "project: theirs"), encoding="utf-8")
     assert content_of(read_results(copy)).project == "theirs"

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ablation.manifest import check_manifest, read_manifest
+from ablation.manifest import check_manifest, read_manifest, write_manifest
 from ablation.plan import Plan
-from ablation.results import expected_runs, read_results
+from ablation.report import page
+from ablation.results import expected_runs, provenance_lines, read_results
 from ablation.statistics import Verdict
 from conf.validate import digest
 from kernels.common.errors import UserError
@@ -56,6 +57,28 @@ def test_a_manifest_separates_shared_from_differing_values(plan, whole):
     assert all(not name.startswith(("data.", "optim.", "schedule.")) for name in manifest.arms["nano"]["relu"])
     assert manifest.learned("nano", "swiglu") == json.loads(json.dumps(plan.arms["nano"]["swiglu"].learned))
     assert manifest.hash == plan.hash
+
+
+def test_a_manifest_has_the_provenance_of_every_start(plan, copy):
+    before = read_manifest(copy)
+    write_manifest(plan, copy)
+    sessions = json.loads((copy / "manifest.json").read_text())["provenance"]
+    assert len(sessions) == 2
+    assert all({"date", "commit", "dirty", "machine", "versions", "command"} <= session.keys() for session in sessions)
+    assert read_manifest(copy) == before  # it is not a part of what is compared
+
+
+def test_where_the_runs_come_from(copy):
+    assert provenance_lines(read_results(copy)) == []
+    paths = sorted((copy / "runs").glob("*/summary.json"))
+    for number, path in enumerate(paths):
+        content = {"commit": "b" * 40 if number else "a" * 40, "dirty": not number, "date": str(number), "host": "h"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"provenance": content}))
+    one, others, warning = provenance_lines(read_results(copy))
+    assert one.startswith("1 run(s): commit aaaaaaaaaaaa with uncommitted changes; 0; h; ")
+    assert others.startswith(f"{len(paths) - 1} run(s): commit bbbbbbbbbbbb; 1; h; ")
+    assert warning == "The runs were trained by different commits of the code"
+    assert f"<li>{warning}</li>" in page(read_results(copy), [])
 
 
 TAMPERED = {  # what: (path in the manifest, another value, name in the message)

@@ -73,12 +73,64 @@ def test_a_resumed_run_keeps_its_id(config, wandb, tmp_path):
     assert first.settings == second.settings
     assert first.settings["id"] == (tmp_path / "wandb_id").read_text()
     assert len(first.settings["id"]) == 8
-    expected = {"resume": "allow", "mode": "offline", "dir": str(tmp_path), "project": "ffn", "group": "g", "job_type": "j",
-                "name": "r"}  # fmt: skip
+    expected = {"resume": "allow", "mode": "offline", "dir": str(tmp_path.parent), "name": "r"}
+    expected |= {"project": "ffn", "group": "g", "job_type": "j"}
     assert expected.items() <= first.settings.items()
     assert first.settings["tags"] == ["a", "b"]
     assert first.settings["config"]["model"]["d_model"] == 33
     assert first.settings["config"]["config_hash"] == config_hash(config)
+
+
+VARIABLES = {
+    "WANDB_PROJECT": "mine",
+    "WANDB_ENTITY": "us",
+    "WANDB_RUN_GROUP": "sweep",
+    "WANDB_JOB_TYPE": "probe",
+    "WANDB_TAGS": "x,y",
+    "WANDB_NAME": "a name",
+    "WANDB_RUN_ID": "abcd1234",
+    "WANDB_RESUME": "must",
+    "WANDB_DIR": "/elsewhere",
+    "WANDB_CONSOLE": "wrap",
+    "WANDB_SILENT": "false",
+    "WANDB_DISABLE_GIT": "false",
+    "WANDB_INIT_TIMEOUT": "300",
+    "WANDB__DISABLE_STATS": "false",
+}
+
+
+def test_a_variable_of_wandb_decides_what_was_not_typed(wandb, tmp_path, monkeypatch):
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    config = load(overrides(tmp_path, run="r", logger="wandb"))
+    Loggers(config, tmp_path, pytest.fail).finish({})
+    settings = wandb.runs[0].settings
+    passed_on = {name for name, value in settings.items() if value is not None}
+    assert passed_on == {"project", "mode", "config", "settings"}
+    assert settings["project"] == "mine"
+    assert settings["settings"] == {"finish_timeout": 55.0, "finish_timeout_raises": True}
+    assert (tmp_path / "wandb_id").read_text() == "abcd1234"
+
+
+def test_what_was_typed_wins_over_a_variable_of_wandb(config, wandb, tmp_path, monkeypatch):
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    config.logger.project, config.logger.entity = "typed", "me"
+    Loggers(only(config, "wandb"), tmp_path, pytest.fail).finish({})
+    typed = {"project": "typed", "entity": "me", "group": "g", "job_type": "j", "tags": ["a", "b"]}
+    assert typed.items() <= wandb.runs[0].settings.items()
+
+
+def test_a_run_with_files_of_wandb_of_its_own_keeps_them_there(config, wandb, tmp_path):
+    (tmp_path / "wandb" / "offline-run-20260101_000000-abcd1234").mkdir(parents=True)
+    Loggers(only(config, "wandb"), tmp_path, pytest.fail).finish({})
+    assert wandb.runs[0].settings["dir"] == str(tmp_path)
+
+
+def test_the_configuration_in_wandb_has_the_provenance(config, wandb, tmp_path):
+    (tmp_path / "provenance.json").write_text(json.dumps([{"commit": "old"}, {"commit": "new", "dirty": True}]))
+    Loggers(only(config, "wandb"), tmp_path, pytest.fail).finish({})
+    assert wandb.runs[0].settings["config"]["provenance"] == {"commit": "new", "dirty": True}
 
 
 def test_offline_a_resumed_run_logs_again_what_metrics_jsonl_kept(config, wandb, tmp_path, monkeypatch):
@@ -115,9 +167,11 @@ def test_offline_a_run_whose_wandb_process_was_ended_is_written_anew(config, tmp
 def test_a_run_that_is_written_anew_is_whole(config, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/gone")
-    (tmp_path / "config.yaml").write_text(to_yaml(only(config, "wandb")))
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(RECORD | {"step": step}) + "\n" for step in (1, 2)))
-    rewrite_offline(tmp_path, {"status": "stopped", "final_eval_loss": 2.0})
+    run = tmp_path / "r"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(only(config, "wandb")))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(RECORD | {"step": step}) + "\n" for step in (1, 2)))
+    rewrite_offline(run, {"status": "stopped", "final_eval_loss": 2.0})
     [written] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert b"train/loss" in written.read_bytes()
     assert b"final_eval_loss" in written.read_bytes()
@@ -233,7 +287,8 @@ def test_one_broken_logger_leaves_the_other(config, wandb, tmp_path):
     loggers.log(RECORD)
     loggers.finish({})
     assert len(warnings) == 1
-    assert len(loggers.notes) == 1
+    folder = tmp_path.parent
+    assert loggers.notes == [f"TensorBoard: `tensorboard --logdir {folder}`, run {tmp_path.name}/tensorboard"]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
@@ -251,14 +306,17 @@ def test_tensorboard_logs_the_figures(config, tmp_path):
 def test_the_real_wandb_writes_offline_under_one_id(config, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    run, files = tmp_path / "r", tmp_path / "wandb"
+    run.mkdir()
     for _ in range(2):
-        loggers = Loggers(only(config, "wandb"), tmp_path, pytest.fail)
+        loggers = Loggers(only(config, "wandb"), run, pytest.fail)
         loggers.log(RECORD)
         loggers.finish({"status": "finished"})
-    name = (tmp_path / "wandb_id").read_text()
-    folders = list((tmp_path / "wandb").glob("offline-run-*"))
-    assert len(folders) == len(list((tmp_path / "wandb").glob(f"offline-run-*/run-{name}.wandb"))) == 2
-    assert loggers.notes == [f"W&B: offline; `wandb sync {tmp_path}/wandb/latest-run` uploads it"]
+    name, folders = (run / "wandb_id").read_text(), sorted(files.glob("offline-run-*"))
+    assert len(folders) == len(list(files.glob(f"offline-run-*/run-{name}.wandb"))) == 2
+    assert loggers.notes == [
+        f"W&B: offline; `wandb sync {folders[-1]}` uploads it, `wandb leet {files}` draws the runs in the terminal"
+    ]
 
 
 def test_without_loggers_nothing_is_written(config, tmp_path):

@@ -63,7 +63,7 @@ def run(corpus, tmp_path_factory) -> Path:
     started.until(f"step  30/{STEPS}")
     until = time.monotonic() + PATIENCE
     # Its output pipe is no longer read, so the run cannot finish.
-    while not any(file.stat().st_size > ROWS for file in (runs / "killed" / "wandb").glob("offline-run-*/*.wandb")):
+    while not any(file.stat().st_size > ROWS for file in (runs / "wandb").glob("offline-run-*/*.wandb")):
         assert time.monotonic() < until
         time.sleep(0.05)
     started.process.send_signal(signal.SIGKILL)
@@ -79,7 +79,7 @@ def run(corpus, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def sessions(run) -> list[Session]:
     """The files of the killed process and of the second one."""
-    folders = sorted((run / "wandb").glob("offline-run-*"))
+    folders = sorted((run.parent / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
     return [Session(folder) for folder in folders]
 
@@ -89,7 +89,8 @@ def test_the_newest_file_holds_every_line_of_metrics_jsonl_once(run, sessions):
     assert sessions[-1].rows == [figures(line) for line in lines]
     assert {line["kind"] for line in lines} == {"train", "eval", "telemetry", "event"}
     assert [row["step"] for row in sessions[-1].rows if "train/loss" in row] == list(range(1, STEPS + 1))
-    assert (run / "wandb" / "latest-run").resolve().name == sorted((run / "wandb").glob("offline-run-*"))[-1].name
+    files = run.parent / "wandb"
+    assert (files / "latest-run").resolve().name == sorted(files.glob("offline-run-*"))[-1].name
 
 
 def test_the_file_of_the_killed_process_has_the_same_numbers(sessions):
