@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 # The first of these that is 3.10 to 3.13; `make PYTHON=/path/to/python3.12 ...` overrides.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
-# On Linux without an NVIDIA GPU PyTorch's CPU build of the pinned version, where an index has it: a third of the size.
+# On Linux without an NVIDIA GPU PyTorch's CPU build of the pinned version, a third of the size, where one of pip's indexes has it,
+# or TORCH_INDEX: `make TORCH_INDEX=URL setup`.
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' requirements.lock)
 CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),$(if $(wildcard /proc/driver/nvidia/gpus/* /dev/nvidia0),,$(TORCH)+cpu))
-CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --require-virtualenv
 # Three tests at a time, some of which wait, each with one thread: libraries that take all cores are slower beside each other.
 TESTS := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
@@ -29,7 +30,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	@echo "setup: creating $(VENV) with $$($(PYTHON) --version) and installing the pinned dependencies (some minutes the first time)"
 	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; exit 2; }
 	@{ test -n "$(CPU_TORCH)" && \
-		$(PIP) install --retries 1 --timeout 20 --extra-index-url $(CPU_INDEX) "$(CPU_TORCH)" 2>/dev/null; } || $(PIP) install "$(TORCH)"
+		$(PIP) install --retries 1 --timeout 20 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(CPU_TORCH)" 2>/dev/null; } || $(PIP) install "$(TORCH)"
 	@$(PIP) install -c requirements.lock -e '.[train]'
 	@$(BIN)/python -m launch.calm_launchers
 	@touch $@
