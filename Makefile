@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	@{ test -n "$(CPU_TORCH)" && \
 		$(PIP) install --retries 1 --timeout 20 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(CPU_TORCH)" 2>/dev/null; } || $(PIP) install "$(TORCH)"
 	@$(PIP) install -c requirements.lock -e '.[train]'
-	@$(BIN)/python -m launch.calm_launchers
+	@$(BIN)/python -m launch.calm_launchers > /dev/null
 	@touch $@
 
 # A torch for CUDA brings the Triton that it was built with; one without takes the version that the lock names.

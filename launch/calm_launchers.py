@@ -97,7 +97,19 @@ def _launcher() -> str:
     return next((os.path.basename(argument) for argument in sys.orig_argv[1:] if argument[:1] != "-"), "")
 
 
+def main(argv: list[str]) -> None:
+    """Write the .pth file into this environment."""
+    from kernels.common.options import read_options  # launchers load this file without the project on their path
+
+    read_options(argv, {})
+    path = Path(sysconfig.get_path("purelib"), _PTH)
+    path.write_text(pth_line(), encoding="utf-8")
+    print(f"{path}: deepspeed and torchrun of this environment wait for their ranks after Ctrl-C")
+
+
 if __name__ == "calm_launchers":
     SignalsToChildren(keeps_own=LAUNCHERS[_launcher()])
 elif __name__ == "__main__":
-    Path(sysconfig.get_path("purelib"), _PTH).write_text(pth_line(), encoding="utf-8")
+    from kernels.common.commands import run_command
+
+    run_command(main, __doc__)

@@ -109,8 +109,12 @@ class TrainingLoop:
         self.batches_hash = state["batches_hash"] if self.mesh.data.rank == 0 else 0
         self.earlier_seconds = state["wall_seconds"]
         self.evaluation_missed = state["evaluation_missed"]
-        if state["eval_loss"] is not None:
-            self.last_eval = HeldOut(state["eval_loss"], self.dataset.held_out.tokens)
+        if self.step >= self.batch.steps:  # the last step is saved before it is evaluated
+            tokens = self.dataset.held_out.tokens
+            recorded = self.recorder.folder.recorded_loss(self.step, tokens) if self.ranks.rank == 0 else None
+            loss = self._broadcast(state["eval_loss"] if recorded is None else recorded)
+            self.last_eval = None if loss is None else HeldOut(loss, tokens)
+            self.recorder.repeats_evaluation = loss is None
         self.console.print(f"resuming {self.recorder.folder.path} after step {self.step} of {self.batch.steps}")
         self._change_length(state.get("steps") or self._broadcast(previous_steps), state.get("warmup_steps"))
 

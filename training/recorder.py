@@ -45,6 +45,7 @@ class RunRecorder:
         self.config, self.batch, self.dataset = config, batch, dataset
         self.folder, self.console, self.enabled = folder, console, enabled
         self.step = 0
+        self.repeats_evaluation = False  # whether a resumed run evaluates its last step again
         self.bytes_per_token = dataset.bytes_per_token
         self.flops_per_token = sum(flops_per_token(shape, config.sequence_length).values())
         self._last_sample = ""
@@ -59,7 +60,7 @@ class RunRecorder:
             device: description of what is trained on.
         """
         if self.enabled:
-            self.folder.rewind(self.step)
+            self.folder.rewind(self.step, self.repeats_evaluation)
             self._provenance = provenance(device)
             self.folder.append_provenance(self._provenance)
             self._loggers = Loggers(self.config, self.folder.path, self.console.warn)

@@ -120,8 +120,22 @@ class RunFolder:
             f"set steps to more than {done}, or give this run another name (run=NAME)"
         )
 
-    def rewind(self, step: int) -> None:
-        """Delete the summary, the metrics after `step` and a partial last line: a resumed run writes them again."""
+    def recorded_loss(self, step: int, tokens: int) -> float | None:
+        """Return the held-out loss of a step on `tokens` tokens as metrics.jsonl has it, None if it has none."""
+        path = self.path / "metrics.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):
+                record = json.loads(line)
+                if record["kind"] == "eval" and (record["step"], record["held_out_tokens"]) == (step, tokens):
+                    return record["loss"]
+        return None
+
+    def rewind(self, step: int, repeats_evaluation: bool = False) -> None:
+        """Delete the summary, the metrics after `step` and a partial last line: a resumed run writes them again.
+
+        Args:
+            repeats_evaluation: delete the evaluations of `step` as well.
+        """
         path = self.path / "metrics.jsonl"
         with explain_os_errors("write to the run folder", self.path):
             (self.path / "summary.json").unlink(missing_ok=True)
@@ -130,7 +144,9 @@ class RunFolder:
             kept = []
             for line in path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(json.JSONDecodeError):
-                    if json.loads(line)["step"] <= step:
+                    record = json.loads(line)
+                    repeated = repeats_evaluation and (record["kind"], record["step"]) == ("eval", step)
+                    if record["step"] <= step and not repeated:
                         kept.append(line)
             with atomic_write(path) as file:
                 file.writelines(line + "\n" for line in kept)

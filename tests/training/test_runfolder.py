@@ -51,6 +51,18 @@ def test_rewinding_deletes_later_lines_and_a_partial_one(folder):
     assert steps(folder) == [0, 1, 2, 2, 3]
 
 
+def test_the_evaluation_of_the_last_step_is_found_or_deleted_to_be_repeated(folder):
+    folder.append_metrics({"kind": "eval", "step": 2, "held_out_tokens": 64, "loss": 3.5})
+    folder.append_metrics({"kind": "train", "step": 4, "loss": 3.0})
+    folder.append_metrics({"kind": "eval", "step": 4, "held_out_tokens": 64, "loss": 3.25})
+    assert folder.recorded_loss(4, 64) == 3.25
+    assert folder.recorded_loss(4, 128) is None
+    folder.rewind(4)
+    assert steps(folder) == [2, 4, 4]
+    folder.rewind(4, repeats_evaluation=True)
+    assert steps(folder) == [2, 4]
+
+
 def test_a_line_is_in_the_file_when_append_returns(folder):
     folder.append_metrics({"kind": "train", "step": 1})
     assert steps(folder) == [1]
