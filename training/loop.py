@@ -156,8 +156,9 @@ class TrainingLoop:
         """Train to the last step or to a signal; return the status."""
         config, batch = self.config, self.batch
         self.console.start(self.step, batch.steps, config.log_seconds)
-        if self.step >= batch.steps and self.last_eval is None:
-            self._evaluate_last()  # the previous session ended between its last checkpoint and its summary
+        if self.step >= batch.steps:  # the previous session ended between its last checkpoint and its summary
+            if self.last_eval is None:
+                self._evaluate_last()
             self._sample()
         elif self.evaluation_missed:
             self._evaluate(config.eval_tokens)
