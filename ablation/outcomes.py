@@ -35,7 +35,7 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def read_outcome(run: Path, lines: list[dict[str, Any]] | None = None) -> Outcome:
-    """Return the outcome of the run in a folder. A run whose folder does not exist is waiting.
+    """Return the outcome of the run in a folder. A run with neither folder nor log is waiting.
 
     Args:
         lines: the run's metrics, where the caller has read them already.
@@ -55,8 +55,14 @@ def read_outcome(run: Path, lines: list[dict[str, Any]] | None = None) -> Outcom
         return Outcome(RUNNING, step, summary=summary)
     if status == "failed":
         return Outcome(FAILED, step, summary=summary)
-    started = (run / "config.yaml").exists()  # a run that was killed, or found its input invalid, leaves no summary
+    # A run that was killed leaves no summary, and one that found its input invalid leaves its log alone.
+    started = (run / "config.yaml").exists() or log_path(run).exists()
     return Outcome(STOPPED if started else WAITING, step, summary=summary)
+
+
+def log_path(run: Path) -> Path:
+    """Return where a plan's runner keeps the output of the run in a folder."""
+    return run.parents[1] / "logs" / f"{run.name}.log"
 
 
 def is_running(run: Path) -> bool:

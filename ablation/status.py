@@ -181,7 +181,7 @@ class Watcher:
     def _state(self, planned: PlannedRun, outcome: Outcome | None) -> RunState:
         cost = self.manifest.cost[planned.size][planned.arm]
         steps = self.manifest.learned(planned.size, planned.arm)["steps"]
-        outcome = self._with_queue(planned, outcome or Outcome(WAITING))
+        outcome = self._with_queue(planned, outcome or read_outcome(self.folder / "runs" / planned.name))
         speed = math.nan
         if outcome.state == RUNNING:
             lines, _ = read_metrics(self.folder / "runs" / planned.name)

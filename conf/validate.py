@@ -251,9 +251,13 @@ def _check_parallel(config: Config, world_size: int) -> None:
     """Check what needs no shape; `launch.estimate.counts.check_divisibility` checks heads, widths and vocabulary."""
     tensor, context, length = config.parallel.tensor, config.parallel.context, config.sequence_length
     if world_size < tensor * context:
+        one = " ".join(
+            f"{key}=1" for key, size in (("parallel.tensor", tensor), ("parallel.context", context)) if size > 1
+        )
         raise UserError(
             f"parallel.tensor={tensor} x parallel.context={context} needs {tensor * context} ranks, and this run has "
-            f"{world_size}: start it as deepspeed --num_gpus {tensor * context} train.py ..., or by torchrun or srun"
+            f"{world_size}: start it as deepspeed --num_gpus {tensor * context} train.py ... (or by torchrun or srun), "
+            f"or set {one}"
         )
     if world_size % (tensor * context):
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]

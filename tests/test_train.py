@@ -364,7 +364,7 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_no_process(by_deepspeed, cor
 
 
 def test_a_run_of_tensor_ranks_resumes_as_one_process(corpus, runs):
-    """Without conversion: the same command with other parallelism settings."""
+    """Without conversion: the same command with other parallelism settings. Where none is typed, they are the run's."""
     width = {"model__d_ff": 44, "optim__eps": 1e-4}
     one = command(sys.executable, *arguments_of(corpus, runs, "one-process", **width))
     assert one.status == 0, one.out + one.err
@@ -376,7 +376,11 @@ def test_a_run_of_tensor_ranks_resumes_as_one_process(corpus, runs):
     run = runs / "tensor-ranks"
     assert summary(run)["status"] == "stopped", result.out + result.err
     assert "tensor 2 with sequence x data 1" in result.out
-    result = command(sys.executable, *arguments_of(corpus, runs, "tensor-ranks", **width))
+    refused = command(sys.executable, *arguments_of(corpus, runs, "tensor-ranks", **width))
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert "or set parallel.tensor=1" in refused.err
+    single = {"zero": 1, "parallel__tensor": 1, "parallel__sequence": "false"}
+    result = command(sys.executable, *arguments_of(corpus, runs, "tensor-ranks", **width, **single))
     assert result.status == 0, result.out + result.err
     assert_close(losses(run), losses(runs / "one-process"))
     for key in (
