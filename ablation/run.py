@@ -34,7 +34,17 @@ from rich.table import Table
 from ablation import slurm
 from ablation.command import environment_of, ranks_of, train_command
 from ablation.manifest import check_manifest, write_manifest
-from ablation.outcomes import DIVERGED, ENDED, FAILED, FINISHED, Outcome, is_running, read_outcome, run_folders
+from ablation.outcomes import (
+    DIVERGED,
+    ENDED,
+    FAILED,
+    FINISHED,
+    Outcome,
+    is_running,
+    log_path,
+    read_outcome,
+    run_folders,
+)
 from ablation.plan import Plan, PlannedRun, read_plan, resolve
 from ablation.progress import outcome_of, sweep_progress
 from ablation.results import why_no_verdict
@@ -283,7 +293,7 @@ class Runner:
         self.console.print(f"{planned.stage}  {planned.name}  {result}", soft_wrap=True)
 
     def _log(self, planned: PlannedRun) -> Path:
-        return self.folder / "logs" / f"{planned.name}.log"
+        return log_path(self.folder / "runs" / planned.name)
 
     def _wait_for_other_process(self, run: Path) -> None:
         """Wait while another process trains in a folder. A killed runner leaves such processes behind; they continue."""

@@ -35,6 +35,7 @@ from ablation.outcomes import (
     STOPPED,
     WAITING,
     Outcome,
+    log_path,
     read_metrics,
     read_outcome,
     run_folders,
@@ -314,7 +315,7 @@ def _totals(grid: Grid) -> list[Text]:
         line += f"; about {_duration(grid.seconds_left)} left"
         line += "" if grid.count(RUNNING) else ", one at a time, once they run"
     failed = [run.planned.name for run in grid.runs if run.outcome.state == FAILED]
-    lines = [f"failed: see {grid.folder / 'logs' / name}.log" for name in failed[:_FAILED_SHOWN]]
+    lines = [f"failed: see {log_path(grid.folder / 'runs' / name)}" for name in failed[:_FAILED_SHOWN]]
     if len(failed) > _FAILED_SHOWN:
         lines.append(f"{len(failed) - _FAILED_SHOWN} more failed: see {grid.folder / 'logs'}/RUN.log")
     return [Text(line), *(Text(line, style=_STYLES[FAILED]) for line in lines)]

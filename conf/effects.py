@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from conf.keys import choices, keys
-from conf.overrides import FREE_FORM, Override, within
+from conf.overrides import FREE_FORM, Override, as_typed, within
 from conf.schema import GROUPS, Config, DataConfig
 from kernels.common.errors import UserError
 
@@ -89,9 +89,9 @@ def _holds(condition: str, values: Mapping[str, Any]) -> bool:
         size = len(value) if isinstance(value, (list, dict)) else value
         return isinstance(size, (int, float)) and size > float(right)
     group = _group_of(key)
-    if key == f"{group}.name" and _typed(value) not in choices(group):
+    if key == f"{group}.name" and as_typed(value) not in choices(group):
         return True  # a label of the user's own: nothing is known about what it stands for
-    return (_typed(value) in right.split("|")) == (relation == "=")
+    return (as_typed(value) in right.split("|")) == (relation == "=")
 
 
 def _without_effect(key: str, value: str, condition: str, values: Mapping[str, Any]) -> UserError:
@@ -105,7 +105,7 @@ def _without_effect(key: str, value: str, condition: str, values: Mapping[str, A
     else:
         needed = f"more than {right} {name}" if isinstance(values.get(left), list) else f"{name} above {right}"
     typed = f"{key}={value}" if len(value) <= _LONGEST else f"{key}={value[:_LONGEST]}..."
-    return UserError(f"{typed} has no effect with {name}={_typed(values.get(left))}: it belongs to {needed}")
+    return UserError(f"{typed} has no effect with {name}={as_typed(values.get(left))}: it belongs to {needed}")
 
 
 def _parts(condition: str) -> tuple[str, str, str]:
@@ -120,11 +120,6 @@ def _group_of(key: str) -> str:
     """Return the group that selects this key's value by GROUP=CHOICE, or an empty string."""
     group, _, name = key.partition(".")
     return group if group in GROUPS and name in ("name", "source", "stage") else ""
-
-
-def _typed(value: Any) -> str:
-    """Write a value as it is typed."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _is_off(value: Any) -> bool:

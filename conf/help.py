@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conf.keys import choices, keys
+from conf.overrides import as_typed
 from conf.schema import GROUPS, Config
 
 EXAMPLES = """\
@@ -68,4 +69,4 @@ def _typed(value: Any) -> str:
         return f"[{','.join(map(str, value))}]" if len(str(value)) < 40 else f"[{len(value)} of them]"
     if isinstance(value, float) and value >= 1e6:
         return f"{value:g}"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return as_typed(value)

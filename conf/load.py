@@ -21,7 +21,7 @@ from typing import Any
 from conf.effects import refuse_ignored, refuse_ignored_of_parts, refuse_mislabelled
 from conf.help import print_help
 from conf.keys import FOLDER, choices, keys
-from conf.overrides import Override, parse, read_override, within
+from conf.overrides import Override, as_typed, parse, read_override, within
 from conf.schema import GROUPS, Config
 from kernels.common.commands import HELP
 from kernels.common.errors import UserError, unknown
@@ -296,7 +296,7 @@ def run_name(config: Config, overrides: list[Override]) -> str:
     for key, text in sorted(effective.items()):
         if key in ("model", "ffn") or within(key, NOT_IN_NAME):
             continue
-        value = text.strip("'") if key in GROUPS else _as_typed(values.get(key, text))
+        value = text.strip("'") if key in GROUPS else as_typed(values.get(key, text))
         part = value if type(values.get(key)) in (int, float) else re.sub(r"[^A-Za-z0-9.]+", "_", value).strip("_")
         if part != value:
             hidden += f"{key}={value}\n"
@@ -308,11 +308,6 @@ def run_name(config: Config, overrides: list[Override]) -> str:
     if len(name) > 80:  # keep folder names short, and still distinct
         name = f"{name[:70]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name
-
-
-def _as_typed(value: Any) -> str:
-    """Write a value as it is typed."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _compose(overrides: list[Override]) -> Config:

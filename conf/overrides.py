@@ -142,6 +142,11 @@ def quoted(text: str) -> str:
     return "'" + re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text) + "'"
 
 
+def as_typed(value: Any) -> str:
+    """Write a value as it is typed."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def parse(override: str) -> Any:
     """Parse an override with Hydra's grammar.
 

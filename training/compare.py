@@ -25,6 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from conf.load import find_run, values_of
+from conf.overrides import as_typed
 from conf.validate import NOT_LEARNED
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
@@ -146,7 +147,7 @@ def differing_settings(
 
 def _shown(value: Any) -> str:
     """Return a value as it is typed, cut at `_LONGEST` characters."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = as_typed(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 

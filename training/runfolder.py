@@ -122,13 +122,8 @@ class RunFolder:
 
     def recorded_loss(self, step: int, tokens: int) -> float | None:
         """Return the held-out loss of a step on `tokens` tokens as metrics.jsonl has it, None if it has none."""
-        path = self.path / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):
-                record = json.loads(line)
-                if record["kind"] == "eval" and (record["step"], record["held_out_tokens"]) == (step, tokens):
-                    return record["loss"]
-        return None
+        recorded = (loss for of, on, loss in _evaluations(self.path) if (of, on) == (step, tokens))
+        return next(recorded, None)
 
     def rewind(self, step: int, repeats_evaluation: bool = False) -> None:
         """Delete the summary, the metrics after `step` and a partial last line: a resumed run writes them again.
@@ -258,14 +253,20 @@ def periodic_losses(run: Path) -> dict[int, tuple[int, float]]:
     The last step is evaluated twice where `eval_tokens` is less than the held-out set; its first line is the periodic one.
     """
     losses: dict[int, tuple[int, float]] = {}
+    for step, tokens, loss in _evaluations(run):
+        losses.setdefault(step, (tokens, loss))
+    return losses
+
+
+def _evaluations(run: Path) -> Iterator[tuple[int, int, float]]:
+    """Yield (step, held-out tokens, loss) of each evaluation in a run's metrics.jsonl, in order."""
     try:
         lines = (run / "metrics.jsonl").read_bytes().splitlines()
     except FileNotFoundError:
-        return losses
+        return
     for line in lines:
         if b'"eval"' in line:
             with contextlib.suppress(ValueError, KeyError):  # a partial last line
                 record = json.loads(line)
                 if record["kind"] == "eval":
-                    losses.setdefault(record["step"], (record["held_out_tokens"], record["loss"]))
-    return losses
+                    yield record["step"], record["held_out_tokens"], record["loss"]
