@@ -62,8 +62,9 @@ def load(text: str, name: str) -> ctypes.CDLL | None:
     try:
         return build(text)
     except OSError as error:
-        _failed.add(text)
         _compiler_failed = not _compiler_works()
+        if not _compiler_failed:
+            _failed.add(text)
         missing, them = ("kernels", "") if _compiler_failed else (f"kernels for {name}", " it")
         warnings.warn(f"no C {missing}, slower plain PyTorch computes{them} instead: {error}", stacklevel=2)
         return None
