@@ -8,6 +8,7 @@ A task is a plain `ablation.run` of its part of the plan, so it can be stopped a
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 from ablation import speed
@@ -15,9 +16,11 @@ from ablation.command import ranks_of
 from ablation.outcomes import ENDED, QUEUED, RUNNING
 from ablation.plan import Plan
 from ablation.progress import outcome_of, sweep_progress
+from conf.load import load
 from conf.schema import ClusterConfig
+from conf.validate import digest, total_steps
 from kernels.common.errors import UserError
-from launch.corpus import is_prepared
+from launch.corpus import unprepared
 from launch.job_script import Job, doctor_of, python_of
 from launch.sbatch import RUNS, check, queued, refuse_queued, submit
 
@@ -122,22 +125,36 @@ def read_tasks(script: Path) -> list[str]:
 
 
 def submit_all(arrays: list[Job], cluster: ClusterConfig, plan: Plan, folder: Path) -> int:
-    """Submit the arrays, after a job that prepares the corpus if need be, and print how to watch them; return the exit status.
+    """Submit the arrays, after a job that prepares their corpora if need be, print how to watch them, and return 0.
 
     Raises:
-        UserError: the files of the corpus or of the tokenizer are missing or do not fit.
+        UserError: the files of a corpus or of a tokenizer are missing or do not fit, or a run would repeat its corpus too
+            often.
     """
     if not arrays:
         print(f"every run has ended; python -m ablation.report {shlex.quote(str(folder))}   writes the report")
         return 0
-    size, arm = next(iter(plan.size_arm_pairs()))
-    overrides = plan.overrides(plan.final_runs(size, arm, plan.learning_rates(size, arm)[0])[0], str(folder / "runs"))
-    unprepared = cluster.container != "none" or not is_prepared(overrides)
-    numbers = submit(arrays, cluster, overrides if unprepared else None)
-    if unprepared:
+    runs = _longest_on_each_corpus(plan, folder)
+    corpora = runs if cluster.container != "none" else unprepared(runs)
+    numbers = submit(arrays, cluster, corpora)
+    if corpora:
         print(f"job {numbers[0]} prepares the corpus on one node, and the arrays start after it")
     for job, number in zip(arrays, numbers[-len(arrays) :], strict=True):
         print(f"job array {number} is submitted, {len(job.tasks)} task(s): {job.path}")
         print(f"sbatch --array=TASK {shlex.quote(str(job.path))}   runs a single task again, if it failed")
     print(f"python -m ablation.status {shlex.quote(str(folder))}   shows their state")
     return 0
+
+
+def _longest_on_each_corpus(plan: Plan, folder: Path) -> list[list[str]]:
+    """Return the overrides of the run with the most tokens on each corpus of a plan."""
+    longest: dict[str, tuple[int, list[str]]] = {}
+    for size, arm in plan.size_arm_pairs():
+        overrides = plan.overrides(
+            plan.final_runs(size, arm, plan.learning_rates(size, arm)[0])[0], str(folder / "runs")
+        )
+        config = load(overrides)
+        corpus = digest([asdict(config.data), asdict(config.tokenizer), config.sequence_length])
+        tokens = (total_steps(config) or 0) * config.global_batch_size * config.sequence_length
+        longest[corpus] = max(longest.get(corpus, (-1, [])), (tokens, overrides))
+    return [overrides for _, overrides in longest.values()]

@@ -1,4 +1,4 @@
-"""Check the corpus and the tokenizer of a run before its job is submitted.
+"""Check the corpora and the tokenizers of runs before their jobs are submitted.
 
 In a process of its own, because `launch` and `data` do not import each other.
 """
@@ -8,35 +8,31 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from kernels.common.errors import UserError
 from launch.ranks import without_launcher
 
-_ROOT = Path(__file__).resolve().parents[1]
-_CHECK = """
-from conf.load import load
-from data.prepare import INDEX, folder_of
-from kernels.common.commands import run_command
-
-def main(argv):
-    config = load(argv)
-    print((folder_of(config.data, config.tokenizer) / INDEX).is_file())
-
-run_command(main)
-"""
+_RUN_MODULE = Path(__file__).with_name("run_module.py")
 
 
-def is_prepared(overrides: list[str]) -> bool:
-    """Return whether the corpus of a run is tokenized already.
+def unprepared(runs: Sequence[list[str]]) -> list[list[str]]:
+    """Return those of some runs, each given by its overrides, whose corpus is not tokenized yet.
 
     Raises:
-        UserError: its files, or those of the tokenizer, are missing or do not fit each other.
+        UserError: the files of a corpus or of a tokenizer are missing or do not fit each other, or a run would go through its
+            corpus more often than data.max_epochs.
     """
-    environment = without_launcher(os.environ) | {"PYTHONPATH": str(_ROOT)}
-    command = [sys.executable, "-c", _CHECK, *overrides]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, str(_RUN_MODULE), *arguments_of(runs)]
+    done = subprocess.run(command, env=without_launcher(os.environ), capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise UserError(lines[-1].removeprefix("error: "))
-    return done.stdout.strip() == "True"
+    return [run for run, line in zip(runs, done.stdout.splitlines(), strict=True) if line != "ready"]
+
+
+def arguments_of(runs: Sequence[list[str]], *options: str) -> list[str]:
+    """Return the arguments of `run_module.py` that look at the corpora of runs."""
+    separated = [word for run in runs for word in ("--", *run)]
+    return ["data.ready", *options, *separated[1:]]

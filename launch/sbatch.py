@@ -12,13 +12,14 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from conf.load import read_group
 from conf.schema import ClusterConfig
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
+from launch.corpus import arguments_of
 from launch.job_script import ROOT, Job, python_of, render
 from launch.ranks import without_launcher
 
@@ -60,11 +61,11 @@ def check(cluster: ClusterConfig, ranks_per_node: int) -> None:
         raise UserError(f"cluster.container={cluster.container} needs cluster.image=IMAGE")
 
 
-def submit(jobs: list[Job], cluster: ClusterConfig, prepare: list[str] | None = None) -> list[str]:
+def submit(jobs: list[Job], cluster: ClusterConfig, corpora: Sequence[list[str]] = ()) -> list[str]:
     """Write the scripts of a folder's jobs beside their code, and submit them; each starts when the one before has ended.
 
     Args:
-        prepare: overrides of a corpus to prepare in a job before them; None: it is prepared.
+        corpora: overrides of runs whose corpora a job before them prepares.
 
     Returns:
         Their job numbers.
@@ -77,8 +78,8 @@ def submit(jobs: list[Job], cluster: ClusterConfig, prepare: list[str] | None = 
         folder.mkdir(parents=True, exist_ok=True)
         _keep_code(folder / "code")
         clusters = [cluster] * len(jobs)
-        if prepare is not None:
-            first, of_cpus = prepare_job(jobs[0], cluster, prepare)
+        if corpora:
+            first, of_cpus = prepare_job(jobs[0], cluster, corpora)
             jobs = [first, dataclasses.replace(jobs[0], after="afterok"), *jobs[1:]]
             clusters = [of_cpus, *clusters]
         for job, its_cluster in zip(jobs, clusters, strict=True):
@@ -108,10 +109,11 @@ def _by_hand(jobs: list[Job]) -> str:
     return command
 
 
-def prepare_job(job: Job, cluster: ClusterConfig, overrides: list[str]) -> tuple[Job, ClusterConfig]:
-    """Return the job that tokenizes the corpus of another job before it, on one node without GPUs, and its cluster."""
+def prepare_job(job: Job, cluster: ClusterConfig, runs: Sequence[list[str]]) -> tuple[Job, ClusterConfig]:
+    """Return the job that tokenizes the corpora of runs before another job, on one node without GPUs, and its cluster."""
     code = job.folder / "slurm" / "code"
-    command = [python_of(cluster), "-u", str(code / "launch" / "run_module.py"), "data.prepare", *overrides]
+    module = str(code / "launch" / "run_module.py")
+    command = [python_of(cluster), "-u", module, *arguments_of(runs, "prepare=true")]
     partition = cluster.cpu_partition or cluster.partition
     return Job(
         name=f"{job.name}-prepare", folder=job.folder, command=shlex.join(command), doctor="", typed=job.typed, saved="",

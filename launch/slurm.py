@@ -24,7 +24,7 @@ from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.options import split_options
-from launch.corpus import is_prepared
+from launch.corpus import unprepared
 from launch.job_script import Job, command_of, doctor_of, render
 from launch.sbatch import check, refuse_queued, submit
 
@@ -46,12 +46,12 @@ def main(argv: list[str]) -> int:
         return 0
     refuse_queued(job.folder)
     # Paths inside a container may be others than here: there the job that prepares the corpus checks it.
-    unprepared = cluster.container != "none" or not is_prepared(overrides)
+    corpora = [overrides] if cluster.container != "none" else unprepared([overrides])
     with explain_os_errors("write the job to", job.folder):
         (job.folder / "slurm").mkdir(parents=True, exist_ok=True)
         with atomic_write(job.folder / "slurm" / "config.yaml") as file:
             file.write(configuration)
-    *before, number = submit([job], cluster, overrides if unprepared else None)
+    *before, number = submit([job], cluster, corpora)
     if before:
         print(f"job {before[0]} prepares the corpus on one node, and the next one starts after it")
     print(f"job {number} is submitted: {job.path}")

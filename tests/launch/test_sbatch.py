@@ -14,8 +14,9 @@ import pytest
 
 from ablation.slurm import read_tasks
 from conf.keys import choices
-from conf.load import read_group
+from conf.load import load, read_group
 from conf.schema import ClusterConfig
+from data.prepare import prepare
 from kernels.common.errors import UserError
 from launch import sbatch
 from launch.job_script import Job, command_of, render
@@ -251,6 +252,31 @@ def test_a_job_trains_only_on_nodes_that_pass(tmp_path):
         assert submitted == f"--exclude={excluded} --dependency=afterany:5 {tmp_path}/slurm/job.sh\n"
 
 
+def test_a_corpus_that_would_be_repeated_too_often_is_refused_before_nodes_are_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("".join(f"line {i}: {i * i}\n" for i in range(400)))
+    words = ["cluster=cpu", "run=x", f"runs={tmp_path}", "data=text", f"data.path={tmp_path}/a.txt", "model=nano"]
+    words += [
+        f"data.prepared={tmp_path / 'p'}",
+        "tokenizer.vocab_size=300",
+        "sequence_length=64",
+        "global_batch_size=4",
+    ]
+    config = load(words[1:])
+    prepare(config.data, config.tokenizer)
+    monkeypatch.setattr("launch.slurm.refuse_queued", lambda _: None)
+    monkeypatch.setattr("launch.slurm.submit", lambda *_: pytest.fail("a job was submitted"))
+    with pytest.raises(
+        UserError, match=r"would go [\d,.]+ times through text .* data\.max_epochs=4: give it more text"
+    ):
+        main([*words, "tokens=1M"])
+    corpora = []
+    monkeypatch.setattr("launch.slurm.submit", lambda *given: corpora.append(given[-1]) or ["7"])
+    assert main([*words, "tokens=1M", "data.max_epochs=1e4"]) == 0
+    (tmp_path / "x" / "checkpoints" / "step_10").mkdir(parents=True)  # a run that resumes is not measured again
+    assert main([*words, "tokens=1M"]) == 0
+    assert corpora == [[], []]
+
+
 def test_a_corpus_is_prepared_before_nodes_are_asked_for(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     words = [
@@ -279,5 +305,5 @@ def test_a_corpus_is_prepared_before_nodes_are_asked_for(tmp_path, monkeypatch):
     found = options((slurm / "prepare.sh").read_text())
     assert (found["--nodes"], found["--partition"], found["--ntasks-per-node"]) == ("1", "cpus", "1")
     assert "--gpus-per-node" not in found
-    assert "data.prepare global_batch_size=64 " in (slurm / "prepare.sh").read_text()
+    assert "data.ready prepare=true global_batch_size=64 " in (slurm / "prepare.sh").read_text()
     assert subprocess.run(["bash", "-n", slurm / "prepare.sh"]).returncode == 0
