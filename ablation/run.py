@@ -55,6 +55,7 @@ from conf.schema import AblationConfig, ClusterConfig
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import split_options
+from kernels.common.units import duration
 from launch.sbatch import read_cluster
 
 _OPTIONS = {"yes": False, "jobs": 0, "ranks": 0, "folder": "ablations", "task": ""}  # task: set by job arrays
@@ -148,8 +149,7 @@ def _duration(plan: Plan, folder: Path) -> str:
                 speeds.append(summary["flops_per_token"] * summary["tokens"] / summary["wall_seconds"])
         if speeds:
             speed = statistics.median(speeds)
-            hours = plan.flops() / speed / 3600
-            return f"about {hours:.1f} hours, one run after the other, at the {speed:.3g} FLOP/s of {source}"
+            return f"about {duration(plan.flops() / speed)}, one run after the other, at the {speed:.3g} FLOP/s of {source}"
     return "the duration is known after the first run"
 
 

@@ -45,6 +45,7 @@ from ablation.slurm import task_name, task_states
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import read_positional
+from kernels.common.units import duration
 
 _OPTIONS = {"once": False}
 _REFRESH = 2.0  # seconds between refreshes
@@ -312,18 +313,13 @@ def _totals(grid: Grid) -> list[Text]:
     elif math.isnan(grid.seconds_left):
         line += "; the time left is known once a run has logged a speed"
     else:
-        line += f"; about {_duration(grid.seconds_left)} left"
+        line += f"; about {duration(grid.seconds_left)} left"
         line += "" if grid.count(RUNNING) else ", one at a time, once they run"
     failed = [run.planned.name for run in grid.runs if run.outcome.state == FAILED]
     lines = [f"failed: see {log_path(grid.folder / 'runs' / name)}" for name in failed[:_FAILED_SHOWN]]
     if len(failed) > _FAILED_SHOWN:
         lines.append(f"{len(failed) - _FAILED_SHOWN} more failed: see {grid.folder / 'logs'}/RUN.log")
     return [Text(line), *(Text(line, style=_STYLES[FAILED]) for line in lines)]
-
-
-def _duration(seconds: float) -> str:
-    minutes = max(1, math.ceil(seconds / 60))
-    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 if __name__ == "__main__":

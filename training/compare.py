@@ -30,7 +30,7 @@ from conf.validate import NOT_LEARNED
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import read_positional
-from training.console import duration, human
+from kernels.common.units import duration, human
 
 _LONGEST = 40  # characters of a setting
 _SPIKE_LINES = 9  # of metrics.jsonl, over whose median a training loss is smoothed

@@ -16,26 +16,8 @@ from rich.table import Table
 
 from conf.schema import Config
 from conf.validate import Batch
+from kernels.common.units import duration, human
 from launch.estimate.counts import FFNShape, Shape, flops_per_token, parameters
-
-
-def human(number: float) -> str:
-    """Return a number with three digits and a suffix: 2.62M, 15.3G."""
-    for suffix in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(number) < 999.5 or suffix == "E":
-            return f"{number:.3g}{suffix}"
-        number /= 1000
-    raise AssertionError("the last suffix has no upper limit")
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as 4.2s, 3m 20s or 2h 05m."""
-    if seconds < 59.95:
-        return f"{seconds:.1f}s"
-    minutes, seconds = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m {seconds:02d}s"
-    return f"{minutes // 60}h {minutes % 60:02d}m"
 
 
 class RecentSpeed:

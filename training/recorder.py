@@ -15,9 +15,10 @@ from conf.provenance import provenance
 from conf.schema import Config
 from conf.validate import Batch
 from data.batches import Dataset, epochs
+from kernels.common.units import duration
 from launch.estimate.counts import Shape, flops_per_token
 from training import machine
-from training.console import Console, duration
+from training.console import Console
 from training.evaluation import HeldOut
 from training.loggers import Loggers
 from training.runfolder import RunFolder

@@ -1,1 +1,1 @@
-"""What every room needs: errors that are sentences, atomic files, options of commands, the cache of kernels."""
+"""What every room needs: error sentences, atomic files, options of commands, numbers to read, the cache of kernels."""

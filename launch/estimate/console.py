@@ -6,6 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kernels.common.units import duration
 from launch.estimate.counts import flops_per_token, parameters
 from launch.estimate.search import Estimate, overrides_of, what_would_fit
 from launch.estimate.step_time import traffic
@@ -20,11 +21,6 @@ _PARTS = {
     "latency": "ZeRO latency",
     "optimizer": "optimizer step",
 }
-
-
-def _duration(hours: float) -> str:
-    """Return a number of hours, in days if it is above two of them."""
-    return f"{hours:,.1f} hours" if hours <= 48 else f"{hours / 24:,.1f} days"
 
 
 def show(requested: Estimate, candidates: list[Estimate], console: Console) -> None:
@@ -66,7 +62,7 @@ def show(requested: Estimate, candidates: list[Estimate], console: Console) -> N
     console.print(step)
     console.print(
         f"{requested.tokens_per_second:,.0f} tokens/s, {requested.tokens_per_second / requested.gpus:,.0f} per {device}; "
-        f"MFU {requested.mfu:.1%}; {_duration(requested.hours)}, {requested.hours * requested.gpus:,.0f} {device} hours, "
+        f"MFU {requested.mfu:.1%}; {duration(3600 * requested.hours)}, {requested.hours * requested.gpus:,.0f} {device} hours, "
         f"{requested.megawatt_hours:,.3g} MWh, ${requested.dollars:,.0f} at ${hardware.dollars_per_gpu_hour:g} per GPU hour",
         soft_wrap=True,
     )
@@ -79,7 +75,7 @@ def show(requested: Estimate, candidates: list[Estimate], console: Console) -> N
         gib = sum(candidate.memory.values()) / 2**30
         table.add_row(
             f"{tensor}", f"{stage}", f"{micro}", "on" if checkpoints else "off", f"{gib:.1f}",
-            f"{candidate.step.total:.4g}", f"{candidate.mfu:.1%}", _duration(candidate.hours),
+            f"{candidate.step.total:.4g}", f"{candidate.mfu:.1%}", duration(3600 * candidate.hours),
         )  # fmt: skip
     console.print(f"fastest of the {len(candidates)} combinations that fit:")
     console.print(table)

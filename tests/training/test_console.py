@@ -1,4 +1,4 @@
-"""Console output: numbers, durations, and lines of steps that fit, from rank 0 alone."""
+"""Console output: lines of steps that fit, from rank 0 alone."""
 
 from __future__ import annotations
 
@@ -8,39 +8,7 @@ import types
 import pytest
 from rich.console import Console as RichConsole
 
-from training.console import Console, RecentSpeed, duration, human
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [(0, "0"), (999, "999"), (999.4, "999"), (999.6, "1k"), (1234, "1.23k"), (2_621_440, "2.62M"), (15.3e9, "15.3G")],
-)
-def test_human(number, text):
-    assert human(number) == text
-    assert human(-number) == ("0" if number == 0 else f"-{text}")
-
-
-def test_human_has_no_largest_number():
-    assert human(4.2e19) == "42E"
-    assert human(6e21) == "6e+03E"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0.0s"),
-        (4.21, "4.2s"),
-        (59.94, "59.9s"),
-        (59.96, "1m 00s"),
-        (200, "3m 20s"),
-        (3599.6, "1h 00m"),
-        (7500, "2h 05m"),
-        (360000, "100h 00m"),
-    ],
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
-
+from training.console import Console, RecentSpeed
 
 RECORD = {"loss": 2.5, "lr": 3e-4, "grad_norm": 0.5, "tokens_per_second": 12_300, "mfu": 0.421, "memory_gib": 1}
 
