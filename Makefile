@@ -44,7 +44,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 train: setup
-	@PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --quiet train.py ffn=swiglu
+	@PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed train.py ffn=swiglu
 
 ablation: setup
 	@$(BIN)/python -m ablation.run ablation=smoke yes=true

@@ -1,15 +1,17 @@
-"""Let `deepspeed` and `torchrun` wait for their ranks after Ctrl-C: `python -m launch.calm_launchers` sets this environment up.
+"""Calm `deepspeed` and `torchrun`: `python -m launch.calm_launchers` sets this environment up.
 
 Left alone, `deepspeed` answers Ctrl-C with a traceback while its ranks still save. The process between it and the ranks ends
 every descendant of a rank, W&B's service among them, and kills what is left after 30 seconds. `torchrun` kills after 30 seconds
 too, and also ends in a traceback. Set up, both pass the signal on to their children, wait, and exit with the status of the
-ranks. A third signal is the launcher's own to answer, so that a run that hangs can still be interrupted.
+ranks. A third signal is the launcher's own to answer, so that a run that hangs can still be interrupted. `deepspeed` also
+leaves out its INFO lines, unless `--log_level` asks for them.
 
 A .pth file in site-packages, which Python reads at every start, loads this file in launchers and nowhere else.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -87,6 +89,13 @@ class SignalsToChildren:
             os.kill(os.getpid(), number)
 
 
+def quieten_deepspeed(argv: list[str]) -> None:
+    """Print errors alone: change the arguments in place, of which the last one that sets the level counts."""
+    argv[1:1] = ["--log_level=error"]
+    # Said while DeepSpeed is imported, before it reads its arguments.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+
+
 def pth_line() -> str:
     """Return the line of the .pth file."""
     return _LINE.format(names=set(LAUNCHERS), path=repr(str(Path(__file__).resolve())))
@@ -104,11 +113,21 @@ def main(argv: list[str]) -> None:
     read_options(argv, {})
     path = Path(sysconfig.get_path("purelib"), _PTH)
     path.write_text(pth_line(), encoding="utf-8")
-    print(f"{path}: deepspeed and torchrun of this environment wait for their ranks after Ctrl-C")
+    print(
+        f"{path}: deepspeed and torchrun of this environment wait for their ranks after Ctrl-C, without lines of their own"
+    )
+
+
+def _calm(launcher: str) -> None:
+    if getattr(signal.getsignal(signal.SIGINT), "__qualname__", "") == SignalsToChildren._pass_on.__qualname__:
+        return  # Python reads the .pth files of a virtual environment twice
+    SignalsToChildren(keeps_own=LAUNCHERS[launcher])
+    if launcher.startswith("deepspeed"):
+        quieten_deepspeed(sys.argv)
 
 
 if __name__ == "calm_launchers":
-    SignalsToChildren(keeps_own=LAUNCHERS[_launcher()])
+    _calm(_launcher())
 elif __name__ == "__main__":
     from kernels.common.commands import run_command
 

@@ -26,7 +26,8 @@ sys.exit(5)
 # Handles signals itself, as `deepspeed.launcher.launch` and torchrun do.
 LAUNCHER = f"""
 import signal, site, subprocess, sys
-site.addsitedir(sys.argv[1])
+for _ in range(2):  # as Python does in a virtual environment
+    site.addsitedir(sys.argv[-1])
 def end(number, _):
     raise RuntimeError("the launcher's own answer")
 signal.signal(signal.SIGINT, end)
@@ -59,8 +60,9 @@ def test_the_third_signal_is_the_launchers_own(tmp_path):
 import itertools, signal, sys, time
 time.monotonic = itertools.count(step=2).__next__
 sys.path.insert(0, {str(ROOT)!r})
-from launch.calm_launchers import SignalsToChildren
-SignalsToChildren(keeps_own=False)
+from launch import calm_launchers
+for _ in range(2):
+    calm_launchers._calm("torchrun")
 signal.signal(signal.SIGINT, lambda *_: sys.exit(9))
 for number in range(3):
     print(number, flush=True)
@@ -84,6 +86,31 @@ def test_the_runner_of_deepspeed_keeps_the_handler_that_ends_other_nodes(tmp_pat
     _, err = process.communicate()
     assert "the launcher's own answer" in err
     assert LAUNCHERS["deepspeed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "level"), [("deepspeed", "error"), ("deepspeed.launcher.launch", "error"), ("torchrun", None)]
+)
+def test_deepspeed_is_quiet_unless_it_is_asked(tmp_path, name, level):
+    """It reads its hook twice, and the last --log_level counts."""
+    (tmp_path / "formula_ffn_launchers.pth").write_text(pth_line())
+    program = f"""
+import logging, site, sys
+for _ in range(2):
+    site.addsitedir({str(tmp_path)!r})
+logging.getLogger("DeepSpeed").addHandler(logging.StreamHandler(sys.stdout))
+logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU. If you have GPU")
+logging.getLogger("DeepSpeed").warning("something else")
+print(sys.argv[1:])
+"""
+    (tmp_path / name).write_text(program)
+    words = ["--log_level=info", "train.py", "steps=3"]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / name), *words], env=environment(), capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert lines[-1] == str([f"--log_level={level}", *words] if level else words)
+    assert lines[:-1] == ["something else"] if level else len(lines) == 3
 
 
 @pytest.mark.slow
