@@ -382,10 +382,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
     sentencepiece = need("sentencepiece", "training a tokenizer")
     # Line ends are part of a document, so they must reach the trainer: it is given an iterator, not a file.
     model = io.BytesIO()
-    sentences = (text.replace(UNKNOWN, "") for text in texts)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences, model_writer=model, vocab_size=vocab_size, **TRAINER
+            sentence_iterator=_sentences(texts), model_writer=model, vocab_size=vocab_size, **TRAINER
         )
     except (RuntimeError, OSError) as error:
         raise _why_not_trained(str(error), vocab_size) from error
@@ -399,6 +398,20 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | os.Pa
         with explain_os_errors("write", path), atomic_write(path, "wb") as file:
             file.write(tokenizer.raw)
     return tokenizer
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts for the trainer, and spaces where they have so few that the vocabulary would have none.
+
+    A space without a piece of its own comes back as another character: SentencePiece writes it as U+2581.
+    """
+    characters = spaces = 0
+    for text in texts:
+        characters, spaces = characters + len(text), spaces + text.count(" ")
+        yield text.replace(UNKNOWN, "")
+    rare = 1 - TRAINER["character_coverage"]
+    if spaces < rare * characters:
+        yield " " * (1 + int(2 * rare * characters))
 
 
 def _why_not_trained(message: str, vocab_size: int) -> UserError:

@@ -95,6 +95,15 @@ def test_documents_with_the_trainers_own_symbols_are_learned_from_too():
     assert odd.decode(odd.encode("\u2585 \0")) == "\u2585 \0"
 
 
+@pytest.mark.parametrize("last", ["", "a b"])
+def test_a_corpus_with_hardly_a_space_has_one_in_its_vocabulary(last):
+    """Chinese, say: a space without a piece would come back as U+2581."""
+    texts = ["".join(chr(0x4E00 + (7 * i + j * j) % 60) for j in range(500)) for i in range(50)]
+    trained = train_sentencepiece([*texts, last], 400)
+    assert trained.exact
+    assert trained.token_id("\u2581") is not None
+
+
 def test_save_and_load(trained, tmp_path):
     path = trained.save(tmp_path)
     for where in (path, tmp_path, str(path)):
