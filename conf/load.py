@@ -14,14 +14,14 @@ import os
 import re
 import typing
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from conf.effects import refuse_ignored, refuse_ignored_of_parts, refuse_mislabelled
 from conf.help import print_help
 from conf.keys import FOLDER, choices, keys
-from conf.overrides import Override, as_typed, parse, read_override, within
+from conf.overrides import TEXT_LISTS, Override, as_typed, parse, read_override, within
 from conf.schema import GROUPS, Config
 from kernels.common.commands import HELP
 from kernels.common.errors import UserError, unknown
@@ -328,15 +328,43 @@ def _compose(overrides: list[Override]) -> Config:
         raise UserError(_sentence(error)) from error
 
 
+def typed(schema: type[Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the values of keys of a schema in the schema's types.
+
+    Args:
+        where: the dotted key of the dictionary that holds them, for the error.
+
+    Raises:
+        UserError: a value is of another type.
+    """
+    from omegaconf import OmegaConf, ValidationError
+
+    found = OmegaConf.structured(schema)
+    kinds = {name: kind for name, kind, _ in keys(schema)}
+    for key, value in values.items():
+        number = whole_number(value) if isinstance(value, str) and kinds[key] in (int, typing.Optional[int]) else None
+        try:
+            found[key] = value if number is None else number
+        except ValidationError as error:
+            raise UserError(f"{where}.{_sentence(error)}") from error
+    result = OmegaConf.to_object(found)
+    return {key: getattr(result, key) for key in values}
+
+
 def _sentence(error: Exception) -> str:
     """Reduce Hydra's nested, multi-line error to the key, the value and what was expected."""
     text = f"{error}\n{error.__cause__ or ''}"
     if several := re.search(r"Ambiguous value for argument '(.*?)'", text):
         return f"{several.group(1)} has several values but takes one; a list is written [one,two]"
-    value = re.search(r"Value '(.*?)'", text)
+    value = re.search(r"Value '(.*?)'(?= of type| is not|$)", text)
     where = re.search(r"full_key: (\S+)", text)
     kinds = {"to Integer": "a whole number", "to Float": "a number", "valid bool": "true or false"}
     expected = next((kind for mark, kind in kinds.items() if mark in text), None)
     if value and where and expected:
         return f"{where.group(1)}={value.group(1)}: expected {expected}"
+    if where and "is not Optional" in text:
+        return f"{where.group(1)}=null: expected a value"
+    if where and "Cannot merge DictConfig with ListConfig" in text:
+        kind = "a list of texts, [one,two]" if where.group(1) in TEXT_LISTS else "a dictionary, {name: value}"
+        return f"{where.group(1)}: expected {kind}"
     return " ".join(str(error.__cause__ or error).split())

@@ -18,6 +18,7 @@ from conf.schema import GROUPS
 from kernels.common.errors import UserError, unknown
 from kernels.common.options import whole_number
 
+TEXT_LISTS = ("prompts", "logger.tags")
 FREE_FORM = ("data.parts", "ffn.parameters", "ffn.per_layer")  # dictionaries with keys chosen by the user
 PLAIN_TEXT = (
     "ffn.formula",

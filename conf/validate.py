@@ -14,6 +14,7 @@ from typing import Any
 
 from conf.arms import Arm, layer_arms
 from conf.load import NOT_IN_NAME, flatten, to_dict
+from conf.overrides import TEXT_LISTS
 from conf.schema import Config, DataConfig
 from kernels.common.errors import UserError, unknown
 from kernels.formula import FormulaError
@@ -174,11 +175,12 @@ def _check_values(values: dict[str, Any]) -> None:
         raise UserError(f"run=wandb: {values['runs']}/wandb holds the files of W&B; give this run another name")
     if len(values["run"].encode()) > LONGEST_NAME:
         raise UserError(f"run={values['run'][:20]}... has more than {LONGEST_NAME} bytes: no folder can have that name")
-    for name in ("prompts", "logger.tags"):
-        if values[name] is None and name == "prompts":
+    for name in TEXT_LISTS:
+        texts = values.get(name, "{...}")  # a dictionary, whose keys have been flattened
+        if texts is None and name == "prompts":
             continue
-        if not isinstance(values[name], list) or not all(isinstance(text, str) for text in values[name]):
-            raise UserError(f"{name}={values[name]} must be a list of texts, such as \"{name}=['one','two']\"")
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{name}={texts} must be a list of texts, such as \"{name}=['one','two']\"")
     if values["data.source"] not in ("stdlib", "blend") and not values["data.path"]:
         raise UserError(
             f"data={values['data.source']} needs the location of the text: add data.path=FILE, FOLDER or GLOB"

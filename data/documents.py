@@ -16,6 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from conf.load import typed
 from conf.schema import DataConfig
 from data.files import BOM, content_hash, find_files, need, not_utf8, read_chunks, read_lines, stamp
 from kernels.common.errors import UserError, unknown
@@ -154,13 +155,13 @@ def parts(config: DataConfig) -> dict[str, tuple[float, DataConfig]]:
             raise UserError(f"data.parts.{name}.weight must be a positive number, not {weight!r}")
         for wrong in sorted(set(values) - allowed):
             raise unknown(f"key of data.parts.{name}", wrong, allowed | {"weight"})
-        source = values.pop("source", name)
+        source = str(values.pop("source", name))
         if source not in SOURCES or source == "blend":
             raise unknown(
                 f"source of the part {name!r} (set data.parts.{name}.source)", source, set(SOURCES) - {"blend"}
             )
         base = replace(config, name=str(name), source=source, path=None, parts={})
-        found[str(name)] = (float(weight), replace(base, **values))
+        found[str(name)] = (float(weight), replace(base, **typed(DataConfig, values, f"data.parts.{name}")))
     total = sum(weight for weight, _ in found.values())
     return {name: (weight / total, part) for name, (weight, part) in found.items()}
 

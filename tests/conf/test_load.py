@@ -120,7 +120,11 @@ def test_what_is_unknown_is_named_with_what_is_near(words, near):
         ("model.qk_norm=maybe", "model.qk_norm=maybe: expected true or false"),
         ("steps=1,2", "steps=1,2 has several values"),
         ("steps=[1", "cannot parse 'steps=[1'"),
-        ("model.d_model=null", "model.d_model"),
+        ("model.d_model=null", "model.d_model=null: expected a value"),
+        ("seed={a: 1}", "seed={'a': 1}: expected a whole number"),
+        ("data.parts=[1]", "data.parts: expected a dictionary, {name: value}"),
+        ("logger.tags={a: 1}", "logger.tags: expected a list of texts, [one,two]"),
+        ("prompts={a: 1}", "prompts={...} must be a list of texts"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_with_its_key(word, sentence):

@@ -223,6 +223,8 @@ def test_parts_of_a_blend():
     assert found["stdlib"][0] == 0.75
     web = found["web"][1]
     assert (web.source, web.path, web.field, web.held_out, web.name) == ("jsonl", "x", "body", 0.1, "web")
+    [(_, large)] = parts(DataConfig(source="blend", parts={"text": {"shard_megabytes": "1k", "path": ["x"]}})).values()
+    assert (large.shard_megabytes, large.path) == (1000, ["x"])
 
 
 @pytest.mark.parametrize(
@@ -235,6 +237,11 @@ def test_parts_of_a_blend():
         ({"code": {"path": "x"}}, "set data.parts.code.source"),
         ({"blend": {"path": "x"}}, "unknown source"),
         ({"text": 3}, "must hold keys"),
+        ({"text": {"held_out": "much"}}, "data.parts.text.held_out=much: expected a number"),
+        ({"text": {"held_out": None}}, "data.parts.text.held_out=null: expected a value"),
+        ({"text": {"shard_megabytes": "1.5"}}, "data.parts.text.shard_megabytes=1.5: expected a whole number"),
+        ({"text": {"source": ["text"]}}, "unknown source"),
+        ({"text": {"source": 3}}, "unknown source"),
     ],
 )
 def test_parts_that_are_wrong_are_refused(keys, sentence):
