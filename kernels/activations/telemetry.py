@@ -20,6 +20,8 @@ import torch
 from sympy.core.parameters import distribute
 from torch import Tensor
 
+from ..formula.derivative import Derivative, TooMuchWork, Work
+from ..formula.grammar import FormulaError
 from ..formula.program import Argument, Line, Lowering, Program
 from ..formula.symbolic import Compiled, abs, max, where_ge, where_gt
 
@@ -35,9 +37,16 @@ def stats_program(compiled: Compiled) -> Program:
     Inputs: the pre-activations, the learned parameters, and `STORED`, the rounded h. Outputs: all but the last two are summed
     over all elements; `PEAK` is |h|, reduced by maximum; `ACTIVE` is 0 where h and all its slopes are exactly 0, else 1, and is
     summed over the tokens of each unit. The names of its lines differ from those of `compiled.forward`.
+
+    Raises:
+        FormulaError: the second derivative is too long.
     """
-    with distribute(False):  # as in `compile_formula`: 0.5 * (1 + erf(x)) must stay one
-        return _renumbered(_lowered(compiled), len(compiled.forward.lines))
+    try:
+        with distribute(False):  # as in `compile_formula`: 0.5 * (1 + erf(x)) must stay one
+            return _renumbered(_lowered(compiled), len(compiled.forward.lines))
+    except TooMuchWork:
+        reason = "the telemetry of this formula is too long to compile: telemetry_every=0 trains without it"
+        raise FormulaError(reason, compiled.formula.text, 0) from None
 
 
 def _lowered(compiled: Compiled) -> Program:
@@ -52,7 +61,7 @@ def _lowered(compiled: Compiled) -> Program:
     if formula.gated:
         gate, up = (_symbol(name) for name in formula.pre_activations)
         opening = compiled.slopes["up"]
-        outputs |= {"open": opening, "open2": opening**2, "flat": _flat(opening.diff(gate))}
+        outputs |= {"open": opening, "open2": opening**2, "flat": _flat(Derivative(gate, Work()).of(opening))}
         outputs |= {"gate": gate, "gate2": gate**2, "up": up, "up2": up**2, "gate_up": gate * up}
     largest = functools.reduce(max, (abs(slope) for slope in slopes), abs(h))
     outputs |= {PEAK: abs(h), ACTIVE: where_ge(0, largest, 0, 1)}

@@ -4,6 +4,7 @@ grammar.py    text -> a checked expression tree (`parse`), with neither torch no
 hints.py      what a near miss was meant to be
 functions.py  the elementary functions, one entry each
 domains.py    refuses division by zero and arguments outside of a domain
+derivative.py derivatives of SymPy expressions, shared and bounded
 symbolic.py   tree -> SymPy -> derivatives -> programs (`compile_formula`)
 program.py    straight-line programs, and the lowering of expressions to them
 safety.py     refuses programs that overflow where the true value is moderate

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 from . import intervals
@@ -19,6 +19,8 @@ from .intervals import Interval
 REACH = 1e4  # largest |pre-activation| that is checked
 LEARNED_REACH = 10.0  # largest distance of a learned parameter from its initial value that is checked
 LARGEST_EXPONENT = 1000
+EXPONENT_TOO_LARGE = f"an exponent is at most {LARGEST_EXPONENT:,} in size"
+MOST_BITS = 1 << 15  # of an exact number: its numerator, or its denominator
 LARGEST, SMALLEST = Fraction(sys.float_info.max), Fraction(sys.float_info.min)  # sizes of a number
 
 
@@ -85,26 +87,27 @@ class Domains:
 
     def where(self, node: Node, ranges: Mapping[str, Interval]) -> Interval:
         condition, then, otherwise = node.arguments
-        for side in condition.arguments:
-            self.of(side, ranges)
+        sides = [self.of(side, ranges) for side in condition.arguments]
         branches = []
         for branch, holds in ((then, True), (otherwise, False)):
-            narrowed = self.narrow(condition, ranges, holds)
+            narrowed = self.narrow(condition, sides, ranges, holds)
             if narrowed is not None:
                 branches.append(self.of(branch, narrowed))
         return functools.reduce(intervals.either, branches)
 
-    def narrow(self, condition: Node, ranges: Mapping[str, Interval], holds: bool) -> dict[str, Interval] | None:
-        """Return the ranges narrowed to where a comparison is `holds`; None if they would be empty."""
+    def narrow(
+        self, condition: Node, sides: Sequence[Interval], ranges: Mapping[str, Interval], holds: bool
+    ) -> dict[str, Interval] | None:
+        """Return the ranges narrowed to where a comparison of two `sides` is `holds`; None if they would be empty."""
         left, right = condition.arguments
         sign = condition.kind
         if not holds:
             sign = {"<": ">=", "<=": ">", ">": "<=", ">=": "<"}[sign]
         result = dict(ranges)
-        for side, other, greater in ((left, right, ">" in sign), (right, left, "<" in sign)):
+        for side, other, greater in ((left, sides[1], ">" in sign), (right, sides[0], "<" in sign)):
             if side.kind != "symbol":
                 continue
-            narrowed = _beyond(result[str(side.value)], self.of(other, ranges), greater, strictly="=" not in sign)
+            narrowed = _beyond(result[str(side.value)], other, greater, strictly="=" not in sign)
             if narrowed[0] > narrowed[1]:
                 return None
             result[str(side.value)] = narrowed
@@ -150,7 +153,11 @@ class Domains:
             self.check_exponent(known[1], node)
             if known[0] == 0 and known[1] < 0:
                 raise self.refuse("a negative power is a division, and it can hit zero", node.arguments[0])
+            if bits_of(known[0]) * abs(known[1]) > MOST_BITS:
+                raise self.refuse("the power of this number has too many digits", node)
         exact = _ARITHMETIC[node.kind](*known)
+        if bits_of(exact) > MOST_BITS:
+            raise self.refuse("this number has too many digits", node)
         if abs(exact) > LARGEST or (exact and abs(exact) < SMALLEST):
             bound = "large" if abs(exact) > LARGEST else "small"
             raise self.refuse(f"this number is too {bound} for floating-point arithmetic", node)
@@ -158,7 +165,7 @@ class Domains:
 
     def check_exponent(self, exponent: Fraction, node: Node) -> None:
         if abs(exponent) > LARGEST_EXPONENT:
-            raise self.refuse(f"an exponent is at most {LARGEST_EXPONENT:,} in size", node.arguments[1])
+            raise self.refuse(EXPONENT_TOO_LARGE, node.arguments[1])
 
     def call(self, node: Node, parts: list[Interval]) -> Interval:
         function, argument = REGISTRY[str(node.value)], node.arguments[0]
@@ -167,6 +174,11 @@ class Domains:
             raise self.refuse(f"{node.value} requires an argument above {bound:g}{function.above_reason}", argument)
         assert function.interval is not None, f"{node.value} is in the grammar but has no interval"
         return function.interval(*parts)
+
+
+def bits_of(number: Fraction) -> int:
+    """Return the length of a number that is kept exactly."""
+    return max(number.numerator.bit_length(), number.denominator.bit_length())
 
 
 _ARITHMETIC = {

@@ -10,17 +10,21 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import sympy
 from sympy.core.parameters import distribute
 
+from .derivative import MOST_WORK, Derivative, TooMuchWork, Work
+from .domains import EXPONENT_TOO_LARGE, LARGEST, LARGEST_EXPONENT, MOST_BITS, SMALLEST
 from .functions import REGISTRY, Function
 from .grammar import Formula, FormulaError, Node
 from .program import Lowering, Program, arguments_of, keep_nan
 from .safety import check_from_output, check_overflow, loses_nan
+
+MOST_LINES = 500  # of forward and backward together; the arms of conf/ffn take up to 26
 
 
 class _Real(sympy.Function):
@@ -74,7 +78,7 @@ class _Functions:
 _f = _Functions()
 
 
-def _rational(value: float | str) -> sympy.Rational:
+def _rational(value: float | str | Fraction) -> sympy.Rational:
     exact = sympy.Rational(value)
     assert isinstance(exact, sympy.Rational), f"{value} is not a finite number"
     return exact
@@ -100,9 +104,9 @@ class power(Primitive):
 class where_gt(Choice):
     """where_gt(a, b, c, d) is c where a > b, else d."""
 
-    def _eval_derivative(self, s: sympy.Symbol) -> sympy.Expr:
+    def slope_by(self, derivative: Derivative) -> sympy.Expr:
         left, right, then, otherwise = self.args
-        return _where(type(self), left, right, then.diff(s), otherwise.diff(s))
+        return _where(type(self), left, right, derivative.of(then), derivative.of(otherwise))
 
 
 class where_ge(where_gt):
@@ -112,17 +116,17 @@ class where_ge(where_gt):
 class max(Choice):
     """The larger one; where both are equal, the derivative is that of the first."""
 
-    def _eval_derivative(self, s: sympy.Symbol) -> sympy.Expr:
+    def slope_by(self, derivative: Derivative) -> sympy.Expr:
         first, second = self.args
-        return _where(where_ge, first, second, first.diff(s), second.diff(s))
+        return _where(where_ge, first, second, derivative.of(first), derivative.of(second))
 
 
 class min(Choice):
     """The smaller one; where both are equal, the derivative is that of the first."""
 
-    def _eval_derivative(self, s: sympy.Symbol) -> sympy.Expr:
+    def slope_by(self, derivative: Derivative) -> sympy.Expr:
         first, second = self.args
-        return _where(where_ge, second, first, first.diff(s), second.diff(s))
+        return _where(where_ge, second, first, derivative.of(first), derivative.of(second))
 
 
 def _where(
@@ -159,7 +163,8 @@ def to_sympy(node: Node, formula: Formula) -> sympy.Expr:
     """Translate a tree of the formula, its own or that of `from_output`; fixed parameters become their numbers.
 
     Raises:
-        FormulaError: a division by 0, or the numbers of a product or a sum, taken together, are beyond 64-bit arithmetic.
+        FormulaError: a division by 0, an exponent beyond `LARGEST_EXPONENT`, or the numbers of a product or a sum, taken
+            together, are beyond 64-bit arithmetic or have too many digits.
     """
     expression = _translated(node, formula)
     for number_ in (expression.as_coeff_Mul()[0], expression.as_coeff_Add()[0]):
@@ -167,11 +172,16 @@ def to_sympy(node: Node, formula: Formula) -> sympy.Expr:
             raise FormulaError(
                 "the numbers here, taken together, are beyond floating-point arithmetic", formula.text, node.place
             )
+        if _bits_of(number_) > MOST_BITS:
+            raise FormulaError("the numbers here, taken together, have too many digits", formula.text, node.place)
     return expression
 
 
-_LARGEST, _SMALLEST = _rational(sys.float_info.max), _rational(sys.float_info.min)
-_MOST_BITS = 1 << 16  # of an exact number
+_LARGEST, _SMALLEST = _rational(LARGEST), _rational(SMALLEST)
+
+
+def _bits_of(number_: sympy.Expr) -> int:
+    return builtins.max(part.bit_length() for part in map(int, number_.as_numer_denom()))
 
 
 def _translated(node: Node, formula: Formula) -> sympy.Expr:
@@ -189,10 +199,10 @@ def _translated(node: Node, formula: Formula) -> sympy.Expr:
     arguments = [to_sympy(argument, formula) for argument in node.arguments]
     if node.kind == "call":
         return _call(str(node.value), arguments)
-    if arguments[-1].is_number and _divides_by_zero(node.kind, *arguments):
+    if _divides_by_zero(node.kind, *arguments):
         raise FormulaError("this divides by zero", formula.text, node.place)
-    if node.kind == "**" and _power_of_number_is_long(*arguments):
-        raise FormulaError("the power of the number in this base has too many digits", formula.text, node.place)
+    if node.kind == "**":
+        _check_power(arguments[0], arguments[1], formula, node)
     return _operate(node.kind, arguments)
 
 
@@ -217,11 +227,16 @@ def _divides_by_zero(sign_: str, left: sympy.Expr, right: sympy.Expr | None = No
     )
 
 
-def _power_of_number_is_long(base: sympy.Expr, exponent: sympy.Expr) -> bool:
-    """Whether SymPy would compute a number of too many digits: (2*x)**n becomes 2**n * x**n."""
-    coefficient = base.as_coeff_Mul()[0]
-    digits = builtins.max(part.bit_length() for part in map(int, coefficient.as_numer_denom()))
-    return bool(exponent.is_Integer and digits > 1 and digits * builtins.abs(exponent) > _MOST_BITS)
+def _check_power(base: sympy.Expr, exponent: sympy.Expr, formula: Formula, node: Node) -> None:
+    """Refuse a power that SymPy cannot compute, or whose numbers it would compute for long: (2*x)**n becomes 2**n * x**n."""
+    if exponent.is_Rational and builtins.abs(exponent) > LARGEST_EXPONENT:
+        raise FormulaError(EXPONENT_TOO_LARGE, formula.text, node.place)
+    bits = _bits_of(base.as_coeff_Mul()[0])
+    if exponent.is_Integer and bits > 1 and bits * builtins.abs(exponent) > MOST_BITS:
+        raise FormulaError("the power of the number in this base has too many digits", formula.text, node.place)
+    if base.is_Rational and base <= 0 and not exponent.is_Integer:
+        reason = "a power with a fractional or varying exponent requires a base above 0"
+        raise FormulaError(reason, formula.text, node.place)
 
 
 def _operate(sign_: str, arguments: list[sympy.Expr]) -> sympy.Expr:
@@ -258,9 +273,16 @@ def _without_double_steps(expression: sympy.Expr) -> sympy.Expr:
         kept = [f for f in product.args if not (isinstance(f, step) and f.args[0] in positive)]
         return product if len(kept) == len(product.args) else sympy.Mul(*kept)
 
-    replaced = expression.replace(lambda node: node.is_Mul, once)
-    assert isinstance(replaced, sympy.Expr)
-    return replaced
+    known: dict[sympy.Expr, sympy.Expr] = {}  # equal parts are replaced once
+
+    def replaced(node: sympy.Expr) -> sympy.Expr:
+        if node.args and node not in known:
+            arguments = tuple(map(replaced, arguments_of(node)))
+            rebuilt = node if arguments == node.args else node.func(*arguments)
+            known[node] = once(rebuilt) if isinstance(rebuilt, sympy.Mul) else rebuilt
+        return known.get(node, node)
+
+    return replaced(expression)
 
 
 OUTPUT = "y"  # name of the formula's output as an input of `Compiled.from_output`
@@ -305,19 +327,44 @@ def compile_formula(formula: Formula) -> Compiled:
 _compiled: dict[tuple, Compiled] = {}
 
 
+def _slopes(formula: Formula, expression: sympy.Expr, names: tuple[str, ...]) -> dict[str, sympy.Expr]:
+    """Return the derivative by each of the names."""
+    work = Work()
+    try:
+        derivatives = {name: Derivative(sympy.Symbol(name, real=True), work).of(expression) for name in names}
+    except TooMuchWork:
+        raise FormulaError(
+            f"the derivative of this formula is too long to compile: it has more than {MOST_WORK:,} operands, and nested "
+            "functions and long products multiply them",
+            formula.text,
+            0,
+        ) from None
+    return {name: _without_double_steps(slope) for name, slope in derivatives.items()}
+
+
+def _refuse_long(formula: Formula, program: Program) -> None:
+    if len(program.lines) > MOST_LINES:
+        raise FormulaError(
+            f"the formula and its derivative take {len(program.lines):,} operations; at most {MOST_LINES:,} are compiled",
+            formula.text,
+            0,
+        )
+
+
 def _compile(formula: Formula) -> Compiled:
     with distribute(False):
         expression = to_sympy(formula.tree, formula)
         names = (*formula.pre_activations, *formula.learned)
-        slopes = {name: _without_double_steps(expression.diff(sympy.Symbol(name, real=True))) for name in names}
+        slopes = _slopes(formula, expression, names)
         dh = sympy.Symbol("dh", real=True)
         gradients = {f"d{name}": dh * slope for name, slope in slopes.items()}
         inputs = (*names, "dh")
+        both = Lowering(inputs, gradients | {"h": expression}).program()
+        _refuse_long(formula, both)
         forward = Lowering(names, {"h": expression}).program()
         backward = Lowering(inputs, gradients).program()
         check_overflow(formula, {"the formula": forward, "its derivative": backward})
         keep = loses_nan(formula, forward)
-        both = Lowering(inputs, gradients | {"h": expression}).program()
         from_output = None
         if formula.from_output is not None:
             h, y = sympy.Symbol("h", real=True), sympy.Symbol(OUTPUT, real=True)

@@ -83,7 +83,8 @@ def check_every_node(formula: Formula, values: Mapping[str, np.ndarray]) -> None
             known = np.isfinite(left) & np.isfinite(right)
             result = np.full(size, np.nan)
             for branch, mask in ((then, holds & known), (otherwise, ~holds & known)):
-                narrowed = domains.narrow(condition, ranges, branch is then)
+                sides = [domains.of(side, ranges) for side in condition.arguments]
+                narrowed = domains.narrow(condition, sides, ranges, branch is then)
                 if mask.any():
                     assert narrowed is not None, f"{formula.text}: a branch is reached that was thought not to be"
                     result[mask] = visit(branch, {name: each[mask] for name, each in at.items()}, narrowed)
