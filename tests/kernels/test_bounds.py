@@ -73,7 +73,7 @@ def test_what_is_no_derivative_is_refused_as_fast(claimed, reason):
 
 @pytest.mark.parametrize("function", ["silu", "gelu", "gelu_tanh"])
 def test_nested_functions_are_differentiated_once(function, monkeypatch):
-    """Twice the levels multiply the work by a constant (the chain rule makes products of them), where a tree would square it."""
+    """Twice the levels multiply the work by a constant (the chain rule makes products), where a tree would square it."""
     monkeypatch.setattr(bounds, "MOST_WORK", 10**9)
 
     def work(depth: int) -> int:
