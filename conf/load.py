@@ -61,9 +61,9 @@ def load(argv: list[str], program: str = "train.py") -> Config:
     ignored = ("--cfg", "job") if print_config else ()
     overrides = [read_override(argument, program) for argument in argv if argument not in ignored]
     typed = {override.key for override in overrides}
-    if {"steps", "tokens"} <= typed:
-        raise UserError("both steps and tokens were given: set the length of the run with one of them")
     composed = _compose(overrides)
+    if {"steps", "tokens"} <= typed and None not in (composed.steps, composed.tokens):
+        raise UserError("both steps and tokens were given: set the length of the run with one of them")
     stored = _started(composed) if "run" in typed else None
     config = _over(stored, overrides) if stored else composed
     # A length given as an override wins over the preset's, whichever of the two it is.

@@ -327,6 +327,7 @@ def test_the_deepspeed_launcher_trains_the_same(uninterrupted, by_deepspeed):
     steps = [line for line in result.out.splitlines() if line.startswith("step ")]
     assert len(steps) == len(set(steps)) == STEPS
     assert result.out.count("finished in") == 1
+    assert "Warning" not in result.out + result.err, result.out + result.err
 
 
 def members(started: Started) -> Iterator[psutil.Process]:

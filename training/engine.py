@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -33,6 +34,8 @@ from training.zero import fragment_mapping, index_in_group, stage_3_parameter
 
 def start_process_group(ranks: Ranks, device: torch.device, timeout_minutes: float) -> None:
     """Initialise torch.distributed: NCCL on GPUs, gloo on CPUs. A single rank needs no port."""
+    # DeepSpeed, and torch before 2.13, have only the old names of two collectives.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if ranks.world_size == 1:

@@ -143,6 +143,10 @@ def test_a_whole_number_may_be_typed_with_an_exponent(typed, value):
 def test_one_length_is_typed_and_wins_over_the_presets(tmp_path, monkeypatch):
     assert "both steps and tokens" in refusal("steps=5", "tokens=1e6")
     assert "both steps and tokens" in refusal("+tokens=1e6", "steps=5")
+    assert [(c.steps, c.tokens) for c in (load(["steps=5", "tokens=null"]), load(["steps=null", "tokens=1M"]))] == [
+        (5, None),
+        (None, 10**6),
+    ]
     # Beside the presets there are, one that is given in steps.
     folder = shutil.copytree(FOLDER, tmp_path / "conf")
     (folder / "model" / "short.yaml").write_text("# @package _global_\nmodel: {name: short}\nsteps: 30\n")
