@@ -326,11 +326,25 @@ def import_deepspeed() -> Any:
     import deepspeed
     import deepspeed.ops
 
+    _import_muon()
     # On a CPU `init_distributed` would build this op with a C++ compiler (20 to 40 s); only inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if dist.is_initialized():
         deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, which its ZeRO optimizers ask for, without the decorators that load Inductor: no run uses it."""
+    from deepspeed.runtime import compiler
+
+    compiled = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):  # it is of some versions
+            import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = compiled
 
 
 def redirect_deepspeed_log(path: os.PathLike[str]) -> None:

@@ -192,6 +192,15 @@ def test_the_fragments_of_stages_1_and_2_are_views_of_what_the_optimizer_steps(c
         assert inspect_engine(two_ranks, corpus, expressions, before=before, zero=zero) == [True, True, True]
 
 
+@pytest.mark.parametrize("zero", ["1", "3"])
+def test_inductor_is_not_loaded(corpus, two_ranks, zero):
+    """Importing it takes longer than importing DeepSpeed; the decorators of DeepSpeed's Muon ask for it."""
+    loaded = "sorted(__import__('sys').modules)"
+    [modules] = inspect_engine(two_ranks, corpus, [loaded], before=(["train", 1],), zero=zero)
+    assert "deepspeed.runtime.zero.muon.muon_optimizer" in modules
+    assert "torch._inductor.compile_fx" not in modules
+
+
 def test_the_launcher_appends_its_local_rank():
     assert "--local_rank=" in inspect.getsource(launch.main)  # launch/ranks.py removes it
 
