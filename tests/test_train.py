@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from model.weights import MOMENTS, CheckpointReader, checkpoints, newest_intact
+from tests.training import warm
 from tests.training.tiny import (
     PATIENCE,
     ROOT,
@@ -102,10 +103,19 @@ class Started:
     """A command whose output is read line by line. It cannot get far ahead: its pipe holds one page."""
 
     def __init__(self, *arguments: str, **variables: str) -> None:
-        self.process = subprocess.Popen(
-            [str(word) for word in arguments], cwd=ROOT, env=environment(**variables),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, bufsize=0,
-        )  # fmt: skip
+        words, env = [str(word) for word in arguments], environment(**variables)
+        if warm.can_fork(words, env):
+            self.process = warm.Process(words, env, ROOT, session=True)
+        else:
+            self.process = subprocess.Popen(
+                words,
+                cwd=ROOT,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                bufsize=0,
+            )
         # About 40 lines of steps: the run blocks well before the last of 60.
         fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, 4096)
         self.out = b""
@@ -216,7 +226,9 @@ def test_a_finished_run_is_not_changed(uninterrupted, corpus):
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_resumes_as_if_nothing_had_happened(uninterrupted, corpus, runs, number):
     name = signal.Signals(number).name
     arguments = arguments_of(corpus, runs, name)
@@ -338,7 +350,12 @@ def members(started: Started) -> Iterator[psutil.Process]:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "how"), [("deepspeed", "Ctrl-C"), ("deepspeed", "SIGTERM"), ("torchrun", "SIGTERM")]
+    ("launcher", "how"),
+    [
+        pytest.param("deepspeed", "Ctrl-C", marks=pytest.mark.slow),
+        ("deepspeed", "SIGTERM"),
+        pytest.param("torchrun", "SIGTERM", marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_launcher_leaves_a_checkpoint_and_no_process(by_deepspeed, corpus, runs, launcher, how):
     arguments = arguments_of(corpus, runs, f"{how}-{launcher}", zero=2)
@@ -370,7 +387,7 @@ def test_a_run_of_tensor_ranks_resumes_as_one_process(corpus, runs):
     one = command(sys.executable, *arguments_of(corpus, runs, "one-process", **width))
     assert one.status == 0, one.out + one.err
     parallel = {"zero": 3, "parallel__tensor": 2, "parallel__sequence": "true"}
-    started = Started(*launched("deepspeed"), *arguments_of(corpus, runs, "tensor-ranks", **width, **parallel))
+    started = Started(*launched("torchrun"), *arguments_of(corpus, runs, "tensor-ranks", **width, **parallel))
     started.until("step  6/60")
     started.process.send_signal(signal.SIGTERM)
     result = started.end()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,8 +34,30 @@ def pool_of(one_rank, two_ranks, four_ranks):
     return {1: one_rank, 2: two_ranks, 4: four_ranks}.__getitem__
 
 
+def command_line(
+    corpus: Path,
+    arm: str = "gated",
+    zero: str = "0",
+    tensor: int = 1,
+    _data: int = 1,  # the launcher decides it
+    sequence: bool = False,
+    context: int = 1,
+    **more: Any,
+) -> list[str]:
+    """Return the overrides of an arm on tensor x context x data ranks."""
+    changes = ARMS[arm] | SIZES | {"zero": zero, "parallel.tensor": tensor, "parallel.context": context} | more
+    changes["parallel.sequence"] = str(sequence).lower()
+    return overrides(corpus, **{name.replace(".", "__"): value for name, value in changes.items()})
+
+
 @pytest.fixture(scope="session")
-def ran(corpus, pool_of, tmp_path_factory):
+def arguments_of(corpus):
+    """A function that returns the command line of what `ran` trains."""
+    return functools.partial(command_line, corpus)
+
+
+@pytest.fixture(scope="session")
+def ran(arguments_of, pool_of, tmp_path_factory):
     """A function that trains 10 steps of an arm on tensor x context x data ranks, once for the same arguments."""
     folder = tmp_path_factory.mktemp("parallel")
 
@@ -48,9 +71,7 @@ def ran(corpus, pool_of, tmp_path_factory):
         context: int = 1,
         **more,
     ) -> Trained:
-        changes = ARMS[arm] | SIZES | {"zero": zero, "parallel.tensor": tensor, "parallel.context": context} | more
-        changes["parallel.sequence"] = str(sequence).lower()
-        arguments = overrides(corpus, **{name.replace(".", "__"): value for name, value in changes.items()})
+        arguments = arguments_of(arm, zero, tensor, data, sequence, context, **more)
         path = folder / str(len(list(folder.iterdir())))
         steps = [["train", 5], ["save", str(path)], ["train", 5], ["save", str(path)], ["evaluate", 512]]
         results = pool_of(tensor * context * data).run("script", arguments=arguments, steps=steps)
@@ -85,12 +106,27 @@ def assert_same(run: Trained, single: Trained) -> None:
 RANKS = [(1, 1, False), (1, 2, False), *itertools.product((2,), (1, 2), (False, True)), (4, 1, False), (4, 1, True)]
 
 
-# The arm with learned parameters covers the others, which run with a few topologies only, and with all if slow tests run.
-FEW = {("1", 2, 2, True), ("3", 2, 2, True), ("0", 4, 1, False), ("2", 4, 1, True)}
+# Each topology with one stage, each stage, and the arm with learned parameters, which covers the others, with most of them.
+DEFAULT = {
+    ("learned", 1, 1, False, "1"),
+    ("learned", 1, 2, False, "2"),
+    ("learned", 2, 1, False, "3"),
+    ("ungated", 2, 1, True, "1"),
+    ("learned", 2, 2, False, "0"),
+    ("learned", 2, 2, True, "3"),
+    ("gated", 2, 2, True, "1"),
+    ("learned", 4, 1, False, "1"),
+    ("learned", 4, 1, True, "2"),
+}
 WAYS = [
-    pytest.param(arm, *ranks, zero, marks=() if arm == "learned" or (zero, *ranks) in FEW else pytest.mark.slow)
+    pytest.param(arm, *ranks, zero, marks=() if (arm, *ranks, zero) in DEFAULT else pytest.mark.slow)
     for arm, ranks, zero in itertools.product(ARMS, RANKS, "0123")
 ]
+
+
+def slow(*values: Any) -> Any:
+    """Return a variant that runs with the slow tests: others cover the parts that it combines."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("arm", "tensor", "data", "sequence", "zero"), WAYS)
@@ -101,12 +137,13 @@ def test_every_topology_learns_what_one_process_learns(ran, arm, tensor, data, s
 @pytest.mark.parametrize(
     ("zero", "tensor", "data", "sequence"),
     [
-        ("0", 1, 1, False),
-        ("1", 1, 2, False),
-        ("2", 2, 1, False),
-        ("1", 2, 1, True),
+        slow("0", 1, 1, False),
+        slow("1", 1, 2, False),
+        slow("2", 2, 1, False),
+        slow("1", 2, 1, True),
         ("3", 2, 1, True),
-        ("3", 1, 1, False),
+        ("2", 1, 1, False),
+        slow("3", 1, 1, False),
     ],
 )
 def test_context_ranks_learn_what_one_process_learns(ran, zero, tensor, data, sequence):
@@ -122,7 +159,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize(
-    ("zero", "tensor", "sequence", "context"), [("1", 2, True, 2), ("3", 2, False, 1), ("0", 1, False, 2)]
+    ("zero", "tensor", "sequence", "context"), [("1", 2, True, 2), slow("3", 2, False, 1), slow("0", 1, False, 2)]
 )
 def test_model_options_under_every_parallelism(ran, zero, tensor, sequence, context):
     """Document masking, QK-norm, z-loss and a tied head."""
@@ -131,13 +168,13 @@ def test_model_options_under_every_parallelism(ran, zero, tensor, sequence, cont
     assert_same(ran("gated", zero, tensor, 1, sequence, context, **OPTIONS), one)
 
 
-@pytest.mark.parametrize("zero", ["1", "3"])
+@pytest.mark.parametrize("zero", [slow("1"), "3"])
 def test_recomputed_layers_draw_no_random_numbers(ran, zero):
     again = {"model.activation_checkpointing": "true", "micro_batch_size": 2}
     assert_same(ran("gated", zero, 2, 1, True, **again), ran("gated"))
 
 
-@pytest.mark.parametrize("zero", ["offload", "1", "2", "3"])
+@pytest.mark.parametrize("zero", ["offload", slow("1"), slow("2"), slow("3")])
 def test_accumulation_and_offload_with_tensor_ranks(ran, zero):
     assert_same(ran("learned", zero, 2, 2, True, micro_batch_size=2), ran("learned"))
 
@@ -145,11 +182,11 @@ def test_accumulation_and_offload_with_tensor_ranks(ran, zero):
 @pytest.mark.parametrize(
     ("zero", "tensor", "data", "sequence", "context", "micro"),
     [
-        ("1", 2, 1, False, 1, 8),
+        slow("1", 2, 1, False, 1, 8),
         ("1", 2, 2, True, 1, 1),
-        ("2", 2, 2, True, 1, 4),
+        slow("2", 2, 2, True, 1, 4),
         ("3", 2, 1, True, 1, 8),
-        ("1", 1, 1, False, 2, 8),
+        slow("1", 1, 1, False, 2, 8),
     ],
 )
 def test_bf16_is_within_its_noise(ran, zero, tensor, data, sequence, context, micro):
@@ -163,7 +200,7 @@ def test_bf16_is_within_its_noise(ran, zero, tensor, data, sequence, context, mi
         assert worst(getattr(run, name), getattr(one, name)) < 2 * noise
 
 
-@pytest.mark.parametrize(("zero", "tensor", "sequence"), [("1", 2, True), ("2", 2, False), ("3", 2, True)])
+@pytest.mark.parametrize(("zero", "tensor", "sequence"), [slow("1", 2, True), ("2", 2, False), ("3", 2, True)])
 def test_zero_options_with_tensor_ranks(ran, zero, tensor, sequence):
     """Overlapped reduction; in stage 3, parameters and optimizer state in CPU memory."""
     more = {"zero.overlap": "true", "zero.bucket_elements": 3000}
@@ -174,22 +211,24 @@ def test_zero_options_with_tensor_ranks(ran, zero, tensor, sequence):
 
 @pytest.mark.parametrize(
     ("zero", "tensor", "data", "sequence", "context"),
-    [("1", 4, 1, True, 1), ("3", 2, 1, True, 2), ("3", 1, 1, False, 1)],
+    [("1", 4, 1, True, 1), ("3", 2, 1, True, 2), slow("3", 1, 1, False, 1)],
 )
-def test_logits_for_generation_are_those_of_one_process(ran, pool_of, zero, tensor, data, sequence, context):
+def test_logits_for_generation_are_those_of_one_process(
+    ran, arguments_of, pool_of, zero, tensor, data, sequence, context
+):
     """With a cache and without; every rank returns the logits of the whole vocabulary."""
-    one, run = ran("gated"), ran("gated", zero, tensor, data, sequence, context)
+    one, arguments = ran("gated"), arguments_of("gated", zero, tensor, data, sequence, context)
     steps = [["load", str(one.end)], ["logits", [[1, 2, 3], [4]]], ["logits", [[1, 2, 3, 4]]]]
     expected = pool_of(1).run("script", arguments=one.arguments, steps=steps)[0]["values"]
     assert len(expected[0]) == 384
     assert expected[0] == pytest.approx(expected[1], rel=1e-4, abs=1e-5)
-    for rank in pool_of(tensor * data * context).run("script", arguments=run.arguments, steps=steps):
+    for rank in pool_of(tensor * data * context).run("script", arguments=arguments, steps=steps):
         for here, there in zip(rank["values"], expected, strict=True):
             assert here == pytest.approx(there, rel=1e-4, abs=1e-5)
 
 
-def test_replicated_parameters_stay_bit_equal_and_no_random_number_is_drawn(four_ranks, ran):
-    arguments = ran("learned", "1", 4, 1, True, **{"model.activation_checkpointing": "true"}).arguments
+def test_replicated_parameters_stay_bit_equal_and_no_random_number_is_drawn(four_ranks, arguments_of):
+    arguments = arguments_of("learned", "1", 4, 1, True, **{"model.activation_checkpointing": "true"})
     sums = "{n: p.double().sum().item() for n, p in engine.module.named_parameters() if not hasattr(p, 'shard_spec')}"
     state = "torch.get_rng_state().tolist()"
     results = four_ranks.run(
@@ -206,7 +245,7 @@ def test_replicated_parameters_stay_bit_equal_and_no_random_number_is_drawn(four
 def test_telemetry_is_that_of_the_whole_model(ran):
     one = ran("gated").results[0]["telemetry"]
     assert [step for step, _ in one] == [5, 10]
-    for arguments in (("gated", "1", 2, 2, True), ("gated", "3", 4, 1, False), ("gated", "2", 1, 1, False, 2)):
+    for arguments in (("gated", "1", 2, 2, True), ("gated", "3", 2, 1, True, 2), ("gated", "2", 1, 1, False, 2)):
         for (_, here), (_, there) in zip(ran(*arguments).results[0]["telemetry"], one, strict=True):
             assert here.keys() == there.keys()
             for name in there:
@@ -221,40 +260,39 @@ def flat(figure: Any) -> list[float]:
 
 
 PAIRS = [
-    # (zero, tensor, data, sequence, context): saved on -> loaded on
-    (("3", 2, 2, True, 1), ("1", 1, 1, False, 1)),
-    (("1", 1, 1, False, 1), ("3", 2, 2, True, 1)),
-    (("2", 2, 1, False, 1), ("2", 1, 2, False, 1)),
-    (("2", 1, 2, False, 1), ("2", 2, 1, True, 1)),
-    (("0", 1, 1, False, 1), ("1", 4, 1, True, 1)),
-    (("3", 4, 1, False, 1), ("0", 2, 1, False, 1)),
-    (("1", 4, 1, True, 1), ("3", 2, 2, False, 1)),
-    (("2", 2, 2, True, 1), ("3", 4, 1, True, 1)),
-    (("3", 1, 2, False, 1), ("2", 2, 2, False, 1)),
-    (("0", 2, 1, True, 1), ("3", 1, 1, False, 1)),
-    (("1", 2, 2, False, 1), ("1", 4, 1, False, 1)),
-    (("3", 2, 1, True, 2), ("2", 2, 2, True, 1)),
-    (("1", 1, 1, False, 2), ("0", 4, 1, False, 1)),
-    (("offload", 2, 2, True, 1), ("1", 2, 1, True, 1)),
+    # (arm, (zero, tensor, data, sequence, context): saved on -> loaded on)
+    ("learned", ("3", 2, 2, True, 1), ("1", 1, 1, False, 1)),
+    ("learned", ("1", 1, 1, False, 1), ("3", 2, 2, True, 1)),
+    ("learned", ("2", 4, 1, True, 1), ("1", 2, 1, False, 1)),
+    ("learned", ("offload", 2, 2, True, 1), ("2", 1, 2, False, 1)),
+    ("gated", ("3", 2, 1, True, 2), ("2", 4, 1, True, 1)),
+    ("gated", ("2", 1, 1, False, 2), ("0", 2, 1, False, 1)),
+    ("gated", ("0", 1, 1, False, 1), ("1", 1, 1, False, 2)),
+    slow("learned", ("2", 1, 2, False, 1), ("2", 2, 1, True, 1)),
+    slow("gated", ("2", 2, 1, False, 1), ("2", 1, 2, False, 1)),
+    slow("gated", ("0", 1, 1, False, 1), ("1", 4, 1, True, 1)),
+    slow("learned", ("3", 4, 1, False, 1), ("0", 2, 1, False, 1)),
+    slow("gated", ("1", 4, 1, True, 1), ("3", 2, 2, False, 1)),
+    slow("learned", ("2", 2, 2, True, 1), ("3", 4, 1, True, 1)),
+    slow("gated", ("3", 1, 2, False, 1), ("2", 2, 2, False, 1)),
+    slow("learned", ("0", 2, 1, True, 1), ("3", 1, 1, False, 1)),
+    slow("gated", ("1", 2, 2, False, 1), ("1", 4, 1, False, 1)),
 ]
 
 
-@pytest.mark.parametrize(
-    ("arm", "saved_on", "loaded_on"),
-    [(arm, *pair) for pair, arm in zip(PAIRS, itertools.cycle(("gated", "learned")), strict=False)],
-)
-def test_a_run_resumes_from_any_parallelism_under_any_other(ran, pool_of, arm, saved_on, loaded_on):
-    source, target = ran(arm, *saved_on), ran(arm, *loaded_on)
+@pytest.mark.parametrize(("arm", "saved_on", "loaded_on"), PAIRS)
+def test_a_run_resumes_from_any_parallelism_under_any_other(ran, arguments_of, pool_of, arm, saved_on, loaded_on):
+    source, arguments = ran(arm, *saved_on), arguments_of(arm, *loaded_on)
     _, tensor, data, _, context = loaded_on
     steps = [["load", str(source.middle)], ["train", 5]]
-    results = pool_of(tensor * data * context).run("script", arguments=target.arguments, steps=steps)
+    results = pool_of(tensor * data * context).run("script", arguments=arguments, steps=steps)
     assert results[0]["losses"] == pytest.approx(source.losses[5:], rel=FP32)
     assert results[0]["norms"] == pytest.approx(source.norms[5:], rel=FP32)
 
 
 def test_exchanged_gate_and_up_would_be_noticed(ran, pool_of, tmp_path):
     """The tests above rely on this: exchanging them in a checkpoint changes the losses."""
-    source = ran("gated", "2", 2, 1)
+    source = ran("learned", "3", 2, 1)
     reader = CheckpointReader(source.middle)
     weights = {name: reader.tensor(name) for name in reader.shapes()}
     exchanged = {name: tensor.flip(0) if name.endswith("ffn.up") else tensor for name, tensor in weights.items()}
@@ -267,9 +305,9 @@ def test_exchanged_gate_and_up_would_be_noticed(ran, pool_of, tmp_path):
     assert abs(losses[1][0] / losses[0][0] - 1) > 100 * FP32
 
 
-@pytest.mark.parametrize("zero", ["0", "1", "2", "3"])
-def test_the_same_parallelism_resumes_bit_for_bit(ran, pool_of, zero):
-    run = ran("gated", zero, 2, 2, True)
+@pytest.mark.parametrize(("arm", "zero"), [slow("gated", "0"), ("gated", "1"), slow("gated", "2"), ("learned", "3")])
+def test_the_same_parallelism_resumes_bit_for_bit(ran, pool_of, arm, zero):
+    run = ran(arm, zero, 2, 2, True)
     results = pool_of(4).run("script", arguments=run.arguments, steps=[["load", str(run.middle)], ["train", 5]])
     assert results[0]["losses"] == run.losses[5:]
     assert results[0]["norms"] == run.norms[5:]

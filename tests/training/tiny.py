@@ -6,6 +6,7 @@ import base64
 import collections
 import dataclasses
 import functools
+import io
 import json
 import os
 import pickle
@@ -20,8 +21,10 @@ from typing import Any
 import pytest
 
 from conf.load import load
+from tests.training import warm
 
 ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("worker.py")
 PATIENCE = 590  # seconds after which a process without a response counts as hung
 TINY = {
     # Odd sizes: under two ranks the halves of norms, of `ffn.down` and of the whole model do not divide evenly.
@@ -108,7 +111,8 @@ class Pool:
 
     def __init__(self, world: int, folder: Path) -> None:
         self.world, self.folder = world, folder
-        self._processes: list[subprocess.Popen[str]] = []
+        self._processes: list[warm.Process] = []
+        self._responses: list[io.BufferedReader] = []
 
     def run(self, job: str, **parameters: Any) -> list[Any]:
         """Run a job on all ranks together; return the result of each. A job that raises fails the test."""
@@ -117,10 +121,9 @@ class Pool:
         if job != "command":
             parameters["config"] = composed(tuple(parameters.pop("arguments")))
         for process in self._processes:
-            process.stdin.write(json.dumps({"job": job} | parameters, default=str) + "\n")
-            process.stdin.flush()
+            process.stdin.write((json.dumps({"job": job} | parameters, default=str) + "\n").encode())
         responses: dict[int, dict[str, Any]] = {}
-        streams = {process.stdout: rank for rank, process in enumerate(self._processes)}
+        streams = {stream: rank for rank, stream in enumerate(self._responses)}
         while streams:
             ready, _, _ = select.select(list(streams), [], [], PATIENCE)
             if not ready:
@@ -148,21 +151,9 @@ class Pool:
             variables = {"RANK": rank, "WORLD_SIZE": self.world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": self.world}
             launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if self.world else {}
             launched |= {name: str(value) for name, value in variables.items()} if self.world else {}
-            self._processes.append(
-                subprocess.Popen(
-                    [
-                        sys.executable,
-                        Path(__file__).with_name("worker.py"),
-                        str(self.folder / f"{self.world}-{rank}.log"),
-                    ],
-                    cwd=ROOT,
-                    env=environment(**launched),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    bufsize=1,
-                )
-            )
+            words = [sys.executable, str(WORKER), str(self.folder / f"{self.world}-{rank}.log")]
+            self._processes.append(warm.Process(words, environment(**launched), ROOT, stdin=True))
+            self._responses.append(io.BufferedReader(self._processes[-1].stdout))
 
     def stop(self) -> None:
         """End the processes."""
@@ -170,9 +161,9 @@ class Pool:
             process.kill()
         for process in self._processes:
             process.wait(timeout=PATIENCE)
-            process.stdin.close()
-            process.stdout.close()
-        self._processes = []
+        for stream in (*self._responses, *(s for p in self._processes for s in (p.stdin, p.stderr))):
+            stream.close()
+        self._processes, self._responses = [], []
 
 
 Result = collections.namedtuple("Result", "status out err")
@@ -180,14 +171,12 @@ Result = collections.namedtuple("Result", "status out err")
 
 def command(*arguments: str, timeout: float = PATIENCE, **variables: str) -> Result:
     """Run a command in the project's folder, and wait for it."""
-    ended = subprocess.run(
-        [str(argument) for argument in arguments],
-        cwd=ROOT,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    words, env = [str(argument) for argument in arguments], environment(**variables)
+    if warm.can_fork(words, env):
+        process = warm.Process(words, env, ROOT)
+        out, err = process.communicate(timeout)
+        return Result(process.returncode, out.decode(), err.decode())
+    ended = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
     return Result(ended.returncode, ended.stdout, ended.stderr)
 
 
