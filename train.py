@@ -33,8 +33,10 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    from kernels.common.streams import outlive_console
     from launch.ranks import leave
 
+    outlive_console()
     try:
         run_command(main)
     except SystemExit as end:

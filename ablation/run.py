@@ -55,6 +55,7 @@ from conf.schema import AblationConfig, ClusterConfig
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import split_options
+from kernels.common.streams import outlive_console
 from kernels.common.units import duration
 from launch.sbatch import read_cluster
 
@@ -310,10 +311,10 @@ class Runner:
                 with contextlib.suppress(ProcessLookupError):
                     process.send_signal(signal.SIGTERM)
 
-        previous = {
-            number: signal.signal(number, stop)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-        }
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            numbers.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, stop) for number in numbers}
         try:
             yield
         finally:
@@ -322,4 +323,5 @@ class Runner:
 
 
 if __name__ == "__main__":
+    outlive_console()
     run_command(main, usage, needs_arguments=True)

@@ -32,7 +32,7 @@ LAUNCHERS = {
     "torch.distributed.run": False,
     "torch.distributed.launch": False,
 }
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PTH = "formula_ffn_launchers.pth"
 _LINE = (
     "import os, sys; next((os.path.basename(a) for a in sys.orig_argv[1:] if a[:1] != '-'), '') in {names} and "
@@ -41,7 +41,7 @@ _LINE = (
 
 
 class SignalsToChildren:
-    """Pass SIGINT, SIGTERM and SIGUSR1 on to this process's children.
+    """Pass SIGINT, SIGTERM, SIGUSR1 and SIGHUP on to this process's children; under `nohup` SIGHUP stays ignored.
 
     Args:
         keeps_own: leave handlers that the program installs later to it.
@@ -52,7 +52,8 @@ class SignalsToChildren:
         self._own: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
         self._received: list[float] = []  # times, of signals more than a second apart
         for number in _SIGNALS:
-            self._install(number, self._pass_on)
+            if number != signal.SIGHUP or self._own[number] != signal.SIG_IGN:
+                self._install(number, self._pass_on)
         if not keeps_own:
             signal.signal = self._remember  # pyright: ignore[reportAttributeAccessIssue]
 

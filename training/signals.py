@@ -17,13 +17,15 @@ import torch.distributed as dist
 
 from launch.launchers import Launchers
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _LAUNCHER_ENDED = "the launcher has ended"
 _REASONS = ("", _LAUNCHER_ENDED, *(number.name for number in _SIGNALS))  # in increasing priority
 
 
 class StopRequest:
-    """Record SIGINT (Ctrl-C), SIGTERM and SIGUSR1 while entered; a second Ctrl-C interrupts at once.
+    """Record SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP (a lost terminal) while entered; a second Ctrl-C interrupts at once.
+
+    Under `nohup`, which ignores SIGHUP, it stays ignored.
 
     Args:
         launchers: the launchers that started this rank. A launcher that ends is a stop request too, and so is a SIGUSR1 that
@@ -38,7 +40,8 @@ class StopRequest:
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
 
     def __enter__(self) -> StopRequest:
-        self._previous_handlers = {number: signal.signal(number, self._record) for number in _SIGNALS}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self._previous_handlers = {n: signal.signal(n, self._record) for n in _SIGNALS if n not in ignored}
         if self._launchers.warned:
             self.reason = signal.SIGUSR1.name
         return self

@@ -12,7 +12,7 @@ from launch.launchers import Launchers
 from training import signals
 from training.signals import StopRequest
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+NUMBERS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +47,17 @@ def test_a_warning_that_arrives_while_the_rank_starts_stops_it():
             assert stop.agree() == "SIGUSR1"
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_lost_terminal_is_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(Launchers()) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.agree() == ""
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_first_signal_names_the_stop():
