@@ -7,13 +7,13 @@ that it wrote when nobody killed it, its corpus, and a plan of four runs that ha
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.training import tiny
 
 HERE, ROOT = Path(__file__).parent / "v0_1", Path(__file__).resolve().parents[2]
 TINY = (
@@ -51,10 +51,9 @@ def folder(tmp_path):
 
 def command(folder: Path, *arguments: str) -> str:
     """Run a script or a module of the repository in `folder`, and return what it printed."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    done = tiny.command(sys.executable, *arguments, cwd=folder)
+    assert done.status == 0, done.out + done.err
+    return done.out
 
 
 def losses(path: Path, kind: str, after: int) -> dict[int, float]:

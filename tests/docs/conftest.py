@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import ROOT
-from tests.training.tiny import environment, overrides, write_corpus
+from tests.training.tiny import command, overrides, write_corpus
 
 _LEFT_OUT = {".git", ".venv", "runs", "ablations", "prepared", "wandb", "build", "dist"}
 
@@ -45,5 +44,6 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = overrides(
         folder, runs="runs", run="nano-swiglu", ffn="swiglu", eval_every=0, save_every=0, telemetry_every=0
     )
-    subprocess.run([sys.executable, "train.py", *words], cwd=folder, env=environment(), check=True, timeout=300)
+    trained = command(sys.executable, "train.py", *words, cwd=folder)
+    assert trained.status == 0, trained.err
     return folder

@@ -105,6 +105,13 @@ def test_every_arm_gives_our_logits(transformers, make_run, arm, tokens, tmp_pat
     assert difference(model, run, tokens) < TOLERANCE
 
 
+# One arm of each class and one with learned parameters: `test_every_arm_gives_our_logits` has all of them without QK-norm.
+OF_EACH_CLASS = ("swiglu", "relu2", "xielu", "geglu", "swish")
+
+
+@pytest.mark.parametrize(
+    "arm", [pytest.param(a, marks=() if a in OF_EACH_CLASS else pytest.mark.slow) for a in CLASSES]
+)
 def test_every_arm_of_nano_gives_our_logits(transformers, make_run, arm, tokens, tmp_path):
     expected = APERTUS if arm == "xielu" else WITH_QK_NORM.get(CLASSES[arm], FORMULA)
     run = make_run(arm, qk_norm=True)

@@ -68,6 +68,7 @@ def four(words, runs) -> list[float]:
     return [line["loss"] for line in lines_of(runs / "four") if "loss" in line]
 
 
+@pytest.mark.slow  # of several ranks per node; the jobs of the other tests have one
 @pytest.mark.parametrize("tasks", ["gpu", "node"])
 def test_two_nodes_learn_what_this_machine_learns(slurm, words, runs, four, tasks):
     run = runs / f"four-{tasks}"
@@ -76,6 +77,13 @@ def test_two_nodes_learn_what_this_machine_learns(slurm, words, runs, four, task
     assert [line["loss"] for line in lines_of(run) if "loss" in line] == four
     assert len(four) == 11
     assert lines_of(run)[0]["world_size"] == 4
+
+
+def test_a_launcher_per_node_learns_what_this_machine_learns(slurm, words, runs, local):
+    """The other jobs have a task per rank."""
+    slurm.wait(slurm.submit("nodes=2", "cluster.tasks=node", *words, "run=node"), "COMPLETED")
+    assert losses(runs / "node") == losses(local)
+    assert lines_of(runs / "node")[0]["world_size"] == 2
 
 
 def test_a_warned_job_saves_and_goes_on_as_the_same_run(slurm, words, runs, local):

@@ -169,14 +169,14 @@ class Pool:
 Result = collections.namedtuple("Result", "status out err")
 
 
-def command(*arguments: str, timeout: float = PATIENCE, **variables: str) -> Result:
-    """Run a command in the project's folder, and wait for it."""
+def command(*arguments: str, timeout: float = PATIENCE, cwd: Path = ROOT, **variables: str) -> Result:
+    """Run a command, in the project's folder unless another is given, and wait for it."""
     words, env = [str(argument) for argument in arguments], environment(**variables)
     if warm.can_fork(words, env):
-        process = warm.Process(words, env, ROOT)
+        process = warm.Process(words, env, cwd)
         out, err = process.communicate(timeout)
         return Result(process.returncode, out.decode(), err.decode())
-    ended = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    ended = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     return Result(ended.returncode, ended.stdout, ended.stderr)
 
 
