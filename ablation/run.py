@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import shlex
 import signal
 import statistics
 import subprocess
@@ -56,6 +55,7 @@ from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import split_options
 from kernels.common.streams import outlive_console
+from kernels.common.text import command_text
 from kernels.common.units import duration
 from launch.sbatch import read_cluster
 
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
     show(plan, folder, console)
     arrays = []
     if cluster:
-        arrays = slurm.jobs(plan, folder, cluster, ranks, options["jobs"], plan_arguments, shlex.join(argv))
+        arrays = slurm.jobs(plan, folder, cluster, ranks, options["jobs"], plan_arguments, command_text(argv))
     if not options["yes"] and not _confirmed():
         print("nothing was run")
         return 0

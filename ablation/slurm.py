@@ -21,7 +21,7 @@ from conf.schema import ClusterConfig
 from conf.validate import digest, total_steps
 from kernels.common.errors import UserError
 from launch.corpus import unprepared
-from launch.job_script import Job, doctor_of, python_of
+from launch.job_script import Job, doctor_of, python_of, quote
 from launch.sbatch import RUNS, check, queued, refuse_queued, submit
 
 
@@ -74,7 +74,7 @@ def jobs(
         Job(
             name=f"{plan.config.name}-{stage}",
             folder=folder,
-            command=f'{shlex.join(command)} "task=$task"',
+            command=f'{" ".join(map(quote, command))} "task=$task"',
             doctor=doctor_of(cluster, code, ranks_per_node, []),
             typed=f"python -m ablation.run {command_line}",
             saved=f"{quoted_folder}/runs/$task/{{checkpoints/*,summary.json}}",

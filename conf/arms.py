@@ -6,10 +6,9 @@ import dataclasses
 import re
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from conf.keys import FOLDER, choices
 from conf.schema import Config, FFNConfig
+from conf.yaml_files import read_yaml
 from kernels.common.errors import UserError, unknown
 from kernels.formula import Formula, FormulaError, parse
 
@@ -125,7 +124,7 @@ def unknown_arm(name: str, as_formula: str, kind: str = "arm") -> UserError:
 def _arm(name: str, key: str = "ffn.per_layer") -> dict[str, Any]:
     if name not in choices("ffn"):
         raise unknown_arm(name, f"{key}.formula='{name}'")
-    stored: Any = OmegaConf.to_container(OmegaConf.load(FOLDER / "ffn" / f"{name}.yaml"))
+    stored = read_yaml(FOLDER / "ffn" / f"{name}.yaml")
     return {
         "parameters": {},
         "init_scale": None,

@@ -25,9 +25,11 @@ from conf.help import print_help
 from conf.keys import FOLDER, choices, keys
 from conf.overrides import TEXT_LISTS, Override, as_typed, parse, read_override, within
 from conf.schema import GROUPS, Config
+from conf.yaml_files import parse_yaml, read_yaml, without_interpolation, write_yaml
 from kernels.common.commands import HELP
 from kernels.common.errors import UserError, unknown
 from kernels.common.options import whole_number
+from kernels.common.text import secrets_of
 
 Group = typing.TypeVar("Group")
 # Keys that do not change what is learned: they neither name a run nor prevent resuming it (conf/validate.py).
@@ -74,12 +76,23 @@ def load(argv: list[str], program: str = "train.py") -> Config:
     elif "steps" in typed and config.steps is not None:
         config.tokens = None
     _refuse_without_effect(overrides, config, stored)
+    _refuse_secrets(config)
     if config.run is None:
         config.run = run_name(config, overrides)
     if print_config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def _refuse_secrets(config: Config) -> None:
+    """Refuse the value of a secret variable of the environment: a configuration goes into logs, reports and W&B."""
+    secrets = secrets_of()
+    for key, value in flatten(to_dict(config)).items() if secrets else ():
+        text = str(value)
+        for name, secret in secrets.items():
+            if secret in text:
+                raise UserError(f"{key} holds the value of {name}, and everybody can read a run's configuration")
 
 
 def _started(config: Config) -> Config | None:
@@ -158,7 +171,7 @@ def read_group(group: str, schema: type[Group], arguments: list[str], kind: str)
         if name not in known:
             raise unknown(f"key of {group}", name, known)
     try:
-        settings = _container(OmegaConf.load(FOLDER / group / f"{names[-1]}.yaml"))
+        settings = read_yaml(FOLDER / group / f"{names[-1]}.yaml")
         for override in overrides:
             name, _, text = override.partition("=")
             if types.get(name) in (str, typing.Optional[str]) and text != "null":  # YAML takes 1:00:00 for a number
@@ -167,27 +180,20 @@ def read_group(group: str, schema: type[Group], arguments: list[str], kind: str)
             if types.get(name) is int and (count := whole_number(text)) is not None:
                 settings[name] = count
                 continue
-            [(name, value)] = _container(OmegaConf.from_dotlist([override])).items()
-            adds = "." in override.partition("=")[0] and isinstance(settings.get(name), dict)
+            value = parse_yaml(text)
+            for part in reversed(name.split(".")[1:]):
+                value = {part: value}
+            path, name = name, name.split(".")[0]
+            adds = "." in path and isinstance(settings.get(name), dict)
             settings[name] = {**settings[name], **value} if adds else value
         merged = OmegaConf.merge(OmegaConf.structured(schema), {"name": names[-1], **settings})
         config: Any = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{kind} {names[-1]}: {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{kind} {names[-1]}: {_first_line(error)}") from error
     split = (override.partition("=") for override in overrides)
     typed = [Override(f"{group}.{key}", value, value) for key, _, value in split]
     refuse_ignored(typed, flatten({group: dataclasses.asdict(config)}), schema, f"{group}.")
     return config, others
-
-
-def _container(config: Any) -> dict[str, Any]:
-    """Return an OmegaConf mapping as plain dictionaries."""
-    from omegaconf import OmegaConf
-
-    content = OmegaConf.to_container(config)
-    if not isinstance(content, dict):
-        raise ValueError("it holds no keys and values")
-    return {str(key): value for key, value in content.items()}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -197,11 +203,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Return the configuration as YAML, every key resolved."""
-    import yaml
-    from omegaconf._utils import get_omega_conf_dumper  # it quotes what OmegaConf would read as a number
-
-    dumper = get_omega_conf_dumper()
-    return yaml.dump(to_dict(config), Dumper=dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+    return write_yaml(to_dict(config))
 
 
 def from_yaml(path: str | os.PathLike[str]) -> Config:
@@ -210,17 +212,15 @@ def from_yaml(path: str | os.PathLike[str]) -> Config:
     Raises:
         UserError: the file is missing, is no YAML, or does not fit the schema.
     """
-    from omegaconf import OmegaConf
-
     with _refused(path):
-        return _from_dict(OmegaConf.load(Path(path)))
+        return _from_dict(read_yaml(path))
 
 
 def _from_dict(values: Any) -> Config:
     """Return the configuration that `to_dict` wrote; keys that it leaves out have the schema's defaults."""
     from omegaconf import OmegaConf
 
-    merged = OmegaConf.merge(_schema(), values)
+    merged = OmegaConf.merge(_schema(), without_interpolation(values))
     return _with_text_keys(typing.cast(Config, OmegaConf.to_object(merged)))
 
 
@@ -241,10 +241,8 @@ def values_of(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, or is no YAML of keys and values.
     """
-    from omegaconf import OmegaConf
-
     with _refused(path):
-        return flatten(_container(OmegaConf.load(Path(path))))
+        return flatten(read_yaml(path))
 
 
 @contextlib.contextmanager
@@ -256,9 +254,15 @@ def _refused(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise UserError(f"{os.fspath(path)} does not exist") from error
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except OSError as error:
+        raise UserError(f"cannot read {os.fspath(path)}: {error.strerror}") from error
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        reason = _first_line(error)
         raise UserError(f"{os.fspath(path)} does not fit the configuration schema of this version: {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def find_run(name: str, runs: str = "runs") -> Path:

@@ -6,12 +6,13 @@ import contextlib
 import datetime
 import os
 import platform
-import shlex
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from kernels.common.text import command_text
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "deepspeed", "triton", "numpy", "tokenizers", "sentencepiece")
@@ -48,11 +49,11 @@ def provenance(device: str = "", root: Path = _ROOT) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """Return the command of this process as it can be typed again, without what a launcher added."""
+    """Return the command of this process as it can be typed again, without what a launcher added and without secrets."""
     arguments = [
         text for text in sys.orig_argv if not text.startswith(("--local_rank", "--local-rank")) and text != "-u"
     ]
-    return shlex.join([Path(arguments[0]).name, *arguments[1:]]) if arguments else ""
+    return command_text([Path(arguments[0]).name, *arguments[1:]]) if arguments else ""
 
 
 def commit_of(root: Path) -> tuple[str | None, bool | None]:

@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conf.load import flatten
 from conf.schema import ClusterConfig
 from kernels.common.errors import UserError
+from kernels.common.text import CONTROL, assigned_secret, is_secret, printable, secrets_of
 
 ROOT = Path(__file__).resolve().parents[1]
 _WAIT = 20  # seconds between the first rank that exits with status 0 and the last
@@ -66,9 +68,17 @@ def render(job: Job, cluster: ClusterConfig) -> str:
     """Return the job script.
 
     Raises:
-        UserError: SLURM cannot use the folder of the job.
+        UserError: SLURM cannot use the folder of the job, or the script would hold a secret.
     """
     _check_paths(job, cluster)
+    script = _script(job, cluster)
+    for name, value in (secrets_of() | secrets_for(cluster)).items():
+        if len(value) > 5 and value in script:  # a shorter one is a word, and no secret
+            raise UserError(f"the job script would hold the value of {name}, and everybody can read it")
+    return script
+
+
+def _script(job: Job, cluster: ClusterConfig) -> str:
     seconds = cluster.signal_seconds
     if not job.doctor:  # a job that only prepares
         return (
@@ -120,14 +130,40 @@ def _head(job: Job, cluster: ClusterConfig) -> list[str]:
         "",
         "# What the shell that submitted this job may have left behind.",
         f"unset {' '.join(_LEFT_BY_SHELL)} ${{!SLURM_STEP_@}} ${{!SLURM_CPU_BIND@}} ${{!TORCHELASTIC_@}} ${{!OMPI_COMM_@}}",
-        *(f"module load {module}" for module in cluster.modules),
+        *(f"module load {' '.join(map(quote, str(module).split()))}" for module in cluster.modules),
         *cluster.setup,
         f"export OMP_NUM_THREADS={_cores(job, cluster)}",
         'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))  # distinct for jobs that share a node",
-        *(f"export {name}={shlex.quote(str(value))}" for name, value in cluster.environment.items()),
+        *_exports(cluster),
         "",
     ]
+
+
+def _exports(cluster: ClusterConfig) -> list[str]:
+    """Return the lines that set the cluster's variables; secrets come with the job's environment, not in a script."""
+    names = " ".join(secrets_for(cluster))
+    hidden = [f"# Secrets are not written here. Before sbatch is called by hand: export {names}"] if names else []
+    others = {name: value for name, value in cluster.environment.items() if name not in secrets_for(cluster)}
+    return [*hidden, *(f"export {name}={quote(str(value))}" for name, value in others.items())]
+
+
+def secrets_for(cluster: ClusterConfig) -> dict[str, str]:
+    """Return the variables of a cluster that are secrets by their name."""
+    return {str(name): str(value) for name, value in cluster.environment.items() if is_secret(str(name))}
+
+
+def quote(text: str) -> str:
+    """Quote a text for bash, in one line whatever it contains."""
+    if not (CONTROL.search(text) or "\n" in text or "\t" in text):
+        return shlex.quote(text)
+    kept = "".join(
+        "".join(f"\\x{byte:02x}" for byte in character.encode())
+        if CONTROL.match(character) or character in "\n\t"
+        else character
+        for character in text.replace("\\", "\\\\").replace("'", "\\'")
+    )
+    return f"$'{kept}'"
 
 
 def _preflight(job: Job, cluster: ClusterConfig) -> list[str]:
@@ -165,7 +201,7 @@ def _train(job: Job, cluster: ClusterConfig) -> str:
 
 def _line(text: object) -> str:
     """Return a text for a comment: in one line, so that none of it becomes a command."""
-    return " ".join(str(text).split())
+    return printable(" ".join(str(text).split()))
 
 
 def _check_paths(job: Job, cluster: ClusterConfig) -> None:
@@ -185,8 +221,25 @@ def _check_paths(job: Job, cluster: ClusterConfig) -> None:
                 f"{str(path)!r} has the character {unusual.group()!r}, which separates the mounts of a container: choose "
                 "another folder, or another name with run=NAME"
             )
+    for text in (job.name, *job.tasks):
+        if unusual := re.search(f"{CONTROL.pattern}|[\n\t]", text):
+            raise UserError(
+                f"{text!r} has the character {unusual.group()!r}, and SLURM cannot call a job or a task that"
+            )
+    for key, value in flatten(dataclasses.asdict(cluster)).items():
+        lines = key == "setup" or key.startswith("environment.")  # several lines of shell, and what `quote` writes
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if unusual := re.search("\x00" if lines else f"{CONTROL.pattern}|[\n\t]", text):
+            raise UserError(
+                f"cluster.{key} has the character {unusual.group()!r}, which a job script cannot hold there"
+            )
+        if not key.startswith("environment.") and (secret := assigned_secret(text)):
+            raise UserError(
+                f"cluster.{key} writes out {secret}, and everybody can read a job script: give it as "
+                f"cluster.environment.{secret}=VALUE, which is handed to sbatch and not written"
+            )
     for name in cluster.environment:
-        if not re.fullmatch(r"[A-Za-z_]\w*", str(name)):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name)):
             raise UserError(f"cluster.environment: {str(name)!r} is not a name of an environment variable")
 
 
@@ -259,7 +312,7 @@ def doctor_of(cluster: ClusterConfig, code: Path, ranks_per_node: int, overrides
     """Return the command that checks a node before a job trains on it."""
     module = shlex.quote(str(code / "launch" / "run_module.py"))
     gpus = ranks_per_node if cluster.gpus_per_node else 0
-    options = ["launch.doctor", '"gate=$failed"', f"gpus={gpus}", *map(shlex.quote, overrides)]
+    options = ["launch.doctor", '"gate=$failed"', f"gpus={gpus}", *map(quote, overrides)]
     return " ".join([python_of(cluster), "-u", module, *options])
 
 
@@ -274,7 +327,7 @@ def command_of(cluster: ClusterConfig, nodes: int, ranks_per_node: int, code: Pa
             "--master-addr=$MASTER_ADDR --master-port=$MASTER_PORT",
             "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         ]
-    command = " ".join([*launcher, shlex.quote(str(code / "train.py")), *map(shlex.quote, overrides)])
+    command = " ".join([*launcher, shlex.quote(str(code / "train.py")), *map(quote, overrides)])
     # $SLURM_NODEID differs between tasks, so it is expanded there and not in the script.
     return f"bash -c {shlex.quote(f'exec {command}')}" if cluster.tasks == "node" else command
 

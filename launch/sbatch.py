@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,11 +20,14 @@ from conf.load import read_group
 from conf.schema import ClusterConfig
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
+from kernels.common.text import redact
 from launch.corpus import arguments_of
-from launch.job_script import ROOT, Job, python_of, render
+from launch.job_script import ROOT, Job, python_of, quote, render, secrets_for
 from launch.ranks import without_launcher
 
 _CODE = ("train.py", "ablation", "conf", "data", "kernels", "launch", "model", "training")
+_SOURCES = (".py", ".yaml", ".c", ".h", ".jinja")
+_STORE_OF_SECRETS = re.compile(r"(?i)(^|[._-])(secrets?|credentials?|passwords?|api_?keys?|hf_token|id_rsa)([._-]|$)")
 RUNS = ("RUNNING", "COMPLETING")
 _UNFINISHED = ("PENDING", "CONFIGURING", "SUSPENDED", *RUNS)  # states of a job in the queue
 _CLIENT_SETTINGS = (
@@ -96,7 +100,7 @@ def submit(jobs: list[Job], cluster: ClusterConfig, corpora: Sequence[list[str]]
     ids: list[str] = []
     for job in jobs:
         dependency = [f"--dependency={job.after}:{ids[-1]}", "--kill-on-invalid-dep=yes"] if ids else []
-        ids.append(_sbatch([*dependency, str(job.path)]))
+        ids.append(_sbatch([*dependency, str(job.path)], secrets_for(cluster)))
     return ids
 
 
@@ -116,12 +120,12 @@ def prepare_job(job: Job, cluster: ClusterConfig, runs: Sequence[list[str]]) -> 
     command = [python_of(cluster), "-u", module, *arguments_of(runs, "prepare=true")]
     partition = cluster.cpu_partition or cluster.partition
     return Job(
-        name=f"{job.name}-prepare", folder=job.folder, command=shlex.join(command), doctor="", typed=job.typed, saved="",
-        script="prepare.sh",
+        name=f"{job.name}-prepare", folder=job.folder, command=" ".join(map(quote, command)), doctor="",
+        typed=job.typed, saved="", script="prepare.sh",
     ), dataclasses.replace(cluster, gpus_per_node=0, gpu_request="none", partition=partition)  # fmt: skip
 
 
-def _sbatch(arguments: list[str]) -> str:
+def _sbatch(arguments: list[str], secrets: Mapping[str, str] | None = None) -> str:
     script = arguments[-1]
     try:
         submitted = subprocess.run(
@@ -129,7 +133,7 @@ def _sbatch(arguments: list[str]) -> str:
             capture_output=True,
             text=True,
             check=True,
-            env=_job_environment(os.environ),
+            env={**_job_environment(os.environ), **(secrets or {})},
         )
     except subprocess.CalledProcessError as error:
         message = " ".join(error.stderr.replace("sbatch: error:", "").split())
@@ -150,17 +154,39 @@ def _job_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _keep_code(target: Path) -> None:
-    """Copy the code to a folder, replacing that of an earlier job."""
+    """Copy the code to a folder, replacing that of an earlier job: source files, without what may hold a secret."""
     partial = target.with_name(f".code.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     for name in _CODE:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, partial / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, partial / name, ignore=_no_code, copy_function=_copy_without_secrets)
         else:
             partial.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, partial / name)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
+
+
+def _no_code(folder: str, names: list[str]) -> set[str]:
+    """Return what a snapshot leaves out: hidden files, all but source files, and those named like a store of secrets."""
+    return {
+        name
+        for name in names
+        if name.startswith((".", "__pycache__"))
+        or _STORE_OF_SECRETS.search(name)
+        or not (Path(folder, name).is_dir() or name.endswith(_SOURCES))
+        or (Path(folder, name).is_symlink() and not Path(folder, name).resolve().is_relative_to(ROOT))
+    }
+
+
+def _copy_without_secrets(source: str, target: str) -> None:
+    """Copy a file; in YAML, the values of keys that are named like a secret are hidden."""
+    if source.endswith(".yaml"):
+        lines = Path(source).read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
+        content = "".join(map(redact, lines))
+        Path(target).write_text(content, encoding="utf-8", errors="surrogateescape")
+    else:
+        shutil.copy2(source, target)
 
 
 @dataclasses.dataclass(frozen=True)

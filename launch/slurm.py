@@ -24,6 +24,7 @@ from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.options import split_options
+from kernels.common.text import command_text
 from launch.corpus import unprepared
 from launch.job_script import Job, command_of, doctor_of, render
 from launch.sbatch import check, refuse_queued, submit
@@ -40,7 +41,7 @@ def usage() -> str:
 def main(argv: list[str]) -> int:
     options, arguments = split_options(argv, _OPTIONS, {"nodes": 1, "ranks_per_node": 1})
     cluster, overrides = read_group("cluster", ClusterConfig, arguments, "cluster")
-    job, configuration = plan(cluster, options["nodes"], options["ranks_per_node"], overrides, shlex.join(argv))
+    job, configuration = plan(cluster, options["nodes"], options["ranks_per_node"], overrides, command_text(argv))
     if options["dry_run"]:
         print(render(job, cluster), end="")
         return 0

@@ -18,8 +18,9 @@ from conf.load import load, read_group
 from conf.schema import ClusterConfig
 from data.prepare import prepare
 from kernels.common.errors import UserError
+from kernels.common.text import CONTROL
 from launch import sbatch
-from launch.job_script import Job, command_of, render
+from launch.job_script import Job, command_of, quote, render
 from launch.sbatch import _sbatch
 from launch.slurm import main, plan
 from tests.training.tiny import ROOT, command
@@ -185,6 +186,107 @@ def test_no_line_of_what_was_typed_becomes_a_command():
 
 
 @pytest.mark.parametrize(
+    "text", ["a\nb", "it's\x1b[31m\\x", "\u202eabc", "\x85", "\t", "$(false)`id`\n!$HOME", "\\'\n", "plain", "a b"]
+)
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_any_text_is_one_word_of_one_line_to_the_shell(text, locale):
+    word = quote(text)
+    assert word.isprintable()
+    for line in (f"printf %s {word}", f"bash -c {shlex.quote(f'printf %s {word}')}"):
+        printed = subprocess.run(["bash", "-c", line], capture_output=True, env={**os.environ, "LC_ALL": locale})
+        assert printed.stdout.decode() == text
+
+
+@pytest.mark.parametrize("key", ["partition", "account", "qos", "time", "python", "memory", "cpu_partition", "image"])
+def test_a_setting_of_two_lines_is_refused(key):
+    of = cluster(**{key: "a\n#SBATCH --uid=0\ntouch x"})
+    with pytest.raises(UserError, match=rf"cluster.{key} has the character '\\n', which a job script cannot hold"):
+        script(of)
+
+
+@pytest.mark.parametrize("key", ["sbatch", "modules", "mounts"])
+def test_a_list_with_two_lines_in_an_item_is_refused(key):
+    with pytest.raises(UserError, match=f"cluster.{key} has the character"):
+        script(cluster(**{key: ["fine", "a\rtouch x"]}))
+
+
+def test_a_script_has_no_control_characters_and_no_more_lines_than_before():
+    plain = script(cluster(), "run=x", "prompts=['a']")
+    text = script(cluster(), "run=x", "prompts=['a\ntouch x\n#SBATCH --x\x1b[2J']")
+    assert len(text.splitlines()) == len(plain.splitlines())
+    assert not CONTROL.search(text)
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_a_module_is_a_word_to_the_shell():
+    assert "\nmodule load gcc/12 'cuda;' reboot\n" in script(cluster(modules=["gcc/12 cuda; reboot"]))
+
+
+KEY = "hf_0123456789abcdef"
+
+
+def test_a_secret_is_handed_to_sbatch_and_written_nowhere(tmp_path, monkeypatch):
+    words = [
+        "cluster=cpu",
+        "run=x",
+        f"runs={tmp_path}",
+        f"cluster.environment.HF_TOKEN={KEY}",
+        "cluster.environment.A=1",
+    ]
+    given: dict[str, str] = {}
+
+    def run(command: list[str], **options: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        if command[0] == "sbatch":
+            given.update(options["env"])
+        return subprocess.CompletedProcess(command, 0, stdout="7\n")
+
+    monkeypatch.setattr(sbatch.subprocess, "run", run)
+    monkeypatch.setattr(sbatch.shutil, "which", lambda _: "sbatch")
+    assert main(words) == 0
+    assert given["HF_TOKEN"] == KEY
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in written if KEY.encode() in path.read_bytes()]
+    text = (tmp_path / "x" / "slurm" / "job.sh").read_text()
+    assert "cluster.environment.HF_TOKEN=***" in text
+    assert "Before sbatch is called by hand: export HF_TOKEN\nexport A=1\n" in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"setup": [f"export HF_TOKEN={KEY}"]}, {"sbatch": [f"--export=ALL,HF_TOKEN={KEY}"]}, {"account": KEY}],
+)
+def test_a_script_that_would_hold_a_secret_is_refused(changes, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", KEY)
+    with pytest.raises(UserError, match="HF_TOKEN, and everybody can read"):
+        script(cluster(**changes))
+    assert "export HF_TOKEN=$(cat ~/token)" in script(cluster(setup=["export HF_TOKEN=$(cat ~/token)"]))
+
+
+def test_a_snapshot_has_the_code_and_no_secrets(tmp_path, monkeypatch):
+    root, names = tmp_path / "root", ("training", "conf")
+    for name in ("training/loop.py", "training/.env", "training/deploy_key.pem", "training/.aws/x.py", "conf/keys.py",
+                 "conf/credentials.json", "conf/cluster/mine.yaml", "conf/secrets.yaml", "training/notes.ipynb"):  # fmt: skip
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"environment:\n  A: 1\n  HF_TOKEN: {KEY}\nmodules: []\n")
+    (root / "training" / "linked.py").symlink_to("/etc/hostname")
+    monkeypatch.setattr(sbatch, "ROOT", root)
+    monkeypatch.setattr(sbatch, "_CODE", names)
+    sbatch._keep_code(tmp_path / "code")
+    kept = sorted(str(path.relative_to(tmp_path / "code")) for path in (tmp_path / "code").rglob("*") if path.is_file())
+    assert kept == ["conf/cluster/mine.yaml", "conf/keys.py", "training/loop.py"]
+    copied = (tmp_path / "code" / "conf" / "cluster" / "mine.yaml").read_text()
+    assert copied == "environment:\n  A: 1\n  HF_TOKEN: ***\nmodules: []\n"
+
+
+def test_a_snapshot_has_every_source_file():
+    tracked = subprocess.run(
+        ["git", "ls-files", *sbatch._CODE], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    left_out = [name for name in tracked if sbatch._no_code(str(ROOT / name.rpartition("/")[0]), [Path(name).name])]
+    assert not left_out
+
+
+@pytest.mark.parametrize(
     ("changes", "run", "why"),
     [
         ({}, "a\\b", r"has the character '\\\\', and SLURM cannot write a log there"),
@@ -294,7 +396,7 @@ def test_a_corpus_is_prepared_before_nodes_are_asked_for(tmp_path, monkeypatch):
     submitted = []
     monkeypatch.setattr(sbatch.shutil, "which", lambda _: "sbatch")
     monkeypatch.setattr(sbatch, "_keep_code", lambda _: None)
-    monkeypatch.setattr(sbatch, "_sbatch", lambda arguments: submitted.append(arguments) or str(len(submitted)))
+    monkeypatch.setattr(sbatch, "_sbatch", lambda arguments, _: submitted.append(arguments) or str(len(submitted)))
     monkeypatch.setattr("launch.slurm.refuse_queued", lambda _: None)
     assert main([*words, f"data.path={tmp_path}/a.txt", "cluster.cpu_partition=cpus"]) == 0
     slurm = tmp_path / "x" / "slurm"

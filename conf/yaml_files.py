@@ -1,0 +1,114 @@
+"""Read and write YAML: what a run or a plan wrote is text from elsewhere, so its size, depth, numbers and aliases are bounded.
+
+Values are typed as in Hydra's files: 1e-5 is a number and 2026-01-01 a text. A `${...}` in a text is no interpolation.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import stat
+from typing import Any
+
+import yaml
+
+MOST_BYTES = 1 << 19  # of a file; a config.yaml has 3 kB
+MOST_NODES = 10_000  # keys, values, lists and mappings
+DEEPEST = 20  # nested lists and mappings
+LONGEST_NUMBER = 400  # characters
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the keys and values of a YAML file; an empty one has none.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no regular file of at most `MOST_BYTES`, or holds no keys and values.
+        yaml.YAMLError: it is no YAML, or beyond the bounds of this module.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would wait
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is not a regular file")
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+    tree = parse_yaml(content.decode())
+    if tree is not None and not isinstance(tree, dict):
+        raise ValueError("it holds no keys and values")
+    return {str(key): value for key, value in (tree or {}).items()}
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or beyond the bounds of this module.
+    """
+    try:
+        return yaml.load(text, Loader=_loader())
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # of a value and its own tag
+        raise yaml.YAMLError(f"a value does not fit its tag ({error})") from error
+
+
+def write_yaml(tree: dict[str, Any]) -> str:
+    """Return nested dictionaries, lists, texts and numbers as YAML, in their order."""
+    return yaml.dump(tree, default_flow_style=False, allow_unicode=True, sort_keys=False, Dumper=_dumper())
+
+
+def without_interpolation(value: Any) -> Any:
+    """Return a value in which OmegaConf reads every text, also one with `${`, as it is."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value)
+    if isinstance(value, dict):
+        return {key: without_interpolation(inner) for key, inner in value.items()}
+    return [without_interpolation(inner) for inner in value] if isinstance(value, list) else value
+
+
+@functools.cache
+def _loader() -> Any:
+    from omegaconf._utils import get_yaml_loader
+
+    typed: Any = get_yaml_loader()
+
+    class BoundedLoader(typed):
+        """Reads values as OmegaConf does, within the bounds of this module."""
+
+        nodes = depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("an alias (*name) is not read: write the value out")
+            self.nodes, self.depth = self.nodes + 1, self.depth + 1
+            if self.nodes > MOST_NODES or self.depth > DEEPEST:
+                what = f"{MOST_NODES:,} values" if self.nodes > MOST_NODES else f"{DEEPEST} nested lists or mappings"
+                raise yaml.YAMLError(f"it has more than {what}")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+        def construct_scalar(self, node: Any) -> Any:
+            if node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST_NUMBER:
+                raise yaml.YAMLError(f"a number has {len(node.value):,} characters")
+            return super().construct_scalar(node)
+
+    # Only what YAML itself has: OmegaConf's loader would also make paths of what asks for them.
+    constructors = typed.yaml_constructors.items()
+    BoundedLoader.yaml_constructors = {tag: make for tag, make in constructors if "python" not in str(tag)}
+    return BoundedLoader
+
+
+@functools.cache
+def _dumper() -> Any:
+    from omegaconf._utils import get_omega_conf_dumper
+
+    typed: Any = get_omega_conf_dumper()
+
+    class Dumper(typed):
+        """Writes values as OmegaConf does, equal ones too."""
+
+        def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 (PyYAML's signature)
+            return True
+
+    return Dumper
