@@ -33,6 +33,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    import traceback
+
     from kernels.common.streams import outlive_console
     from launch.ranks import leave
 
@@ -41,3 +43,6 @@ if __name__ == "__main__":
         run_command(main)
     except SystemExit as end:
         leave(end.code if isinstance(end.code, int) else 1)  # `run_command` exits with a number
+    except BaseException:
+        traceback.print_exc()
+        leave(1)

@@ -267,6 +267,15 @@ def aborting(tmp_path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join((str(tmp_path), environment()["PYTHONPATH"]))}
 
 
+def test_an_error_of_the_program_is_a_traceback_and_status_1(aborting, tmp_path):
+    with (tmp_path / "sitecustomize.py").open("a") as file:
+        file.write("import conf.load\nconf.load.load = lambda argv: {}[argv[0]]\n")
+    result = command(sys.executable, "train.py", "steps=3", **aborting)
+    assert (result.status, result.out) == (1, "")
+    assert result.err.startswith("Traceback")
+    assert result.err.endswith("KeyError: 'steps=3'\n")
+
+
 def test_interpreter_shutdown_does_not_change_the_status(uninterrupted, corpus, runs, aborting):
     arguments = arguments_of(corpus, runs, uninterrupted[0].name)
     assert command(sys.executable, *arguments, **aborting).status == 0
