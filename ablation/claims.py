@@ -21,7 +21,6 @@ from pathlib import Path
 import jinja2
 import yaml
 from rich import box
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -32,6 +31,7 @@ from ablation.results import Results, Run, read_results
 from ablation.statistics import Comparison, Verdict, compare_pairs
 from conf.arms import catalogue
 from conf.load import flatten
+from conf.terminal import SafeConsole
 from kernels.common.commands import run_command
 from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.options import read_positional
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     options, positional = read_positional(argv, _OPTIONS)
     folders = dict.fromkeys(Path(folder) for folder in positional)
     answers = judge(read_claims(), [read_results(folder) for folder in folders])
-    show(answers, Console(file=sys.stdout, highlight=False, markup=False))
+    show(answers, SafeConsole(file=sys.stdout, highlight=False, markup=False))
     if options["to"]:
         with explain_os_errors("write", options["to"]), atomic_write(options["to"]) as file:
             file.write(markdown(answers))
@@ -413,7 +413,7 @@ def _blocked(results: Results, size: str, arms: list[str]) -> str:
 # ----------------------------------------------------------------------------------------------------------- rendering
 
 
-def show(answers: list[Answer], console: Console) -> None:
+def show(answers: list[Answer], console: SafeConsole) -> None:
     """Print the claims as a table, and below it the numbers behind each verdict."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_lines=True, pad_edge=False)
     for head, ratio in (("claim", 3), ("in the literature", 4), ("here", 4)):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shlex
 import tempfile
 from pathlib import Path
@@ -32,6 +33,7 @@ from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.options import read_positional
+from kernels.common.text import printable
 
 NAME = "dashboard.json"
 STATISTICS = "statistics"  # name of the table, and job type of the run that logs it
@@ -325,8 +327,13 @@ def _markdown(content: Content, size: str) -> str:
             f"{row['seeds']}" + (f", {row['diverged']} diverged" if row["diverged"] else ""),
             row["reason"],
         )
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Return a text as a cell of a Markdown table, where none of it is markup."""
+    return re.sub(r"([\\`*\[\]<>|~$])", r"\\\1", printable(" ".join(text.split())))
 
 
 def _formatted(value: float | None, form: str) -> str:

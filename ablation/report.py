@@ -41,6 +41,7 @@ from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.options import read_positional
+from kernels.common.text import printable
 
 
 def main(argv: list[str]) -> int:
@@ -51,9 +52,9 @@ def main(argv: list[str]) -> int:
     to = Path(options["to"] or Path(folders[0]) / "report")
     write_report(results, to)
     for sentence in sentences(results):
-        print(sentence)
+        print(printable(sentence))
     for note in results.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
     print(f"{to / 'report.html'}  {to / 'results.csv'}  {to / 'comparisons.csv'}  {to / 'figures'}/")
     return 0
 
@@ -149,6 +150,7 @@ def page(results: Results, figures: Sequence[ReportFigure]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # what is markup has been escaped
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

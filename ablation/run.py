@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ablation import slurm
@@ -51,6 +50,7 @@ from ablation.speed import step_time
 from conf.help import key_lines
 from conf.keys import choices
 from conf.schema import AblationConfig, ClusterConfig
+from conf.terminal import SafeConsole
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import split_options
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
         slurm.refuse_unmeasured(folder)
     plan = resolve(config, overrides, step_time(config, overrides, folder, ranks) if timed else None)
     check_manifest(plan, folder)
-    console = Console(file=sys.stdout, highlight=False, markup=False)
+    console = SafeConsole(file=sys.stdout, highlight=False, markup=False)
     runner = Runner(plan, folder, max(1, options["jobs"]), ranks, console)
     if options["task"]:
         return runner.run_task(options["task"])
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
 # -------------------------------------------------------------------------------------------------- before it starts
 
 
-def show(plan: Plan, folder: Path, console: Console) -> None:
+def show(plan: Plan, folder: Path, console: SafeConsole) -> None:
     """Print the plan and what it costs."""
     config = plan.config
     console.print(f"{config.name}: {config.question}  (hash {plan.hash})", soft_wrap=True)
@@ -166,7 +166,7 @@ def _confirmed() -> bool:
 class Runner:
     """Train the runs of a plan that have not ended, `jobs` at a time: first the sweeps, then seed by seed."""
 
-    def __init__(self, plan: Plan, folder: Path, jobs: int, ranks: int, console: Console) -> None:
+    def __init__(self, plan: Plan, folder: Path, jobs: int, ranks: int, console: SafeConsole) -> None:
         self.plan = plan
         self.folder = folder
         self.jobs = jobs

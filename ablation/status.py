@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -42,6 +42,7 @@ from ablation.outcomes import (
 )
 from ablation.plan import PlannedRun
 from ablation.slurm import task_name, task_states
+from conf.terminal import SafeConsole
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import read_positional
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
     if len(folders) != 1:
         raise UserError("expected the folder of one plan: python -m ablation.status ablations/NAME")
     watcher = Watcher(Path(folders[0]))
-    console = Console(file=sys.stdout, highlight=False, markup=False)
+    console = SafeConsole(file=sys.stdout, highlight=False, markup=False)
     if options["once"] or not console.is_terminal:
         for part in show(watcher.snapshot(), console.width):
             console.print(part, soft_wrap=isinstance(part, Text))  # a path is not broken over lines
@@ -223,7 +224,7 @@ def _all_runs(manifest: Manifest, outcomes: dict[PlannedRun, Outcome]) -> Iterat
 # -------------------------------------------------------------------------------------------------------- the display
 
 
-def watch(snapshot: Callable[[], Grid], console: Console, refresh: float = _REFRESH) -> None:
+def watch(snapshot: Callable[[], Grid], console: SafeConsole, refresh: float = _REFRESH) -> None:
     """Show the grid on a terminal and refresh it until every run has ended."""
     with Live(console=console, auto_refresh=False) as live:
         while True:

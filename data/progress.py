@@ -40,7 +40,6 @@ class ProgressReporter:
             self._displayed = fraction
 
     def _make_bar(self) -> Any:
-        from rich.console import Console
         from rich.progress import (
             BarColumn,
             Progress,
@@ -50,8 +49,10 @@ class ProgressReporter:
             TimeRemainingColumn,
         )
 
+        from conf.terminal import SafeConsole
+
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+        bar = Progress(*columns, TimeRemainingColumn(), console=SafeConsole(stderr=True), transient=True)
         bar.start()
         return bar
 

@@ -31,12 +31,12 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from conf.load import load
 from conf.login import wandb_mode
 from conf.schema import ClusterConfig, Config
+from conf.terminal import SafeConsole
 from conf.validate import validate
 from kernels.c.toolchain import FLAGS, find_compiler
 from kernels.common.commands import run_command
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     options, arguments = split_options(argv, _OPTIONS)
     cluster, overrides = read_cluster(arguments)
     config = load(overrides)
-    console = Console(file=sys.stdout, highlight=False, markup=False)
+    console = SafeConsole(file=sys.stdout, highlight=False, markup=False)
     worst = GREEN
     ranks = Ranks()
     with contextlib.suppress(UserError):  # `launcher` reports it

@@ -24,15 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from conf.load import find_run
+from conf.terminal import SafeConsole
 from data.files import need
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError, suggest
 from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.options import read_options
+from kernels.common.text import printable
 from model.export import export
 from model.weights import checkpoints
 
@@ -205,7 +206,7 @@ def main(argv: list[str]) -> int:
     tasks = [task for task in options["tasks"].split(",") if task]
     arguments = {name: options[name] for name in ("include", "step", "limit", "num_fewshot", "batch_size")}
     results = evaluate(run, tasks, **arguments)
-    Console(file=sys.stdout).print(table(results))
+    SafeConsole(file=sys.stdout).print(table(results))
     shots = "" if results["num_fewshot"] is None else f"-{results['num_fewshot']}shot"
     limit = f"-first{results['limit']}" if results["limit"] else ""
     name = re.sub(r"[^A-Za-z0-9_.+-]+", "_", "+".join(tasks))[:120]
@@ -217,7 +218,7 @@ def main(argv: list[str]) -> int:
             file.write("\n")
     print(f"wrote {path}")
     for reason in results.get("failed", {}).values():
-        print(f"error: {reason}", file=sys.stderr)
+        print(printable(f"error: {reason}"), file=sys.stderr)
     return 1 if "failed" in results else 0
 
 

@@ -8,6 +8,7 @@ runs=FOLDER       where run folders are               seed=0           of the sa
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import read_options
+from kernels.common.text import printable
 from launch.estimate.counts import shape_of
 from model.decoder import Cache, Decoder
 from model.weights import checkpoints, damage, load_weights
@@ -110,7 +112,7 @@ def main(argv: list[str]) -> None:
             options["top_k"],
             options["seed"],
         )
-    print(text)
+    print(printable(text) if sys.stdout.isatty() else text)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from conf.load import find_run, values_of
 from conf.overrides import as_typed
+from conf.terminal import SafeConsole
 from conf.validate import NOT_LEARNED
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
@@ -76,9 +76,9 @@ def main(argv: list[str]) -> int:
     runs = [read_run(find_run(name, options["runs"])) for name in names]
     if len({run.name for run in runs}) < len(runs):  # of several folders
         runs = [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=max(80, 30 + 16 * len(runs)))
+        console = SafeConsole(highlight=False, width=max(80, 30 + 16 * len(runs)))
     print_comparison(runs, options["points"], console)
     return 0
 
@@ -105,7 +105,7 @@ def read_run(folder: Path) -> ComparedRun:
     return ComparedRun(folder.name, values_of(folder / "config.yaml"), lines, summary)
 
 
-def print_comparison(runs: Sequence[ComparedRun], points: int, console: Console) -> None:
+def print_comparison(runs: Sequence[ComparedRun], points: int, console: SafeConsole) -> None:
     """Print the tables of a comparison; the first run is what the others are compared with."""
     learned, others = differing_settings(runs)
     _print_table(console, "settings", runs, learned or [("nothing that decides what is learned", [""] * len(runs))])
@@ -225,7 +225,9 @@ def _figures(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def _print_table(console: Console, title: str, runs: Sequence[ComparedRun], rows: list[tuple[str, list[str]]]) -> None:
+def _print_table(
+    console: SafeConsole, title: str, runs: Sequence[ComparedRun], rows: list[tuple[str, list[str]]]
+) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(title, overflow="fold", ratio=2)
     for run in runs:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import collections
 import time
 
-from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from conf.schema import Config
+from conf.terminal import SafeConsole
 from conf.validate import Batch
 from kernels.common.units import duration, human
 from launch.estimate.counts import FFNShape, Shape, flops_per_token, parameters
@@ -50,9 +50,9 @@ class Console:
     """Prints if `enabled`, as on rank 0; otherwise does nothing."""
 
     def __init__(self, enabled: bool = True) -> None:
-        self.out = RichConsole(quiet=not enabled, highlight=False)
+        self.out = SafeConsole(quiet=not enabled, highlight=False)
         if not self.out.is_terminal:
-            self.out = RichConsole(quiet=not enabled, highlight=False, width=120)  # a log file has no width
+            self.out = SafeConsole(quiet=not enabled, highlight=False, width=120)  # a log file has no width
         self._progress: Progress | None = None
         self._task = TaskID(0)  # of `_progress`
         self._steps, self._seconds = 0, 0.0

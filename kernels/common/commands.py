@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import UserError
+from .text import printable
 
 HELP = ("-h", "--help")
 # The variables of launchers: deepspeed and torchrun, Open MPI, srun.
@@ -60,7 +61,7 @@ def _print_once(sentence: str) -> None:
     if rank:
         time.sleep(_WAIT_SECONDS)
     if _integer(*_RANKS_OF_NODE) < 2 or _claim(sentence, rank):
-        print(f"error: {f'rank {rank}: ' if rank else ''}{sentence}", file=sys.stderr, flush=True)
+        print(printable(f"error: {f'rank {rank}: ' if rank else ''}{sentence}"), file=sys.stderr, flush=True)
 
 
 def _claim(sentence: str, rank: int) -> bool:

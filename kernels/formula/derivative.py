@@ -10,7 +10,7 @@ import sympy
 
 from .program import arguments_of
 
-MOST_WORK = 3000  # operands of the derivative while it is computed; those of the arms of conf/ffn need up to 150
+MOST_WORK = 2000  # operands of the derivative while it is computed; those of the arms of conf/ffn need up to 150
 
 
 class TooMuchWork(Exception):

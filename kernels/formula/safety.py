@@ -111,8 +111,8 @@ def check_from_output(formula: Formula, forward: Program, backward: Program, fro
         (h,) = run(forward, NUMPY, {"x": x}).values()
         (slope,) = run(backward, NUMPY, {"x": x, "dh": np.float64(1)}).values()
         (claimed,) = run(from_output, NUMPY, {from_output.inputs[0]: h, "dh": np.float64(1)}).values()
-    claimed, slope = np.broadcast_to(claimed, x.shape), np.broadcast_to(slope, x.shape)
-    wrong = ~(np.abs(claimed - slope) <= 1e-5 * (1 + np.abs(slope)))
+        claimed, slope = np.broadcast_to(claimed, x.shape), np.broadcast_to(slope, x.shape)
+        wrong = ~(np.abs(claimed - slope) <= 1e-5 * (1 + np.abs(slope)))
     if wrong.any():
         index = int(np.flatnonzero(wrong)[0])
         difference = f"at x = {x[index]:g} it gives {claimed[index]:g}, and the derivative is {slope[index]:g}"

@@ -24,7 +24,7 @@ from .grammar import Formula, FormulaError, Node
 from .program import Lowering, Program, arguments_of, keep_nan
 from .safety import check_from_output, check_overflow, loses_nan
 
-MOST_LINES = 500  # of forward and backward together; the arms of conf/ffn take up to 26
+MOST_LINES = 400  # of forward and backward together; the arms of conf/ffn take up to 26
 
 
 class _Real(sympy.Function):

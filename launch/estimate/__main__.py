@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import sys
 
-from rich.console import Console
-
 from conf.help import key_lines
 from conf.keys import choices
 from conf.load import load, read_group
 from conf.schema import ClusterConfig
+from conf.terminal import SafeConsole
 from kernels.common.commands import run_command
 from kernels.common.options import split_options
 from launch.estimate.console import show
@@ -44,7 +43,7 @@ def main(argv: list[str]) -> int:
     config, gpus = load(overrides), options["nodes"] * per_node
     requested = estimate(config, cluster, gpus, per_node)
     candidates = sorted(search(config, cluster, gpus, per_node), key=fast_then_small)
-    console = Console(file=sys.stdout, highlight=False, markup=False)
+    console = SafeConsole(file=sys.stdout, highlight=False, markup=False)
     show(requested, candidates, console)
     if options["plot"]:
         draw(config, cluster, per_node, options["plot"])

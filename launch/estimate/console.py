@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from conf.terminal import SafeConsole
 from kernels.common.units import duration
 from launch.estimate.counts import flops_per_token, parameters
 from launch.estimate.search import Estimate, overrides_of, what_would_fit
@@ -23,7 +23,7 @@ _PARTS = {
 }
 
 
-def show(requested: Estimate, candidates: list[Estimate], console: Console) -> None:
+def show(requested: Estimate, candidates: list[Estimate], console: SafeConsole) -> None:
     """Print the requested configuration's memory, time and cost, then the fastest of the candidates that fit."""
     config, cluster, shape = requested.config, requested.cluster, requested.shape
     hardware, batch = cluster.hardware, requested.batch

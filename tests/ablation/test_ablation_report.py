@@ -21,6 +21,7 @@ from ablation.report import page as whole_page
 from ablation.report import write_report
 from ablation.results import read_results
 from ablation.sketch import sketch
+from kernels.common.text import CONTROL
 from tests.ablation.made import all_planned, losses, make, plan_of
 from tests.training.tiny import command
 
@@ -227,6 +228,14 @@ def test_open_questions_are_listed(plan, tmp_path):
     assert "nano-swiglu-lr0.004-seed2 diverged" in text
     assert "nano-silu-lr0.004-seed1: 1 broken line(s) of metrics.jsonl were skipped" in text
     assert "swiglu at nano: underpowered: 1 of 5 seeds diverged" in text
+
+
+def test_marks_that_reverse_a_text_are_written_out(folder):
+    results = read_results(folder)
+    plan = dataclasses.replace(results.manifest.plan, question="a\u202egnp\x1b[2J\u2066b")
+    text = whole_page(dataclasses.replace(results, manifest=dataclasses.replace(results.manifest, plan=plan)), [])
+    assert not CONTROL.search(text)
+    assert r"a\u202egnp\x1b[2J\u2066b" in text
 
 
 def test_text_is_escaped(folder):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ablation.dashboard import COLUMNS, STATISTICS, content_of, main
+from ablation.dashboard import COLUMNS, STATISTICS, _cell, content_of, main
 from ablation.plan import Plan
 from ablation.results import read_results
 from ablation.verdict import sentences
@@ -383,3 +383,8 @@ def test_entity_and_project_are_those_of_the_runs(copy):
     path = min((copy / "runs").glob("*/config.yaml"))
     path.write_text(path.read_text(encoding="utf-8").replace("project: null", "project: theirs"), encoding="utf-8")
     assert content_of(read_results(copy)).project == "theirs"
+
+
+def test_a_cell_of_a_table_is_text():
+    assert _cell("a|b\n[x](y) <b>*") == r"a\|b \[x\](y) \<b\>\*"
+    assert "\x1b" not in _cell("\x1b[2J")
