@@ -84,6 +84,11 @@ def test_nested_functions_are_differentiated_once(function, monkeypatch):
     assert work(16) < 2**3 * work(8) < 2**6 * work(4)
 
 
+@pytest.mark.parametrize("function", ["silu", "gelu", "gelu_tanh"])
+def test_nested_functions_of_a_number_are_no_tree(function):
+    assert len(compiled("x + " + nested(f"{function}(@)", 12, "2")).backward.lines) == 0
+
+
 def test_a_condition_is_visited_once_per_level():
     class Counted(Domains):
         visits = 0
