@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import json
 import math
 from pathlib import Path
 from typing import Any
+
+from kernels.common.json_files import read_metrics_file, read_object
 
 WAITING = "waiting"
 QUEUED = "queued"  # by SLURM, which only `ablation.slurm` knows
@@ -40,7 +41,10 @@ def read_outcome(run: Path, lines: list[dict[str, Any]] | None = None) -> Outcom
     Args:
         lines: the run's metrics, where the caller has read them already.
     """
-    summary = _read_json(run / "summary.json")
+    try:
+        summary = read_object(run / "summary.json")
+    except (OSError, ValueError):
+        summary = {}
     lines = read_metrics(run)[0] if lines is None else lines
     step = lines[-1]["step"] if lines else 0
     if any(line.get("event") == "diverged" for line in lines):
@@ -79,32 +83,15 @@ def is_running(run: Path) -> bool:
 
 def read_metrics(run: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the lines of metrics.jsonl, and the number of unreadable ones: a run that was killed leaves half a line."""
-    lines: list[dict[str, Any]] = []
-    broken = 0
     try:
-        text = (run / "metrics.jsonl").read_bytes().decode("utf-8", errors="replace")
+        _, lines, unreadable, partial = read_metrics_file(run / "metrics.jsonl")
     except FileNotFoundError:
         return [], 0
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        if isinstance(record, dict) and {"kind", "step"} <= record.keys():
-            lines.append(record)
-        else:
-            broken += 1
-    return lines, broken
+    except OSError:  # a folder or a pipe of that name
+        return [], 1
+    return lines, unreadable + partial
 
 
 def is_finite(value: Any) -> bool:
     """Return whether a JSON value is a number other than nan and infinity."""
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

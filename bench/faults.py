@@ -1,12 +1,14 @@
-"""Kill a plan at random moments, restart it, and compare it with an undisturbed one: `python -m bench.faults`.
+"""Disturb runs as machines do, and compare them with undisturbed ones: `python -m bench.faults folder=FOLDER`.
 
-    kills=10         SIGKILLs
-    seed=0           of the moments and of the processes to kill
-    folder=FOLDER    a new folder for both plans            and ablation.KEY=VALUE, or overrides of every run
+    campaign=kills         or corruptions, below            seed=0     of what happens, and when
+    kills=10               SIGKILLs                         cases=150  corruptions
+    folder=FOLDER          a new folder for all runs        and ablation.KEY=VALUE (kills), or overrides of every run
 
-Runs the plan `smoke` in fp32 twice: once undisturbed, and once killed and restarted again and again. A kill hits the runner,
-the run, or both at once, as when a machine goes down. Required: the same final losses to the last bit, one W&B identity per
-run, and metrics in which no step is missing or repeated.
+campaign=kills runs the plan `smoke` in fp32 twice: once undisturbed, and once killed and restarted again and again. A kill hits
+the runner, the run, or both at once, as when a machine goes down. Required: the same final losses to the last bit, one W&B
+identity per run, and metrics in which no step is missing or repeated.
+
+campaign=corruptions damages copies of a run folder and resumes them, as `bench/corruptions.py` says.
 """
 
 from __future__ import annotations
@@ -25,19 +27,30 @@ from typing import Any
 import psutil
 
 from kernels.common.commands import run_command
-from kernels.common.errors import UserError
+from kernels.common.errors import UserError, unknown
 from kernels.common.options import split_options
 
-_OPTIONS = {"kills": 10, "seed": 0, "folder": ""}
+_OPTIONS = {"campaign": "kills", "kills": 10, "cases": 150, "seed": 0, "folder": ""}
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: list[str]) -> int:
-    required = {"folder": "folder=FOLDER, a new folder for both plans"}
+    required = {"folder": "folder=FOLDER, a new folder for all runs"}
     options, overrides = split_options(argv, _OPTIONS, required=required)
     folder = Path(options["folder"])
     if folder.exists():
         raise UserError(f"{folder} exists; give a new folder")
+    if options["campaign"] not in ("kills", "corruptions"):
+        raise unknown("campaign", options["campaign"], ("kills", "corruptions"))
+    if options["campaign"] == "corruptions":
+        from bench.corrupted_runs import run_campaign
+
+        return run_campaign(folder, options["cases"], options["seed"], overrides)
+    return kill(options, folder, overrides)
+
+
+def kill(options: dict[str, Any], folder: Path, overrides: list[str]) -> int:
+    """Kill a plan again and again, print what came of it, and return the exit status."""
     plan = ["ablation=smoke", "precision=fp32", *overrides]
     undisturbed, killed = folder / "undisturbed", folder / "killed"
     began = time.monotonic()

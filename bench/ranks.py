@@ -53,7 +53,7 @@ def on_ranks(world: int, module: str, arguments: list[str], timeout: float = 600
 
 def as_rank(measure: Callable[[Ranks], Any]) -> NoReturn:
     """Call `measure` in the process group of `on_ranks`, print its result as JSON, and exit."""
-    from training.engine import start_process_group
+    from training.process_group import start_process_group
 
     ranks = find_ranks()
     start_process_group(ranks, torch.device("cpu"), 10.0)

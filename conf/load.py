@@ -98,10 +98,17 @@ def _refuse_secrets(config: Config) -> None:
 def _started(config: Config) -> Config | None:
     """Return the configuration of the run in the run folder that `config` names; None where no run has started there."""
     folder = Path(config.runs) / str(config.run)
-    with contextlib.suppress(OSError, ValueError):  # a name that no folder can have is refused later
-        if config.resume and (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
+    # A name that no folder can have is refused later, and so is a config.yaml that cannot be read.
+    with contextlib.suppress(OSError, ValueError, UserError):
+        if config.resume and (folder / "config.yaml").is_file() and has_trained(folder):
             return from_yaml(folder / "config.yaml")
     return None
+
+
+def has_trained(folder: Path) -> bool:
+    """Return whether a run folder holds a run: a command that failed before its first step leaves no more than config.yaml."""
+    files = ("metrics.jsonl", "summary.json", "run_id")
+    return any(os.path.lexists(folder / name) for name in files) or any((folder / "checkpoints").glob("step_*"))
 
 
 def _over(stored: Config, overrides: list[Override]) -> Config:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from conf.arms import Arm, layer_arms
@@ -100,6 +101,8 @@ NOT_LEARNED = (
     "ffn.backend",
     "ffn.save",
 )
+_PLACE_OF_TEXT = re.compile(r"data\.(.+\.)?path")
+_PLACE = re.compile(rf"tokenizer\.path|{_PLACE_OF_TEXT.pattern}")
 # Keys that 0.2.0 did not have. Where they are null they change nothing, and the hashes of older plans stay theirs.
 _ADDED = ("tokenizer.eos", "tokenizer.bos")
 
@@ -320,6 +323,26 @@ def digest(content: Any, size: int = 8) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=size).hexdigest()
 
 
+def settings_of(config: Config) -> dict[str, Any]:
+    """Return what a checkpoint says about the configuration that it was trained with, as JSON gives it back.
+
+    That is what determines what a run learns, without the places of text and tokenizer: a checkpoint has their hashes.
+    """
+    values = {key: value for key, value in what_is_learned(config).items() if not _PLACE.fullmatch(key)}
+    return json.loads(json.dumps(values))
+
+
+def changed_settings(before: Mapping[str, Any], config: Config) -> list[str]:
+    """Return "key: before -> now" for each setting in which a configuration differs from those of a checkpoint.
+
+    Args:
+        before: from `settings_of`, perhaps of an earlier version: a key that it did not have had its default.
+    """
+    defaults, now = settings_of(Config()), settings_of(config)
+    old = {key: before.get(key, defaults.get(key)) for key in before.keys() | now.keys()}
+    return [f"{key}: {old[key]} -> {now.get(key)}" for key in sorted(old) if old[key] != now.get(key)]
+
+
 def differences(before: Config, now: Config) -> list[str]:
     """Return what prevents a run from resuming: "key: before -> now" for each changed key that determines what it learns.
 
@@ -329,6 +352,4 @@ def differences(before: Config, now: Config) -> list[str]:
     if old.get("tokenizer.path") and new.get("tokenizer.path"):  # the file may have moved; checkpoints know its hash
         new["tokenizer.path"] = old["tokenizer.path"]
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return [
-        f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed if not re.fullmatch(r"data\.(.+\.)?path", key)
-    ]
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed if not _PLACE_OF_TEXT.fullmatch(key)]

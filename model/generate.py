@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from conf.load import find_run, from_yaml
+from conf.validate import changed_settings, settings_of
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
@@ -24,7 +25,8 @@ from kernels.common.options import read_options
 from kernels.common.text import printable
 from launch.estimate.counts import shape_of
 from model.decoder import Cache, Decoder
-from model.weights import checkpoints, damage, load_weights
+from model.health import damage
+from model.weights import CheckpointReader, checkpoints, load_weights
 
 _DEFAULTS = {"run": "", "prompt": "", "runs": "runs", "step": -1, "tokens": 128}
 _DEFAULTS |= {"temperature": 0.8, "top_k": 50, "seed": 0}
@@ -78,7 +80,7 @@ def load_run(run: Path, step: int = -1) -> tuple[Decoder, Tokenizer, dict[str, A
         step: of the checkpoint; -1: the newest.
 
     Raises:
-        UserError: there is no checkpoint (of that step), or it is damaged.
+        UserError: there is no checkpoint (of that step), it is damaged, or it is of another run.
     """
     config = from_yaml(run / "config.yaml")
     by_step = {int(path.name.removeprefix("step_")): path for path in checkpoints(run / "checkpoints")}
@@ -91,6 +93,13 @@ def load_run(run: Path, step: int = -1) -> tuple[Decoder, Tokenizer, dict[str, A
     if problem:
         raise UserError(f"checkpoint {folder} is damaged: {problem}")
     tokenizer = load_tokenizer(run / "tokenizer")
+    state = CheckpointReader(folder).state
+    if (expected := state.get("tokenizer_hash")) is not None and expected != tokenizer.hash:
+        raise UserError(f"checkpoint {folder} was trained with another tokenizer than the one in {run / 'tokenizer'}")
+    if changed := changed_settings(state.get("settings") or settings_of(config), config):
+        raise UserError(
+            f"checkpoint {folder} was trained with other settings than config.yaml has: {'; '.join(changed)}"
+        )
     shape = shape_of(config, tokenizer.vocab_size)
     document_start = tokenizer.eos_id if config.model.mask_documents else None
     # Decoding with a cache does not use the backend; "sdpa" runs on any device.

@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 import sys
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from conf.load import load, to_yaml
 from conf.schema import Config
-from conf.validate import validate
+from conf.validate import settings_of, validate
 from data.tokenizer import Tokenizer, load_tokenizer, named_by_config
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
@@ -168,6 +169,8 @@ def _write_run(
         "eval_loss": None,
         "evaluation_missed": False,
         "wall_seconds": 0.0,
+        "run_id": uuid.uuid4().hex,
+        "settings": settings_of(config),
     }
     event = {"kind": "event", "step": 0, "tokens": 0, "event": "imported", "from": os.path.abspath(source)}
     with explain_os_errors("write the run", run), atomic_folder(run) as folder:
@@ -175,6 +178,7 @@ def _write_run(
         tokenizer.save(folder / "tokenizer")
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         (folder / "metrics.jsonl").write_text(json.dumps(event) + "\n", encoding="utf-8")
+        (folder / "run_id").write_text(f"{state['run_id']}\n", encoding="utf-8")
         (folder / "checkpoints").mkdir()
         save_weights(folder / "checkpoints" / "step_00000000", tensors, state)
 

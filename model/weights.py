@@ -5,15 +5,15 @@ A checkpoint is a folder `step_00000100/`:
     rank_00000.safetensors   one rank's pieces of parameters and of their optimizer state, in fp32
     index.json               the place of each piece in the full tensor of its name
     state.json               the counters of the run
-    manifest.json            the size and BLAKE2 hash of each of these files
+    manifest.json            the size and BLAKE2 hash of each of these files, and what they are of (`manifest.py`)
 
 The format does not depend on the topology. A piece is a range of consecutive elements of a flattened tensor-parallel shard, and
 the index holds the `parallel.ShardSpec` that unshards them. A rank of any other topology finds what it needs, and one of the
 same topology finds it in one piece. So ranks gather nothing to save, all of them write at once, and speed needs no second,
 native format. Gate and up of a gated arm are an axis of their own, which is never sharded, so they cannot be mixed.
 
-Reading executes nothing that a file contains. Which pieces a rank holds, and the optimizer state, live in
-`training/checkpoint.py`.
+Reading executes nothing that a file contains; `health.py` finds what a checkpoint is worth. Which pieces a rank holds, and the
+optimizer state, live in `training/checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from conf.validate import digest
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_folder
+from kernels.common.json_files import read_object
+from model.manifest import file_hash, file_of, write_manifest
 from model.parallel import ShardSpec, full_shape, shard_spec
 
 FORMAT = 2
 _FILE_BYTES = 2 << 30  # `save_weights` starts a new file at this size
+_INDEX_BYTES = 1 << 31  # of the longest index.json that is read
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -46,11 +50,6 @@ class Piece(NamedTuple):
     start: int
     size: int
     rank: int  # whose file holds it
-
-
-def file_of(rank: int) -> str:
-    """Return the name of the file that a rank writes."""
-    return f"rank_{rank:05d}.safetensors"
 
 
 def stored_name(name: str, key: str = "") -> str:
@@ -69,12 +68,26 @@ def index_entry(parameter: nn.Parameter, tensor: int) -> dict[str, Any]:
     }
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def header_of(state: dict[str, Any], rank: int, pieces: Iterable[tuple[str, Piece]]) -> dict[str, str]:
+    """Return what the header of a rank's file says about it: the checkpoint that it belongs to, and its place there.
+
+    Args:
+        state: what state.json holds.
+        pieces: (parameter's name, piece) of each piece in the file.
+    """
+    step, run = str(state["step"]), str(state.get("run_id"))
+    return {"step": step, "rank": str(rank), "run": run, "pieces": digest([(name, [*piece]) for name, piece in pieces])}
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
     """Write fp32 tensors in host memory as a safetensors file, sync it, and return its manifest entry.
 
     The hash is computed while the bytes are written: a file of many GB is neither read again nor copied in memory.
+
+    Args:
+        metadata: of the header, from `header_of`.
     """
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, tensor in tensors.items():
         end = offset + 4 * tensor.numel()
@@ -107,8 +120,7 @@ def write_rest(folder: Path, index: dict[str, Any], state: dict[str, Any], files
             json.dumps(content, indent=2 if name == "state.json" else None) + "\n", encoding="utf-8"
         )
         files[name] = {"bytes": (folder / name).stat().st_size, "blake2b": file_hash(folder / name)}
-    text = json.dumps({"files": files}, indent=2) + "\n"
-    (folder / "manifest.json").write_text(text, encoding="utf-8")
+    write_manifest(folder, state, files)
 
 
 def save_weights(path: Path, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
@@ -124,8 +136,8 @@ def save_weights(path: Path, tensors: Iterable[tuple[str, Tensor]], state: dict[
     with atomic_folder(path) as folder:
 
         def write() -> None:
-            name = file_of(len(files))
-            files[name] = write_tensors(folder / name, buffered)
+            name, pieces = file_of(len(files)), [(name, index[name]["pieces"][0]) for name in buffered]
+            files[name] = write_tensors(folder / name, buffered, header_of(state, len(files), pieces))
             buffered.clear()
 
         for name, tensor in tensors:
@@ -147,13 +159,13 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        self.state: dict[str, Any] = read_object(folder / "state.json")
         if self.state.get("format") != FORMAT:
             raise UserError(
                 f"{folder} has checkpoint format {self.state.get('format')}, and this version reads {FORMAT}: "
                 "continue with the version that wrote it, or start a run of another name (run=NAME)"
             )
-        self._index: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        self._index: dict[str, Any] = read_object(folder / "index.json", _INDEX_BYTES)
         self._files: dict[int, Any] = {}
 
     @property
@@ -166,6 +178,11 @@ class CheckpointReader:
         """Return the full shape of every parameter by name, without reading any."""
         return {name: tuple(entry["shape"]) for name, entry in self._index.items()}
 
+    def spec(self, name: str) -> ShardSpec | None:
+        """Return how a parameter is divided among tensor ranks in the checkpoint; None: it is whole."""
+        cut = self._entry(name)["cut"]
+        return ShardSpec(cut["dim"], tuple(cut["sections"])) if cut else None
+
     def tensor(self, name: str, key: str = "") -> Tensor:
         """Return a full parameter, or its optimizer state `key`, in fp32.
 
@@ -173,12 +190,12 @@ class CheckpointReader:
             UserError: the checkpoint does not hold it, or holds it incompletely.
         """
         entry = self._entry(name)
-        sharding, tensor = entry["cut"], entry["tensor"]
+        spec, tensor = self.spec(name), entry["tensor"]
         shape = list(entry["shape"])
-        if sharding:
-            shape[sharding["dim"]] //= tensor
+        if spec:
+            shape[spec.dim] //= tensor
         shards = [self._stored_range(name, key, rank, 0, math.prod(shape)).view(shape) for rank in range(tensor)]
-        return ShardSpec(sharding["dim"], tuple(sharding["sections"])).unshard(shards) if sharding else shards[0]
+        return spec.unshard(shards) if spec else shards[0]
 
     def shard_range(
         self, name: str, key: str, spec: ShardSpec | None, rank: int, size: int, start: int, stop: int
@@ -235,44 +252,6 @@ def checkpoints(folder: Path) -> Iterator[Path]:
     )
 
 
-def file_hash(path: Path) -> str:
-    """Return the BLAKE2b hash of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        digest = hashlib.blake2b(digest_size=16)
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def damage(folder: Path) -> str:
-    """Return what is wrong with a checkpoint's files; "" if each has the size and hash that the manifest gives."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        files = [(name, entry["bytes"], entry["blake2b"]) for name, entry in manifest["files"].items()]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return "manifest.json is missing or unreadable"
-    for name, size, digest in files:
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if file_hash(path) != digest:
-            return f"{name} does not have the contents that were saved"
-    return ""
-
-
-def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint whose files are intact, and a warning for each damaged one that was skipped."""
-    warnings = []
-    for path in checkpoints(folder):
-        problem = damage(path)
-        if not problem:
-            return path, warnings
-        warnings.append(f"checkpoint {path} is damaged and was skipped: {problem}")
-    return None, warnings
-
-
 def check_shapes(model: nn.Module, stored: CheckpointReader) -> None:
     """Check that a checkpoint holds exactly the parameters of an unsharded `model` (which may be on the meta device).
 
@@ -280,6 +259,7 @@ def check_shapes(model: nn.Module, stored: CheckpointReader) -> None:
         UserError: the checkpoint is of another model.
     """
     expected, actual = {name: tuple(p.shape) for name, p in model.named_parameters()}, stored.shapes()
+    specs = {name: shard_spec(parameter) for name, parameter in model.named_parameters()}
     for name, shape in expected.items():
         if name not in actual:
             raise UserError(f"{stored.folder} is a checkpoint of another model: it holds no {name}")
@@ -287,6 +267,9 @@ def check_shapes(model: nn.Module, stored: CheckpointReader) -> None:
             raise UserError(
                 f"{stored.folder} is a checkpoint of another shape: {name} is {actual[name]} there and {shape} here"
             )
+        spec, stored_spec = specs[name], stored.spec(name)
+        if stored_spec is not None and stored_spec != spec:
+            raise UserError(f"{stored.folder} is a checkpoint of another model: {name} is sharded in another way there")
     unexpected = sorted(actual.keys() - expected.keys())
     if unexpected:
         raise UserError(

@@ -17,7 +17,8 @@ import psutil
 import pytest
 import torch
 
-from model.weights import MOMENTS, CheckpointReader, checkpoints, newest_intact
+from model.health import newest_intact
+from model.weights import MOMENTS, CheckpointReader, checkpoints
 from tests.training import warm
 from tests.training.tiny import (
     PATIENCE,

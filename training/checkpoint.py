@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import itertools
 import math
 import shutil
 import threading
@@ -33,14 +33,18 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from kernels.common.errors import UserError
 from kernels.common.files import publish
+from kernels.common.json_files import read_object
+from model.health import Inspector
+from model.manifest import file_of, read_manifest
 from model.parallel import shard_spec
 from model.weights import (
     MOMENTS,
     CheckpointReader,
     Piece,
     checkpoints,
-    file_of,
+    header_of,
     index_entry,
     step_of,
     stored_name,
@@ -48,6 +52,7 @@ from model.weights import (
     write_tensors,
 )
 from training.engine import Engine
+from training.resume import remove_leftovers
 from training.runfolder import periodic_losses
 from training.zero import fragment_mapping, stage_3_parameter
 
@@ -72,14 +77,21 @@ class Saver:
     Args:
         folder: holds the run's checkpoints.
         collectives: those that the savers of all ranks communicate through.
-        keep_last: how many of the newest checkpoints to keep, beside the best one; None: all.
+        keep_last: how many of the newest healthy checkpoints to keep, beside the best one; None: all.
+        inspector: knows which checkpoints are healthy, on rank 0; None: a new one.
     """
 
     def __init__(
-        self, engine: Engine, folder: Path, collectives: CheckpointCollectives, keep_last: int | None = None
+        self,
+        engine: Engine,
+        folder: Path,
+        collectives: CheckpointCollectives,
+        keep_last: int | None = None,
+        inspector: Inspector | None = None,
     ) -> None:
         self.engine, self.folder, self.keep_last = engine, folder, keep_last
-        self._collectives = collectives
+        self._collectives, self._inspector = collectives, inspector or Inspector()
+        self._run_id: str | None = None
         self._host_buffers: dict[str, Tensor] = {}  # reused by every save
         self._thread: threading.Thread | None = None
         self._result: SaveResult | BaseException | None = None
@@ -99,6 +111,7 @@ class Saver:
         _link_optimizer_state(self.engine)
         pieces, tensors = self._copy_to_host()
         state = {**state, "optimizer_steps": _optimizer_steps(self.engine)}
+        self._run_id = state.get("run_id")
         blocked_seconds = time.perf_counter() - started
         arguments = (pieces, tensors, state, started, blocked_seconds)
         self._thread = threading.Thread(target=self._run, args=arguments, daemon=True)
@@ -119,7 +132,7 @@ class Saver:
         keep_last = self.keep_last
         if keep_last is None or dist.get_rank() > 0:
             return ""
-        return _os_error_of(lambda: prune(self.folder, keep_last))
+        return _os_error_of(lambda: prune(self.folder, keep_last, self._inspector.problem, self._run_id))
 
     def _copy_to_host(self) -> tuple[NamedPieces, dict[str, Tensor]]:
         """Return the pieces that this rank stores, and their tensors in host buffers that the next save overwrites."""
@@ -171,11 +184,12 @@ class Saver:
         gathered: list[tuple[dict[str, Any], NamedPieces]] = []  # by rank
 
         def create_folder() -> None:
-            _remove_leftovers(self.folder, path)
+            remove_leftovers(self.folder)
             temporary.mkdir(parents=True)
 
         def write_own_tensors() -> None:
-            manifest_entry.update(write_tensors(temporary / file_of(rank), tensors))
+            header = header_of(state, rank, pieces)
+            manifest_entry.update(write_tensors(temporary / file_of(rank), tensors, header))
 
         def commit() -> None:
             tensor_ranks = self.engine.mesh.tensor.size
@@ -185,7 +199,10 @@ class Saver:
                     index[name]["pieces"].append(piece)
             files = {file_of(number): entry for number, (entry, _) in enumerate(gathered)}
             write_rest(temporary, index, state, files)
+            _make_way(path, self._run_id)
             publish(temporary, path)
+            self._inspector.record(path)
+            remove_leftovers(self.folder)
 
         failure = collectives.first_failure(_os_error_of(create_folder) if rank == 0 else "")
         if not failure:
@@ -262,36 +279,63 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
     return reader.state
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Delete all checkpoints but the newest `keep_last` and the best one, that with the lowest held-out loss.
+def prune(folder: Path, keep_last: int, problem: Callable[[Path], str], run_id: str | None = None) -> None:
+    """Delete all checkpoints but the newest `keep_last` healthy ones and the best one, that with the lowest held-out loss.
+
+    A damaged checkpoint is deleted only when it is older than these, and one of another run never.
 
     Losses compare only on the same number of held-out tokens. So the figure of a step is its periodic evaluation; if
     `eval_tokens` was changed on the way, the best one of each number is kept.
+
+    Args:
+        problem: what is wrong with a checkpoint; "": it is healthy.
+        run_id: of this run; None: all checkpoints are its own.
     """
-    newest_first = list(checkpoints(folder))
-    periodic = periodic_losses(folder.parent)
-    best: dict[int | None, tuple[float, Path]] = {}  # by number of held-out tokens; None: all
-    for path in newest_first:
-        tokens, loss = periodic.get(step_of(path), (None, None))
-        if loss is None:
-            with contextlib.suppress(OSError, ValueError):
-                loss = json.loads((path / "state.json").read_text(encoding="utf-8")).get("eval_loss")
-        if loss is not None and math.isfinite(loss) and (tokens not in best or loss < best[tokens][0]):
-            best[tokens] = loss, path
-    kept = {path for _, path in best.values()}
-    for path in newest_first[keep_last:]:
+    own = [path for path in checkpoints(folder) if _may_be_of(path, run_id)]
+    healthy = list(itertools.islice((path for path in own if not problem(path)), keep_last))
+    if len(healthy) < keep_last:
+        return
+    kept = {*own[: own.index(healthy[-1]) + 1], *_best(own, problem)}
+    for path in own:
         if path not in kept:
             renamed = path.with_name("." + path.name + ".old")
             path.rename(renamed)  # first, so that a half-deleted folder is never taken for a checkpoint
             shutil.rmtree(renamed)
 
 
-def _remove_leftovers(folder: Path, path: Path) -> None:
-    """Remove what an interrupted process left unfinished, and move a damaged checkpoint of the same step out of the way."""
-    for leftover in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old")):
-        shutil.rmtree(leftover, ignore_errors=True)
+def _may_be_of(path: Path, run_id: str | None) -> bool:
+    """Return whether a checkpoint does not say that it belongs to another run, or was written by a later version."""
+    try:
+        return run_id is None or read_manifest(path).run in (None, run_id)
+    except ValueError:
+        return True
+    except UserError:
+        return False
+
+
+def _best(newest_first: list[Path], problem: Callable[[Path], str]) -> Iterator[Path]:
+    """Yield the healthy checkpoint with the lowest held-out loss, of each number of held-out tokens."""
+    losses: dict[int | None, list[tuple[float, Path]]] = {}  # by number of held-out tokens; None: all
+    periodic = periodic_losses(newest_first[0].parents[1])
+    for path in newest_first:
+        tokens, loss = periodic.get(step_of(path), (None, None))
+        if loss is None:
+            with contextlib.suppress(OSError, ValueError):
+                loss = read_object(path / "state.json").get("eval_loss")
+        if isinstance(loss, (int, float)) and math.isfinite(loss):
+            losses.setdefault(tokens, []).append((loss, path))
+    for candidates in losses.values():
+        for _, path in sorted(candidates, key=lambda candidate: candidate[0]):
+            if not problem(path):
+                yield path
+                break
+
+
+def _make_way(path: Path, run_id: str | None) -> None:
+    """Rename what has the name of a new checkpoint: a damaged one of the same step, to be deleted, or one of another run."""
     if path.exists():
-        path.rename(path.with_name("." + path.name + ".old"))
+        other = "" if _may_be_of(path, run_id) else f"{path.name}.of_another_run"
+        path.rename(path.with_name(other or f".{path.name}.old"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ the seed alone moves a loss. `python -m ablation.run` compares arms with seeds a
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from conf.terminal import SafeConsole
 from conf.validate import NOT_LEARNED
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
+from kernels.common.json_files import read_metrics_file, read_object
 from kernels.common.options import read_positional
 from kernels.common.units import duration, human
 
@@ -89,18 +89,15 @@ def read_run(folder: Path) -> ComparedRun:
     Raises:
         UserError: it has no metrics yet, or its config.yaml cannot be read.
     """
-    lines = []
     try:
-        for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:  # the line that a running or killed process has not finished
-                continue
+        lines = read_metrics_file(folder / "metrics.jsonl").lines
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no metrics.jsonl: it has not taken a step yet") from error
+    except OSError as error:
+        raise UserError(f"cannot read {folder / 'metrics.jsonl'}: {error.strerror}") from error
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        summary = read_object(folder / "summary.json")
+    except (OSError, ValueError):
         summary = {}
     return ComparedRun(folder.name, values_of(folder / "config.yaml"), lines, summary)
 

@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 
 from conf.schema import Config
-from conf.validate import Batch, config_hash
+from conf.validate import Batch, config_hash, settings_of
 from data.batches import BatchStream, Dataset, sample_hash
 from launch.estimate.counts import Shape, parameters
 from launch.launchers import Launchers
 from launch.ranks import Ranks
 from model.generate import generate
+from model.health import Inspector
 from training import machine
 from training.evaluation import HeldOut, evaluate
 from training.prompts import prompts_of
@@ -76,6 +77,8 @@ class TrainingLoop:
         shape: Shape,
         recorder: RunRecorder,
         engine: Engine,
+        run_id: str,
+        inspector: Inspector,
     ) -> None:
         # These import DeepSpeed, which takes seconds: bad input is refused before that.
         from training.checkpoint import CheckpointCollectives, Saver
@@ -84,7 +87,8 @@ class TrainingLoop:
         self.config, self.batch, self.ranks, self.shape = config, batch, ranks, shape
         self.dataset, self.stream, self.recorder, self.console = dataset, stream, recorder, recorder.console
         self.engine, self.mesh = engine, engine.mesh
-        self.saver = Saver(engine, folder.checkpoints, CheckpointCollectives(), config.keep_last)
+        self.run_id, self.settings = run_id, settings_of(config)
+        self.saver = Saver(engine, folder.checkpoints, CheckpointCollectives(), config.keep_last, inspector)
         self.telemetry = Telemetry(engine, config.telemetry_every, config.telemetry_window)
         self.step, self.batches_hash = 0, 0
         self.prompts = prompts_of(config, dataset)
@@ -100,7 +104,7 @@ class TrainingLoop:
         """Load weights, optimizer state and counters from a checkpoint. Collective.
 
         Args:
-            previous_steps: length of the run before this session, if this rank knows it (rank 0 does).
+            previous_steps: length of the run before this session, where the checkpoint does not know it.
         """
         from training import checkpoint
 
@@ -116,7 +120,7 @@ class TrainingLoop:
             self.last_eval = None if loss is None else HeldOut(loss, tokens)
             self.recorder.repeats_evaluation = loss is None
         self.console.print(f"resuming {self.recorder.folder.path} after step {self.step} of {self.batch.steps}")
-        self._change_length(state.get("steps") or self._broadcast(previous_steps), state.get("warmup_steps"))
+        self._change_length(state.get("steps") or previous_steps, state.get("warmup_steps"))
 
     def _change_length(self, before: int | None, warmup: int | None) -> None:
         """Go on with a run that was to have `before` steps: do not warm up again, and report both learning rates."""
@@ -319,6 +323,8 @@ class TrainingLoop:
             "eval_loss": eval_loss,
             "evaluation_missed": self.evaluation_missed,
             "wall_seconds": self._wall_seconds(),
+            "run_id": self.run_id,
+            "settings": self.settings,
         }
         self.saver.start(state)
 
@@ -333,7 +339,7 @@ class TrainingLoop:
             self.recorder.event("save_failed", result.step, path=result.path.name, reason=result.failure)
         else:
             seconds = {"seconds": result.seconds, "waited_seconds": result.blocked_seconds}
-            self.recorder.event("saved", result.step, path=result.path.name, **seconds)
+            self.recorder.saved(result.step, path=result.path.name, **seconds)
         if result.warning:
             self.console.warn(f"older checkpoints could not be removed: {result.warning}")
 
@@ -364,6 +370,7 @@ class TrainingLoop:
             "flops_per_token": self.recorder.flops_per_token,
             "data_order_hash": f"{self._global_batches_hash():016x}" if synchronised else None,
             "config_hash": config_hash(self.config),
+            "run_id": self.run_id,
             "steps": self.step,
             "tokens": self.recorder.tokens,
             "wall_seconds": self._wall_seconds(),

@@ -10,6 +10,7 @@ import shlex
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from conf.provenance import provenance
 from conf.schema import Config
@@ -61,7 +62,8 @@ class RunRecorder:
             device: description of what is trained on.
         """
         if self.enabled:
-            self.folder.rewind(self.step, self.repeats_evaluation)
+            if unreadable := self.folder.rewind(self.step, self.repeats_evaluation):
+                self.console.warn(f"{unreadable} line(s) of metrics.jsonl could not be read and were left out")
             self._provenance = provenance(device)
             self.folder.append_provenance(self._provenance)
             self._loggers = Loggers(self.config, self.folder.path, self.console.warn)
@@ -74,6 +76,19 @@ class RunRecorder:
     def event(self, event: str, step: int | None = None, **details: Any) -> None:
         """Record an event of the current step, or of an earlier one."""
         self._write_line("event", {"event": event, **details}, step)
+
+    def session(self, event: str, wall_seconds: float, run_id: str) -> None:
+        """Record that a session has `started` or `resumed` the run, after `wall_seconds` of earlier ones."""
+        self.event(event, world_size=dist.get_world_size(), wall_seconds=wall_seconds, run_id=run_id)
+
+    def saved(self, step: int, **details: Any) -> None:
+        """Record that a checkpoint is complete. The run has a name from then on, by which it knows its checkpoints."""
+        self.event("saved", step, **details)
+        if self.enabled:
+            try:
+                self.folder.write_run_id()
+            except OSError as error:
+                self.console.warn(f"the file run_id could not be written: {error}")
 
     def training(
         self, loss: float, grad_norm: float, lr: float, tokens_per_second: float, mfu: float | None, memory_gib: float

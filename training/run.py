@@ -9,10 +9,13 @@ import dataclasses
 import os
 import shutil
 import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from conf.schema import Config, TokenizerConfig
 from conf.validate import Batch, validate
@@ -24,14 +27,17 @@ from launch.estimate.counts import Shape, check_divisibility, shape_of
 from launch.launchers import Launchers, refuse_taken_port
 from launch.ranks import Ranks
 from model.attention import choose
-from model.decoder import Decoder
 from model.feed_forward import check_arms
-from model.weights import CheckpointReader, check_shapes, newest_intact
+from model.health import Inspector
+from model.manifest import run_of
+from model.weights import step_of
 from training import machine
 from training.console import Console
 from training.loop import TrainingLoop
 from training.memory import MemoryBudget
+from training.process_group import start_process_group
 from training.recorder import RunRecorder, held_out_line
+from training.resume import Decision, choose_checkpoint, decide_together, remove_leftovers, unknown_origin, why_unfit
 from training.runfolder import RunFolder
 
 if TYPE_CHECKING:
@@ -55,41 +61,40 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
         torch.use_deterministic_algorithms(True)
     folder = RunFolder(config)
     try:
-        if ranks.rank == 0:
-            folder.claim(config)
+        warnings = folder.claim(config) if ranks.rank == 0 else []
         dataset = _open_corpus(config, folder, ranks, console)
         shape = _shape(config, dataset)
-        for warning in check_arms(shape.ffn, device, dtype, statistics=bool(config.telemetry_every)):
+        for warning in (*warnings, *check_arms(shape.ffn, device, dtype, statistics=bool(config.telemetry_every))):
             console.warn(warning)
-        checkpoint, warnings = newest_intact(folder.checkpoints)
-        for warning in warnings:
-            console.warn(warning)
-        if checkpoint:
-            _check_checkpoint(checkpoint, dataset, shape, config)
-            # A run killed between its last checkpoint and its summary still needs the summary.
-            complete = CheckpointReader(checkpoint).state["step"] >= batch.steps
-            if complete and folder.read_summary().get("status") == "finished":
-                return _already_finished(console, folder, batch)
+        if ranks.world_size > 1:  # rank 0 tells the others what it decides
+            _start_group(config, ranks, device)
+        inspector = Inspector()
+        decision = decide_together(
+            ranks, lambda verify: _decide(config, batch, folder, dataset, shape, console, inspector, verify)
+        )
+        if decision.finished:
+            return _end_group(ranks)
         stream = BatchStream(dataset, config.sequence_length, config.data_seed)  # refuses a sequence beyond the text
-        if checkpoint is None or (folder.previous_steps or batch.steps) < batch.steps:
-            _refuse_repetition(dataset, config, batch)
         recorder = RunRecorder(config, batch, shape, dataset, folder, console, enabled=ranks.rank == 0)
         memory = MemoryBudget(config, batch, shape, ranks, device, dtype == torch.bfloat16)
         memory.check()
         with memory.explained():
-            engine = _build_engine(config, batch, ranks, folder, dataset, shape, device, dtype, attention)
-            loop = TrainingLoop(config, batch, ranks, folder, dataset, stream, shape, recorder, engine)
-            if checkpoint:
-                loop.resume(checkpoint, folder.previous_steps)
+            if ranks.world_size == 1:
+                _start_group(config, ranks, device)
+            engine = _build_engine(config, batch, folder, dataset, shape, device, dtype, attention)
+            loop = TrainingLoop(
+                config, batch, ranks, folder, dataset, stream, shape, recorder, engine, decision.run_id, inspector
+            )
+            if decision.checkpoint:
+                loop.resume(decision.checkpoint, decision.previous_steps)
             if ranks.rank == 0:
                 _copy_tokenizer(dataset, folder.path)
             recorder.open(f"{machine.describe(device)} x {ranks.world_size}")
             peak = machine.PeakSpeed(device, dtype)
-            if not checkpoint:
+            if not decision.checkpoint:
                 rows = recorder.summary_rows(device, dtype, attention, peak, ranks.world_size)
                 console.summary(config, shape, batch, rows)
-            event = "resumed" if checkpoint else "started"
-            recorder.event(event, world_size=ranks.world_size, wall_seconds=loop.earlier_seconds)
+            recorder.session("resumed" if decision.checkpoint else "started", loop.earlier_seconds, decision.run_id)
             return loop.run(peak, launchers, launched_at)
     except BaseException:
         if ranks.rank == 0:
@@ -110,15 +115,76 @@ def _open_corpus(config: Config, folder: RunFolder, ranks: Ranks, console: Conso
     return dataset
 
 
+def _decide(
+    config: Config,
+    batch: Batch,
+    folder: RunFolder,
+    dataset: Dataset,
+    shape: Shape,
+    console: Console,
+    inspector: Inspector,
+    verify: Callable[[Path], str],
+) -> Decision:
+    """Return, on rank 0, what this run goes on from.
+
+    Args:
+        verify: returns what is wrong with the contents of a checkpoint.
+
+    Raises:
+        UserError: no checkpoint of the run can be used, or it would repeat its corpus too often.
+    """
+
+    def contents(path: Path) -> str:
+        problem = verify(path)
+        inspector.record(path, problem)
+        return problem
+
+    checkpoint, warnings = choose_checkpoint(
+        folder.checkpoints, folder.run_id, contents, lambda path: why_unfit(path, dataset, shape, config)
+    )
+    for warning in warnings:
+        console.warn(warning)
+    if checkpoint is None:
+        folder.refuse_to_start_over()
+    else:
+        folder.run_id = folder.run_id or run_of(checkpoint)
+        done = step_of(checkpoint)
+        folder.refuse_fewer_steps(batch.steps, done)
+        # A run killed between its last checkpoint and its summary still needs the summary.
+        if done >= batch.steps and (summary := folder.finished_summary(done)):
+            _print_finished(console, folder, batch, summary)
+            return Decision(finished=True)
+        if unchecked := unknown_origin(checkpoint):
+            console.print(unchecked)
+    if checkpoint is None or (folder.previous_steps or batch.steps) < batch.steps:
+        _refuse_repetition(dataset, config, batch)
+    folder.run_id = folder.run_id or uuid.uuid4().hex
+    remove_leftovers(folder.checkpoints)
+    return Decision(checkpoint, folder.run_id, folder.previous_steps)
+
+
 def _refuse_repetition(dataset: Dataset, config: Config, batch: Batch) -> None:
     samples = batch.steps * batch.global_batch
     refuse_repetition(dataset, config.sequence_length, samples, config.data.max_epochs)
 
 
+def _start_group(config: Config, ranks: Ranks, device: torch.device) -> None:
+    """Start the process group. Collective."""
+    refuse_taken_port(ranks)
+    start_process_group(ranks, device, config.parallel.timeout_minutes)
+
+
+def _end_group(ranks: Ranks) -> int:
+    """End the process group of a run that has nothing to do; return the exit status. Collective."""
+    if ranks.world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return 0
+
+
 def _build_engine(
     config: Config,
     batch: Batch,
-    ranks: Ranks,
     folder: RunFolder,
     dataset: Dataset,
     shape: Shape,
@@ -126,11 +192,9 @@ def _build_engine(
     dtype: torch.dtype,
     attention: str,
 ) -> Engine:
-    """Start the process group, and return the engine. Collective."""
-    from training.engine import Engine, mesh_from_config, redirect_deepspeed_log, start_process_group
+    """Return the engine. Collective."""
+    from training.engine import Engine, mesh_from_config, redirect_deepspeed_log
 
-    refuse_taken_port(ranks)
-    start_process_group(ranks, device, config.parallel.timeout_minutes)
     document_start = dataset.eos_id if config.model.mask_documents else None
     with folder.quiet():
         mesh = mesh_from_config(config.parallel)
@@ -162,36 +226,12 @@ def own_tokenizer(tokenizer: TokenizerConfig, run: Path) -> TokenizerConfig:
     return tokenizer
 
 
-def _check_checkpoint(path: Path, dataset: Dataset, shape: Shape, config: Config) -> None:
-    """Refuse a checkpoint of another model or of other text, before the process group exists.
-
-    Raises:
-        UserError: it is one.
-    """
-    reader = CheckpointReader(path)
-    with torch.device("meta"):
-        check_shapes(Decoder(shape, config.model, "sdpa"), reader)
-    if reader.state["tokenizer_hash"] != dataset.tokenizer.hash:
-        if config.tokenizer.path is None:  # trained on the corpus, so it is the text that differs
-            raise UserError(
-                f"{path} was trained on other text than what data={config.data.name} holds today, whose tokenizer differs: "
-                "bring the text back, or give this run another name (run=NAME)"
-            )
-        raise UserError(f"{path} was trained with another tokenizer than the one in {dataset.folder}")
-    if reader.state["corpus_hash"] not in (None, dataset.corpus_hash):  # None: an imported model
-        raise UserError(
-            f"{path} was trained on other text than what is in {dataset.folder}: give this run another name (run=NAME)"
-        )
-
-
-def _already_finished(console: Console, folder: RunFolder, batch: Batch) -> int:
-    """Print that there is nothing to do; return the exit status."""
-    summary = folder.read_summary()
+def _print_finished(console: Console, folder: RunFolder, batch: Batch, summary: dict[str, Any]) -> None:
+    """Print that there is nothing to do."""
     console.print(f"{folder.path} has finished its {batch.steps} steps: there is nothing to do")
-    if summary.get("final_eval_loss"):
+    if summary["final_eval_loss"]:
         console.print(held_out_line(summary))
     console.print("give a new run another name (run=NAME), or override a setting: python train.py --help")
-    return 0
 
 
 def _copy_tokenizer(dataset: Dataset, run: Path) -> None:

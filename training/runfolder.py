@@ -4,6 +4,7 @@ runs/<name>/config.yaml      the configuration, every key resolved
             metrics.jsonl    one JSON object per line: kind, step, tokens, then figures
             summary.json     how the run ended
             checkpoints/     (checkpoint.py)
+            run_id           the name of the run in its checkpoints, written with the first of them
             provenance.json  date, commit, machine, versions and command of each session, newest last
             samples.txt      text that the model generated, by step
             deepspeed.log    the output of DeepSpeed and other libraries
@@ -15,7 +16,9 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +26,18 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from conf.load import from_yaml, to_yaml
+from conf.load import from_yaml, has_trained, to_yaml
 from conf.schema import Config
 from conf.validate import differences, total_steps
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
-from model.weights import checkpoints, step_of
+from kernels.common.json_files import parse, read_bytes, read_metrics_file, read_object
+from model.manifest import run_of
+from model.weights import checkpoints
 
 _PROVENANCE = "provenance.json"
+_RUN_ID = "run_id"
+_FILES = ("config.yaml", "metrics.jsonl", "summary.json", _RUN_ID, _PROVENANCE, "samples.txt", "deepspeed.log", ".lock")
 LOCK_TIMEOUT_SECONDS = 1.0  # `ablation` holds the lock for a moment to check whether a run is alive
 
 
@@ -42,9 +49,11 @@ class RunFolder:
         # Without filelock's fallback to a file that outlives a killed process: the kernel releases this lock with its process.
         self._lock = FileLock(self.path / ".lock", fallback_to_soft=False)
         self.previous_steps: int | None = None  # length of the run before this session; None: it is new
+        self.run_id: str | None = None  # None: unknown, or this run has saved no checkpoint yet
         self.trained = False  # whether this session has taken a step
         self._created = False  # whether this session created the folder
         self._previous_config: bytes | None = None  # config.yaml as this session found it
+        self._wrote_config = False
         self._metrics: IO[bytes] | None = None
         self._unwritten: list[str] = []  # lines of metrics.jsonl that could not be written, in order
 
@@ -52,8 +61,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def claim(self, config: Config) -> None:
+    def claim(self, config: Config) -> list[str]:
         """Create the folder, or take over that of a run that this configuration continues, and lock it for this process.
+
+        Returns:
+            Warnings about files that cannot be read.
 
         Raises:
             UserError: another process trains in it, it holds a run with other settings, or it cannot be written.
@@ -61,6 +73,38 @@ class RunFolder:
         with explain_os_errors("write to the run folder", self.path):
             self._created = not self.path.exists()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+        _refuse_irregular(self.path)
+        self._acquire_lock()
+        self.run_id = self._own_id()
+        config_path = self.path / "config.yaml"
+        warnings = []
+        if has_trained(self.path):
+            if not config.resume:
+                raise UserError(f"{self.path} holds a run and resume=false: give this run another name (run=NAME)")
+            if config_path.exists():
+                warnings = self._compare(config_path, config)
+        if config_path.exists():
+            self._previous_config = config_path.read_bytes()
+        with explain_os_errors("write to the run folder", self.path), atomic_write(config_path) as file:
+            file.write(to_yaml(config))
+        self._wrote_config = True
+        return warnings
+
+    def _own_id(self) -> str | None:
+        """Return the name that this run has in its checkpoints; None if nothing tells.
+
+        metrics.jsonl and summary.json repeat it, so run_id may be gone, or be another run's: a checkpoint must have it too.
+        """
+        try:
+            lines = read_metrics_file(self.path / "metrics.jsonl", b'"run_id"').lines
+        except OSError:
+            lines = []
+        told = [read_run_id(self.path), *(line.get("run_id") for line in lines[-1:]), self.read_summary().get("run_id")]
+        told = [run_id for run_id in told if isinstance(run_id, str)]
+        stored = {run_of(path) for path in checkpoints(self.checkpoints)}
+        return next((run_id for run_id in told if run_id in stored), told[0] if told else None)
+
+    def _acquire_lock(self) -> None:
         try:
             with explain_os_errors("write to the run folder", self.path):
                 self._lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
@@ -73,24 +117,26 @@ class RunFolder:
             raise UserError(
                 f"cannot lock {self.path / '.lock'} ({error.strerror}): set runs to a folder on another file system"
             ) from error
-        config_path = self.path / "config.yaml"
-        # A command that failed before its first step leaves no metrics, so its corrected version may reuse the folder.
-        if config_path.exists() and (self.path / "metrics.jsonl").exists():
-            if not config.resume:
-                raise UserError(f"{self.path} holds a run and resume=false: give this run another name (run=NAME)")
+
+    def _compare(self, config_path: Path, config: Config) -> list[str]:
+        """Compare the settings of the run with those of this configuration; return warnings.
+
+        Raises:
+            UserError: it is another run, or neither config.yaml nor the checkpoints tell.
+        """
+        try:
             previous = from_yaml(config_path)
-            changed = differences(previous, config)
-            if changed:
-                raise UserError(
-                    f"{self.path} holds a run with other settings ({'; '.join(changed)}): "
-                    "give this run another name (run=NAME)"
-                )
-            self.previous_steps = total_steps(previous)
-            self._refuse_fewer_steps(total_steps(config))
-        if config_path.exists():
-            self._previous_config = config_path.read_bytes()
-        with explain_os_errors("write to the run folder", self.path), atomic_write(config_path) as file:
-            file.write(to_yaml(config))
+        except UserError as error:
+            if self.run_id is None:  # checkpoints of a run that has one hold its settings
+                raise UserError(f"{error}: bring it back, or give this run another name (run=NAME)") from error
+            return [f"{error}; the settings are compared with those of the checkpoints"]
+        changed = differences(previous, config)
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run with other settings ({'; '.join(changed)}): give this run another name (run=NAME)"
+            )
+        self.previous_steps = total_steps(previous)
+        return []
 
     def discard(self) -> None:
         """Undo `claim` if this session took no step: remove the folder that it created, or restore config.yaml."""
@@ -104,15 +150,54 @@ class RunFolder:
         elif self._previous_config is not None:
             with contextlib.suppress(OSError), atomic_write(self.path / "config.yaml", "wb") as file:
                 file.write(self._previous_config)
+        elif self._wrote_config:
+            (self.path / "config.yaml").unlink(missing_ok=True)
 
-    def _refuse_fewer_steps(self, steps: int | None) -> None:
-        """Refuse a length that the run has reached already at the learning rate of a longer one.
+    def refuse_to_start_over(self) -> None:
+        """Refuse to train from step 1 in a folder whose run has saved a checkpoint, now that it has none.
+
+        A run that ended before its first checkpoint starts over.
 
         Raises:
-            UserError: the newest checkpoint is at or beyond `steps`, and was not meant to be the last.
+            UserError: there is such a run.
         """
-        done = next((step_of(path) for path in checkpoints(self.checkpoints)), 0)
-        if steps is None or done < steps or done == steps == self.previous_steps:
+        try:
+            _, lines, unreadable, _ = read_metrics_file(self.path / "metrics.jsonl")
+        except FileNotFoundError:
+            lines, unreadable = [], 0
+        summary = self.read_summary()
+        saved = any(line.get("event") in ("saved", "imported", "resumed") for line in lines) or (
+            unreadable and not lines
+        )
+        ended = summary.get("status") in ("finished", "stopped") or (
+            not summary and (self.path / "summary.json").exists()
+        )
+        if saved or ended or (self.path / _RUN_ID).exists():
+            raise UserError(
+                f"{self.path} holds a run of {max((line['step'] for line in lines), default=0)} steps and no checkpoint of it: "
+                f"bring its checkpoints back, give this run another name (run=NAME), or delete {self.path} to train it again"
+            )
+
+    def write_run_id(self) -> None:
+        """Write the file `run_id`, unless it is there.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self.run_id is not None and read_run_id(self.path) != self.run_id:
+            with atomic_write(self.path / _RUN_ID) as file:
+                file.write(f"{self.run_id}\n")
+
+    def refuse_fewer_steps(self, steps: int, done: int) -> None:
+        """Refuse a length that the run has reached already at the learning rate of a longer one.
+
+        Args:
+            done: steps of the checkpoint that the run would go on from.
+
+        Raises:
+            UserError: it is at or beyond `steps`, and was not meant to be the last.
+        """
+        if self.previous_steps is None or done < steps or done == steps == self.previous_steps:
             return
         state = "has finished its" if done == self.previous_steps else f"has trained {done} of"
         raise UserError(
@@ -125,26 +210,27 @@ class RunFolder:
         recorded = (loss for of, on, loss in _evaluations(self.path) if (of, on) == (step, tokens))
         return next(recorded, None)
 
-    def rewind(self, step: int, repeats_evaluation: bool = False) -> None:
-        """Delete the summary, the metrics after `step` and a partial last line: a resumed run writes them again.
+    def rewind(self, step: int, repeats_evaluation: bool = False) -> int:
+        """Delete the summary, the metrics after `step` and lines that cannot be read: a resumed run writes them again.
 
         Args:
             repeats_evaluation: delete the evaluations of `step` as well.
+
+        Returns:
+            How many lines could not be read, not counting the last one where a killed process left it incomplete.
         """
         path = self.path / "metrics.jsonl"
         with explain_os_errors("write to the run folder", self.path):
             (self.path / "summary.json").unlink(missing_ok=True)
             if not path.exists():
-                return
-            kept = []
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    record = json.loads(line)
-                    repeated = repeats_evaluation and (record["kind"], record["step"]) == ("eval", step)
-                    if record["step"] <= step and not repeated:
-                        kept.append(line)
-            with atomic_write(path) as file:
-                file.writelines(line + "\n" for line in kept)
+                return 0
+            texts, lines, unreadable, _ = read_metrics_file(path)
+            with atomic_write(path, "wb") as file:
+                for text, line in zip(texts, lines, strict=True):
+                    repeated = repeats_evaluation and (line["kind"], line["step"]) == ("eval", step)
+                    if line["step"] <= step and not repeated:
+                        file.write(text + b"\n")
+        return unreadable
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl. A killed process does not lose it: nothing is buffered here.
@@ -200,11 +286,20 @@ class RunFolder:
             file.write("\n")
 
     def read_summary(self) -> dict[str, Any]:
-        """Return summary.json, or {} if there is none."""
+        """Return summary.json, or {} if there is none that can be read."""
         try:
-            return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            return read_object(self.path / "summary.json")
+        except (OSError, ValueError):
             return {}
+
+    def finished_summary(self, step: int) -> dict[str, Any]:
+        """Return the summary of a run that has finished after `step` steps; {} if summary.json is not that of this run."""
+        summary = self.read_summary()
+        if summary.get("status") != "finished" or summary.get("steps") != step:
+            return {}
+        figures = {key: summary.get(key) for key in ("final_eval_loss", "bits_per_byte")}
+        whole = all(figure is None or isinstance(figure, float) for figure in figures.values())
+        return summary | figures if whole and summary.get("run_id") in (None, self.run_id) else {}
 
     def close(self) -> None:
         """Sync metrics.jsonl and release the lock."""
@@ -234,12 +329,34 @@ class RunFolder:
             os.close(log)
 
 
+def read_run_id(run: Path) -> str | None:
+    """Return the name that a run has in its checkpoints; None if the folder does not tell."""
+    with contextlib.suppress(OSError, ValueError):
+        text = read_bytes(run / _RUN_ID, 100).decode("ascii").strip()
+        return text if re.fullmatch(r"[0-9a-f]{32}", text) else None
+    return None
+
+
+def _refuse_irregular(run: Path) -> None:
+    """Refuse a pipe, a folder or a socket by the name of a file: to open it could wait for ever.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name in _FILES:
+        with contextlib.suppress(OSError):  # most often: there is no such file
+            mode = (run / name).stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISCHR(mode):
+                raise UserError(f"{run / name} is not a file: move it away, or give this run another name (run=NAME)")
+
+
 def _sessions(run: Path) -> list[dict[str, Any]]:
     """Return the provenance of each session of a run; [] if the run has none."""
     try:
-        return list(json.loads((run / _PROVENANCE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        sessions = parse(read_bytes(run / _PROVENANCE, 1 << 26))
+    except (OSError, ValueError):
         return []
+    return [session for session in sessions if isinstance(session, dict)] if isinstance(sessions, list) else []
 
 
 def newest_provenance(run: Path) -> dict[str, Any]:
@@ -261,12 +378,11 @@ def periodic_losses(run: Path) -> dict[int, tuple[int, float]]:
 def _evaluations(run: Path) -> Iterator[tuple[int, int, float]]:
     """Yield (step, held-out tokens, loss) of each evaluation in a run's metrics.jsonl, in order."""
     try:
-        lines = (run / "metrics.jsonl").read_bytes().splitlines()
-    except FileNotFoundError:
+        lines = read_metrics_file(run / "metrics.jsonl", b'"eval"').lines
+    except OSError:
         return
     for line in lines:
-        if b'"eval"' in line:
-            with contextlib.suppress(ValueError, KeyError):  # a partial last line
-                record = json.loads(line)
-                if record["kind"] == "eval":
-                    yield record["step"], record["held_out_tokens"], record["loss"]
+        if line["kind"] == "eval":
+            tokens, loss = line.get("held_out_tokens"), line.get("loss")
+            if type(tokens) is int and isinstance(loss, float):
+                yield line["step"], tokens, loss

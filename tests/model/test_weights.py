@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -14,15 +15,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kernels.common.errors import UserError
+from model.health import damage, newest_intact
+from model.manifest import file_hash, file_of
 from model.parallel import Axis, Mesh, ShardSpec, full_shape, shard_parameter, shard_spec
 from model.weights import (
     CheckpointReader,
+    Piece,
     checkpoints,
-    damage,
-    file_hash,
-    file_of,
+    header_of,
     load_weights,
-    newest_intact,
     write_rest,
     write_tensors,
 )
@@ -50,7 +51,7 @@ def test_what_is_written_reads_back_equal(build, write_checkpoint, tmp_path, arm
 
 def test_a_file_of_pieces_is_one_that_the_library_reads(tmp_path):
     tensors = {"a": torch.randn(3, 5), "b.exp_avg": torch.randn(7), "c": torch.randn(2, 0)}
-    entry = write_tensors(tmp_path / "x.safetensors", tensors)
+    entry = write_tensors(tmp_path / "x.safetensors", tensors, {"step": "7"})
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
@@ -83,6 +84,7 @@ def test_unshard_inverts_shard(spec, shape, size):
 def write_pieces(folder, full, spec, size, replicas):
     """Write a tensor as `size` tensor ranks x `replicas` would: each a range of its flattened shard."""
     folder.mkdir()
+    state = {"step": 1, "optimizer_steps": 0}
     index, files = {"shape": list(full.shape), "tensor": size, "cut": dataclasses.asdict(spec), "pieces": []}, {}
     for tensor in range(size):
         flat = spec.shard(full, tensor, size).flatten()
@@ -91,8 +93,9 @@ def write_pieces(folder, full, spec, size, replicas):
             start = sum(len(p) for p in flat.tensor_split(replicas)[:number])
             index["pieces"].append([tensor, start, len(piece), rank])
             stored = piece.view_as(spec.shard(full, tensor, size)) if replicas == 1 else piece
-            files[file_of(rank)] = write_tensors(folder / file_of(rank), {"w": stored})
-    write_rest(folder, {"w": index}, {"step": 1}, files)
+            header = header_of(state, rank, [("w", Piece(*index["pieces"][-1]))])
+            files[file_of(rank)] = write_tensors(folder / file_of(rank), {"w": stored}, header)
+    write_rest(folder, {"w": index}, state, files)
     return CheckpointReader(folder)
 
 
@@ -184,7 +187,10 @@ def test_a_file_cut_short_or_longer_or_missing_is_seen(checkpoint, name):
     path.unlink()
     assert damage(checkpoint) == f"{name} is missing"
     path.mkdir()
-    assert damage(checkpoint) == f"{name} is missing"
+    assert damage(checkpoint) == f"{name} is not a regular file"
+    path.rmdir()
+    os.mkfifo(path)
+    assert damage(checkpoint) == f"{name} is not a regular file"
 
 
 def test_no_flipped_bit_of_the_manifest_crashes_or_passes(checkpoint):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.weights import MOMENTS, CheckpointReader, checkpoints, damage, newest_intact, step_of
+from model.health import damage, newest_intact
+from model.weights import MOMENTS, CheckpointReader, checkpoints, step_of
 from training.checkpoint import prune
 
 TOPOLOGIES = list(itertools.product(("0", "1", "2", "3"), (1, 2)))
@@ -184,14 +185,42 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(trained, one_rank, sa
     assert same_tensors(saved / "step_00000010", trained(1, "1").end)
 
 
+def all_healthy(_: Path) -> str:
+    return ""
+
+
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step, loss in enumerate((None, 3.0, 1.0, None, 2.0, 2.5), start=1):
         (tmp_path / f"step_{step:08d}").mkdir()
         (tmp_path / f"step_{step:08d}" / "state.json").write_text(json.dumps({"eval_loss": loss}))
-    prune(tmp_path, 2)
+    prune(tmp_path, 2, all_healthy)
     assert [path.name[-1] for path in checkpoints(tmp_path)] == ["6", "5", "3"]
-    prune(tmp_path, 1)
+    prune(tmp_path, 1, all_healthy)
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["3", "6"]
+
+
+def test_prune_counts_healthy_checkpoints(tmp_path):
+    damaged = {9, 12}
+    for step in (3, 6, 8, 9, 12):
+        (tmp_path / f"step_{step:08d}").mkdir()
+
+    def problem(path: Path) -> str:
+        return "damaged" if step_of(path) in damaged else ""
+
+    prune(tmp_path, 2, problem)
+    assert kept_steps(tmp_path) == [
+        6,
+        8,
+        9,
+        12,
+    ]  # damaged ones go when they are older than the healthy ones that are kept
+    (tmp_path / "step_00000015").mkdir()
+    (tmp_path / "step_00000018").mkdir()
+    prune(tmp_path, 2, problem)
+    assert kept_steps(tmp_path) == [15, 18]
+    damaged.add(18)
+    prune(tmp_path, 2, problem)
+    assert kept_steps(tmp_path) == [15, 18]
 
 
 def evaluated_run(run: Path, evaluations: list[tuple[int, int, float]], saved: range) -> Path:
@@ -213,11 +242,11 @@ def test_the_best_checkpoint_is_that_of_the_periodic_evaluation(tmp_path):
     # The last step is evaluated on all held-out text too, where every loss would be lower.
     losses = [(5, 128, 3.0), (10, 128, 2.0), (15, 128, float("nan")), (20, 128, 2.5), (20, 999, 1.0)]
     folder = evaluated_run(tmp_path, losses, range(5, 21, 5))
-    prune(folder, 1)
+    prune(folder, 1, all_healthy)
     assert kept_steps(folder) == [10, 20]
 
 
 def test_losses_on_other_numbers_of_tokens_do_not_compete(tmp_path):
     folder = evaluated_run(tmp_path, [(5, 128, 2.0), (10, 128, 3.0), (15, 256, 2.8), (20, 256, 2.9)], range(5, 26, 5))
-    prune(folder, 1)
+    prune(folder, 1, all_healthy)
     assert kept_steps(folder) == [5, 15, 25]

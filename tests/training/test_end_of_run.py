@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from model.weights import newest_intact
+from model.health import newest_intact
 from tests.training.tiny import overrides, write_corpus
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.weights import CheckpointReader, damage, save_weights
+from model.health import damage
+from model.weights import CheckpointReader, save_weights
 from tests.training.tiny import overrides
 
 FROM_FOLDER = ("model.", "tokenizer.")  # set by the folder, not by the command

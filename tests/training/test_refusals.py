@@ -22,7 +22,7 @@ def finished(corpus, no_group, tmp_path_factory) -> Path:
     """A folder with runs of 2 of 4 steps: `a`, and `b` of another model."""
     runs = tmp_path_factory.mktemp("finished")
     for name, width in (("a", 45), ("b", 47)):
-        arguments = overrides(corpus, runs, run=name, steps=2, model__d_ff=width, eval_every=0)
+        arguments = overrides(corpus, runs, run=name, steps=2, model__d_ff=width, eval_every=0, save_every=1)
         assert no_group.run("command", module="train", arguments=arguments)[0]["status"] == 0
     return runs
 
@@ -152,6 +152,35 @@ def test_a_tokenizer_that_moved_with_its_run_is_found_there(tmp_path):
     assert differences(Config(tokenizer=gone), Config()) != []
 
 
+def test_a_finished_run_without_its_checkpoints_does_not_start_over(refuse, corpus, runs):
+    arguments = overrides(corpus, runs, run="a", steps=2, eval_every=0, save_every=1)
+    shutil.rmtree(runs / "a" / "checkpoints")
+    sentence = refuse(arguments, runs)
+    assert sentence.startswith(
+        f"{runs / 'a'} holds a run of 2 steps and no checkpoint of it: bring its checkpoints back, "
+    )
+    for name in ("metrics.jsonl", "summary.json"):  # what is left tells enough
+        (runs / "a" / name).unlink()
+        assert "and no checkpoint of it: " in refuse(arguments, runs)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(refuse, corpus, runs):
+    for path in (runs / "a" / "checkpoints").iterdir():
+        (path / "state.json").write_bytes(b"\xff")
+    sentence = refuse(overrides(corpus, runs, run="a", steps=2, eval_every=0, save_every=1), runs)
+    newest = runs / "a" / "checkpoints" / "step_00000002"
+    assert f"can be used (checkpoint {newest} is damaged: state.json has 1 bytes, not" in sentence
+    assert sentence.endswith(f"or delete {runs / 'a'} to train it again")
+
+
+@pytest.mark.parametrize("gone", ["config.yaml", "metrics.jsonl"])
+def test_the_settings_are_compared_whichever_file_is_gone(refuse, corpus, runs, gone):
+    (runs / "a" / gone).unlink()
+    arguments = overrides(corpus, runs, run="a", steps=4, eval_every=0, seed=3)
+    assert "other settings (seed: 0 -> 3)" in refuse(arguments, runs)
+    assert (runs / "a" / gone).exists() is False  # nor does the refused command leave its own settings there
+
+
 def test_an_existing_run_without_resume(refuse, corpus, runs):
     sentence = refuse(overrides(corpus, runs, run="a", steps=2, eval_every=0, resume="false"), runs)
     assert "holds a run and resume=false" in sentence
@@ -202,14 +231,14 @@ def test_stage_0_in_bf16(refuse, corpus, tmp_path):
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(no_group, corpus, runs):
     newest = runs / "a" / "checkpoints" / "step_00000002"
-    older = newest.with_name("step_00000001")
-    shutil.copytree(newest, older)  # an older checkpoint, in fact of step 2
     data = bytearray((newest / "rank_00000.safetensors").read_bytes())
     data[-1] ^= 1
     (newest / "rank_00000.safetensors").write_bytes(data)
+    (newest.parent / ".step_00000001.old").mkdir()
     arguments = overrides(corpus, runs, run="a", steps=4, eval_every=0)
     result = no_group.run("command", module="train", arguments=arguments)[0]
     assert result["status"] == 0, result
+    assert not list(newest.parent.glob(".step_*"))  # of processes that were killed
     warning = f"warning: checkpoint {newest} is damaged and was skipped: rank_00000.safetensors does not have"
     assert result["out"].startswith(warning)
     assert json.loads((runs / "a" / "summary.json").read_text())["status"] == "finished"

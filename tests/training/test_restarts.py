@@ -7,7 +7,7 @@ import datetime
 import torch.distributed as dist
 
 from launch.ranks import Ranks
-from training.engine import restart_store
+from training.process_group import restart_store
 
 TIMEOUT = datetime.timedelta(seconds=60)
 

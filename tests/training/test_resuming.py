@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model.weights import file_hash
+from bench.corruptions import fit_manifest
 from tests.training.tiny import overrides
 
 SETTINGS = {"save_every": 2, "eval_every": 0, "optim__lr": 0.01, "schedule__warmup": 0.5, "schedule__final": 0}
@@ -47,11 +47,7 @@ def test_wsd_that_is_extended_before_its_decay_goes_on_at_the_plateau(train, tmp
     for state in (tmp_path / "wsd" / "checkpoints").glob("*/state.json"):  # as checkpoints were that stored no length
         content = json.loads(state.read_text())
         state.write_text(json.dumps({k: v for k, v in content.items() if k not in ("steps", "warmup_steps")}))
-        manifest = state.with_name("manifest.json")
-        entry = {"bytes": state.stat().st_size, "blake2b": file_hash(state)}
-        content = json.loads(manifest.read_text())
-        content["files"]["state.json"] = entry
-        manifest.write_text(json.dumps(content))
+        fit_manifest(state.parent)
     out = train(steps=20, **settings)
     assert (
         "\nthe length was changed from 4 to 20 steps: the learning rate was 0.01 at step 4 and is 0.01 at step 5\n"

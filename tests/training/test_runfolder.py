@@ -14,6 +14,7 @@ import time
 import pytest
 
 from conf.load import from_yaml, load
+from conf.validate import total_steps
 from kernels.common.errors import UserError
 from tests.training.tiny import overrides
 from training import runfolder
@@ -173,32 +174,31 @@ def test_a_run_resumes_only_with_the_same_settings(folder, config):
 )
 def test_a_run_cannot_end_before_its_newest_checkpoint(folder, config, length, sentence):
     folder.append_metrics({"kind": "event", "step": 0})
-    (folder.checkpoints / "step_00000010").mkdir()
     folder.close()
     for key, value in length.items():
         setattr(config, key, value)
     again = RunFolder(config)
+    again.claim(config)
+    assert again.previous_steps == 12
     with pytest.raises(UserError, match=sentence):
-        again.claim(config)
+        again.refuse_fewer_steps(total_steps(config), 10)
+    again.discard()
     again.close()
     assert from_yaml(folder.path / "config.yaml").steps == 12  # the record of the run is unchanged
-    config.steps, config.tokens = 11, None
-    again.claim(config)
-    again.close()
-    assert again.previous_steps == 12
+    again.refuse_fewer_steps(11, 10)
 
 
 def test_a_run_that_finished_cannot_become_shorter(folder, config):
     folder.append_metrics({"kind": "event", "step": 0})
-    (folder.checkpoints / "step_00000012").mkdir()
     folder.close()
-    for _ in range(2):  # the same length is no change
-        RunFolder(config).claim(config)
-    config.steps = 6
+    again = RunFolder(config)
+    again.claim(config)
+    again.close()
+    again.refuse_fewer_steps(12, 12)  # the same length is no change
     with pytest.raises(
         UserError, match="has finished its 12 steps, so it cannot end after 6: set steps to more than 12"
     ):
-        RunFolder(config).claim(config)
+        again.refuse_fewer_steps(6, 12)
 
 
 def test_a_summary_that_cannot_be_written_leaves_the_previous_one(folder, monkeypatch):

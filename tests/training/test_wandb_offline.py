@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from model.weights import newest_intact
+from model.health import newest_intact
 from tests.test_train import Started
 from tests.training.tiny import PATIENCE, ROOT, command, overrides
 

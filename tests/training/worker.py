@@ -33,13 +33,18 @@ from data.prepare import prepare
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from launch.estimate.counts import shape_of
-from launch.ranks import find_ranks
+from launch.ranks import Ranks, find_ranks
+from model import manifest
 from model.attention import choose
 from model.decoder import Cache
+from model.health import outline_problem
 from model.parallel import Mesh
+from model.weights import checkpoints
 from training import checkpoint, machine
-from training.engine import Engine, GradientFragment, mesh_from_config, start_process_group
+from training.engine import Engine, GradientFragment, mesh_from_config
 from training.evaluation import evaluate
+from training.process_group import start_process_group
+from training.resume import Decision, decide_together
 from training.schedule import lr_scale
 from training.telemetry import Telemetry
 
@@ -218,6 +223,34 @@ def failing_save(config: str, folder: str, faults: list[list[Any]]) -> list[Any]
     return [*results, [trainer.results["losses"], sorted(os.listdir(folder))]]
 
 
+def agree(config: str, folder: str, per_node: int, bad_rank: int = -1, bad_file: str = "") -> list[Any]:  # noqa: ARG001
+    """Let rank 0 decide on a checkpoint, where one rank reads wrong bytes of one file; return the decision and what was hashed.
+
+    Args:
+        per_node: ranks on a node, as they believe.
+    """
+    hashed: list[str] = []
+
+    def file_hash(path: Path) -> str:
+        hashed.append(f"{path.parent.name}/{path.name}")
+        return "" if RANKS.rank == bad_rank and hashed[-1] == bad_file else manifest.file_hash(path)
+
+    def decide(verify: Callable[[Path], str]) -> Decision:
+        problems = ((path, outline_problem(path) or verify(path)) for path in checkpoints(Path(folder)))
+        found = next((path for path, problem in problems if not problem), None)
+        if found is None:
+            raise UserError("none is left")
+        return Decision(found, "run")
+
+    ranks = Ranks(RANKS.rank, RANKS.world_size, RANKS.rank % per_node, per_node)
+    with mock.patch("model.health.file_hash", file_hash):
+        try:
+            decision = decide_together(ranks, decide)
+        except UserError as error:
+            return [str(error), sorted(hashed)]
+    return [decision.checkpoint and decision.checkpoint.name, sorted(hashed)]
+
+
 def command(module: str, arguments: list[str], fault: str | None = None) -> dict[str, Any]:
     """Run `python -m module arguments` in this process, under a fault; return its status and output."""
     import importlib
@@ -293,7 +326,7 @@ FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "full disk": lambda: mock.patch("os.replace", _raise(errno.ENOSPC)),
     "no memory": lambda: mock.patch.object(Engine, "train_step", _no_memory),
 }
-JOBS = {"script": script, "failing_save": failing_save, "command": command}
+JOBS = {"script": script, "failing_save": failing_save, "agree": agree, "command": command}
 
 
 def main() -> None:

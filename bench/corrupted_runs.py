@@ -1,0 +1,152 @@
+"""The runs of the campaign of corruptions: trained, stopped, damaged by `bench/corruptions.py`, and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from bench.corruptions import STEPS, Ending, Folders, campaign, checkpoint_of
+from kernels.common.commands import run_command
+
+
+def run_campaign(folder: Path, cases: int, seed: int, overrides: list[str]) -> int:
+    """Train the runs, damage copies of the first, resume them, print a table; return 1 if something was wrong, else 0."""
+    import torch.distributed  # noqa: F401 (imported here once, and not by each of the processes that are forked)
+
+    import training.engine
+    import training.telemetry  # noqa: F401
+
+    words = [
+        *_TINY,
+        f"data.path={folder / 'corpus'}",
+        f"data.prepared={folder / 'prepared'}",
+        f"runs={folder / 'runs'}",
+    ]
+    _write_corpus(folder / "corpus")
+    runs = {"run": [], "seed": ["seed=1"], "arm": ["ffn=geglu"], "length": ["steps=24"]}
+    for name, own in runs.items():
+        ending = _train([*words, *overrides, f"run={name}", *own])
+        if ending.status != 0:
+            print(f"a run fails before any corruption: {ending.output}")
+            return 1
+    paths = [folder / "runs" / name for name in runs]
+    undisturbed = _final_loss(paths[0])
+    for path in paths:
+        _stop_after_9(path)
+    rows: dict[tuple[str, str], int] = {}
+    wrong = 0
+    command = [*words, *overrides]
+    tried = campaign(
+        Folders(paths[0], tuple(paths[1:])),
+        cases,
+        seed,
+        lambda run: _train([*command, f"run={run.name}"], run),
+        lambda _: undisturbed,
+    )
+    for number, (case, ending, problem) in enumerate(tried):
+        how = "WRONG" if problem else "refused" if ending.status == 2 else f"went on from {ending.step}"
+        rows[case.kind, how] = rows.get((case.kind, how), 0) + 1
+        wrong += bool(problem)
+        print(f"{number:3d} {case.kind}: {case.what}: {problem or how}", flush=True)
+    for (kind, how), count in sorted(rows.items()):
+        print(f"{kind:22} {how:16} {count:4d}")
+    print(f"{cases} corruptions, {wrong} wrong")
+    return 1 if wrong else 0
+
+
+_TINY = [
+    *(
+        "data=text",
+        "model.d_model=32",
+        "model.n_layers=2",
+        "model.n_heads=2",
+        "model.d_ff=48",
+        "tokenizer.vocab_size=384",
+    ),
+    *(
+        "sequence_length=32",
+        "global_batch_size=8",
+        "steps=12",
+        "save_every=3",
+        "keep_last=9",
+        "eval_every=0",
+        "precision=fp32",
+    ),
+    *(
+        "logger=none",
+        "log_seconds=0",
+        "telemetry_every=0",
+        "sample_tokens=4",
+        "data.workers=1",
+        "data.max_epochs=1000000",
+    ),
+]
+
+
+def _write_corpus(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefghijklmnoprstuvwyz", k=generator.randint(2, 7))) for _ in range(200)]
+    for number in range(40):
+        text = "\n".join(" ".join(generator.choices(words, k=8)) for _ in range(20))
+        (folder / f"{number}.txt").write_text(text + "\n", encoding="utf-8")
+
+
+def _final_loss(run: Path) -> float | None:
+    return json.loads((run / "summary.json").read_text(encoding="utf-8"))["final_eval_loss"]
+
+
+def _stop_after_9(run: Path) -> None:
+    """Leave of a finished run what a stop after step 9 leaves."""
+    for path in (run / "checkpoints").iterdir():
+        if path not in [checkpoint_of(run, step) for step in STEPS]:
+            shutil.rmtree(path)
+    path = run / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) | {"status": "stopped", "steps": 9, "final_eval_loss": None}
+    path.write_text(json.dumps(summary), encoding="utf-8")
+
+
+def _train(arguments: list[str], run: Path | None = None, timeout: int = 120) -> Ending:
+    """Run train.py in a fork of this process, which has imported all that it needs; return how it ended.
+
+    Args:
+        run: the folder in which to look for the final loss; None: none is needed.
+        timeout: seconds after which it counts as waiting.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        signal.alarm(timeout)
+        _become_train(arguments)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        output = pipe.read().decode("utf-8", errors="replace")
+    status: int | None = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = None if status == -signal.SIGALRM else status
+    resumed = re.search(r"resuming .* after step (\d+) of", output)
+    loss = _final_loss(run) if run and status == 0 else None
+    return Ending(status, output, int(resumed[1]) if resumed else None, loss)
+
+
+def _become_train(arguments: list[str]) -> NoReturn:
+    from launch.ranks import leave
+    from train import main
+
+    sys.argv = ["train.py", *arguments]
+    try:
+        run_command(main)
+    except SystemExit as end:
+        leave(end.code if isinstance(end.code, int) else 1)
+    except BaseException:
+        traceback.print_exc()
+    leave(1)
