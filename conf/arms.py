@@ -13,6 +13,7 @@ from kernels.common.errors import UserError, unknown
 from kernels.formula import Formula, FormulaError, parse
 
 _OF_AN_ARM = ("name", "formula", "parameters", "init_scale", "from_output")  # the keys of conf/ffn/<arm>.yaml
+MOST_LAYERS = 10_000  # a list of every layer's arm is made
 _CHANGEABLE = ("arm", "formula", "parameters", "from_output", "init_scale", "save")
 
 
@@ -35,6 +36,8 @@ def layer_arms(config: Config) -> list[Arm]:
     """
     if not config.ffn.formula:
         raise UserError("ffn=custom needs its formula: add ffn.formula='x*sigmoid(1.702*x)', or one of gate and up")
+    if config.model.n_layers > MOST_LAYERS:
+        raise UserError(f"model.n_layers={config.model.n_layers}: at most {MOST_LAYERS:,} layers are built")
     base = dataclasses.replace(config.ffn, per_layer={})
     changed = _changed_layers(config, base)
     arms: dict[str, Arm] = {}  # by the key of ffn.per_layer, or "" where nothing is changed

@@ -195,7 +195,7 @@ def read_group(group: str, schema: type[Group], arguments: list[str], kind: str)
             settings[name] = {**settings[name], **value} if adds else value
         merged = OmegaConf.merge(OmegaConf.structured(schema), {"name": names[-1], **settings})
         config: Any = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{kind} {names[-1]}: {_first_line(error)}") from error
     split = (override.partition("=") for override in overrides)
     typed = [Override(f"{group}.{key}", value, value) for key, _, value in split]
@@ -263,7 +263,7 @@ def _refused(path: str | os.PathLike[str]) -> Iterator[None]:
         raise UserError(f"{os.fspath(path)} does not exist") from error
     except OSError as error:
         raise UserError(f"cannot read {os.fspath(path)}: {error.strerror}") from error
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, OverflowError, RecursionError) as error:
         reason = _first_line(error)
         raise UserError(f"{os.fspath(path)} does not fit the configuration schema of this version: {reason}") from error
 
@@ -344,7 +344,7 @@ def _composed(overrides: tuple[str, ...]) -> Config:
         with initialize_config_dir(str(FOLDER), version_base="1.3"):
             composed = compose("config", list(overrides))
         return _with_text_keys(typing.cast(Config, OmegaConf.to_object(composed)))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, OverflowError) as error:
         raise UserError(_sentence(error)) from error
 
 
@@ -395,6 +395,8 @@ def _sentence(error: Exception) -> str:
     where = re.search(r"full_key: (\S+)", text)
     kinds = {"to Integer": "a whole number", "to Float": "a number", "valid bool": "true or false"}
     expected = next((kind for mark, kind in kinds.items() if mark in text), None)
+    if where and isinstance(error, OverflowError):
+        return f"{where.group(1)}: the number is too large"
     if value and where and expected:
         return f"{where.group(1)}={value.group(1)}: expected {expected}"
     if where and "is not Optional" in text:

@@ -32,6 +32,7 @@ PLAIN_TEXT = (
     "data.prepared",
 )  # taken verbatim, not parsed by Hydra
 LARGEST_FORMULA = 10_000  # characters; the formula parser has a far lower limit, this one bounds Hydra's work
+LONGEST_NUMBER = 4000  # digits; Python reads 4,300
 _PLACES = ("data.path", "tokenizer.path", "runs", "data.prepared")  # of files and folders
 _DOWNLOAD = {  # how a file reaches this machine, by the scheme of its address
     "s3": "aws s3 sync {0} FOLDER",
@@ -72,6 +73,8 @@ def read_override(argument: str, program: str = "train.py") -> Override:
     Raises:
         UserError: it is no override, or names an unknown group, choice or key.
     """
+    if re.search("[\ud800-\udfff]", argument):
+        raise UserError(f"{argument!r} is not UTF-8: write names and texts in it")
     if argument.startswith("-"):
         raise UserError(f"unknown option {argument!r}: {program} takes GROUP=CHOICE and key=value; --help lists them")
     key, equals, typed = argument.partition("=")
@@ -85,6 +88,8 @@ def read_override(argument: str, program: str = "train.py") -> Override:
         raise UserError(
             f"{argument!r} is not an override: write GROUP=CHOICE or key=value ({program} --help lists them)"
         )
+    if key not in PLAIN_TEXT and (digits := re.search(rf"[0-9_]{{{LONGEST_NUMBER},}}", typed)):
+        raise UserError(f"{key} has a number of {len(digits[0]):,} digits; fewer than {LONGEST_NUMBER:,} are read")
     if key in GROUPS:
         return Override(key, f"'{_choice(key, typed)}'", typed, forced)  # quoted: a bare `zero=1` would be a number
     if key in _PLACES or (key.startswith("data.parts.") and key.endswith(".path")):

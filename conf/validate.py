@@ -78,6 +78,7 @@ _NOT_NEGATIVE = (
     "optim.clip",
     "data.workers",
 )
+_LARGEST = 2**63 - 1
 LONGEST_NAME = 200  # bytes of a run's name; file systems take 255
 _FRACTIONS = ("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2")
 # A run may resume with other values of these: they change what is written or where it is computed, not what is learned.
@@ -154,6 +155,8 @@ def _check_values(values: dict[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value} is not a finite number")
+        if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+            raise UserError(f"{name} is beyond 64-bit arithmetic")
     for name in _POSITIVE:
         if not values[name] > 0:
             raise UserError(f"{name}={values[name]} must be positive")

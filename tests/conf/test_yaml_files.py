@@ -9,6 +9,7 @@ import pytest
 from conf import yaml_files
 from conf.load import from_yaml, load, read_group, to_yaml, values_of
 from conf.schema import AblationConfig
+from conf.validate import validate
 from kernels.common.errors import UserError
 
 TEXTS = ["${x}", "\\${x}", "\\\\${x}", "${", "${oc.env:HOME}", "a ${b ${c}", "$", "\\", "it's", "1e5", "null", "~", "", " a ",
@@ -77,6 +78,25 @@ def test_what_is_no_file_is_refused(tmp_path):
 def test_a_typed_value_of_a_plan_is_bounded_too(value):
     with pytest.raises(UserError):
         read_group("ablation", AblationConfig, ["ablation=smoke", f"ablation.rates={value}"], "plan")
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("optim.lr=" + "9" * 400, "optim.lr: the number is too large"),
+        ("optim.lr=" + "9" * 5000, "optim.lr"),
+        ("steps=" + "9" * 400, "steps is beyond 64-bit arithmetic"),
+        ("steps=" + "9" * 5000, "steps"),
+        ("seed=-" + "9" * 30, "seed is beyond 64-bit arithmetic"),
+        ("model.n_layers=1e9", "at most 10,000 layers are built"),
+        ("tokenizer.path=\udc80", "is not UTF-8"),
+        ("\udc80=1", "is not UTF-8"),
+    ],
+)
+def test_numbers_and_texts_that_nothing_holds_are_refused(word, reason):
+    with pytest.raises(UserError, match=reason) as caught:
+        validate(load([word]), 1)
+    assert len(str(caught.value)) < 7000
 
 
 def test_the_value_of_a_secret_variable_is_refused(monkeypatch):
