@@ -31,9 +31,11 @@ class _Real(sympy.Function):
     """A function of real numbers, typed as the expressions that its calls and arguments are."""
 
     is_real = True
-    is_number = (
-        False  # not even of numbers: SymPy would look for them, and walk the tree of gelu(gelu(...(2))) to its ends
-    )
+
+    @property
+    def is_number(self) -> bool:
+        """False even of numbers: SymPy would walk the tree of gelu(gelu(...(2))) to its ends."""
+        return False
 
     def _eval_evalf(self, prec: int) -> None:
         """SymPy must not evaluate a function of numbers, exp(exp(100)) say, when it sorts the terms of a sum."""
