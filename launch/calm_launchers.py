@@ -102,9 +102,15 @@ def pth_line() -> str:
     return _LINE.format(names=set(LAUNCHERS), path=repr(str(Path(__file__).resolve())))
 
 
-def _launcher() -> str:
-    """Return the name under which this process was started."""
-    return next((os.path.basename(argument) for argument in sys.orig_argv[1:] if argument[:1] != "-"), "")
+def _program() -> str:
+    """Return the script or the module that this process runs."""
+    return next((argument for argument in sys.orig_argv[1:] if argument[:1] != "-"), "")
+
+
+def _installed(program: str) -> bool:
+    """Return whether it is a module, or a script of this environment: another's arguments are its own."""
+    folder = os.path.dirname(program)
+    return not folder or os.path.realpath(folder) == os.path.realpath(os.path.dirname(sys.executable))
 
 
 def main(argv: list[str]) -> None:
@@ -119,16 +125,17 @@ def main(argv: list[str]) -> None:
     )
 
 
-def _calm(launcher: str) -> None:
+def _calm(program: str) -> None:
+    launcher = os.path.basename(program)
     if getattr(signal.getsignal(signal.SIGINT), "__qualname__", "") == SignalsToChildren._pass_on.__qualname__:
         return  # Python reads the .pth files of a virtual environment twice
     SignalsToChildren(keeps_own=LAUNCHERS[launcher])
-    if launcher.startswith("deepspeed"):
+    if launcher.startswith("deepspeed") and _installed(program):
         quieten_deepspeed(sys.argv)
 
 
 if __name__ == "calm_launchers":
-    _calm(_launcher())
+    _calm(_program())
 elif __name__ == "__main__":
     from kernels.common.commands import run_command
 

@@ -89,10 +89,11 @@ def test_the_runner_of_deepspeed_keeps_the_handler_that_ends_other_nodes(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "level"), [("deepspeed", "error"), ("deepspeed.launcher.launch", "error"), ("torchrun", None)]
+    ("name", "level"),
+    [("deepspeed", "error"), ("deepspeed.launcher.launch", "error"), ("./deepspeed", None), ("torchrun", None)],
 )
 def test_deepspeed_is_quiet_unless_it_is_asked(tmp_path, name, level):
-    """It reads its hook twice, and the last --log_level counts."""
+    """It reads its hook twice, and the last --log_level counts. A script elsewhere of the same name is not DeepSpeed's."""
     (tmp_path / "formula_ffn_launchers.pth").write_text(pth_line())
     program = f"""
 import logging, site, sys
@@ -106,7 +107,7 @@ print(sys.argv[1:])
     (tmp_path / name).write_text(program)
     words = ["--log_level=info", "train.py", "steps=3"]
     done = subprocess.run(
-        [sys.executable, str(tmp_path / name), *words], env=environment(), capture_output=True, text=True, check=True
+        [sys.executable, name, *words], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
     )
     lines = done.stdout.splitlines()
     assert lines[-1] == str([f"--log_level={level}", *words] if level else words)

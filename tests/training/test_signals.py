@@ -18,6 +18,9 @@ NUMBERS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", NUMBERS)
