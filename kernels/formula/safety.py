@@ -56,10 +56,13 @@ def _check_points(
             wide = {key: np.asarray(value, np.float64) for key, value in values.items()}
             truths = run(program, NUMPY | {"number": np.float64}, wide)
             lost = {name: index[np.abs(_at(truths[name], index)) < moderate][:8] for name, index in lost.items()}
+    exact: dict[int, dict[str, Any]] = {}  # all outputs of a point are computed at once
     for name, indices in lost.items():
-        for index in indices:
+        for index in map(int, indices):
             at = {key: float(_at(value, index)) for key, value in values.items()}
-            truth = run(program, _mpmath(), at)[name]
+            if index not in exact:
+                exact[index] = run(program, _mpmath(), at)
+            truth = exact[index][name]
             if abs(truth) < moderate:
                 where = ", ".join(f"{key} = {at[key]:g}" for key in (*formula.pre_activations, *formula.learned))
                 raise FormulaError(

@@ -31,11 +31,19 @@ class _Real(sympy.Function):
     """A function of real numbers, typed as the expressions that its calls and arguments are."""
 
     is_real = True
+    _symbols: set[sympy.Basic] | None = None
 
     @property
     def is_number(self) -> bool:
         """False even of numbers: SymPy would walk the tree of gelu(gelu(...(2))) to its ends."""
         return False
+
+    @property
+    def free_symbols(self) -> set[sympy.Basic]:
+        """The symbols that occur in it, remembered: SymPy asks for those of every part, and parts are shared."""
+        if self._symbols is None:
+            self._symbols = super().free_symbols
+        return self._symbols
 
     def _eval_evalf(self, prec: int) -> None:
         """SymPy must not evaluate a function of numbers, exp(exp(100)) say, when it sorts the terms of a sum."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import sympy
+from sympy.core.cache import clear_cache
 
 from kernels.activations.telemetry import stats_program
 from kernels.formula import FormulaError, parse
@@ -87,6 +88,28 @@ def test_nested_functions_are_differentiated_once(function, monkeypatch):
 @pytest.mark.parametrize("function", ["silu", "gelu", "gelu_tanh"])
 def test_nested_functions_of_a_number_are_no_tree(function):
     assert len(compiled("x + " + nested(f"{function}(@)", 12, "2")).backward.lines) == 0
+
+
+def test_the_symbols_of_a_part_are_looked_for_once(monkeypatch):
+    """SymPy asks for them where it wants to know the sign of a sum; in a tree a level would double them."""
+
+    def asked(depth: int) -> int:
+        count = 0
+        clear_cache()
+        original = sympy.Basic.free_symbols.fget
+
+        def counted(self: sympy.Basic) -> set[sympy.Basic]:
+            nonlocal count
+            count += 1
+            return original(self)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(sympy.Basic, "free_symbols", property(counted))
+            formula = parse(nested("1/(1+silu(@)**2)", depth))
+            Derivative(sympy.Symbol("x", real=True), Work()).of(to_sympy(formula.tree, formula))
+        return count
+
+    assert 0 < asked(12) < 2 ** (12 - 4) / 2 * asked(4)
 
 
 def test_a_condition_is_visited_once_per_level():
