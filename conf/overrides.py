@@ -88,7 +88,8 @@ def read_override(argument: str, program: str = "train.py") -> Override:
         raise UserError(
             f"{argument!r} is not an override: write GROUP=CHOICE or key=value ({program} --help lists them)"
         )
-    if key not in PLAIN_TEXT and (digits := re.search(rf"[0-9_]{{{LONGEST_NUMBER},}}", typed)):
+    parsed = key not in PLAIN_TEXT or typed[:1] in ("'", '"', "[")
+    if parsed and (digits := re.search(rf"[0-9_]{{{LONGEST_NUMBER},}}", typed)):
         raise UserError(f"{key} has a number of {len(digits[0]):,} digits; fewer than {LONGEST_NUMBER:,} are read")
     if key in GROUPS:
         return Override(key, f"'{_choice(key, typed)}'", typed, forced)  # quoted: a bare `zero=1` would be a number

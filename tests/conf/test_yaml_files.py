@@ -87,6 +87,7 @@ def test_a_typed_value_of_a_plan_is_bounded_too(value):
         ("optim.lr=" + "9" * 5000, "optim.lr"),
         ("steps=" + "9" * 400, "steps is beyond 64-bit arithmetic"),
         ("steps=" + "9" * 5000, "steps"),
+        ("tokenizer.bos=[" + "9" * 5000 + "]", "tokenizer.bos has a number of 5,000 digits"),
         ("seed=-" + "9" * 30, "seed is beyond 64-bit arithmetic"),
         ("model.n_layers=1e9", "at most 10,000 layers are built"),
         ("tokenizer.path=\udc80", "is not UTF-8"),
