@@ -33,16 +33,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    import traceback
-
     from kernels.common.streams import outlive_console
-    from launch.ranks import leave
+    from launch.ranks import leave_after
 
     outlive_console()
-    try:
-        run_command(main)
-    except SystemExit as end:
-        leave(end.code if isinstance(end.code, int) else 1)  # `run_command` exits with a number
-    except BaseException:
-        traceback.print_exc()
-        leave(1)
+    leave_after(lambda: run_command(main))

@@ -57,6 +57,7 @@ from kernels.common.options import split_options
 from kernels.common.streams import outlive_console
 from kernels.common.text import command_text
 from kernels.common.units import duration
+from launch.launchers import stop_signals
 from launch.sbatch import read_cluster
 
 _OPTIONS = {"yes": False, "jobs": 0, "ranks": 0, "folder": "ablations", "task": ""}  # task: set by job arrays
@@ -311,10 +312,7 @@ class Runner:
                 with contextlib.suppress(ProcessLookupError):
                     process.send_signal(signal.SIGTERM)
 
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
-            numbers.append(signal.SIGHUP)
-        previous = {number: signal.signal(number, stop) for number in numbers}
+        previous = {number: signal.signal(number, stop) for number in stop_signals()}
         try:
             yield
         finally:

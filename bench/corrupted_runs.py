@@ -9,9 +9,7 @@ import re
 import shutil
 import signal
 import sys
-import traceback
 from pathlib import Path
-from typing import NoReturn
 
 from bench.corruptions import STEPS, Ending, Folders, campaign, checkpoint_of
 from kernels.common.commands import run_command
@@ -127,7 +125,11 @@ def _train(arguments: list[str], run: Path | None = None, timeout: int = 120) ->
         os.dup2(writer, 1)
         os.dup2(writer, 2)
         signal.alarm(timeout)
-        _become_train(arguments)
+        from launch.ranks import leave_after
+        from train import main
+
+        sys.argv = ["train.py", *arguments]
+        leave_after(lambda: run_command(main))
     os.close(writer)
     with open(reader, "rb") as pipe:
         output = pipe.read().decode("utf-8", errors="replace")
@@ -136,17 +138,3 @@ def _train(arguments: list[str], run: Path | None = None, timeout: int = 120) ->
     resumed = re.search(r"resuming .* after step (\d+) of", output)
     loss = _final_loss(run) if run and status == 0 else None
     return Ending(status, output, int(resumed[1]) if resumed else None, loss)
-
-
-def _become_train(arguments: list[str]) -> NoReturn:
-    from launch.ranks import leave
-    from train import main
-
-    sys.argv = ["train.py", *arguments]
-    try:
-        run_command(main)
-    except SystemExit as end:
-        leave(end.code if isinstance(end.code, int) else 1)
-    except BaseException:
-        traceback.print_exc()
-    leave(1)

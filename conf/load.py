@@ -23,12 +23,11 @@ from typing import Any
 from conf.effects import refuse_ignored, refuse_ignored_of_parts, refuse_mislabelled
 from conf.help import print_help
 from conf.keys import FOLDER, choices, keys
-from conf.overrides import TEXT_LISTS, Override, as_typed, parse, read_override, within
+from conf.overrides import TEXT_LISTS, Override, as_typed, count_of, parse, read_override, within
 from conf.schema import GROUPS, Config
 from conf.yaml_files import parse_yaml, read_yaml, without_interpolation, write_yaml
 from kernels.common.commands import HELP
 from kernels.common.errors import UserError, unknown
-from kernels.common.options import whole_number
 from kernels.common.text import secrets_of
 
 Group = typing.TypeVar("Group")
@@ -184,7 +183,7 @@ def read_group(group: str, schema: type[Group], arguments: list[str], kind: str)
             if types.get(name) in (str, typing.Optional[str]) and text != "null":  # YAML takes 1:00:00 for a number
                 settings[name] = text
                 continue
-            if types.get(name) is int and (count := whole_number(text)) is not None:
+            if (count := count_of(types.get(name), text)) is not None:
                 settings[name] = count
                 continue
             value = parse_yaml(text)
@@ -326,8 +325,6 @@ def run_name(config: Config, overrides: list[Override]) -> str:
 
 
 def _compose(overrides: list[Override]) -> Config:
-    for override in overrides:
-        parse(str(override))
     return copy.deepcopy(_composed(tuple(map(str, overrides))))
 
 
@@ -339,6 +336,8 @@ def _composed(overrides: tuple[str, ...]) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    for override in overrides:
+        parse(override)
     _store_schema()
     try:
         with initialize_config_dir(str(FOLDER), version_base="1.3"):
@@ -362,9 +361,9 @@ def typed(schema: type[Any], values: Mapping[str, Any], where: str) -> dict[str,
     found = OmegaConf.structured(schema)
     kinds = {name: kind for name, kind, _ in keys(schema)}
     for key, value in values.items():
-        number = whole_number(value) if isinstance(value, str) and kinds[key] in (int, typing.Optional[int]) else None
+        count = count_of(kinds[key], value)
         try:
-            found[key] = value if number is None else number
+            found[key] = value if count is None else count
         except ValidationError as error:
             raise UserError(f"{where}.{_sentence(error)}") from error
     result = OmegaConf.to_object(found)

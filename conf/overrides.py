@@ -105,9 +105,14 @@ def read_override(argument: str, program: str = "train.py") -> Override:
         if len(typed) > LARGEST_FORMULA:
             raise UserError(f"{key} has {len(typed):,} characters; at most {LARGEST_FORMULA:,} are read")
         value = quoted(typed)
-    elif known[key] in (int, typing.Optional[int]) and (number := whole_number(typed)) is not None:
-        value = str(number)
+    elif (count := count_of(known[key], typed)) is not None:
+        value = str(count)
     return Override(key, value, typed, forced)
+
+
+def count_of(kind: Any, value: Any) -> int | None:
+    """Return the integer that a text stands for where a key of type `kind` takes one, None elsewhere."""
+    return whole_number(value) if isinstance(value, str) and kind in (int, typing.Optional[int]) else None
 
 
 def _choice(group: str, value: str) -> str:

@@ -335,12 +335,15 @@ def settings_of(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def changed_settings(before: Mapping[str, Any], config: Config) -> list[str]:
+def changed_settings(before: Mapping[str, Any] | None, config: Config) -> list[str]:
     """Return "key: before -> now" for each setting in which a configuration differs from those of a checkpoint.
 
     Args:
-        before: from `settings_of`, perhaps of an earlier version: a key that it did not have had its default.
+        before: from `settings_of`, perhaps of an earlier version: a key that it did not have had its default. None: they are
+            unknown, and nothing differs.
     """
+    if before is None:
+        return []
     defaults, now = settings_of(Config()), settings_of(config)
     old = {key: before.get(key, defaults.get(key)) for key in before.keys() | now.keys()}
     return [f"{key}: {old[key]} -> {now.get(key)}" for key in sorted(old) if old[key] != now.get(key)]

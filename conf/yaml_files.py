@@ -5,13 +5,16 @@ Values are typed as in Hydra's files: 1e-5 is a number and 2026-01-01 a text. A 
 
 from __future__ import annotations
 
+import errno
 import functools
+import io
 import os
 import re
-import stat
 from typing import Any
 
 import yaml
+
+from kernels.common.json_files import open_regular
 
 MOST_BYTES = 1 << 19  # of a file; a config.yaml has 3 kB
 MOST_NODES = 10_000  # keys, values, lists and mappings
@@ -27,11 +30,13 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: it is no regular file of at most `MOST_BYTES`, or holds no keys and values.
         yaml.YAMLError: it is no YAML, or beyond the bounds of this module.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would wait
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is not a regular file")
-        content = file.read(MOST_BYTES + 1)
+    try:
+        with io.BufferedReader(open_regular(path)) as file:
+            content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise ValueError("it is not a regular file") from error
+        raise
     if len(content) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
     tree = parse_yaml(content.decode())

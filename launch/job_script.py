@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _WAIT = 20  # seconds between the first rank that exits with status 0 and the last
 _CPUS = ["--cpus-per-task=$SLURM_CPUS_PER_TASK"]  # srun does not inherit it
 _MOST_EXCLUDED = 16  # nodes: beyond that something else is wrong
+_BREAKS_LINE = re.compile(f"{CONTROL.pattern}|[\n\t]")  # what must not stand in a line of a script as it is
 _LEFT_BY_SHELL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 
 
@@ -142,9 +143,10 @@ def _head(job: Job, cluster: ClusterConfig) -> list[str]:
 
 def _exports(cluster: ClusterConfig) -> list[str]:
     """Return the lines that set the cluster's variables; secrets come with the job's environment, not in a script."""
-    names = " ".join(secrets_for(cluster))
+    secrets = secrets_for(cluster)
+    names = " ".join(secrets)
     hidden = [f"# Secrets are not written here. Before sbatch is called by hand: export {names}"] if names else []
-    others = {name: value for name, value in cluster.environment.items() if name not in secrets_for(cluster)}
+    others = {name: value for name, value in cluster.environment.items() if name not in secrets}
     return [*hidden, *(f"export {name}={quote(str(value))}" for name, value in others.items())]
 
 
@@ -155,14 +157,10 @@ def secrets_for(cluster: ClusterConfig) -> dict[str, str]:
 
 def quote(text: str) -> str:
     """Quote a text for bash, in one line whatever it contains."""
-    if not (CONTROL.search(text) or "\n" in text or "\t" in text):
+    if not _BREAKS_LINE.search(text):
         return shlex.quote(text)
-    kept = "".join(
-        "".join(f"\\x{byte:02x}" for byte in character.encode())
-        if CONTROL.match(character) or character in "\n\t"
-        else character
-        for character in text.replace("\\", "\\\\").replace("'", "\\'")
-    )
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    kept = _BREAKS_LINE.sub(lambda match: "".join(f"\\x{byte:02x}" for byte in match[0].encode()), escaped)
     return f"$'{kept}'"
 
 
@@ -222,14 +220,14 @@ def _check_paths(job: Job, cluster: ClusterConfig) -> None:
                 "another folder, or another name with run=NAME"
             )
     for text in (job.name, *job.tasks):
-        if unusual := re.search(f"{CONTROL.pattern}|[\n\t]", text):
+        if unusual := _BREAKS_LINE.search(text):
             raise UserError(
                 f"{text!r} has the character {unusual.group()!r}, and SLURM cannot call a job or a task that"
             )
     for key, value in flatten(dataclasses.asdict(cluster)).items():
         lines = key == "setup" or key.startswith("environment.")  # several lines of shell, and what `quote` writes
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        if unusual := re.search("\x00" if lines else f"{CONTROL.pattern}|[\n\t]", text):
+        if unusual := re.search("\x00" if lines else _BREAKS_LINE, text):
             raise UserError(
                 f"cluster.{key} has the character {unusual.group()!r}, which a job script cannot hold there"
             )

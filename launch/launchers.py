@@ -22,9 +22,16 @@ import psutil
 from kernels.common.errors import UserError
 from launch.ranks import Ranks
 
+STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _NAMES = {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
 _DEEPSPEED = "deepspeed.launcher.launch"  # starts the ranks of a node
 _DEEPSPEED_PORT = "29500"  # unless --master_port is given
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals that stop a run: without SIGHUP, of a lost terminal, where `nohup` has this process ignore it."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (ignored and number == signal.SIGHUP)]
 
 
 class Launchers:

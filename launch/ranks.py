@@ -10,7 +10,8 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, MutableMapping
+import traceback
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -153,6 +154,18 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def leave_after(program: Callable[[], object]) -> NoReturn:
+    """Run a program and leave with its status: that of its SystemExit, or 1 after the traceback of any other exception."""
+    try:
+        program()
+    except SystemExit as end:
+        leave(end.code if isinstance(end.code, int) else 1)
+    except BaseException:
+        traceback.print_exc()
+        leave(1)
+    leave(0)
 
 
 def export(ranks: Ranks, environment: MutableMapping[str, str] = os.environ) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from conf.load import find_run, from_yaml
-from conf.validate import changed_settings, settings_of
+from conf.validate import changed_settings
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
@@ -96,7 +96,7 @@ def load_run(run: Path, step: int = -1) -> tuple[Decoder, Tokenizer, dict[str, A
     state = CheckpointReader(folder).state
     if (expected := state.get("tokenizer_hash")) is not None and expected != tokenizer.hash:
         raise UserError(f"checkpoint {folder} was trained with another tokenizer than the one in {run / 'tokenizer'}")
-    if changed := changed_settings(state.get("settings") or settings_of(config), config):
+    if changed := changed_settings(state.get("settings"), config):
         raise UserError(
             f"checkpoint {folder} was trained with other settings than config.yaml has: {'; '.join(changed)}"
         )

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from conf.validate import digest
 from kernels.common.json_files import parse, read_bytes
 from model.manifest import CheckpointManifest, bytes_hash, file_hash, file_of, of_state, read_manifest
-from model.weights import FORMAT, MOMENTS, checkpoints, step_of, stored_name
+from model.weights import FORMAT, MOMENTS, step_of, stored_name
 
 _LIMIT = 1 << 31  # bytes of index.json and state.json; their size is in the manifest
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
@@ -66,17 +66,6 @@ def damage(folder: Path) -> str:
         UserError: a later version wrote it.
     """
     return outline_problem(folder) or contents_problem(folder)
-
-
-def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that is healthy, and a warning for each damaged one that was skipped."""
-    warnings = []
-    for path in checkpoints(folder):
-        problem = damage(path)
-        if not problem:
-            return path, warnings
-        warnings.append(skipped(path, problem))
-    return None, warnings
 
 
 def skipped(path: Path, problem: str) -> str:

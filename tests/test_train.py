@@ -17,7 +17,6 @@ import psutil
 import pytest
 import torch
 
-from model.health import newest_intact
 from model.weights import MOMENTS, CheckpointReader, checkpoints
 from tests.training import warm
 from tests.training.tiny import (
@@ -28,6 +27,7 @@ from tests.training.tiny import (
     contents,
     environment,
     free_port,
+    newest_intact,
     overrides,
     shared_corpus,
 )

@@ -182,8 +182,7 @@ def why_unfit(path: Path, dataset: Dataset, shape: Shape, config: Config) -> str
         return f"{path} was trained with another tokenizer than the one in {dataset.folder}"
     if reader.state["corpus_hash"] not in (None, dataset.corpus_hash):  # None: an imported model
         return f"{path} was trained on other text than what is in {dataset.folder}: {another}"
-    settings = reader.state.get("settings")
-    changed = changed_settings(settings, config) if settings is not None else []
+    changed = changed_settings(reader.state.get("settings"), config)
     return f"{path} was trained with other settings ({'; '.join(changed)}): {another}" if changed else ""
 
 

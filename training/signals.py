@@ -15,11 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch.launchers import Launchers
+from launch.launchers import STOP_SIGNALS, Launchers, stop_signals
 
-_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _LAUNCHER_ENDED = "the launcher has ended"
-_REASONS = ("", _LAUNCHER_ENDED, *(number.name for number in _SIGNALS))  # in increasing priority
+_REASONS = ("", _LAUNCHER_ENDED, *(number.name for number in STOP_SIGNALS))  # in increasing priority
 
 
 class StopRequest:
@@ -40,8 +39,7 @@ class StopRequest:
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
 
     def __enter__(self) -> StopRequest:
-        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        self._previous_handlers = {n: signal.signal(n, self._record) for n in _SIGNALS if n not in ignored}
+        self._previous_handlers = {number: signal.signal(number, self._record) for number in stop_signals()}
         if self._launchers.warned:
             self.reason = signal.SIGUSR1.name
         return self

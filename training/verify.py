@@ -89,9 +89,7 @@ def _checkpoint(path: Path, run_id: str | None, config: Config | None) -> tuple[
         return str(error), ""
     if run_id is not None and manifest.run not in (None, run_id):
         return "of another run", ""
-    settings = state.get("settings")
-    changed = changed_settings(settings, config) if config is not None and settings is not None else []
-    if changed:
+    if config is not None and (changed := changed_settings(state.get("settings"), config)):
         return f"trained with other settings than config.yaml has: {'; '.join(changed)}", ""
     return "", "" if manifest.version > 1 else " (of an earlier version: its run and settings are unknown)"
 

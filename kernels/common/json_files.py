@@ -7,15 +7,16 @@ ValueError, deep nesting included.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import stat
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 _LONGEST_LINE = 1 << 24  # bytes of a line of JSON
 
 
-def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
     """Open a regular file for reading, unbuffered; a link to one is one.
 
     Raises:

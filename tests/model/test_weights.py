@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kernels.common.errors import UserError
-from model.health import damage, newest_intact
+from model.health import damage
 from model.manifest import file_hash, file_of
 from model.parallel import Axis, Mesh, ShardSpec, full_shape, shard_parameter, shard_spec
 from model.weights import (
@@ -27,6 +27,7 @@ from model.weights import (
     write_rest,
     write_tensors,
 )
+from tests.training.tiny import newest_intact
 
 
 @pytest.fixture

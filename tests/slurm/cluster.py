@@ -134,8 +134,14 @@ class Cluster:
         """Run a command of SLURM; return what it printed."""
         done = subprocess.run(words, env=os.environ | self.environment, capture_output=True, text=True)
         if check and done.returncode:
-            raise RuntimeError(f"{' '.join(words)}: {done.stderr}")
+            raise RuntimeError(f"{' '.join(words)}: status {done.returncode}, {done.stderr}")
         return done.stdout
+
+    def queued(self, number: str) -> bool:
+        """Return whether a job or any task of an array is unfinished, or squeue did not answer."""
+        words = ["squeue", "-h", "-j", number]
+        done = subprocess.run(words, env=os.environ | self.environment, capture_output=True, text=True)
+        return bool(done.stdout or (done.returncode and "Invalid job id" not in done.stderr))
 
     def state(self, number: str) -> str:
         """Return how a job stands, as scontrol calls it."""

@@ -56,7 +56,7 @@ class Slurm(Cluster):
     def go_on(self, number: str) -> None:
         """Let a requeued job start at once: SLURM makes it wait for two minutes."""
         until(
-            lambda: "BeginTime" in self.run("squeue", "-h", "-o", "%r", "-j", number),
+            lambda: "BeginTime" in self.run("squeue", "-h", "-o", "%r", "-j", number, check=False),
             f"job {number} to wait for its time",
         )
         self.run(

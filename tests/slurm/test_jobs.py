@@ -181,7 +181,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm, words, runs):
     assert again.status == 2
     assert f"has been submitted already: job {number} is running" in again.err
     slurm.run("scancel", number)
-    until(lambda: not slurm.run("squeue", "-h", "-j", number), "the job to leave")
+    until(lambda: not slurm.queued(number), "the job to leave")
     assert slurm.state(number) == "CANCELLED"
     assert slurm.ranks(run) == []
     assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
@@ -214,14 +214,14 @@ def test_a_plan_is_an_array_of_which_a_task_can_be_run_again(slurm, words, tmp_p
     again = command(*submit, **slurm.environment)
     assert again.status == 2
     assert "has been submitted already" in again.err
-    until(lambda: not slurm.run("squeue", "-h", "-j", number), "the array to end", PATIENCE)
+    until(lambda: not slurm.queued(number), "the array to end", PATIENCE)
     shown = command(*status, **slurm.environment).out
     assert "4 runs: 3 finished, 1 waiting" in shown
     (bad / "checkpoints").unlink()
     script = (folder / "slurm" / "seeds.sh").read_text()
     task = re.search(r"'tiny-swiglu-lr\*-seed0'  # (\d)", script)[1]
     number = slurm.run("sbatch", "--parsable", f"--array={task}", str(folder / "slurm" / "seeds.sh")).strip()
-    until(lambda: not slurm.run("squeue", "-h", "-j", number), "the task to end", PATIENCE)
+    until(lambda: not slurm.queued(number), "the task to end", PATIENCE)
     assert "4 runs: 4 finished" in command(*status, **slurm.environment).out
 
 

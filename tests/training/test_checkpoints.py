@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.health import damage, newest_intact
+from model.health import damage
 from model.weights import MOMENTS, CheckpointReader, checkpoints, step_of
+from tests.training.tiny import newest_intact
 from training.checkpoint import prune
 
 TOPOLOGIES = list(itertools.product(("0", "1", "2", "3"), (1, 2)))

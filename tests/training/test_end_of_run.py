@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from model.health import newest_intact
-from tests.training.tiny import overrides, write_corpus
+from tests.training.tiny import newest_intact, overrides, write_corpus
 
 
 def summary(run: Path) -> dict:

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from model.health import newest_intact
 from tests.test_train import Started
-from tests.training.tiny import PATIENCE, ROOT, command, overrides
+from tests.training.tiny import PATIENCE, ROOT, command, newest_intact, overrides
 
 STEPS = 100
 ROWS = 10_000  # bytes; the .wandb file of 30 steps is larger

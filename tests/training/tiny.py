@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 
 from conf.load import load
+from model.health import damage, skipped
+from model.weights import checkpoints
 from tests.training import warm
 
 ROOT = Path(__file__).parents[2]
@@ -206,3 +208,14 @@ class Trained:
     def order(self) -> int:
         """The hash of all samples, over all ranks."""
         return sum(rank["hash"] for rank in self.results) % 2**64
+
+
+def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that is healthy, and a warning for each damaged one that was skipped."""
+    warnings = []
+    for path in checkpoints(folder):
+        problem = damage(path)
+        if not problem:
+            return path, warnings
+        warnings.append(skipped(path, problem))
+    return None, warnings
