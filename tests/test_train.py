@@ -430,8 +430,9 @@ def test_a_run_that_diverges_fails(corpus, runs):
     arguments = arguments_of(corpus, runs, "diverged", optim__lr="1e38", schedule__warmup=0, eval_every=0, save_every=0)
     result = command(sys.executable, *arguments)
     run = runs / "diverged"
-    assert result.status == 1
-    assert "the run has diverged: the gradients of 20 steps in a row were not finite" in result.err
+    assert result.status == 3
+    assert "error: the run has diverged: the gradients of 20 steps in a row were not finite" in result.err
+    assert "Traceback" not in result.err
     assert summary(run)["status"] == "failed"
     assert summary(run)["final_eval_loss"] is None
     skipped = [line["step"] for line in metrics(run, "event") if line["event"] == "skipped_step"]

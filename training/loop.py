@@ -18,6 +18,7 @@ import torch.distributed as dist
 from conf.schema import Config
 from conf.validate import Batch, config_hash, settings_of
 from data.batches import BatchStream, Dataset, sample_hash
+from kernels.common.errors import Diverged
 from launch.estimate.counts import Shape, parameters
 from launch.launchers import Launchers
 from launch.ranks import Ranks
@@ -234,7 +235,7 @@ class TrainingLoop:
         """Report a skipped step.
 
         Raises:
-            RuntimeError: `MAX_SKIPPED_STEPS` steps in a row were skipped.
+            Diverged: `MAX_SKIPPED_STEPS` steps in a row were skipped.
         """
         if applied:
             self.skipped_in_a_row = 0
@@ -244,9 +245,7 @@ class TrainingLoop:
         self.console.warn(f"step {self.step} was skipped: its gradient is not finite")
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             self.recorder.event("diverged", skipped=self.skipped_in_a_row)
-            raise RuntimeError(
-                f"the run has diverged: the gradients of {MAX_SKIPPED_STEPS} steps in a row were not finite"
-            )
+            raise Diverged(f"the run has diverged: the gradients of {MAX_SKIPPED_STEPS} steps in a row were not finite")
 
     def _due(self, every: int) -> bool:
         """Whether this step is one of every `every` steps; 0: never."""

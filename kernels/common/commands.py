@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import UserError
+from .errors import Failure
 from .text import printable
 
 HELP = ("-h", "--help")
@@ -28,7 +28,7 @@ def run_command(
     *,
     needs_arguments: bool = False,
 ) -> None:
-    """Run a command line program and exit with its status; bad input is one sentence on standard error and status 2.
+    """Run a command line program and exit with its status; a `Failure` is one sentence on standard error and its status.
 
     Args:
         main: takes the arguments, returns the exit status (None is 0).
@@ -43,9 +43,9 @@ def run_command(
         else:
             status = main(argv)
         sys.stdout.flush()
-    except UserError as error:
+    except Failure as error:
         _print_once(str(error))
-        raise SystemExit(2) from None
+        raise SystemExit(int(error.status)) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,17 +1,41 @@
-"""The exception for mistakes of the user, and the message for an unknown name.
+"""How commands end: the exit statuses, the exceptions that one sentence explains, and the message for an unknown name.
 
-A `UserError` is one sentence: what is wrong, where, and what would be right. Commands print it and exit with status 2; other
-exceptions are bugs and print a traceback.
+A `UserError` says what is wrong, where, and what would be right. Exceptions that are no `Failure` are bugs: commands
+print a traceback and exit with status 1.
 """
 
 from __future__ import annotations
 
 import difflib
+import enum
 from collections.abc import Iterable
 
 
-class UserError(Exception):
+class ExitStatus(enum.IntEnum):
+    """What a command's exit status means; the table in docs/training.md says what to do about each."""
+
+    DONE = 0  # or stopped by a signal, and saved
+    FAILED = 1  # a bug or the machine; there is a traceback, or a sentence
+    REFUSED = 2  # bad input: the same command is refused again
+    DIVERGED = 3  # the numbers are no longer finite: the same command fails again
+
+
+class Failure(Exception):
+    """An end of a command that one sentence explains; commands print it and exit with `status`."""
+
+    status = ExitStatus.FAILED
+
+
+class UserError(Failure):
     """Invalid input, described in one sentence; commands print it and exit with status 2."""
+
+    status = ExitStatus.REFUSED
+
+
+class Diverged(Failure):
+    """Training whose numbers are no longer finite; commands print why and exit with status 3."""
+
+    status = ExitStatus.DIVERGED
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:
