@@ -31,6 +31,7 @@ def main(folder: Path) -> None:
         "ablation.run",
         "ablation=smoke",
         "ablation.question=Is a gate worth its third matrix?",
+        "ablation.baseline=relu",
         "ablation.arms={relu: ffn=relu, mine: ffn=custom ffn.formula=silu(gate)*tanh(up)}",
         "ablation.sizes={tiny: model=nano model.d_model=64 model.n_layers=2 model.n_heads=1 model.d_ff_gated=128}",
         "ablation.rates=[0.5, 1.0, 2.0]",  # of optim.lr

@@ -42,7 +42,7 @@ def test_every_plan_resolves_at_equal_parameters(name):
     assert plan.config.question.endswith("?")
     assert plan.warnings == ()
     for arms in plan.arms.values():
-        assert set(arms) <= set(choices("ffn"))
+        assert set(arms) <= {*choices("ffn"), "linear"}
         assert all(abs(arm.width.mismatch) <= WARN for arm in arms.values())
 
 
@@ -55,8 +55,8 @@ def test_the_eight_of_glu_variants_and_all_but_the_threshold_in_the_zoo():
 def test_the_cost_is_arms_times_rates_plus_seeds(smoke):
     assert smoke.count_runs() == 2 * (3 + 3)
     own = smoke.arms["nano"]
-    assert smoke.flops() == 6 * own["relu"].flops + 6 * own["swiglu"].flops
-    assert own["relu"].flops == own["relu"].flops_per_token * own["relu"].batch.tokens
+    assert smoke.flops() == 6 * own["linear"].flops + 6 * own["swiglu"].flops
+    assert own["linear"].flops == own["linear"].flops_per_token * own["linear"].batch.tokens
     assert plan_of(rates=[1.0]).count_runs() == 2 * 5  # one rate: nothing to sweep
 
 
@@ -74,7 +74,7 @@ def test_a_run_is_tagged_in_wandb_by_plan_arm_size_and_stage(smoke):
     logger = load(smoke.overrides(first, "r")).logger
     assert (logger.group, logger.job_type) == ("smoke", "swiglu")
     assert logger.tags == [f"plan:{smoke.hash}", "size:nano", "stage:final"]
-    assert load(smoke.overrides(smoke.sweep_runs("nano", "relu")[0], "r")).logger.tags[-1] == "stage:sweep"
+    assert load(smoke.overrides(smoke.sweep_runs("nano", "linear")[0], "r")).logger.tags[-1] == "stage:sweep"
 
 
 def test_names_reach_wandb_unchanged(tmp_path):
@@ -94,14 +94,14 @@ def test_names_reach_wandb_unchanged(tmp_path):
 def test_runs_of_one_seed_differ_in_nothing_but_the_arm_and_its_width(smoke):
     from conf.validate import what_is_learned
 
-    one, other = (load(smoke.overrides(smoke.final_runs("nano", arm, 4e-3)[0], "r")) for arm in ("relu", "swiglu"))
+    one, other = (load(smoke.overrides(smoke.final_runs("nano", arm, 4e-3)[0], "r")) for arm in ("linear", "swiglu"))
     one, other = what_is_learned(one), what_is_learned(other)
     differ = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
     assert differ <= {key for key in one if key.startswith("ffn.")} | {"model.d_ff"}
 
 
 def test_the_sweep_has_a_seed_of_its_own_and_multiples_of_the_configured_rate(smoke):
-    planned_runs = smoke.sweep_runs("nano", "relu")
+    planned_runs = smoke.sweep_runs("nano", "linear")
     assert {planned.seed for planned in planned_runs} == {smoke.config.rate_seed}
     assert [planned.lr for planned in planned_runs] == [2e-3, 8e-3, 3.2e-2]
     assert len({planned.name for place in smoke.size_arm_pairs() for planned in smoke.sweep_runs(*place)}) == 6
@@ -117,7 +117,7 @@ def test_overrides_change_the_plan_and_every_run():
     config, others = read_plan(["ablation=smoke", "ablation.seeds=[3,4,5]", "tokens=1000000"])
     assert (config.seeds, others) == ([3, 4, 5], ["tokens=1000000"])
     plan = resolve(config, others)
-    assert plan.arms["nano"]["relu"].config.tokens == 1_000_000
+    assert plan.arms["nano"]["linear"].config.tokens == 1_000_000
     assert plan.arms["nano"]["swiglu"].batch.steps == 1_000_000 // (8 * 128)
 
 

@@ -19,7 +19,7 @@ from ablation.run import Runner
 from tests.ablation.made import plan_of, write_run
 from tests.training.tiny import PATIENCE, ROOT, TINY, Result, command, environment, shared_corpus
 
-ARMS = ("relu", "swiglu")
+ARMS = ("linear", "swiglu")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_another_plan_in_the_same_folder_is_refused_by_what_differs(done, words)
     folder, _ = done
     result = run([*words, "optim.beta2=0.9"], folder.parent, "yes=true")
     assert result.status == 2
-    assert f"{folder} holds the runs of another plan (it differs in arms.tiny.relu.optim.beta2" in result.err
+    assert f"{folder} holds the runs of another plan (it differs in arms.tiny.linear.optim.beta2" in result.err
     result = run([*words, "ablation.smallest_effect=0.5"], folder.parent, "yes=true")
     assert "(it differs in plan.smallest_effect)" in result.err
 
@@ -149,7 +149,7 @@ def test_runs_that_cannot_begin_are_told_of_with_their_logs(words, tmp_path):
 
 def test_a_run_that_another_runner_began_in_the_same_moment_is_waited_for(monkeypatch, tmp_path):
     plan = plan_of("ablation=smoke", "ablation.rates=[1]", "ablation.seeds=[0,1]")
-    [planned, *_] = plan.final_runs("nano", "relu", 4e-3)
+    [planned, *_] = plan.final_runs("nano", "linear", 4e-3)
     folder, begun, trains = tmp_path / "smoke", [], iter([False, True, True, False])
 
     def refused(*_) -> list[str]:

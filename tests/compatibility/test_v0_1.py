@@ -25,6 +25,8 @@ TINY = (
 PLAN = [
     "ablation=smoke",
     "ablation.name=tiny",
+    "ablation.arms=[relu, swiglu]",
+    "ablation.baseline=relu",
     "ablation.sizes={tiny: model.d_model=16}",
     "ablation.rates=[1.0]",
     "ablation.seeds=[0,1]",
