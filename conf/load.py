@@ -36,6 +36,8 @@ NOT_IN_NAME = (
     "run",
     "runs",
     "resume",
+    "resume_from",
+    "guard",
     "logger",
     "zero",
     "parallel",

@@ -194,6 +194,17 @@ class PrecisionConfig:
 
 
 @dataclass
+class GuardConfig:
+    """`guard=`: what happens when numbers go wrong."""
+
+    skip_limit: int = key(20, "skipped steps in a row, their gradients not finite, after which the run has diverged")
+    skip_samples: Optional[str] = key(
+        None,
+        "samples to leave out, A:B or several separated by commas; numbers from A to below B. Checkpoints keep them",
+    )
+
+
+@dataclass
 class LoggerConfig:
     """`logger=`: loggers that mirror metrics.jsonl."""
 
@@ -220,6 +231,9 @@ class Config:
     run: Optional[str] = key(None, "name of the run folder; null: derived from the model, the arm and the overrides")
     runs: str = key("runs", "folder of the run folders")
     resume: bool = key(True, "resume the run of that name; false: refuse a run that exists")
+    resume_from: Optional[str] = key(
+        None, "go back to this checkpoint of the run, step_N, and set later ones aside; null: go on from the newest"
+    )
     steps: Optional[int] = key(None, "optimizer steps; wins over the preset's tokens")
     tokens: Optional[int] = key(None, "tokens to train on, rounded down to whole steps")
     seed: int = key(0, "seed of the initial weights")
@@ -258,6 +272,7 @@ class Config:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
@@ -338,4 +353,4 @@ class ClusterConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
-GROUPS = ("ffn", "model", "data", "tokenizer", "optim", "schedule", "zero", "parallel", "precision", "logger")
+GROUPS = ("ffn", "model", "data", "tokenizer", "optim", "schedule", "zero", "parallel", "precision", "guard", "logger")

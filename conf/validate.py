@@ -47,6 +47,7 @@ _POSITIVE = (
     "model.norm_eps",
     "optim.lr",
     "optim.eps",
+    "guard.skip_limit",
     "zero.bucket_elements",
     "parallel.timeout_minutes",
     "parallel.tensor",

@@ -5,6 +5,7 @@ Notable here:
   sample, a resumed run needs only the count of tokens consumed, and 1, 2 or 4 ranks see the same batches;
 - the order of an epoch is a pseudo-random permutation, computed index by index without storing it;
 - each epoch splits the text into different windows;
+- samples that are left out (`BatchStream.skipped`) shift those that follow, and change nothing else;
 - integer arithmetic and BLAKE2 only: the same on every platform and with every version of NumPy.
 
 The on-disk format of tokens is in `shards.py`.
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.ranges import NO_SAMPLES, SampleRanges
 from data.shards import ShardSet, open_shards, read_index
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.common.errors import UserError
@@ -151,8 +153,9 @@ class BatchStream:
     each time.
     """
 
-    def __init__(self, dataset: Dataset, sequence_length: int, seed: int) -> None:
+    def __init__(self, dataset: Dataset, sequence_length: int, seed: int, skipped: SampleRanges = NO_SAMPLES) -> None:
         """Raises UserError: the sequence length is beyond the tokens, or a part's weight is below 1 / BLOCK."""
+        self.skipped = skipped  # samples left out
         self.dataset, self.sequence_length, self.seed = dataset, sequence_length, seed
         if sequence_length < 1:
             raise UserError(f"sequence_length must be at least 1, not {sequence_length}")
@@ -201,10 +204,10 @@ class BatchStream:
         return self._epochs[part, epoch]
 
     def samples(self, first: int, count: int) -> np.ndarray:
-        """Return samples first .. first + count - 1 of the stream: int64, (count, sequence_length + 1)."""
+        """Return the samples at positions first .. first + count - 1 of the stream: int64, (count, sequence_length + 1)."""
         length = self.sequence_length
         out = np.empty((count, length + 1), np.int64)
-        parts, nth = self.parts_of(np.arange(first, first + count, dtype=np.int64))
+        parts, nth = self.parts_of(self.skipped.numbers(np.arange(first, first + count)))
         windows = np.array(self.windows)[parts]
         epochs = nth // windows
         for part, epoch in sorted(set(zip(parts.tolist(), epochs.tolist(), strict=True))):

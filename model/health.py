@@ -1,7 +1,8 @@
 """What a checkpoint is worth: whether its files are those that were saved, and fit together.
 
 `outline_problem` reads all but the tensors: the manifest, index.json, state.json, and the headers of the ranks' files.
-`contents_problem` hashes files of tensors, and so reads all of them. A checkpoint is healthy when neither finds anything.
+`contents_problem` hashes files of tensors, and so reads all of them: no number in them may be NaN or infinite. A checkpoint is
+healthy when neither finds anything.
 What version 1 of the manifest does not say is not checked.
 """
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from conf.validate import digest
 from kernels.common.json_files import parse, read_bytes
+from model.finite import FileScan
 from model.manifest import CheckpointManifest, bytes_hash, file_hash, file_of, of_state, read_manifest
 from model.weights import FORMAT, MOMENTS, step_of, stored_name
 
@@ -41,7 +43,9 @@ def outline_problem(folder: Path) -> str:
 
 
 def contents_problem(folder: Path, names: Iterable[str] | None = None) -> str:
-    """Return what is wrong with the contents of a checkpoint whose outline is right; "" if they are those that were saved.
+    """Return what is wrong with the contents of a checkpoint whose outline is right.
+
+    "" if they are those that were saved, and finite.
 
     Args:
         names: the files to hash; None: all that hold tensors.
@@ -52,8 +56,11 @@ def contents_problem(folder: Path, names: Iterable[str] | None = None) -> str:
         return str(error)
     for name in tensor_files(files) if names is None else names:
         try:
-            if file_hash(folder / name) != files[name][1]:
+            scan = FileScan()
+            if file_hash(folder / name, scan.add) != files[name][1]:
                 return f"{name} does not have the contents that were saved"
+            if scan.found:
+                return f"{name} holds {scan.found}"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return ""

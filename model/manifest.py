@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,11 @@ def file_of(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def file_hash(path: Path) -> str:
+def file_hash(path: Path, watch: Callable[[bytes], object] | None = None) -> str:
     """Return the BLAKE2b hash of a regular file, in hexadecimal.
+
+    Args:
+        watch: is given each block of the file, in order.
 
     Raises:
         OSError: it cannot be read, or is not a regular file.
@@ -62,6 +66,8 @@ def file_hash(path: Path) -> str:
     with open_regular(path) as file:
         while block := file.read(1 << 22):
             result.update(block)
+            if watch is not None:
+                watch(block)
     return result.hexdigest()
 
 

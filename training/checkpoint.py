@@ -25,17 +25,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.common.errors import UserError
 from kernels.common.files import publish
 from kernels.common.json_files import read_object
+from model.finite import find
 from model.health import Inspector
 from model.manifest import file_of, read_manifest
 from model.parallel import shard_spec
@@ -52,9 +47,9 @@ from model.weights import (
     write_tensors,
 )
 from training.engine import Engine
+from training.fragments import create_optimizer_state, fragments, inner_optimizer, link_optimizer_state, optimizer_steps
 from training.resume import remove_leftovers
 from training.runfolder import periodic_losses
-from training.zero import fragment_mapping, stage_3_parameter
 
 NamedPieces = list[tuple[str, Piece]]  # (parameter's name, the piece of it that a rank stores)
 
@@ -65,7 +60,9 @@ class SaveResult:
 
     step: int
     path: Path
-    failure: str  # why there is no checkpoint; "": it was saved
+    failure: str  # why it could not be written; "": it could
+    refused: str  # why it was not to be kept: something is not finite; "": nothing is
+    poisoned: bool  # whether that is a weight or a moment, which no later step makes finite again
     warning: str  # why older checkpoints could not be removed; "": they were
     blocked_seconds: float  # for which training stood still
     seconds: float  # until the checkpoint was complete
@@ -96,24 +93,26 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._result: SaveResult | BaseException | None = None
 
-    def start(self, state: dict[str, Any]) -> None:
+    def start(self, state: dict[str, Any], doubt: str = "") -> None:
         """Copy this rank's fragments to host memory, and start to write them as `step_N` for N = state["step"].
 
+        Nothing is written where a weight or a moment is not finite on some rank: the copies are checked by the thread.
         The result of the previous save must have been taken.
 
         Args:
             state: what else is needed to resume, as JSON.
+            doubt: why this rank would not keep a checkpoint of this step, as "its loss is NaN".
         """
         assert self._thread is None, "the result of the previous save has not been taken"
         started = time.perf_counter()
-        if not _inner_optimizer(self.engine).state:  # no step has been applied yet
-            _create_optimizer_state(self.engine, 0)
-        _link_optimizer_state(self.engine)
+        if not inner_optimizer(self.engine).state:  # no step has been applied yet
+            create_optimizer_state(self.engine, 0)
+        link_optimizer_state(self.engine)
         pieces, tensors = self._copy_to_host()
-        state = {**state, "optimizer_steps": _optimizer_steps(self.engine)}
+        state = {**state, "optimizer_steps": optimizer_steps(self.engine)}
         self._run_id = state.get("run_id")
         blocked_seconds = time.perf_counter() - started
-        arguments = (pieces, tensors, state, started, blocked_seconds)
+        arguments = (pieces, tensors, state, doubt, started, blocked_seconds)
         self._thread = threading.Thread(target=self._run, args=arguments, daemon=True)
         self._thread.start()
 
@@ -139,7 +138,7 @@ class Saver:
         tensor, data_context_rank, rank = self.engine.mesh.tensor, self.engine.mesh.data_context.rank, dist.get_rank()
         pieces, tensors = [], {}
         on_gpu = self.engine.device.type == "cuda"
-        for fragment in _fragments(self.engine):
+        for fragment in fragments(self.engine):
             replicated = shard_spec(fragment.parameter) is None
             stored_elsewhere = (tensor.rank and replicated) or (self.engine.stage == 0 and data_context_rank)
             if not fragment.size or stored_elsewhere:
@@ -162,19 +161,28 @@ class Saver:
         pieces: NamedPieces,
         tensors: dict[str, Tensor],
         state: dict[str, Any],
+        doubt: str,
         started: float,
         blocked_seconds: float,
     ) -> None:
         path = self.folder / f"step_{state['step']:08d}"
-        warning = ""
+        failure = warning = ""
         try:
-            failure = self._write(path, pieces, tensors, state)
-            if not failure:
+            poison = self._first("holds", find(tensors.items()))
+            refused = poison or self._first("has", doubt)
+            if not refused:
+                failure = self._write(path, pieces, tensors, state)
+            if not refused and not failure:
                 warning = self.prune()
             seconds = time.perf_counter() - started
-            self._result = SaveResult(state["step"], path, failure, warning, blocked_seconds, seconds)
+            outcome = (failure, refused, bool(poison), warning)
+            self._result = SaveResult(state["step"], path, *outcome, blocked_seconds, seconds)
         except BaseException as error:  # not an error of the disk: `take_result` raises it in the training thread
             self._result = error
+
+    def _first(self, verb: str, what: str) -> str:
+        """Return the first rank's `what` that is not empty, as "rank R VERB WHAT"; "": there is none. Collective."""
+        return self._collectives.first_failure(f"rank {dist.get_rank()} {verb} {what}" if what else "")
 
     def _write(self, path: Path, pieces: NamedPieces, tensors: dict[str, Tensor], state: dict[str, Any]) -> str:
         """Write the checkpoint together with the other ranks; return why that failed, or ""."""
@@ -260,11 +268,11 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
         UserError: the checkpoint is of another model or format.
     """
     reader = CheckpointReader(folder)
-    _create_optimizer_state(engine, reader.state["optimizer_steps"])
+    create_optimizer_state(engine, reader.state["optimizer_steps"])
     keys = ("", *MOMENTS) if reader.has_optimizer_state else ("",)
     tensor = engine.mesh.tensor
     with torch.no_grad():
-        for fragment in _fragments(engine):
+        for fragment in fragments(engine):
             name, parameter, numel = fragment.name, fragment.parameter, fragment.shape.numel()
             shard = shard_spec(parameter), tensor.rank, tensor.size
             if fragment.size:
@@ -336,112 +344,3 @@ def _make_way(path: Path, run_id: str | None) -> None:
     if path.exists():
         other = "" if _may_be_of(path, run_id) else f"{path.name}.of_another_run"
         path.rename(path.with_name(other or f".{path.name}.old"))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fragment:
-    """The elements of a parameter that this rank holds: `size` from `start` on, of the flattened tensor of `shape`.
-
-    `read(key)` returns them, flat and in fp32, of the master weight (key "") or of a moment. `write(key, values)` sets them.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    shape: torch.Size  # of this tensor rank's shard
-    start: int
-    size: int
-    read: Callable[[str], Tensor]
-    write: Callable[[str, Tensor], None]
-
-
-def _fragments(engine: Engine) -> Iterator[_Fragment]:
-    """Yield this rank's fragment of every parameter."""
-    make = {0: _stage_0_fragment, 3: _stage_3_fragment}.get(engine.stage, _stage_1_or_2_fragment)
-    for name, parameter in engine.module.named_parameters():
-        yield make(engine, name, parameter)
-
-
-def _stage_0_fragment(engine: Engine, name: str, parameter: nn.Parameter) -> _Fragment:
-    def read(key: str) -> Tensor:
-        return (engine.optimizer.state[parameter][key] if key else parameter.data).view(-1)
-
-    def write(key: str, values: Tensor) -> None:
-        read(key).copy_(values)
-
-    return _Fragment(name, parameter, parameter.shape, 0, parameter.numel(), read, write)
-
-
-def _stage_1_or_2_fragment(_: Engine, name: str, parameter: nn.Parameter) -> _Fragment:
-    mapping = fragment_mapping(parameter)
-
-    def read(key: str) -> Tensor:
-        assert mapping is not None, "an empty fragment is not read"
-        return mapping.get_hp_fragment(key or None).view(-1)
-
-    def write(key: str, values: Tensor) -> None:
-        read(key).copy_(values)
-
-    start, size = 0, 0
-    if mapping is not None:
-        start, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-    return _Fragment(name, parameter, parameter.shape, start, size, read, write)
-
-
-def _stage_3_fragment(engine: Engine, name: str, parameter: nn.Parameter) -> _Fragment:
-    partitioned = stage_3_parameter(parameter)
-    partition_numel, numel = partitioned.ds_tensor.numel(), partitioned.ds_numel  # the last partition is padded
-    start = min(engine.mesh.data_context.rank * partition_numel, numel)
-    size = min(partition_numel, numel - start)
-
-    def read(key: str) -> Tensor:
-        partition = safe_get_local_optimizer_state(parameter, key) if key else safe_get_local_fp32_param(parameter)
-        return partition.view(-1)[:size]
-
-    def write(key: str, values: Tensor) -> None:
-        padded = torch.zeros(partition_numel, device=engine.device)
-        padded[:size] = values
-        if key:
-            safe_set_local_optimizer_state(parameter, padded, key)
-            return
-        safe_set_local_fp32_param(parameter, padded)
-        partitioned.ds_tensor.data.copy_(padded)  # setting the master does not update the weight that the model uses
-
-    return _Fragment(name, parameter, partitioned.ds_shape, start, size, read, write)
-
-
-def _flat_parameters(engine: Engine) -> list[Tensor]:
-    """Return the tensors that the inner optimizer updates: the model's own, or ZeRO's flat fp32 partitions of them."""
-    if engine.stage == 3:
-        return list(engine.optimizer.fp32_partitioned_groups_flat)
-    return [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
-
-
-def _inner_optimizer(engine: Engine) -> torch.optim.Optimizer:
-    """Return torch's AdamW, which ZeRO wraps at every stage but 0."""
-    return engine.optimizer if engine.stage == 0 else engine.optimizer.optimizer
-
-
-def _optimizer_steps(engine: Engine) -> int:
-    states = (_inner_optimizer(engine).state[flat] for flat in _flat_parameters(engine))
-    return max(int(state["step"]) for state in states if "step" in state)
-
-
-def _create_optimizer_state(engine: Engine, steps: int) -> None:
-    """Create zero moments, as the optimizer's first step would, and make DeepSpeed find them."""
-    inner = _inner_optimizer(engine)
-    for flat in _flat_parameters(engine):
-        state = inner.state[flat]
-        state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=flat.device)
-        for moment in MOMENTS:
-            state[moment] = torch.zeros_like(flat)
-    _link_optimizer_state(engine)
-
-
-def _link_optimizer_state(engine: Engine) -> None:
-    """Link the fragments of ZeRO stages 1 and 2 to the optimizer state of every parameter group.
-
-    DeepSpeed links parameters to their state once, in the first group's first step, when later groups have no state yet.
-    """
-    if engine.stage in (1, 2):
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()

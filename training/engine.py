@@ -26,6 +26,7 @@ from launch.estimate.counts import GATHERED_BUCKETS, Shape
 from model.decoder import Cache, Decoder
 from model.initialise import initialise
 from model.parallel import Mesh, init_mesh, shard_spec
+from training.culprit import DroppedGradient
 from training.mpu import ModelParallelUnit
 from training.zero import fragment_mapping, index_in_group, stage_3_parameter
 
@@ -174,6 +175,7 @@ class Engine:
             self.deepspeed.enable_backward_allreduce = False
         self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.stage = settings["zero_optimization"]["stage"]
+        self.dropped = DroppedGradient(self)  # the gradient of the last step that was skipped
 
     def train_step(
         self, tokens: Tensor, lr_scale: float, observer: Observer | None = None
@@ -187,8 +189,10 @@ class Engine:
 
         Returns:
             The mean loss of this rank's tokens (a detached fp32 scalar on the device), the whole model's gradient norm before
-            clipping, and whether the step was applied. A step with a non-finite gradient is skipped on every rank.
+            clipping, and whether the step was applied. A step with a non-finite gradient is skipped on every rank; its norm is
+            NaN where the gradient holds one, else infinite.
         """
+        self.dropped.found = None
         for group, peak_lr in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak_lr * lr_scale
         skipped_before, norm, total = self.deepspeed.skipped_steps, None, torch.zeros((), device=self.device)
@@ -199,13 +203,14 @@ class Engine:
             self.deepspeed.backward(objective)
             total += nats
             if observer and self.deepspeed.is_gradient_accumulation_boundary():
-                observer.backward(self._gradient_fragments())
+                observer.backward(self.gradient_fragments())
             if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
                 norm = self._clip_at_stage_0()
             self.deepspeed.step()
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
             applied = self.deepspeed.skipped_steps == skipped_before
+            norm = norm if applied else self.dropped.norm()
         else:
             applied = bool(torch.isfinite(norm))
         return total / self.batch.accumulation, norm, applied
@@ -226,13 +231,14 @@ class Engine:
             dist.all_reduce(squares, group=axis.group)
         norm = squares.sqrt()
         if not torch.isfinite(norm):
+            self.dropped.scan()
             for parameter in parameters:
                 parameter.grad = None  # AdamW does not change a parameter without a gradient
         elif self.config.optim.clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, norm)
         return norm
 
-    def _gradient_fragments(self) -> Iterator[GradientFragment]:
+    def gradient_fragments(self) -> Iterator[GradientFragment]:
         """Yield this rank's fragments of the whole batch's gradient, which exists between backward and step.
 
         The fragments of all data x context ranks together are the gradient of every parameter of their tensor rank, once.
@@ -259,6 +265,12 @@ class Engine:
                 if values.numel() > size:  # stage 1 in bf16 with accumulation keeps the whole sum on every rank
                     values = values[start : start + size]
                 yield GradientFragment(name, parameter.shape, start, values, replicated)
+
+    def objective(self, tokens: Tensor) -> Tensor:
+        """Return what a step minimises on tokens (B, S + 1), past DeepSpeed: nothing is accumulated or reduced. Collective."""
+        self.module.train()
+        objective, _ = self.module(self._context_shard(tokens[:, :-1]), self._context_shard(tokens[:, 1:]))
+        return objective
 
     def _context_shard(self, tokens: Tensor) -> Tensor:
         """(B, S) -> (B, S / C): this context rank's part of each sequence."""

@@ -6,19 +6,21 @@ The ranks take the same decisions: they stop after the same step, and all of the
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from conf.schema import Config
 from conf.validate import Batch, config_hash, settings_of
 from data.batches import BatchStream, Dataset, sample_hash
-from kernels.common.errors import Diverged
+from data.ranges import SampleRanges
 from launch.estimate.counts import Shape, parameters
 from launch.launchers import Launchers
 from launch.ranks import Ranks
@@ -26,16 +28,16 @@ from model.generate import generate
 from model.health import Inspector
 from training import machine
 from training.evaluation import HeldOut, evaluate
+from training.guard import Guard
 from training.prompts import prompts_of
 from training.recorder import RunRecorder
+from training.rewind import course_of
 from training.runfolder import RunFolder
 from training.schedule import lr_scale, warmup_steps
-from training.signals import StopRequest
+from training.signals import DIVERGED, StopRequest
 
 if TYPE_CHECKING:
     from training.engine import Engine
-
-MAX_SKIPPED_STEPS = 20  # in a row, for a non-finite gradient: beyond that the run has diverged
 
 
 class _Throughput:
@@ -94,7 +96,12 @@ class TrainingLoop:
         self.step, self.batches_hash = 0, 0
         self.prompts = prompts_of(config, dataset)
         self.warmup_steps = warmup_steps(config.schedule, batch.steps)
-        self.skipped_in_a_row = 0
+        settle = functools.partial(self._record_save, wait=True)
+        self.guard = Guard(config, engine, stream, recorder, folder.checkpoints, batch.global_batch, settle)
+        self.course = course_of(config)
+        self.last_loss: torch.Tensor = torch.zeros(())  # of this rank
+        self.last_norm: torch.Tensor | float = 0.0
+        self.poison = ""  # the weight or moment that is not finite, once a save has found one
         self.session_started = time.monotonic()
         self.earlier_seconds = 0.0  # wall-clock time of the run's earlier sessions
         self.last_eval: HeldOut | None = None
@@ -114,6 +121,9 @@ class TrainingLoop:
         self.batches_hash = state["batches_hash"] if self.mesh.data.rank == 0 else 0
         self.earlier_seconds = state["wall_seconds"]
         self.evaluation_missed = state["evaluation_missed"]
+        self.course = self.course or state.get("course")
+        recorded = SampleRanges.of(state.get("skipped_samples", []))
+        self.stream.skipped = recorded.extended(self.stream.skipped, self.step * self.batch.global_batch)
         if self.step >= self.batch.steps:  # the last step is saved before it is evaluated
             tokens = self.dataset.held_out.tokens
             recorded = self.recorder.folder.recorded_loss(self.step, tokens) if self.ranks.rank == 0 else None
@@ -171,18 +181,18 @@ class TrainingLoop:
         with StopRequest(launchers) as stop:
             while self.step < batch.steps:
                 scale = lr_scale(config.schedule, self.step, batch.steps, self.warmup_steps)
-                loss, grad_norm, applied = self._train_step(scale)
-                self.recorder.folder.trained = True
+                loss, grad_norm = self._train_step(scale)
                 if self.step == 1:
                     self.recorder.event("first_step", seconds_since_start=time.monotonic() - launched_at)
-                self._count_skipped(applied, grad_norm)
                 last = self.step == batch.steps
                 if self.step % config.log_every == 0 or last:
                     self._record_training(loss, grad_norm, scale, throughput, peak)
                     throughput.restart(self.step)
                 self.console.advance(self.step)
                 with throughput.paused():
-                    reason = stop.agree()
+                    reason = stop.agree(bool(self.poison))
+                    if reason == DIVERGED:
+                        self._join_save()
                     self._evaluate_sample_save(last, bool(reason))
                 if reason and not last:
                     resumable = "" if self.save_failed else "; the same command resumes the run"
@@ -190,20 +200,25 @@ class TrainingLoop:
                     return "stopped"
         return "finished"
 
-    def _train_step(self, scale: float) -> tuple[torch.Tensor, torch.Tensor | float, bool]:
-        """Take one step with `scale` times the peak learning rate; return what `Engine.train_step` does."""
+    def _train_step(self, scale: float) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Take one step with `scale` times the peak learning rate; return this rank's loss and the gradient norm."""
         data = self.mesh.data
         sequences = self.batch.global_batch // data.size
         first = self.step * self.batch.global_batch + data.rank * sequences
         rows = self.stream.samples(first, sequences)
         self.batches_hash = (self.batches_hash + sample_hash(first, rows)) % 2**64
         tokens = torch.from_numpy(rows).to(self.engine.device)  # (sequences, S + 1)
-        result = self.engine.train_step(tokens, scale, self.telemetry.observer(self.step + 1))
+        self.last_loss, self.last_norm, applied = self.engine.train_step(
+            tokens, scale, self.telemetry.observer(self.step + 1)
+        )
         self._record_telemetry()  # of an earlier step: its reduction ran beside this one
         self._record_save()
         self.step = self.recorder.step = self.step + 1
         self.telemetry.reduce(self.step, self.batch.tokens_per_step)
-        return result
+        numbers = self.stream.skipped.numbers(np.arange(first, first + sequences))
+        self.recorder.folder.trained = True
+        self.guard.count(applied, self.last_norm, tokens, numbers)
+        return self.last_loss, self.last_norm
 
     def _record_training(
         self,
@@ -216,36 +231,21 @@ class TrainingLoop:
         """Record the steps since the last log line. Collective.
 
         Args:
-            loss: mean of this rank's tokens; afterwards it holds the sum over ranks.
+            loss: mean of this rank's tokens.
             peak: of this rank.
         """
-        dist.all_reduce(loss)
+        total = loss.clone()
+        dist.all_reduce(total)
         ranks, (steps, seconds) = self.ranks.world_size, throughput.measure(self.step)
         tokens_per_second = steps * self.batch.tokens_per_step / seconds
         self.recorder.training(
-            loss=float(loss) / ranks,
+            loss=float(total) / ranks,
             grad_norm=float(grad_norm),
             lr=self.config.optim.lr * scale,
             tokens_per_second=tokens_per_second,
             mfu=peak.mfu(tokens_per_second * self.recorder.flops_per_token / ranks) if self.ranks.rank == 0 else None,
             memory_gib=machine.memory_gib(self.engine.device),
         )
-
-    def _count_skipped(self, applied: bool, grad_norm: torch.Tensor | float) -> None:
-        """Report a skipped step.
-
-        Raises:
-            Diverged: `MAX_SKIPPED_STEPS` steps in a row were skipped.
-        """
-        if applied:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_in_a_row += 1
-        self.recorder.event("skipped_step", grad_norm=float(grad_norm))
-        self.console.warn(f"step {self.step} was skipped: its gradient is not finite")
-        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            self.recorder.event("diverged", skipped=self.skipped_in_a_row)
-            raise Diverged(f"the run has diverged: the gradients of {MAX_SKIPPED_STEPS} steps in a row were not finite")
 
     def _due(self, every: int) -> bool:
         """Whether this step is one of every `every` steps; 0: never."""
@@ -260,7 +260,7 @@ class TrainingLoop:
             self._evaluate_last()
             if not stopping:
                 self._sample()
-            self._record_save(wait=True)
+            self._join_save()
             self.saver.prune()  # the last step may be the best one
             return
         if self._due(config.eval_every) and not stopping:
@@ -270,7 +270,7 @@ class TrainingLoop:
         if stopping or self._due(config.save_every):
             self._save(held_out)
         if stopping:
-            self._record_save(wait=True)
+            self._join_save()
 
     def _evaluate_last(self) -> None:
         """Evaluate on all held-out tokens, and before that on those of the periodic evaluations: their curve's last point."""
@@ -306,7 +306,7 @@ class TrainingLoop:
     def _save(self, held_out: HeldOut | None) -> None:
         """Start to save a checkpoint; `held_out` is the evaluation of this step."""
         self._record_telemetry()  # a run resumed from this checkpoint would not record it
-        self._record_save(wait=True)
+        self._join_save()
         eval_loss = None
         if held_out is not None and held_out.tokens == self.dataset.held_out.tokens:
             eval_loss = held_out.loss
@@ -321,19 +321,27 @@ class TrainingLoop:
             "tokenizer_hash": self.dataset.tokenizer.hash,
             "eval_loss": eval_loss,
             "evaluation_missed": self.evaluation_missed,
+            "course": self.course,
+            "skipped_samples": self.stream.skipped.ranges,
             "wall_seconds": self._wall_seconds(),
             "run_id": self.run_id,
             "settings": self.settings,
         }
-        self.saver.start(state)
+        # The last step's weights are the run's result, if they are finite.
+        doubt = "" if self.step == self.batch.steps else self.guard.doubt(self.last_loss, self.last_norm)
+        self.saver.start(state, doubt)
 
     def _record_save(self, wait: bool = False) -> None:
         """Record the result of the last save, if it has ended. A failed save leaves earlier checkpoints intact."""
         result = self.saver.take_result(wait)
         if result is None:
             return
-        self.save_failed = result.failure
-        if result.failure:
+        self.save_failed = result.failure or result.refused
+        self.poison = f"{result.refused} after step {result.step}" if result.poisoned else ""
+        if result.refused:
+            self.console.warn(f"the checkpoint of step {result.step} was not written: {result.refused}")
+            self.recorder.event("save_refused", result.step, path=result.path.name, reason=result.refused)
+        elif result.failure:
             self.console.warn(f"the checkpoint of step {result.step} could not be saved: {result.failure}")
             self.recorder.event("save_failed", result.step, path=result.path.name, reason=result.failure)
         else:
@@ -341,6 +349,17 @@ class TrainingLoop:
             self.recorder.saved(result.step, path=result.path.name, **seconds)
         if result.warning:
             self.console.warn(f"older checkpoints could not be removed: {result.warning}")
+
+    def _join_save(self) -> None:
+        """Wait for a save that has started, and record its result. Collective.
+
+        Raises:
+            Diverged: a weight or a moment is not finite.
+        """
+        self._record_save(wait=True)
+        if self.poison:
+            self.recorder.event("diverged", reason=self.poison)
+            raise self.guard.diverged(self.poison)
 
     def _complete_save(self) -> None:
         """Wait for a save that has started before this rank fails: it needs all ranks, whatever they do meanwhile."""

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from conf.schema import Config
 from conf.validate import changed_settings
 from data.batches import Dataset
+from data.ranges import SampleRanges
 from kernels.common.errors import UserError
 from launch.estimate.counts import Shape
 from launch.ranks import Ranks
@@ -29,18 +30,21 @@ from model.weights import CheckpointReader, check_shapes, checkpoints
 
 _STATE = {  # what the loop reads of state.json, and its types
     "batches_hash": (int,),
+    "course": (str, type(None)),
     "corpus_hash": (str, type(None)),
     "eval_loss": (int, float, type(None)),
     "evaluation_missed": (bool,),
     "optimizer_steps": (int,),
     "settings": (dict, type(None)),
+    "skipped_samples": (list,),
     "step": (int,),
     "steps": (int, type(None)),
     "tokenizer_hash": (str,),
     "wall_seconds": (int, float),
     "warmup_steps": (int, type(None)),
 }
-_OPTIONAL = ("settings", "steps", "warmup_steps")  # version 0.1 did not write them
+# Version 0.1 did not write settings, steps and warmup_steps; version 0.2 nothing of samples left out.
+_OPTIONAL = ("course", "settings", "skipped_samples", "steps", "warmup_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +115,11 @@ def _verify_share(ranks: Ranks, path: Path) -> str:
 
 
 def choose_checkpoint(
-    folder: Path, run_id: str | None, contents: Callable[[Path], str], fits: Callable[[Path], str]
+    folder: Path,
+    run_id: str | None,
+    contents: Callable[[Path], str],
+    fits: Callable[[Path], str],
+    only: Path | None = None,
 ) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint that is healthy and of this run, and a warning for each newer one that was skipped.
 
@@ -120,13 +128,14 @@ def choose_checkpoint(
         run_id: of this run; None: unknown.
         contents: what is wrong with the contents of a checkpoint whose outline is right.
         fits: why a checkpoint cannot be of this configuration.
+        only: the checkpoint to take; None: the newest.
 
     Raises:
         UserError: there are checkpoints and none can be used, or the newest one was trained with other settings or text.
     """
     warnings: list[str] = []
     unfit: list[tuple[Path, str]] = []
-    for path in checkpoints(folder):
+    for path in checkpoints(folder) if only is None else [only]:
         problem = outline_problem(path) or _state_problem(path)
         run = run_of(path)
         if not problem and run_id is not None and run not in (None, run_id):
@@ -145,6 +154,8 @@ def choose_checkpoint(
             return path, warnings
     if unfit:
         raise UserError(unfit[0][1])
+    if only is not None:
+        raise UserError(f"resume_from={only.name}: {warnings[0].replace(' and was skipped', '')}")
     if warnings:
         first = warnings[0].replace(" and was skipped", "")
         others = f"; {len(warnings) - 1} more cannot either" if len(warnings) > 1 else ""
@@ -161,6 +172,10 @@ def _state_problem(path: Path) -> str:
     for key, kinds in _STATE.items():
         if type(state.get(key)) not in kinds and not (key in _OPTIONAL and key not in state):
             return f"state.json gives no {key}"
+    try:
+        SampleRanges.of(state.get("skipped_samples", []))
+    except (ValueError, TypeError):
+        return "state.json gives no skipped_samples"
     return ""
 
 

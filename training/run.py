@@ -21,6 +21,7 @@ from conf.schema import Config, TokenizerConfig
 from conf.validate import Batch, validate
 from data.batches import BatchStream, Dataset, open_dataset, refuse_repetition
 from data.prepare import prepare
+from data.ranges import SampleRanges
 from kernels.common.errors import UserError
 from kernels.common.files import explain_os_errors
 from launch.estimate.counts import Shape, check_divisibility, shape_of
@@ -30,7 +31,7 @@ from model.attention import choose
 from model.feed_forward import check_arms
 from model.health import Inspector
 from model.manifest import run_of
-from model.weights import step_of
+from model.weights import CheckpointReader, step_of
 from training import machine
 from training.console import Console
 from training.loop import TrainingLoop
@@ -38,6 +39,7 @@ from training.memory import MemoryBudget
 from training.process_group import start_process_group
 from training.recorder import RunRecorder, held_out_line
 from training.resume import Decision, choose_checkpoint, decide_together, remove_leftovers, unknown_origin, why_unfit
+from training.rewind import named_checkpoint, set_aside
 from training.runfolder import RunFolder
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
     """
     launched_at = time.monotonic()
     batch = validate(config, ranks.world_size)
+    skipped = SampleRanges.parse(config.guard.skip_samples)
     console = Console(enabled=ranks.rank == 0)
     device = machine.find_device(ranks)
     dtype = machine.find_dtype(config, device)
@@ -74,7 +77,7 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
         )
         if decision.finished:
             return _end_group(ranks)
-        stream = BatchStream(dataset, config.sequence_length, config.data_seed)  # refuses a sequence beyond the text
+        stream = BatchStream(dataset, config.sequence_length, config.data_seed, skipped)
         recorder = RunRecorder(config, batch, shape, dataset, folder, console, enabled=ranks.rank == 0)
         memory = MemoryBudget(config, batch, shape, ranks, device, dtype == torch.bfloat16)
         memory.check()
@@ -139,8 +142,9 @@ def _decide(
         inspector.record(path, problem)
         return problem
 
+    named = named_checkpoint(folder.checkpoints, config)
     checkpoint, warnings = choose_checkpoint(
-        folder.checkpoints, folder.run_id, contents, lambda path: why_unfit(path, dataset, shape, config)
+        folder.checkpoints, folder.run_id, contents, lambda path: why_unfit(path, dataset, shape, config), named
     )
     for warning in warnings:
         console.warn(warning)
@@ -149,6 +153,8 @@ def _decide(
     else:
         folder.run_id = folder.run_id or run_of(checkpoint)
         done = step_of(checkpoint)
+        state, typed = CheckpointReader(checkpoint).state, SampleRanges.parse(config.guard.skip_samples)
+        SampleRanges.of(state.get("skipped_samples", [])).extended(typed, done * batch.global_batch)
         folder.refuse_fewer_steps(batch.steps, done)
         # A run killed between its last checkpoint and its summary still needs the summary.
         if done >= batch.steps and (summary := folder.finished_summary(done)):
@@ -159,6 +165,8 @@ def _decide(
     if checkpoint is None or (folder.previous_steps or batch.steps) < batch.steps:
         _refuse_repetition(dataset, config, batch)
     folder.run_id = folder.run_id or uuid.uuid4().hex
+    if named is not None and (names := set_aside(folder.checkpoints, named)):
+        console.print(f"{named} is the newest checkpoint again; later ones are now called {', '.join(names)}")
     remove_leftovers(folder.checkpoints)
     return Decision(checkpoint, folder.run_id, folder.previous_steps)
 

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from launch.launchers import STOP_SIGNALS, Launchers, stop_signals
 
 _LAUNCHER_ENDED = "the launcher has ended"
-_REASONS = ("", _LAUNCHER_ENDED, *(number.name for number in STOP_SIGNALS))  # in increasing priority
+DIVERGED = "the numbers are not finite"  # a rank knows, and must not end before the others
+_REASONS = ("", _LAUNCHER_ENDED, *(number.name for number in STOP_SIGNALS), DIVERGED)  # in increasing priority
 
 
 class StopRequest:
@@ -55,15 +56,17 @@ class StopRequest:
         if not self.reason:
             self.reason, self._received_at = signal.Signals(number).name, time.monotonic()
 
-    def agree(self) -> str:
+    def agree(self, diverged: bool = False) -> str:
         """Return why to stop, the same on every rank, or "" to continue. Collective.
 
-        The reason is the name of a signal that some rank received; else that some rank's launcher has ended.
+        The reason is DIVERGED where some rank says so; else the name of a signal that some rank received; else that some
+        rank's launcher has ended.
         """
         if not self.reason and self._launchers.gone():
             self.reason = _LAUNCHER_ENDED
+        reason = DIVERGED if diverged else self.reason
         if self._group is None:
-            return self.reason
-        index = torch.tensor([_REASONS.index(self.reason)])
+            return reason
+        index = torch.tensor([_REASONS.index(reason)])
         dist.all_reduce(index, op=dist.ReduceOp.MAX, group=self._group)
         return _REASONS[int(index)]

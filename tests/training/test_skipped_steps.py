@@ -23,7 +23,16 @@ def test_a_step_with_a_non_finite_gradient_changes_nothing(corpus, two_ranks, tm
     for rank in two_ranks.run("script", arguments=arguments, steps=steps):
         assert rank["applied"] == [True, True, False, False, True]
         assert [math.isfinite(norm) for norm in rank["norms"]] == rank["applied"]
+        assert math.isnan(rank["norms"][2])
+        assert rank["norms"][3] == math.inf
         assert all(math.isfinite(loss) for loss in rank["losses"])
+        # The third step takes samples 16 to 23, of which rank 1 has the last four.
+        samples = ("20:24" if accumulation == 1 else "20:22", "24:28" if accumulation == 1 else "24:26")
+        assert rank["culprits"] == [
+            f"rank 1 computes NaN in the gradient of layers.0.ffn.down (samples {samples[0]})",
+            f"rank 0 computes inf in the gradient of embedding.weight (samples {samples[1]})",
+        ]
+        assert rank["refused"] == [["", False]] * 4
     before, nan, inf, later = (CheckpointReader(tmp_path / f"step_{step:08d}") for step in (2, 3, 4, 5))
     for name, key in itertools.product(before.shapes(), ("", *MOMENTS)):
         for skipped in (nan, inf):

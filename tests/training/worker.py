@@ -10,6 +10,7 @@ import errno
 import functools
 import gc
 import io
+import itertools
 import json
 import os
 import pickle
@@ -41,8 +42,10 @@ from model.health import outline_problem
 from model.parallel import Mesh
 from model.weights import checkpoints
 from training import checkpoint, machine
+from training.culprit import find_culprit
 from training.engine import Engine, GradientFragment, mesh_from_config
 from training.evaluation import evaluate
+from training.fragments import fragments, inner_optimizer
 from training.process_group import start_process_group
 from training.resume import Decision, decide_together
 from training.schedule import lr_scale
@@ -80,7 +83,7 @@ class Trainer:
         self.engine = Engine(self.config, self.batch, shape, device, dtype, attention, document_start, self.mesh)
         self.step, self.hash = 0, 0
         self.telemetry = Telemetry(self.engine, self.config.telemetry_every, self.config.telemetry_window)
-        names = ("losses", "norms", "applied", "evaluations", "values", "telemetry")
+        names = ("losses", "norms", "applied", "evaluations", "values", "telemetry", "refused", "culprits")
         self.results: dict[str, list[Any]] = {name: [] for name in names}
 
     def do(self, verb: str, *arguments: Any) -> None:
@@ -88,9 +91,8 @@ class Trainer:
 
     def train(self, steps: int) -> None:
         """Take steps; record the mean loss over ranks, the norm, and whether the step was applied."""
-        sequences = self.batch.global_batch // self.mesh.data.size
         for _ in range(steps):
-            first = self.step * self.batch.global_batch + self.mesh.data.rank * sequences
+            first, sequences = self._samples(self.step)
             rows = self.stream.samples(first, sequences)
             self.hash = (self.hash + sample_hash(first, rows)) % 2**64
             scale = lr_scale(self.config.schedule, self.step, self.batch.steps)
@@ -116,7 +118,24 @@ class Trainer:
 
         hook = dict(self.engine.module.named_parameters())[name].register_hook(spoil)
         self.train(1)
+        first, sequences = self._samples(self.step - 1)
+        tokens = torch.from_numpy(self.stream.samples(first, sequences))
+        self.results["culprits"].append(find_culprit(self.engine, tokens, np.arange(first, first + sequences)))
         hook.remove()
+
+    @torch.no_grad()
+    def set(self, name: str, key: str, rank: int, value: float) -> None:
+        """Set an element of a weight (key "") or moment that `rank` holds."""
+        for fragment in fragments(self.engine):
+            if fragment.name == name and fragment.size and RANKS.rank == rank:
+                values = fragment.read(key).clone()
+                values[0] = value
+                fragment.write(key, values)
+
+    def _samples(self, step: int) -> tuple[int, int]:
+        """Return the first sample of this rank in a step, and how many there are."""
+        sequences = self.batch.global_batch // self.mesh.data.size
+        return step * self.batch.global_batch + self.mesh.data.rank * sequences, sequences
 
     def count_traffic(self) -> None:
         """Take one step; record the bytes that this rank sends during it, by group and collective."""
@@ -159,10 +178,12 @@ class Trainer:
         self.telemetry = telemetry
 
     def save(self, folder: str) -> str:
-        """Save; return why that failed, or ""."""
+        """Save; record why that was refused; return why it failed, or ""."""
         saver = checkpoint.Saver(self.engine, Path(folder), collectives())
         saver.start({"step": self.step})
-        return saver.take_result(wait=True).failure
+        result = saver.take_result(wait=True)
+        self.results["refused"].append([result.refused, result.poisoned])
+        return result.failure
 
     def load(self, folder: str) -> None:
         self.step = checkpoint.load(self.engine, Path(folder))["step"]
@@ -187,7 +208,7 @@ class Trainer:
             "torch": torch,
             "optimizer": self.engine.optimizer,
         }
-        self.results["values"].append(eval(expression, names | {"inner": checkpoint._inner_optimizer(self.engine)}))
+        self.results["values"].append(eval(expression, names | {"inner": inner_optimizer(self.engine)}))
 
 
 def script(config: str, steps: list[list[Any]]) -> dict[str, Any]:
@@ -231,9 +252,9 @@ def agree(config: str, folder: str, per_node: int, bad_rank: int = -1, bad_file:
     """
     hashed: list[str] = []
 
-    def file_hash(path: Path) -> str:
+    def file_hash(path: Path, *watch: Any) -> str:
         hashed.append(f"{path.parent.name}/{path.name}")
-        return "" if RANKS.rank == bad_rank and hashed[-1] == bad_file else manifest.file_hash(path)
+        return "" if RANKS.rank == bad_rank and hashed[-1] == bad_file else manifest.file_hash(path, *watch)
 
     def decide(verify: Callable[[Path], str]) -> Decision:
         problems = ((path, outline_problem(path) or verify(path)) for path in checkpoints(Path(folder)))
@@ -314,6 +335,20 @@ def _bug(*_: Any, **__: Any) -> Any:
     raise RuntimeError("a bug, or a lack of memory")
 
 
+def _poisoned(step: int, key: str) -> contextlib.AbstractContextManager[Any]:
+    """Set an element of a weight (key "") or moment to NaN after a step of a run."""
+    original, taken = Engine.train_step, itertools.count(1)
+
+    def train_step(engine: Engine, *arguments: Any) -> Any:
+        result = original(engine, *arguments)
+        if next(taken) == step:
+            fragment = next(each for each in fragments(engine) if each.name == "layers.1.ffn.down")
+            fragment.read(key)[3] = float("nan")
+        return result
+
+    return mock.patch.object(Engine, "train_step", train_step)
+
+
 # Errors of a file system and of other parts, by where they occur.
 FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "tensors on a full disk": lambda: mock.patch("training.checkpoint.write_tensors", _raise(errno.ENOSPC)),
@@ -324,6 +359,8 @@ FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "evaluation": lambda: mock.patch("training.loop.evaluate", _bug),
     "sampling": lambda: mock.patch("training.loop.generate", _bug),
     "full disk": lambda: mock.patch("os.replace", _raise(errno.ENOSPC)),
+    "NaN in a moment after step 5": lambda: _poisoned(5, "exp_avg_sq"),
+    "NaN in a weight after step 5": lambda: _poisoned(5, ""),
     "no memory": lambda: mock.patch.object(Engine, "train_step", _no_memory),
 }
 JOBS = {"script": script, "failing_save": failing_save, "agree": agree, "command": command}

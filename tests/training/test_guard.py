@@ -1,0 +1,133 @@
+"""What is not finite is not kept: checkpoints, the runs that cannot go on, and how they go on before the fault."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.batches import BatchStream, open_dataset, sample_hash
+from model.health import damage
+from model.manifest import file_hash, write_manifest
+from model.weights import CheckpointReader, checkpoints
+from tests.training.tiny import overrides
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def events(run: Path, event: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line.get("event") == event]
+
+
+@pytest.fixture
+def train(no_group):
+    """A function that runs train.py and returns its status and output."""
+
+    def run(arguments: list[str], fault: str | None = None) -> dict:
+        return no_group.run("command", module="train", arguments=arguments, fault=fault)[0]
+
+    return run
+
+
+@pytest.mark.parametrize(("zero", "precision"), [("0", "fp32"), ("1", "fp32"), ("2", "bf16"), ("3", "fp32")])
+def test_no_rank_saves_what_is_not_finite_on_one(corpus, two_ranks, tmp_path, zero, precision):
+    arguments = overrides(corpus, zero=zero, precision=precision)
+    # Of the embedding each rank stores a part, under stage 0 rank 0 all of it.
+    steps = [["train", 1], ["save", tmp_path], ["set", "embedding.weight", "exp_avg", 0, float("-inf")], ["train", 0]]
+    steps += [["save", tmp_path], ["set", "embedding.weight", "", 0, float("nan")], ["save", tmp_path]]
+    for rank in two_ranks.run("script", arguments=arguments, steps=steps):
+        assert rank["refused"] == [
+            ["", False],
+            ["rank 0 holds inf in embedding.weight (exp_avg)", True],
+            ["rank 0 holds NaN in embedding.weight", True],
+        ]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
+
+
+def test_a_run_that_holds_a_nan_ends_and_says_how_to_go_on(train, corpus, tmp_path):
+    arguments = overrides(corpus, tmp_path, run="a", steps=10, save_every=2, eval_every=0, keep_last=2)
+    result = train(arguments, "NaN in a moment after step 5")
+    assert result["status"] == 3, result
+    way = "resume_from=step_00000004 guard.skip_samples=32:"
+    assert "error: the run has diverged: rank 0 holds NaN in layers.1.ffn.down after step 6; " in result["err"]
+    assert f"to go on before it and leave its samples out: {way}" in result["err"]
+    run = tmp_path / "a"
+    assert "the checkpoint of step 6 was not written: rank 0 holds NaN in layers.1.ffn.down" in result["out"]
+    assert names(run) == ["step_00000002", "step_00000004"]
+    assert [line["step"] for line in events(run, "save_refused")] == [6]
+    assert json.loads((run / "summary.json").read_text())["status"] == "failed"
+    words = result["err"].strip().rpartition("samples out: ")[2].split()
+    result = train([*arguments, *words])
+    assert result["status"] == 0, result
+    last = CheckpointReader(run / "checkpoints" / "step_00000010").state
+    (left_out,) = last["skipped_samples"]
+    assert left_out[0] == 32
+    # The samples are those of the stream in order, without those left out.
+    stream = BatchStream(open_dataset(next((corpus / "prepared").glob("text-*"))), 32, 0)
+    samples = [*range(32), *range(left_out[1], left_out[1] + 48)]
+    rows = np.concatenate([stream.samples(number, 1) for number in samples])
+    assert last["batches_hash"] == sample_hash(0, rows)
+
+
+def test_a_nan_in_a_weight_is_named_once_the_limit_is_reached(train, corpus, tmp_path):
+    arguments = overrides(corpus, tmp_path, run="a", save_every=4, eval_every=0, guard__skip_limit=3)
+    result = train(arguments, "NaN in a weight after step 5")
+    assert result["status"] == 3, result
+    culprit = "the first was step 6, in which rank 0 holds NaN in layers.1.ffn.down; to go on before it"
+    assert f"the gradients of 3 steps in a row were not finite; {culprit}" in result["err"], result["err"]
+    assert result["err"].strip().endswith("resume_from=step_00000004 guard.skip_samples=32:64")
+    assert names(tmp_path / "a") == ["step_00000004"]  # step 8 was refused
+    skipped = events(tmp_path / "a", "skipped_step")
+    assert [line["step"] for line in skipped] == [6, 7, 8]
+    assert all(line["grad_norm"] != line["grad_norm"] for line in skipped)  # NaN, and not infinite
+
+
+def test_going_back_sets_later_checkpoints_aside_and_happens_once(train, corpus, tmp_path):
+    arguments = overrides(corpus, tmp_path, run="a", steps=6, save_every=2, eval_every=0, keep_last=9)
+    assert train(arguments)["status"] == 0
+    run, back = tmp_path / "a", [*arguments, "resume_from=step_2", "guard.skip_samples=20:24,16:17"]
+    for wrong, sentence in (
+        ("resume_from=step_3", "names no checkpoint in"),
+        ("resume_from=step_x", "choose from step_00000002, step_00000004, step_00000006"),
+        ("guard.skip_samples=17:", "is no range of samples: write A:B"),
+        ("guard.skip_samples=9:8", "9:8 holds no sample"),
+        ("guard.skip_samples=15:17", "samples below 16 have been trained on already"),
+    ):
+        result = train([*back, wrong])
+        assert (result["status"], sentence in result["err"]) == (2, True), result
+    result = train(back)
+    assert result["status"] == 0, result
+    assert "later ones are now called step_00000006.set_aside, step_00000004.set_aside" in result["out"]
+    assert names(run)[:4] == ["step_00000002", "step_00000004", "step_00000004.set_aside", "step_00000006"]
+    state = CheckpointReader(run / "checkpoints" / "step_00000006").state
+    assert (state["skipped_samples"], state["course"]) == ([[16, 17], [20, 24]], "step_2 20:24,16:17")
+    assert "there is nothing to do" in train(back)["out"]
+    shutil.rmtree(run / "checkpoints" / "step_00000006")
+    (run / "summary.json").unlink()
+    result = train(back)
+    assert "after step 4 of 6" in result["out"]
+    assert CheckpointReader(run / "checkpoints" / "step_00000006").state["batches_hash"] == state["batches_hash"]
+
+
+def test_a_poisoned_checkpoint_of_an_older_version_is_passed_over(trained, tmp_path):
+    source, path = trained(2, "1").end, tmp_path / "step_00000010"
+    shutil.copytree(source, path)
+    reader = CheckpointReader(path)
+    name = path / "rank_00001.safetensors"
+    content = bytearray(name.read_bytes())
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    begin, _ = header["layers.1.ffn.down.exp_avg"]["data_offsets"]
+    at = 8 + int.from_bytes(content[:8], "little") + begin + 4
+    content[at : at + 4] = np.float32("nan").tobytes()
+    name.write_bytes(content)
+    files = {each.name: {"bytes": each.stat().st_size, "blake2b": file_hash(each)} for each in path.iterdir()}
+    files.pop("manifest.json")
+    write_manifest(path, reader.state, files)
+    assert damage(path) == "rank_00001.safetensors holds NaN in layers.1.ffn.down (exp_avg)"
+    assert damage(source) == ""

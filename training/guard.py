@@ -1,0 +1,107 @@
+"""Watches over the numbers of a run: steps that are skipped, and checkpoints that must not be kept.
+
+A run whose numbers stay non-finite ends as `Diverged`, with a sentence that names the culprit and says how to go on before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from conf.schema import Config
+from data.batches import BatchStream
+from data.ranges import SampleRanges
+from kernels.common.errors import Diverged
+from model.finite import kind_of_number
+from model.weights import CheckpointReader, checkpoints
+from training.culprit import find_culprit
+from training.recorder import RunRecorder
+
+if TYPE_CHECKING:
+    from training.engine import Engine
+
+
+class Guard:
+    """Counts skipped steps, and finds out what was wrong. All ranks call its methods together.
+
+    Args:
+        folder: of the run's checkpoints.
+        settle: waits for a save that has started.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        stream: BatchStream,
+        recorder: RunRecorder,
+        folder: Path,
+        global_batch: int,
+        settle: Callable[[], None],
+    ) -> None:
+        self.config, self.engine, self.stream, self.recorder = config, engine, stream, recorder
+        self._folder, self._global_batch, self._settle = folder, global_batch, settle
+        self._skipped_in_a_row = 0
+        self._first_skipped = ""  # of the steps skipped in a row: its number, and the culprit
+
+    def count(self, applied: bool, grad_norm: torch.Tensor | float, tokens: torch.Tensor, numbers: np.ndarray) -> None:
+        """Report a skipped step. Collective.
+
+        Args:
+            tokens: (sequences of this data rank, S + 1), those of the step.
+            numbers: of these samples.
+
+        Raises:
+            Diverged: `guard.skip_limit` steps in a row were skipped.
+        """
+        if applied:
+            self._skipped_in_a_row = 0
+            return
+        recorder, norm, limit = self.recorder, float(grad_norm), self.config.guard.skip_limit
+        self._skipped_in_a_row += 1
+        culprit = ""
+        if self._skipped_in_a_row == 1:
+            culprit = find_culprit(self.engine, tokens, numbers)
+            self._first_skipped = f"the first was step {recorder.step}, in which {culprit}"
+        details: dict[str, Any] = {"culprit": culprit} if culprit else {}
+        recorder.event("skipped_step", grad_norm=norm, **details)
+        what = f": {culprit}" if culprit else ""
+        recorder.console.warn(
+            f"step {recorder.step} was skipped: its gradient is not finite ({kind_of_number(norm)}){what}"
+        )
+        if self._skipped_in_a_row >= limit:
+            recorder.event("diverged", skipped=self._skipped_in_a_row)
+            raise self.diverged(f"the gradients of {limit} steps in a row were not finite; {self._first_skipped}")
+
+    def doubt(self, loss: torch.Tensor, grad_norm: torch.Tensor | float) -> str:
+        """Return why this rank would not keep a checkpoint of a step with this loss and norm; "" if it would."""
+        if kind := kind_of_number(float(loss)):
+            return f"a loss of {kind}"
+        kind = kind_of_number(float(grad_norm))
+        return f"a gradient with the norm {kind}" if kind else ""
+
+    def diverged(self, reason: str) -> Diverged:
+        """Return the exception that ends the run, with the same sentence on every rank. Collective."""
+        self._settle()  # the newest checkpoint may not be complete yet
+        sentence: list[Any] = [f"the run has diverged: {reason}; {self._way_on()}" if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(sentence, src=0)
+        return Diverged(sentence[0])
+
+    def _way_on(self) -> str:
+        """Return how to go on before the fault."""
+        newest = next(checkpoints(self._folder), None)
+        if newest is None:
+            return (
+                "no checkpoint was saved before it: start another run (run=NAME) with a lower optim.lr or more warmup"
+            )
+        position = CheckpointReader(newest).state["step"] * self._global_batch
+        skipped = self.stream.skipped
+        trained = skipped.number(position), skipped.number(self.recorder.step * self._global_batch)
+        samples = SampleRanges.of([trained]) if trained[0] < trained[1] else ""
+        left_out = f" guard.skip_samples={samples}" if samples else ""
+        return f"to go on before it and leave its samples out: resume_from={newest.name}{left_out}"
