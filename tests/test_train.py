@@ -277,6 +277,7 @@ def test_an_error_of_the_program_is_a_traceback_and_status_1(aborting, tmp_path)
     assert result.err.endswith("KeyError: 'steps=3'\n")
 
 
+@pytest.mark.slow
 def test_interpreter_shutdown_does_not_change_the_status(uninterrupted, corpus, runs, aborting):
     arguments = arguments_of(corpus, runs, uninterrupted[0].name)
     assert command(sys.executable, *arguments, **aborting).status == 0

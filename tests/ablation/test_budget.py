@@ -14,6 +14,7 @@ from conf.load import load
 from conf.schema import Config
 from kernels.common.errors import UserError
 from launch.estimate.counts import ffn_saved_bytes, flops_per_token, parameters, shape_of
+from tests.selection import quick
 
 SHAZEER = ("relu", "gelu", "silu", "glu", "bilinear", "reglu", "geglu", "swiglu")
 
@@ -27,7 +28,7 @@ def arms(*names: str, overrides: tuple[str, ...] = ()) -> dict[str, Config]:
     return {name: configuration(f"ffn={name}", *overrides) for name in names}
 
 
-@pytest.mark.parametrize("preset", choices("model"))
+@pytest.mark.parametrize("preset", quick(choices("model"), "nano", "llama_1b", "llama3_70b"))
 def test_shazeers_eight_cost_the_same_at_every_preset_and_tensor_size(preset):
     configs = arms(*SHAZEER, overrides=(f"model={preset}",))
     for tensor in (1, 2, 4, 8):

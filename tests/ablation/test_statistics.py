@@ -110,12 +110,14 @@ def test_a_detectable_difference_is_detected_as_often_as_it_says():
 # ----------------------------------------------------------------------------------------------------------- simulations
 
 
+@pytest.mark.slow
 def test_where_nothing_differs_hardly_anything_is_found():
     generator = np.random.default_rng(2)
     wrong = sum(Verdict.BETTER in verdicts(losses(generator)).values() for _ in range(1000))
     assert wrong <= 50  # 5%
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [ALPHA, ALPHA / 7])  # of one test, and of the strictest step of Holm
 def test_an_arm_that_is_better_by_two_detectable_differences_is_found(level):
     generator, found = np.random.default_rng(3), 0

@@ -118,6 +118,7 @@ def test_without_a_gpu_it_refuses():
         gpu.main([])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_a_dry_run_in_the_interpreter(tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}

@@ -40,6 +40,7 @@ def check_table(output: str) -> dict[str, list[float]]:
     return table
 
 
+@pytest.mark.slow
 def test_a_formula_in_a_transformers_model():
     check_table(output_of("formula_in_transformers.py", "--steps=1"))
 

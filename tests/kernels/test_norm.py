@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.c import library
 from kernels.norm import norm, rms_norm
+from tests.selection import quick
 
 EPS = 1e-5
 # Both round fp32 at the store and as often before it, so the two errors are drawn from one distribution. What a row rounds once
@@ -332,7 +333,9 @@ def machine_code_of(kernel: Any, dtype: str, run: int, width: int, add: bool) ->
 
 @needs_triton
 @pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize(("run", "width"), [(12, 64), (2048, 1024), (2048, 4096), (2048, 8192)])
+@pytest.mark.parametrize(
+    ("run", "width"), quick([(12, 64), (2048, 1024), (2048, 4096), (2048, 8192)], (12, 64), (2048, 1024))
+)
 def test_machine_code_for_hopper(run, width, add):
     """No spills, and the rows themselves 128 bits a load and store."""
     from kernels.norm.triton import backward_kernel, forward_kernel

@@ -395,6 +395,7 @@ def test_generation():
     assert torch.equal(model.generate(tokens(2, 4), max_new_tokens=8, do_sample=False), expected)
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path: Path):
     torch.multiprocessing.spawn(on_a_rank, (str(tmp_path),), nprocs=2)
     for kind in RANK_KINDS:

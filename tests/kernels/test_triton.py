@@ -27,6 +27,7 @@ from kernels.formula.program import Program, run
 from kernels.formula.symbolic import OUTPUT, Compiled, compile_formula
 from kernels.triton import runtime
 from tests.kernels.test_telemetry import assert_stats, inputs
+from tests.selection import quick
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -322,7 +323,7 @@ def test_what_is_loaded_outside_of_a_row_goes_into_no_sum(interpreter, name):
     interpreter.submit(check_changed, name, 127, "mask=inside).to", "mask=inside, other=float('nan')).to").result()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", quick(ALL, "swiglu", "relu", "xielu", "prelu_channel", "maxout", *MORE))
 def test_a_nan_comes_out_a_nan(interpreter, name):
     interpreter.submit(check_nan, name).result()
 
@@ -409,10 +410,9 @@ def of_the_page() -> bool:
 
 # By how much: bench/results/sm90.md.
 OVER_BUDGET = {("situ_glu", "forward"), ("smooth_relu2", "backward"), ("tanh_log", "forward"), ("x_atan", "forward")}
-QUICK = ("swiglu", "gelu", "prelu_channel")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FORMULAS])
+@pytest.mark.parametrize("name", quick(FORMULAS, "swiglu"))
 def test_machine_code_for_hopper(name):
     """No spills, 128 bits a load and store where 8 divides d_ff, and no more instructions than the memory leaves time for."""
     check_machine_code(name)

@@ -26,6 +26,8 @@ ARMS = {
     for path in sorted((FOLDER / "ffn").glob("*.yaml"))
     if path.stem != "custom"
 }
+# Of each kind one: without and with a gate, two pieces, parameters of a layer and of a channel, a bound.
+UNLIKE = ("relu", "swiglu", "maxout", "xielu", "prelu", "swiglu_clamped", "tanh_relu2")
 TINY = {
     "d_model": 32,
     "n_layers": 2,

@@ -17,6 +17,8 @@ from model.export import export, main
 from model.generate import generate, load_run
 from model.huggingface.layout import TransformersLayout
 from model.weights import checkpoints
+from tests.model.conftest import ARMS, UNLIKE
+from tests.selection import quick
 
 # fp32 sums in another order: 1.2e-6 of the largest logit was the most that any arm differed by.
 TOLERANCE = 1e-5
@@ -96,6 +98,7 @@ def test_the_table_names_every_arm(arm):
     assert arm in CLASSES
 
 
+@pytest.mark.parametrize("arm", quick(ARMS, *UNLIKE))
 def test_every_arm_gives_our_logits(transformers, make_run, arm, tokens, tmp_path):
     run = make_run(arm)
     assert export(run, tmp_path / "hf") == CLASSES[arm]

@@ -22,6 +22,8 @@ from model.export import export
 from model.generate import load_run
 from model.huggingface.config import key_of
 from model.import_hf import main
+from tests.model.conftest import ARMS, UNLIKE
+from tests.selection import quick
 
 LEARNED = {"init": 0.25, "share": "channel"}
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 30.0}}  # Apertus' own are llama3
@@ -67,6 +69,7 @@ def assert_same(before, after) -> None:
         assert torch.equal(ours(tokens), actual(tokens))  # what is no weight is the same too: rope_theta, norm_eps
 
 
+@pytest.mark.parametrize("arm", quick(ARMS, *UNLIKE))
 def test_every_arm_comes_back_bit_for_bit(make_run, arm, tmp_path):
     run = make_run(arm)
     export(run, tmp_path / "hf")

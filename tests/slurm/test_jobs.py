@@ -79,8 +79,8 @@ def test_two_nodes_learn_what_this_machine_learns(slurm, words, runs, four, task
     assert lines_of(run)[0]["world_size"] == 4
 
 
+@pytest.mark.slow  # of the launcher; the jobs of the other tests have a task per rank
 def test_a_launcher_per_node_learns_what_this_machine_learns(slurm, words, runs, local):
-    """The other jobs have a task per rank."""
     slurm.wait(slurm.submit("nodes=2", "cluster.tasks=node", *words, "run=node"), "COMPLETED")
     assert losses(runs / "node") == losses(local)
     assert lines_of(runs / "node")[0]["world_size"] == 2
