@@ -19,6 +19,7 @@ from pathlib import Path
 from conf.load import NOT_IN_NAME, load
 from conf.overrides import sweep, within
 from kernels.common.errors import UserError
+from launch.launchers import stop_signals
 from launch.ranks import find_ranks, without_launcher
 
 FLAGS = ("--multirun", "-m")
@@ -68,25 +69,30 @@ def multirun(overrides: list[str]) -> int:
             "--multirun starts its runs itself: python train.py --multirun ..., without deepspeed, torchrun or srun"
         )
     runs, failed, stopped = expand(overrides), [], False
+    process: subprocess.Popen[bytes] | None = None
 
     def stop(*_: object) -> None:  # the run is signalled too
         nonlocal stopped
         stopped = True
-        process.send_signal(signal.SIGTERM)
+        if process is not None:
+            process.send_signal(signal.SIGTERM)
 
-    for number, run in enumerate(runs, 1):
-        print(f"run {number} of {len(runs)}: {shlex.join(run)}", flush=True)
-        process = subprocess.Popen(
-            [sys.executable, str(_TRAIN), *run], env=without_launcher(os.environ), start_new_session=True
-        )
-        before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
-        if process.wait():
-            failed.append(shlex.join(run))
+    before = {each: signal.signal(each, stop) for each in stop_signals()}
+    try:
+        for number, run in enumerate(runs, 1):
+            print(f"run {number} of {len(runs)}: {shlex.join(run)}", flush=True)
+            command = [sys.executable, str(_TRAIN), *run]
+            process = subprocess.Popen(command, env=without_launcher(os.environ), start_new_session=True)
+            if stopped:  # between the fork and here
+                process.send_signal(signal.SIGTERM)
+            if process.wait():
+                failed.append(shlex.join(run))
+            if stopped:
+                print("stopped; the same command resumes here")
+                return 1
+    finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-        if stopped:
-            print("stopped; the same command resumes here")
-            return 1
     for run in failed:
         print(f"failed: {run}", file=sys.stderr)
     return 1 if failed else 0
