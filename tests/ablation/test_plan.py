@@ -103,7 +103,7 @@ def test_runs_of_one_seed_differ_in_nothing_but_the_arm_and_its_width(smoke):
 def test_the_sweep_has_a_seed_of_its_own_and_multiples_of_the_configured_rate(smoke):
     planned_runs = smoke.sweep_runs("nano", "linear")
     assert {planned.seed for planned in planned_runs} == {smoke.config.rate_seed}
-    assert [planned.lr for planned in planned_runs] == [2e-3, 8e-3, 3.2e-2]
+    assert [planned.lr for planned in planned_runs] == [4e-4, 3e-3, 2.4e-2]
     assert len({planned.name for place in smoke.size_arm_pairs() for planned in smoke.sweep_runs(*place)}) == 6
 
 
