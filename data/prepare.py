@@ -26,7 +26,7 @@ from data.batches import open_dataset
 from data.documents import documents, fingerprint, parts, stamps
 from data.pool import Group, encode_groups, run_in_subprocess
 from data.progress import ProgressReporter
-from data.shards import FORMAT, INDEX, SPLITS, finished_group, read_index, remove_leftovers, token_dtype, write_json
+from data.shards import FORMAT, INDEX, SPLITS, finished_group, read_index, remove_leftovers, token_dtype, write_index
 from data.tokenizer import FILE_NAMES, TRAINER, Tokenizer, load_tokenizer, train_sentencepiece
 from data.usage import with_keys
 from kernels.common.commands import run_command
@@ -157,7 +157,7 @@ def _prepare_blend(data: DataConfig, config: TokenizerConfig, folder: Path, prog
         records.append({"name": name, "weight": weight, "folder": os.path.relpath(prepared, folder)})
         known.update(f"{name}\0{weight!r}\0{read_index(prepared)['corpus_hash']}\0".encode())
     index = {"format": FORMAT, "name": data.name, "source": "blend", "corpus_hash": known.hexdigest(), "parts": records}
-    write_json(folder / INDEX, index | _about(tokenizer))
+    write_index(folder, index | _about(tokenizer))
 
 
 @dataclass
@@ -215,7 +215,7 @@ def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, pro
     }
     keep = {shard.name for shard in shards} | {f"group-{number:05d}" for number in done}
     remove_leftovers(folder, keep)
-    write_json(folder / INDEX, index | _about(tokenizer))
+    write_index(folder, index | _about(tokenizer))
 
 
 def _xz(text: bytearray, progress: ProgressReporter) -> int:

@@ -1,8 +1,8 @@
 """Shards: write the on-disk format (see `data/__init__.py`), check it, and read tokens across shards.
 
-Every file is written atomically. Opening checks every size. Checksums require reading the whole set, so `open_shards`
-verifies them only where that takes well under a second; `python -m data.verify` always does. `prepare.py` decides which
-documents go into which shard.
+Every file is written atomically. Opening checks every size, and the digest of the index over itself. Checksums require reading
+the whole set, so `open_shards` verifies them only where that takes well under a second; `python -m data.verify` always does: a
+shard of a larger set that was overwritten in place shows there. `prepare.py` decides which documents go into which shard.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FORMAT = 1  # of the folder; a folder of another format is prepared again beside
 INDEX = "index.json"
 SPLITS = ("train", "held_out")
 VERIFY_AT_OPEN = 256 << 20  # bytes of a set whose checksums every open verifies: a quarter of a second
-OPEN_FILES = 256  # maps that a reader keeps open; each holds a file descriptor, and 1024 is a common limit per process
+OPEN_FILES = 256  # that a reader keeps open; 1024 descriptors are a common limit per process
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,24 @@ def write_json(path: Path, content: Any) -> None:
         file.write("\n")
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """Read the index of a complete folder.
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Write the index of a folder that is complete, with a digest over everything in it: shards' sizes and hashes included.
 
     Raises:
-        UserError: there is none (the preparation has not finished), it is damaged, or of another format.
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    write_json(folder / INDEX, index | {"digest": _digest_of(index)})
+
+
+def _digest_of(index: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(index, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read the index of a complete folder. One that an earlier version wrote has no digest, and is not checked by it.
+
+    Raises:
+        UserError: there is none (the preparation has not finished), it is damaged or was changed, or of another format.
     """
     path = Path(folder) / INDEX
     try:
@@ -100,6 +113,11 @@ def read_index(folder: Path) -> dict[str, Any]:
     is_complete = isinstance(index, dict) and {"vocab_size", "eos_id", "tokenizer_hash", "corpus_hash"} <= index.keys()
     if not is_complete or index.get("format") != FORMAT:
         raise UserError(f"{path} is not of format {FORMAT}; delete the folder and prepare it again")
+    digest = index.pop("digest", None)
+    if digest is not None and digest != _digest_of(index):
+        raise UserError(
+            f"{path} was changed since it was written (its digest does not match); delete it and prepare the folder again"
+        )
     return index
 
 
@@ -132,8 +150,44 @@ def shard_problem(folder: Path, shard: Shard, dtype: np.dtype, checksum: bool = 
     return None
 
 
+class _TokenFile:
+    """The tokens of one shard. It is read, not mapped: where a mapped file has become shorter, the process is killed."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self._path, self._dtype, self._descriptor = path, dtype, -1
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"cannot read the shard {path}: {error}") from error
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Return tokens [start, start + count): (count,).
+
+        Raises:
+            UserError: the file does not hold them any more, or cannot be read.
+        """
+        size = self._dtype.itemsize
+        parts, place, end = [], start * size, (start + count) * size
+        try:
+            while place < end and (part := os.pread(self._descriptor, end - place, place)):
+                parts.append(part)
+                place += len(part)
+        except OSError as error:
+            raise UserError(f"cannot read the shard {self._path}: {error}") from error
+        if place < end:
+            raise UserError(
+                f"the shard {self._path} was cut off at {place} bytes while it was read: restore the file, or delete "
+                f"{self._path.with_name(INDEX)} and prepare it again"
+            )
+        return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), self._dtype)
+
+
 class ShardSet:
-    """The tokens of several shards as one sequence, memory-mapped.
+    """The tokens of several shards as one sequence.
 
     The sequence is a ring: after its end it continues at its beginning. Its last token is an end-of-text, and so is token
     -1, the one before the first: the wrap-around is an ordinary end of a document.
@@ -151,18 +205,18 @@ class ShardSet:
         self.documents = sum(shard.documents for _, shard in self.shards)
         self.text_bytes = sum(shard.bytes for _, shard in self.shards)
         self.lossy_documents = sum(shard.lossy for _, shard in self.shards)
-        self._map = functools.lru_cache(OPEN_FILES)(self._open)
+        self._file = functools.lru_cache(OPEN_FILES)(self._open)
 
-    def _open(self, number: int) -> np.ndarray:
+    def _open(self, number: int) -> _TokenFile:
         folder, shard = self.shards[number]
-        path = folder / f"{shard.name}.bin"
-        try:
-            return np.memmap(path, self.dtype, mode="r", shape=(shard.tokens,))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the shard {path}: {error}") from error
+        return _TokenFile(folder / f"{shard.name}.bin", self.dtype)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return tokens [start, start + count) of the ring: int64, (count,). Any `start` is valid, -1 included."""
+        """Return tokens [start, start + count) of the ring: int64, (count,). Any `start` is valid, -1 included.
+
+        Raises:
+            UserError: a shard cannot be read, or has become shorter.
+        """
         if self.tokens == 0:
             raise IndexError("a set without tokens")
         out = np.empty(count, np.int64)
@@ -170,7 +224,8 @@ class ShardSet:
         while filled < count:
             number = int(np.searchsorted(self._ends, position, side="right"))
             first = int(self._ends[number]) - self.shards[number][1].tokens
-            piece = self._map(number)[position - first : position - first + count - filled]
+            available = min(count - filled, int(self._ends[number]) - position)
+            piece = self._file(number).read(position - first, available)
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
             position = (position + len(piece)) % self.tokens

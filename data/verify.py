@@ -34,7 +34,7 @@ def check_shard(folder: Path, shard: Shard, vocab_size: int, eos_id: int) -> str
     dtype = token_dtype(vocab_size)
     if problem := shard_problem(folder, shard, dtype):
         return problem
-    tokens = np.memmap(folder / f"{shard.name}.bin", dtype, mode="r")
+    tokens = np.fromfile(folder / f"{shard.name}.bin", dtype)
     ends = np.fromfile(folder / f"{shard.name}.idx", "<i8")
     if int(tokens.max()) >= vocab_size:
         return f"{folder / shard.name}.bin holds token {int(tokens.max())}, beyond the vocabulary of {vocab_size}"

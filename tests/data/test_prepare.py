@@ -47,7 +47,7 @@ def decoded(dataset, shards) -> list[str]:
     """The documents of a set of shards."""
     found = []
     for number, (_, shard) in enumerate(shards.shards):
-        tokens = shards._map(number)
+        tokens = shards._file(number).read(0, shard.tokens)
         start = 0
         for end in shards.document_ends(number).tolist():
             assert tokens[end - 1] == dataset.eos_id

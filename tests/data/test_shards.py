@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -119,7 +120,39 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
     monkeypatch.setattr(data.shards, "OPEN_FILES", 2)
     shards, tokens = some_shards(tmp_path)
     np.testing.assert_array_equal(shards.read(0, len(tokens)), tokens)
-    assert shards._map.cache_info().currsize == 2
+    assert shards._file.cache_info().currsize == 2
+
+
+def test_a_shard_that_becomes_shorter_while_it_is_read_is_one_sentence(copy):
+    train = open_dataset(copy).parts[0].train
+    expected = train.read(0, 3)
+    path = copy / f"{train.shards[0][1].name}.bin"
+    os.truncate(path, 4 * train.dtype.itemsize)
+    np.testing.assert_array_equal(train.read(0, 3), expected)
+    sentence = rf"the shard {re.escape(str(path))} was cut off at {4 * train.dtype.itemsize} bytes while it was read"
+    with pytest.raises(UserError, match=sentence):
+        train.read(3, 2)
+    with pytest.raises(UserError, match=rf"{path.name} has \d+ bytes and should have \d+"):
+        open_dataset(copy)
+
+
+@pytest.mark.parametrize("key", ["bytes", "tokens", "split", "lossy", "xz_bits_per_byte", "held_out", "eos_id"])
+def test_an_index_that_was_changed_is_refused(copy, key):
+    index = json.loads((copy / "index.json").read_text())
+    target = index if key in index else index["shards"][-1]
+    target[key] = "train" if key == "split" else (target[key] or 0) + 1
+    (copy / "index.json").write_text(json.dumps(index))
+    for check in (open_dataset, verify):
+        with pytest.raises(UserError, match=r"index\.json was changed since it was written"):
+            check(copy)
+
+
+def test_an_index_of_an_earlier_version_has_no_digest(copy):
+    index = json.loads((copy / "index.json").read_text())
+    del index["digest"]
+    (copy / "index.json").write_text(json.dumps(index))
+    assert open_dataset(copy).held_out.tokens
+    assert verify(copy) == []
 
 
 def test_what_is_not_prepared_is_said(tmp_path):
