@@ -198,6 +198,13 @@ class GuardConfig:
     """`guard=`: what happens when numbers go wrong."""
 
     skip_limit: int = key(20, "skipped steps in a row, their gradients not finite, after which the run has diverged")
+    spike: str = key("report", "a loss or gradient norm far above those before: report | skip (the step) | rewind")
+    spike_sigmas: float = key(6.0, "how far, in robust standard deviations (1.4826 x MAD) above the median")
+    spike_window: int = key(
+        128, "how many values before it count: of log lines for report, of steps for skip and rewind"
+    )
+    replicas: int = key(0, "steps between comparisons of the weights that data-parallel ranks hold alike; 0: none")
+    repeat: int = key(0, "steps between gradients that are computed twice and compared bit for bit; 0: none")
     skip_samples: Optional[str] = key(
         None,
         "samples to leave out, A:B or several separated by commas; numbers from A to below B. Checkpoints keep them",

@@ -29,6 +29,7 @@ _CHOICES = {
     "schedule.name": ("cosine", "linear", "wsd"),
     "precision.name": ("auto", "bf16", "fp32"),
     "precision.reduce": ("fp32", "bf16"),
+    "guard.spike": ("report", "skip", "rewind"),
     "tokenizer.kind": ("sentencepiece", "huggingface"),
     "data.source": ("stdlib", "text", "jsonl", "parquet", "hf", "blend"),
 }
@@ -48,6 +49,8 @@ _POSITIVE = (
     "optim.lr",
     "optim.eps",
     "guard.skip_limit",
+    "guard.spike_sigmas",
+    "guard.spike_window",
     "zero.bucket_elements",
     "parallel.timeout_minutes",
     "parallel.tensor",
@@ -78,6 +81,8 @@ _NOT_NEGATIVE = (
     "optim.weight_decay",
     "optim.clip",
     "data.workers",
+    "guard.replicas",
+    "guard.repeat",
 )
 _LARGEST = 2**63 - 1
 LONGEST_NAME = 200  # bytes of a run's name; file systems take 255
@@ -250,6 +255,19 @@ def _check_optimizer(config: Config) -> None:
         raise UserError("zero.offload_parameters=true needs zero=3: only stage 3 partitions parameters")
     if zero.offload_optimizer and zero.stage == 0:
         raise UserError("zero.offload_optimizer=true needs zero=1, 2 or 3: stage 0 does not partition the optimizer")
+    if config.guard.spike == "skip" and zero.offload_optimizer:
+        raise UserError(
+            "guard.spike=skip needs the gradient on the device before the optimizer takes it, and zero.offload_optimizer=true "
+            "keeps it in CPU memory: use guard.spike=report or rewind"
+        )
+    if config.guard.replicas and zero.stage == 3:
+        raise UserError(
+            "guard.replicas has nothing to compare under zero=3: no two ranks hold the same weights; use zero=2"
+        )
+    if config.guard.repeat and not config.deterministic:
+        raise UserError("guard.repeat compares bit for bit, which needs deterministic=true")
+    if config.guard.spike == "rewind" and not config.save_every:
+        raise UserError("guard.spike=rewind goes back to a checkpoint, and save_every=0 saves none: set save_every=N")
     if schedule.name == "wsd" and schedule.warmup + schedule.decay > 1:
         raise UserError(
             f"schedule.warmup={schedule.warmup} and schedule.decay={schedule.decay} take more than the whole run"

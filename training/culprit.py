@@ -71,7 +71,7 @@ def find_culprit(engine: Engine, tokens: Tensor, numbers: np.ndarray) -> str:
         tokens: (sequences of this data rank, S + 1) of the step.
         numbers: of these samples in the stream.
     """
-    for look in (_held, _computed, _differentiated):
+    for look in (_kept, _used, _computed, _differentiated):
         if culprit := _first(look(engine, tokens, numbers)):
             return culprit
     found = _first(
@@ -87,18 +87,24 @@ def _first(what: str) -> str:
     return next((f"rank {rank} {each}" for rank, each in enumerate(found) if each), "")
 
 
-def _held(engine: Engine, *_: object) -> str:
-    """Return the first weight or moment of this rank that is not finite, with the verb."""
+def _kept(engine: Engine, *_: object) -> str:
+    """Return the first master or moment of this rank that is not finite, with the verb."""
     found = find(_state(engine))
     return f"holds {found}" if found else ""
 
 
+def _used(engine: Engine, *_: object) -> str:
+    """Return the first weight that the model computes with on this rank and that is not finite, with the verb."""
+    named = engine.module.named_parameters()
+    partitioned = engine.stage == 3
+    found = find((name, stage_3_parameter(p).ds_tensor if partitioned else p.data) for name, p in named)
+    return f"holds {found}" if found else ""
+
+
 def _state(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Yield this rank's weights, masters and moments by their stored names."""
+    """Yield this rank's masters and moments by their stored names."""
     from training.fragments import fragments, has_moments  # imports DeepSpeed
 
-    for name, parameter in engine.module.named_parameters():
-        yield name, stage_3_parameter(parameter).ds_tensor if engine.stage == 3 else parameter.data
     keys = ("", *MOMENTS) if has_moments(engine) else ("",)
     for fragment in fragments(engine):
         for key in keys if fragment.size else ():

@@ -12,7 +12,7 @@ import dataclasses
 import datetime
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +28,7 @@ from model.initialise import initialise
 from model.parallel import Mesh, init_mesh, shard_spec
 from training.culprit import DroppedGradient
 from training.mpu import ModelParallelUnit
-from training.zero import fragment_mapping, index_in_group, stage_3_parameter
+from training.zero import fragment_mapping, index_in_group, spoil_gradient, stage_3_parameter
 
 
 def mesh_from_config(parallel: ParallelConfig) -> Mesh:
@@ -178,7 +178,11 @@ class Engine:
         self.dropped = DroppedGradient(self)  # the gradient of the last step that was skipped
 
     def train_step(
-        self, tokens: Tensor, lr_scale: float, observer: Observer | None = None
+        self,
+        tokens: Tensor,
+        lr_scale: float,
+        observer: Observer | None = None,
+        refuse: Callable[[float, float], bool] | None = None,
     ) -> tuple[Tensor, Tensor | float, bool]:
         """Take one optimizer step.
 
@@ -186,6 +190,8 @@ class Engine:
             tokens: (sequences of this data rank, S + 1) int64 on the device.
             lr_scale: factor on the peak learning rate.
             observer: watches this step.
+            refuse: takes the loss and the gradient norm, the same on every rank, and returns whether to leave the step out.
+                Under ZeRO the norm takes one more pass over the gradient.
 
         Returns:
             The mean loss of this rank's tokens (a detached fp32 scalar on the device), the whole model's gradient norm before
@@ -195,6 +201,7 @@ class Engine:
         self.dropped.found = None
         for group, peak_lr in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak_lr * lr_scale
+        refused: float | None = None  # the norm of a gradient that was left out
         skipped_before, norm, total = self.deepspeed.skipped_steps, None, torch.zeros((), device=self.device)
         for micro_batch in tokens.split(self.batch.micro_batch):  # (micro-batch, S + 1)
             inputs, targets = self._context_shard(micro_batch[:, :-1]), self._context_shard(micro_batch[:, 1:])
@@ -204,6 +211,8 @@ class Engine:
             total += nats
             if observer and self.deepspeed.is_gradient_accumulation_boundary():
                 observer.backward(self.gradient_fragments())
+            if refuse and self.deepspeed.is_gradient_accumulation_boundary():
+                refused = self._refused(total / self.batch.accumulation, refuse)
             if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
                 norm = self._clip_at_stage_0()
             self.deepspeed.step()
@@ -213,7 +222,27 @@ class Engine:
             norm = norm if applied else self.dropped.norm()
         else:
             applied = bool(torch.isfinite(norm))
+        norm = norm if refused is None else refused
         return total / self.batch.accumulation, norm, applied
+
+    def _refused(self, loss: Tensor, refuse: Callable[[float, float], bool]) -> float | None:
+        """Make the gradient infinite, so that the step is skipped, if `refuse` says so; return its norm then. Collective.
+
+        Args:
+            loss: of this rank.
+        """
+        sums = torch.zeros(2, device=self.device)
+        sums[0] = loss / dist.get_world_size()
+        for fragment in self.gradient_fragments():
+            if not fragment.replicated or self.mesh.tensor.rank == 0:  # what every tensor rank holds counts once
+                sums[1] += fragment.values.float().square().sum()
+        dist.all_reduce(sums)
+        mean, norm = float(sums[0]), float(sums[1].sqrt())
+        if not refuse(mean, norm):
+            return None
+        for parameter in self.module.parameters():
+            spoil_gradient(self.stage, parameter, self.mesh.data_context.rank)
+        return norm
 
     def _clip_at_stage_0(self) -> Tensor:
         """Clip the gradient and return its norm before clipping; drop a gradient that is not finite, so the step is skipped.

@@ -26,6 +26,7 @@ from launch.launchers import Launchers
 from launch.ranks import Ranks
 from model.generate import generate
 from model.health import Inspector
+from model.weights import step_of
 from training import machine
 from training.evaluation import HeldOut, evaluate
 from training.guard import Guard
@@ -91,6 +92,7 @@ class TrainingLoop:
         self.dataset, self.stream, self.recorder, self.console = dataset, stream, recorder, recorder.console
         self.engine, self.mesh = engine, engine.mesh
         self.run_id, self.settings = run_id, settings_of(config)
+        self.inspector = inspector
         self.saver = Saver(engine, folder.checkpoints, CheckpointCollectives(), config.keep_last, inspector)
         self.telemetry = Telemetry(engine, config.telemetry_every, config.telemetry_window)
         self.step, self.batches_hash = 0, 0
@@ -122,6 +124,7 @@ class TrainingLoop:
         self.earlier_seconds = state["wall_seconds"]
         self.evaluation_missed = state["evaluation_missed"]
         self.course = self.course or state.get("course")
+        self.guard.spikes.load(state.get("spikes"))
         recorded = SampleRanges.of(state.get("skipped_samples", []))
         self.stream.skipped = recorded.extended(self.stream.skipped, self.step * self.batch.global_batch)
         if self.step >= self.batch.steps:  # the last step is saved before it is evaluated
@@ -182,6 +185,9 @@ class TrainingLoop:
             while self.step < batch.steps:
                 scale = lr_scale(config.schedule, self.step, batch.steps, self.warmup_steps)
                 loss, grad_norm = self._train_step(scale)
+                if self.guard.must_rewind(loss, grad_norm) and self._rewind():
+                    throughput.restart(self.step)
+                    continue
                 if self.step == 1:
                     self.recorder.event("first_step", seconds_since_start=time.monotonic() - launched_at)
                 last = self.step == batch.steps
@@ -208,9 +214,8 @@ class TrainingLoop:
         rows = self.stream.samples(first, sequences)
         self.batches_hash = (self.batches_hash + sample_hash(first, rows)) % 2**64
         tokens = torch.from_numpy(rows).to(self.engine.device)  # (sequences, S + 1)
-        self.last_loss, self.last_norm, applied = self.engine.train_step(
-            tokens, scale, self.telemetry.observer(self.step + 1)
-        )
+        arguments = (tokens, scale, self.telemetry.observer(self.step + 1), self.guard.refuse)
+        self.last_loss, self.last_norm, applied = self.engine.train_step(*arguments)
         self._record_telemetry()  # of an earlier step: its reduction ran beside this one
         self._record_save()
         self.step = self.recorder.step = self.step + 1
@@ -218,7 +223,25 @@ class TrainingLoop:
         numbers = self.stream.skipped.numbers(np.arange(first, first + sequences))
         self.recorder.folder.trained = True
         self.guard.count(applied, self.last_norm, tokens, numbers)
+        self.guard.compare(tokens)
         return self.last_loss, self.last_norm
+
+    def _rewind(self) -> bool:
+        """Go back to the newest healthy checkpoint, and leave out the samples since; return False if none is. Collective."""
+        self._record_telemetry()
+        self._join_save()
+        path, step, earlier = self.guard.checkpoint_before(self.inspector), self.step, self.earlier_seconds
+        if path is None:
+            self.console.warn("there is no checkpoint to go back to: the run goes on")
+            return False
+        skipped, batch = self.stream.skipped, self.batch.global_batch
+        since = SampleRanges.of([[skipped.number(number * batch) for number in (step_of(path), step)]])
+        self.stream.skipped = skipped | since
+        self.resume(path, None)
+        self.earlier_seconds = earlier
+        self.recorder.rewind()
+        self.recorder.event("rewound", from_step=step, skipped_samples=str(since))
+        return True
 
     def _record_training(
         self,
@@ -236,6 +259,7 @@ class TrainingLoop:
         """
         total = loss.clone()
         dist.all_reduce(total)
+        self.guard.watch(float(total) / self.ranks.world_size, float(grad_norm))
         ranks, (steps, seconds) = self.ranks.world_size, throughput.measure(self.step)
         tokens_per_second = steps * self.batch.tokens_per_step / seconds
         self.recorder.training(
@@ -323,6 +347,7 @@ class TrainingLoop:
             "evaluation_missed": self.evaluation_missed,
             "course": self.course,
             "skipped_samples": self.stream.skipped.ranges,
+            "spikes": self.guard.spikes.state(),
             "wall_seconds": self._wall_seconds(),
             "run_id": self.run_id,
             "settings": self.settings,

@@ -68,6 +68,11 @@ class RunRecorder:
             self.folder.append_provenance(self._provenance)
             self._loggers = Loggers(self.config, self.folder.path, self.console.warn)
 
+    def rewind(self) -> None:
+        """Delete what was written after `step` in this session: it will be written again."""
+        if self.enabled:
+            self.folder.rewind(self.step)
+
     @property
     def tokens(self) -> int:
         """Tokens trained on."""

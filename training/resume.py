@@ -37,14 +37,15 @@ _STATE = {  # what the loop reads of state.json, and its types
     "optimizer_steps": (int,),
     "settings": (dict, type(None)),
     "skipped_samples": (list,),
+    "spikes": (dict,),
     "step": (int,),
     "steps": (int, type(None)),
     "tokenizer_hash": (str,),
     "wall_seconds": (int, float),
     "warmup_steps": (int, type(None)),
 }
-# Version 0.1 did not write settings, steps and warmup_steps; version 0.2 nothing of samples left out.
-_OPTIONAL = ("course", "settings", "skipped_samples", "steps", "warmup_steps")
+# Version 0.1 did not write settings, steps and warmup_steps; version 0.2 nothing of samples and spikes.
+_OPTIONAL = ("course", "settings", "skipped_samples", "spikes", "steps", "warmup_steps")
 
 
 @dataclasses.dataclass(frozen=True)

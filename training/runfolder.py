@@ -220,6 +220,10 @@ class RunFolder:
             How many lines could not be read, not counting the last one where a killed process left it incomplete.
         """
         path = self.path / "metrics.jsonl"
+        if self._metrics is not None:  # the file is replaced
+            self._metrics.close()
+            self._metrics = None
+        self._unwritten = [line for line in self._unwritten if json.loads(line)["step"] <= step]
         with explain_os_errors("write to the run folder", self.path):
             (self.path / "summary.json").unlink(missing_ok=True)
             if not path.exists():

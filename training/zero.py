@@ -1,4 +1,4 @@
-"""The attributes that ZeRO attaches to parameters, typed. This module computes nothing.
+"""The attributes that ZeRO attaches to parameters, typed, and what is done with them on every rank alike.
 
 DeepSpeed sets them on `nn.Parameter` objects at run time. tests/training/test_deepspeed_contract.py covers every one of them.
 """
@@ -54,3 +54,24 @@ def index_in_group(parameter: nn.Parameter) -> int:
 def stage_3_parameter(parameter: nn.Parameter) -> Stage3Parameter:
     """Return a parameter under stage 3 with its attributes typed."""
     return cast(Stage3Parameter, parameter)
+
+
+@torch.no_grad()
+def spoil_gradient(stage: int, parameter: nn.Parameter, rank: int) -> None:
+    """Make this rank's fragment of a gradient infinite between backward and step, so that the step is skipped.
+
+    Args:
+        rank: of the data x context axis.
+    """
+    from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+
+    if stage == 0:
+        if parameter.grad is not None:
+            parameter.grad.fill_(torch.inf)
+    elif stage == 3:
+        partition = safe_get_local_grad(parameter).clone()
+        if rank * partition.numel() < stage_3_parameter(parameter).ds_numel:  # no later step would clear the padding
+            partition[:1] = torch.inf
+            safe_set_local_grad(parameter, partition)
+    elif (mapping := fragment_mapping(parameter)) is not None:
+        mapping.get_lp_grad_fragment(index_in_group(parameter)).fill_(torch.inf)

@@ -51,6 +51,8 @@ MAY_BE_ZERO = {
         "optim.weight_decay",
         "optim.clip",
         "data.workers",
+        "guard.replicas",
+        "guard.repeat",
         "data.held_out",
     ),
     *("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2"),

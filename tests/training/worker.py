@@ -32,7 +32,7 @@ from conf.validate import validate
 from data.batches import BatchStream, open_dataset, sample_hash
 from data.prepare import prepare
 from kernels.common.commands import run_command
-from kernels.common.errors import UserError
+from kernels.common.errors import Failure, UserError
 from launch.estimate.counts import shape_of
 from launch.ranks import Ranks, find_ranks
 from model import manifest
@@ -49,6 +49,7 @@ from training.fragments import fragments, inner_optimizer
 from training.process_group import start_process_group
 from training.resume import Decision, decide_together
 from training.schedule import lr_scale
+from training.silent import compare_repeated, compare_replicas
 from training.telemetry import Telemetry
 
 RANKS = find_ranks()
@@ -122,6 +123,45 @@ class Trainer:
         tokens = torch.from_numpy(self.stream.samples(first, sequences))
         self.results["culprits"].append(find_culprit(self.engine, tokens, np.arange(first, first + sequences)))
         hook.remove()
+
+    def refuse(self) -> None:
+        """Take one step that is left out; record the loss and the norm by which that was decided."""
+        decided: list[float] = []
+        original = self.engine.train_step
+        self.engine.train_step = lambda *arguments: original(
+            *arguments, refuse=lambda *by: bool(decided.extend(by) or 1)
+        )
+        self.train(1)
+        self.engine.train_step = original
+        self.results["values"].append(decided)
+
+    def compare(self, ranks: list[int] = [], tensor: str = "norm.weight", moment: str = "") -> None:  # noqa: B006
+        """Flip a bit of a weight or moment on some ranks; record what comparing replicas says, and flip it back."""
+        parameter = self.engine.module.get_parameter(tensor)
+        values = self.engine.optimizer.state[parameter][moment] if moment else parameter.data
+        bits = values.view(-1)[2:3].view(torch.int16 if values.element_size() == 2 else torch.int32)
+        for _ in range(2):
+            bits ^= int(RANKS.rank in ranks)
+            if _ == 0:
+                self._record(lambda: compare_replicas(self.engine))
+
+    def repeat(self, rank: int = -1) -> None:
+        """Record what computing a gradient twice says, where `rank` computes another one each time."""
+        calls = itertools.count(1)
+        spoiled = self.engine.module.get_parameter("layers.0.ffn.down")
+        hook = spoiled.register_hook(lambda g: g * (1 + next(calls) * 2**-20) if RANKS.rank == rank else g)
+        first, sequences = self._samples(self.step)
+        tokens = torch.from_numpy(self.stream.samples(first, sequences))
+        self._record(lambda: compare_repeated(self.engine, tokens))
+        hook.remove()
+
+    def _record(self, action: Callable[[], Any]) -> None:
+        """Record the sentence with which an action fails, or ""."""
+        try:
+            action()
+            self.results["values"].append("")
+        except Failure as error:
+            self.results["values"].append(str(error))
 
     @torch.no_grad()
     def set(self, name: str, key: str, rank: int, value: float) -> None:
@@ -349,6 +389,20 @@ def _poisoned(step: int, key: str) -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(Engine, "train_step", train_step)
 
 
+def _scaled(step: int, factor: float) -> contextlib.AbstractContextManager[Any]:
+    """Scale a gradient in a step of a run."""
+    original, taken = Engine.train_step, itertools.count(1)
+
+    def train_step(engine: Engine, *arguments: Any) -> Any:
+        scale = factor if next(taken) == step else 1.0
+        hook = engine.module.get_parameter("layers.0.ffn.down").register_hook(lambda gradient: gradient * scale)
+        result = original(engine, *arguments)
+        hook.remove()
+        return result
+
+    return mock.patch.object(Engine, "train_step", train_step)
+
+
 # Errors of a file system and of other parts, by where they occur.
 FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "tensors on a full disk": lambda: mock.patch("training.checkpoint.write_tensors", _raise(errno.ENOSPC)),
@@ -361,6 +415,7 @@ FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "full disk": lambda: mock.patch("os.replace", _raise(errno.ENOSPC)),
     "NaN in a moment after step 5": lambda: _poisoned(5, "exp_avg_sq"),
     "NaN in a weight after step 5": lambda: _poisoned(5, ""),
+    "a gradient scaled by 1e8 in step 7": lambda: _scaled(7, 1e8),
     "no memory": lambda: mock.patch.object(Engine, "train_step", _no_memory),
 }
 JOBS = {"script": script, "failing_save": failing_save, "agree": agree, "command": command}
