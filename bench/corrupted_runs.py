@@ -23,12 +23,12 @@ def run_campaign(folder: Path, cases: int, seed: int, overrides: list[str]) -> i
     import training.telemetry  # noqa: F401
 
     words = [
-        *_TINY,
+        *TINY,
         f"data.path={folder / 'corpus'}",
         f"data.prepared={folder / 'prepared'}",
         f"runs={folder / 'runs'}",
     ]
-    _write_corpus(folder / "corpus")
+    write_corpus(folder / "corpus")
     runs = {"run": [], "seed": ["seed=1"], "arm": ["ffn=geglu"], "length": ["steps=24"]}
     for name, own in runs.items():
         ending = _train([*words, *overrides, f"run={name}", *own])
@@ -60,7 +60,7 @@ def run_campaign(folder: Path, cases: int, seed: int, overrides: list[str]) -> i
     return 1 if wrong else 0
 
 
-_TINY = [
+TINY = [
     *(
         "data=text",
         "model.d_model=32",
@@ -89,7 +89,8 @@ _TINY = [
 ]
 
 
-def _write_corpus(folder: Path) -> None:
+def write_corpus(folder: Path) -> None:
+    """Write a corpus of made-up words for tiny runs."""
     folder.mkdir(parents=True)
     generator = random.Random(0)
     words = ["".join(generator.choices("abcdefghijklmnoprstuvwyz", k=generator.randint(2, 7))) for _ in range(200)]

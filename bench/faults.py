@@ -1,14 +1,15 @@
 """Disturb runs as machines do, and compare them with undisturbed ones: `python -m bench.faults folder=FOLDER`.
 
-    campaign=kills         or corruptions, below            seed=0     of what happens, and when
-    kills=10               SIGKILLs                         cases=150  corruptions
+    campaign=kills         or corruptions, poisons, below   seed=0     of what happens, and when
+    kills=10               SIGKILLs                         cases=150  corruptions; poisons are 70 unless it is set
     folder=FOLDER          a new folder for all runs        and ablation.KEY=VALUE (kills), or overrides of every run
 
 campaign=kills runs the plan `smoke` in fp32 twice: once undisturbed, and once killed and restarted again and again. A kill hits
 the runner, the run, or both at once, as when a machine goes down. Required: the same final losses to the last bit, one W&B
 identity per run, and metrics in which no step is missing or repeated.
 
-campaign=corruptions damages copies of a run folder and resumes them, as `bench/corruptions.py` says.
+campaign=corruptions damages copies of a run folder and resumes them, as `bench/corruptions.py` says. campaign=poisons makes
+numbers of runs non-finite, or far too large, as `bench/poisons.py` says.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from kernels.common.commands import run_command
 from kernels.common.errors import UserError, unknown
 from kernels.common.options import split_options
 
-_OPTIONS = {"campaign": "kills", "kills": 10, "cases": 150, "seed": 0, "folder": ""}
+_OPTIONS = {"campaign": "kills", "kills": 10, "cases": 0, "seed": 0, "folder": ""}
+_CAMPAIGNS = ("kills", "corruptions", "poisons")
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -40,12 +42,16 @@ def main(argv: list[str]) -> int:
     folder = Path(options["folder"])
     if folder.exists():
         raise UserError(f"{folder} exists; give a new folder")
-    if options["campaign"] not in ("kills", "corruptions"):
-        raise unknown("campaign", options["campaign"], ("kills", "corruptions"))
+    if options["campaign"] not in _CAMPAIGNS:
+        raise unknown("campaign", options["campaign"], _CAMPAIGNS)
     if options["campaign"] == "corruptions":
-        from bench.corrupted_runs import run_campaign
+        from bench import corrupted_runs
 
-        return run_campaign(folder, options["cases"], options["seed"], overrides)
+        return corrupted_runs.run_campaign(folder, options["cases"] or 150, options["seed"], overrides)
+    if options["campaign"] == "poisons":
+        from bench import poisons
+
+        return poisons.run_campaign(folder, options["cases"] or 70, options["seed"], overrides)
     return kill(options, folder, overrides)
 
 
