@@ -95,9 +95,9 @@ def _kept(engine: Engine, *_: object) -> str:
 
 def _used(engine: Engine, *_: object) -> str:
     """Return the first weight that the model computes with on this rank and that is not finite, with the verb."""
-    named = engine.module.named_parameters()
-    partitioned = engine.stage == 3
-    found = find((name, stage_3_parameter(p).ds_tensor if partitioned else p.data) for name, p in named)
+    named = list(engine.module.named_parameters())
+    partitions = [(name, stage_3_parameter(p).ds_tensor) for name, p in named] if engine.stage == 3 else []
+    found = find([*((name, p.data) for name, p in named), *partitions])  # stage 3 keeps small parameters whole
     return f"holds {found}" if found else ""
 
 
