@@ -1,7 +1,7 @@
 """Disturb runs as machines do, and compare them with undisturbed ones: `python -m bench.faults folder=FOLDER`.
 
-    campaign=kills         or corruptions, poisons, below   seed=0     of what happens, and when
-    kills=10               SIGKILLs                         cases=150  corruptions; poisons are 70 unless it is set
+    campaign=kills         or corruptions, poisons, hangs   seed=0     of what happens, and when
+    kills=10               SIGKILLs                         cases=150  corruptions; unless it is set 70 poisons, and all hangs
     folder=FOLDER          a new folder for all runs        and ablation.KEY=VALUE (kills), or overrides of every run
 
 campaign=kills runs the plan `smoke` in fp32 twice: once undisturbed, and once killed and restarted again and again. A kill hits
@@ -9,7 +9,8 @@ the runner, the run, or both at once, as when a machine goes down. Required: the
 identity per run, and metrics in which no step is missing or repeated.
 
 campaign=corruptions damages copies of a run folder and resumes them, as `bench/corruptions.py` says. campaign=poisons makes
-numbers of runs non-finite, or far too large, as `bench/poisons.py` says.
+numbers of runs non-finite, or far too large, as `bench/poisons.py` says. campaign=hangs stops or blocks a
+rank and waits for the watchdog to end the run, as `bench/hangs.py` says.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from kernels.common.errors import UserError, unknown
 from kernels.common.options import split_options
 
 _OPTIONS = {"campaign": "kills", "kills": 10, "cases": 0, "seed": 0, "folder": ""}
-_CAMPAIGNS = ("kills", "corruptions", "poisons")
+_CAMPAIGNS = ("kills", "corruptions", "poisons", "hangs")
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -44,6 +45,10 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{folder} exists; give a new folder")
     if options["campaign"] not in _CAMPAIGNS:
         raise unknown("campaign", options["campaign"], _CAMPAIGNS)
+    if options["campaign"] == "hangs":
+        from bench import hangs
+
+        return hangs.run_campaign(folder, options["cases"], options["seed"], overrides)
     if options["campaign"] == "corruptions":
         from bench import corrupted_runs
 

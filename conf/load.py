@@ -45,6 +45,7 @@ NOT_IN_NAME = (
     "data.prepared",
     "data.workers",
     "data.max_epochs",
+    "watchdog",
 )
 
 

@@ -212,6 +212,20 @@ class GuardConfig:
 
 
 @dataclass
+class WatchdogConfig:
+    """`watchdog=`: when a run that makes no progress is ended, with the stacks of every rank."""
+
+    minutes: Optional[float] = key(
+        None, "longest time for a step; null: 20 times the recent steps' median, at least 5; 0: no watchdog"
+    )
+    phase_minutes: float = key(
+        20.0,
+        "longest time without progress while starting, in the first step, evaluating, sampling, saving or finishing",
+        only="watchdog.minutes!=0.0",
+    )
+
+
+@dataclass
 class LoggerConfig:
     """`logger=`: loggers that mirror metrics.jsonl."""
 
@@ -281,6 +295,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
 
 @dataclass
@@ -360,4 +375,17 @@ class ClusterConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
-GROUPS = ("ffn", "model", "data", "tokenizer", "optim", "schedule", "zero", "parallel", "precision", "guard", "logger")
+GROUPS = (
+    "ffn",
+    "model",
+    "data",
+    "tokenizer",
+    "optim",
+    "schedule",
+    "zero",
+    "parallel",
+    "precision",
+    "guard",
+    "logger",
+    "watchdog",
+)

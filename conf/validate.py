@@ -55,6 +55,7 @@ _POSITIVE = (
     "parallel.timeout_minutes",
     "parallel.tensor",
     "parallel.context",
+    "watchdog.phase_minutes",
     "tokenizer.train_megabytes",
     "data.shard_megabytes",
     "data.max_epochs",
@@ -172,6 +173,8 @@ def _check_values(values: dict[str, Any]) -> None:
     for name in _NOT_NEGATIVE:
         if values[name] < 0:
             raise UserError(f"{name}={values[name]} must not be negative")
+    if (minutes := values["watchdog.minutes"]) is not None and minutes < 0:
+        raise UserError(f"watchdog.minutes={minutes} must not be negative")
     for name in _FRACTIONS:
         if not 0 <= values[name] <= 1:
             raise UserError(f"{name}={values[name]} must lie between 0 and 1")

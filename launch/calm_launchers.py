@@ -4,7 +4,8 @@ Left alone, `deepspeed` answers Ctrl-C with a traceback while its ranks still sa
 every descendant of a rank, W&B's service among them, and kills what is left after 30 seconds. `torchrun` kills after 30 seconds
 too, and also ends in a traceback. Set up, both pass the signal on to their children, wait, and exit with the status of the
 ranks. A third signal is the launcher's own to answer, so that a run that hangs can still be interrupted. `deepspeed` also
-leaves out its INFO lines, unless `--log_level` asks for them.
+leaves out its INFO lines, unless `--log_level` asks for them. `torchrun` ends with the status of the rank that failed first,
+where it would print a traceback of its own and end with 1.
 
 A .pth file in site-packages, which Python reads at every start, loads this file in launchers and nowhere else.
 """
@@ -97,6 +98,26 @@ def quieten_deepspeed(argv: list[str]) -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
+def end_as_the_first_rank(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Stand in for `sys.excepthook`: where ranks have failed, say which was the first, and exit with its status."""
+    if kind.__name__ != "ChildFailedError":
+        sys.__excepthook__(kind, error, trace)
+        return
+    rank, failure = error.get_first_failure()  # pyright: ignore[reportAttributeAccessIssue]
+    code = failure.exitcode
+    if code < 0:  # a rank that ends by itself says why
+        print(f"error: rank {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr)
+    raise SystemExit(code if code > 0 else 128 - code)
+
+
+def quieten_torchrun() -> None:
+    """Leave out torchrun's report of ranks that failed, and end with the status of the first one."""
+    sys.excepthook = end_as_the_first_rank
+    told = ("closing signal", "failed (exitcode: ")
+    logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    logger.addFilter(lambda record: not any(text in record.getMessage() for text in told))
+
+
 def pth_line() -> str:
     """Return the line of the .pth file."""
     return _LINE.format(names=set(LAUNCHERS), path=repr(str(Path(__file__).resolve())))
@@ -132,6 +153,8 @@ def _calm(program: str) -> None:
     SignalsToChildren(keeps_own=LAUNCHERS[launcher])
     if launcher.startswith("deepspeed") and _installed(program):
         quieten_deepspeed(sys.argv)
+    elif not launcher.startswith("deepspeed"):
+        quieten_torchrun()
 
 
 if __name__ == "calm_launchers":

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from conf.load import flatten
 from conf.schema import ClusterConfig
-from kernels.common.errors import UserError
+from kernels.common.errors import ExitStatus, UserError
 from kernels.common.text import CONTROL, assigned_secret, is_secret, printable, secrets_of
 
 ROOT = Path(__file__).resolve().parents[1]
 _WAIT = 20  # seconds between the first rank that exits with status 0 and the last
 _CPUS = ["--cpus-per-task=$SLURM_CPUS_PER_TASK"]  # srun does not inherit it
+_MOST_TRIES = 3  # that end in a hang, a lost node or a signal, without a new checkpoint
 _MOST_EXCLUDED = 16  # nodes: beyond that something else is wrong
 _BREAKS_LINE = re.compile(f"{CONTROL.pattern}|[\n\t]")  # what must not stand in a line of a script as it is
 _LEFT_BY_SHELL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
@@ -34,7 +35,7 @@ class Job:
         typed: the command that created this job, quoted in the script.
         saved: shell patterns of the checkpoints that a task resumes from. A job that ends without a new one is not requeued.
         stopped: shell command that succeeds if a task with status 0 has only stopped early; None: it never does.
-        hopeless: shell command that succeeds if requeueing a task would not help; None: unknown.
+        ending: the run's ending.json, which tells its status where a launcher hides it; None: there is none.
         nodes, ranks_per_node: size of the job.
         per_node: srun tasks per node.
         tasks: names of the array tasks; empty: a single job.
@@ -50,7 +51,7 @@ class Job:
     typed: str
     saved: str
     stopped: str | None = None
-    hopeless: str | None = None
+    ending: Path | None = None
     nodes: int = 1
     ranks_per_node: int = 1
     per_node: int = 1
@@ -93,6 +94,7 @@ def _script(job: Job, cluster: ClusterConfig) -> str:
         "# The checkpoints that a task resumes from. One that ends without a new one is not requeued, unless it was preempted.",
         f"saved() {{ local IFS=; ls -d {job.saved} 2>/dev/null; }}",
         "before=$(saved)",
+        *([f"rm -f {shlex.quote(str(job.ending))}  # of an earlier job"] if job.ending else []),
         "",
         f"# {seconds} s before the time limit SLURM sends USR1 to this script, which forwards it: all ranks then stop after",
         "# the same step and save. Before a preemption SLURM sends TERM to this script, to the ranks, or to both.",
@@ -103,19 +105,46 @@ def _script(job: Job, cluster: ClusterConfig) -> str:
         'while [ -n "$signalled" ]; do signalled=; wait "$step"; status=$?; done',
         "",
         f"if [ $status -eq 0 ]{f' && ! {job.stopped}' if job.stopped else ''}; then exit 0; fi",
-        *([f"if {job.hopeless}; then exit 1; fi"] if job.hopeless else []),
+        *_own_status(job),
         'state=$(scontrol -o show job "$SLURM_JOB_ID")',
         "if [[ $state != *JobState=RUNNING* ]]; then exit 1; fi  # it was cancelled",
-        'if [ "$(saved)" = "$before" ] && [[ $state != *PreemptTime=2* ]]; then',
-        '    echo "job $SLURM_JOB_ID ended with status $status and saved nothing new: it is not requeued" >&2',
-        "    exit $((status > 0 ? status : 1))",
-        "fi",
+        *_whether_again(),
         'echo "job $SLURM_JOB_ID resumes from its last checkpoint" >&2',
         'scontrol requeue "$SLURM_JOB_ID" ||',
         f'    sbatch --dependency=afterany:"$SLURM_JOB_ID" {"--array=$SLURM_ARRAY_TASK_ID " if job.tasks else ""}'
         f"{shlex.quote(str(job.path))}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _own_status(job: Job) -> list[str]:
+    """Return the lines that set `$status` to what the run itself says: srun's is that of a rank killed after the first one."""
+    if job.ending is None:
+        return []
+    pattern = 's/.*"exit_status": \\([0-9]*\\).*/\\1/p'
+    return [f"own=$(sed -n '{pattern}' {shlex.quote(str(job.ending))} 2>/dev/null); status=${{own:-$status}}"]
+
+
+def _whether_again() -> list[str]:
+    """Return the lines that end the job for good, where another try would end as this one did."""
+    return [
+        "if [ $status -eq 2 ] || [ $status -eq 3 ]; then",
+        '    echo "job $SLURM_JOB_ID ended with status $status, as it would again: it is not requeued" >&2',
+        "    exit $status",
+        "fi",
+        "tries=$slurm/tries.$SLURM_JOB_ID  # without a new checkpoint",
+        'if [ "$(saved)" != "$before" ] || [[ $state == *PreemptTime=2* ]]; then rm -f "$tries"',
+        f"elif [ $status -eq {ExitStatus.HUNG:d} ] || [ $status -eq {ExitStatus.TRY_AGAIN:d} ] || [ $status -gt 128 ]; then",
+        '    echo >> "$tries"  # a hang, a lost node, a signal',
+        f'    if [ "$(wc -l < "$tries")" -gt {_MOST_TRIES} ]; then',
+        '        echo "job $SLURM_JOB_ID ended with status $status again and saved nothing new: it is not requeued" >&2',
+        "        exit $status",
+        "    fi",
+        "else",
+        '    echo "job $SLURM_JOB_ID ended with status $status and saved nothing new: it is not requeued" >&2',
+        "    exit $((status > 0 ? status : 1))",
+        "fi",
+    ]
 
 
 def _head(job: Job, cluster: ClusterConfig) -> list[str]:

@@ -93,7 +93,7 @@ def plan(cluster: ClusterConfig, nodes: int, ranks_per_node: int, overrides: lis
         typed=f"python -m launch.slurm {typed}",
         saved=f"{run_folder}/checkpoints/*",
         stopped=f'grep -qs \'"status": "stopped"\' {run_folder}/summary.json',
-        hopeless=f'grep -qs \'"event": "diverged"\' {run_folder}/metrics.jsonl',
+        ending=folder / "ending.json",
         nodes=nodes,
         ranks_per_node=ranks_per_node,
         per_node=ranks_per_node if cluster.tasks == "gpu" else 1,

@@ -15,7 +15,6 @@ inside the model lives in `collectives.py`.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,15 +59,12 @@ class Mesh:
         )
 
 
-def init_mesh(
-    tensor: int = 1, context: int = 1, sequence_parallel: bool = False, timeout: datetime.timedelta | None = None
-) -> Mesh:
+def init_mesh(tensor: int = 1, context: int = 1, sequence_parallel: bool = False) -> Mesh:
     """Create the process groups of a mesh over all ranks of the default group. Collective.
 
     Args:
         tensor, context: ranks that shard each matrix, and each sequence. Their product divides the world size.
         sequence_parallel: whether tensor ranks shard the tokens between the matrices; without effect on a single rank.
-        timeout: of a collective; None: torch's default.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     ranks = torch.arange(world_size).view(-1, context, tensor)  # (data, context, tensor)
@@ -80,7 +76,7 @@ def init_mesh(
         if members.shape[1] == 1 and not group_of_one:
             return Axis()
         # `new_group` is collective over the whole world: every rank calls it for every group.
-        groups = [dist.new_group(row, timeout=timeout) for row in members.tolist()]
+        groups = [dist.new_group(row) for row in members.tolist()]
         index, place = (members == rank).nonzero()[0].tolist()
         return Axis(place, members.shape[1], groups[index], sequence_parallel)
 

@@ -46,6 +46,7 @@ from model.weights import (
     write_rest,
     write_tensors,
 )
+from training import watchdog
 from training.engine import Engine
 from training.fragments import create_optimizer_state, fragments, inner_optimizer, link_optimizer_state, optimizer_steps
 from training.resume import remove_leftovers
@@ -167,6 +168,7 @@ class Saver:
     ) -> None:
         path = self.folder / f"step_{state['step']:08d}"
         failure = warning = ""
+        watchdog.saving(state["step"])
         try:
             poison = self._first("holds", find(tensors.items()))
             refused = poison or self._first("has", doubt)
@@ -179,6 +181,8 @@ class Saver:
             self._result = SaveResult(state["step"], path, *outcome, blocked_seconds, seconds)
         except BaseException as error:  # not an error of the disk: `take_result` raises it in the training thread
             self._result = error
+        finally:
+            watchdog.saving(None)
 
     def _first(self, verb: str, what: str) -> str:
         """Return the first rank's `what` that is not empty, as "rank R VERB WHAT"; "": there is none. Collective."""
@@ -214,8 +218,10 @@ class Saver:
 
         failure = collectives.first_failure(_os_error_of(create_folder) if rank == 0 else "")
         if not failure:
+            watchdog.saving(state["step"])
             failure = collectives.first_failure(_os_error_of(write_own_tensors))
         if not failure:
+            watchdog.saving(state["step"])
             gathered = collectives.gather_to_rank_0((manifest_entry, pieces))
             failure = collectives.first_failure(_os_error_of(commit) if rank == 0 else "")
         if failure and rank == 0:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -33,8 +32,7 @@ from training.zero import fragment_mapping, index_in_group, spoil_gradient, stag
 
 def mesh_from_config(parallel: ParallelConfig) -> Mesh:
     """Return the mesh that the configuration describes, and create its process groups. Collective."""
-    timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
-    return init_mesh(parallel.tensor, parallel.context, parallel.sequence, timeout)
+    return init_mesh(parallel.tensor, parallel.context, parallel.sequence)
 
 
 def deepspeed_config(config: Config, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:

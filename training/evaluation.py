@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from data.batches import Dataset, held_out_count, held_out_windows
+from training import watchdog
 from training.engine import Engine
 
 
@@ -47,6 +48,7 @@ def evaluate(engine: Engine, dataset: Dataset, sequence_length: int, tokens: int
     for _ in range(rounds):
         batch = next(batches, None)
         inputs, targets = (torch.from_numpy(rows).to(engine.device) for rows in batch or filler)  # (rows, S) each
+        watchdog.alive()
         nats, count = engine.evaluate(inputs, targets)
         if batch is not None:
             totals += torch.stack([nats.double(), count.double()])

@@ -21,13 +21,14 @@ from conf.schema import Config
 from conf.validate import Batch, config_hash, settings_of
 from data.batches import BatchStream, Dataset, sample_hash
 from data.ranges import SampleRanges
+from launch.endings import SessionEnding, write_ending
 from launch.estimate.counts import Shape, parameters
 from launch.launchers import Launchers
 from launch.ranks import Ranks
 from model.generate import generate
 from model.health import Inspector
 from model.weights import step_of
-from training import machine
+from training import machine, watchdog
 from training.evaluation import HeldOut, evaluate
 from training.guard import Guard
 from training.prompts import prompts_of
@@ -118,6 +119,7 @@ class TrainingLoop:
         """
         from training import checkpoint
 
+        watchdog.beat("load", 0)
         state = checkpoint.load(self.engine, path)
         self.step = self.recorder.step = state["step"]
         self.batches_hash = state["batches_hash"] if self.mesh.data.rank == 0 else 0
@@ -164,9 +166,11 @@ class TrainingLoop:
         try:
             status = self._train(peak, launchers, launched_at)
         except BaseException:
+            watchdog.beat("finish", self.step)
             self._complete_save()
             self._finish("failed")
             raise
+        watchdog.beat("finish", self.step)
         self.console.stop()
         return self._finish(status)
 
@@ -180,9 +184,11 @@ class TrainingLoop:
             self._sample()
         elif self.evaluation_missed:
             self._evaluate(config.eval_tokens)
-        throughput = _Throughput(self.step)
+        throughput, phase = _Throughput(self.step), "first step"
         with StopRequest(launchers) as stop:
             while self.step < batch.steps:
+                watchdog.beat(phase, self.step)
+                phase = "step"
                 scale = lr_scale(config.schedule, self.step, batch.steps, self.warmup_steps)
                 loss, grad_norm = self._train_step(scale)
                 if self.guard.must_rewind(loss, grad_norm) and self._rewind():
@@ -307,6 +313,7 @@ class TrainingLoop:
         """Evaluate on the first `tokens` held-out tokens, or on all; record and return the result (None: there are none)."""
         if not self.dataset.held_out.tokens:
             return None
+        watchdog.beat("evaluate", self.step)
         # Only the whole held-out set is enough text to call a unit dead.
         with self.telemetry.dead_units() if tokens is None else contextlib.nullcontext([]) as dead:
             held_out = self.last_eval = evaluate(self.engine, self.dataset, self.config.sequence_length, tokens)
@@ -322,6 +329,7 @@ class TrainingLoop:
         """Generate a text for each prompt."""
         config, texts = self.config, []
         for prompt in self.prompts:
+            watchdog.beat("sample", self.step)
             arguments = (self.dataset.tokenizer, self.shape.n_layers, prompt, config.sample_tokens)
             with torch.no_grad():
                 texts.append(generate(self.engine.logits, *arguments, device=self.engine.device))
@@ -329,6 +337,7 @@ class TrainingLoop:
 
     def _save(self, held_out: HeldOut | None) -> None:
         """Start to save a checkpoint; `held_out` is the evaluation of this step."""
+        watchdog.beat("save", self.step)
         self._record_telemetry()  # a run resumed from this checkpoint would not record it
         self._join_save()
         eval_loss = None
@@ -425,7 +434,11 @@ class TrainingLoop:
             written = self._broadcast(written)
             dist.barrier()
             dist.destroy_process_group()
-        return 1 if status == "failed" or not written else 0
+        failed = status == "failed" or not written
+        if synchronised and self.ranks.rank == 0:
+            reason = self.save_failed or ("" if written else "the summary could not be written")
+            write_ending(self.recorder.folder.path, SessionEnding(status, int(failed), reason, step=self.step))
+        return int(failed)
 
     def _wall_seconds(self) -> float:
         """Return the wall-clock time of the run, over all of its sessions."""

@@ -32,11 +32,12 @@ from model.feed_forward import check_arms
 from model.health import Inspector
 from model.manifest import run_of
 from model.weights import CheckpointReader, step_of
-from training import machine
+from training import machine, watchdog
 from training.console import Console
+from training.failure import explain
 from training.loop import TrainingLoop
 from training.memory import MemoryBudget
-from training.process_group import start_process_group
+from training.process_group import record_collectives, start_process_group
 from training.recorder import RunRecorder, held_out_line
 from training.resume import Decision, choose_checkpoint, decide_together, remove_leftovers, unknown_origin, why_unfit
 from training.rewind import named_checkpoint, set_aside
@@ -59,18 +60,18 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
     device = machine.find_device(ranks)
     dtype = machine.find_dtype(config, device)
     attention = choose(config.model.attention, device, dtype, config.sequence_length)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    _set_determinism(config)
     folder = RunFolder(config)
+    watch = watchdog.Watchdog(config.watchdog, ranks, folder.path)
     try:
         warnings = folder.claim(config) if ranks.rank == 0 else []
         dataset = _open_corpus(config, folder, ranks, console)
+        watch.start()  # a corpus may take hours to prepare, and its processes are forks
         shape = _shape(config, dataset)
         for warning in (*warnings, *check_arms(shape.ffn, device, dtype, statistics=bool(config.telemetry_every))):
             console.warn(warning)
         if ranks.world_size > 1:  # rank 0 tells the others what it decides
-            _start_group(config, ranks, device)
+            _start_group(config, ranks, device, folder.path)
         inspector = Inspector()
         decision = decide_together(
             ranks, lambda verify: _decide(config, batch, folder, dataset, shape, console, inspector, verify)
@@ -83,7 +84,7 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
         memory.check()
         with memory.explained():
             if ranks.world_size == 1:
-                _start_group(config, ranks, device)
+                _start_group(config, ranks, device, folder.path)
             engine = _build_engine(config, batch, folder, dataset, shape, device, dtype, attention)
             loop = TrainingLoop(
                 config, batch, ranks, folder, dataset, stream, shape, recorder, engine, decision.run_id, inspector
@@ -99,13 +100,27 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
                 console.summary(config, shape, batch, rows)
             recorder.session("resumed" if decision.checkpoint else "started", loop.earlier_seconds, decision.run_id)
             return loop.run(peak, launchers, launched_at)
-    except BaseException:
-        if ranks.rank == 0:
-            folder.discard()
-        raise
+    except BaseException as error:
+        raise _end_badly(error, ranks, folder, watch) from None
     finally:
+        watch.stop()
         console.stop()
         folder.close()
+
+
+def _set_determinism(config: Config) -> None:
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _end_badly(error: BaseException, ranks: Ranks, folder: RunFolder, watch: watchdog.Watchdog) -> BaseException:
+    """Say why this rank ends, and return what to raise instead of its exception."""
+    watch.fail()
+    reason = explain(error, ranks, folder.path, watch.step, folder.trained, watch.began)
+    if ranks.rank == 0:
+        folder.discard()
+    return reason
 
 
 def _open_corpus(config: Config, folder: RunFolder, ranks: Ranks, console: Console) -> Dataset:
@@ -176,9 +191,11 @@ def _refuse_repetition(dataset: Dataset, config: Config, batch: Batch) -> None:
     refuse_repetition(dataset, config.sequence_length, samples, config.data.max_epochs)
 
 
-def _start_group(config: Config, ranks: Ranks, device: torch.device) -> None:
+def _start_group(config: Config, ranks: Ranks, device: torch.device, run: Path) -> None:
     """Start the process group. Collective."""
     refuse_taken_port(ranks)
+    if device.type == "cuda":
+        record_collectives(run)
     start_process_group(ranks, device, config.parallel.timeout_minutes)
 
 

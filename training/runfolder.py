@@ -8,6 +8,9 @@ runs/<name>/config.yaml      the configuration, every key resolved
             provenance.json  date, commit, machine, versions and command of each session, newest last
             samples.txt      text that the model generated, by step
             deepspeed.log    the output of DeepSpeed and other libraries
+            heartbeats/      what each rank is doing, while the run is alive (launch/heartbeats.py)
+            stacks/          what each rank was doing when the run hung, or when launch.stacks asked
+            ending.json      how the last session ended (launch/endings.py)
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from conf.validate import differences, total_steps
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.json_files import parse, read_bytes, read_metrics_file, read_object
+from launch.heartbeats import folder_of
 from model.manifest import run_of
 from model.weights import checkpoints
 
@@ -142,6 +146,12 @@ class RunFolder:
         """Undo `claim` if this session took no step: remove the folder that it created, or restore config.yaml."""
         if self.trained:
             return
+        with contextlib.suppress(OSError):
+            beats = folder_of(self.path)
+            beats.rename(
+                beats.with_name(".heartbeats.old")
+            )  # first, so that other ranks write none while it is removed
+        shutil.rmtree(self.path / ".heartbeats.old", ignore_errors=True)
         if self._created:
             if self._metrics is not None:
                 self._metrics.close()
@@ -211,7 +221,7 @@ class RunFolder:
         return next(recorded, None)
 
     def rewind(self, step: int, repeats_evaluation: bool = False) -> int:
-        """Delete the summary, the metrics after `step` and lines that cannot be read: a resumed run writes them again.
+        """Delete summary, ending, metrics after `step` and lines that cannot be read: a resumed run writes them again.
 
         Args:
             repeats_evaluation: delete the evaluations of `step` as well.
@@ -225,7 +235,8 @@ class RunFolder:
             self._metrics = None
         self._unwritten = [line for line in self._unwritten if json.loads(line)["step"] <= step]
         with explain_os_errors("write to the run folder", self.path):
-            (self.path / "summary.json").unlink(missing_ok=True)
+            for name in ("summary.json", "ending.json"):
+                (self.path / name).unlink(missing_ok=True)
             if not path.exists():
                 return 0
             texts, lines, unreadable, _ = read_metrics_file(path)

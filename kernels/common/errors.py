@@ -18,6 +18,8 @@ class ExitStatus(enum.IntEnum):
     FAILED = 1  # a bug or the machine; there is a traceback, or a sentence
     REFUSED = 2  # bad input: the same command is refused again
     DIVERGED = 3  # the numbers are no longer finite: the same command fails again
+    HUNG = 4  # no progress, and the watchdog ended it: the same command goes on
+    TRY_AGAIN = 75  # a lost node, a full disk, a port: the same command may succeed later (EX_TEMPFAIL of sysexits.h)
 
 
 class Failure(Exception):
@@ -30,6 +32,22 @@ class UserError(Failure):
     """Invalid input, described in one sentence; commands print it and exit with status 2."""
 
     status = ExitStatus.REFUSED
+
+
+class TryAgain(UserError):
+    """What cannot be done now, and may be later; commands print why and exit with status 75."""
+
+    status = ExitStatus.TRY_AGAIN
+
+
+class PeerLost(Failure):
+    """Another rank is gone, and nobody knows why; commands print so and exit with status 75."""
+
+    status = ExitStatus.TRY_AGAIN
+
+
+class Crash(Failure):
+    """An exception whose traceback was printed, perhaps by another rank; commands print a sentence and exit with status 1."""
 
 
 class Diverged(Failure):

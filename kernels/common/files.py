@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import UserError
+from .errors import TryAgain, UserError
 
 
 @contextlib.contextmanager
 def explain_os_errors(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Convert errors of the operating system (full disk, no permission) to a `UserError` about `path`.
+    """Convert errors of the operating system to a `UserError` about `path`; of a full disk to a `TryAgain`.
 
     Args:
         what: the attempted action, such as "write".
@@ -39,7 +39,8 @@ def explain_os_errors(what: str, path: str | os.PathLike[str]) -> Iterator[None]
         }
         if error.errno not in reasons:
             raise
-        raise UserError(f"cannot {what} {os.fspath(path)}: {reasons[error.errno]}") from error
+        kind = TryAgain if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
+        raise kind(f"cannot {what} {os.fspath(path)}: {reasons[error.errno]}") from error
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

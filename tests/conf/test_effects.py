@@ -39,6 +39,7 @@ IGNORED = {
     "sample_every": ("5", "prompts=[]"),
     "sample_tokens": ("5", "prompts=[]"),
     "telemetry_window": ("1M", "telemetry_every=0"),
+    "watchdog.phase_minutes": ("5", "watchdog.minutes=0.0"),
 }
 # And what gives it its effect.
 EFFECTIVE = {

@@ -144,3 +144,32 @@ def test_the_installed_launchers_end_calmly(tmp_path, launcher):
     assert process.returncode == 0
     assert len(re.findall("^SIGINT", out, re.MULTILINE)) >= 2
     assert "Traceback" not in out
+
+
+FAILS = """
+import os, sys, time
+rank = int(os.environ["RANK"])
+if rank == 0:
+    time.sleep(600)  # until torchrun ends it
+print("error: rank 1 says why", file=sys.stderr)
+{how}
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "told"),
+    [
+        ("os._exit(75)", 75, "error: rank 1 says why\n"),
+        ("os.kill(os.getpid(), 9)", 137, "error: rank 1 says why\nerror: rank 1 was killed by SIGKILL\n"),
+    ],
+)
+def test_torchrun_ends_with_the_status_of_the_rank_that_failed(tmp_path, how, status, told):
+    (tmp_path / "ranks.py").write_text(FAILS.format(how=how))
+    # Not by the name of a launcher: those of this environment have been set up already.
+    (tmp_path / "start.py").write_text(
+        "from launch import calm_launchers\ncalm_launchers.quieten_torchrun()\n"
+        "from torch.distributed.run import main\nmain()\n"
+    )
+    words = [sys.executable, tmp_path / "start.py", "--standalone", "--nproc-per-node=2", tmp_path / "ranks.py"]
+    ended = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (status, told)

@@ -33,7 +33,9 @@ def train(no_group):
 @pytest.mark.parametrize("fault", ["evaluation", "sampling"])
 def test_a_failure_after_the_last_step_costs_no_weights(train, corpus, tmp_path, fault):
     arguments = overrides(corpus, tmp_path, run="a", steps=2, eval_every=0, save_every=0)
-    assert "a bug, or a lack of memory" in train(arguments, fault)["status"]
+    result = train(arguments, fault)
+    assert result["status"] == 1
+    assert "RuntimeError: a bug, or a lack of memory" in result["err"]
     path, damaged = newest_intact(tmp_path / "a" / "checkpoints")
     assert (path and path.name, damaged) == ("step_00000002", [])
     assert summary(tmp_path / "a")["status"] == "failed"

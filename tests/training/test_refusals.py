@@ -45,10 +45,10 @@ def own(tmp_path) -> Path:
 def refuse(no_group):
     """A function that runs train.py and returns the sentence of its refusal; the folder `kept` must not change."""
 
-    def run(arguments: list[str], kept: Path, fault: str | None = None) -> str:
+    def run(arguments: list[str], kept: Path, fault: str | None = None, status: int = 2) -> str:
         before = contents(kept)
         result = no_group.run("command", module="train", arguments=arguments, fault=fault)[0]
-        assert result["status"] == 2, result
+        assert result["status"] == status, result
         assert result["joined"] is False
         assert "step 1/" not in result["out"]
         lines = [line for line in result["err"].splitlines() if line.startswith("error: ")]
@@ -220,7 +220,7 @@ def test_a_run_folder_that_cannot_be_written(refuse, corpus, tmp_path, fault, wh
 
 def test_a_full_disk_while_preparing(refuse, own, runs):
     arguments = overrides(own, runs, run="new", tokenizer__vocab_size=301)
-    assert "the disk is full" in refuse(arguments, runs, fault="full disk")
+    assert "the disk is full" in refuse(arguments, runs, fault="full disk", status=75)
 
 
 def test_stage_0_in_bf16(refuse, corpus, tmp_path):

@@ -1,0 +1,268 @@
+"""The watchdog: when a rank counts as hanging, what it writes, and what it does about it; with a clock of the test's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from conf.load import load
+from conf.schema import WatchdogConfig
+from kernels.common.errors import UserError
+from launch import heartbeats, stacks
+from launch.endings import read_ending
+from launch.heartbeats import Activity, Diagnosis, Heartbeat
+from launch.ranks import Ranks
+from training import hang, watchdog
+from training.hang import Investigation, kill_peer
+from training.watchdog import Bounds, Patience, Watchdog
+
+MINUTE = 60.0
+
+
+@pytest.fixture(autouse=True)
+def _progress():
+    watchdog._progress.reset()
+    yield
+    watchdog._progress.reset()
+
+
+def lanes() -> dict[str, Patience]:
+    return {"main": Patience(), "saver": Patience()}
+
+
+def test_without_progress_a_step_is_late_after_its_bound():
+    watch, seen = Watchdog(WatchdogConfig(minutes=1), Ranks(), Path()), lanes()
+    watchdog.beat("step", 7)
+    assert [watch.overdue(seen, 25.0) for _ in range(4)] == ["", "", "", "main"]
+    watchdog.beat("step", 8)
+    assert [watch.overdue(seen, 25.0) for _ in range(4)] == ["", "", "", "main"]
+
+
+@pytest.mark.parametrize("phase", ["start", "load", "first step", "evaluate", "sample", "save", "finish"])
+def test_other_phases_have_an_allowance_of_their_own(phase):
+    watch, seen = Watchdog(WatchdogConfig(minutes=1, phase_minutes=2), Ranks(), Path()), lanes()
+    watchdog.beat(phase, 7)
+    assert [watch.overdue(seen, 50.0) for _ in range(4)] == ["", "", "", "main"]
+    watchdog.alive()  # a further batch, in the same phase
+    assert watch.overdue(seen, 50.0) == ""
+
+
+def test_a_saver_that_hangs_is_late_while_training_goes_on():
+    watch, seen = Watchdog(WatchdogConfig(minutes=1, phase_minutes=2), Ranks(), Path()), lanes()
+    watchdog.saving(6)
+    late = []
+    for step in range(5):
+        watchdog.beat("step", step)
+        late.append(watch.overdue(seen, 50.0))
+    assert late == ["", "", "", "saver", "saver"]
+    watchdog.saving(None)
+    assert watch.overdue(seen, 50.0) == ""
+
+
+def test_the_bound_follows_the_recent_steps():
+    bounds = Bounds(WatchdogConfig(phase_minutes=20))
+    assert bounds.allowed(("step", 1, 0.0)) == 20 * MINUTE  # nothing is known yet
+    bounds.observe(("first step", 0, 0.0))
+    bounds.observe(("step", 1, 500.0))
+    assert bounds.allowed(("step", 1, 0.0)) == 20 * MINUTE  # the first step compiles
+    for step in range(2, 5):
+        bounds.observe(("step", step, 500.0 + step))
+    assert bounds.allowed(("step", 4, 0.0)) == 5 * MINUTE
+    for number in range(1, 9):  # three steps of 40 s each between two looks
+        bounds.observe(("step", 4 + 3 * number, 504.0 + 120 * number))
+    assert bounds.allowed(("step", 28, 0.0)) == 20 * 40.0
+    assert bounds.allowed(("evaluate", 28, 0.0)) == 20 * MINUTE
+
+
+def test_a_pause_of_the_whole_process_is_no_hang(monkeypatch, tmp_path):
+    """The thread that decides wakes an hour late, as after Ctrl-Z, while its rank could do no more than that."""
+    times, ended = iter([0.0, 1.0, 3601.0, 3602.0]), []
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(times))
+    watch = Watchdog(WatchdogConfig(minutes=1), Ranks(), tmp_path)
+    stops = iter([False, False, False, True])
+    watch._stop = SimpleNamespace(wait=lambda _: next(stops))
+    monkeypatch.setattr(watch, "_end", ended.append)
+    watchdog.beat("step", 7)
+    watch._watch()
+    assert ended == []
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """The watchdog of a single rank that has begun, and its run folder."""
+    watch = Watchdog(WatchdogConfig(), Ranks(), tmp_path)
+    watch.interval = 0.5
+    watch.start()
+    yield watch
+    watch.stop()
+
+
+def test_a_rank_tells_where_it_is(alone, tmp_path):
+    watchdog.beat("step", 7)
+    thread = threading.Thread(target=alone.write_heartbeat)
+    thread.start()
+    thread.join()
+    found = heartbeats.read(tmp_path / "heartbeats", 0)
+    assert (found.pid, found.started, found.world_size) == (os.getpid(), psutil.Process().create_time(), 1)
+    assert (found.main.phase, found.main.step, found.main.collective) == ("step", 7, "")
+    assert "test_watchdog.py:" in found.main.place
+    assert found.main.place.endswith(" in test_a_rank_tells_where_it_is")
+
+
+def test_the_end_of_a_run_leaves_no_heartbeats(alone, tmp_path):
+    alone.write_heartbeat()
+    alone.stop()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_fails_leaves_word(alone, tmp_path):
+    watchdog.beat("evaluate", 7)
+    alone.fail()
+    assert heartbeats.read(tmp_path / "heartbeats", 0).main.phase == "failed"
+
+
+def test_rank_0_removes_what_an_earlier_session_left(tmp_path):
+    folder = tmp_path / "heartbeats"
+    folder.mkdir()
+    heartbeats.publish_verdict(folder, Diagnosis(1, 0.0, "of an earlier session"))
+    (folder / "rank_3.json").write_text("{}")
+    watch = Watchdog(WatchdogConfig(minutes=1), Ranks(0, 4, 0, 4), tmp_path)
+    watch.start()
+    try:
+        assert not (folder / "verdict.json").exists()
+        assert not (folder / "rank_3.json").exists()
+    finally:
+        watch.stop()
+
+
+def test_a_watchdog_that_is_off_does_nothing(tmp_path):
+    watch = Watchdog(WatchdogConfig(minutes=0), Ranks(), tmp_path)
+    watch.start()
+    watch.stop()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stacks_on_demand(alone, tmp_path, capsys):
+    (tmp_path / "config.yaml").touch()
+    alone.write_heartbeat()
+    waits = threading.Event()
+    thread = threading.Thread(target=waits.wait, name="a thread that waits")
+    thread.start()
+    try:
+        assert stacks.main([str(tmp_path)]) == 0
+    finally:
+        waits.set()
+        thread.join()
+    printed = capsys.readouterr().out
+    assert printed.startswith("rank 0: starting (")
+    assert "rank 0, thread MainThread\n" in printed
+    assert " in test_stacks_on_demand\n" in printed
+    assert "rank 0, thread a thread that waits\n" in printed
+    assert "heartbeats\n" not in printed  # the watchdog's own threads
+
+
+def test_a_run_that_does_not_train_has_no_stacks(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match="is not training: no rank writes heartbeats"):
+        stacks.main([str(tmp_path)])
+    (tmp_path / "heartbeats").mkdir()
+    heartbeats.write(tmp_path / "heartbeats", heartbeat(0, interval=0.01))
+    with pytest.raises(UserError, match="its heartbeats are those of a run that was killed"):
+        stacks.main([str(tmp_path)])
+
+
+def heartbeat(rank: int, world: int = 1, answered: str = "", **changes) -> Heartbeat:
+    main = Activity("step", 7, 1_700_000_000.0, "data/batches.py:88 in samples", "")
+    values = {
+        "host": "node",
+        "pid": 1,
+        "started": 2.0,
+        "interval": 0.01,
+        "count": 1,
+        "main": main,
+        "answered": answered,
+    }
+    return Heartbeat(rank, world, **values | changes)
+
+
+def investigation(tmp_path: Path, rank: int, world: int, **changes) -> Investigation:
+    (tmp_path / "heartbeats").mkdir(exist_ok=True)
+    arguments = {"told": lambda: None, "recovered": lambda: False, "answer": lambda _: None}
+    return Investigation(Ranks(rank, world, rank, world), tmp_path, 0.01, "main", **arguments | changes)
+
+
+def test_the_lowest_rank_that_lives_speaks_once_and_kills_the_stopped_one(tmp_path, capsys, monkeypatch):
+    """Rank 0 is stopped; ranks 1 and 2 write heartbeats, of which rank 1 is the one that speaks."""
+    folder, killed = tmp_path / "heartbeats", []
+    folder.mkdir()
+    monkeypatch.setattr(hang, "kill_peer", lambda beat: killed.append(beat.rank))
+    heartbeats.write(folder, heartbeat(0, 3))
+    counts = iter(range(100))
+
+    def alive(name: str) -> None:
+        for rank in (1, 2):
+            heartbeats.write(folder, heartbeat(rank, 3, name, count=next(counts)))
+
+    def answer(name: str) -> None:
+        path = heartbeats.stacks_of(tmp_path, 1)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("the stacks of rank 1\n")
+        alive(name)
+
+    asked = investigation(tmp_path, 1, 3, told=lambda: alive(""), answer=answer)
+    asked.run()
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[0] == "the stacks of rank 1"
+    assert printed[-1].startswith("error: the run hangs: waiting for rank 0 since ")
+    assert killed == [0]
+    ending = read_ending(tmp_path)
+    assert (ending.status, ending.exit_status, ending.rank, ending.step) == ("hung", 4, 0, 7)
+    assert ending.reason == asked.verdict.sentence
+
+    other = investigation(tmp_path, 2, 3, told=lambda: asked.verdict)
+    monkeypatch.setattr(other, "_wait", lambda *_: None)
+    other.run()
+    assert capsys.readouterr().err == ""
+    assert killed == [0, 0]
+
+
+def test_a_rank_that_moves_again_goes_on(tmp_path):
+    asked = investigation(tmp_path, 0, 1, recovered=lambda: True)
+    asked.run()
+    assert (asked.verdict, asked.goes_on) == (None, True)
+    assert read_ending(tmp_path) is None
+    assert not (tmp_path / "heartbeats" / "verdict.json").exists()
+
+
+@pytest.fixture
+def child():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield process
+    process.kill()
+    process.wait()
+    process.stdin.close()
+
+
+def test_only_the_process_of_the_heartbeat_is_killed(child, monkeypatch):
+    started, host = psutil.Process(child.pid).create_time(), os.uname().nodename
+    beat = heartbeat(1, host=host, pid=child.pid, started=started)
+    assert not kill_peer(beat)  # this process is its parent, not its sibling
+    monkeypatch.setattr(psutil.Process, "ppid", lambda _: 1)
+    assert not kill_peer(heartbeat(1, host="another", pid=child.pid, started=started))
+    assert not kill_peer(heartbeat(1, host=host, pid=child.pid, started=started - 60))
+    assert not kill_peer(heartbeat(1, host=host, pid=os.getpid(), started=psutil.Process().create_time()))
+    assert child.poll() is None
+    assert kill_peer(beat)
+    assert child.wait() == -9
+
+
+def test_it_neither_names_a_run_nor_stops_it_from_going_on():
+    names = {load([*words, "steps=5"]).run for words in ([], ["watchdog.minutes=3"], ["watchdog.phase_minutes=1"])}
+    assert len(names) == 1
