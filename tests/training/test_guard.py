@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conf.load import load
 from data.batches import BatchStream, open_dataset, sample_hash
+from data.prepare import prepare
 from model.health import damage
 from model.manifest import file_hash, write_manifest
 from model.weights import CheckpointReader, checkpoints
@@ -69,7 +71,8 @@ def test_a_run_that_holds_a_nan_ends_and_says_how_to_go_on(train, corpus, tmp_pa
     (left_out,) = last["skipped_samples"]
     assert left_out[0] == 32
     # The samples are those of the stream in order, without those left out.
-    stream = BatchStream(open_dataset(next((corpus / "prepared").glob("text-*"))), 32, 0)
+    config = load(arguments)
+    stream = BatchStream(open_dataset(prepare(config.data, config.tokenizer)), config.sequence_length, config.data_seed)
     samples = [*range(32), *range(left_out[1], left_out[1] + 48)]
     rows = np.concatenate([stream.samples(number, 1) for number in samples])
     assert last["batches_hash"] == sample_hash(0, rows)
