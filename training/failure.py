@@ -5,6 +5,7 @@ A rank that fails closes its connections, and the others fail in turn. Their tra
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -40,12 +41,13 @@ def explain(
 
     Args:
         step: steps that are done.
-        trained: whether this session has taken a step; a refusal before that leaves the run folder as it is.
+        trained: whether this session has taken a step; a refusal before that leaves the run folder as it is, unless a job's
+            script reads there whether to try again.
         since: time.time() of the session's start.
     """
     if isinstance(error, Failure):
         status = "diverged" if isinstance(error, Diverged) else "refused" if error.status == 2 else "failed"
-        if trained:
+        if trained or _of_a_job(run):
             claim_ending(run, SessionEnding(status, int(error.status), str(error), ranks.rank, step), since)
         return error
     if not isinstance(error, Exception):
@@ -63,6 +65,11 @@ def explain(
     if claim_ending(run, ending, since) == ending:
         traceback.print_exception(error)
     return Crash(reason)
+
+
+def _of_a_job(run: Path) -> bool:
+    """Return whether a job of `launch.slurm` runs this session: srun ends with the status of the rank that it kills last."""
+    return "SLURM_JOB_ID" in os.environ and (run / "slurm").is_dir()
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -70,6 +70,16 @@ def test_a_refusal_before_the_first_step_leaves_the_folder_as_it_is(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_jobs_script_learns_of_a_refusal_before_the_first_step(tmp_path, monkeypatch):
+    error = raised(UserError("a file is in the way"))
+    (tmp_path / "slurm").mkdir()
+    explain(error, TWO, tmp_path, trained=False)  # typed by hand, beside a job's folder
+    assert read_ending(tmp_path) is None
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    explain(error, TWO, tmp_path, trained=False)
+    assert read_ending(tmp_path).exit_status == 2
+
+
 def test_the_ending_of_an_earlier_session_does_not_count(tmp_path, capsys):
     write_ending(tmp_path, SessionEnding("hung", 4, "before", 0, 3))
     later = (tmp_path / "ending.json").stat().st_mtime + 60
