@@ -141,26 +141,17 @@ def _computed(engine: Engine, tokens: Tensor, numbers: np.ndarray) -> str:
 def _differentiated(engine: Engine, tokens: Tensor, numbers: np.ndarray) -> str:
     """Compute the gradient before any reduction, and return the first parameter in backward order where it is not finite."""
     first: list[str] = []
+    samples, at = _range(numbers), 0
 
-    def watch(name: str) -> Any:
-        def hook(gradient: Tensor) -> Tensor:
-            if not first and (kind := kind_of(gradient)):
-                first.append(f"{kind} in the gradient of {readable(name)}")
-            return gradient.new_zeros(()).expand_as(gradient)  # keep no gradient
+    def see(name: str, gradient: Tensor) -> None:
+        nonlocal samples
+        if not first and (kind := kind_of(gradient)):
+            first.append(f"{kind} in the gradient of {readable(name)}")
+            samples = _range(numbers[at : at + engine.batch.micro_batch])
 
-        return hook
-
-    parameters = dict(engine.module.named_parameters())
-    handles = [parameter.register_hook(watch(name)) for name, parameter in parameters.items()]
-    at, samples = 0, _range(numbers)
     for micro_batch in tokens.split(engine.batch.micro_batch):
-        objective = engine.objective(micro_batch)
-        torch.autograd.grad(objective, list(parameters.values()), allow_unused=True)
-        if first and at >= 0:
-            samples, at = _range(numbers[at : at + len(micro_batch)]), -1
-        at += len(micro_batch) if at >= 0 else 0
-    for handle in handles:
-        handle.remove()
+        engine.watch_gradients(micro_batch, see)
+        at += len(micro_batch)
     return f"computes {first[0]} (samples {samples})" if first else ""
 
 

@@ -293,10 +293,31 @@ class Engine:
                     values = values[start : start + size]
                 yield GradientFragment(name, parameter.shape, start, values, replicated)
 
-    def objective(self, tokens: Tensor) -> Tensor:
-        """Return what a step minimises on tokens (B, S + 1), past DeepSpeed: nothing is accumulated or reduced. Collective."""
+    def watch_gradients(self, tokens: Tensor, see: Callable[[str, Tensor], None]) -> Tensor:
+        """Compute what a step minimises and its gradient, past DeepSpeed: nothing is accumulated, reduced or kept. Collective.
+
+        Args:
+            tokens: (B, S + 1) of a micro-batch.
+            see: receives each parameter's name and its gradient before any reduction, in the order of backward.
+
+        Returns:
+            The objective, a scalar.
+        """
+
+        def watch(name: str) -> Callable[[Tensor], Tensor]:
+            def hook(gradient: Tensor) -> Tensor:
+                see(name, gradient)
+                return gradient.new_zeros(()).expand_as(gradient)  # keep no gradient
+
+            return hook
+
         self.module.train()
+        parameters = dict(self.module.named_parameters())
+        handles = [parameter.register_hook(watch(name)) for name, parameter in parameters.items()]
         objective, _ = self.module(self._context_shard(tokens[:, :-1]), self._context_shard(tokens[:, 1:]))
+        torch.autograd.grad(objective, list(parameters.values()), allow_unused=True)
+        for handle in handles:
+            handle.remove()
         return objective
 
     def _context_shard(self, tokens: Tensor) -> Tensor:

@@ -111,17 +111,8 @@ def _gradient_sums(engine: Engine, tokens: Tensor) -> dict[str, Tensor]:
     """Return the checksum of each parameter's gradient of one micro-batch, and of its objective."""
     sums: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Any:
-        def hook(gradient: Tensor) -> Tensor:
-            sums[name] = checksum(gradient)
-            return gradient.new_zeros(()).expand_as(gradient)  # keep no gradient
+    def see(name: str, gradient: Tensor) -> None:
+        sums[name] = checksum(gradient)
 
-        return hook
-
-    parameters = dict(engine.module.named_parameters())
-    handles = [parameter.register_hook(watch(name)) for name, parameter in parameters.items()]
-    objective = engine.objective(tokens[: engine.batch.micro_batch])
-    torch.autograd.grad(objective, list(parameters.values()), allow_unused=True)
-    for handle in handles:
-        handle.remove()
+    objective = engine.watch_gradients(tokens[: engine.batch.micro_batch], see)
     return {"the loss": checksum(objective), **sums}
