@@ -9,8 +9,8 @@ overhead.py     a step under ZeRO, against a plain loop
 memory.py       bytes per rank under ZeRO and tensor parallelism, against the formula
 estimate.py     `launch.estimate`, against measured memory and published step times
 telemetry.py    the cost of an activation telemetry sample
-faults.py       a plan under SIGKILL
-fuzz.py         random formulas and overrides, each read or refused in a sentence
+faults/         campaigns of faults: runs that are killed, damaged, poisoned, that hang, and whose disks fail
+fuzz.py         random text for whatever reads text, each read or refused in a sentence
 gpu.py          checks and times of the Triton kernels on a GPU (gpu.sh runs it, gpu_page.py makes its page)
 sm90.py         the Triton kernels compiled for Hopper, without a GPU
 

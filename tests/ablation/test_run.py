@@ -220,6 +220,8 @@ def test_runs_at_a_time_have_gpus_of_their_own_or_share_the_cores(monkeypatch):
 @pytest.mark.slow
 def test_a_plan_that_is_killed_again_and_again_ends_as_in_peace(words, tmp_path):
     overridden = [word for word in words if not word.startswith(("ablation=", "precision="))]
-    done = command(sys.executable, "-m", "bench.faults", "kills=3", f"folder={tmp_path / 'faults'}", *overridden)
+    done = command(
+        sys.executable, "-m", "bench.faults", "campaign=plans", "cases=3", f"folder={tmp_path / 'faults'}", *overridden
+    )
     assert done.status == 0, done.out + done.err
     assert "8 runs, 0 identities: all the same" in done.out  # these runs have no logger

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.corruptions import KINDS, STEPS, Case, Ending, Folders, campaign, checkpoint_of, verdict
+from bench.faults.corruptions import KINDS, STEPS, Case, Ending, Folders, campaign, checkpoint_of, verdict
 from conf.load import load
 from conf.schema import Config
 from conf.validate import settings_of

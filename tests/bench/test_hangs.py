@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.hangs import Hang, HangOutcome, cases, verdict
+from bench.faults.hangs import Hang, HangOutcome, cases, verdict
 from launch.endings import read_ending
 from tests.training import warm
 from tests.training.tiny import PATIENCE, ROOT, environment, free_port, overrides, shared_corpus
@@ -27,7 +27,7 @@ def start(tmp_path, tmp_path_factory):
         for rank in ("0", "1"):
             ranks = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
             variables = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, BLOCKED=blocked or "none 0 0 .", **ranks)
-            command = [warm.sys.executable, str(ROOT / "bench" / "blocked_train.py"), *words]
+            command = [warm.sys.executable, str(ROOT / "bench" / "faults" / "blocked_train.py"), *words]
             started.append(warm.Process(command, variables, ROOT))
         return started
 
@@ -65,7 +65,7 @@ def test_a_stopped_rank(start, tmp_path):
 def test_a_rank_whose_save_blocks(start, tmp_path):
     ranks = start(f"save 1 4 {tmp_path}")
     printed = ended(ranks, tmp_path / "run", culprit=1)
-    assert "it is saving the checkpoint of step 4 (bench/blocked_train.py:" in printed
+    assert "it is saving the checkpoint of step 4 (bench/faults/blocked_train.py:" in printed
     assert [rank.returncode for rank in ranks] == [4, 4]
     for rank in range(2):
         assert "in first_failure" in printed or rank  # where the saver of rank 0 waits

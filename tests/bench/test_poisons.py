@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.poisons import PLACES, PoisonCase, PoisonedEnding, cases, judge
+from bench.faults.poisons import PLACES, PoisonCase, PoisonedEnding, cases, judge
 from tests.training.tiny import command
 
 CASE = PoisonCase("weight", "NaN", 1, "bf16", 2)

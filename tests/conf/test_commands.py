@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Started by others: torchrun, a campaign. The last is an alias of model.import_hf.
-NOT_TYPED = ("launch.collective", "bench.blocked_train", "model.load")
+NOT_TYPED = ("launch.collective", "bench.faults.blocked_train", "model.load")
 ROOMS = ("ablation", "bench", "data", "kernels", "launch", "model")
 
 

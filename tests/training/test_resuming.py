@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.corruptions import fit_manifest
+from bench.faults.corruptions import fit_manifest
 from tests.training.tiny import overrides
 
 SETTINGS = {"save_every": 2, "eval_every": 0, "optim__lr": 0.01, "schedule__warmup": 0.5, "schedule__final": 0}

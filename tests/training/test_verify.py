@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from bench.corruptions import checkpoint_of, fit_manifest
+from bench.faults.corruptions import checkpoint_of, fit_manifest
 from conf.load import load
 from kernels.common.errors import UserError
 from tests.bench.test_corruptions import write_run

@@ -1,4 +1,4 @@
-"""`train.py`, in which one rank blocks for ever at a chosen place, as behind a dead disk or network: for `bench/hangs.py`.
+"""`train.py`, in which one rank blocks for ever at a chosen place, as behind a dead disk or network: for `hangs.py`.
 
 The variable BLOCKED says where: "loader 1 3 FOLDER" blocks rank 1 as it reads the samples of step 3. Other places are `save`,
 in the thread that writes a checkpoint, and `collective`, before a reduction. The rank then creates FOLDER/blocked.
@@ -69,9 +69,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(
-        Path(__file__).resolve().parents[1]
-    )  # where `train` is that of the project, not the one beside this file
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
     from kernels.common.commands import run_command
     from kernels.common.streams import outlive_console
     from launch.ranks import leave_after

@@ -9,27 +9,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-
-from bench.corrupted_runs import TINY, write_corpus
+from bench.faults.runs import LAUNCHERS, TINY, end_all, launch, ranks_of, wait_until, write_corpus
 from launch.endings import read_ending
-from launch.ranks import without_launcher
 
-_ROOT = Path(__file__).resolve().parents[1]
 STEP_SECONDS, PHASE_SECONDS = 12.0, 60.0  # the bounds of the watchdog
 END_SECONDS = 60.0  # from the bound to the end of all processes
 _PATIENCE = 180.0  # seconds for a run to reach the place where it is to hang
 PLACES = ("stop", "loader", "collective", "save")
-LAUNCHERS = ("torchrun", "deepspeed")
+SCRIPT = "bench/faults/blocked_train.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +34,7 @@ class Hang:
     step: int  # in which it hangs, from 1; a save is that of this step
     ranks: int
     rank: int  # the one that hangs
-    launcher: str  # one of LAUNCHERS
+    launcher: str  # one of runs.LAUNCHERS
 
     @property
     def bound(self) -> float:
@@ -116,22 +110,15 @@ def hang(case: Hang, folder: Path, number: int, overrides: list[str]) -> HangOut
     """Start a run, let it hang, and return what came of it."""
     run, blocked = folder / "runs" / str(number), folder / f"blocked {number}"
     blocked.mkdir(parents=True)
-    scripts = Path(sys.executable).parent
-    launchers = {
-        "torchrun": [scripts / "torchrun", "--standalone", f"--nproc-per-node={case.ranks}"],
-        "deepspeed": [sys.executable, scripts / "deepspeed", f"--num_gpus={case.ranks}"],
-    }
-    words = [*launchers[case.launcher], "bench/blocked_train.py", *words_of(folder, run.name), *overrides]
-    variables = {"BLOCKED": f"{case.place} {case.rank} {case.step} {blocked}", "PYTHONPATH": str(_ROOT)}
-    environment = {**without_launcher(os.environ), "OMP_NUM_THREADS": "1", **variables}
-    with open(folder / f"{number}.log", "wb") as log:
-        process = subprocess.Popen(
-            list(map(str, words)), cwd=_ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+    variables = {"BLOCKED": f"{case.place} {case.rank} {case.step} {blocked}"}
+    words = [*words_of(folder, run.name), *overrides]
+    process = launch(case.launcher, case.ranks, SCRIPT, words, folder / f"{number}.log", **variables)
     try:
         if case.place == "stop":
-            _wait_for(process, lambda: _steps(run) >= case.step - 1 and len(_ranks(process.pid)) == case.ranks)
-            _ranks(process.pid)[case.rank].send_signal(signal.SIGSTOP)
+            _wait_for(
+                process, lambda: _steps(run) >= case.step - 1 and len(ranks_of(process.pid, SCRIPT)) == case.ranks
+            )
+            ranks_of(process.pid, SCRIPT)[case.rank].send_signal(signal.SIGSTOP)
         else:
             _wait_for(process, (blocked / "blocked").exists)
         began, status = time.monotonic(), None
@@ -139,7 +126,7 @@ def hang(case: Hang, folder: Path, number: int, overrides: list[str]) -> HangOut
             status = process.wait(case.bound + END_SECONDS)
         seconds = time.monotonic() - began
     finally:
-        strays = _end_all(process.pid)
+        strays = end_all(process.pid)
     ending = read_ending(run)
     stacks = len(list((run / "stacks").glob("rank_*.txt")))
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
@@ -148,11 +135,8 @@ def hang(case: Hang, folder: Path, number: int, overrides: list[str]) -> HangOut
 
 
 def _wait_for(process: subprocess.Popen[bytes], happened: Callable[[], bool]) -> None:
-    until = time.monotonic() + _PATIENCE
-    while not happened():
-        if process.poll() is not None or time.monotonic() > until:
-            raise RuntimeError(f"the run ended ({process.poll()}), or did not come to where it should hang")
-        time.sleep(0.1)
+    if not wait_until(happened, process, _PATIENCE):
+        raise RuntimeError(f"the run ended ({process.poll()}), or did not come to where it should hang")
 
 
 def _steps(run: Path) -> int:
@@ -162,31 +146,3 @@ def _steps(run: Path) -> int:
     with contextlib.suppress(OSError):
         return (run / "metrics.jsonl").read_bytes().count(b'"kind": "train"')
     return 0
-
-
-def _ranks(launcher: int) -> dict[int, psutil.Process]:
-    """Return {rank: process} of the ranks below a launcher."""
-    found: dict[int, psutil.Process] = {}
-    for process in _descendants(launcher):
-        with contextlib.suppress(psutil.Error, ValueError):
-            script = next((word for word in process.cmdline()[1:] if not word.startswith("-")), "")
-            if script.endswith("blocked_train.py"):
-                found[int(process.environ()["RANK"])] = process
-    return found
-
-
-def _descendants(launcher: int) -> Iterator[psutil.Process]:
-    with contextlib.suppress(psutil.Error):
-        yield from psutil.Process(launcher).children(recursive=True)
-
-
-def _end_all(session: int) -> int:
-    """Kill what is left of a launcher's session; return how many processes that were."""
-    time.sleep(1.0)  # the parent of a killed process takes its status
-    left = 0
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                process.kill()
-                left += 1
-    return left

@@ -1,17 +1,17 @@
-"""The runs of the campaign of corruptions: trained, stopped, damaged by `bench/corruptions.py`, and resumed."""
+"""The runs of the campaign of corruptions: trained, stopped, damaged by `corruptions.py`, and resumed."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
 import sys
 from pathlib import Path
 
-from bench.corruptions import STEPS, Ending, Folders, campaign, checkpoint_of
+from bench.faults.corruptions import STEPS, Ending, Folders, campaign, checkpoint_of
+from bench.faults.runs import TINY, write_corpus
 from kernels.common.commands import run_command
 
 
@@ -58,45 +58,6 @@ def run_campaign(folder: Path, cases: int, seed: int, overrides: list[str]) -> i
         print(f"{kind:22} {how:16} {count:4d}")
     print(f"{cases} corruptions, {wrong} wrong")
     return 1 if wrong else 0
-
-
-TINY = [
-    *(
-        "data=text",
-        "model.d_model=32",
-        "model.n_layers=2",
-        "model.n_heads=2",
-        "model.d_ff=48",
-        "tokenizer.vocab_size=384",
-    ),
-    *(
-        "sequence_length=32",
-        "global_batch_size=8",
-        "steps=12",
-        "save_every=3",
-        "keep_last=9",
-        "eval_every=0",
-        "precision=fp32",
-    ),
-    *(
-        "logger=none",
-        "log_seconds=0",
-        "telemetry_every=0",
-        "sample_tokens=4",
-        "data.workers=1",
-        "data.max_epochs=1000000",
-    ),
-]
-
-
-def write_corpus(folder: Path) -> None:
-    """Write a corpus of made-up words for tiny runs."""
-    folder.mkdir(parents=True)
-    generator = random.Random(0)
-    words = ["".join(generator.choices("abcdefghijklmnoprstuvwyz", k=generator.randint(2, 7))) for _ in range(200)]
-    for number in range(40):
-        text = "\n".join(" ".join(generator.choices(words, k=8)) for _ in range(20))
-        (folder / f"{number}.txt").write_text(text + "\n", encoding="utf-8")
 
 
 def _final_loss(run: Path) -> float | None:

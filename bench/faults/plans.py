@@ -1,16 +1,7 @@
-"""Disturb runs as machines do, and compare them with undisturbed ones: `python -m bench.faults folder=FOLDER`.
+"""A plan under SIGKILL: the plan `smoke` is run in fp32 twice, once undisturbed, and once killed and restarted again and again.
 
-    campaign=kills         or corruptions, poisons, hangs   seed=0     of what happens, and when
-    kills=10               SIGKILLs                         cases=150  corruptions; unless it is set 70 poisons, and all hangs
-    folder=FOLDER          a new folder for all runs        and ablation.KEY=VALUE (kills), or overrides of every run
-
-campaign=kills runs the plan `smoke` in fp32 twice: once undisturbed, and once killed and restarted again and again. A kill hits
-the runner, the run, or both at once, as when a machine goes down. Required: the same final losses to the last bit, one W&B
-identity per run, and metrics in which no step is missing or repeated.
-
-campaign=corruptions damages copies of a run folder and resumes them, as `bench/corruptions.py` says. campaign=poisons makes
-numbers of runs non-finite, or far too large, as `bench/poisons.py` says. campaign=hangs stops or blocks a
-rank and waits for the watchdog to end the run, as `bench/hangs.py` says.
+A kill hits the runner, the run, or both at once, as when a machine goes down. Required: the same final losses to the last bit,
+one W&B identity per run, and metrics in which no step is missing or repeated.
 """
 
 from __future__ import annotations
@@ -28,40 +19,13 @@ from typing import Any
 
 import psutil
 
-from kernels.common.commands import run_command
-from kernels.common.errors import UserError, unknown
-from kernels.common.options import split_options
-
-_OPTIONS = {"campaign": "kills", "kills": 10, "cases": 0, "seed": 0, "folder": ""}
-_CAMPAIGNS = ("kills", "corruptions", "poisons", "hangs")
-_ROOT = Path(__file__).resolve().parents[1]
+from bench.faults.runs import ROOT
+from kernels.common.errors import UserError
 
 
-def main(argv: list[str]) -> int:
-    required = {"folder": "folder=FOLDER, a new folder for all runs"}
-    options, overrides = split_options(argv, _OPTIONS, required=required)
-    folder = Path(options["folder"])
-    if folder.exists():
-        raise UserError(f"{folder} exists; give a new folder")
-    if options["campaign"] not in _CAMPAIGNS:
-        raise unknown("campaign", options["campaign"], _CAMPAIGNS)
-    if options["campaign"] == "hangs":
-        from bench import hangs
-
-        return hangs.run_campaign(folder, options["cases"], options["seed"], overrides)
-    if options["campaign"] == "corruptions":
-        from bench import corrupted_runs
-
-        return corrupted_runs.run_campaign(folder, options["cases"] or 150, options["seed"], overrides)
-    if options["campaign"] == "poisons":
-        from bench import poisons
-
-        return poisons.run_campaign(folder, options["cases"] or 70, options["seed"], overrides)
-    return kill(options, folder, overrides)
-
-
-def kill(options: dict[str, Any], folder: Path, overrides: list[str]) -> int:
-    """Kill a plan again and again, print what came of it, and return the exit status."""
+def run_campaign(folder: Path, kills: int, seed: int, overrides: list[str]) -> int:
+    """Kill a plan again and again, print what came of it; return 1 if something was wrong, else 0."""
+    os.environ.setdefault("WANDB_MODE", "offline")
     plan = ["ablation=smoke", "precision=fp32", *overrides]
     undisturbed, killed = folder / "undisturbed", folder / "killed"
     began = time.monotonic()
@@ -70,10 +34,10 @@ def kill(options: dict[str, Any], folder: Path, overrides: list[str]) -> int:
     seconds = time.monotonic() - began
     print(f"undisturbed: {seconds:.0f} seconds", flush=True)
     identities: dict[str, set[str]] = {}
-    generator = random.Random(options["seed"])
+    generator = random.Random(seed)
     # The longest interval between kills. The work that kills undo makes the plan last longer, hence the factor.
-    longest = max(4.0, 1.5 * seconds / options["kills"])
-    for kill in range(1, options["kills"] + 1):
+    longest = max(4.0, 1.5 * seconds / kills)
+    for kill in range(1, kills + 1):
         target = generator.choice(("runner", "run", "both"))
         after = generator.uniform(2.0, longest)
         if run(plan, killed, target, after) == 0:
@@ -105,7 +69,7 @@ def run(plan: list[str], folder: Path, target: str = "", after: float = 0.0) -> 
     command = [sys.executable, "-m", "ablation.run", *plan, f"folder={folder}", "yes=true"]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "console.log", "ab") as log:
-        process = subprocess.Popen(command, cwd=_ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
     if target:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=after)
@@ -156,8 +120,3 @@ def steps(run: Path) -> list[tuple[str, int, float]]:
     """Return (kind, step, loss) of the training and evaluation lines of a run."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [(line["kind"], line["step"], line["loss"]) for line in lines if line["kind"] in ("train", "eval")]
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("WANDB_MODE", "offline")
-    run_command(main, __doc__)

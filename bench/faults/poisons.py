@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from bench.corrupted_runs import TINY, write_corpus
+from bench.faults.runs import TINY, write_corpus
 from kernels.common.commands import run_command
 
 STEP = 5  # in which a run is poisoned; a checkpoint is saved every two steps

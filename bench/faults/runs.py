@@ -1,0 +1,132 @@
+"""What the campaigns share: tiny runs, the launchers that start them, and the processes of a launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+
+from launch.ranks import without_launcher
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHERS = ("torchrun", "deepspeed")
+TINY = [
+    *(
+        "data=text",
+        "model.d_model=32",
+        "model.n_layers=2",
+        "model.n_heads=2",
+        "model.d_ff=48",
+        "tokenizer.vocab_size=384",
+    ),
+    *(
+        "sequence_length=32",
+        "global_batch_size=8",
+        "steps=12",
+        "save_every=3",
+        "keep_last=9",
+        "eval_every=0",
+        "precision=fp32",
+    ),
+    *(
+        "logger=none",
+        "log_seconds=0",
+        "telemetry_every=0",
+        "sample_tokens=4",
+        "data.workers=1",
+        "data.max_epochs=1000000",
+    ),
+]
+
+
+def write_corpus(folder: Path) -> None:
+    """Write a corpus of made-up words for tiny runs."""
+    folder.mkdir(parents=True)
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefghijklmnoprstuvwyz", k=generator.randint(2, 7))) for _ in range(200)]
+    for number in range(40):
+        text = "\n".join(" ".join(generator.choices(words, k=8)) for _ in range(20))
+        (folder / f"{number}.txt").write_text(text + "\n", encoding="utf-8")
+
+
+def launch(
+    launcher: str, ranks: int, script: str, overrides: Sequence[str], log: Path, **variables: str
+) -> subprocess.Popen[bytes]:
+    """Start a script of the project on some ranks, in a session of its own, with one thread each; return its launcher.
+
+    Args:
+        launcher: one of LAUNCHERS.
+        script: relative to the project's root.
+        log: takes what all processes print, after what it has already.
+        variables: to add to the environment.
+    """
+    scripts = Path(sys.executable).parent
+    commands = {
+        "torchrun": [scripts / "torchrun", "--standalone", f"--nproc-per-node={ranks}"],
+        "deepspeed": [sys.executable, scripts / "deepspeed", f"--num_gpus={ranks}"],
+    }
+    fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**without_launcher(os.environ), **fixed, **variables}
+    words = list(map(str, [*commands[launcher], script, *overrides]))
+    with open(log, "ab") as file:
+        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+
+
+def wait_until(
+    happened: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float, poll: float = 0.1
+) -> bool:
+    """Return True as soon as something has happened; False where the process has ended, or after some seconds."""
+    until = time.monotonic() + seconds
+    while not happened():
+        if process.poll() is not None or time.monotonic() > until:
+            return False
+        time.sleep(poll)
+    return True
+
+
+def ranks_of(launcher: int, script: str) -> dict[int, psutil.Process]:
+    """Return {rank: process} of the ranks below the launcher with this process id."""
+    found: dict[int, psutil.Process] = {}
+    for process in _descendants(launcher):
+        with contextlib.suppress(psutil.Error, ValueError, KeyError):
+            program = next((word for word in process.cmdline()[1:] if not word.startswith("-")), "")
+            if program.endswith(script):
+                found[int(process.environ()["RANK"])] = process
+    return found
+
+
+def members(session: int) -> list[psutil.Process]:
+    """Return the processes of a session that are alive."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def end_all(session: int) -> int:
+    """Kill what is left of a launcher's session; return how many processes that were."""
+    time.sleep(1.0)  # the parent of a killed process takes its status
+    left = members(session)
+    kill(left)
+    return len(left)
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """Send SIGKILL to processes, of which some may have ended."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def _descendants(launcher: int) -> Iterator[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        yield from psutil.Process(launcher).children(recursive=True)
