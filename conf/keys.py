@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,16 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (FOLDER / group).glob("*.yaml"))
 
 
-def keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
-    """Yield (dotted key, type, field) of every leaf of the schema."""
+@functools.cache
+def keys(cls: type = Config, prefix: str = "") -> tuple[tuple[str, Any, dataclasses.Field], ...]:
+    """Return (dotted key, type, field) of every leaf of the schema."""
+    return tuple(_leaves(cls, prefix))
+
+
+def _leaves(cls: type, prefix: str) -> Iterator[tuple[str, Any, dataclasses.Field]]:
     types = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(types[field.name]):
-            yield from keys(types[field.name], f"{prefix}{field.name}.")
+            yield from _leaves(types[field.name], f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, types[field.name], field

@@ -18,17 +18,20 @@ import typing
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conf.effects import refuse_ignored, refuse_ignored_of_parts, refuse_mislabelled
 from conf.help import print_help
 from conf.keys import FOLDER, choices, keys
-from conf.overrides import TEXT_LISTS, Override, as_typed, count_of, parse, read_override, within
+from conf.overrides import FREE_FORM, TEXT_LISTS, Override, as_typed, count_of, parse, read_override, within
 from conf.schema import GROUPS, Config
 from conf.yaml_files import parse_yaml, read_yaml, without_interpolation, write_yaml
 from kernels.common.commands import HELP
 from kernels.common.errors import UserError, unknown
 from kernels.common.text import secrets_of
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 Group = typing.TypeVar("Group")
 # Keys that do not change what is learned: they neither name a run nor prevent resuming it (conf/validate.py).
@@ -328,26 +331,42 @@ def run_name(config: Config, overrides: list[Override]) -> str:
 
 
 def _compose(overrides: list[Override]) -> Config:
-    return copy.deepcopy(_composed(tuple(map(str, overrides))))
+    return copy.deepcopy(_composed(tuple(overrides)))
 
 
 @functools.lru_cache(maxsize=64)
-def _composed(overrides: tuple[str, ...]) -> Config:
-    """Compose with Hydra, which takes a tenth of a second: the arms of a plan and the runs of a report share overrides."""
-    from hydra import compose, initialize_config_dir
+def _composed(overrides: tuple[Override, ...]) -> Config:
+    """Compose with Hydra, then set the values of keys, as Hydra does."""
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    for override in overrides:
-        parse(override)
-    _store_schema()
+    parsed = [(override, parse(str(override))) for override in overrides]
+    for override, hydras in parsed:
+        if hydras.is_sweep_override():
+            typed = f"{override.key}={override.typed}"
+            raise UserError(f"{typed} has several values but takes one; a list is written [one,two]; --multirun sweeps")
     try:
-        with initialize_config_dir(str(FOLDER), version_base="1.3"):
-            composed = compose("config", list(overrides))
+        composed = copy.deepcopy(
+            _with_choices(tuple(str(override) for override in overrides if override.key in GROUPS))
+        )
+        for override, hydras in parsed:
+            if override.key not in GROUPS:
+                free = within(override.key, FREE_FORM)
+                OmegaConf.update(composed, override.key, hydras.value(), merge=True, force_add=free)
         return _with_text_keys(typing.cast(Config, OmegaConf.to_object(composed)))
     except (HydraException, OmegaConfBaseException, OverflowError) as error:
         raise UserError(_sentence(error)) from error
+
+
+@functools.lru_cache(maxsize=64)
+def _with_choices(overrides: tuple[str, ...]) -> DictConfig:
+    """Compose the choices of groups, which takes a tenth of a second; the runs of a plan share them."""
+    from hydra import compose, initialize_config_dir
+
+    _store_schema()
+    with initialize_config_dir(str(FOLDER), version_base="1.3"):
+        return compose("config", list(overrides))
 
 
 def typed(schema: type[Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -391,8 +410,6 @@ def _schema() -> Any:
 def _sentence(error: Exception) -> str:
     """Reduce Hydra's nested, multi-line error to the key, the value and what was expected."""
     text = f"{error}\n{error.__cause__ or ''}"
-    if several := re.search(r"Ambiguous value for argument '(.*?)'", text):
-        return f"{several.group(1)} has several values but takes one; a list is written [one,two]"
     value = re.search(r"Value '(.*?)'(?= of type| is not|$)", text)
     where = re.search(r"full_key: (\S+)", text)
     kinds = {"to Integer": "a whole number", "to Float": "a number", "valid bool": "true or false"}
