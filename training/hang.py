@@ -1,4 +1,4 @@
-"""The end of a run that hangs: find the rank that the others wait for, write all stacks, say it once, kill what is stopped.
+"""The end of a run that hangs: find the rank that the others wait for, write all stacks, say it once, end what is stopped.
 
 It runs in a thread of its own on every rank, because each part of it may wait for a disk.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import time
@@ -25,6 +26,7 @@ from launch.ranks import Ranks
 _PRINTED = 8  # stacks of ranks
 _STAGGERED = 4  # ranks that do not all read the heartbeats of all ranks at once
 _ANSWER_SECONDS = 12.0  # for the stacks of all ranks
+_MARGIN_SECONDS = 1.0  # for a process that was stopped, beside the intervals in which it reads
 _SAME_SECONDS = 2.0  # within which two processes see another one's start
 
 
@@ -69,9 +71,7 @@ class Investigation:
             self._speak(verdict)
         else:  # the launcher kills the others as soon as one of them ends
             self._wait(_ANSWER_SECONDS + 4 * self._interval, lambda: self._was_said(verdict))
-        for rank in verdict.silent:
-            if beat := heartbeats.read(self._folder, rank):
-                kill_peer(beat)
+        self._end([peer for rank in verdict.silent if (peer := peer_of(heartbeats.read(self._folder, rank)))])
 
     def _investigate(self) -> Diagnosis | None:
         """Return the verdict, this rank's own unless another was faster; None if this rank goes on after all."""
@@ -110,27 +110,42 @@ class Investigation:
         print_lines(f"error: the run hangs: {verdict.sentence}; the stacks of all ranks are in {self._run / 'stacks'}")
         write_ending(self._run, SessionEnding("hung", ExitStatus.HUNG, verdict.sentence, verdict.rank, verdict.step))
 
+    def _end(self, peers: list[psutil.Process]) -> None:
+        """Let stopped processes go on, so that they find the verdict and end with its status; kill those that do not.
+
+        A launcher ends with the status of the first rank that it sees ending.
+        """
+        for number in (signal.SIGCONT, signal.SIGKILL):
+            for peer in peers:
+                with contextlib.suppress(psutil.Error):
+                    peer.send_signal(number)
+            if number == signal.SIGCONT:
+                self._wait(2 * self._interval + _MARGIN_SECONDS, lambda: not any(map(_is_alive, peers)))
+
     def _wait(self, seconds: float, done: Callable[[], bool]) -> None:
         until = time.monotonic() + seconds
         while time.monotonic() < until and not done():
             time.sleep(min(0.2, self._interval))
 
 
-def kill_peer(beat: Heartbeat) -> bool:
-    """Kill the process of a rank that is stopped; return whether that was done.
+def peer_of(beat: Heartbeat | None) -> psutil.Process | None:
+    """Return the process of another rank's heartbeat, if a signal may be sent to it.
 
     Only a process of this node and user that this rank's launcher started, and at the time that the heartbeat tells.
     """
-    if beat.host != socket.gethostname() or beat.pid == os.getpid():
-        return False
-    try:
+    if beat is None or beat.host != socket.gethostname() or beat.pid == os.getpid():
+        return None
+    with contextlib.suppress(psutil.Error):  # it has ended
         process, own = psutil.Process(beat.pid), psutil.Process()
         same = abs(process.create_time() - beat.started) < _SAME_SECONDS
         if same and process.ppid() == own.ppid() and process.uids().real == own.uids().real:
-            process.kill()
-            return True
-    except psutil.Error:
-        pass  # it has ended
+            return process
+    return None
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE
     return False
 
 

@@ -58,7 +58,7 @@ def test_a_stopped_rank(start, tmp_path):
     ranks[1].send_signal(signal.SIGSTOP)
     printed = ended(ranks, tmp_path / "run", culprit=1)
     assert "writes no heartbeat any more; it was " in printed
-    assert [rank.returncode for rank in ranks] == [4, -signal.SIGKILL]
+    assert [rank.returncode for rank in ranks] == [4, 4]  # it was let go on
     assert "rank 0, thread MainThread" in (tmp_path / "run" / "stacks" / "rank_0.txt").read_text()
 
 

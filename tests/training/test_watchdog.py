@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import psutil
 import pytest
@@ -20,7 +22,7 @@ from launch.endings import read_ending
 from launch.heartbeats import Activity, Diagnosis, Heartbeat
 from launch.ranks import Ranks
 from training import hang, watchdog
-from training.hang import Investigation, kill_peer
+from training.hang import Investigation, peer_of
 from training.watchdog import Bounds, Patience, Watchdog
 
 MINUTE = 60.0
@@ -198,11 +200,12 @@ def investigation(tmp_path: Path, rank: int, world: int, **changes) -> Investiga
     return Investigation(Ranks(rank, world, rank, world), tmp_path, 0.01, "main", **arguments | changes)
 
 
-def test_the_lowest_rank_that_lives_speaks_once_and_kills_the_stopped_one(tmp_path, capsys, monkeypatch):
+def test_the_lowest_rank_that_lives_speaks_once_and_ends_the_stopped_one(tmp_path, capsys, monkeypatch):
     """Rank 0 is stopped; ranks 1 and 2 write heartbeats, of which rank 1 is the one that speaks."""
-    folder, killed = tmp_path / "heartbeats", []
+    folder, peer = tmp_path / "heartbeats", mock.Mock()
     folder.mkdir()
-    monkeypatch.setattr(hang, "kill_peer", lambda beat: killed.append(beat.rank))
+    monkeypatch.setattr(hang, "peer_of", lambda beat: peer if beat.rank == 0 else None)
+    monkeypatch.setattr(hang, "_MARGIN_SECONDS", 0.0)
     heartbeats.write(folder, heartbeat(0, 3))
     counts = iter(range(100))
 
@@ -221,7 +224,7 @@ def test_the_lowest_rank_that_lives_speaks_once_and_kills_the_stopped_one(tmp_pa
     printed = capsys.readouterr().err.splitlines()
     assert printed[0] == "the stacks of rank 1"
     assert printed[-1].startswith("error: the run hangs: waiting for rank 0 since ")
-    assert killed == [0]
+    assert [call.args for call in peer.send_signal.call_args_list] == [(signal.SIGCONT,), (signal.SIGKILL,)]
     ending = read_ending(tmp_path)
     assert (ending.status, ending.exit_status, ending.rank, ending.step) == ("hung", 4, 0, 7)
     assert ending.reason == asked.verdict.sentence
@@ -230,7 +233,7 @@ def test_the_lowest_rank_that_lives_speaks_once_and_kills_the_stopped_one(tmp_pa
     monkeypatch.setattr(other, "_wait", lambda *_: None)
     other.run()
     assert capsys.readouterr().err == ""
-    assert killed == [0, 0]
+    assert peer.send_signal.call_count == 4
 
 
 def test_a_rank_that_moves_again_goes_on(tmp_path):
@@ -250,17 +253,16 @@ def child():
     process.stdin.close()
 
 
-def test_only_the_process_of_the_heartbeat_is_killed(child, monkeypatch):
+def test_only_the_process_of_the_heartbeat_is_ended(child, monkeypatch):
     started, host = psutil.Process(child.pid).create_time(), os.uname().nodename
     beat = heartbeat(1, host=host, pid=child.pid, started=started)
-    assert not kill_peer(beat)  # this process is its parent, not its sibling
+    assert peer_of(beat) is None  # this process is its parent, not its sibling
     monkeypatch.setattr(psutil.Process, "ppid", lambda _: 1)
-    assert not kill_peer(heartbeat(1, host="another", pid=child.pid, started=started))
-    assert not kill_peer(heartbeat(1, host=host, pid=child.pid, started=started - 60))
-    assert not kill_peer(heartbeat(1, host=host, pid=os.getpid(), started=psutil.Process().create_time()))
-    assert child.poll() is None
-    assert kill_peer(beat)
-    assert child.wait() == -9
+    assert peer_of(None) is None
+    assert peer_of(heartbeat(1, host="another", pid=child.pid, started=started)) is None
+    assert peer_of(heartbeat(1, host=host, pid=child.pid, started=started - 60)) is None
+    assert peer_of(heartbeat(1, host=host, pid=os.getpid(), started=psutil.Process().create_time())) is None
+    assert peer_of(beat) == psutil.Process(child.pid)
 
 
 def test_it_neither_names_a_run_nor_stops_it_from_going_on():
