@@ -10,7 +10,7 @@ memory.py       bytes per rank under ZeRO and tensor parallelism, against the fo
 estimate.py     `launch.estimate`, against measured memory and published step times
 telemetry.py    the cost of an activation telemetry sample
 faults/         campaigns of faults: runs that are killed, damaged, poisoned, that hang, and whose disks fail
-fuzz.py         random text for whatever reads text, each read or refused in a sentence
+fuzz/           random text and damaged files for whatever reads them, each read or refused in a sentence
 gpu.py          checks and times of the Triton kernels on a GPU (gpu.sh runs it, gpu_page.py makes its page)
 sm90.py         the Triton kernels compiled for Hopper, without a GPU
 

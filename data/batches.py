@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from data.ranges import NO_SAMPLES, SampleRanges
-from data.shards import ShardSet, open_shards, read_index
+from data.shards import ShardSet, open_shards, read_index, read_part
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.common.errors import UserError
 
@@ -93,7 +93,7 @@ def open_dataset(folder: str | Path) -> Dataset:
     parts, held_out, xz_bits = [], [], 0.0
     for record in records:
         where = folder if record["folder"] == "." else Path(folder, record["folder"]).resolve()
-        part = read_index(where)
+        part = read_part(where)
         if part["tokenizer_hash"] != tokenizer.hash:
             raise UserError(f"the shards in {where} were made with another tokenizer than the one in {folder}")
         train = open_shards(where, part, "train")

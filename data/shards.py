@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +22,15 @@ import numpy as np
 
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
+from kernels.common.json_files import read_object
 
 FORMAT = 1  # of the folder; a folder of another format is prepared again beside it
 INDEX = "index.json"
 SPLITS = ("train", "held_out")
 VERIFY_AT_OPEN = 256 << 20  # bytes of a set whose checksums every open verifies: a quarter of a second
+_INDEX_BYTES = 1 << 30  # of the longest index that is read: of millions of shards
+_SHARD_NAME = re.compile(r"(train|held_out)-[0-9]{5,9}")
+_MOST = 1 << 53  # tokens, documents or bytes
 OPEN_FILES = 256  # that a reader keeps open; 1024 descriptors are a common limit per process
 
 
@@ -89,10 +95,11 @@ def write_index(folder: Path, index: dict[str, Any]) -> None:
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    write_json(folder / INDEX, index | {"digest": _digest_of(index)})
+    write_json(folder / INDEX, index | {"digest": digest_of(index)})
 
 
-def _digest_of(index: dict[str, Any]) -> str:
+def digest_of(index: dict[str, Any]) -> str:
+    """Return the digest that an index has over everything else in it."""
     return hashlib.blake2b(json.dumps(index, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -104,21 +111,87 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     path = Path(folder) / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_object(path, _INDEX_BYTES)
     except FileNotFoundError as error:
         what = "not completely prepared" if Path(folder).is_dir() else "missing"
         raise UserError(f"{folder} is {what}; run python -m data.prepare with its data=... overrides") from error
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and prepare the folder again") from error
-    is_complete = isinstance(index, dict) and {"vocab_size", "eos_id", "tokenizer_hash", "corpus_hash"} <= index.keys()
+    is_complete = {"vocab_size", "eos_id", "tokenizer_hash", "corpus_hash"} <= index.keys()
     if not is_complete or index.get("format") != FORMAT:
         raise UserError(f"{path} is not of format {FORMAT}; delete the folder and prepare it again")
     digest = index.pop("digest", None)
-    if digest is not None and digest != _digest_of(index):
+    if digest is not None and digest != digest_of(index):
         raise UserError(
             f"{path} was changed since it was written (its digest does not match); delete it and prepare the folder again"
         )
+    if problem := _index_problem(index):
+        raise UserError(f"{path} is damaged ({problem}); delete it and prepare the folder again")
     return index
+
+
+def read_part(folder: Path) -> dict[str, Any]:
+    """Read the index of a corpus that holds its shards itself, as a part of a blend must.
+
+    Raises:
+        UserError: as `read_index`, or it is a blend.
+    """
+    index = read_index(folder)
+    if "shards" not in index:
+        raise UserError(f"{folder} is a blend, so it cannot be a part of one; prepare the blend again")
+    return index
+
+
+def _index_problem(index: dict[str, Any]) -> str:
+    """Return what is wrong with the values of an index; "" if nothing is."""
+    for key in ("name", "tokenizer_hash", "corpus_hash"):
+        if not isinstance(index.get(key), str):
+            return f"{key} is no text"
+    size, xz = index["vocab_size"], index.get("xz_bits_per_byte")
+    if not _is_count(size) or not 0 < size <= 1 << 32 or not _is_count(index["eos_id"]):
+        return "vocab_size or eos_id is no number of tokens"
+    if not _is_count(index.get("skipped", 0)) or not (xz is None or (isinstance(xz, (int, float)) and 0 <= xz < 1e9)):
+        return "skipped or xz_bits_per_byte is no number"
+    try:
+        if "parts" in index:
+            return _parts_problem(index["parts"])
+        for record in index["shards"]:
+            shard_of(record)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        return f"its list of shards or parts has no such form: {error}"
+    return ""
+
+
+def _parts_problem(parts: list[dict[str, Any]]) -> str:
+    for part in parts:
+        if not all(isinstance(part[key], str) and part[key].isprintable() for key in ("name", "folder")):
+            return "a part has no name or no folder"
+        if not isinstance(part["weight"], float) or not 0 < part["weight"] <= 1:
+            return "the weight of a part is no fraction"
+    names = {part["name"] for part in parts}
+    whole = math.isclose(math.fsum(part["weight"] for part in parts), 1.0, abs_tol=1e-6)
+    return "" if whole and len(names) == len(parts) else "its parts have one name, or weights that do not sum to 1"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MOST
+
+
+def shard_of(record: dict[str, Any]) -> Shard:
+    """Return the shard that an index or a group's record describes.
+
+    Raises:
+        ValueError, TypeError: it describes none.
+    """
+    shard = Shard(**record)
+    if not isinstance(shard.name, str) or not _SHARD_NAME.fullmatch(shard.name):
+        raise ValueError("a shard has a name that none has")
+    if not shard.name.startswith(f"{shard.split}-") or not isinstance(shard.checksum, str):
+        raise ValueError(f"{shard.name} is of another split, or has no checksum")
+    counts = shard.tokens, shard.documents, shard.bytes, shard.lossy
+    if not all(map(_is_count, counts)) or not 1 <= shard.documents <= shard.tokens or shard.lossy > shard.documents:
+        raise ValueError(f"{shard.name} has impossible numbers of tokens, documents or bytes")
+    return shard
 
 
 def shard_checksum(folder: Path, shard: Shard) -> str:
@@ -245,7 +318,7 @@ def open_shards(folder: Path, index: dict[str, Any], split: str) -> ShardSet:
     """
     folder = Path(folder)
     dtype = token_dtype(index["vocab_size"])
-    shards = [Shard(**record) for record in index["shards"] if record["split"] == split]
+    shards = [shard_of(record) for record in index["shards"] if record["split"] == split]
     small = sum(shard.tokens for shard in shards) * dtype.itemsize <= VERIFY_AT_OPEN
     for shard in shards:
         if problem := shard_problem(folder, shard, dtype, checksum=small):
@@ -267,9 +340,9 @@ def finished_group(
     """Return the shards of group `number` if an earlier preparation finished them from the same text, else None."""
     path = folder / f"group-{number:05d}.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_object(path)
         same = (record["text_hash"], record["tokenizer_hash"]) == (text_hash, tokenizer_hash)
-        shards = [Shard(**shard) for shard in record["shards"]]
+        shards = [shard_of(shard) for shard in record["shards"]]
     except (OSError, ValueError, TypeError, KeyError):
         return None  # not written yet, or by a version with another record: prepared again
     intact = same and not any(shard_problem(folder, shard, dtype) for shard in shards)

@@ -10,7 +10,7 @@ import numpy as np
 
 from conf.load import load
 from data.prepare import folder_of
-from data.shards import Shard, read_index, shard_problem, token_dtype
+from data.shards import Shard, read_index, read_part, shard_of, shard_problem, token_dtype
 from data.tokenizer import load_tokenizer
 from data.usage import with_keys
 from kernels.common.commands import run_command
@@ -61,15 +61,16 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
         problems.append(str(error))
     print(f"{'BROKEN' if problems else 'ok':6}  {folder} tokenizer")
     for record in index.get("shards", []):
-        shard = Shard(**record)
+        shard = shard_of(record)
         problem = check_shard(folder, shard, index["vocab_size"], index["eos_id"])
         state = "BROKEN" if problem else "ok"
         print(f"{state:6}  {folder / shard.name}  {shard.tokens:,} tokens  {shard.documents:,} documents")
         problems += [problem] if problem else []
     for part in index.get("parts", []):
         where = Path(os.path.normpath(folder / part["folder"]))
+        part_index = read_part(where)
         problems += verify(where)
-        if read_index(where)["tokenizer_hash"] != index["tokenizer_hash"]:
+        if part_index["tokenizer_hash"] != index["tokenizer_hash"]:
             problems.append(f"the shards in {where} were made with another tokenizer than the one in {folder}")
     return problems
 

@@ -13,6 +13,7 @@ import os
 import stat
 from typing import Any, NamedTuple
 
+_BLOCK = 1 << 24  # bytes of a read
 _LONGEST_LINE = 1 << 24  # bytes of a line of JSON
 
 
@@ -39,7 +40,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     """
     parts, left = [], limit + 1
     with open_regular(path) as file:
-        while left > 0 and (part := file.read(left)):
+        while left > 0 and (part := file.read(min(left, _BLOCK))):  # a read allocates what it asks for
             parts.append(part)
             left -= len(part)
     if left <= 0:

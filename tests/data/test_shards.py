@@ -15,7 +15,7 @@ import pytest
 
 import data.shards
 from data.batches import open_dataset
-from data.shards import ShardSet, open_shards, read_index, token_dtype, write_shard
+from data.shards import ShardSet, finished_group, open_shards, read_index, token_dtype, write_shard
 from data.tokenizer import train_sentencepiece
 from data.verify import verify
 from kernels.common.errors import UserError
@@ -145,6 +145,64 @@ def test_an_index_that_was_changed_is_refused(copy, key):
     for check in (open_dataset, verify):
         with pytest.raises(UserError, match=r"index\.json was changed since it was written"):
             check(copy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", "../train-00000"), ("split", "held_out"), ("tokens", "9"), ("tokens", -1), ("documents", 10**400),
+        ("documents", 1.0), ("bytes", None), ("checksum", 5), ("lossy", 10**6), ("other", 1),
+        ("vocab_size", "300"), ("vocab_size", 0), ("eos_id", [2]), ("tokenizer_hash", None), ("corpus_hash", {}),
+        ("xz_bits_per_byte", "x"), ("xz_bits_per_byte", 10**400), ("skipped", 0.5), ("shards", 3), ("shards", [[]]),
+        ("parts", 3), ("parts", []), ("parts", [{"name": "a", "folder": "."}]),
+        ("parts", [{"name": "a", "folder": "\0", "weight": 1.0}]), ("parts", [{"name": "a", "folder": ".", "weight": "1"}]),
+        ("parts", [{"name": "a", "folder": ".", "weight": 0.5}]),
+        ("parts", [{"name": "a", "folder": ".", "weight": 0.5}] * 2),
+    ],
+)  # fmt: skip
+def test_an_index_of_impossible_values_is_refused_whatever_its_digest(copy, key, value):
+    index = json.loads((copy / "index.json").read_text())
+    shard = index["shards"][0]
+    (shard if key in shard or key == "other" else index)[key] = value
+    del index["digest"]
+    for content in (index, index | {"digest": data.shards.digest_of(index)}):
+        (copy / "index.json").write_text(json.dumps(content))
+        for check in (open_dataset, verify):
+            with pytest.raises(UserError, match=r"index\.json is damaged \(.+\); delete it"):
+                check(copy)
+
+
+def test_an_index_without_a_list_of_shards_or_nested_too_deeply_is_refused(copy):
+    index = json.loads((copy / "index.json").read_text())
+    del index["shards"], index["digest"]
+    for text in (json.dumps(index), '{"a":' * 100_000, "[" * 100_000, "\ufeff{}", "null"):
+        (copy / "index.json").write_text(text)
+        with pytest.raises(UserError, match=r"index\.json is damaged"):
+            open_dataset(copy)
+
+
+def test_a_blend_is_no_part_of_a_blend(copy):
+    index = json.loads((copy / "index.json").read_text())
+    del index["shards"], index["digest"]
+    blend = copy.with_name("blend")
+    blend.mkdir()
+    (blend / "tokenizer.model").write_bytes((copy / "tokenizer.model").read_bytes())
+    (blend / "index.json").write_text(
+        json.dumps(index | {"parts": [{"name": "a", "weight": 1.0, "folder": "../blend"}]})
+    )
+    for check in (open_dataset, verify):
+        with pytest.raises(UserError, match="is a blend, so it cannot be a part of one"):
+            check(blend)
+
+
+def test_a_record_of_shards_with_impossible_values_is_none(copy):
+    path = copy / "group-00000.json"
+    record = json.loads(path.read_text())
+    arguments = (copy, 0, record["text_hash"], record["tokenizer_hash"], token_dtype(300))
+    assert finished_group(*arguments)
+    for value in ("9", {}, -1, None):
+        path.write_text(json.dumps(record | {"shards": [record["shards"][0] | {"tokens": value}]}))
+        assert finished_group(*arguments) is None
 
 
 def test_an_index_of_an_earlier_version_has_no_digest(copy):

@@ -1,121 +1,24 @@
-"""Feed random text to what reads text: `python -m bench.fuzz inputs=20000 seed=0`.
-
-    inputs=20000       of each campaign                     seed=0           of the inputs
-    campaign=NAME      formulas or overrides; both without  seconds=1.0      of a processor that an input may take
-
-formulas   sums, products, powers and calls at random, and mutations of the arms of conf/ffn, with parameters and `from_output`:
-           parsed, checked, differentiated and lowered to the programs that backends print, telemetry's too. Only FormulaError
-           may be raised.
-overrides  keys of the schema and others with random values, read by `conf.load.load`, checked by `validate`, and read back from
-           YAML, which must give the same configuration. Only UserError may be raised.
-
-Every input that raises something else, takes longer, or is not read back is printed; the status is then 1.
-"""
+"""The campaigns `formulas` and `overrides`: random text, read as a run reads what is typed."""
 
 from __future__ import annotations
 
-import dataclasses
 import random
-import signal
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench.formulas import formulas
+from bench.fuzz.campaign import Campaign
 from conf.keys import choices, keys
 from conf.load import from_yaml, load, to_yaml
 from conf.schema import GROUPS
 from conf.validate import validate
 from kernels.activations.telemetry import stats_program
-from kernels.common.commands import run_command
-from kernels.common.errors import UserError, unknown
-from kernels.common.options import read_options
-from kernels.common.text import printable
+from kernels.common.errors import UserError
 from kernels.formula import FormulaError, parse
 from kernels.formula.domains import check_domains
 from kernels.formula.grammar import FUNCTIONS
 from kernels.formula.symbolic import compile_formula
-
-_OPTIONS = {"inputs": 20_000, "seed": 0, "campaign": "", "seconds": 1.0}
-_STOP_SECONDS = 10.0  # of a processor after which an input is given up
-
-
-@dataclasses.dataclass
-class Fuzzed:
-    """What became of the inputs of a campaign."""
-
-    accepted: int = 0
-    refused: int = 0
-    slowest: float = 0.0  # seconds of a processor
-    slowest_input: str = ""
-    failures: list[str] = dataclasses.field(default_factory=list)
-
-
-class _TimeOut(BaseException):
-    """An input took `_STOP_SECONDS`; no handler of `Exception` may swallow it."""
-
-
-def main(argv: list[str]) -> int:
-    options = read_options(argv, _OPTIONS)
-    if options["campaign"] and options["campaign"] not in CAMPAIGNS:
-        raise unknown("campaign", options["campaign"], CAMPAIGNS)
-    failed = False
-    for name in [options["campaign"]] if options["campaign"] else CAMPAIGNS:
-        began = time.process_time()
-        result = fuzz(name, options["inputs"], options["seed"], options["seconds"])
-        for failure in result.failures:
-            print(f"  {failure}")
-        print(
-            f"{name}: {options['inputs']:,} inputs, seed {options['seed']}: {result.accepted:,} accepted, {result.refused:,} "
-            f"refused, {len(result.failures)} failures; slowest {result.slowest:.2f} s: {result.slowest_input[:100]}; "
-            f"{time.process_time() - began:.0f} s in all",
-            flush=True,
-        )
-        failed |= bool(result.failures)
-    return int(failed)
-
-
-def fuzz(campaign: str, inputs: int, seed: int, seconds: float = 1.0) -> Fuzzed:
-    """Run a campaign.
-
-    Args:
-        seconds: of a processor that an input may take; more is a failure.
-    """
-    make, check, refusal = CAMPAIGNS[campaign]
-    result = Fuzzed()
-    before = signal.signal(signal.SIGVTALRM, _stop)
-    try:
-        for index in range(inputs):
-            draw = random.Random(f"{campaign} {seed} {index}")
-            given = make(draw)
-            began = time.process_time()
-            signal.setitimer(signal.ITIMER_VIRTUAL, _STOP_SECONDS)
-            reason = ""
-            try:
-                check(given)
-                result.accepted += 1
-            except refusal as error:
-                result.refused += 1
-                reason = "" if str(error) else "an empty sentence"
-            except (Exception, _TimeOut, SystemExit) as error:
-                reason = f"{type(error).__name__}: {error}"
-            finally:
-                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            taken, shown = time.process_time() - began, printable(repr(given))
-            if taken > result.slowest:
-                result.slowest, result.slowest_input = taken, shown
-            if reason or taken > seconds:
-                result.failures.append(f"{taken:.2f} s {shown[:400]} {reason[:200]}")
-    finally:
-        signal.signal(signal.SIGVTALRM, before)
-    return result
-
-
-def _stop(*_: object) -> None:
-    raise _TimeOut(f"{_STOP_SECONDS:g} s of a processor")
-
 
 # ----------------------------------------------------------------------------------------------------------- formulas
 
@@ -255,12 +158,12 @@ def check_overrides(arguments: list[str]) -> None:
         validate(config, 1)
 
 
-# The name of a campaign: what makes an input, what reads it, and what may be raised.
-CAMPAIGNS: dict[str, tuple[Callable[[random.Random], Any], Callable[[Any], None], type[Exception]]] = {
-    "formulas": (random_formula, check_formula, FormulaError),
-    "overrides": (random_overrides, check_overrides, UserError),
+_CAMPAIGNS = {
+    "formulas": Campaign(random_formula, check_formula, (FormulaError,)),
+    "overrides": Campaign(random_overrides, check_overrides, (UserError,)),
 }
 
 
-if __name__ == "__main__":
-    run_command(main, __doc__)
+def campaign(name: str, _: Path) -> Campaign:
+    """Return one of the two; neither needs files."""
+    return _CAMPAIGNS[name]
