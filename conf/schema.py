@@ -197,7 +197,9 @@ class PrecisionConfig:
 class GuardConfig:
     """`guard=`: what happens when numbers go wrong."""
 
-    skip_limit: int = key(20, "skipped steps in a row, their gradients not finite, after which the run has diverged")
+    skip_limit: int = key(
+        20, "skipped steps in a row, their gradients not finite (or zero), after which a run has diverged"
+    )
     spike: str = key("report", "a loss or gradient norm far above those before: report | skip (the step) | rewind")
     spike_sigmas: float = key(6.0, "how far, in robust standard deviations (1.4826 x MAD) above the median")
     spike_window: int = key(

@@ -31,6 +31,7 @@ from training.spikes import Spike, SpikeDetector
 if TYPE_CHECKING:
     from training.engine import Engine
 
+_NO_GRADIENT = "activations are so large that their squares overflow, and the norms make zeros of them"
 REWINDS = 3  # to the same checkpoint, before a run has diverged
 
 
@@ -54,7 +55,7 @@ class Guard:
     ) -> None:
         self.config, self.engine, self.stream, self.recorder = config, engine, stream, recorder
         self._folder, self._global_batch, self._settle = folder, global_batch, settle
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row = self._zeros_in_a_row = 0
         guard = config.guard
         self.spikes = SpikeDetector(guard.spike_window, guard.spike_sigmas)
         self.refuse = self._refuse if guard.spike == "skip" else None  # for `Engine.train_step`
@@ -102,9 +103,20 @@ class Guard:
         return self._refused is not None
 
     def watch(self, loss: float, grad_norm: float) -> None:
-        """Report a spike where nothing is done about it."""
+        """Report a gradient of zero, and a spike where nothing is done about it. Collective.
+
+        Raises:
+            Diverged: the gradient was zero for `guard.skip_limit` calls in a row.
+        """
         if self.config.guard.spike == "report" and (spike := self.spikes.check(loss, grad_norm)):
             self._report(spike, "guard.spike=skip would leave such steps out")
+        self._zeros_in_a_row = self._zeros_in_a_row + 1 if grad_norm == 0.0 else 0
+        if self._zeros_in_a_row == 1:
+            self.recorder.event("zero_gradient")
+            self.recorder.console.warn(f"the gradient of step {self.recorder.step} is zero: {_NO_GRADIENT}")
+        if self._zeros_in_a_row >= self.config.guard.skip_limit:
+            self.recorder.event("diverged", zero_gradients=self._zeros_in_a_row)
+            raise self.diverged(f"its gradient stays zero: {_NO_GRADIENT}")
 
     def must_rewind(self, loss: torch.Tensor, grad_norm: torch.Tensor | float) -> bool:
         """Return whether a step with this loss of this rank and this norm is to be undone. Collective."""
@@ -158,6 +170,8 @@ class Guard:
         """Return why this rank would not keep a checkpoint of a step with this loss and norm; "" if it would."""
         if kind := kind_of_number(float(loss)):
             return f"a loss of {kind}"
+        if float(grad_norm) == 0.0:
+            return "a gradient of zero"
         kind = kind_of_number(float(grad_norm))
         return f"a gradient with the norm {kind}" if kind else ""
 

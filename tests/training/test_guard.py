@@ -14,7 +14,7 @@ from data.batches import BatchStream, open_dataset, sample_hash
 from data.prepare import prepare
 from model.health import damage
 from model.manifest import file_hash, write_manifest
-from model.weights import CheckpointReader, checkpoints
+from model.weights import CheckpointReader, checkpoints, step_of
 from tests.training.tiny import overrides
 
 
@@ -89,6 +89,19 @@ def test_a_nan_in_a_weight_is_named_once_the_limit_is_reached(train, corpus, tmp
     skipped = events(tmp_path / "a", "skipped_step")
     assert [line["step"] for line in skipped] == [6, 7, 8]
     assert all(line["grad_norm"] != line["grad_norm"] for line in skipped)  # NaN, and not infinite
+
+
+def test_a_run_without_a_gradient_ends(train, corpus, tmp_path):
+    """Weights so large that squares overflow: RMSNorm makes zeros of them, the loss is finite and stays what it is."""
+    arguments = overrides(corpus, tmp_path, run="a", save_every=1, eval_every=0, guard__skip_limit=3)
+    result = train(arguments, "weights scaled by 1e8 after step 5")
+    assert result["status"] == 3, result
+    assert "the run has diverged: its gradient stays zero: activations are so large that their squares" in result["err"]
+    run = tmp_path / "a"
+    (first,) = events(run, "zero_gradient")
+    assert result["out"].count(f"the gradient of step {first['step']} is zero") == 1
+    assert [line["reason"] for line in events(run, "save_refused")] == ["rank 0 has a gradient of zero"] * 2
+    assert max(map(step_of, checkpoints(run / "checkpoints"))) == first["step"] - 1
 
 
 def test_going_back_sets_later_checkpoints_aside_and_happens_once(train, corpus, tmp_path):

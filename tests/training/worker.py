@@ -375,15 +375,18 @@ def _bug(*_: Any, **__: Any) -> Any:
     raise RuntimeError("a bug, or a lack of memory")
 
 
-def _poisoned(step: int, key: str) -> contextlib.AbstractContextManager[Any]:
-    """Set an element of a weight (key "") or moment to NaN after a step of a run."""
+def _poisoned(step: int, key: str, factor: float = 0.0) -> contextlib.AbstractContextManager[Any]:
+    """After a step of a run, set an element of a weight (key "") or moment to NaN, or multiply all elements of all of them."""
     original, taken = Engine.train_step, itertools.count(1)
 
     def train_step(engine: Engine, *arguments: Any) -> Any:
         result = original(engine, *arguments)
         if next(taken) == step:
-            fragment = next(each for each in fragments(engine) if each.name == "layers.1.ffn.down")
-            fragment.read(key)[3] = float("nan")
+            for fragment in fragments(engine):
+                if factor:
+                    fragment.read(key).mul_(factor)
+                elif fragment.name == "layers.1.ffn.down":
+                    fragment.read(key)[3] = float("nan")
         return result
 
     return mock.patch.object(Engine, "train_step", train_step)
@@ -415,6 +418,7 @@ FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "full disk": lambda: mock.patch("os.replace", _raise(errno.ENOSPC)),
     "NaN in a moment after step 5": lambda: _poisoned(5, "exp_avg_sq"),
     "NaN in a weight after step 5": lambda: _poisoned(5, ""),
+    "weights scaled by 1e8 after step 5": lambda: _poisoned(5, "", 1e8),
     "a gradient scaled by 1e8 in step 7": lambda: _scaled(7, 1e8),
     "no memory": lambda: mock.patch.object(Engine, "train_step", _no_memory),
 }
