@@ -14,6 +14,7 @@ import pytest
 
 from conf.load import read_group
 from conf.schema import ClusterConfig
+from launch.endings import read_ending
 from launch.job_script import Job, render
 from tests.slurm.cluster import until
 from tests.slurm.conftest import SETTINGS, log
@@ -112,6 +113,27 @@ def test_a_lost_node_ends_the_job_and_it_goes_on(slurm, words, runs, local, what
         victim.kill()
     until(lambda: slurm.state(number) == "PENDING", "the job to be requeued")
     assert slurm.ranks(run) == []
+    slurm.go_on(number)
+    slurm.wait(number, "COMPLETED")
+    assert resumes(run)[0] >= 10
+    assert losses(run) == losses(local)
+
+
+@pytest.mark.slow  # of its bounds
+@pytest.mark.parametrize("nodes", [1, 2])  # on one the other rank lets it go on, on two srun ends it
+def test_a_job_that_hangs_is_ended_and_goes_on(slurm, words, runs, local, nodes):
+    run = runs / f"hung-{nodes}"
+    bounds = ["watchdog.minutes=0.1", "watchdog.phase_minutes=0.5", f"nodes={nodes}", f"ranks_per_node={2 // nodes}"]
+    number = slurm.submit(*bounds, *words, f"run={run.name}")
+    slurm.wait_for_step(run, number, 12)
+    stopped = next(rank for rank in slurm.ranks(run) if rank.environ()["SLURM_PROCID"] == "1")
+    stopped.suspend()
+    until(lambda: slurm.state(number) == "PENDING", "the job to be requeued")
+    assert slurm.ranks(run) == []
+    ending = read_ending(run)
+    assert (ending.status, ending.exit_status, ending.rank) == ("hung", 4, 1)
+    assert "waiting for rank 1 since" in log(run, number)
+    assert (run / "stacks" / "rank_0.txt").exists()
     slurm.go_on(number)
     slurm.wait(number, "COMPLETED")
     assert resumes(run)[0] >= 10
