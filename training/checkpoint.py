@@ -114,7 +114,7 @@ class Saver:
         self._run_id = state.get("run_id")
         blocked_seconds = time.perf_counter() - started
         arguments = (pieces, tensors, state, doubt, started, blocked_seconds)
-        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="saver", daemon=True)
         self._thread.start()
 
     def take_result(self, wait: bool = False) -> SaveResult | None:

@@ -54,7 +54,7 @@ def block_at(place: str, step: int, folder: Path) -> None:
     setattr(BatchStream, "samples", counted)  # noqa: B010
     in_training = threading.main_thread()
     if place == "save":
-        os.fsync = replaced(os.fsync, lambda: threading.current_thread() is not in_training and steps >= step)
+        os.fsync = replaced(os.fsync, lambda: threading.current_thread().name == "saver" and steps >= step)
     elif place == "collective":
         dist.all_reduce = replaced(dist.all_reduce, lambda: threading.current_thread() is in_training and steps >= step)
 
