@@ -6,6 +6,7 @@ fused.py        RMSNorm and rotary embedding, against plain PyTorch
 conformance.py  errors of the kernels against float64 (edge_cases.py: NaN, inf, odd widths, strides)
 patch.py        Transformers' models with fused feed-forward layers, against unpatched ones
 overhead.py     a step under ZeRO, against a plain loop
+guards.py       what the default guards add to a step
 memory.py       bytes per rank under ZeRO and tensor parallelism, against the formula
 estimate.py     `launch.estimate`, against measured memory and published step times
 telemetry.py    the cost of an activation telemetry sample

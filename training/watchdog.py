@@ -113,7 +113,7 @@ class Bounds:
 class Watchdog:
     """Watches this rank and, when it makes no progress, all of them. Without effect where `watchdog.minutes` is 0.
 
-    `began` is the time of its construction.
+    `began` is the time of its construction; `threads` are those that watch, while they do.
 
     Args:
         run: the run folder, shared by all ranks.
@@ -126,7 +126,7 @@ class Watchdog:
         shortest = min(60 * (config.minutes or config.phase_minutes), 60 * config.phase_minutes)
         self.interval = min(5.0, max(0.25, shortest / 8))
         self._stop, self._told = threading.Event(), threading.Event()
-        self._threads: list[threading.Thread] = []
+        self.threads: list[threading.Thread] = []
         self._count, self._answered, self._failed = 0, "", False
         self._verdict: Diagnosis | None = None
         self._ignored, self._requested = "", ""  # the verdict of an earlier session; the last request
@@ -147,8 +147,8 @@ class Watchdog:
         process = psutil.Process()
         self._process = {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
         for name, target in (("heartbeats", self._write_heartbeats), ("watchdog", self._watch)):
-            self._threads.append(threading.Thread(target=target, name=name, daemon=True))
-            self._threads[-1].start()
+            self.threads.append(threading.Thread(target=target, name=name, daemon=True))
+            self.threads[-1].start()
 
     @property
     def step(self) -> int:
@@ -164,9 +164,9 @@ class Watchdog:
     def stop(self) -> None:
         """End the watch, and remove this rank's heartbeat unless it has failed."""
         self._stop.set()
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join(self.interval)  # both wake at once, unless a disk hangs
-        self._threads.clear()
+        self.threads.clear()
         if self._enabled and not self._failed:
             # The last rank removes the folder.
             with contextlib.suppress(OSError):
