@@ -121,11 +121,12 @@ def _locked(folder: Path, progress: ProgressReporter) -> Iterator[None]:
     # Without the fallback to a lock file that outlives a killed process: the kernel releases this one with its process.
     lock = FileLock(path, fallback_to_soft=False)
     try:
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            progress.print(f"waiting for the process that prepares {folder}")
-            lock.acquire()
+        with explain_os_errors("lock", path):
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                progress.print(f"waiting for the process that prepares {folder}")
+                lock.acquire()
     except OSError as error:
         raise UserError(
             f"cannot lock {path} ({error.strerror}); set data.prepared to a folder on another file system"

@@ -218,7 +218,11 @@ def shard_problem(folder: Path, shard: Shard, dtype: np.dtype, checksum: bool = 
             return f"{path} cannot be read ({error.strerror})"
         if actual != size:
             return f"{path} has {actual} bytes and should have {size}"
-    if checksum and shard_checksum(folder, shard) != shard.checksum:
+    try:
+        differs = checksum and shard_checksum(folder, shard) != shard.checksum
+    except OSError as error:
+        return f"{folder / shard.name}.bin or .idx cannot be read ({error.strerror})"
+    if differs:
         return f"{folder / shard.name}.bin or .idx differs from what was written (its checksum does not match)"
     return None
 

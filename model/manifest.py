@@ -20,6 +20,7 @@ from typing import Any
 
 from conf.validate import digest
 from kernels.common.errors import UserError
+from kernels.common.files import naming
 from kernels.common.json_files import open_regular, read_object
 
 VERSION = 2
@@ -85,7 +86,8 @@ def write_manifest(folder: Path, state: dict[str, Any], files: dict[str, dict[st
     """
     content = {"version": VERSION, "world": len(files) - 2, **of_state(state), "files": files}
     content["digest"] = digest(content, 16)
-    (folder / NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with naming(folder / NAME):
+        (folder / NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def of_state(state: dict[str, Any]) -> dict[str, Any]:

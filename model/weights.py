@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from conf.validate import digest
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_folder
+from kernels.common.files import atomic_folder, naming
 from kernels.common.json_files import read_object
 from model.manifest import file_hash, file_of, write_manifest
 from model.parallel import ShardSpec, full_shape, shard_spec
@@ -96,7 +96,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest, size = hashlib.blake2b(digest_size=16), 0
-    with open(path, "wb", buffering=0) as file:
+    with naming(path), open(path, "wb", buffering=0) as file:
         flat = (tensor.detach().contiguous().view(-1).numpy().data for tensor in tensors.values())
         for part in (len(text).to_bytes(8, "little"), text, *flat):
             rest = memoryview(part).cast("B")
@@ -116,9 +116,10 @@ def write_rest(folder: Path, index: dict[str, Any], state: dict[str, Any], files
     """
     files = dict(files)
     for name, content in (("index.json", index), ("state.json", {**state, "format": FORMAT})):
-        (folder / name).write_text(
-            json.dumps(content, indent=2 if name == "state.json" else None) + "\n", encoding="utf-8"
-        )
+        with naming(folder / name):
+            (folder / name).write_text(
+                json.dumps(content, indent=2 if name == "state.json" else None) + "\n", encoding="utf-8"
+            )
         files[name] = {"bytes": (folder / name).stat().st_size, "blake2b": file_hash(folder / name)}
     write_manifest(folder, state, files)
 

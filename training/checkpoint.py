@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.common.errors import UserError
-from kernels.common.files import publish
+from kernels.common.errors import ExitStatus, UserError
+from kernels.common.files import may_pass, problem_of, publish
 from kernels.common.json_files import read_object
 from model.finite import find
 from model.health import Inspector
@@ -62,11 +62,23 @@ class SaveResult:
     step: int
     path: Path
     failure: str  # why it could not be written; "": it could
+    status: int  # the exit status of a run that ends without another save
     refused: str  # why it was not to be kept: something is not finite; "": nothing is
     poisoned: bool  # whether that is a weight or a moment, which no later step makes finite again
     warning: str  # why older checkpoints could not be removed; "": they were
     blocked_seconds: float  # for which training stood still
     seconds: float  # until the checkpoint was complete
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteFailure:
+    """Why a rank could not write."""
+
+    text: str = ""  # "": it could
+    status: int = ExitStatus.FAILED  # of a run that ends for it
+
+
+_WRITTEN = WriteFailure()
 
 
 class Saver:
@@ -132,7 +144,9 @@ class Saver:
         keep_last = self.keep_last
         if keep_last is None or dist.get_rank() > 0:
             return ""
-        return _os_error_of(lambda: prune(self.folder, keep_last, self._inspector.problem, self._run_id))
+        return _failure_of(
+            lambda: prune(self.folder, keep_last, self._inspector.problem, self._run_id), self.folder
+        ).text
 
     def _copy_to_host(self) -> tuple[NamedPieces, dict[str, Tensor]]:
         """Return the pieces that this rank stores, and their tensors in host buffers that the next save overwrites."""
@@ -167,17 +181,17 @@ class Saver:
         blocked_seconds: float,
     ) -> None:
         path = self.folder / f"step_{state['step']:08d}"
-        failure = warning = ""
+        failure, warning = _WRITTEN, ""
         watchdog.saving(state["step"])
         try:
             poison = self._first("holds", find(tensors.items()))
             refused = poison or self._first("has", doubt)
             if not refused:
                 failure = self._write(path, pieces, tensors, state)
-            if not refused and not failure:
+            if not refused and not failure.text:
                 warning = self.prune()
             seconds = time.perf_counter() - started
-            outcome = (failure, refused, bool(poison), warning)
+            outcome = (failure.text, failure.status, refused, bool(poison), warning)
             self._result = SaveResult(state["step"], path, *outcome, blocked_seconds, seconds)
         except BaseException as error:  # not an error of the disk: `take_result` raises it in the training thread
             self._result = error
@@ -186,10 +200,14 @@ class Saver:
 
     def _first(self, verb: str, what: str) -> str:
         """Return the first rank's `what` that is not empty, as "rank R VERB WHAT"; "": there is none. Collective."""
-        return self._collectives.first_failure(f"rank {dist.get_rank()} {verb} {what}" if what else "")
+        return self._collectives.first_failure(
+            WriteFailure(f"rank {dist.get_rank()} {verb} {what}" if what else "")
+        ).text
 
-    def _write(self, path: Path, pieces: NamedPieces, tensors: dict[str, Tensor], state: dict[str, Any]) -> str:
-        """Write the checkpoint together with the other ranks; return why that failed, or ""."""
+    def _write(
+        self, path: Path, pieces: NamedPieces, tensors: dict[str, Tensor], state: dict[str, Any]
+    ) -> WriteFailure:
+        """Write the checkpoint together with the other ranks; return why that failed, if it did."""
         rank, collectives = dist.get_rank(), self._collectives
         temporary = path.with_name(f".{path.name}.tmp")
         manifest_entry: dict[str, Any] = {}
@@ -216,15 +234,15 @@ class Saver:
             self._inspector.record(path)
             remove_leftovers(self.folder)
 
-        failure = collectives.first_failure(_os_error_of(create_folder) if rank == 0 else "")
-        if not failure:
+        failure = collectives.first_failure(_failure_of(create_folder, path) if rank == 0 else _WRITTEN)
+        if not failure.text:
             watchdog.saving(state["step"])
-            failure = collectives.first_failure(_os_error_of(write_own_tensors))
-        if not failure:
+            failure = collectives.first_failure(_failure_of(write_own_tensors, path))
+        if not failure.text:
             watchdog.saving(state["step"])
             gathered = collectives.gather_to_rank_0((manifest_entry, pieces))
-            failure = collectives.first_failure(_os_error_of(commit) if rank == 0 else "")
-        if failure and rank == 0:
+            failure = collectives.first_failure(_failure_of(commit, path) if rank == 0 else _WRITTEN)
+        if failure.text and rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         return failure
 
@@ -241,12 +259,12 @@ class CheckpointCollectives:
             assert isinstance(group, dist.ProcessGroup), "every rank is a member"
             self._group = group
 
-    def first_failure(self, message: str) -> str:
-        """Return the first rank's message that is not empty, or ""; the same on every rank. Collective."""
-        messages: list[Any] = [message] * self._size
+    def first_failure(self, failure: WriteFailure) -> WriteFailure:
+        """Return the failure of the first rank that has one; the same on every rank. Collective."""
+        failures: list[Any] = [failure] * self._size
         if self._group is not None:
-            dist.all_gather_object(messages, message, group=self._group)
-        return next(filter(None, messages), "")
+            dist.all_gather_object(failures, failure, group=self._group)
+        return next((each for each in failures if each.text), _WRITTEN)
 
     def gather_to_rank_0(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in order, on rank 0; other ranks must not use the result. Collective."""
@@ -256,13 +274,13 @@ class CheckpointCollectives:
         return values
 
 
-def _os_error_of(action: Callable[[], None]) -> str:
-    """Run `action`; return the message of the OSError that it raised, or ""."""
+def _failure_of(action: Callable[[], None], path: Path) -> WriteFailure:
+    """Run `action`; return the failure that the OSError makes which it raised, about `path` if that names nothing."""
     try:
         action()
     except OSError as error:
-        return str(error)
-    return ""
+        return WriteFailure(problem_of(error, path), ExitStatus.TRY_AGAIN if may_pass(error) else ExitStatus.FAILED)
+    return _WRITTEN
 
 
 def load(engine: Engine, folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from kernels.common.errors import Crash, Diverged, ExitStatus, Failure, PeerLost
+from kernels.common.files import explain_os_errors, is_of_disk
 from launch.endings import SessionEnding, claim_ending, read_ending
 from launch.ranks import Ranks
 
@@ -45,6 +46,12 @@ def explain(
             script reads there whether to try again.
         since: time.time() of the session's start.
     """
+    if isinstance(error, OSError) and is_of_disk(error):
+        try:
+            with explain_os_errors("read or write", error.filename or run):
+                raise error
+        except Failure as explained:
+            error = explained
     if isinstance(error, Failure):
         status = "diverged" if isinstance(error, Diverged) else "refused" if error.status == 2 else "failed"
         if trained or _of_a_job(run):

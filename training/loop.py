@@ -21,6 +21,7 @@ from conf.schema import Config
 from conf.validate import Batch, config_hash, settings_of
 from data.batches import BatchStream, Dataset, sample_hash
 from data.ranges import SampleRanges
+from kernels.common.errors import ExitStatus
 from launch.endings import SessionEnding, write_ending
 from launch.estimate.counts import Shape, parameters
 from launch.launchers import Launchers
@@ -110,6 +111,7 @@ class TrainingLoop:
         self.last_eval: HeldOut | None = None
         self.evaluation_missed = False  # the previous session stopped at a step whose evaluation was due
         self.save_failed = ""  # why the newest checkpoint could not be saved, the same on every rank
+        self.failed_status = ExitStatus.FAILED.value  # of a run that ends for it
 
     def resume(self, path: Path, previous_steps: int | None) -> None:
         """Load weights, optimizer state and counters from a checkpoint. Collective.
@@ -370,7 +372,7 @@ class TrainingLoop:
         result = self.saver.take_result(wait)
         if result is None:
             return
-        self.save_failed = result.failure or result.refused
+        self.save_failed, self.failed_status = result.failure or result.refused, result.status
         self.poison = f"{result.refused} after step {result.step}" if result.poisoned else ""
         if result.refused:
             self.console.warn(f"the checkpoint of step {result.step} was not written: {result.refused}")
@@ -427,18 +429,18 @@ class TrainingLoop:
             "tokens": self.recorder.tokens,
             "wall_seconds": self._wall_seconds(),
         }
-        written = self.recorder.close(summary)
+        unwritten = self.recorder.close(summary)
         if self.ranks.rank == 0 and status == "finished":
             self.recorder.print_end(summary, self.prompts)
         if synchronised:
-            written = self._broadcast(written)
+            unwritten = self._broadcast(unwritten)
             dist.barrier()
             dist.destroy_process_group()
-        failed = status == "failed" or not written
+        exit_status = self.failed_status if self.save_failed else int(status == "failed") or unwritten
         if synchronised and self.ranks.rank == 0:
-            reason = self.save_failed or ("" if written else "the summary could not be written")
-            write_ending(self.recorder.folder.path, SessionEnding(status, int(failed), reason, step=self.step))
-        return int(failed)
+            reason = self.save_failed or ("the summary could not be written" if unwritten else "")
+            write_ending(self.recorder.folder.path, SessionEnding(status, exit_status, reason, step=self.step))
+        return exit_status
 
     def _wall_seconds(self) -> float:
         """Return the wall-clock time of the run, over all of its sessions."""

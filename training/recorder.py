@@ -16,6 +16,8 @@ from conf.provenance import provenance
 from conf.schema import Config
 from conf.validate import Batch
 from data.batches import Dataset, epochs
+from kernels.common.errors import ExitStatus
+from kernels.common.files import may_pass, problem_of
 from kernels.common.units import duration
 from launch.estimate.counts import Shape, flops_per_token
 from training import machine
@@ -93,7 +95,7 @@ class RunRecorder:
             try:
                 self.folder.write_run_id()
             except OSError as error:
-                self.console.warn(f"the file run_id could not be written: {error}")
+                self.console.warn(f"the file run_id could not be written: {problem_of(error, self.folder.path)}")
 
     def training(
         self, loss: float, grad_norm: float, lr: float, tokens_per_second: float, mfu: float | None, memory_gib: float
@@ -153,23 +155,28 @@ class RunRecorder:
             try:
                 self.folder.append_samples("".join(f"{rule}\nstep {self.step}\n{rule}\n{text}\n" for text in texts))
             except OSError as error:
-                self.console.warn(f"samples.txt could not be written: {error}")
+                self.console.warn(f"samples.txt could not be written: {problem_of(error, self.folder.path)}")
         self._last_sample = texts[-1] if texts else ""
 
-    def close(self, summary: dict[str, Any]) -> bool:
-        """Write the summary and close the loggers; return whether everything is on disk."""
+    def close(self, summary: dict[str, Any]) -> int:
+        """Write the summary and close the loggers; return 0 if everything is on disk, else the exit status of the run."""
         if not self.enabled:
-            return True
-        written, summary = True, {**summary, "provenance": self._provenance}
-        try:
-            self.folder.write_metrics()
-            self.folder.write_summary(summary)
-        except OSError as error:
-            written = False
-            self.console.warn(f"the last metrics and the summary could not be written: {error}")
+            return ExitStatus.DONE
+        status, summary = ExitStatus.DONE, {**summary, "provenance": self._provenance}
+        writes = {
+            "the last metrics": self.folder.sync_metrics,
+            "the summary": lambda: self.folder.write_summary(summary),
+        }
+        for what, write in writes.items():
+            try:
+                write()
+            except OSError as error:
+                status = ExitStatus.TRY_AGAIN if may_pass(error) else ExitStatus.FAILED
+                lost = self.folder.unwritten if what == "the last metrics" else ""
+                self.console.warn(f"{what} could not be written: {problem_of(error, self.folder.path)}{lost}")
         if self._loggers is not None:
             self._loggers.finish(summary)
-        return written
+        return status
 
     def print_end(self, summary: dict[str, Any], prompts: list[str]) -> None:
         """Print the last lines of a run that finished; `prompts` are those of its samples."""
@@ -243,7 +250,8 @@ class RunRecorder:
             self._write_failed = False
         except OSError as error:
             if not self._write_failed:
-                self.console.warn(f"metrics.jsonl cannot be written; its lines are kept in memory: {error}")
+                problem = problem_of(error, self.folder.path)
+                self.console.warn(f"metrics.jsonl cannot be written; its lines are kept in memory: {problem}")
             self._write_failed = True
         if self._loggers is not None:
             self._loggers.log(record)

@@ -56,7 +56,7 @@ class Decision:
     run_id: str = ""  # the name of the run in its checkpoints
     previous_steps: int | None = None  # length of the run before this session; None: it is new
     finished: bool = False  # the run has ended, and there is nothing to do
-    refusal: str = ""  # why it must not go on
+    refusal: UserError | None = None  # why it must not go on
 
 
 def decide_together(ranks: Ranks, decide: Callable[[Callable[[Path], str]], Decision]) -> Decision:
@@ -75,7 +75,7 @@ def decide_together(ranks: Ranks, decide: Callable[[Callable[[Path], str]], Deci
     try:
         decision = decide(lambda path: _verify_together(ranks, path))
     except UserError as error:
-        _tell(Decision(refusal=str(error)))
+        _tell(Decision(refusal=type(error)(str(error))))
         raise
     _tell(decision)
     return decision
@@ -84,8 +84,8 @@ def decide_together(ranks: Ranks, decide: Callable[[Callable[[Path], str]], Deci
 def _follow(ranks: Ranks) -> Decision:
     while isinstance(order := _tell(None), Path):
         _verify_share(ranks, order)
-    if order.refusal:
-        raise UserError(order.refusal)
+    if order.refusal is not None:
+        raise order.refusal
     return order
 
 

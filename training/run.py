@@ -152,38 +152,40 @@ def _decide(
         UserError: no checkpoint of the run can be used, or it would repeat its corpus too often.
     """
 
-    def contents(path: Path) -> str:
-        problem = verify(path)
-        inspector.record(path, problem)
-        return problem
+    with explain_os_errors("go on from the run folder", folder.path):
 
-    named = named_checkpoint(folder.checkpoints, config)
-    checkpoint, warnings = choose_checkpoint(
-        folder.checkpoints, folder.run_id, contents, lambda path: why_unfit(path, dataset, shape, config), named
-    )
-    for warning in warnings:
-        console.warn(warning)
-    if checkpoint is None:
-        folder.refuse_to_start_over()
-    else:
-        folder.run_id = folder.run_id or run_of(checkpoint)
-        done = step_of(checkpoint)
-        state, typed = CheckpointReader(checkpoint).state, SampleRanges.parse(config.guard.skip_samples)
-        SampleRanges.of(state.get("skipped_samples", [])).extended(typed, done * batch.global_batch)
-        folder.refuse_fewer_steps(batch.steps, done)
-        # A run killed between its last checkpoint and its summary still needs the summary.
-        if done >= batch.steps and (summary := folder.finished_summary(done)):
-            _print_finished(console, folder, batch, summary)
-            return Decision(finished=True)
-        if unchecked := unknown_origin(checkpoint):
-            console.print(unchecked)
-    if checkpoint is None or (folder.previous_steps or batch.steps) < batch.steps:
-        _refuse_repetition(dataset, config, batch)
-    folder.run_id = folder.run_id or uuid.uuid4().hex
-    if named is not None and (names := set_aside(folder.checkpoints, named)):
-        console.print(f"{named} is the newest checkpoint again; later ones are now called {', '.join(names)}")
-    remove_leftovers(folder.checkpoints)
-    return Decision(checkpoint, folder.run_id, folder.previous_steps)
+        def contents(path: Path) -> str:
+            problem = verify(path)
+            inspector.record(path, problem)
+            return problem
+
+        named = named_checkpoint(folder.checkpoints, config)
+        checkpoint, warnings = choose_checkpoint(
+            folder.checkpoints, folder.run_id, contents, lambda path: why_unfit(path, dataset, shape, config), named
+        )
+        for warning in warnings:
+            console.warn(warning)
+        if checkpoint is None:
+            folder.refuse_to_start_over()
+        else:
+            folder.run_id = folder.run_id or run_of(checkpoint)
+            done = step_of(checkpoint)
+            state, typed = CheckpointReader(checkpoint).state, SampleRanges.parse(config.guard.skip_samples)
+            SampleRanges.of(state.get("skipped_samples", [])).extended(typed, done * batch.global_batch)
+            folder.refuse_fewer_steps(batch.steps, done)
+            # A run killed between its last checkpoint and its summary still needs the summary.
+            if done >= batch.steps and (summary := folder.finished_summary(done)):
+                _print_finished(console, folder, batch, summary)
+                return Decision(finished=True)
+            if unchecked := unknown_origin(checkpoint):
+                console.print(unchecked)
+        if checkpoint is None or (folder.previous_steps or batch.steps) < batch.steps:
+            _refuse_repetition(dataset, config, batch)
+        folder.run_id = folder.run_id or uuid.uuid4().hex
+        if named is not None and (names := set_aside(folder.checkpoints, named)):
+            console.print(f"{named} is the newest checkpoint again; later ones are now called {', '.join(names)}")
+        remove_leftovers(folder.checkpoints)
+        return Decision(checkpoint, folder.run_id, folder.previous_steps)
 
 
 def _refuse_repetition(dataset: Dataset, config: Config, batch: Batch) -> None:

@@ -33,7 +33,7 @@ from conf.load import from_yaml, has_trained, to_yaml
 from conf.schema import Config
 from conf.validate import differences, total_steps
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_write, explain_os_errors
+from kernels.common.files import atomic_write, explain_os_errors, naming
 from kernels.common.json_files import parse, read_bytes, read_metrics_file, read_object
 from launch.heartbeats import folder_of
 from model.manifest import run_of
@@ -88,7 +88,8 @@ class RunFolder:
             if config_path.exists():
                 warnings = self._compare(config_path, config)
         if config_path.exists():
-            self._previous_config = config_path.read_bytes()
+            with explain_os_errors("read", config_path):
+                self._previous_config = config_path.read_bytes()
         with explain_os_errors("write to the run folder", self.path), atomic_write(config_path) as file:
             file.write(to_yaml(config))
         self._wrote_config = True
@@ -161,7 +162,8 @@ class RunFolder:
             with contextlib.suppress(OSError), atomic_write(self.path / "config.yaml", "wb") as file:
                 file.write(self._previous_config)
         elif self._wrote_config:
-            (self.path / "config.yaml").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self.path / "config.yaml").unlink(missing_ok=True)
 
     def refuse_to_start_over(self) -> None:
         """Refuse to train from step 1 in a folder whose run has saved a checkpoint, now that it has none.
@@ -172,7 +174,8 @@ class RunFolder:
             UserError: there is such a run.
         """
         try:
-            _, lines, unreadable, _ = read_metrics_file(self.path / "metrics.jsonl")
+            with naming(self.path / "metrics.jsonl"):
+                _, lines, unreadable, _ = read_metrics_file(self.path / "metrics.jsonl")
         except FileNotFoundError:
             lines, unreadable = [], 0
         summary = self.read_summary()
@@ -268,19 +271,41 @@ class RunFolder:
             line = self._unwritten[0].encode()
             size_before = self._metrics.seek(0, os.SEEK_END)
             try:
-                written = self._metrics.write(line)
-                if written < len(line):  # only a part fitted: a second write raises the reason
-                    written += self._metrics.write(line[written:])
-                if written < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._metrics.name)
+                with naming(self.path / "metrics.jsonl"):
+                    written = self._metrics.write(line)
+                    if written < len(line):  # only a part fitted: a second write raises the reason
+                        written += self._metrics.write(line[written:])
+                    if written < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
                 self._metrics.truncate(size_before)  # leave no partial line
                 raise
             self._unwritten.pop(0)
 
+    def sync_metrics(self) -> None:
+        """Write the lines of metrics.jsonl that could not be written before, and sync the file.
+
+        Raises:
+            OSError: a line cannot be written, or not be synced.
+        """
+        self.write_metrics()
+        if self._metrics is not None:
+            with naming(self.path / "metrics.jsonl"):
+                os.fsync(self._metrics.fileno())
+
+    @property
+    def unwritten(self) -> str:
+        """Return how many lines of metrics.jsonl wait to be written, as the end of a sentence; "": none."""
+        steps = [json.loads(line)["step"] for line in self._unwritten]
+        return f"; {len(steps)} lines of steps {min(steps)} to {max(steps)} are lost" if steps else ""
+
     def append_samples(self, text: str) -> None:
-        """Append text to samples.txt."""
-        with open(self.path / "samples.txt", "a", encoding="utf-8") as file:
+        """Append text to samples.txt.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with naming(self.path / "samples.txt"), open(self.path / "samples.txt", "a", encoding="utf-8") as file:
             file.write(text)
 
     def append_provenance(self, content: dict[str, Any]) -> None:
@@ -317,9 +342,10 @@ class RunFolder:
         return summary | figures if whole and summary.get("run_id") in (None, self.run_id) else {}
 
     def close(self) -> None:
-        """Sync metrics.jsonl and release the lock."""
+        """Sync metrics.jsonl if possible, and release the lock."""
         if self._metrics is not None:
-            os.fsync(self._metrics.fileno())
+            with contextlib.suppress(OSError):
+                os.fsync(self._metrics.fileno())
             self._metrics.close()
             self._metrics = None
         self._lock.release()
@@ -327,7 +353,8 @@ class RunFolder:
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
         """Redirect the output of libraries, Python or C++, to deepspeed.log while entered."""
-        log = os.open(self.path / "deepspeed.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        with explain_os_errors("write to the run folder", self.path):
+            log = os.open(self.path / "deepspeed.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         sys.stdout.flush()
         sys.stderr.flush()
         console = os.dup(1), os.dup(2)

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from bench.faults.corruptions import STEPS, Ending, Folders, campaign, checkpoint_of
@@ -38,7 +39,7 @@ def run_campaign(folder: Path, cases: int, seed: int, overrides: list[str]) -> i
     paths = [folder / "runs" / name for name in runs]
     undisturbed = _final_loss(paths[0])
     for path in paths:
-        _stop_after_9(path)
+        stop_after(path, max(STEPS), STEPS)
     rows: dict[tuple[str, str], int] = {}
     wrong = 0
     command = [*words, *overrides]
@@ -64,13 +65,17 @@ def _final_loss(run: Path) -> float | None:
     return json.loads((run / "summary.json").read_text(encoding="utf-8"))["final_eval_loss"]
 
 
-def _stop_after_9(run: Path) -> None:
-    """Leave of a finished run what a stop after step 9 leaves."""
+def stop_after(run: Path, step: int, kept: Iterable[int]) -> None:
+    """Leave of a finished run what a stop after a step leaves, with the checkpoints of the steps `kept`."""
     for path in (run / "checkpoints").iterdir():
-        if path not in [checkpoint_of(run, step) for step in STEPS]:
+        if path not in [checkpoint_of(run, each) for each in kept]:
             shutil.rmtree(path)
+    path = run / "metrics.jsonl"
+    texts = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(text for text in texts if json.loads(text)["step"] <= step), encoding="utf-8")
     path = run / "summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8")) | {"status": "stopped", "steps": 9, "final_eval_loss": None}
+    stopped = {"status": "stopped", "steps": step, "final_eval_loss": None}
+    summary = json.loads(path.read_text(encoding="utf-8")) | stopped
     path.write_text(json.dumps(summary), encoding="utf-8")
 
 

@@ -57,24 +57,32 @@ def write_corpus(folder: Path) -> None:
 
 
 def launch(
-    launcher: str, ranks: int, script: str, overrides: Sequence[str], log: Path, **variables: str
+    launcher: str,
+    ranks: int,
+    script: str,
+    overrides: Sequence[str],
+    log: Path,
+    before: Sequence[str] = (),
+    **variables: str,
 ) -> subprocess.Popen[bytes]:
     """Start a script of the project on some ranks, in a session of its own, with one thread each; return its launcher.
 
     Args:
-        launcher: one of LAUNCHERS.
+        launcher: one of LAUNCHERS; "": none, one rank is the process itself.
         script: relative to the project's root.
         log: takes what all processes print, after what it has already.
+        before: words of a command that starts the launcher's.
         variables: to add to the environment.
     """
     scripts = Path(sys.executable).parent
     commands = {
+        "": [sys.executable],
         "torchrun": [scripts / "torchrun", "--standalone", f"--nproc-per-node={ranks}"],
         "deepspeed": [sys.executable, scripts / "deepspeed", f"--num_gpus={ranks}"],
     }
     fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment = {**without_launcher(os.environ), **fixed, **variables}
-    words = list(map(str, [*commands[launcher], script, *overrides]))
+    words = list(map(str, [*before, *commands[launcher], script, *overrides]))
     with open(log, "ab") as file:
         return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
 

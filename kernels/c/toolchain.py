@@ -1,13 +1,14 @@
 """Compile C source with the machine's compiler and load the library, through a cache on disk.
 
 The key of the cache is a hash of source, compiler, flags and CPU. A damaged library is rebuilt; processes that need the same
-one build it once. Where the cache is not writable, a temporary folder replaces it.
+one build it once. Where the cache is not writable, or its disk is full or fails, a temporary folder replaces it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import hashlib
@@ -19,8 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..common.cache import folder as _cache
+from ..common.cache import temporary_folder
+from ..common.files import is_of_disk
 
 FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-x", "c", "-std=gnu11")
+_OF_DISK = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)))
 
 
 def build(text: str) -> ctypes.CDLL:
@@ -34,7 +38,16 @@ def build(text: str) -> ctypes.CDLL:
         raise FileNotFoundError("there is no C compiler (cc, gcc or clang)")
     identity = "\n".join((text, compiler, _version(compiler), _cpu(), *FLAGS))
     name = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-    folder = _cache()
+    try:
+        return _build_in(_cache(), name, compiler, text)
+    except OSError as error:
+        # What the compiler says of a disk is a text.
+        if not is_of_disk(error) and not any(reason in str(error) for reason in _OF_DISK):
+            raise
+        return _build_in(temporary_folder(), name, compiler, text)
+
+
+def _build_in(folder: Path, name: str, compiler: str, text: str) -> ctypes.CDLL:
     path = folder / f"{name}.so"
     with _locked(folder / f"{name}.lock"):
         if not _intact(path):
@@ -75,13 +88,15 @@ def _compile(compiler: str, text: str, path: Path) -> None:
             done = subprocess.run(command, input=text, capture_output=True, text=True)
         if done.returncode:
             errors = done.stderr.strip().splitlines() or ["no message"]
-            raise OSError(f"{compiler} failed: {errors[0]}")
+            of_disk = (line for line in errors if any(reason in line for reason in _OF_DISK))
+            raise OSError(f"{compiler} failed: {next(of_disk, errors[0])}")
         checksum = path.with_suffix(".sum")
         checksum.unlink(missing_ok=True)
         os.replace(partial, path)
         checksum.write_text(_sum(path), encoding="utf-8")
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 @functools.lru_cache(maxsize=4)

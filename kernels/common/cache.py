@@ -18,4 +18,10 @@ def folder() -> Path:
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="formula-ffn-kernels-"))
+        return temporary_folder()
+
+
+@functools.lru_cache(maxsize=1)
+def temporary_folder() -> Path:
+    """Return a folder of this process alone, for what the cache has no place for."""
+    return Path(tempfile.mkdtemp(prefix="formula-ffn-kernels-"))

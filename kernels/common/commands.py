@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import Failure
+from .errors import ExitStatus, Failure
+from .files import is_of_disk, may_pass, problem_of
 from .text import printable
 
 HELP = ("-h", "--help")
@@ -29,6 +30,8 @@ def run_command(
     needs_arguments: bool = False,
 ) -> None:
     """Run a command line program and exit with its status; a `Failure` is one sentence on standard error and its status.
+
+    So is an error of a disk that nothing on the way explained.
 
     Args:
         main: takes the arguments, returns the exit status (None is 0).
@@ -52,6 +55,11 @@ def run_command(
     except BrokenPipeError:  # `... | head` closed the pipe, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except OSError as error:
+        if not is_of_disk(error):
+            raise
+        _print_once(problem_of(error))
+        raise SystemExit(ExitStatus.TRY_AGAIN if may_pass(error) else ExitStatus.FAILED) from None
     raise SystemExit(status or 0)
 
 

@@ -15,10 +15,28 @@ from typing import IO, Any
 
 from .errors import TryAgain, UserError
 
+# What is wrong with a disk, and what to do about it before the same command can succeed.
+_DISK = {
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space"),
+    errno.EIO: ("the disk reports an error", "check the disk (dmesg has its errors)"),
+    errno.ESTALE: ("the file server has lost it", "check the mount"),
+}
+_READ_ONLY = "the file system is read-only"
+_REFUSALS = {
+    errno.EACCES: "permission denied; make the folder writable or name another one",
+    errno.EPERM: "permission denied; make the folder writable or name another one",
+    errno.EROFS: f"{_READ_ONLY}; name another folder",
+    errno.ENOTDIR: "a part of that path is a file, not a folder",
+    errno.EEXIST: "a file of that name is in the way",
+    errno.ENOENT: "there is no such file or folder",
+    errno.EISDIR: "that is a folder, not a file",
+}
+
 
 @contextlib.contextmanager
 def explain_os_errors(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Convert errors of the operating system to a `UserError` about `path`; of a full disk to a `TryAgain`.
+    """Convert errors of the operating system to a `UserError` about `path`; of a disk that is full or fails to a `TryAgain`.
 
     Args:
         what: the attempted action, such as "write".
@@ -26,28 +44,58 @@ def explain_os_errors(what: str, path: str | os.PathLike[str]) -> Iterator[None]
     try:
         yield
     except OSError as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full; free some space and run the same command again",
-            errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
-            errno.EACCES: "permission denied; make the folder writable or name another one",
-            errno.EPERM: "permission denied; make the folder writable or name another one",
-            errno.EROFS: "the file system is read-only; name another folder",
-            errno.ENOTDIR: "a part of that path is a file, not a folder",
-            errno.EEXIST: "a file of that name is in the way",
-            errno.ENOENT: "there is no such file or folder",
-            errno.EISDIR: "that is a folder, not a file",
-        }
-        if error.errno not in reasons:
+        if error.errno in _DISK:
+            cause, remedy = _DISK[error.errno]
+            raise TryAgain(
+                f"cannot {what} {os.fspath(path)}: {cause}; {remedy} and run the same command again"
+            ) from error
+        if error.errno not in _REFUSALS:
             raise
-        kind = TryAgain if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
-        raise kind(f"cannot {what} {os.fspath(path)}: {reasons[error.errno]}") from error
+        raise UserError(f"cannot {what} {os.fspath(path)}: {_REFUSALS[error.errno]}") from error
 
 
-def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def is_of_disk(error: BaseException) -> bool:
+    """Return whether a disk is the cause of an exception: it is full, fails, or is read-only."""
+    return isinstance(error, OSError) and (error.errno in _DISK or error.errno == errno.EROFS)
+
+
+def may_pass(error: OSError) -> bool:
+    """Return whether the same command may succeed once a disk has space again, or is mended."""
+    return error.errno in _DISK
+
+
+def problem_of(error: OSError, path: str | os.PathLike[str] = "") -> str:
+    """Return which path an error is about, what is wrong there, and what to do: "PATH: the disk is full; free some space".
+
+    Args:
+        path: what to name where the error names nothing.
+    """
+    if error.errno in _DISK:
+        reason = "; ".join(_DISK[error.errno])
+    else:
+        reason = f"{_READ_ONLY}; make it writable" if error.errno == errno.EROFS else error.strerror or str(error)
+    name = error.filename if error.filename is not None else path
+    name = os.fsdecode(name) if isinstance(name, (str, bytes, os.PathLike)) else ""
+    return f"{name}: {reason}" if name else reason
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let errors of reads, writes and syncs name `path`: the operating system names no file there."""
     try:
-        os.fsync(descriptor)
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Make what a file holds, or the renames inside a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -63,14 +111,15 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with naming(path), open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -99,11 +148,7 @@ def publish(temporary: Path, path: Path) -> None:
     """Sync every file below the folder `temporary` and rename it to `path`, which must not exist."""
     for folder, _, names in os.walk(temporary):
         for name in names:
-            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_folder(folder)
+            sync(os.path.join(folder, name))
+        sync(folder)
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync(path.parent)

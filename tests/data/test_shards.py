@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -97,6 +98,17 @@ def test_a_large_set_is_opened_by_sizes_and_its_bits_are_left_to_verify(copy, mo
         open_dataset(copy)
     os.unlink(copy / "train-00000.bin")
     with pytest.raises(UserError, match=r"train-00000\.bin cannot be read \(No such file"):
+        open_dataset(copy)
+
+
+def test_a_shard_that_the_disk_does_not_give_is_one_sentence(copy, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(data.shards, "shard_checksum", broken)
+    with pytest.raises(
+        UserError, match=r"broken shard: .*train-00000\.bin or \.idx cannot be read \(Input/output error\)"
+    ):
         open_dataset(copy)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import os
 import subprocess
 import sys
 import warnings
@@ -285,6 +287,28 @@ def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(tmp_path,
         assert list(folder.glob("*.so"))
     finally:
         c_build._cache.cache_clear()
+
+
+@pytest.mark.parametrize("place", ["os.replace", "the compiler"])
+def test_a_cache_whose_disk_is_full_is_replaced_by_a_temporary_one(cache, tmp_path, monkeypatch, place):
+    compiler, replace = c_build.find_compiler(), os.replace
+    script = tmp_path / "cc"
+    full = f'case "$*" in *"{cache}"*) echo ignored >&2; echo ld: No space left on device >&2; exit 1;; esac'
+    script.write_text(f'#!/bin/sh\n{full}\nexec {compiler} "$@"\n')
+    script.chmod(0o755)
+
+    def refuse(source, target):
+        if cache in Path(target).parents:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    if place == "os.replace":
+        monkeypatch.setattr(os, "replace", refuse)
+    else:
+        monkeypatch.setenv("CC", str(script))
+    assert value_of(c_build.build(f"int value(void) {{ return {len(place)}; }}")) == len(place)
+    assert not list(cache.glob("*.so"))
+    assert not list(cache.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("broken", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import pytest
@@ -62,6 +63,25 @@ def test_a_rank_that_was_killed_left_no_word(tmp_path, monkeypatch):
 def test_a_failure_that_has_a_sentence_keeps_it(tmp_path, error, status, exit_status):
     assert explain(error, TWO, tmp_path, 7) is error
     assert read_ending(tmp_path) == SessionEnding(status, exit_status, str(error), 1, 7, read_ending(tmp_path).time)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence", "status"),
+    [
+        (OSError(errno.ENOSPC, "x"), "{run}: the disk is full; free some space and run the same command again", 75),
+        (
+            OSError(errno.EIO, "x", "a/b"),
+            "a/b: the disk reports an error; check the disk (dmesg has its errors) and run",
+            75,
+        ),
+        (OSError(errno.EROFS, "x", "a/b"), "a/b: the file system is read-only; name another folder", 2),
+    ],
+)
+def test_an_error_of_the_disk_is_a_sentence_and_no_traceback(tmp_path, capsys, error, sentence, status):
+    reason = explain(raised(error), TWO, tmp_path, 7)
+    assert str(reason).startswith(f"cannot read or write {sentence.format(run=tmp_path)}")
+    assert reason.status == read_ending(tmp_path).exit_status == status
+    assert capsys.readouterr().err == ""
 
 
 def test_a_refusal_before_the_first_step_leaves_the_folder_as_it_is(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import resource
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -47,6 +49,11 @@ def steps(recorder: RunRecorder) -> list[int]:
     return [json.loads(line)["step"] for line in (recorder.folder.path / "metrics.jsonl").read_text().splitlines()]
 
 
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed, as one line."""
+    return " ".join(capsys.readouterr().out.split())
+
+
 def test_lines_wait_for_space_and_the_warning_comes_once(recorder, capsys):
     recorder.event("started")
     with full_disk():
@@ -66,23 +73,55 @@ def test_lines_that_still_wait_are_written_at_the_end(recorder):
     with full_disk():
         recorder.event("started")
     assert steps(recorder) == []
-    assert recorder.close({"status": "finished"})
+    assert recorder.close({"status": "finished"}) == 0
     assert steps(recorder) == [0]
     assert recorder.folder.read_summary()["status"] == "finished"
 
 
 def test_a_summary_that_cannot_be_written_is_reported(recorder, capsys):
     with full_disk():
-        assert not recorder.close({"status": "finished"})
-    assert "warning: the last metrics and the summary could not be written" in capsys.readouterr().out
+        assert recorder.close({"status": "finished"}) == 1
+    path = recorder.folder.path
+    assert f"warning: the summary could not be written: {path / 'summary.json'}: File too large" in said(capsys)
     assert recorder.folder.read_summary() == {}
+
+
+def test_lines_that_are_lost_are_counted_and_do_not_keep_the_summary_from_being_written(recorder, capsys, monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    recorder.event("started")
+    monkeypatch.setattr(recorder.folder, "_metrics", SimpleNamespace(seek=full, write=full, truncate=full, close=int))
+    for recorder.step in (1, 2, 3):
+        recorder.event("saved")
+    capsys.readouterr()
+    assert recorder.close({"status": "finished"}) == 75
+    lost = f"{recorder.folder.path}: the disk is full; free some space; 3 lines of steps 1 to 3 are lost"
+    assert said(capsys) == f"warning: the last metrics could not be written: {lost}"
+    assert recorder.folder.read_summary()["status"] == "finished"
+    recorder.folder._metrics = None
+
+
+def test_metrics_that_cannot_be_synced_are_reported(recorder, capsys, monkeypatch):
+    synced = os.fsync
+
+    def broken(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("metrics.jsonl"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        synced(descriptor)
+
+    recorder.event("started")
+    monkeypatch.setattr(os, "fsync", broken)
+    assert recorder.close({"status": "finished"}) == 75
+    assert "metrics.jsonl: the disk reports an error; check the disk" in said(capsys)
+    recorder.folder.close()  # raises nothing, and releases the lock
 
 
 def test_other_ranks_are_silent(recorder, capsys):
     recorder.enabled = False
     recorder.event("started")
     recorder.samples(["text"])
-    assert recorder.close({"status": "finished"})
+    assert recorder.close({"status": "finished"}) == 0
     assert not (recorder.folder.path / "metrics.jsonl").exists()
     assert not (recorder.folder.path / "samples.txt").exists()
     assert capsys.readouterr().out == ""

@@ -36,4 +36,4 @@ def test_what_one_rank_cannot_read_no_rank_goes_on_from(agree, per_node, rank):
 
 def test_a_refusal_of_rank_0_is_that_of_every_rank(trained, two_ranks, tmp_path):
     decisions = two_ranks.run("agree", arguments=trained(2, "1").arguments, folder=str(tmp_path), per_node=2)
-    assert decisions == [["none is left", []]] * 2
+    assert decisions == [["none is left", 75, []]] * 2

@@ -32,7 +32,7 @@ from conf.validate import validate
 from data.batches import BatchStream, open_dataset, sample_hash
 from data.prepare import prepare
 from kernels.common.commands import run_command
-from kernels.common.errors import Failure, UserError
+from kernels.common.errors import Failure, TryAgain, UserError
 from launch.estimate.counts import shape_of
 from launch.ranks import Ranks, find_ranks
 from model import manifest
@@ -300,7 +300,7 @@ def agree(config: str, folder: str, per_node: int, bad_rank: int = -1, bad_file:
         problems = ((path, outline_problem(path) or verify(path)) for path in checkpoints(Path(folder)))
         found = next((path for path, problem in problems if not problem), None)
         if found is None:
-            raise UserError("none is left")
+            raise TryAgain("none is left")
         return Decision(found, "run")
 
     ranks = Ranks(RANKS.rank, RANKS.world_size, RANKS.rank % per_node, per_node)
@@ -308,7 +308,7 @@ def agree(config: str, folder: str, per_node: int, bad_rank: int = -1, bad_file:
         try:
             decision = decide_together(ranks, decide)
         except UserError as error:
-            return [str(error), sorted(hashed)]
+            return [str(error), int(error.status), sorted(hashed)]
     return [decision.checkpoint and decision.checkpoint.name, sorted(hashed)]
 
 

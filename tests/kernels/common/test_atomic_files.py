@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_folder, atomic_write, explain_os_errors
+from kernels.common.files import atomic_folder, atomic_write, explain_os_errors, problem_of, publish
 
 
 def fail(*_: object) -> None:
@@ -159,6 +159,8 @@ def test_a_folder_left_by_a_killed_writer_is_written_anew(tmp_path):
     [
         (errno.ENOSPC, "the disk is full; free some space and run the same command again"),
         (errno.EDQUOT, "the disk quota is used up; free some space and run the same command again"),
+        (errno.EIO, "the disk reports an error; check the disk (dmesg has its errors) and run the same command again"),
+        (errno.ESTALE, "the file server has lost it; check the mount and run the same command again"),
         (errno.EACCES, "permission denied; make the folder writable or name another one"),
         (errno.EROFS, "the file system is read-only; name another folder"),
         (errno.ENOTDIR, "a part of that path is a file, not a folder"),
@@ -171,12 +173,39 @@ def test_the_systems_refusal_becomes_a_sentence(number, reason):
         with explain_os_errors("write to", Path("runs/a")):
             raise OSError(number, os.strerror(number))
     assert str(caught.value) == f"cannot write to runs/a: {reason}"
+    assert caught.value.status == (75 if reason.endswith("run the same command again") else 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (OSError(errno.ENOSPC, "x"), "runs/a: the disk is full; free some space"),
+        (OSError(errno.EIO, "x", "b"), "b: the disk reports an error; check the disk (dmesg has its errors)"),
+        (OSError(errno.EROFS, "x"), "runs/a: the file system is read-only; make it writable"),
+        (OSError(errno.EFBIG, "File too large"), "runs/a: File too large"),
+        (OSError("a library's own"), "runs/a: a library's own"),
+    ],
+)
+def test_a_problem_that_ends_nothing_names_the_path_and_what_to_do(error, problem):
+    assert problem_of(error, "runs/a") == problem
+
+
+def test_a_write_names_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left") as caught:
+        with atomic_write(tmp_path / "a") as file:
+            file.write("text")
+    assert caught.value.filename == str(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(OSError, match="No space left") as caught:
+        publish(tmp_path / "b", tmp_path / "c")
+    assert caught.value.filename == str(tmp_path / "b")
 
 
 def test_what_is_no_refusal_passes_through():
-    with pytest.raises(OSError, match="Input/output error") as caught:
+    with pytest.raises(OSError, match="Invalid argument") as caught:
         with explain_os_errors("write to", "runs/a"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
     assert not isinstance(caught.value, UserError)
     with pytest.raises(ZeroDivisionError):
         with explain_os_errors("write to", "runs/a"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -74,6 +75,21 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(KeyError, match="ours"):
         run_command(bug)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "x", "a/b"), 75, "error: a/b: the disk is full; free some space\n"),
+        (OSError(errno.EROFS, "x", "a/b"), 1, "error: a/b: the file system is read-only; make it writable\n"),
+    ],
+)
+def test_an_error_of_the_disk_is_a_sentence(error, status, sentence, capsys, monkeypatch):
+    def fail(_: list[str]) -> None:
+        raise error
+
+    monkeypatch.delenv("RANK", raising=False)
+    assert status_of(fail, capsys, monkeypatch) == (status, sentence)
 
 
 def test_a_closed_pipe_is_no_error():
