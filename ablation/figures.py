@@ -20,6 +20,8 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
 
@@ -54,6 +56,7 @@ _VERDICT_COLOURS = {
     Verdict.UNDERPOWERED: "#8c8f9c",
     Verdict.BLOCKED: "#8c8f9c",
 }
+_PIXELS_PER_INCH = 160  # of PNG files
 _POINTS = 60  # of a curve: the resolution of a figure this wide
 _LETTERS_PER_INCH = 11  # of a title
 # Evaluations within a run mostly use a part of the held-out text, the final one all of it.
@@ -91,8 +94,7 @@ class ReportFigure:
     def save(self, folder: Path) -> None:
         """Write the figure as SVG and as PNG, on white and below its title: a file has no heading beside it."""
         with self._titled():
-            svg = self._svg()
-            png = self._render(format="png", dpi=160, facecolor="white", metadata={"Software": None})
+            svg, png = self._svg(), self._png()
         start = svg.index(">") + 1
         with atomic_write(folder / f"{self.name}.svg") as file:
             file.write('<?xml version="1.0" encoding="utf-8"?>\n' + svg[:start])
@@ -101,14 +103,23 @@ class ReportFigure:
             file.write(png)
 
     def _svg(self) -> str:
-        """Return the figure as SVG without a background."""
-        document = self._render(format="svg", facecolor="none", metadata={"Date": None, "Creator": None}).decode()
+        """Lay the figure out, and return it as SVG without a background."""
+        file = io.StringIO()
+        self.figure.set_facecolor("none")
+        with matplotlib.rc_context(_STYLE):  # not `savefig`, which draws a figure twice
+            FigureCanvasSVG(self.figure).print_svg(file, metadata={"Date": None, "Creator": None})
+        document = file.getvalue()
         return re.sub(r"<metadata>.*?</metadata>", "", document[document.index("<svg") :], flags=re.S)
 
-    def _render(self, **options: Any) -> bytes:
-        file = io.BytesIO()
+    def _png(self) -> bytes:
+        """Return the figure as PNG, as it was laid out last."""
+        file, engine = io.BytesIO(), self.figure.get_layout_engine()
+        self.figure.set_facecolor("white")
+        self.figure.set_layout_engine("none")
+        self.figure.set_dpi(_PIXELS_PER_INCH)
         with matplotlib.rc_context(_STYLE):
-            self.figure.savefig(file, **options)
+            FigureCanvasAgg(self.figure).print_png(file, metadata={"Software": None})
+        self.figure.set_layout_engine(engine)
         return file.getvalue()
 
     @contextlib.contextmanager
