@@ -70,7 +70,9 @@ def run_campaign(folder: Path, kills: int, seed: int, overrides: list[str]) -> i
     combined = list(itertools.product(LAYOUTS, LAUNCHERS))
     for number, (layout, launcher) in enumerate(combined):
         share = kills * (number + 1) // len(combined) - kills * number // len(combined)
-        run = KilledRun(folder, layout, launcher, max(1, share) * _STEPS_PER_KILL, overrides)
+        if not share:
+            continue
+        run = KilledRun(folder, layout, launcher, share * _STEPS_PER_KILL, overrides)
         problems = run.disturb(share, generator)
         done, wrong = done + run.kills, wrong + len(problems)
         lost = f"{run.kills} kills, at most {run.worst} steps lost"
@@ -110,7 +112,7 @@ class KilledRun:
             if killed is None:
                 problems.append(f"it ended before kill {number + 1}")
                 break
-            problems += self._judge(previous, log_size)
+            problems += self._judge(previous, log_size, early=killed.moment == "start")
             self.kills, previous = self.kills + 1, killed
         log_size = self._log_size()
         process = self._launch(self.path)
@@ -121,8 +123,14 @@ class KilledRun:
         problems += self._judge(previous, log_size)
         return problems + ["its metrics are not those of the undisturbed run"] * (lines(self.path) != lines(self.twin))
 
-    def _judge(self, killed: Killed | None, log_size: int) -> list[str]:
-        """Return what is wrong with a kill, after the run was started again and printed to its log from `log_size` on."""
+    def _judge(self, killed: Killed | None, log_size: int, early: bool = False) -> list[str]:
+        """Return what is wrong with a kill, after the run was started again.
+
+        Args:
+            killed: what the kill did; None: there was none.
+            log_size: of the log before that start.
+            early: whether that start may have been killed before it went on.
+        """
         if killed is None:
             return []
         with open(self._log(self.path), "rb") as file:
@@ -130,6 +138,8 @@ class KilledRun:
             printed = file.read().decode("utf-8", errors="replace")
         found = re.search(r"^resuming .* after step (\d+) of", printed, re.MULTILINE)
         resumed = int(found[1]) if found else 0 if re.search(r"^step +1/", printed, re.MULTILINE) else None
+        if resumed is None and early:
+            return []
         if resumed is not None:
             self.worst = max(self.worst, killed.steps - resumed)
         problem = verdict(killed, resumed)
