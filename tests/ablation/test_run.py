@@ -96,6 +96,7 @@ def test_another_plan_in_the_same_folder_is_refused_by_what_differs(done, words)
     assert "(it differs in plan.smallest_effect)" in result.err
 
 
+@pytest.mark.slow
 def test_a_stopped_plan_goes_on_and_ends_as_if_nothing_had_happened(done, words, tmp_path):
     words = [*words, "ablation.rates=[1.0]"]  # the seeds' runs alone, at the rate that the other plan has found best
     arguments = [sys.executable, "-m", "ablation.run", *words, f"folder={tmp_path}", "yes=true"]
