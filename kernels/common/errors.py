@@ -19,9 +19,7 @@ class ExitStatus(enum.IntEnum):
     REFUSED = 2  # bad input: the same command is refused again
     DIVERGED = 3  # the numbers are no longer finite: the same command fails again
     HUNG = 4  # no progress, and the watchdog ended it: the same command goes on
-    TRY_AGAIN = (
-        75  # a lost node, a bad or full disk, a port: the same command may succeed later (EX_TEMPFAIL of sysexits.h)
-    )
+    TRY_AGAIN = 75  # a lost node, a disk, a port: the same command may succeed later (EX_TEMPFAIL of sysexits.h)
 
 
 class Failure(Exception):
