@@ -237,12 +237,13 @@ class RunFolder:
             self._metrics.close()
             self._metrics = None
         self._unwritten = [line for line in self._unwritten if json.loads(line)["step"] <= step]
+        with explain_os_errors("read", path):
+            texts, lines, unreadable, _ = read_metrics_file(path) if path.exists() else ([], [], 0, False)
         with explain_os_errors("write to the run folder", self.path):
             for name in ("summary.json", "ending.json"):
                 (self.path / name).unlink(missing_ok=True)
             if not path.exists():
                 return 0
-            texts, lines, unreadable, _ = read_metrics_file(path)
             with atomic_write(path, "wb") as file:
                 for text, line in zip(texts, lines, strict=True):
                     repeated = repeats_evaluation and (line["kind"], line["step"]) == ("eval", step)
@@ -297,7 +298,7 @@ class RunFolder:
     def unwritten(self) -> str:
         """Return how many lines of metrics.jsonl wait to be written, as the end of a sentence; "": none."""
         steps = [json.loads(line)["step"] for line in self._unwritten]
-        return f"; {len(steps)} lines of steps {min(steps)} to {max(steps)} are lost" if steps else ""
+        return f"; {len(steps)} line(s) of steps {min(steps)} to {max(steps)} are lost" if steps else ""
 
     def append_samples(self, text: str) -> None:
         """Append text to samples.txt.

@@ -85,7 +85,7 @@ def verdict(case: Disk, outcome: DiskOutcome, undisturbed: list[tuple]) -> str:
     if strange:
         return f"its losses are not those of the undisturbed run: {strange[0]}"
     missing = len(undisturbed) - len(outcome.lines)
-    return f"{missing} lines of metrics.jsonl are missing" if missing and not case.loses else ""
+    return f"{missing} line(s) of metrics.jsonl are missing" if missing and not case.loses else ""
 
 
 def cases() -> list[Disk]:

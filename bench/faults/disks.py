@@ -118,8 +118,9 @@ class DiskCampaign:
         names = self._names(case, name)
         (self.runs / "wandb").mkdir(exist_ok=True)
         status, output, strays = self._session(case, name, [rule.format(**names) for rule in case.rules])
-        saved = map(step_of, checkpoints(run / "checkpoints"))
-        steps, beside = max(last_step(run), *saved, 0), self._beside(run)
+        printed = map(int, re.findall(r"^step +(\d+)/", output, re.MULTILINE))  # files may be what failed
+        steps = max([last_step(run), *map(step_of, checkpoints(run / "checkpoints")), *printed])
+        beside = self._beside(run)
         damaged = tuple(f"{path}: {problem}" for path in checkpoints(run / "checkpoints") if (problem := damage(path)))
         well = Disk(case.what, ranks=case.ranks, launcher=case.launcher, corpus=case.corpus)
         again, output_again, _ = self._session(well, name, ())

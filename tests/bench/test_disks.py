@@ -132,7 +132,7 @@ def test_without_a_compiler_the_campaign_is_refused_in_a_sentence(tmp_path, monk
         ({"strays": 1}, "1 processes stayed behind"),
         ({"again": 1}, "the same command ends with 1"),
         ({"lines": [*LINES, LINES[3]]}, "metrics.jsonl has a line twice"),
-        ({"lines": LINES[1:]}, "1 lines of metrics.jsonl are missing"),
+        ({"lines": LINES[1:]}, "1 line(s) of metrics.jsonl are missing"),
         (
             {"lines": [*LINES[:-1], ("train", 12, 0.0, 2.0)]},
             "its losses are not those of the undisturbed run: ('train', 12, 0.0, 2.0)",

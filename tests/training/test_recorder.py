@@ -96,7 +96,7 @@ def test_lines_that_are_lost_are_counted_and_do_not_keep_the_summary_from_being_
         recorder.event("saved")
     capsys.readouterr()
     assert recorder.close({"status": "finished"}) == 75
-    lost = f"{recorder.folder.path}: the disk is full; free some space; 3 lines of steps 1 to 3 are lost"
+    lost = f"{recorder.folder.path}: the disk is full; free some space; 3 line(s) of steps 1 to 3 are lost"
     assert said(capsys) == f"warning: the last metrics could not be written: {lost}"
     assert recorder.folder.read_summary()["status"] == "finished"
     recorder.folder._metrics = None

@@ -15,7 +15,7 @@ import pytest
 
 from conf.load import from_yaml, load
 from conf.validate import total_steps
-from kernels.common.errors import UserError
+from kernels.common.errors import TryAgain, UserError
 from tests.training.tiny import overrides
 from training import runfolder
 from training.runfolder import RunFolder
@@ -85,6 +85,18 @@ def test_a_line_that_the_disk_refuses_is_written_later_and_complete(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     folder.append_metrics(record | {"step": 4})
     assert steps(folder) == [1, 2, 3, 4]
+
+
+def test_metrics_that_the_disk_does_not_give_are_named_and_leave_the_summary(folder, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    folder.append_metrics({"kind": "train", "step": 1})
+    folder.write_summary({"status": "stopped"})
+    monkeypatch.setattr(runfolder, "read_metrics_file", broken)
+    with pytest.raises(TryAgain, match=r"cannot read .*metrics\.jsonl: the disk reports an error"):
+        folder.rewind(1)
+    assert folder.read_summary() == {"status": "stopped"}
 
 
 def test_a_resumed_run_has_no_summary(folder):
