@@ -24,6 +24,7 @@ from launch.ranks import Ranks
 
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _NAMES = {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
+_SET_BY = (("TORCHELASTIC_RUN_ID",), ("CROSS_RANK", "LOCAL_SIZE"))  # variables of torchrun's and DeepSpeed's ranks
 _DEEPSPEED = "deepspeed.launcher.launch"  # starts the ranks of a node
 _DEEPSPEED_PORT = "29500"  # unless --master_port is given
 
@@ -56,6 +57,8 @@ class Launchers:
             if not self.pids and Path(script).name == _DEEPSPEED:
                 self._deepspeed = process.pid
             self.pids.append(process.pid)
+        # Started by one that ended before this process looked for it, and now a child of init.
+        self._orphan = not self.pids and os.getppid() == 1 and any(set(names) <= os.environ.keys() for names in _SET_BY)
 
     def listen(self) -> None:
         """Record SIGUSR1 from now on."""
@@ -71,7 +74,9 @@ class Launchers:
             environment["MASTER_PORT"] = str(20000 + self._deepspeed % 12000)  # below the ports that connections take
 
     def gone(self) -> bool:
-        """Return whether one of them has ended since: its child then has another parent."""
+        """Return whether one of them has ended: its child then has another parent."""
+        if self._orphan:
+            return True
         child = os.getpid()
         for pid in self.pids:
             try:

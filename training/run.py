@@ -62,7 +62,7 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
     attention = choose(config.model.attention, device, dtype, config.sequence_length)
     _set_determinism(config)
     folder = RunFolder(config)
-    watch = watchdog.Watchdog(config.watchdog, ranks, folder.path)
+    watch = watchdog.Watchdog(config.watchdog, ranks, folder.path, launchers.gone)
     try:
         warnings = folder.claim(config) if ranks.rank == 0 else []
         dataset = _open_corpus(config, folder, ranks, console)

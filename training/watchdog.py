@@ -5,7 +5,8 @@ Threads of each rank do it; the training thread only notes its progress (`beat`)
 - One writes a heartbeat every few seconds and looks for a verdict: files, as a rank that hangs takes part in no collective.
 - Another decides, from memory alone, so that a disk that hangs cannot hold it up. Without progress of its rank for longer than
   allowed it reads the heartbeats of all ranks twice, and the verdict follows from them (`launch/heartbeats.py`).
-- Every rank that finds a verdict writes its stacks and ends with status 4; a stopped process is killed by a rank of its node.
+- Every rank that finds a verdict writes its stacks and ends with status 4; a rank of its node sees to it that a stopped process
+  ends too. Before the first step a rank also ends where its launcher has.
 
 Time counts only while this process runs: one that was suspended and goes on does not take its own pause for a hang.
 """
@@ -19,6 +20,7 @@ import statistics
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -34,6 +36,7 @@ from training.stacks import activity_of, flights, stacks
 Mark = tuple[str, int, float]  # phase, steps that are done, time.time()
 
 LEAST_SECONDS, STEPS = 300.0, 20.0  # without a bound of the user's: at least these, and as long as so many median steps
+_STARTING, _STARTING_SECONDS = ("start", "load"), 1.0  # phases in which the launcher is looked for, and how often
 INVESTIGATION_SECONDS = 45.0  # from the end of the allowance to that of the process
 
 
@@ -117,10 +120,14 @@ class Watchdog:
 
     Args:
         run: the run folder, shared by all ranks.
+        orphaned: returns whether the launcher has ended. Before its first step a rank ends then, because it may wait for others
+            that never come; later the training loop asks.
     """
 
-    def __init__(self, config: WatchdogConfig, ranks: Ranks, run: Path) -> None:
-        self._ranks, self._run, self._folder = ranks, run, heartbeats.folder_of(run)
+    def __init__(
+        self, config: WatchdogConfig, ranks: Ranks, run: Path, orphaned: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._ranks, self._run, self._folder, self._orphaned = ranks, run, heartbeats.folder_of(run), orphaned
         self._enabled, self.began = config.minutes != 0, time.time()
         self._bounds = Bounds(config)
         shortest = min(60 * (config.minutes or config.phase_minutes), 60 * config.phase_minutes)
@@ -232,7 +239,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         lanes, last = {"main": Patience(), "saver": Patience()}, time.monotonic()
-        while not self._stop.wait(self.interval):
+        starting = True
+        while not self._stop.wait(min(_STARTING_SECONDS, self.interval) if starting else self.interval):
+            starting = _progress.main[0] in _STARTING
+            if starting and self._orphaned():
+                print_lines("error: the launcher has ended before the first step: run the same command again")
+                os._exit(ExitStatus.TRY_AGAIN)
             now = time.monotonic()
             seconds, last = min(now - last, 3 * self.interval), now
             self._bounds.observe(_progress.main)

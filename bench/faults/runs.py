@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from launch.ranks import without_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ("torchrun", "deepspeed")
+_MARK = "BENCH_FAULTS_MARK"  # a variable of all processes that a launcher starts
+_marks: dict[int, str] = {}  # by process id of the launcher
 TINY = [
     *(
         "data=text",
@@ -80,11 +83,14 @@ def launch(
         "torchrun": [scripts / "torchrun", "--standalone", f"--nproc-per-node={ranks}"],
         "deepspeed": [sys.executable, scripts / "deepspeed", f"--num_gpus={ranks}"],
     }
-    fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    mark = uuid.uuid4().hex
+    fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), _MARK: mark}
     environment = {**without_launcher(os.environ), **fixed, **variables}
     words = list(map(str, [*before, *commands[launcher], script, *overrides]))
     with open(log, "ab") as file:
-        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+    _marks[process.pid] = mark
+    return process
 
 
 def wait_until(
@@ -110,20 +116,23 @@ def ranks_of(launcher: int, script: str) -> dict[int, psutil.Process]:
     return found
 
 
-def members(session: int) -> list[psutil.Process]:
-    """Return the processes of a session that are alive."""
+def members(launcher: int) -> list[psutil.Process]:
+    """Return the processes that are alive of those that a launcher started, itself included; a fork's by their session."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+            own = os.getsid(process.pid) == launcher  # ranks of torchrun have sessions of their own
+            if launcher in _marks:
+                own |= process.environ().get(_MARK) == _marks[launcher]
+            if own and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
 
 
-def end_all(session: int) -> int:
-    """Kill what is left of a launcher's session; return how many processes that were."""
+def end_all(launcher: int) -> int:
+    """Kill what is left of a launcher's processes; return how many that were."""
     time.sleep(1.0)  # the parent of a killed process takes its status
-    left = members(session)
+    left = members(launcher)
     kill(left)
     return len(left)
 

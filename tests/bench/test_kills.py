@@ -10,15 +10,14 @@ import pytest
 from bench.faults.kills import Killed, last_step, lines, verdict
 from tests.training.tiny import command
 
-KILLED = Killed("save", True, 24, 10, True, 0)
+KILLED = Killed("save", "all", 24, 10, 0)
 
 
 def test_a_verdict_says_what_is_wrong():
     assert verdict(KILLED, 10) == ""  # that of step 20 was being written
     assert verdict(dataclasses.replace(KILLED, newest=20), 20) == ""
     assert verdict(dataclasses.replace(KILLED, newest=0, steps=9), 0) == ""
-    assert verdict(dataclasses.replace(KILLED, ended=False), 10) == "the launcher had not ended 60 s after it"
-    assert verdict(dataclasses.replace(KILLED, strays=2), 10) == "2 processes stayed behind"
+    assert verdict(dataclasses.replace(KILLED, left=2), 10) == "2 processes had not ended 60 s after it"
     assert verdict(KILLED, None) == "it did not start again"
     assert verdict(KILLED, 20) == "it went on after step 20, its newest checkpoint is of 10"
     assert verdict(dataclasses.replace(KILLED, steps=30), 10) == "after step 30 it went on after step 10"

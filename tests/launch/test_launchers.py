@@ -55,6 +55,25 @@ def gone(process: subprocess.Popen) -> bool:
     return {"True\n": True, "False\n": False}[process.stdout.readline()]
 
 
+@pytest.mark.parametrize(
+    ("variables", "parent", "orphan"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "a"}, 1, True),
+        ({"CROSS_RANK": "0", "LOCAL_SIZE": "2"}, 1, True),
+        ({"TORCHELASTIC_RUN_ID": "a"}, 2, False),  # started by a launcher of another name
+        ({"RANK": "0"}, 1, False),  # by a hand, with nohup
+    ],
+)
+def test_a_rank_whose_launcher_ended_before_it_looked(monkeypatch, variables, parent, orphan):
+    for name in ("TORCHELASTIC_RUN_ID", "CROSS_RANK", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(psutil.Process, "parents", lambda _: [])
+    monkeypatch.setattr(os, "getppid", lambda: parent)
+    assert Launchers().gone() is orphan
+
+
 def test_without_a_launcher_there_is_nothing_to_watch(chain):
     assert Launchers().gone() is False
     _, pids = chain("wrapper")

@@ -265,6 +265,27 @@ def test_only_the_process_of_the_heartbeat_is_ended(child, monkeypatch):
     assert peer_of(beat) == psutil.Process(child.pid)
 
 
+@pytest.mark.parametrize("phase", ["start", "load", "step"])
+def test_before_its_first_step_a_rank_ends_with_its_launcher(phase, tmp_path, monkeypatch, capsys):
+    class Left(BaseException):
+        """In place of the end of the process."""
+
+    def leave(status: int) -> None:
+        raise Left(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    watch = Watchdog(WatchdogConfig(), Ranks(), tmp_path, orphaned=lambda: True)
+    answers = iter([False, True])
+    monkeypatch.setattr(watch._stop, "wait", lambda _: next(answers))
+    watchdog.beat(phase, 0)
+    if phase == "step":
+        watch._watch()  # the training loop stops, and saves
+    else:
+        with pytest.raises(Left, match="75"):
+            watch._watch()
+        assert capsys.readouterr().err.startswith("error: the launcher has ended before the first step: run the same")
+
+
 def test_it_neither_names_a_run_nor_stops_it_from_going_on():
     names = {load([*words, "steps=5"]).run for words in ([], ["watchdog.minutes=3"], ["watchdog.phase_minutes=1"])}
     assert len(names) == 1
