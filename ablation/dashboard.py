@@ -113,15 +113,15 @@ def content_of(results: Results) -> Content:
     }
     rows = [_row(results, size, arm) for size, arm in results.size_arm_pairs()]
     return Content(
-        plan=plan.name,
-        hash=results.manifest.hash,
-        question=plan.question,
+        plan=printable(plan.name),
+        hash=printable(results.manifest.hash),
+        question=printable(plan.question),
         baseline=plan.baseline,
         entity=logger.entity or "",
         project=wandb_project(logger.project),
-        sentences=dict(zip(results.sizes, sentences(results), strict=True)),
+        sentences=dict(zip(results.sizes, map(printable, sentences(results)), strict=True)),
         rows=rows,
-        notes=list(results.notes),
+        notes=list(map(printable, results.notes)),
         telemetry=telemetry,
     )
 
@@ -203,8 +203,20 @@ def sync_command(results: Results, target: dict[str, str]) -> str:
 
 
 def build(content: Content) -> tuple[list[Any], Any]:
-    """Return a workspace per size, and the report, without using the network."""
+    """Return a workspace per size, and the report, without using the network.
+
+    Raises:
+        UserError: W&B does not take one of the names.
+    """
     ws, wr = _import_workspaces()
+    try:
+        return _build(content, ws, wr)
+    except ValueError as error:  # of pydantic, which checks names
+        reason = " ".join(str(error).splitlines()[1:3])
+        raise UserError(f"W&B cannot show the plan {content.plan}: {reason}") from error
+
+
+def _build(content: Content, ws: Any, wr: Any) -> tuple[list[Any], Any]:
     workspaces = [_workspace(content, size, ws, wr) for size in content.sentences]
     blocks: list[Any] = [wr.P(sentence) for sentence in content.sentences.values()]
     blocks.append(wr.P(f"Plan {content.plan} ({content.hash}): {content.question}"))
@@ -212,7 +224,7 @@ def build(content: Content) -> tuple[list[Any], Any]:
         blocks.append(wr.UnorderedList(items=content.notes))
     for size in content.sentences:
         runset = {"filters": _filters(content, size, ws), "groupby": ["JobType"]}
-        blocks += [wr.H1(size), wr.H2("Verdicts"), wr.MarkdownBlock(_markdown(content, size))]
+        blocks += [wr.H1(size), wr.H2("Verdicts"), wr.MarkdownBlock(markdown(content, size))]
         for title, panels in _panels(content, size, wr).items():
             blocks += [wr.H2(title), wr.PanelGrid(runsets=[wr.Runset(name=size, **runset)], panels=panels)]
     report = wr.Report(
@@ -229,7 +241,7 @@ def build(content: Content) -> tuple[list[Any], Any]:
 def _workspace(content: Content, size: str, ws: Any, wr: Any) -> Any:
     verdicts = [
         wr.MarkdownPanel(
-            markdown=f"{content.sentences[size]}\n\n{_markdown(content, size)}", layout=wr.Layout(w=_FULL_WIDTH, h=8)
+            markdown=f"{content.sentences[size]}\n\n{markdown(content, size)}", layout=wr.Layout(w=_FULL_WIDTH, h=8)
         ),
         wr.WeavePanelSummaryTable(table_name=STATISTICS, layout=wr.Layout(w=_FULL_WIDTH, h=10)),
     ]
@@ -304,7 +316,7 @@ def _rows_of(content: Content, size: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["size"] == size]
 
 
-def _markdown(content: Content, size: str) -> str:
+def markdown(content: Content, size: str) -> str:
     """Return the verdicts of a size as a table."""
     heads = (
         "arm",

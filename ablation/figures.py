@@ -352,7 +352,10 @@ def telemetry(results: Results, size: str, arm: str, metric: str) -> tuple[np.nd
     """Return tokens (points,) and a telemetry metric (points, layers), averaged over seeds; None where no run has it."""
     series = []
     for run in results.final_runs(size, arm):
-        lines = [line for line in run.lines_of("telemetry") if isinstance(line.get(metric), list)]
+        lines = [line for line in run.lines_of("telemetry") if isinstance(line.get(metric), list) and line[metric]]
+        lines = [
+            line for line in lines if line.get("tokens") is not None and len(line[metric]) == len(lines[-1][metric])
+        ]
         layers = {line["tokens"]: [math.nan if v is None else v for v in line[metric]] for line in lines}
         if any(math.isfinite(v) for values in layers.values() for v in values):
             series.append(layers)

@@ -16,20 +16,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ablation.plan import Plan, PlannedRun, learning_rates
+from ablation.plan import NAMES, Plan, PlannedRun, learning_rates
 from conf.load import flatten
 from conf.provenance import provenance
 from conf.schema import AblationConfig
 from conf.validate import digest
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
+from kernels.common.json_files import is_number, read_object
 
 NAME = "manifest.json"
+_LIMIT = 1 << 26  # bytes
+_COUNTS = ("tokens", "flops_per_token", "ffn_parameters", "saved_bytes_per_token")  # of a cost
 _RUN = re.compile(r"(?P<size>[^-]+)-(?P<arm>[^-]+)-lr(?P<lr>[0-9.e+-]+)-seed(?P<seed>[0-9]+)")
 
 
@@ -91,10 +95,15 @@ def write_manifest(plan: Plan, folder: Path) -> None:
     with explain_os_errors("write to the folder of the plan", folder):
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / NAME) as file:
-            hashes = {name: digest(value, 4) for name, value in _leaves(content)}
-            document = {"hash": plan.hash, **content, "cost": cost, "hashes": hashes}
+            written_hash, hashes = hashes_of(content)
+            document = {"hash": written_hash, **content, "cost": cost, "hashes": hashes}
             json.dump({**document, "provenance": [*earlier, provenance()]}, file, indent=1)
             file.write("\n")
+
+
+def hashes_of(content: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """Return `hash` and `hashes` of a manifest whose `plan`, `shared` and `arms` are these."""
+    return digest(_merge_shared(content)), {name: digest(value, 4) for name, value in _leaves(content)}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -105,20 +114,66 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / NAME
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_object(path, _LIMIT)
         content = {part: document[part] for part in ("plan", "shared", "arms")}
         written_hash, cost, hashes = document["hash"], document["cost"], document["hashes"]
-        actual = {name: digest(value, 4) for name, value in _leaves(content)}
+        plan_hash, actual = hashes_of(content)
         changed = sorted(name for name in actual.keys() | hashes.keys() if actual.get(name) != hashes.get(name))
         if changed:
             raise UserError(f"{path} was changed after the runs began: {', '.join(changed[:6])}")
-        if digest(_merge_shared(content)) != written_hash:
+        if plan_hash != written_hash:
             raise UserError(f"{path} was changed after the runs began: hash")
-        return Manifest(written_hash, AblationConfig(**content["plan"]), content["shared"], content["arms"], cost)
+        manifest = Manifest(plan_hash, _plan_of(content["plan"]), content["shared"], content["arms"], cost)
+        _check_values(manifest)
+        return manifest
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no {NAME}: it is not a folder of `python -m ablation.run`") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not the manifest of a plan: {type(error).__name__}: {error}") from error
+
+
+def _plan_of(values: dict[str, Any]) -> AblationConfig:
+    """Return the plan of a manifest.
+
+    Raises:
+        ValueError, TypeError: a value is of another type.
+    """
+    plan = AblationConfig(**values)
+    for field in dataclasses.fields(AblationConfig):
+        value, default = values.get(field.name, field.default), field.default
+        if isinstance(default, (int, float)) and not is_number(value):
+            raise ValueError(f"plan.{field.name} is no number")
+        if isinstance(default, str) and not isinstance(value, str):
+            raise ValueError(f"plan.{field.name} is no text")
+    counts = (plan.rate_seed, plan.rate_extensions, *plan.seeds)
+    if not plan.seeds or not all(type(count) is int and 0 <= count < 1 << 62 for count in counts):
+        raise ValueError("plan.seeds are no seeds")
+    if not plan.rates or not all(is_number(rate) and 0 < rate < math.inf for rate in plan.rates):
+        raise ValueError("plan.rates are no learning rates")
+    return plan
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Check the values that status, report and dashboard compute with.
+
+    Raises:
+        ValueError: one of them cannot be.
+    """
+    if not manifest.arms:
+        raise ValueError("there are no sizes")
+    for size, arms in manifest.arms.items():
+        if manifest.plan.baseline not in arms:
+            raise ValueError(f"{size} has no baseline")
+        for arm in arms:
+            if not NAMES.fullmatch(size) or not NAMES.fullmatch(arm):
+                raise ValueError(f"{size} and {arm} name no folder")
+            learned, cost = manifest.learned(size, arm), manifest.cost[size][arm]
+            counts = [learned["steps"], learned["model.d_ff"], *(cost[key] for key in _COUNTS)]
+            if not all(type(count) is int and 0 < count < 1 << 62 for count in counts):
+                raise ValueError(f"{arm} at {size} has impossible numbers of steps, tokens or parameters")
+            rate, mismatch = learned["optim.lr"], cost["mismatch"]
+            if not is_number(rate) or not 0 < rate < math.inf or not is_number(mismatch) or not math.isfinite(mismatch):
+                raise ValueError(f"{arm} at {size} has an impossible learning rate or mismatch")
 
 
 def check_manifest(plan: Plan, folder: Path) -> None:

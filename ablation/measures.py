@@ -69,6 +69,7 @@ def _metric(name: str, run: Run) -> float:
 
 
 def _recovered(samples: Sequence[Mapping[str, Any]]) -> float:
+    samples = [sample for sample in samples if sample.get("tokens") is not None]
     later = [sample for sample in samples if sample["tokens"] > samples[-1]["tokens"] / 2]
     revived = [_over_layers(sample.get("revived"), "revived") for sample in later]
     revived = [fraction for fraction in revived if math.isfinite(fraction)]  # the first sample of a process has none

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import math
+import typing
 from pathlib import Path
 from typing import Any
 
-from kernels.common.json_files import read_metrics_file, read_object
+from kernels.common.json_files import is_number, read_metrics_file, read_summary
 
 WAITING = "waiting"
 QUEUED = "queued"  # by SLURM, which only `ablation.slurm` knows
@@ -42,7 +43,7 @@ def read_outcome(run: Path, lines: list[dict[str, Any]] | None = None) -> Outcom
         lines: the run's metrics, where the caller has read them already.
     """
     try:
-        summary = read_object(run / "summary.json")
+        summary = read_summary(run / "summary.json")
     except (OSError, ValueError):
         summary = {}
     lines = read_metrics(run)[0] if lines is None else lines
@@ -52,8 +53,8 @@ def read_outcome(run: Path, lines: list[dict[str, Any]] | None = None) -> Outcom
     status = summary.get("status")
     if status == "finished":
         loss = summary.get("final_eval_loss")
-        if isinstance(loss, (int, float)) and math.isfinite(loss):
-            return Outcome(FINISHED, step, float(loss), summary)
+        if is_finite(loss):
+            return Outcome(FINISHED, step, float(typing.cast(float, loss)), summary)
         return Outcome(DIVERGED, step, summary=summary)
     if is_running(run):  # whatever an earlier process wrote
         return Outcome(RUNNING, step, summary=summary)
@@ -94,4 +95,4 @@ def read_metrics(run: Path) -> tuple[list[dict[str, Any]], int]:
 
 def is_finite(value: Any) -> bool:
     """Return whether a JSON value is a number other than nan and infinity."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)

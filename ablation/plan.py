@@ -30,7 +30,7 @@ from launch.estimate.counts import check_divisibility, ffn_saved_bytes, flops_pe
 
 StepSeconds = Callable[[str, str, int], float]  # seconds per step of (size, arm, d_ff)
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
+NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 LONGEST_TAG = 64  # characters that W&B accepts
 _SET_BY_THE_PLAN = ("seed", "data_seed", "run", "runs", "resume")
 
@@ -255,7 +255,7 @@ def _named(value: Any, key: str) -> dict[str, str | list[str]]:
         example = "mine: ffn=relu" if key == "arms" else "small: model=nano"
         raise UserError(f"ablation.{key} must map names to overrides, such as {{{example}}}")
     for name in value:
-        if not _NAME.fullmatch(str(name)):
+        if not NAMES.fullmatch(str(name)):
             raise UserError(
                 f"ablation.{key}: {name!r} must consist of letters, digits, _ and ., since it names a folder"
             )

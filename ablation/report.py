@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Sequence
@@ -124,7 +125,11 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["run"], lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({key: "" if is_missing(value) else value for key, value in row.items()})
+            writer.writerow({key: _csv_value(value) for key, value in row.items()})
+
+
+def _csv_value(value: Any) -> Any:
+    return "" if is_missing(value) else printable(value) if isinstance(value, str) else value
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
@@ -147,15 +152,7 @@ def page(results: Results, figures: Sequence[ReportFigure]) -> str:
         "runs": "Runs",
         "plan": "Plan",
     }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,  # what is markup has been escaped
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.jinja").render(
+    rendered = _template().render(
         manifest=results.manifest,
         plan=results.manifest.plan,
         sentences=sentences(results),
@@ -175,6 +172,19 @@ def page(results: Results, figures: Sequence[ReportFigure]) -> str:
         plan_keys={k: v for k, v in dataclasses.asdict(results.manifest.plan).items() if v is not None},
         differing=_differing(results),
     )
+    return printable(rendered)  # attributes too; what is markup has been escaped
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja")
 
 
 def _provisional(results: Results) -> str:

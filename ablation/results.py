@@ -45,7 +45,7 @@ class Run:
     @property
     def tokens_per_second(self) -> float:
         """Median over the lines except the first, which includes the compilation of kernels; nan without lines."""
-        speeds = [line["tokens_per_second"] for line in self.lines_of("train")]
+        speeds = [line["tokens_per_second"] for line in self.lines_of("train") if line.get("tokens_per_second")]
         return float(np.median(speeds[1:] or speeds)) if speeds else math.nan
 
     @property
@@ -56,6 +56,7 @@ class Run:
     def curve(self) -> dict[int, float]:
         """Return the held-out loss by tokens trained on. All points use the same text: the last evaluation uses more."""
         lines = [line for line in self.lines_of("eval") if is_finite(line.get("loss"))]
+        lines = [line for line in lines if None not in (line.get("held_out_tokens"), line.get("tokens"))]
         fewest = min((line["held_out_tokens"] for line in lines), default=0)
         return {line["tokens"]: line["loss"] for line in lines if line["held_out_tokens"] == fewest}
 

@@ -104,7 +104,7 @@ def _short_run(plan: Plan, size: str, name: str, d_ff: int, folder: Path, turn: 
             check=False,
         ).returncode
     lines = [line for line in read_metrics(runs / run)[0] if line["kind"] == "train"]
-    speeds = [line["tokens_per_second"] for line in lines if line["step"] > FIRST]
+    speeds = [line["tokens_per_second"] for line in lines if line["step"] > FIRST and line.get("tokens_per_second")]
     if status or not speeds:
         raise UserError(f"a short run that measures step times failed: see {log}")
     return [arm.batch.tokens_per_step / speed for speed in speeds]

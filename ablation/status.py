@@ -188,7 +188,8 @@ class Watcher:
         speed = math.nan
         if outcome.state == RUNNING:
             lines, _ = read_metrics(self.folder / "runs" / planned.name)
-            speed = next((line["tokens_per_second"] for line in reversed(lines) if line["kind"] == "train"), math.nan)
+            speeds = (line.get("tokens_per_second") for line in reversed(lines) if line["kind"] == "train")
+            speed = next((speed for speed in speeds if speed is not None), math.nan)
         return RunState(planned, outcome, steps, cost["tokens"], cost["flops_per_token"], speed)
 
     def _with_queue(self, planned: PlannedRun, outcome: Outcome) -> Outcome:

@@ -182,13 +182,13 @@ def _check_values(values: dict[str, Any]) -> None:
         raise UserError(
             f"data.held_out={values['data.held_out']} must be a fraction of at most 0.5; 0 trains without evaluation"
         )
-    if values["run"] in ("", ".", "..") or "/" in values["run"]:
+    if values["run"] in (None, "", ".", "..") or any(character in values["run"] for character in "/\0"):
         raise UserError(
             f"run={values['run']!r} cannot name a folder inside {values['runs']}/: leave out '/' (runs=FOLDER moves it)"
         )
     if values["run"] == "wandb":
         raise UserError(f"run=wandb: {values['runs']}/wandb holds the files of W&B; give this run another name")
-    if len(values["run"].encode()) > LONGEST_NAME:
+    if len(values["run"].encode(errors="surrogatepass")) > LONGEST_NAME:
         raise UserError(f"run={values['run'][:20]}... has more than {LONGEST_NAME} bytes: no folder can have that name")
     for name in TEXT_LISTS:
         texts = values.get(name, "{...}")  # a dictionary, whose keys have been flattened

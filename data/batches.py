@@ -100,7 +100,7 @@ def open_dataset(folder: str | Path) -> Dataset:
         parts.append(Part(record["name"], where, record["weight"], train, part["corpus_hash"]))
         held_out.append(open_shards(where, part, "held_out"))
         if held_out[-1].tokens:
-            xz_bits += held_out[-1].text_bytes * (part["xz_bits_per_byte"] or math.nan)
+            xz_bits += held_out[-1].text_bytes * (part.get("xz_bits_per_byte") or math.nan)
     all_held_out = ShardSet([shard for shards in held_out for shard in shards.shards], parts[0].train.dtype)
     xz = xz_bits / all_held_out.text_bytes if all_held_out.tokens else math.nan
     return Dataset(folder, tokenizer, parts, all_held_out, None if math.isnan(xz) else xz, index["corpus_hash"])

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kernels.common.errors import UserError
+from kernels.common.json_files import parse, read_bytes
 
 SAVED = "special_tokens.json"
+_LIMIT = 1 << 26  # bytes of a configuration
 # Of several in one vocabulary the first is taken.
 EOS_NAMES = (
     "</s>",
@@ -76,7 +78,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse(read_bytes(path, _LIMIT))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}, which names the end-of-text token: {error}") from error
     return content if isinstance(content, dict) else {}

@@ -206,12 +206,16 @@ class _SentencePiece(Tokenizer):
         sentencepiece = need("sentencepiece", "this tokenizer")
         sentencepiece.set_min_log_level(2)
         try:
-            self._model = model = sentencepiece.SentencePieceProcessor(model_proto=raw)
-        except RuntimeError as error:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=raw)
+            self._read_pieces()
+        except (RuntimeError, ValueError, IndexError) as error:  # ValueError: a piece that is not UTF-8, or no byte
             raise UserError(f"{name} is no SentencePiece model") from error
-        self.vocab_size, self.eos_id = model.get_piece_size(), model.eos_id()
         if self.vocab_size == 0:
             raise UserError(f"{name} is no SentencePiece model")
+
+    def _read_pieces(self) -> None:
+        model = self._model
+        self.vocab_size, self.eos_id = model.get_piece_size(), model.eos_id()
         # The bytes of every piece. Decoding by this table is exact where the library's own decoding is not (U+2581).
         self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
         bytes_there = {self._bytes[i]: i for i in range(self.vocab_size) if model.is_byte(i)}
@@ -233,7 +237,7 @@ class _SentencePiece(Tokenizer):
         return self._model.id_to_piece(number)
 
     def token_id(self, token: str) -> int | None:
-        number = self._model.piece_to_id(token)
+        number = self._model.piece_to_id(token) if _is_unicode(token) else -1
         return number if 0 <= number < self.vocab_size and self.token(number) == token else None
 
     def special_tokens(self) -> list[str]:
@@ -259,6 +263,11 @@ class _SentencePiece(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         ids = [int(i) for i in ids]
         return self._join(ids).decode("utf-8", "replace") if self.exact else self._model.decode(ids)
+
+
+def _is_unicode(token: str) -> bool:
+    """Return whether a token is text, without halves of characters, which JSON can hold and no vocabulary does."""
+    return not any("\ud800" <= character <= "\udfff" for character in token)
 
 
 def _stretches(text: str) -> Iterator[str | None]:
@@ -299,7 +308,7 @@ class _HuggingFace(Tokenizer):
         return self._model.id_to_token(number)
 
     def token_id(self, token: str) -> int | None:
-        return self._model.token_to_id(token)
+        return self._model.token_to_id(token) if _is_unicode(token) else None
 
     def special_tokens(self) -> list[str]:
         added = self._model.get_added_tokens_decoder()
@@ -314,7 +323,10 @@ class _HuggingFace(Tokenizer):
                 self._model.add_special_tokens([token])
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._model.encode_batch(list(texts), add_special_tokens=False)]
+        try:
+            return [e.ids for e in self._model.encode_batch(list(texts), add_special_tokens=False)]
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"{self.name} cannot encode a text: {error}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)

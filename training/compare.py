@@ -28,7 +28,7 @@ from conf.terminal import SafeConsole
 from conf.validate import NOT_LEARNED
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.json_files import read_metrics_file, read_object
+from kernels.common.json_files import is_number, read_metrics_file, read_summary
 from kernels.common.options import read_positional
 from kernels.common.units import duration, human
 
@@ -52,18 +52,21 @@ class ComparedRun:
             for line in self.lines
             if line.get("kind") == kind
             and line.get("held_out_tokens") == held_out_tokens
+            and is_number(line.get("loss"))
             and math.isfinite(line["loss"])
+            and line.get("tokens") is not None
         }
 
     @property
     def held_out_tokens(self) -> set[int]:
         """The numbers of held-out tokens that the run was evaluated on."""
-        return {line["held_out_tokens"] for line in self.lines if line.get("kind") == "eval"}
+        measured = {line.get("held_out_tokens") for line in self.lines if line.get("kind") == "eval"}
+        return {tokens for tokens in measured if tokens is not None}
 
     def median(self, figure: str) -> float:
         """Return the median of a figure over the training lines but the first, which includes compilation; else nan."""
         lines = [line for line in self.lines if line.get("kind") == "train"]
-        values = [line[figure] for line in lines[1:] or lines if isinstance(line.get(figure), (int, float))]
+        values = [line[figure] for line in lines[1:] or lines if is_number(line.get(figure))]
         return statistics.median(values) if values else math.nan
 
 
@@ -96,7 +99,7 @@ def read_run(folder: Path) -> ComparedRun:
     except OSError as error:
         raise UserError(f"cannot read {folder / 'metrics.jsonl'}: {error.strerror}") from error
     try:
-        summary = read_object(folder / "summary.json")
+        summary = read_summary(folder / "summary.json")
     except (OSError, ValueError):
         summary = {}
     return ComparedRun(folder.name, values_of(folder / "config.yaml"), lines, summary)
@@ -201,7 +204,7 @@ def _figures(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
     """Return (what, a text per run) of speed, memory, size and result."""
     figures: list[tuple[str, Callable[[ComparedRun], Any], Callable[[Any], str]]] = [
         ("state", lambda run: run.summary.get("status", "unfinished"), str),
-        ("tokens trained on", lambda run: max((line.get("tokens", 0) for line in run.lines), default=0), human),
+        ("tokens trained on", lambda run: max((line.get("tokens") or 0 for line in run.lines), default=0), human),
         ("tokens/s, median", lambda run: run.median("tokens_per_second"), human),
         ("MFU, median", lambda run: run.median("mfu"), lambda value: f"{value:.1%}"),
         ("memory per rank, GiB", lambda run: run.median("memory_gib"), lambda value: f"{value:.2f}"),

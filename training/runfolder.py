@@ -34,7 +34,7 @@ from conf.schema import Config
 from conf.validate import differences, total_steps
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors, naming
-from kernels.common.json_files import parse, read_bytes, read_metrics_file, read_object
+from kernels.common.json_files import is_provenance, parse, read_bytes, read_metrics_file, read_summary
 from launch.heartbeats import folder_of
 from model.manifest import run_of
 from model.weights import checkpoints
@@ -329,7 +329,7 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         """Return summary.json, or {} if there is none that can be read."""
         try:
-            return read_object(self.path / "summary.json")
+            return read_summary(self.path / "summary.json")
         except (OSError, ValueError):
             return {}
 
@@ -399,7 +399,7 @@ def _sessions(run: Path) -> list[dict[str, Any]]:
         sessions = parse(read_bytes(run / _PROVENANCE, 1 << 26))
     except (OSError, ValueError):
         return []
-    return [session for session in sessions if isinstance(session, dict)] if isinstance(sessions, list) else []
+    return [session for session in sessions if is_provenance(session)] if isinstance(sessions, list) else []
 
 
 def newest_provenance(run: Path) -> dict[str, Any]:

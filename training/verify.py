@@ -17,7 +17,7 @@ from conf.schema import Config
 from conf.validate import changed_settings
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.json_files import read_metrics_file, read_object
+from kernels.common.json_files import read_metrics_file, read_summary
 from kernels.common.options import read_positional
 from model.health import damage
 from model.manifest import read_manifest
@@ -103,11 +103,11 @@ def _records(run: Path) -> Iterator[str]:
     except OSError as error:
         yield f"metrics.jsonl cannot be read: {error.strerror}"
     try:
-        read_object(run / "summary.json")
+        read_summary(run / "summary.json")
     except FileNotFoundError:
         pass  # a run that is training, or was killed
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not a JSON object"
+        reason = error.strerror if isinstance(error, OSError) else "it is not the summary of a run"
         yield f"summary.json cannot be read: {reason}"
 
 

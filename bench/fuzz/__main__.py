@@ -11,8 +11,14 @@ overrides   keys of the schema and others with random values, read by `conf.load
             from YAML, which must give the same configuration.
 indexes     damaged indexes and records of shards of a prepared corpus, opened as training opens it and as `data.verify` does,
             and damaged indexes of a checkpoint, resumed from.
+manifests   damaged manifests of checkpoints and plans, config.yaml, state.json, ending.json.
+tokenizers  damaged SentencePiece models, tokenizer.json and the configurations beside them, loaded and used.
+metrics     damaged metrics.jsonl, summary.json and provenance.json, read as status, report, dashboard, `training.compare`,
+            `training.verify` and a resumed run read them.
+html        markup, quotes and control characters in names, formulas, notes and hosts: they must stay text in the report, in
+            the dashboard and on a terminal.
 
-From overrides on, only UserError may be raised. Every input that raises something else,
+From overrides on, only UserError may be raised, and by readers of records nothing. Every input that raises something else,
 crashes its process, starts another one, takes too long or more than 1 GiB is printed; the status is then 1.
 """
 
@@ -34,6 +40,10 @@ CAMPAIGNS = {  # the module of each, whose `campaign(name, folder)` prepares it 
     "formulas": "texts",
     "overrides": "texts",
     "indexes": "indexes",
+    "manifests": "manifests",
+    "tokenizers": "tokenizers",
+    "metrics": "metrics",
+    "html": "pages",
 }
 
 

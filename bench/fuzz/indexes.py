@@ -39,8 +39,8 @@ def campaign(_: str, folder: Path) -> Campaign:
     """Return the campaign; its sound files are written to an empty folder."""
     small = write_prepared(folder / "prepared")
     blend = write_blend(folder / "prepared", small)
-    config = run_config(folder / "runs")
-    run = write_run(config)
+    config = run_config()
+    run = write_run(config, folder / "runs")
     indexes = {path: json.loads((path / "index.json").read_text()) for path in (small, blend)}
     group, stored = (
         json.loads((small / "group-00000.json").read_text()),

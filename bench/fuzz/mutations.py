@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -55,11 +56,11 @@ def damaged_json(draw: random.Random, value: Any, most: int = 4) -> Any:
 def _damage_once(draw: random.Random, value: Any) -> Any:
     places = list(_places(value))
     if not places or draw.random() < 0.02:
-        return draw.choice(VALUES)
+        return copy.deepcopy(draw.choice(VALUES))
     holder, key = draw.choice(places)
     old, kind = holder[key], draw.random()
     if kind < 0.5:
-        holder[key] = draw.choice(VALUES)
+        holder[key] = copy.deepcopy(draw.choice(VALUES))
     elif kind < 0.6 and isinstance(old, (int, float)) and not isinstance(old, bool):
         holder[key] = draw.choice(
             (-old, old + 1, old - 1, str(old), old * 2**32, float(old) if abs(old) < 1e300 else 0)
@@ -76,7 +77,7 @@ def _damage_once(draw: random.Random, value: Any) -> Any:
     elif isinstance(holder, dict):
         holder[draw.choice(_TEXTS)] = old
     else:
-        holder.insert(draw.randint(0, len(holder)), draw.choice((old, draw.choice(VALUES))))
+        holder.insert(draw.randint(0, len(holder)), copy.deepcopy(draw.choice((old, draw.choice(VALUES)))))
     return value
 
 

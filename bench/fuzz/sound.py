@@ -18,7 +18,6 @@ from ablation.manifest import write_manifest
 from ablation.plan import Plan, PlannedRun, read_plan, resolve
 from conf import yaml_files
 from conf.load import load, to_yaml
-from conf.provenance import provenance
 from conf.schema import Config
 from conf.validate import settings_of
 from data.shards import FORMAT, Shard, write_group, write_index, write_shard
@@ -34,6 +33,10 @@ STEPS = 8  # of the run, whose newest checkpoint is of its end
 RUN_ID = "0" * 31 + "1"
 TINY = ("model.d_model=8", "model.n_layers=2", "model.n_heads=2", "model.n_kv_heads=1", "model.head_dim=4", "model.d_ff=12",
         "sequence_length=16", "global_batch_size=4", "precision=fp32", "logger=none")  # fmt: skip
+# The same on every machine, and so the inputs that are made of it.
+PROVENANCE = {"date": "2026-01-01T00:00:00+00:00", "commit": "0" * 40, "dirty": False, "host": "a host",
+              "machine": "a machine", "device": "a device", "python": "3.11", "versions": {"torch": "2.0"},
+              "command": "train.py"}  # fmt: skip
 DATASET: Any = SimpleNamespace(tokenizer=SimpleNamespace(hash="tokenizer"), corpus_hash="text", folder="prepared")
 
 
@@ -105,14 +108,14 @@ def _about(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id, "tokenizer_hash": tokenizer.hash}
 
 
-def run_config(folder: Path) -> Config:
+def run_config() -> Config:
     """Return the configuration of `write_run`'s run."""
-    return load(["data=text", "data.path=corpus", *TINY, f"steps={STEPS}", f"runs={folder}", "run=run"])
+    return load(["data=text", "data.path=corpus", *TINY, f"steps={STEPS}", "run=run"])
 
 
-def write_run(config: Config) -> Path:
-    """Write the folder of a run that has ended, with a checkpoint of random weights, and return it."""
-    folder = RunFolder(config)
+def write_run(config: Config, runs: Path) -> Path:
+    """Write the folder of a run that has ended, with a checkpoint of random weights, into a folder of runs; return it."""
+    folder = RunFolder(dataclasses.replace(config, runs=str(runs)))
     folder.claim(config)
     folder.run_id = RUN_ID
     generator = torch.Generator().manual_seed(0)
@@ -133,10 +136,10 @@ def write_run(config: Config) -> Path:
     for line in metrics(STEPS, 64, 2.5):
         folder.append_metrics(line)
     folder.write_run_id()
-    folder.append_provenance(provenance("a device"))
+    folder.append_provenance(PROVENANCE)
     folder.write_summary(summary(STEPS, 64, 2.5) | {"run_id": RUN_ID})
     folder.close()
-    write_ending(folder.path, SessionEnding("finished", 0, step=STEPS))
+    write_ending(folder.path, SessionEnding("finished", 0, step=STEPS, time="2026-01-01T00:00:00+0000"))
     return folder.path
 
 
@@ -168,7 +171,7 @@ def summary(steps: int, tokens: int, final: float) -> dict[str, Any]:
     return {"status": "finished", "final_eval_loss": final, "bits_per_byte": final / 2.5, "xz_bits_per_byte": 2.5,
             "parameters": 1000, "vocab_size": VOCABULARY, "ffn_parameters": 400, "flops_per_token": 6000,
             "data_order_hash": "0" * 16, "config_hash": "0" * 16, "steps": steps, "tokens": steps * tokens,
-            "wall_seconds": 60.0, "provenance": provenance("a device")}  # fmt: skip
+            "wall_seconds": 60.0, "provenance": PROVENANCE}  # fmt: skip
 
 
 def write_plan(folder: Path) -> tuple[Plan, Path]:
@@ -188,6 +191,8 @@ def write_plan(folder: Path) -> tuple[Plan, Path]:
     )
     path = folder / plan.config.name
     write_manifest(plan, path)
+    content = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    (path / "manifest.json").write_text(json.dumps(content | {"provenance": [PROVENANCE]}, indent=1), encoding="utf-8")
     for size, arm in plan.size_arm_pairs():
         for planned in (*plan.sweep_runs(size, arm), *plan.final_runs(size, arm, plan.learning_rates(size, arm)[0])):
             _write_planned_run(plan, planned, path)

@@ -15,6 +15,13 @@ from typing import Any, NamedTuple
 
 _BLOCK = 1 << 24  # bytes of a read
 _LONGEST_LINE = 1 << 24  # bytes of a line of JSON
+_LARGEST = 1 << 62  # whole numbers below this fit into every array
+# The types of what runs write to metrics.jsonl and summary.json.
+_COUNTS = ("step", "tokens", "held_out_tokens", "window_tokens", "steps", "parameters", "ffn_parameters", "vocab_size",
+           "flops_per_token")  # fmt: skip
+_NUMBERS = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gib", "perplexity", "bits_per_byte",
+            "xz_bits_per_byte", "final_eval_loss", "wall_seconds")  # fmt: skip
+_TEXTS = ("event", "run_id", "status", "data_order_hash", "config_hash")
 
 
 def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
@@ -73,18 +80,67 @@ def read_object(path: str | os.PathLike[str], limit: int = 1 << 24) -> dict[str,
     return content
 
 
+def is_number(value: Any) -> bool:
+    """Return whether a JSON value is a number that arithmetic can take; nan and infinity are."""
+    return type(value) is float or (type(value) is int and abs(value) < _LARGEST)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST
+
+
 def metrics_line(line: bytes) -> dict[str, Any] | None:
-    """Return a line of metrics.jsonl, None if it is none: an object with a `kind` and the number of a `step`."""
+    """Return a line of metrics.jsonl, None if it is none.
+
+    It is an object with a `kind` and the number of a `step`. What else it has may be missing, but is of the right type.
+    """
     if len(line) > _LONGEST_LINE:
         return None
     try:
         record = parse(line)
     except ValueError:
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str) or not _is_count(record.get("step")):
         return None
-    step = record.get("step")
-    return record if type(step) is int and 0 <= step < 1 << 62 else None
+    right = all(_fits(key, value, record["kind"]) for key, value in record.items())
+    return record if right else None
+
+
+def _fits(key: str, value: Any, kind: str) -> bool:
+    """Return whether a value of a line of metrics.jsonl, or of summary.json, has the type of its key."""
+    if key in _COUNTS:
+        return value is None or _is_count(value)
+    if key in _NUMBERS:
+        return value is None or is_number(value)
+    if key in _TEXTS:
+        return value is None or isinstance(value, str)
+    if key == "provenance":
+        return is_provenance(value)
+    if kind != "telemetry" or key == "kind":
+        return True
+    return all(each is None or is_number(each) for each in (value if isinstance(value, list) else [value]))
+
+
+def is_provenance(value: Any) -> bool:
+    """Return whether a JSON value is a provenance: an object of texts, with the versions of packages."""
+    if not isinstance(value, dict) or not isinstance(value.get("versions", {}), dict):
+        return False
+    texts = [*value.get("versions", {}).values(), *(value[key] for key in value.keys() - {"versions", "dirty"})]
+    return all(text is None or isinstance(text, str) for text in texts)
+
+
+def read_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return a run's summary.json.
+
+    Raises:
+        OSError: it is missing, cannot be read, or is not a regular file.
+        ValueError: it is no JSON object, or one of its values is of another type than `train.py` writes.
+    """
+    summary = read_object(path)
+    for key, value in summary.items():
+        if not _fits(key, value, "summary"):
+            raise ValueError(f"{key} is no value of a summary")
+    return summary
 
 
 class MetricsFile(NamedTuple):

@@ -11,8 +11,11 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 
-# C0 and C1 but tab and newline, line separators, and the marks that reverse the direction of what follows.
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+# C0 and C1 but tab and newline, line separators, marks that reverse the direction of what follows, and halves of characters,
+# which UTF-8 cannot encode.
+CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 HIDDEN = "***"
 _SECRET = re.compile(
     r"(\w*(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)|(API|ACCESS|PRIVATE)?(KEY|SECRET|PASSWORD|CREDENTIAL)S|PAT|JWT)"

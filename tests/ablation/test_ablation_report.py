@@ -238,6 +238,18 @@ def test_marks_that_reverse_a_text_are_written_out(folder):
     assert r"a\u202egnp\x1b[2J\u2066b" in text
 
 
+def test_marks_in_attributes_are_written_out(folder):
+    results = read_results(folder)
+    size, arm = results.sizes[0], "a\x1b\ud800"
+    arms, cost = (
+        {size: {**of[size], arm: of[size][results.baseline]}} for of in (results.manifest.arms, results.manifest.cost)
+    )
+    manifest = dataclasses.replace(results.manifest, arms=arms, cost=cost)
+    text = whole_page(dataclasses.replace(results, manifest=manifest), [])
+    assert not CONTROL.search(text)
+    assert r'data-value="a\x1b\ud800"' in text
+
+
 def test_text_is_escaped(folder):
     results, question = read_results(folder), 'Does </script><b>"x" & y</b> help?'
     manifest = dataclasses.replace(results.manifest, plan=dataclasses.replace(results.manifest.plan, question=question))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ablation.dashboard import COLUMNS, STATISTICS, _cell, content_of, main
+from ablation.dashboard import COLUMNS, STATISTICS, _cell, build, content_of, main
 from ablation.plan import Plan
 from ablation.results import read_results
 from ablation.verdict import sentences
@@ -383,6 +384,12 @@ def test_entity_and_project_are_those_of_the_runs(copy):
     path = min((copy / "runs").glob("*/config.yaml"))
     path.write_text(path.read_text(encoding="utf-8").replace("project: null", "project: theirs"), encoding="utf-8")
     assert content_of(read_results(copy)).project == "theirs"
+
+
+def test_a_name_that_wandb_does_not_take_is_one_sentence(whole):
+    content = dataclasses.replace(content_of(read_results(whole)), plan="\U0001f600")
+    with pytest.raises(UserError, match="W&B cannot show the plan \U0001f600: "):
+        build(content)
 
 
 def test_a_cell_of_a_table_is_text():

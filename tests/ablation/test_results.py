@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ablation.manifest import check_manifest, read_manifest, write_manifest
+from ablation.manifest import check_manifest, hashes_of, read_manifest, write_manifest
 from ablation.plan import Plan
 from ablation.report import page
 from ablation.results import expected_runs, provenance_lines, read_results
@@ -190,6 +190,28 @@ def test_before_the_sweeps_end_there_is_nothing_to_compare(plan, tmp_path):
     results = read_results(make(plan, tmp_path, RULE, planned_runs))
     assert len(list(expected_runs(results))) == 3 * 3 + 2 * 5
     assert all(math.isnan(c.difference) for c in results.comparisons("nano"))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("plan", "seeds"), 3), (("plan", "seeds"), ["0"]), (("plan", "rates"), [0]), (("plan", "question"), None),
+        (("plan", "tile"), "8"), (("plan", "baseline"), "gone"), (("arms",), {}), (("arms", "nano", "<b>"), {}),
+        (("shared", "optim.lr"), "x"), (("shared", "optim.lr"), 10**400), (("arms", "nano", "gelu", "model.d_ff"), [8]),
+        (("cost", "nano", "gelu", "mismatch"), None), (("cost", "nano", "gelu", "tokens"), 0.5), (("cost", "nano"), {}),
+    ],
+)  # fmt: skip
+def test_a_manifest_of_impossible_values_is_refused_whatever_its_hashes(copy, place, value):
+    path = copy / "manifest.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    inner = content
+    for part in place[:-1]:
+        inner = inner[part]
+    inner[place[-1]] = value
+    content["hash"], content["hashes"] = hashes_of({part: content[part] for part in ("plan", "shared", "arms")})
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match="is not the manifest of a plan"):
+        read_manifest(copy)
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path):

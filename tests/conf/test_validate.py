@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import typing
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from conf.keys import keys
+from conf.load import load
 from conf.schema import Config
 from conf.validate import NOT_LEARNED, Batch, differences, validate
 from kernels import BACKENDS as KERNEL_BACKENDS
@@ -278,3 +280,11 @@ def test_differences_see_the_parts_of_a_blend():
     assert differences(changed(one), changed(two)) == ["data.parts.a.weight: 1 -> 2"]
     assert len(differences(changed(), changed(one))) >= 1
     assert differences(changed(one), changed(one)) == []
+
+
+@pytest.mark.parametrize("name", [None, "", "..", "a/b", "a\0b"])
+def test_what_names_no_folder_is_no_name_of_a_run(name):
+    config = dataclasses.replace(load(["data=text", "data.path=corpus"]), run=name)
+    with pytest.raises(UserError, match="cannot name a folder inside runs/"):
+        validate(config, 1)
+    validate(dataclasses.replace(config, run="\ud800"), 1)

@@ -185,6 +185,36 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, name, content, sentence):
         load_tokenizer(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("piece", "other"), [(b"<0x41>", b"<0xZZ>"), (b"<unk>", b"<\xff\xfe>>"), (b"</s>", b"<\xc3s>")]
+)
+def test_a_model_with_a_piece_that_is_none_is_refused(trained, tmp_path, piece, other):
+    (tmp_path / "a.model").write_bytes(trained.raw.replace(piece, other))
+    with pytest.raises(UserError, match=r"a\.model is no SentencePiece model"):
+        load_tokenizer(tmp_path / "a.model")
+
+
+def test_a_vocabulary_without_its_unknown_token_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({"</s>": 0}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens(["</s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot encode a text: .*Missing \[UNK\]"):
+        load_tokenizer(tmp_path)
+
+
+def test_configurations_that_are_nested_too_deeply_or_name_half_a_character(trained, tmp_path):
+    trained.save(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"eos_token": "\\ud800"}')
+    assert load_tokenizer(tmp_path).eos_id == trained.eos_id
+    config.write_text('{"a":' * 100_000)
+    with pytest.raises(UserError, match=r"cannot read .*tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the tokenizer .*missing\.model"):
         load_tokenizer(tmp_path / "missing.model")

@@ -79,7 +79,7 @@ def test_the_other_files_of_a_run(verify, tmp_path):
         "run_id cannot be read",
         "there is no checkpoint",
         "metrics.jsonl: 2 line(s) cannot be read",
-        "summary.json cannot be read: it is not a JSON object",
+        "summary.json cannot be read: it is not the summary of a run",
     ]
 
 

@@ -15,6 +15,7 @@ from kernels.common.text import assigned_secret, command_text, is_secret, printa
         ("a\rb\x07\x08", "a\\rb\\x07\\x08"),
         ("\u202egnp.exe\u2066", "\\u202egnp.exe\\u2066"),
         ("\x9b31m\x7f\u2028", "\\x9b31m\\x7f\\u2028"),
+        ("half \ud800", "half \\ud800"),
     ],
 )
 def test_control_characters_are_written_out(text, shown):
