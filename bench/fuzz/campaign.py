@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import os
 import random
@@ -136,6 +137,7 @@ def _be_child(name: str, campaign: Campaign, numbers: range, seed: int, writing:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(nowhere, stream)
+        faulthandler.disable()  # a crash is reported by the parent
         events: list[str] = []
         sys.addaudithook(lambda event, _: events.append(event) if event in _FORBIDDEN else None)
         signal.signal(signal.SIGVTALRM, _stop)
