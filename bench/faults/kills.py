@@ -137,6 +137,8 @@ class KilledRun:
             printed = file.read().decode("utf-8", errors="replace")
         found = re.search(r"^resuming .* after step (\d+) of", printed, re.MULTILINE)
         resumed = int(found[1]) if found else 0 if re.search(r"^step +1/", printed, re.MULTILINE) else None
+        if "there is nothing to do" in printed:  # its ranks finished it although their launcher was gone
+            resumed = self.steps
         if resumed is None and early:
             return []
         if resumed is not None:
