@@ -29,7 +29,7 @@ from conf.schema import AblationConfig
 from conf.validate import digest
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
-from kernels.common.json_files import is_number, read_object
+from kernels.common.json_files import is_count, is_number, read_object
 
 NAME = "manifest.json"
 _LIMIT = 1 << 26  # bytes
@@ -146,7 +146,7 @@ def _plan_of(values: dict[str, Any]) -> AblationConfig:
         if isinstance(default, str) and not isinstance(value, str):
             raise ValueError(f"plan.{field.name} is no text")
     counts = (plan.rate_seed, plan.rate_extensions, *plan.seeds)
-    if not plan.seeds or not all(type(count) is int and 0 <= count < 1 << 62 for count in counts):
+    if not plan.seeds or not all(map(is_count, counts)):
         raise ValueError("plan.seeds are no seeds")
     if not plan.rates or not all(is_number(rate) and 0 < rate < math.inf for rate in plan.rates):
         raise ValueError("plan.rates are no learning rates")
@@ -169,7 +169,7 @@ def _check_values(manifest: Manifest) -> None:
                 raise ValueError(f"{size} and {arm} name no folder")
             learned, cost = manifest.learned(size, arm), manifest.cost[size][arm]
             counts = [learned["steps"], learned["model.d_ff"], *(cost[key] for key in _COUNTS)]
-            if not all(type(count) is int and 0 < count < 1 << 62 for count in counts):
+            if not all(is_count(count) and count for count in counts):
                 raise ValueError(f"{arm} at {size} has impossible numbers of steps, tokens or parameters")
             rate, mismatch = learned["optim.lr"], cost["mismatch"]
             if not is_number(rate) or not 0 < rate < math.inf or not is_number(mismatch) or not math.isfinite(mismatch):

@@ -22,7 +22,7 @@ import numpy as np
 
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
-from kernels.common.json_files import read_object
+from kernels.common.json_files import is_count, read_object
 
 FORMAT = 1  # of the folder; a folder of another format is prepared again beside it
 INDEX = "index.json"
@@ -174,7 +174,7 @@ def _parts_problem(parts: list[dict[str, Any]]) -> str:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _MOST
+    return is_count(value, _MOST)
 
 
 def shard_of(record: dict[str, Any]) -> Shard:

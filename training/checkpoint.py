@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.common.errors import ExitStatus, UserError
-from kernels.common.files import may_pass, problem_of, publish
+from kernels.common.files import problem_of, publish, status_of
 from kernels.common.json_files import read_object
 from model.finite import find
 from model.health import Inspector
@@ -279,7 +279,7 @@ def _failure_of(action: Callable[[], None], path: Path) -> WriteFailure:
     try:
         action()
     except OSError as error:
-        return WriteFailure(problem_of(error, path), ExitStatus.TRY_AGAIN if may_pass(error) else ExitStatus.FAILED)
+        return WriteFailure(problem_of(error, path), status_of(error))
     return _WRITTEN
 
 

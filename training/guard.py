@@ -170,9 +170,10 @@ class Guard:
         """Return why this rank would not keep a checkpoint of a step with this loss and norm; "" if it would."""
         if kind := kind_of_number(float(loss)):
             return f"a loss of {kind}"
-        if float(grad_norm) == 0.0:
+        norm = float(grad_norm)
+        if norm == 0.0:
             return "a gradient of zero"
-        kind = kind_of_number(float(grad_norm))
+        kind = kind_of_number(norm)
         return f"a gradient with the norm {kind}" if kind else ""
 
     def diverged(self, reason: str) -> Diverged:

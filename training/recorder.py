@@ -17,7 +17,7 @@ from conf.schema import Config
 from conf.validate import Batch
 from data.batches import Dataset, epochs
 from kernels.common.errors import ExitStatus
-from kernels.common.files import may_pass, problem_of
+from kernels.common.files import problem_of, status_of
 from kernels.common.units import duration
 from launch.estimate.counts import Shape, flops_per_token
 from training import machine
@@ -171,7 +171,7 @@ class RunRecorder:
             try:
                 write()
             except OSError as error:
-                status = ExitStatus.TRY_AGAIN if may_pass(error) else ExitStatus.FAILED
+                status = status_of(error)
                 lost = self.folder.unwritten if what == "the last metrics" else ""
                 self.console.warn(f"{what} could not be written: {problem_of(error, self.folder.path)}{lost}")
         if self._loggers is not None:

@@ -73,9 +73,9 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
         if ranks.world_size > 1:  # rank 0 tells the others what it decides
             _start_group(config, ranks, device, folder.path)
         inspector = Inspector()
-        decision = decide_together(
-            ranks, lambda verify: _decide(config, batch, folder, dataset, shape, console, inspector, verify)
-        )
+        explained = explain_os_errors("go on from the run folder", folder.path)
+        decide = explained(lambda verify: _decide(config, batch, folder, dataset, shape, console, inspector, verify))
+        decision = decide_together(ranks, decide)
         if decision.finished:
             return _end_group(ranks)
         stream = BatchStream(dataset, config.sequence_length, config.data_seed, skipped)
@@ -152,40 +152,38 @@ def _decide(
         UserError: no checkpoint of the run can be used, or it would repeat its corpus too often.
     """
 
-    with explain_os_errors("go on from the run folder", folder.path):
+    def contents(path: Path) -> str:
+        problem = verify(path)
+        inspector.record(path, problem)
+        return problem
 
-        def contents(path: Path) -> str:
-            problem = verify(path)
-            inspector.record(path, problem)
-            return problem
-
-        named = named_checkpoint(folder.checkpoints, config)
-        checkpoint, warnings = choose_checkpoint(
-            folder.checkpoints, folder.run_id, contents, lambda path: why_unfit(path, dataset, shape, config), named
-        )
-        for warning in warnings:
-            console.warn(warning)
-        if checkpoint is None:
-            folder.refuse_to_start_over()
-        else:
-            folder.run_id = folder.run_id or run_of(checkpoint)
-            done = step_of(checkpoint)
-            state, typed = CheckpointReader(checkpoint).state, SampleRanges.parse(config.guard.skip_samples)
-            SampleRanges.of(state.get("skipped_samples", [])).extended(typed, done * batch.global_batch)
-            folder.refuse_fewer_steps(batch.steps, done)
-            # A run killed between its last checkpoint and its summary still needs the summary.
-            if done >= batch.steps and (summary := folder.finished_summary(done)):
-                _print_finished(console, folder, batch, summary)
-                return Decision(finished=True)
-            if unchecked := unknown_origin(checkpoint):
-                console.print(unchecked)
-        if checkpoint is None or (folder.previous_steps or batch.steps) < batch.steps:
-            _refuse_repetition(dataset, config, batch)
-        folder.run_id = folder.run_id or uuid.uuid4().hex
-        if named is not None and (names := set_aside(folder.checkpoints, named)):
-            console.print(f"{named} is the newest checkpoint again; later ones are now called {', '.join(names)}")
-        remove_leftovers(folder.checkpoints)
-        return Decision(checkpoint, folder.run_id, folder.previous_steps)
+    named = named_checkpoint(folder.checkpoints, config)
+    checkpoint, warnings = choose_checkpoint(
+        folder.checkpoints, folder.run_id, contents, lambda path: why_unfit(path, dataset, shape, config), named
+    )
+    for warning in warnings:
+        console.warn(warning)
+    if checkpoint is None:
+        folder.refuse_to_start_over()
+    else:
+        folder.run_id = folder.run_id or run_of(checkpoint)
+        done = step_of(checkpoint)
+        state, typed = CheckpointReader(checkpoint).state, SampleRanges.parse(config.guard.skip_samples)
+        SampleRanges.of(state.get("skipped_samples", [])).extended(typed, done * batch.global_batch)
+        folder.refuse_fewer_steps(batch.steps, done)
+        # A run killed between its last checkpoint and its summary still needs the summary.
+        if done >= batch.steps and (summary := folder.finished_summary(done)):
+            _print_finished(console, folder, batch, summary)
+            return Decision(finished=True)
+        if unchecked := unknown_origin(checkpoint):
+            console.print(unchecked)
+    if checkpoint is None or (folder.previous_steps or batch.steps) < batch.steps:
+        _refuse_repetition(dataset, config, batch)
+    folder.run_id = folder.run_id or uuid.uuid4().hex
+    if named is not None and (names := set_aside(folder.checkpoints, named)):
+        console.print(f"{named} is the newest checkpoint again; later ones are now called {', '.join(names)}")
+    remove_leftovers(folder.checkpoints)
+    return Decision(checkpoint, folder.run_id, folder.previous_steps)
 
 
 def _refuse_repetition(dataset: Dataset, config: Config, batch: Batch) -> None:

@@ -199,16 +199,21 @@ def write_plan(folder: Path) -> tuple[Plan, Path]:
     return plan, path
 
 
-def _write_planned_run(plan: Plan, planned: PlannedRun, folder: Path) -> None:
-    run = folder / "runs" / planned.name
-    run.mkdir(parents=True)
+def config_of(plan: Plan, planned: PlannedRun, folder: Path) -> Config:
+    """Return the configuration of a planned run in the folder of its plan."""
     arm = plan.arms[planned.size][planned.arm]
-    config = dataclasses.replace(
+    return dataclasses.replace(
         arm.config, seed=planned.seed, data_seed=planned.seed, run=planned.name, runs=str(folder / "runs"),
         optim=dataclasses.replace(arm.config.optim, lr=planned.lr),
         model=dataclasses.replace(arm.config.model, d_ff=arm.width.d_ff),
     )  # fmt: skip
-    (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+
+
+def _write_planned_run(plan: Plan, planned: PlannedRun, folder: Path) -> None:
+    run = folder / "runs" / planned.name
+    run.mkdir(parents=True)
+    arm = plan.arms[planned.size][planned.arm]
+    (run / "config.yaml").write_text(to_yaml(config_of(plan, planned, folder)), encoding="utf-8")
     final = 3.0 + 0.01 * planned.seed + 0.1 * planned.lr + (0.01 if planned.arm == plan.config.baseline else 0.0)
     steps, tokens = arm.batch.steps, arm.batch.tokens_per_step
     lines = metrics(steps, tokens, final)

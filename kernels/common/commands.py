@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import ExitStatus, Failure
-from .files import is_of_disk, may_pass, problem_of
+from .errors import Failure
+from .files import is_of_disk, problem_of, status_of
 from .text import printable
 
 HELP = ("-h", "--help")
@@ -59,7 +59,7 @@ def run_command(
         if not is_of_disk(error):
             raise
         _print_once(problem_of(error))
-        raise SystemExit(ExitStatus.TRY_AGAIN if may_pass(error) else ExitStatus.FAILED) from None
+        raise SystemExit(status_of(error)) from None
     raise SystemExit(status or 0)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import TryAgain, UserError
+from .errors import ExitStatus, TryAgain, UserError
 
 # What is wrong with a disk, and what to do about it before the same command can succeed.
 _DISK = {
@@ -59,9 +59,9 @@ def is_of_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and (error.errno in _DISK or error.errno == errno.EROFS)
 
 
-def may_pass(error: OSError) -> bool:
-    """Return whether the same command may succeed once a disk has space again, or is mended."""
-    return error.errno in _DISK
+def status_of(error: OSError) -> ExitStatus:
+    """Return the exit status for an error: to try again where a disk may have space again, or be mended, else failed."""
+    return ExitStatus.TRY_AGAIN if error.errno in _DISK else ExitStatus.FAILED
 
 
 def problem_of(error: OSError, path: str | os.PathLike[str] = "") -> str:

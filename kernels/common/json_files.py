@@ -85,8 +85,9 @@ def is_number(value: Any) -> bool:
     return type(value) is float or (type(value) is int and abs(value) < _LARGEST)
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _LARGEST
+def is_count(value: Any, below: int = _LARGEST) -> bool:
+    """Return whether a JSON value is a whole number from 0 on, below a bound."""
+    return type(value) is int and 0 <= value < below
 
 
 def metrics_line(line: bytes) -> dict[str, Any] | None:
@@ -100,7 +101,7 @@ def metrics_line(line: bytes) -> dict[str, Any] | None:
         record = parse(line)
     except ValueError:
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str) or not _is_count(record.get("step")):
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str) or not is_count(record.get("step")):
         return None
     right = all(_fits(key, value, record["kind"]) for key, value in record.items())
     return record if right else None
@@ -109,7 +110,7 @@ def metrics_line(line: bytes) -> dict[str, Any] | None:
 def _fits(key: str, value: Any, kind: str) -> bool:
     """Return whether a value of a line of metrics.jsonl, or of summary.json, has the type of its key."""
     if key in _COUNTS:
-        return value is None or _is_count(value)
+        return value is None or is_count(value)
     if key in _NUMBERS:
         return value is None or is_number(value)
     if key in _TEXTS:

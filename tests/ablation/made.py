@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -14,6 +13,7 @@ from typing import Any
 
 from ablation.manifest import write_manifest
 from ablation.plan import Plan, PlannedRun, read_plan, resolve
+from bench.fuzz.sound import config_of
 from conf.load import to_yaml
 from launch.estimate.counts import parameters, shape_of
 
@@ -104,11 +104,7 @@ def write_run(
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
     arm = plan.arms[planned.size][planned.arm]
-    config = dataclasses.replace(
-        arm.config, seed=planned.seed, data_seed=planned.seed, run=planned.name, runs=str(folder / "runs"),
-        optim=dataclasses.replace(arm.config.optim, lr=planned.lr),
-        model=dataclasses.replace(arm.config.model, d_ff=arm.width.d_ff),
-    )  # fmt: skip
+    config = config_of(plan, planned, folder)
     (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     batch, ends = arm.batch, 1.0 if math.isfinite(final) else 0.4
     chance = random.Random(planned.name)
