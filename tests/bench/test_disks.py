@@ -41,7 +41,10 @@ def library(tmp_path_factory):
 
 
 def on_disk(library, faults: list[str], program: str) -> str:
-    """Return what a program prints on a disk with these faults."""
+    """Return what a program prints on a disk with these faults.
+
+    A fault names its file by the whole path: by a part of it, it would fit files of the interpreter in some checkouts.
+    """
     variables = environment(LD_PRELOAD=str(library), DISK_FAULTS="\n".join(faults))
     return subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True).stdout.strip()
 
@@ -63,33 +66,36 @@ print(os.write(file, bytes(60)), os.write(file, bytes(60)))
 try: os.write(file, bytes(60))
 except OSError as error: print(error.errno)
 """
-    assert on_disk(library, [rule("write", "a file", value=number, byte=100)], program) == f"60 40\n{number}"
+    assert on_disk(library, [rule("write", str(tmp_path), value=number, byte=100)], program) == f"60 40\n{number}"
 
 
 def test_calls_fail_from_the_first_to_the_last_that_is_named(library, tmp_path):
+    path = str(tmp_path / "b")
     program = f"""
 import os
 def refused(action):
     try: action()
     except OSError: return 1
     return 0
-path = {str(tmp_path / "b")!r}
+path = {path!r}
 file = os.open(path, os.O_WRONLY | os.O_CREAT)
 print([refused(lambda: os.fsync(file)) for _ in range(4)], [refused(lambda: os.open(path, os.O_RDWR)) for _ in "ab"],
       [refused(lambda: os.open(path, os.O_RDONLY)) for _ in "ab"], [refused(lambda: os.replace(path, path)) for _ in "ab"])
 """
-    faults = [rule("fsync", "/b", first=2, last=3), rule("open", "/b", first=2), rule("rename", "/b", last=1)]
+    faults = [rule("fsync", path, first=2, last=3), rule("open", path, first=2), rule("rename", path, last=1)]
     assert on_disk(library, faults, program) == "[0, 1, 1, 0] [1, 1] [0, 0] [1, 0]"
 
 
 def test_a_bit_is_read_wrong_whether_the_file_is_read_or_mapped(library, tmp_path):
-    (tmp_path / "c").write_bytes(b"abcdef")
+    path = tmp_path / "c"
+    path.write_bytes(b"abcdef")
     program = f"""
 import mmap, os
-file = os.open({str(tmp_path / "c")!r}, os.O_RDONLY)
+file = os.open({str(path)!r}, os.O_RDONLY)
 print(os.read(file, 2), os.read(file, 9), os.pread(file, 3, 1), mmap.mmap(file, 0, prot=mmap.PROT_READ)[:])
 """
-    assert on_disk(library, [rule("read", "/c", "flip", 1, byte=2 + 6)], program) == "b'ab' b'bdef' b'bbd' b'abbdef'"
+    faults = [rule("read", str(path), "flip", 1, byte=2 + 6)]
+    assert on_disk(library, faults, program) == "b'ab' b'bdef' b'bbd' b'abbdef'"
 
 
 def test_a_rule_that_is_none_ends_the_program(library):
