@@ -15,11 +15,12 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --require-virtualenv
 # Three tests at a time, some of which wait, each with one thread: libraries that take all cores are slower beside each other.
 TESTS := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
-# What must not be inherited: a user's site-packages, or another project's path.
+# What must not be inherited: a user's site-packages, another project's path, or that every process compiles its modules anew.
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup train ablation test test-all lock clean
+.PHONY: setup train ablation test test-all lint tests tests-all lock clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -50,18 +51,20 @@ ablation: setup
 	@$(BIN)/python -m ablation.run ablation=smoke yes=true
 	@$(BIN)/python -m ablation.report ablations/smoke
 
-test: $(VENV)/.installed-test
+# The checker of types needs half a minute of one core, which the tests leave free now and then.
+test test-all: $(VENV)/.installed-test
+	@$(MAKE) --no-print-directory --jobs=2 lint $(@:test%=tests%)
+
+lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/basedpyright
+
+tests: $(VENV)/.installed-test
 	@$(TESTS)
 
-test-all: $(VENV)/.installed-test
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/lint-imports --no-cache
-	@$(BIN)/basedpyright
+tests-all: $(VENV)/.installed-test
 	@$(TESTS) -m ''
 
 # Pins that stand in the lock stay (edit or delete a line to move it). CUDA libraries and Triton are left out: torch's own
