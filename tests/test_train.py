@@ -150,7 +150,7 @@ def uninterrupted(corpus, runs, compilers) -> tuple[Path, Result]:
     return runs / "uninterrupted", result
 
 
-@pytest.mark.usefixtures("uninterrupted", "by_deepspeed")
+@pytest.mark.usefixtures("uninterrupted", "stopped")
 def test_only_the_kernels_of_the_model_are_built(compilers):
     calls = Path(compilers["TORCH_EXTENSIONS_DIR"]).with_name("calls").read_text().splitlines()
     ours = [line for line in calls if line == "cc --version" or "/formula-ffn/kernels/" in line]
@@ -328,29 +328,13 @@ def launched(launcher: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def by_deepspeed(corpus, runs, compilers) -> tuple[Path, Result]:
-    """An uninterrupted run by the deepspeed launcher."""
-    result = command(*launched("deepspeed"), *arguments_of(corpus, runs, "deepspeed", zero=2), **compilers)
-    assert result.status == 0, result.out + result.err
-    return runs / "deepspeed", result
-
-
-def assert_close(a: list[float], b: list[float]) -> None:
-    # Rounding differs from the first step on, and 60 steps amplify it: bound the first 10 tightly.
-    assert a[:10] == pytest.approx(b[:10], rel=FP32)
-    assert a == pytest.approx(b, rel=1e-3)
-
-
-def test_the_deepspeed_launcher_trains_the_same(uninterrupted, by_deepspeed):
-    run, result = by_deepspeed
-    assert_close(losses(run), losses(uninterrupted[0]))
-    assert summary(run)["data_order_hash"] == summary(uninterrupted[0])["data_order_hash"]
-    assert summary(run)["final_eval_loss"] == pytest.approx(summary(uninterrupted[0])["final_eval_loss"], rel=1e-3)
-    # Only one rank prints.
-    steps = [line for line in result.out.splitlines() if line.startswith("step ")]
-    assert len(steps) == len(set(steps)) == STEPS
-    assert result.out.count("finished in") == 1
-    assert "Warning" not in result.out + result.err, result.out + result.err
+def stopped(corpus, runs, compilers) -> tuple[Path, Result, Result]:
+    """A run by the deepspeed launcher, which SIGTERM ends, that torchrun resumes; with the result of either session."""
+    arguments = arguments_of(corpus, runs, "stopped", zero=2)
+    result = stop_launcher("deepspeed", "SIGTERM", arguments, runs / "stopped", compilers)
+    resumed = command(*launched("torchrun"), *arguments, **compilers)
+    assert resumed.status == 0, resumed.out + resumed.err
+    return runs / "stopped", result, resumed
 
 
 def members(started: Started) -> Iterator[psutil.Process]:
@@ -360,17 +344,9 @@ def members(started: Started) -> Iterator[psutil.Process]:
     yield from launcher.children(recursive=True)
 
 
-@pytest.mark.parametrize(
-    ("launcher", "how"),
-    [
-        pytest.param("deepspeed", "Ctrl-C", marks=pytest.mark.slow),
-        ("deepspeed", "SIGTERM"),
-        pytest.param("torchrun", "SIGTERM", marks=pytest.mark.slow),
-    ],
-)
-def test_a_stopped_launcher_leaves_a_checkpoint_and_no_process(by_deepspeed, corpus, runs, launcher, how):
-    arguments = arguments_of(corpus, runs, f"{how}-{launcher}", zero=2)
-    started = Started(*launched(launcher), *arguments)
+def stop_launcher(launcher: str, how: str, arguments: list[str], run: Path, variables: dict[str, str]) -> Result:
+    """Stop a run under a launcher in its middle. Assert that it has saved what it had, and that no process is left."""
+    started = Started(*launched(launcher), *arguments, **variables)
     started.until("step  6/60")
     family = list(members(started))
     if how == "SIGTERM":  # kills `deepspeed` at once; nothing is forwarded, but the ranks detect that it has ended
@@ -378,18 +354,47 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_no_process(by_deepspeed, cor
     else:  # a terminal sends Ctrl-C to every process
         os.killpg(started.process.pid, signal.SIGINT)
     result = started.end()
-    run = runs / f"{how}-{launcher}"
     _, alive = psutil.wait_procs(family, timeout=PATIENCE)
     assert alive == []
     here = [p for p in psutil.process_iter(["cmdline"]) if f"run={run.name}" in " ".join(p.info["cmdline"] or ())]
     assert here == []
-    done = summary(run)["steps"]
     assert summary(run)["status"] == "stopped", result.out + result.err
-    assert newest_intact(run / "checkpoints")[0].name == f"step_{done:08d}"
-    if (launcher, how) == ("deepspeed", "SIGTERM"):  # the other launcher resumes the run
-        result = command(*launched("torchrun"), *arguments)
-        assert result.status == 0, result.out + result.err
-        assert_same_run(run, by_deepspeed[0])
+    assert newest_intact(run / "checkpoints")[0].name == f"step_{summary(run)['steps']:08d}"
+    return result
+
+
+def assert_close(a: list[float], b: list[float]) -> None:
+    # Rounding differs from the first step on, and 60 steps amplify it: bound the first 10 tightly.
+    assert a[:10] == pytest.approx(b[:10], rel=FP32)
+    assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_stopped_under_deepspeed_and_resumed_under_torchrun_it_trains_the_same(uninterrupted, stopped):
+    run, first, second = stopped
+    assert_close(losses(run), losses(uninterrupted[0]))
+    assert summary(run)["data_order_hash"] == summary(uninterrupted[0])["data_order_hash"]
+    assert summary(run)["final_eval_loss"] == pytest.approx(summary(uninterrupted[0])["final_eval_loss"], rel=1e-3)
+    # Only one rank prints.
+    steps = [line for line in (first.out + second.out).splitlines() if line.startswith("step ")]
+    assert len(steps) == len(set(steps)) == STEPS
+    assert (first.out.count("finished in"), second.out.count("finished in")) == (0, 1)
+    for result in (first, second):
+        assert "Warning" not in result.out + result.err, result.out + result.err
+
+
+@pytest.mark.slow  # the test above stops one of them
+@pytest.mark.parametrize(("launcher", "how"), [("deepspeed", "Ctrl-C"), ("torchrun", "SIGTERM")])
+def test_a_stopped_launcher_leaves_a_checkpoint_and_no_process(corpus, runs, launcher, how):
+    name = f"{how}-{launcher}"
+    stop_launcher(launcher, how, arguments_of(corpus, runs, name, zero=2), runs / name, {})
+
+
+@pytest.mark.slow
+def test_two_ranks_that_were_stopped_end_as_two_that_were_not(stopped, corpus, runs):
+    whole = command(*launched("deepspeed"), *arguments_of(corpus, runs, "whole", zero=2))
+    assert whole.status == 0, whole.out + whole.err
+    assert "Warning" not in whole.out + whole.err, whole.out + whole.err
+    assert_same_run(stopped[0], runs / "whole")
 
 
 @pytest.mark.slow  # tests/training/test_parallel.py resumes from and under every parallelism, without a launcher
@@ -443,6 +448,7 @@ def test_a_run_that_diverges_fails(corpus, runs):
     assert not list(checkpoints(run / "checkpoints"))
 
 
+@pytest.mark.slow  # tests/bench/test_disks.py has one rank on such a disk
 def test_a_last_save_that_fails_fails_the_run_on_every_rank(uninterrupted, corpus, runs):
     # No file may exceed 200 KiB: a checkpoint would, metrics do not.
     name = "too-large"

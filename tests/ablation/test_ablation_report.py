@@ -17,10 +17,11 @@ import pytest
 
 from ablation.figures import draw
 from ablation.plan import Plan
+from ablation.report import main, write_report
 from ablation.report import page as whole_page
-from ablation.report import write_report
 from ablation.results import read_results
 from ablation.sketch import sketch
+from kernels.common.commands import run_command
 from kernels.common.text import CONTROL
 from tests.ablation.made import all_planned, losses, make, plan_of
 from tests.training.tiny import command
@@ -274,9 +275,9 @@ def test_the_command_of_a_plan_that_has_just_begun(plan, tmp_path):
 def test_runs_that_were_evaluated_at_their_end_alone(tmp_path):
     folder = make(plan_of("ablation=smoke", "ablation.rates=[1]"), tmp_path, RULE)
     to = folder / "report"
-    write_report(read_results(folder), to)
-    before = {path.name for path in (to / "figures").iterdir()}
-    (to / "figures" / "mine.png").touch()
+    (to / "figures").mkdir(parents=True)
+    for name in ("mine.png", "verdicts.svg", "differences.svg", "dead.png"):  # of an earlier report, and somebody's own
+        (to / "figures" / name).touch()
     for path in folder.glob("runs/*/metrics.jsonl"):
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(line for line in lines if '"train"' in line) + lines[-1])
@@ -286,11 +287,8 @@ def test_runs_that_were_evaluated_at_their_end_alone(tmp_path):
         "figure-verdicts", "figure-curves", "figure-costs"
     }  # fmt: skip
     assert {"rates", "telemetry"}.isdisjoint(page.ids)  # no sweep, and no telemetry
-    left = {path.name for path in (to / "figures").iterdir()}
-    assert {"differences.svg", "dead.png"} <= before - left
-    assert left == {f"{name}.{kind}" for name in ("verdicts", "curves", "costs") for kind in ("svg", "png")} | {
-        "mine.png"
-    }
+    drawn = {f"{name}.{kind}" for name in ("verdicts", "curves", "costs") for kind in ("svg", "png")}
+    assert {path.name for path in (to / "figures").iterdir()} == {*drawn, "mine.png"}
     curves = {drawn.name: drawn for drawn in draw(read_results(folder))}["curves"].figure.axes[0]
     assert [(len(line.get_xdata()), line.get_marker()) for line in curves.get_lines()] == [(1, "o"), (1, "o")]
 
@@ -303,11 +301,13 @@ def test_runs_that_were_evaluated_at_their_end_alone(tmp_path):
         (["nowhere", "two=2"], "two"),
     ],
 )
-def test_bad_input_is_one_sentence(words, why):
-    refused = command(sys.executable, "-m", "ablation.report", *words)
-    assert refused.status == 2
-    assert len(refused.err.strip().splitlines()) == 1
-    assert why in refused.err
+def test_bad_input_is_one_sentence(words, why, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ablation.report", *words])
+    with pytest.raises(SystemExit, match="2"):
+        run_command(main)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert why in err
 
 
 def test_a_browser_shows_it_without_errors_and_sorts_its_tables(folder, tmp_path):

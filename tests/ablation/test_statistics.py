@@ -12,6 +12,7 @@ from ablation.statistics import (
     ALPHA,
     POWER,
     Verdict,
+    _detectable,
     compare,
     compare_pairs,
     compare_summaries,
@@ -98,6 +99,14 @@ def test_one_or_two_seeds_are_too_few(runs):
 )
 def test_the_smallest_detectable_difference(seeds, paired, expected):
     assert detectable_difference(seeds, paired=paired) == pytest.approx(expected, abs=0.006)
+
+
+@pytest.mark.parametrize("alpha", [ALPHA, ALPHA / 50])
+@pytest.mark.parametrize("freedom", [1.0, 1.3, 4.0, 8.0, 1000.0])
+def test_its_power_is_that_of_the_noncentral_t(freedom, alpha):
+    """Where SciPy's is no nan."""
+    critical = stats.t.isf(alpha / 2, freedom)
+    assert stats.nct.sf(critical, freedom, _detectable(freedom, alpha, POWER)) == pytest.approx(POWER, abs=1e-6)
 
 
 def test_a_detectable_difference_is_detected_as_often_as_it_says():

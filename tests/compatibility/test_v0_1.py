@@ -78,6 +78,7 @@ def test_a_run_goes_on_from_its_checkpoint(folder):
     assert [event["step"] for event in events if event.get("event") == "resumed"] == [8]
 
 
+@pytest.mark.slow
 def test_a_plan_that_ended_is_not_trained_again_and_its_report_is_made(folder):
     runs = folder / "ablations/tiny/runs"
     before = {path: path.read_bytes() for path in runs.rglob("*.json*")}

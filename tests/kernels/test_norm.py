@@ -268,7 +268,7 @@ def check_triton() -> None:
 
     norm._backend = lambda x: norm.Backend(norm_triton.forward, norm_triton.backward)  # noqa: ARG005
     for add in (False, True):
-        assert_errs_as_plain(draw(300, 1024, torch.float32), torch.float32, add)
+        assert_errs_as_plain(draw(40, 1024, torch.float32), torch.float32, add)
     norm_triton._PROGRAMS = 4  # so that each has several tiles, and the last one fewer
     for add in (False, True):
         for width in (1, 7, 8, 64, 130, 1030):
@@ -333,9 +333,7 @@ def machine_code_of(kernel: Any, dtype: str, run: int, width: int, add: bool) ->
 
 @needs_triton
 @pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize(
-    ("run", "width"), quick([(12, 64), (2048, 1024), (2048, 4096), (2048, 8192)], (12, 64), (2048, 1024))
-)
+@pytest.mark.parametrize(("run", "width"), quick([(12, 64), (2048, 1024), (2048, 4096), (2048, 8192)], (2048, 1024)))
 def test_machine_code_for_hopper(run, width, add):
     """No spills, and the rows themselves 128 bits a load and store."""
     from kernels.norm.triton import backward_kernel, forward_kernel

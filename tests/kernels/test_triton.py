@@ -275,7 +275,22 @@ def check_refusals() -> None:
 # ------------------------------------------------------------------------------------------------------------ interpreted
 
 
-@pytest.mark.parametrize("name", ALL)
+# Those that no other arm covers part by part: tests/kernels/test_reference.py computes every arm.
+DISTINCT = (
+    "swiglu",
+    "geglu",
+    "relu2",
+    "xielu",
+    "prelu_channel",
+    "maxout",
+    "situ_glu",
+    "tanh_log",
+    "swiglu_clamped",
+    "selu",
+)
+
+
+@pytest.mark.parametrize("name", quick(ALL, *DISTINCT, *MORE))
 def test_every_formula_in_fp32(interpreter, name):
     interpreter.submit(check, name, 1030).result()
 
@@ -301,7 +316,7 @@ def test_the_short_forms_for_16_bits(interpreter, name):
     interpreter.submit(check_changed, name, 1030, fp32, "PRECISE: tl.constexpr = False", 2.0**-17 / 6).result()
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", quick(FORMULAS, *DISTINCT))
 def test_statistics_from_inside_the_forward_kernel(interpreter, name):
     interpreter.submit(check_statistics, name, 127).result()
 

@@ -217,6 +217,7 @@ def test_slurms_own_words_say_why_a_job_is_not_taken(slurm, words):
     assert "Change its request with cluster.KEY=VALUE" in result.err
 
 
+@pytest.mark.slow
 def test_a_plan_is_an_array_of_which_a_task_can_be_run_again(slurm, words, tmp_path):
     plan = ["ablation=smoke", "ablation.sizes={tiny: model=nano}", "ablation.tile=1", "ablation.rates=[1.0]"]
     plan.append("ablation.seeds=[0,1]")

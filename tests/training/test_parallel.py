@@ -114,7 +114,6 @@ DEFAULT = {
     ("ungated", 2, 1, True, "1"),
     ("learned", 2, 2, False, "0"),
     ("learned", 2, 2, True, "3"),
-    ("gated", 2, 2, True, "1"),
     ("learned", 4, 1, False, "1"),
     ("learned", 4, 1, True, "2"),
 }
@@ -183,7 +182,7 @@ def test_accumulation_and_offload_with_tensor_ranks(ran, zero):
     ("zero", "tensor", "data", "sequence", "context", "micro"),
     [
         slow("1", 2, 1, False, 1, 8),
-        ("1", 2, 2, True, 1, 1),
+        slow("1", 2, 2, True, 1, 1),
         slow("2", 2, 2, True, 1, 4),
         ("3", 2, 1, True, 1, 8),
         slow("1", 1, 1, False, 2, 8),
@@ -200,7 +199,7 @@ def test_bf16_is_within_its_noise(ran, zero, tensor, data, sequence, context, mi
         assert worst(getattr(run, name), getattr(one, name)) < 2 * noise
 
 
-@pytest.mark.parametrize(("zero", "tensor", "sequence"), [slow("1", 2, True), ("2", 2, False), ("3", 2, True)])
+@pytest.mark.parametrize(("zero", "tensor", "sequence"), [slow("1", 2, True), slow("2", 2, False), ("3", 2, True)])
 def test_zero_options_with_tensor_ranks(ran, zero, tensor, sequence):
     """Overlapped reduction; in stage 3, parameters and optimizer state in CPU memory."""
     more = {"zero.overlap": "true", "zero.bucket_elements": 3000}
@@ -263,8 +262,8 @@ PAIRS = [
     # (arm, (zero, tensor, data, sequence, context): saved on -> loaded on)
     ("learned", ("3", 2, 2, True, 1), ("1", 1, 1, False, 1)),
     ("learned", ("1", 1, 1, False, 1), ("3", 2, 2, True, 1)),
-    ("learned", ("2", 4, 1, True, 1), ("1", 2, 1, False, 1)),
-    ("learned", ("offload", 2, 2, True, 1), ("2", 1, 2, False, 1)),
+    slow("learned", ("2", 4, 1, True, 1), ("1", 2, 1, False, 1)),
+    slow("learned", ("offload", 2, 2, True, 1), ("2", 1, 2, False, 1)),
     ("gated", ("3", 2, 1, True, 2), ("2", 4, 1, True, 1)),
     ("gated", ("2", 1, 1, False, 2), ("0", 2, 1, False, 1)),
     ("gated", ("0", 1, 1, False, 1), ("1", 1, 1, False, 2)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_the_held_out_set_decides_which_units_are_dead(two_ranks, corpus):
 
 def test_the_lines_of_a_run(corpus, tmp_path):
     arguments = overrides(corpus, runs=tmp_path, run="r", telemetry_every=4, steps=10, save_every=5, eval_every=0)
-    ended = command("python", "train.py", *arguments)
+    ended = command(sys.executable, "train.py", *arguments)
     assert ended.status == 0, ended.err
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     sampled_lines = [line for line in lines if line["kind"] == "telemetry"]
