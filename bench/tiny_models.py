@@ -47,7 +47,7 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "GPT-NeoX": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
     "Phi": ("PhiConfig", "PhiForCausalLM", {}),
 }
-MODELS = [name for name, (config, _, _) in _MODELS.items() if hasattr(transformers, config)]
+MODELS = [name for name, (config, _, _) in _MODELS.items() if config in dir(transformers)]
 
 
 def tiny(name: str, **settings: Any) -> nn.Module:

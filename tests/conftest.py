@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+
+from kernels.common.commands import run_command
+from tests.training.tiny import Result
 
 _FIRST = ("tests/slurm/", "tests/training/test_parallel.py", "tests/test_train.py", "tests/ablation/test_run.py")
 
@@ -10,3 +15,17 @@ _FIRST = ("tests/slurm/", "tests/training/test_parallel.py", "tests/test_train.p
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort by file: with `--no-loadscope-reorder` the workers take files in this order."""
     items.sort(key=lambda item: next((i for i, name in enumerate(_FIRST) if item.nodeid.startswith(name)), len(_FIRST)))
+
+
+@pytest.fixture
+def in_process(capsys, monkeypatch) -> Callable[..., Result]:
+    """A function that runs the `main` of a command here, not in a new interpreter, and returns what came of it."""
+
+    def run(main: Callable[[list[str]], int | None], *words: object) -> Result:
+        monkeypatch.setattr("sys.argv", ["", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            run_command(main)
+        printed = capsys.readouterr()
+        return Result(int(ended.value.code or 0), printed.out, printed.err)
+
+    return run

@@ -21,7 +21,6 @@ from ablation.report import main, write_report
 from ablation.report import page as whole_page
 from ablation.results import read_results
 from ablation.sketch import sketch
-from kernels.common.commands import run_command
 from kernels.common.text import CONTROL
 from tests.ablation.made import all_planned, losses, make, plan_of
 from tests.training.tiny import command
@@ -301,13 +300,10 @@ def test_runs_that_were_evaluated_at_their_end_alone(tmp_path):
         (["nowhere", "two=2"], "two"),
     ],
 )
-def test_bad_input_is_one_sentence(words, why, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["ablation.report", *words])
-    with pytest.raises(SystemExit, match="2"):
-        run_command(main)
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert why in err
+def test_bad_input_is_one_sentence(words, why, in_process):
+    refused = in_process(main, *words)
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert why in refused.err
 
 
 def test_a_browser_shows_it_without_errors_and_sorts_its_tables(folder, tmp_path):

@@ -370,11 +370,11 @@ def test_without_the_package_it_says_how_to_install_it(whole, monkeypatch):
         main([str(whole)])
 
 
-def test_the_command_prints_help_and_exits_2_on_bad_input(tmp_path):
+def test_the_command_prints_help_and_exits_2_on_bad_input(in_process, tmp_path):
     helped = command(sys.executable, "-m", "ablation.dashboard", "--help")
     assert helped.status == 0
     assert "python -m ablation.dashboard ablations/glu_variants" in helped.out
-    result = command(sys.executable, "-m", "ablation.dashboard", tmp_path)
+    result = in_process(main, tmp_path)
     assert (result.status, result.out) == (2, "")
     assert result.err.count("\n") == 1
     assert result.err.startswith(f"error: {tmp_path} has no manifest.json")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ablation.command import environment_of, launcher
 from ablation.outcomes import DIVERGED, FAILED, FINISHED, STOPPED, WAITING, read_metrics, read_outcome
-from ablation.run import Runner
+from ablation.run import Runner, main
 from tests.ablation.made import plan_of, write_run
 from tests.training.tiny import PATIENCE, ROOT, TINY, Result, command, environment, shared_corpus
 
@@ -87,12 +87,12 @@ def test_again_it_runs_nothing(done, words):
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")} == before
 
 
-def test_another_plan_in_the_same_folder_is_refused_by_what_differs(done, words):
+def test_another_plan_in_the_same_folder_is_refused_by_what_differs(done, in_process, words):
     folder, _ = done
-    result = run([*words, "optim.beta2=0.9"], folder.parent, "yes=true")
+    result = in_process(main, *words, "optim.beta2=0.9", f"folder={folder.parent}", "yes=true")
     assert result.status == 2
     assert f"{folder} holds the runs of another plan (it differs in arms.tiny.linear.optim.beta2" in result.err
-    result = run([*words, "ablation.smallest_effect=0.5"], folder.parent, "yes=true")
+    result = in_process(main, *words, "ablation.smallest_effect=0.5", f"folder={folder.parent}", "yes=true")
     assert "(it differs in plan.smallest_effect)" in result.err
 
 
@@ -117,33 +117,27 @@ def test_a_stopped_plan_goes_on_and_ends_as_if_nothing_had_happened(done, words,
     assert found.items() <= expected.items()  # bit for bit
 
 
-def test_nobody_to_ask_and_other_bad_input(words, tmp_path):
+def test_nobody_to_ask_and_other_bad_input(in_process, words, tmp_path):
     for more, sentence in (
         ([], "there is no terminal to ask for confirmation: add yes=true"),
         (["yes=maybe"], "yes=maybe: expected true or false"),
         (["jobs=0"], "jobs=0: expected a whole number of at least 1"),
         (["ablation.budget=params"], "unknown budget 'params'"),
     ):
-        result = run(words, tmp_path, *more)
+        result = in_process(main, *words, f"folder={tmp_path}", *more)
         assert (result.status, sentence in result.err) == (2, True), result.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_runs_that_cannot_begin_are_told_of_with_their_logs(words, tmp_path):
-    more = [
-        "ablation.rates=[1]",
-        "ablation.seeds=[0,1]",
-        f"data.path={tmp_path / 'nothing'}",
-        f"data.prepared={tmp_path}",
-    ]
-    result = run([word for word in words if not word.startswith("data.p")], tmp_path, *more, "yes=true", "jobs=2")
+def test_runs_that_cannot_begin_are_told_of_with_their_logs(in_process, monkeypatch, words, tmp_path):
+    refusal = "import sys; sys.stderr.write('error: there is no corpus\\n'); sys.exit(2)"
+    monkeypatch.setattr("ablation.run.train_command", lambda *_: [sys.executable, "-S", "-c", refusal])
+    result = in_process(main, *words, "ablation.rates=[1]", f"folder={tmp_path}", "yes=true", "jobs=2")
     assert result.status == 1
     folder, names = tmp_path / "smoke", [f"tiny-{arm}-lr0.01-seed{seed}" for arm in ARMS for seed in (0, 1)]
     for name in names:
         assert f"final  {name}  failed: see {folder / 'logs' / name}.log\n" in result.out
-        assert (
-            f"error: there is no file or folder {tmp_path / 'nothing'}" in (folder / "logs" / f"{name}.log").read_text()
-        )
+        assert (folder / "logs" / f"{name}.log").read_text() == "error: there is no corpus\n"
         assert read_outcome(folder / "runs" / name).state == STOPPED
     assert f"0 runs have ended in {folder}, 0 of them diverged" in result.out
 

@@ -35,6 +35,7 @@ def installed(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow  # tests/docs/test_docs.py runs the README's example
 def test_the_library_works_from_another_folder(installed, tmp_path):
     """Under its own name, without the repository on the path; and operators registered under either name live side by side."""
     code = f"""
@@ -94,6 +95,7 @@ def hub_package(tmp_path):
     return tmp_path / "site"
 
 
+@pytest.mark.slow
 def test_hugging_faces_package_of_the_same_name_is_found_behind_this_folder(hub_package):
     """From the repository, ours comes first and theirs fills in; `import transformers` works, and so does what uses it here."""
     pytest.importorskip("transformers")
