@@ -14,7 +14,7 @@ CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),$(if $(wildcard /proc/driver
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --require-virtualenv
 # Three tests at a time, some of which wait, each with one thread: libraries that take all cores are slower beside each other.
-TESTS := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+TESTS := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 # What must not be inherited: a user's site-packages, another project's path, or that every process compiles its modules anew.
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH
