@@ -20,7 +20,7 @@ from tests.slurm.cluster import until
 from tests.slurm.conftest import SETTINGS, log
 from tests.training.tiny import PATIENCE, command, overrides, shared_corpus
 
-STEPS = 40
+STEPS = 100  # most of them follow the one after which a job is disturbed
 
 
 @pytest.fixture(scope="module")
@@ -87,36 +87,44 @@ def test_a_launcher_per_node_learns_what_this_machine_learns(slurm, words, runs,
     assert lines_of(runs / "node")[0]["world_size"] == 2
 
 
-def test_a_warned_job_saves_and_goes_on_as_the_same_run(slurm, words, runs, local):
-    number = slurm.submit("nodes=2", *words, "run=warned")
-    slurm.wait_for_step(runs / "warned", number, 12)
-    slurm.run("scancel", "--batch", "--signal=USR1", number)  # as `--signal=B:USR1@120` does before the limit
-    slurm.wait(number, "PENDING")
-    [stopped] = re.findall(r"SIGUSR1: stopped after step (\d+)", log(runs / "warned", number))
-    slurm.go_on(number)
-    slurm.wait(number, "COMPLETED")
-    assert resumes(runs / "warned") == [int(stopped)]
-    assert losses(runs / "warned") == losses(local)
-
-
-@pytest.mark.parametrize("what", [pytest.param("node", marks=pytest.mark.slow), "watcher"])
-def test_a_lost_node_ends_the_job_and_it_goes_on(slurm, words, runs, local, what):
-    run = runs / f"lost-{what}"
+def test_a_job_that_is_warned_and_then_loses_a_node_goes_on_as_the_same_run(slurm, words, runs, local):
+    run = runs / "warned"
     number = slurm.submit("nodes=2", *words, f"run={run.name}")
     slurm.wait_for_step(run, number, 12)
-    # The last rank's node: its slurmstepd, alone or with its rank, as if the power had gone.
-    victim = next(rank for rank in slurm.ranks(run) if rank.environ()["SLURM_PROCID"] == "1")
-    watcher = victim.parent()
-    assert watcher.name() == "slurmstepd"
-    watcher.kill()
-    if what == "node":
-        victim.kill()
-    until(lambda: slurm.state(number) == "PENDING", "the job to be requeued")
-    assert slurm.ranks(run) == []
+    slurm.run("scancel", "--batch", "--signal=USR1", number)  # as `--signal=B:USR1@120` does before the limit
+    slurm.wait(number, "PENDING")
+    [stopped] = re.findall(r"SIGUSR1: stopped after step (\d+)", log(run, number))
+    slurm.go_on(number)
+    slurm.wait_for_step(run, number, int(stopped) + 1)
+    lose_node(slurm, run, number, rank_too=False)
+    slurm.go_on(number)
+    slurm.wait(number, "COMPLETED")
+    assert resumes(run)[0] == int(stopped) <= resumes(run)[1]
+    assert losses(run) == losses(local)
+
+
+@pytest.mark.slow  # the rank of the job above finds that nobody watches it
+def test_a_node_whose_power_goes_ends_the_job_and_it_goes_on(slurm, words, runs, local):
+    run = runs / "powerless"
+    number = slurm.submit("nodes=2", *words, f"run={run.name}")
+    slurm.wait_for_step(run, number, 12)
+    lose_node(slurm, run, number, rank_too=True)
     slurm.go_on(number)
     slurm.wait(number, "COMPLETED")
     assert resumes(run)[0] >= 10
     assert losses(run) == losses(local)
+
+
+def lose_node(slurm, run: Path, number: str, rank_too: bool) -> None:
+    """Kill the slurmstepd of the last rank's node, alone or with its rank, and wait until the job is requeued."""
+    victim = next(rank for rank in slurm.ranks(run) if rank.environ()["SLURM_PROCID"] == "1")
+    watcher = victim.parent()
+    assert watcher.name() == "slurmstepd"
+    watcher.kill()
+    if rank_too:
+        victim.kill()
+    until(lambda: slurm.state(number) == "PENDING", "the job to be requeued")
+    assert slurm.ranks(run) == []
 
 
 @pytest.mark.slow  # of its bounds
@@ -167,7 +175,7 @@ def test_a_job_whose_time_is_up_goes_on_in_the_next(slurm, words, runs, local):
 
 def test_a_job_that_is_preempted_before_its_first_step_comes_again(slurm, words, runs):
     run = runs / "preempted"
-    number = slurm.submit("nodes=2", *words, f"run={run.name}")
+    number = slurm.submit(*words, f"run={run.name}")
     until(lambda: slurm.ranks(run), "ranks")
     urgent = [
         "sbatch",
@@ -188,7 +196,7 @@ def test_a_job_that_saves_nothing_new_is_not_started_again(slurm, words, runs):
     run = runs / "refused"
     (run / "checkpoints").parent.mkdir(parents=True)
     (run / "checkpoints").write_text("in the way")
-    number = slurm.submit("nodes=2", *words, f"run={run.name}")
+    number = slurm.submit(*words, f"run={run.name}")
     slurm.wait(number, "FAILED")
     assert "a file of that name is in the way" in log(run, number)
     assert f"job {number} ended with status 2, as it would again: it is not requeued" in log(run, number)
@@ -197,9 +205,9 @@ def test_a_job_that_saves_nothing_new_is_not_started_again(slurm, words, runs):
 def test_a_cancelled_job_saves_and_does_not_come_back(slurm, words, runs):
     run = runs / "cancelled"
     # Enough steps for the job to be running still when the second command looks.
-    number = slurm.submit("nodes=2", *words, f"run={run.name}", "steps=4000")
+    number = slurm.submit(*words, f"run={run.name}", "steps=4000")
     slurm.wait_for_step(run, number, 12)
-    again = slurm.launch("nodes=2", *words, f"run={run.name}", "steps=4000")
+    again = slurm.launch(*words, f"run={run.name}", "steps=4000")
     assert again.status == 2
     assert f"has been submitted already: job {number} is running" in again.err
     slurm.run("scancel", number)
