@@ -47,7 +47,8 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "GPT-NeoX": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
     "Phi": ("PhiConfig", "PhiForCausalLM", {}),
 }
-MODELS = [name for name, (config, _, _) in _MODELS.items() if config in dir(transformers)]
+_KNOWN = dir(transformers)  # without importing them
+MODELS = [name for name, (config, _, _) in _MODELS.items() if config in _KNOWN]
 
 
 def tiny(name: str, **settings: Any) -> nn.Module:

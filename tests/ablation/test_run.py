@@ -24,12 +24,12 @@ ARMS = ("linear", "swiglu")
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory) -> list[str]:
-    """The command line of a tiny plan: 2 arms x (2 rates + 2 seeds)."""
+    """The command line of a tiny plan: 2 arms x 2 seeds."""
     folder = shared_corpus(tmp_path_factory)
     tiny = {k: v for k, v in TINY.items() if k != "steps"} | {"tokens": 12 * 8 * 32, "eval_tokens": 512}
     data = ["data=text", f"data.path={folder / 'corpus'}", f"data.prepared={folder / 'prepared'}"]
     plan = ["ablation=smoke", "ablation.sizes={tiny: model=nano}", "ablation.tile=1", "ablation.seeds=[0,1]"]
-    plan.append("ablation.rates=[0.5,1]")
+    plan.append("ablation.rates=[1]")
     return [*plan, *data, *(f"{key}={value}" for key, value in tiny.items())]
 
 
@@ -50,17 +50,10 @@ def runs_of(folder: Path) -> dict[str, float]:
 def test_every_run_of_a_plan_ends_and_is_reported(done):
     folder, result = done
     assert result.status == 0, result.err + result.out
-    rates = {arm: [0.005, 0.01] for arm in ARMS}
-    swept = {f"tiny-{arm}-lr{rate:g}-seed1000" for arm in ARMS for rate in rates[arm]}
     found = runs_of(folder)
-    assert swept < found.keys()
-    assert len(found) == 8
-    for arm in ARMS:
-        best = min(rates[arm], key=lambda rate: found[f"tiny-{arm}-lr{rate:g}-seed1000"])
-        finals = {name for name in found if f"-{arm}-" in name and "seed1000" not in name}
-        assert finals == {f"tiny-{arm}-lr{best:g}-seed{seed}" for seed in (0, 1)}
-    assert "8 runs: 2 arms x 1 size(s) x (2 learning rates with seed 1000 + 2 seeds), equal in parameters" in result.out
-    assert "8 runs have ended" in result.out
+    assert found.keys() == {f"tiny-{arm}-lr0.01-seed{seed}" for arm in ARMS for seed in (0, 1)}
+    assert "4 runs: 2 arms x 1 size(s) x (0 learning rates with seed 1000 + 2 seeds), equal in parameters" in result.out
+    assert "4 runs have ended" in result.out
     assert f"python -m ablation.status {folder}   shows the runs as they train" in result.out
     assert "no verdict: a verdict needs 3 seeds, ablation.seeds has 2" in result.out
     for name, loss in found.items():
@@ -73,8 +66,29 @@ def test_runs_of_a_seed_trained_on_the_same_data_in_the_same_order(done):
     for path in (folder / "runs").iterdir():
         seed = path.name.rpartition("-")[2]
         hashes.setdefault(seed, set()).add(json.loads((path / "summary.json").read_text())["data_order_hash"])
-    assert {seed: len(found) for seed, found in hashes.items()} == {"seed0": 1, "seed1": 1, "seed1000": 1}
-    assert len(set.union(*hashes.values())) == 3
+    assert {seed: len(found) for seed, found in hashes.items()} == {"seed0": 1, "seed1": 1}
+    assert len(set.union(*hashes.values())) == 2
+
+
+def test_the_seeds_follow_at_the_rate_that_was_best(monkeypatch, tmp_path):
+    plan = plan_of("ablation=smoke", "ablation.rates=[0.5,1,2]", "ablation.rate_extensions=2", "ablation.seeds=[0,1]")
+    [size], arms = plan.arms, {"linear": 4e-3, "swiglu": 2e-3}
+    trained = []
+
+    def train(_, planned, __) -> int:
+        trained.append(planned.name)
+        write_run(plan, planned, tmp_path, 3.0 + abs(planned.lr - arms[planned.arm]))
+        return 0
+
+    monkeypatch.setattr(Runner, "_train_in_process", train)
+    console = Console(file=io.StringIO(), width=200)
+    assert Runner(plan, tmp_path, 1, 0, console).run_all() == 0
+    swept = {f"{size}-{arm}-lr{lr:g}-seed1000" for arm in arms for lr in (2e-3, 4e-3, 8e-3)}
+    swept |= {f"{size}-swiglu-lr0.001-seed1000"}  # the best rate was the lowest
+    assert set(trained[:-4]) == swept
+    assert trained[-4:] == [f"{size}-{arm}-lr{lr:g}-seed{seed}" for seed in (0, 1) for arm, lr in arms.items()]
+    assert f"sweep  {trained[0]}  finished, " in console.file.getvalue()
+    assert f"{len(trained)} runs have ended in {tmp_path}, 0 of them diverged" in console.file.getvalue()
 
 
 def test_again_it_runs_nothing(done, words):
@@ -82,7 +96,7 @@ def test_again_it_runs_nothing(done, words):
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
     result = run(words, folder.parent, "yes=true")
     assert result.status == 0
-    assert "8 of them have ended already" in result.out
+    assert "4 of them have ended already" in result.out
     assert "finished," not in result.out
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")} == before
 
@@ -98,7 +112,6 @@ def test_another_plan_in_the_same_folder_is_refused_by_what_differs(done, in_pro
 
 @pytest.mark.slow
 def test_a_stopped_plan_goes_on_and_ends_as_if_nothing_had_happened(done, words, tmp_path):
-    words = [*words, "ablation.rates=[1.0]"]  # the seeds' runs alone, at the rate that the other plan has found best
     arguments = [sys.executable, "-m", "ablation.run", *words, f"folder={tmp_path}", "yes=true"]
     process = subprocess.Popen(
         arguments, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -112,9 +125,7 @@ def test_a_stopped_plan_goes_on_and_ends_as_if_nothing_had_happened(done, words,
     assert "stopped; the same command continues from here" in rest
     result = run(words, tmp_path, "yes=true", "jobs=2")
     assert result.status == 0, result.err + result.out
-    found, expected = runs_of(tmp_path / "smoke"), runs_of(done[0])
-    assert len(found) == 4
-    assert found.items() <= expected.items()  # bit for bit
+    assert runs_of(tmp_path / "smoke") == runs_of(done[0])  # bit for bit
 
 
 def test_nobody_to_ask_and_other_bad_input(in_process, words, tmp_path):
@@ -132,7 +143,7 @@ def test_nobody_to_ask_and_other_bad_input(in_process, words, tmp_path):
 def test_runs_that_cannot_begin_are_told_of_with_their_logs(in_process, monkeypatch, words, tmp_path):
     refusal = "import sys; sys.stderr.write('error: there is no corpus\\n'); sys.exit(2)"
     monkeypatch.setattr("ablation.run.train_command", lambda *_: [sys.executable, "-S", "-c", refusal])
-    result = in_process(main, *words, "ablation.rates=[1]", f"folder={tmp_path}", "yes=true", "jobs=2")
+    result = in_process(main, *words, f"folder={tmp_path}", "yes=true", "jobs=2")
     assert result.status == 1
     folder, names = tmp_path / "smoke", [f"tiny-{arm}-lr0.01-seed{seed}" for arm in ARMS for seed in (0, 1)]
     for name in names:
@@ -219,4 +230,4 @@ def test_a_plan_that_is_killed_again_and_again_ends_as_in_peace(words, tmp_path)
         sys.executable, "-m", "bench.faults", "campaign=plans", "cases=3", f"folder={tmp_path / 'faults'}", *overridden
     )
     assert done.status == 0, done.out + done.err
-    assert "8 runs, 0 identities: all the same" in done.out  # these runs have no logger
+    assert "4 runs, 0 identities: all the same" in done.out  # these runs have no logger
