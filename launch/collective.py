@@ -1,4 +1,4 @@
-"""Benchmark all-reduce over the ranks of a launcher for five seconds, for `launch.doctor`: `torchrun ... -m launch.collective`.
+"""Benchmark all-reduce over the ranks of a launcher for two seconds, for `launch.doctor`: `torchrun ... -m launch.collective`.
 
 Rank 0 prints the result of `measure` as a line of JSON.
 """
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from launch.installed import installed_versions
 
-_SECONDS, _BYTES = 5.0, 64 * 2**20
+_SECONDS, _BYTES = 2.0, 64 * 2**20
 
 
 def measure(seconds: float = _SECONDS) -> dict[str, Any]:

@@ -9,7 +9,7 @@
 
 Prints a line per finding: green is fine, yellow is suboptimal, red will not work; the status is 1 if any is red. Under a
 launcher (`srun --ntasks-per-node=1 python -m launch.doctor`) every node checks itself, clocks and versions are compared between
-nodes, and a collective is benchmarked over all of them for five seconds; otherwise over the GPUs of this machine, or two ranks.
+nodes, and a collective is benchmarked over all of them for two seconds; otherwise over the GPUs of this machine, or two ranks.
 """
 
 from __future__ import annotations
@@ -352,7 +352,7 @@ def deepspeed_ops() -> Finding:
     return Finding(GREEN, "DeepSpeed", f"imports; ops that could be built (none is required): {built}")
 
 
-def collective(ranks: Ranks, cluster: ClusterConfig | None, seconds: float = 5.0) -> Iterator[Finding]:
+def collective(ranks: Ranks, cluster: ClusterConfig | None, seconds: float = 2.0) -> Iterator[Finding]:
     """Yield the bandwidth of an all-reduce over all ranks, or over this machine's devices without a launcher."""
     if ranks.world_size > 1:
         from launch.collective import measure
