@@ -1,7 +1,8 @@
-"""The order of the test files: those that take longest begin first, and the others fill the time beside them."""
+"""What all tests share: the order of their files (the longest first, the others beside them), signals, commands in-process."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,13 @@ from kernels.common.commands import run_command
 from tests.training.tiny import Result
 
 _FIRST = ("tests/slurm/", "tests/training/test_parallel.py", "tests/test_train.py", "tests/ablation/test_run.py")
+
+
+# Under nohup, or in the background of a script, these are ignored, also by every process that is started: commands that tests
+# interrupt would go on. A handler that does nothing ignores them here alone.
+for number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
