@@ -28,8 +28,10 @@ setup: $(VENV)/.installed
 # torch first and by its pin, so that no other package pulls another build of it.
 $(VENV)/.installed: pyproject.toml requirements.lock
 	@test -n "$(PYTHON)" || { echo "error: Python 3.10 to 3.13 is needed; none was found (make PYTHON=/path/to/python3.12)" >&2; exit 2; }
-	@echo "setup: creating $(VENV) with $$($(PYTHON) --version) and installing the pinned dependencies (some minutes the first time)"
-	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; exit 2; }
+	@if $(BIN)/python -c 'import pip, sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; then \
+		echo "setup: bringing $(VENV), of $$($(BIN)/python --version), up to date"; else \
+		echo "setup: creating $(VENV) with $$($(PYTHON) --version) and installing the pinned dependencies (some minutes the first time)"; \
+		$(PYTHON) -m venv --clear $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; exit 2; }; fi
 	@{ test -n "$(CPU_TORCH)" && \
 		$(PIP) install --retries 1 --timeout 20 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(CPU_TORCH)" 2>/dev/null; } || $(PIP) install "$(TORCH)"
 	@$(PIP) install -c requirements.lock -e '.[train]'
