@@ -55,7 +55,7 @@ class RunFolder:
         self.previous_steps: int | None = None  # length of the run before this session; None: it is new
         self.run_id: str | None = None  # None: unknown, or this run has saved no checkpoint yet
         self.trained = False  # whether this session has taken a step
-        self._created = False  # whether this session created the folder
+        self._created: list[Path] = []  # by this session: the folder, and those that it is in
         self._previous_config: bytes | None = None  # config.yaml as this session found it
         self._wrote_config = False
         self._metrics: IO[bytes] | None = None
@@ -75,7 +75,7 @@ class RunFolder:
             UserError: another process trains in it, it holds a run with other settings, or it cannot be written.
         """
         with explain_os_errors("write to the run folder", self.path):
-            self._created = not self.path.exists()
+            self._created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         _refuse_irregular(self.path)
         self._acquire_lock()
@@ -114,7 +114,7 @@ class RunFolder:
             with explain_os_errors("write to the run folder", self.path):
                 self._lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
         except Timeout as error:
-            self._created = False
+            self._created = []
             raise UserError(
                 f"another process is training in {self.path}: wait for it, or give this run another name (run=NAME)"
             ) from error
@@ -144,7 +144,7 @@ class RunFolder:
         return []
 
     def discard(self) -> None:
-        """Undo `claim` if this session took no step: remove the folder that it created, or restore config.yaml."""
+        """Undo `claim` if this session took no step: remove the folders that it created, or restore config.yaml."""
         if self.trained:
             return
         with contextlib.suppress(OSError):
@@ -158,6 +158,9 @@ class RunFolder:
                 self._metrics.close()
                 self._metrics = None
             shutil.rmtree(self.path, ignore_errors=True)
+            for folder in self._created[1:]:
+                with contextlib.suppress(OSError):  # other runs are in it
+                    folder.rmdir()
         elif self._previous_config is not None:
             with contextlib.suppress(OSError), atomic_write(self.path / "config.yaml", "wb") as file:
                 file.write(self._previous_config)

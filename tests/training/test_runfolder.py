@@ -200,6 +200,28 @@ def test_a_run_cannot_end_before_its_newest_checkpoint(folder, config, length, s
     again.refuse_fewer_steps(11, 10)
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_session_without_a_step_leaves_none_of_the_folders_that_it_made(config, tmp_path, beside):
+    config.runs = str(tmp_path / "a" / "runs")
+    if beside:
+        (tmp_path / "a").mkdir()
+    folder = RunFolder(config)
+    folder.claim(config)
+    folder.discard()
+    folder.close()
+    assert list(tmp_path.rglob("*")) == ([tmp_path / "a"] if beside else [])
+
+
+def test_another_run_keeps_the_folder_that_both_are_in(config, tmp_path):
+    config.runs = str(tmp_path / "runs")
+    folder = RunFolder(config)
+    folder.claim(config)
+    (tmp_path / "runs" / "other").mkdir()
+    folder.discard()
+    folder.close()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "runs", tmp_path / "runs" / "other"]
+
+
 def test_a_run_that_finished_cannot_become_shorter(folder, config):
     folder.append_metrics({"kind": "event", "step": 0})
     folder.close()
