@@ -139,12 +139,13 @@ class DiskCampaign:
         return known | {"corpus": getattr(self, "corpus", "")}
 
     def _beside(self, run: Path) -> bool:
-        """Return whether training waited less for each save than it took."""
+        """Return whether training waited less for each save of a second or more than it took: others are noise."""
         with contextlib.suppress(OSError):
             events = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-            return all(
-                event["waited_seconds"] < 0.5 * event["seconds"] for event in events if event.get("event") == "saved"
-            )
+            saves = [
+                (e["waited_seconds"], e["seconds"]) for e in events if e.get("event") == "saved" and e["seconds"] >= 1
+            ]
+            return all(waited < 0.5 * seconds for waited, seconds in saves)
         return True
 
     def _session(self, case: Disk, name: str, rules: Sequence[str]) -> tuple[int | None, str, int]:
