@@ -4,16 +4,17 @@
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
+IN_RANGE := sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 # The first of these that is 3.10 to 3.13; `make PYTHON=/path/to/python3.12 ...` overrides.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
-	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+	$$p -c 'import sys; $(IN_RANGE)' 2>/dev/null && echo $$p && break; done)
 # On Linux without an NVIDIA GPU PyTorch's CPU build of the pinned version, a third of the size, where one of pip's indexes has it,
 # or TORCH_INDEX: `make TORCH_INDEX=URL setup`.
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' requirements.lock)
 CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),$(if $(wildcard /proc/driver/nvidia/gpus/* /dev/nvidia0),,$(TORCH)+cpu))
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --require-virtualenv
-# Three tests at a time, some of which wait, each with one thread: libraries that take all cores are slower beside each other.
+# Four tests at a time, some of which wait, each with one thread: libraries that take all cores are slower beside each other.
 TESTS := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 # What must not be inherited: a user's site-packages, another project's path, or that every process compiles its modules anew.
 export PYTHONNOUSERSITE := 1
@@ -28,7 +29,7 @@ setup: $(VENV)/.installed
 # torch first and by its pin, so that no other package pulls another build of it.
 $(VENV)/.installed: pyproject.toml requirements.lock
 	@test -n "$(PYTHON)" || { echo "error: Python 3.10 to 3.13 is needed; none was found (make PYTHON=/path/to/python3.12)" >&2; exit 2; }
-	@if $(BIN)/python -c 'import pip, sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; then \
+	@if $(BIN)/python -c 'import pip, sys; $(IN_RANGE)' 2> /dev/null; then \
 		echo "setup: bringing $(VENV), of $$($(BIN)/python --version), up to date"; else \
 		echo "setup: creating $(VENV) with $$($(PYTHON) --version) and installing the pinned dependencies (some minutes the first time)"; \
 		$(PYTHON) -m venv --clear $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; exit 2; }; fi
@@ -53,7 +54,7 @@ ablation: setup
 	@$(BIN)/python -m ablation.run ablation=smoke yes=true
 	@$(BIN)/python -m ablation.report ablations/smoke
 
-# The checker of types needs half a minute of one core, which the tests leave free now and then.
+# The checker of types needs a minute of one core, which the tests leave free now and then.
 test test-all: $(VENV)/.installed-test
 	@$(MAKE) --no-print-directory --jobs=2 lint $(@:test%=tests%)
 

@@ -231,10 +231,8 @@ def _detectable(freedom: float, alpha: float, power: float) -> float:
     """Return the difference, in standard errors, that is found with the right sign with probability `power`."""
     critical = float(stats.t.isf(alpha / 2, freedom))
     # t exceeds `critical` if the estimated error over the true one, chi / sqrt(freedom), is below (difference + z) / critical.
-    # That is integrated over the normal z, with nodes that all differences share; `scipy.stats.nct` returns nan in places.
-    nodes, weights = np.polynomial.legendre.leggauss(1000)
-    z = 8 * nodes
-    weights *= 8 * stats.norm.pdf(z)
+    # That is integrated over the normal z; `scipy.stats.nct` returns nan in places.
+    z, weights = _normal_nodes()
 
     def power_of(difference: float) -> float:
         ratio = np.maximum(difference + z, 0.0) / critical
@@ -244,6 +242,13 @@ def _detectable(freedom: float, alpha: float, power: float) -> float:
     while power_of(upper) < power:
         upper *= 2
     return optimize.root_scalar(lambda d: power_of(d) - power, bracket=(0.0, upper), method="brentq", xtol=1e-6).root
+
+
+@functools.cache
+def _normal_nodes() -> tuple[np.ndarray, np.ndarray]:
+    """Return 1,000 values of a normal variable and their weights: Gauss-Legendre from -8 to 8."""
+    nodes, weights = np.polynomial.legendre.leggauss(1000)
+    return 8 * nodes, 8 * weights * stats.norm.pdf(8 * nodes)
 
 
 # ------------------------------------------------------------------------------------------------------------- verdicts

@@ -142,10 +142,8 @@ class DiskCampaign:
         """Return whether training waited less for each save of a second or more than it took: others are noise."""
         with contextlib.suppress(OSError):
             events = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-            saves = [
-                (e["waited_seconds"], e["seconds"]) for e in events if e.get("event") == "saved" and e["seconds"] >= 1
-            ]
-            return all(waited < 0.5 * seconds for waited, seconds in saves)
+            slow = [event for event in events if event.get("event") == "saved" and event["seconds"] >= 1]
+            return all(event["waited_seconds"] < 0.5 * event["seconds"] for event in slow)
         return True
 
     def _session(self, case: Disk, name: str, rules: Sequence[str]) -> tuple[int | None, str, int]:

@@ -39,8 +39,8 @@ def test_shazeers_eight_cost_the_same_at_every_preset_and_tensor_size(preset):
         assert all(width.d_ff % (width.tile * tensor) == 0 for width in widths.values())
 
 
-@pytest.mark.parametrize("baseline", ["swiglu", pytest.param("relu", marks=pytest.mark.slow), "xielu"])
-@pytest.mark.parametrize("budget", ["parameters", pytest.param("flops", marks=pytest.mark.slow), "memory"])
+@pytest.mark.parametrize("baseline", quick(["swiglu", "relu", "xielu"], "swiglu", "xielu"))
+@pytest.mark.parametrize("budget", quick(["parameters", "flops", "memory"], "parameters", "memory"))
 def test_the_whole_catalogue_costs_what_the_baseline_costs(baseline, budget):
     names = [name for name in choices("ffn") if name != "custom"]
     widths, _ = match(arms(*names, overrides=("model=llama_125m",)), baseline, budget, tokens=4096)

@@ -99,7 +99,8 @@ def test_a_job_that_is_warned_and_then_loses_a_node_goes_on_as_the_same_run(slur
     lose_node(slurm, run, number, rank_too=False)
     slurm.go_on(number)
     slurm.wait(number, "COMPLETED")
-    assert resumes(run)[0] == int(stopped) <= resumes(run)[1]
+    first, second = resumes(run)
+    assert int(stopped) == first <= second
     assert losses(run) == losses(local)
 
 

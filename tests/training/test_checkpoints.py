@@ -12,6 +12,7 @@ import torch
 
 from model.health import damage
 from model.weights import MOMENTS, CheckpointReader, checkpoints, step_of
+from tests.selection import quick
 from tests.training.tiny import newest_intact
 from training.checkpoint import prune
 
@@ -40,13 +41,11 @@ def test_a_run_resumes_from_every_topology_under_every_other(trained, one_rank, 
             assert after(results, 3, number) == pytest.approx(uninterrupted, rel=FP32), f"stage {z}, {w} rank(s)"
 
 
-CASES = [("1", "bf16", 2), ("3", "bf16", 2), ("offload", "fp32", 2)]
-CASES += [
-    pytest.param(*case, marks=pytest.mark.slow) for case in (("2", "bf16", 2), ("1", "bf16", 1))
-]  # parts of the first
+CASES = [("1", "bf16", 2), ("3", "bf16", 2), ("offload", "fp32", 2), ("2", "bf16", 2), ("1", "bf16", 1)]
 
 
-@pytest.mark.parametrize(("zero", "precision", "accumulation"), CASES)
+# The slow ones are parts of the first.
+@pytest.mark.parametrize(("zero", "precision", "accumulation"), quick(CASES, *CASES[:3]))
 def test_the_same_topology_resumes_bit_for_bit(trained, two_ranks, tmp_path, zero, precision, accumulation):
     run = trained(2, zero, precision, accumulation)
     steps = [["load", str(run.middle)], ["train", 5], ["save", str(tmp_path)]]
