@@ -151,8 +151,9 @@ def _formula(compiled: Compiled) -> list[str]:
 def notation(expression: sympy.Expr) -> str:
     """Return an expression in the grammar of formulas, with long numbers rounded to 6 digits."""
     import sympy
-    from sympy.core.parameters import distribute
     from sympy.printing.str import StrPrinter
+
+    from .formula.symbolic import plain_algebra
 
     class Printer(StrPrinter):
         def _print_Function(self, expr: Any) -> str:
@@ -164,7 +165,7 @@ def notation(expression: sympy.Expr) -> str:
             return super()._print_Function(expr)
 
     long = [number for number in expression.atoms(sympy.Rational) if number.q > 4]
-    with distribute(False):
+    with plain_algebra():
         short = {n: sympy.sign(n) * sympy.Symbol(f"{abs(float(n)):.6g}", positive=True) for n in long}
         return Printer().doprint(expression.xreplace(short))
 

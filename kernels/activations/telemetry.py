@@ -17,13 +17,12 @@ from collections.abc import Sequence
 
 import sympy
 import torch
-from sympy.core.parameters import distribute
 from torch import Tensor
 
 from ..formula.derivative import Derivative, TooMuchWork, Work
 from ..formula.grammar import FormulaError
 from ..formula.program import Argument, Line, Lowering, Program
-from ..formula.symbolic import Compiled, abs, max, where_ge, where_gt
+from ..formula.symbolic import Compiled, abs, max, plain_algebra, where_ge, where_gt
 
 SATURATED = 0.01  # |slope| below which a pre-activation counts as saturated
 STORED = "0h"  # h as an input; "h" could be the name of a parameter, which cannot begin with a digit
@@ -42,7 +41,7 @@ def stats_program(compiled: Compiled) -> Program:
         FormulaError: the second derivative is too long.
     """
     try:
-        with distribute(False):  # as in `compile_formula`: 0.5 * (1 + erf(x)) must stay one
+        with plain_algebra():
             return _renumbered(_lowered(compiled), len(compiled.forward.lines))
     except TooMuchWork:
         reason = "the telemetry of this formula is too long to compile: telemetry_every=0 trains without it"

@@ -8,13 +8,16 @@ the function, so that forward and backward share subexpressions.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import sympy
+from sympy.core import exprtools
 from sympy.core.parameters import distribute
 
 from .derivative import MOST_WORK, Derivative, TooMuchWork, Work
@@ -25,6 +28,25 @@ from .program import Lowering, Program, arguments_of, keep_nan
 from .safety import check_from_output, check_overflow, loses_nan
 
 MOST_LINES = 400  # of forward and backward together; the arms of conf/ffn take up to 26
+
+
+_one_at_a_time = threading.RLock()
+
+
+@contextlib.contextmanager
+def plain_algebra() -> Iterator[None]:
+    """SymPy as formulas are compiled: 0.5 * (1 + erf(x)) stays one product, and the sign of a sum comes from its terms alone.
+
+    Where the terms do not tell, SymPy would write the sum over one denominator, and each part of that again, without
+    remembering any: 24 nested quotients took it half a minute.
+    """
+    with _one_at_a_time, distribute(False):
+        searched = exprtools._monotonic_sign
+        exprtools._monotonic_sign = lambda _: None
+        try:
+            yield
+        finally:
+            exprtools._monotonic_sign = searched
 
 
 class _Real(sympy.Function):
@@ -365,7 +387,7 @@ def _refuse_long(formula: Formula, program: Program) -> None:
 
 
 def _compile(formula: Formula) -> Compiled:
-    with distribute(False):
+    with plain_algebra():
         expression = to_sympy(formula.tree, formula)
         names = (*formula.pre_activations, *formula.learned)
         slopes = _slopes(formula, expression, names)
