@@ -127,10 +127,12 @@ def show(plan: Plan, folder: Path, console: SafeConsole) -> None:
     for warning in plan.warnings:
         console.print(f"warning: {warning}", soft_wrap=True)
     arms_and_sizes = f"{len(next(iter(plan.arms.values())))} arms x {len(plan.arms)} size(s)"
-    swept = len(config.rates) if len(config.rates) > 1 else 0
+    per_arm = f"{len(config.seeds)} seeds"
+    if len(config.rates) > 1:
+        per_arm = f"({len(config.rates)} learning rates with seed {config.rate_seed} + {per_arm})"
     console.print(
-        f"{plan.count_runs()} runs: {arms_and_sizes} x ({swept} learning rates with seed {config.rate_seed} "
-        f"+ {len(config.seeds)} seeds), equal in {config.budget}; {plan.flops():.3g} FLOPs; {_duration(plan, folder)}",
+        f"{plan.count_runs()} runs: {arms_and_sizes} x {per_arm}, equal in {config.budget}; {plan.flops():.3g} FLOPs; "
+        f"{_duration(plan, folder)}",
         soft_wrap=True,
     )
     for reason in why_no_verdict(plan):

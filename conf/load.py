@@ -68,7 +68,7 @@ def load(argv: list[str], program: str = "train.py") -> Config:
         raise SystemExit(0)
     print_config = "--cfg" in argv  # Hydra's own spelling is `--cfg job`
     ignored = ("--cfg", "job") if print_config else ()
-    overrides = [read_override(argument, program) for argument in argv if argument not in ignored]
+    overrides = [read_override(argument) for argument in argv if argument not in ignored]
     typed = {override.key for override in overrides}
     composed = _compose(overrides)
     if {"steps", "tokens"} <= typed and None not in (composed.steps, composed.tokens):

@@ -69,7 +69,10 @@ def within(key: str, names: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(name + ".") for name in names)
 
 
-def read_override(argument: str, program: str = "train.py") -> Override:
+_LISTED = "python train.py --help lists them"  # whichever command was typed
+
+
+def read_override(argument: str) -> Override:
     """Check the key of one override against the schema, and bring its value into Hydra's grammar.
 
     Raises:
@@ -78,7 +81,7 @@ def read_override(argument: str, program: str = "train.py") -> Override:
     if re.search("[\ud800-\udfff]", argument):
         raise UserError(f"{argument!r} is not UTF-8: write names and texts in it")
     if argument.startswith("-"):
-        raise UserError(f"unknown option {argument!r}: {program} takes GROUP=CHOICE and key=value; --help lists them")
+        raise UserError(f"unknown option {argument!r}: write GROUP=CHOICE or key=value ({_LISTED})")
     key, equals, typed = argument.partition("=")
     forced, key = key.startswith("++"), key.lstrip("+")
     if key.startswith(("hydra/", "hydra.")):
@@ -87,9 +90,7 @@ def read_override(argument: str, program: str = "train.py") -> Override:
             "--multirun sweeps in sequence, ablation.run compares arms, and launch.slurm submits jobs"
         )
     if not equals:
-        raise UserError(
-            f"{argument!r} is not an override: write GROUP=CHOICE or key=value ({program} --help lists them)"
-        )
+        raise UserError(f"{argument!r} is not an override: write GROUP=CHOICE or key=value ({_LISTED})")
     parsed = key not in PLAIN_TEXT or typed[:1] in ("'", '"', "[")
     if parsed and (digits := re.search(rf"[0-9_]{{{LONGEST_NUMBER},}}", typed)):
         raise UserError(f"{key} has a number of {len(digits[0]):,} digits; fewer than {LONGEST_NUMBER:,} are read")

@@ -52,7 +52,7 @@ def test_every_run_of_a_plan_ends_and_is_reported(done):
     assert result.status == 0, result.err + result.out
     found = runs_of(folder)
     assert found.keys() == {f"tiny-{arm}-lr0.01-seed{seed}" for arm in ARMS for seed in (0, 1)}
-    assert "4 runs: 2 arms x 1 size(s) x (0 learning rates with seed 1000 + 2 seeds), equal in parameters" in result.out
+    assert "4 runs: 2 arms x 1 size(s) x 2 seeds, equal in parameters" in result.out
     assert "4 runs have ended" in result.out
     assert f"python -m ablation.status {folder}   shows the runs as they train" in result.out
     assert "no verdict: a verdict needs 3 seeds, ablation.seeds has 2" in result.out
@@ -137,6 +137,10 @@ def test_nobody_to_ask_and_other_bad_input(in_process, words, tmp_path):
     ):
         result = in_process(main, *words, f"folder={tmp_path}", *more)
         assert (result.status, sentence in result.err) == (2, True), result.err
+    swept = in_process(
+        main, *words, f"folder={tmp_path}", "ablation.rates=[1,2]"
+    )  # a plan is shown before the question
+    assert "8 runs: 2 arms x 1 size(s) x (2 learning rates with seed 1000 + 2 seeds), equal in parameters" in swept.out
     assert list(tmp_path.iterdir()) == []
 
 
