@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 from collections.abc import Iterable, Sequence
 
@@ -11,6 +12,7 @@ import numpy as np
 from kernels.common.errors import UserError
 
 _RANGE = re.compile(r"(\d{1,18}):(\d{1,18})")
+_LARGEST = np.iinfo(np.int64).max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +26,12 @@ class SampleRanges:
         """Return ranges in any order, which may overlap.
 
         Raises:
-            ValueError: one of them is no pair of numbers, or holds none.
+            ValueError: one of them is no pair, or holds no sample that a stream could have.
+            TypeError: one of them is no pair of whole numbers.
         """
         united: list[tuple[int, int]] = []
-        for first, end in sorted((int(first), int(end)) for first, end in ranges):
-            if not 0 <= first < end:
+        for first, end in sorted((operator.index(first), operator.index(end)) for first, end in ranges):
+            if not 0 <= first < end <= _LARGEST:
                 raise ValueError(f"{first}:{end} holds no sample")
             if united and first <= united[-1][1]:
                 united[-1] = united[-1][0], max(end, united[-1][1])

@@ -8,6 +8,7 @@ one before it. Where none is left, a folder that has held a run is refused: star
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -173,6 +174,8 @@ def _state_problem(path: Path) -> str:
     for key, kinds in _STATE.items():
         if type(state.get(key)) not in kinds and not (key in _OPTIONAL and key not in state):
             return f"state.json gives no {key}"
+    if not 0 <= state["wall_seconds"] < math.inf:
+        return "state.json gives no wall_seconds"
     try:
         SampleRanges.of(state.get("skipped_samples", []))
     except (ValueError, TypeError):

@@ -81,13 +81,14 @@ class SpikeDetector:
         return {name: list(values) for name, values in self._values.items()}
 
     def load(self, state: Any) -> None:
-        """Take over what `state` returned; None, or of another form: nothing is remembered."""
+        """Take over what `state` returned. Of None, and of what has another form, nothing is remembered."""
         for name, values in self._values.items():
             values.clear()
             self._sorted[name].clear()
             stored = state.get(name) if isinstance(state, dict) else None
-            for each in stored or ():
-                self._remember(name, float(each))
+            for each in stored if isinstance(stored, list) else ():
+                if isinstance(each, (int, float)) and math.isfinite(each):
+                    self._remember(name, float(each))
 
 
 def _median(ascending: list[float]) -> float:

@@ -24,11 +24,13 @@ from data.batches import BatchStream, held_out_windows, open_dataset, refuse_rep
 from data.shards import digest_of, finished_group, token_dtype
 from data.verify import verify
 from kernels.common.errors import UserError
+from kernels.common.units import duration
 from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.health import contents_problem
 from model.weights import CheckpointReader, load_weights
 from training.resume import choose_checkpoint, why_unfit
+from training.spikes import SpikeDetector
 from training.verify import verify as verify_run
 
 LENGTH = 16
@@ -124,6 +126,8 @@ def resume(run: Path, config: Config, fits: bool) -> None:
     if path is None:
         raise UserError("there is no checkpoint")
     reader = CheckpointReader(path)
+    SpikeDetector(4, 6.0).load(reader.state.get("spikes"))
+    duration(reader.state["wall_seconds"])
     for name in reader.shapes():
         reader.tensor(name)
     if reader.has_optimizer_state:

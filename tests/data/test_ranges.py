@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,14 @@ def test_ranges_unite():
 def test_what_is_no_range_is_refused(text, sentence):
     with pytest.raises(UserError, match=sentence):
         SampleRanges.parse(text)
+
+
+@pytest.mark.parametrize(
+    "ranges", [[3], ["ab"], [[1.5, 3]], [[0, math.inf]], [[0, 2**63]], [[1, 2, 3]], [["1", "2"]], [None]]
+)
+def test_what_a_checkpoint_cannot_have_left_out_is_an_error(ranges):
+    with pytest.raises((ValueError, TypeError)):
+        SampleRanges.of(ranges)
 
 
 def test_only_samples_that_are_still_to_come_are_left_out():

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
+
+from bench.fuzz.indexes import CHECKPOINT, resume
+from bench.fuzz.sound import run_config, write_run
+from kernels.common.errors import UserError
 
 FILES = ["rank_00000.safetensors", "rank_00001.safetensors"]
 
@@ -37,3 +43,23 @@ def test_what_one_rank_cannot_read_no_rank_goes_on_from(agree, per_node, rank):
 def test_a_refusal_of_rank_0_is_that_of_every_rank(trained, two_ranks, tmp_path):
     decisions = two_ranks.run("agree", arguments=trained(2, "1").arguments, folder=str(tmp_path), per_node=2)
     assert decisions == [["none is left", 75, []]] * 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("skipped_samples", [[0, math.inf]]),
+        ("skipped_samples", [[1.5, 3]]),
+        ("wall_seconds", math.inf),
+        ("wall_seconds", math.nan),
+        ("wall_seconds", -1.0),
+        ("step", 8.0),
+    ],
+)
+def test_a_state_that_no_run_can_have_saved_is_passed_over(key, value, tmp_path):
+    config = run_config()
+    run = write_run(config, tmp_path)
+    path = run / CHECKPOINT / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {key: value}))
+    with pytest.raises(UserError, match=f"state.json gives no {key}"):
+        resume(run, config, fits=True)
