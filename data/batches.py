@@ -63,6 +63,8 @@ class Dataset:
     def why_no_bits(self) -> str:
         """Why a loss per token says nothing about bits per byte; "" if it does."""
         lost, all_documents = self.held_out.lossy_documents, self.held_out.documents
+        if all_documents and not self.held_out.text_bytes:
+            return f"all {all_documents:,} held-out documents are empty"
         if not lost:
             return ""
         return f"the tokenizer does not give back the text of {lost:,} of {all_documents:,} held-out documents"
@@ -102,7 +104,7 @@ def open_dataset(folder: str | Path) -> Dataset:
         if held_out[-1].tokens:
             xz_bits += held_out[-1].text_bytes * (part.get("xz_bits_per_byte") or math.nan)
     all_held_out = ShardSet([shard for shards in held_out for shard in shards.shards], parts[0].train.dtype)
-    xz = xz_bits / all_held_out.text_bytes if all_held_out.tokens else math.nan
+    xz = xz_bits / all_held_out.text_bytes if all_held_out.text_bytes else math.nan
     return Dataset(folder, tokenizer, parts, all_held_out, None if math.isnan(xz) else xz, index["corpus_hash"])
 
 

@@ -184,6 +184,18 @@ def test_an_index_of_impossible_values_is_refused_whatever_its_digest(copy, key,
                 check(copy)
 
 
+def test_held_out_documents_without_text_say_nothing_per_byte(copy):
+    index = json.loads((copy / "index.json").read_text())
+    del index["digest"]
+    held_out = [shard for shard in index["shards"] if shard["split"] == "held_out"]
+    for shard in held_out:
+        shard["bytes"] = 0
+    (copy / "index.json").write_text(json.dumps(index))
+    dataset = open_dataset(copy)
+    empty = sum(shard["documents"] for shard in held_out)
+    assert (dataset.why_no_bits, dataset.xz_bits_per_byte) == (f"all {empty} held-out documents are empty", None)
+
+
 def test_an_index_without_a_list_of_shards_or_nested_too_deeply_is_refused(copy):
     index = json.loads((copy / "index.json").read_text())
     del index["shards"], index["digest"]
