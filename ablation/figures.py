@@ -6,6 +6,7 @@ On the page, the colours of text and lines are replaced by the page's CSS variab
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import io
@@ -359,7 +360,9 @@ def telemetry(results: Results, size: str, arm: str, metric: str) -> tuple[np.nd
         layers = {line["tokens"]: [math.nan if v is None else v for v in line[metric]] for line in lines}
         if any(math.isfinite(v) for values in layers.values() for v in values):
             series.append(layers)
-    tokens, values = align(series)
+    # A run whose lines were damaged may have another number of layers than the others.
+    counts = collections.Counter(len(next(iter(layers.values()))) for layers in series)
+    tokens, values = align([s for s in series if len(next(iter(s.values()))) == counts.most_common(1)[0][0]])
     return (tokens, values.mean(0)) if len(tokens) else None
 
 

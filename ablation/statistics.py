@@ -331,7 +331,7 @@ def effective_speed_up(compute: Iterable[float], losses: Iterable[float], loss: 
     for point in curve:  # keep the first point that reaches each loss
         if not falling or point[1] < falling[-1][1]:
             falling.append(point)
-    if len(falling) < 2 or not math.isfinite(loss) or loss > falling[0][1]:
+    if len(falling) < 2 or not math.isfinite(loss) or loss > falling[0][1] or not spent > 0:
         return SpeedUp(math.nan, False)
     logs, values = (np.array(side) for side in zip(*falling, strict=True))
     if loss >= values[-1]:

@@ -12,6 +12,7 @@ Notable here:
 from __future__ import annotations
 
 import abc
+import contextlib
 import hashlib
 import io
 import os
@@ -284,6 +285,17 @@ def _stretches(text: str) -> Iterator[str | None]:
             yield piece[start:] if start else piece
 
 
+@contextlib.contextmanager
+def _refused(reason: str) -> Iterator[None]:
+    """Convert what the library `tokenizers` raises: bare Exceptions, and a PanicException of Rust, which is none."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise UserError(f"{reason}: {error}") from error
+        raise
+
+
 class _HuggingFace(Tokenizer):
     file_name = FILE_NAMES[1]
     exact = False
@@ -291,10 +303,8 @@ class _HuggingFace(Tokenizer):
     def __init__(self, raw: bytes, name: str) -> None:
         super().__init__(raw, name)
         tokenizers = need("tokenizers", f"reading {name}")
-        try:
+        with _refused(f"{name} is no tokenizer.json of Hugging Face tokenizers"):
             self._model = model = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
-        except Exception as error:  # the library raises a bare Exception
-            raise UserError(f"{name} is no tokenizer.json of Hugging Face tokenizers: {error}") from error
         model.no_truncation()
         model.no_padding()
         vocabulary = model.get_vocab(with_added_tokens=True)
@@ -323,10 +333,8 @@ class _HuggingFace(Tokenizer):
                 self._model.add_special_tokens([token])
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        try:
+        with _refused(f"{self.name} cannot encode a text"):
             return [e.ids for e in self._model.encode_batch(list(texts), add_special_tokens=False)]
-        except Exception as error:  # the library raises a bare Exception
-            raise UserError(f"{self.name} cannot encode a text: {error}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -12,10 +12,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from ablation.figures import draw
+from ablation.figures import draw, telemetry
 from ablation.plan import Plan
 from ablation.report import main, write_report
 from ablation.report import page as whole_page
@@ -216,6 +217,13 @@ def test_a_figure_has_its_title_once_on_the_page_and_in_its_file(folder):
         assert title in " ".join(words)
         on_page = re.findall("<text[^>]*>([^<]*)</text>", drawing)
         assert title.split()[:4] not in [text.split()[:4] for text in on_page]
+
+
+def test_lines_of_another_number_of_layers_are_left_out_of_a_figure():
+    layers = {"a": [0.1, 0.2], "b": [0.3, 0.4], "damaged": [0.5]}
+    runs = [SimpleNamespace(lines_of=lambda _, dead=dead: [{"tokens": 8, "dead": dead}]) for dead in layers.values()]
+    tokens, values = telemetry(SimpleNamespace(final_runs=lambda *_: runs), "nano", "relu", "dead")
+    assert (tokens.tolist(), values.tolist()) == ([8], [[pytest.approx(0.2), pytest.approx(0.3)]])
 
 
 def test_open_questions_are_listed(plan, tmp_path):

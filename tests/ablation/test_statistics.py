@@ -284,6 +284,9 @@ def test_a_speed_up_is_read_off_the_baselines_own_curve():
     assert math.isnan(effective_speed_up(compute, curve, 0.5, 8.0).factor)  # more than 4 times: a guess
     assert math.isnan(effective_speed_up(compute, curve, 4.5, 8.0).factor)  # before its first point
     assert math.isnan(effective_speed_up(compute, curve, math.nan, 8.0).factor)
+    assert math.isnan(
+        effective_speed_up(compute, curve, 3.0, 0.0).factor
+    )  # an arm whose last evaluation is of no tokens
 
 
 def test_a_loss_that_rises_again_counts_when_it_was_reached():

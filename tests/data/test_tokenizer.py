@@ -220,3 +220,12 @@ def test_a_missing_tokenizer_is_named(tmp_path):
         load_tokenizer(tmp_path / "missing.model")
     with pytest.raises(UserError, match=r"no tokenizer\.model"):
         load_tokenizer(tmp_path)
+
+
+def test_a_panic_of_the_library_is_a_refusal(tmp_path):
+    """Its code in Rust panics over a merge that is shorter than the prefix; that is no `Exception` of Python."""
+    vocabulary = {"a": 0, "": 1, "</s>": 2}
+    model = {"type": "BPE", "continuing_subword_prefix": "##", "vocab": vocabulary, "merges": [["a", ""]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    with pytest.raises(UserError, match=r"tokenizer\.json is no tokenizer\.json of Hugging Face tokenizers: range end"):
+        load_tokenizer(tmp_path / "tokenizer.json")
