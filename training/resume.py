@@ -8,7 +8,6 @@ one before it. Where none is left, a folder that has held a run is refused: star
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +44,7 @@ _STATE = {  # what the loop reads of state.json, and its types
     "wall_seconds": (int, float),
     "warmup_steps": (int, type(None)),
 }
+_MOST = 1 << 53  # steps, or seconds
 # Version 0.1 did not write settings, steps and warmup_steps; version 0.2 nothing of samples and spikes.
 _OPTIONAL = ("course", "settings", "skipped_samples", "spikes", "steps", "warmup_steps")
 
@@ -174,8 +174,9 @@ def _state_problem(path: Path) -> str:
     for key, kinds in _STATE.items():
         if type(state.get(key)) not in kinds and not (key in _OPTIONAL and key not in state):
             return f"state.json gives no {key}"
-    if not 0 <= state["wall_seconds"] < math.inf:
-        return "state.json gives no wall_seconds"
+    for key in ("optimizer_steps", "step", "steps", "warmup_steps", "wall_seconds"):
+        if (value := state.get(key)) is not None and not 0 <= value <= _MOST:
+            return f"state.json gives no {key}"
     try:
         SampleRanges.of(state.get("skipped_samples", []))
     except (ValueError, TypeError):

@@ -52,7 +52,10 @@ def test_a_refusal_of_rank_0_is_that_of_every_rank(trained, two_ranks, tmp_path)
         ("skipped_samples", [[1.5, 3]]),
         ("wall_seconds", math.inf),
         ("wall_seconds", math.nan),
+        ("wall_seconds", 10**30),
         ("wall_seconds", -1.0),
+        ("warmup_steps", -2),
+        ("steps", 10**30),
         ("step", 8.0),
     ],
 )
