@@ -13,7 +13,9 @@ def human(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as 4.2s, 3m 20s or 2h 05m, and what is above 48 hours as 15.2 days."""
+    """Return seconds as 4.2s, 3m 20s or 2h 05m, and what is above 48 hours as 15.2 days; "unknown" for no duration."""
+    if not 0 <= seconds < 1e18:
+        return "unknown"
     if seconds < 59.95:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)

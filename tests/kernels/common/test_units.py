@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from kernels.common.units import duration, human
@@ -35,6 +37,9 @@ def test_human_has_no_largest_number():
         (48 * 3600 + 60, "2.0 days"),
         (360000, "4.2 days"),
         (1e9, "11,574.1 days"),
+        (math.inf, "unknown"),
+        (math.nan, "unknown"),
+        (10**30, "unknown"),
     ],
 )
 def test_duration(seconds, text):
