@@ -351,7 +351,7 @@ PHENOMENA = (
 
 def telemetry(results: Results, size: str, arm: str, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Return tokens (points,) and a telemetry metric (points, layers), averaged over seeds; None where no run has it."""
-    series = []
+    by_layers = collections.defaultdict(list)  # a run whose lines were damaged may have another number of layers
     for run in results.final_runs(size, arm):
         lines = [line for line in run.lines_of("telemetry") if isinstance(line.get(metric), list) and line[metric]]
         lines = [
@@ -359,10 +359,8 @@ def telemetry(results: Results, size: str, arm: str, metric: str) -> tuple[np.nd
         ]
         layers = {line["tokens"]: [math.nan if v is None else v for v in line[metric]] for line in lines}
         if any(math.isfinite(v) for values in layers.values() for v in values):
-            series.append(layers)
-    # A run whose lines were damaged may have another number of layers than the others.
-    counts = collections.Counter(len(next(iter(layers.values()))) for layers in series)
-    tokens, values = align([s for s in series if len(next(iter(s.values()))) == counts.most_common(1)[0][0]])
+            by_layers[len(lines[-1][metric])].append(layers)
+    tokens, values = align(max(by_layers.values(), key=len, default=[]))
     return (tokens, values.mean(0)) if len(tokens) else None
 
 

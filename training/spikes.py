@@ -87,7 +87,7 @@ class SpikeDetector:
             self._sorted[name].clear()
             stored = state.get(name) if isinstance(state, dict) else None
             for each in stored if isinstance(stored, list) else ():
-                if isinstance(each, (int, float)) and math.isfinite(each):
+                if isinstance(each, (int, float)) and abs(each) < 1e300:
                     self._remember(name, float(each))
 
 

@@ -28,8 +28,6 @@ from .program import Lowering, Program, arguments_of, keep_nan
 from .safety import check_from_output, check_overflow, loses_nan
 
 MOST_LINES = 400  # of forward and backward together; the arms of conf/ffn take up to 26
-
-
 _one_at_a_time = threading.RLock()
 
 
