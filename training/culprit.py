@@ -18,7 +18,7 @@ from torch import Tensor
 from data.ranges import SampleRanges
 from model.finite import find, kind_of, readable
 from model.weights import MOMENTS, stored_name
-from training.zero import stage_3_parameter
+from training.zero import partition_range, stage_3_parameter
 
 if TYPE_CHECKING:
     from training.engine import Engine
@@ -95,9 +95,11 @@ def _kept(engine: Engine, *_: object) -> str:
 
 def _used(engine: Engine, *_: object) -> str:
     """Return the first weight that the model computes with on this rank and that is not finite, with the verb."""
-    named = list(engine.module.named_parameters())
-    partitions = [(name, stage_3_parameter(p).ds_tensor) for name, p in named] if engine.stage == 3 else []
-    found = find([*((name, p.data) for name, p in named), *partitions])  # stage 3 keeps small parameters whole
+    named, rank = list(engine.module.named_parameters()), engine.mesh.data_context.rank
+    weights = [(name, p.data) for name, p in named]
+    if engine.stage == 3:  # which keeps small parameters whole beside their partitions
+        weights += [(name, stage_3_parameter(p).ds_tensor[: partition_range(p, rank)[1]]) for name, p in named]
+    found = find(weights)
     return f"holds {found}" if found else ""
 
 

@@ -27,7 +27,7 @@ from model.initialise import initialise
 from model.parallel import Mesh, init_mesh, shard_spec
 from training.culprit import DroppedGradient
 from training.mpu import ModelParallelUnit
-from training.zero import fragment_mapping, index_in_group, spoil_gradient, stage_3_parameter
+from training.zero import fragment_mapping, index_in_group, partition_range, spoil_gradient, stage_3_parameter
 
 
 def mesh_from_config(parallel: ParallelConfig) -> Mesh:
@@ -282,10 +282,9 @@ class Engine:
                 values = parameter.grad.flatten()[start : start + size]
                 yield GradientFragment(name, parameter.shape, start, values, replicated)
             elif self.stage == 3:
-                partitioned, partition = stage_3_parameter(parameter), safe_get_local_grad(parameter)
-                start = min(rank * partition.numel(), partitioned.ds_numel)
-                values = partition.flatten()[: partitioned.ds_numel - start]
-                yield GradientFragment(name, partitioned.ds_shape, start, values, replicated)
+                start, size = partition_range(parameter, rank)
+                values = safe_get_local_grad(parameter).flatten()[:size]
+                yield GradientFragment(name, stage_3_parameter(parameter).ds_shape, start, values, replicated)
             elif (mapping := fragment_mapping(parameter)) is not None:
                 values = mapping.get_lp_grad_fragment(index_in_group(parameter)).flatten()
                 start, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel

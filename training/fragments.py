@@ -16,7 +16,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from model.weights import MOMENTS
-from training.zero import fragment_mapping, stage_3_parameter
+from training.zero import fragment_mapping, partition_range, stage_3_parameter
 
 if TYPE_CHECKING:
     from training.engine import Engine
@@ -73,16 +73,14 @@ def _stage_1_or_2_fragment(_: Engine, name: str, parameter: nn.Parameter) -> Fra
 
 def _stage_3_fragment(engine: Engine, name: str, parameter: nn.Parameter) -> Fragment:
     partitioned = stage_3_parameter(parameter)
-    partition_numel, numel = partitioned.ds_tensor.numel(), partitioned.ds_numel  # the last partition is padded
-    start = min(engine.mesh.data_context.rank * partition_numel, numel)
-    size = min(partition_numel, numel - start)
+    start, size = partition_range(parameter, engine.mesh.data_context.rank)
 
     def read(key: str) -> Tensor:
         partition = safe_get_local_optimizer_state(parameter, key) if key else safe_get_local_fp32_param(parameter)
         return partition.view(-1)[:size]
 
     def write(key: str, values: Tensor) -> None:
-        padded = torch.zeros(partition_numel, device=engine.device)
+        padded = torch.zeros(partitioned.ds_tensor.numel(), device=engine.device)
         padded[:size] = values
         if key:
             safe_set_local_optimizer_state(parameter, padded, key)

@@ -36,7 +36,7 @@ class _Stage1Or2(Protocol):
 class Stage3Parameter(Protocol):
     """A parameter partitioned by stage 3. Outside `GatheredParameters` its own data is a placeholder."""
 
-    ds_tensor: Tensor  # this rank's partition, flat; the last one is padded
+    ds_tensor: Tensor  # this rank's partition, flat; where it is padded, uninitialised memory
     ds_numel: int  # elements of the gathered parameter
     ds_shape: torch.Size
 
@@ -56,6 +56,20 @@ def stage_3_parameter(parameter: nn.Parameter) -> Stage3Parameter:
     return cast(Stage3Parameter, parameter)
 
 
+def partition_range(parameter: nn.Parameter, rank: int) -> tuple[int, int]:
+    """Return the first element of a flattened parameter that a rank's partition holds under stage 3, and their number.
+
+    The rest of the partition is padding, which is never initialised: it may hold any number, NaN too.
+
+    Args:
+        rank: of the data x context axis.
+    """
+    partitioned = stage_3_parameter(parameter)
+    padded = partitioned.ds_tensor.numel()
+    start = min(rank * padded, partitioned.ds_numel)
+    return start, min(padded, partitioned.ds_numel - start)
+
+
 @torch.no_grad()
 def spoil_gradient(stage: int, parameter: nn.Parameter, rank: int) -> None:
     """Make this rank's fragment of a gradient infinite between backward and step, so that the step is skipped.
@@ -69,8 +83,8 @@ def spoil_gradient(stage: int, parameter: nn.Parameter, rank: int) -> None:
         if parameter.grad is not None:
             parameter.grad.fill_(torch.inf)
     elif stage == 3:
-        partition = safe_get_local_grad(parameter).clone()
-        if rank * partition.numel() < stage_3_parameter(parameter).ds_numel:  # no later step would clear the padding
+        if partition_range(parameter, rank)[1]:  # no later step would clear the padding
+            partition = safe_get_local_grad(parameter).clone()
             partition[:1] = torch.inf
             safe_set_local_grad(parameter, partition)
     elif (mapping := fragment_mapping(parameter)) is not None:

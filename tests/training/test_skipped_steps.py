@@ -17,8 +17,9 @@ CASES += [("1", "bf16", 1), ("1", "bf16", 2), ("2", "bf16", 1), ("3", "bf16", 2)
 @pytest.mark.parametrize(("zero", "precision", "accumulation"), CASES)
 def test_a_step_with_a_non_finite_gradient_changes_nothing(corpus, two_ranks, tmp_path, zero, precision, accumulation):
     arguments = overrides(corpus, zero=zero, precision=precision, micro_batch_size=4 // accumulation)
-    # One element, on one rank: first NaN on the last, then infinity on the first.
-    steps = [["train", 2], ["save", tmp_path], ["poison", "layers.0.ffn.down", 1, math.nan], ["save", tmp_path]]
+    # One element, on one rank: first NaN on the last, then infinity on the first. NaN in padding does not count.
+    steps = [["train", 2], ["pad", math.nan], ["save", tmp_path]]
+    steps += [["poison", "layers.0.ffn.down", 1, math.nan], ["save", tmp_path]]
     steps += [["poison", "embedding.weight", 0, math.inf], ["save", tmp_path], ["train", 1], ["save", tmp_path]]
     for rank in two_ranks.run("script", arguments=arguments, steps=steps):
         assert rank["applied"] == [True, True, False, False, True]

@@ -25,6 +25,7 @@ import deepspeed.utils.groups
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
 from bench.traffic import Traffic
 from conf.schema import ParallelConfig
@@ -40,7 +41,7 @@ from model.attention import choose
 from model.decoder import Cache
 from model.health import outline_problem
 from model.parallel import Mesh
-from model.weights import checkpoints
+from model.weights import MOMENTS, checkpoints
 from training import checkpoint, machine
 from training.culprit import find_culprit
 from training.engine import Engine, GradientFragment, mesh_from_config
@@ -51,6 +52,7 @@ from training.resume import Decision, decide_together
 from training.schedule import lr_scale
 from training.silent import compare_repeated, compare_replicas
 from training.telemetry import Telemetry
+from training.zero import partition_range
 
 RANKS = find_ranks()
 
@@ -162,6 +164,14 @@ class Trainer:
             self.results["values"].append("")
         except Failure as error:
             self.results["values"].append(str(error))
+
+    @torch.no_grad()
+    def pad(self, value: float) -> None:
+        """Fill what stage 3 never initialises: the padding of this rank's weights, masters and moments."""
+        for _, parameter in self.engine.module.named_parameters() if self.engine.stage == 3 else ():
+            state = [safe_get_local_optimizer_state(parameter, key) for key in MOMENTS]
+            for values in (parameter.ds_tensor, safe_get_local_fp32_param(parameter), *state):
+                values[partition_range(parameter, self.mesh.data_context.rank)[1] :] = value
 
     @torch.no_grad()
     def set(self, name: str, key: str, rank: int, value: float) -> None:
