@@ -260,6 +260,7 @@ class _Pair:
     others: BySeed
     blocked: str  # why it can have no verdict
     runs: list[str]
+    regret: float = 0.0  # what both may lose by missing their best learning rates, where the metric is the loss
 
 
 def _decide(criterion: Criterion, results: Results, sizes: tuple[str, ...]) -> _Decision:
@@ -270,9 +271,10 @@ def _decide(criterion: Criterion, results: Results, sizes: tuple[str, ...]) -> _
     sides = {arm: (p.own, p.others) if criterion.less else (p.others, p.own) for arm, p in pairs.items()}
     ceiling = results.ceiling(sizes[0]) if criterion.metric == "final_eval_loss" else math.inf
     effect = _effect(criterion, results.manifest.plan.smallest_effect)
+    regrets = {arm: pair.regret for arm, pair in pairs.items()}
 
     def compare_with(margin: float) -> list[Comparison]:
-        return compare_pairs(sides, effect, ceiling, blocked, resamples=0, margin=margin)
+        return compare_pairs(sides, effect, ceiling, blocked, resamples=0, margin=margin, regrets=regrets)
 
     comparisons = compare_with(-criterion.within)
     states = {c.arm: _state(c, at, effect) for c, at in zip(comparisons, compare_with(effect), strict=True)}
@@ -374,8 +376,11 @@ def _pair(criterion: Criterion, results: Results, sizes: tuple[str, ...], arm: s
     if criterion.metric == "speed_up":
         values = log_speed_up(own, others)
         return _Pair(arm, other, values, dict.fromkeys(values, 0.0), blocked, names)
-    values = by_seed(criterion.metric, own, log)
-    return _Pair(arm, other, values, by_seed(criterion.metric, others, log), blocked, names)
+    values, regret = by_seed(criterion.metric, own, log), 0.0
+    if criterion.metric == "final_eval_loss":
+        regrets = results.known_regrets(size)
+        regret = math.hypot(regrets.get(arm, 0.0), regrets.get(other, 0.0))
+    return _Pair(arm, other, values, by_seed(criterion.metric, others, log), blocked, names, regret)
 
 
 def _not_of_catalogue(results: Results, size: str, arms: list[str]) -> str:

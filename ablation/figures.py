@@ -170,7 +170,7 @@ def verdicts(results: Results) -> ReportFigure | None:
         axes.set_title(size)
         better = sum(c.verdict is Verdict.BETTER for c in comparisons)
         parts.append(f"{size}: {better} of {len(comparisons)} arms shown to be better than {results.baseline}")
-    return ReportFigure("verdicts", "; ".join(parts) + " (bars: 95% intervals over seeds)", figure)
+    return ReportFigure("verdicts", "; ".join(parts) + " (bars: 95% intervals over seeds and learning rates)", figure)
 
 
 def curves(results: Results) -> ReportFigure | None:
@@ -269,7 +269,7 @@ def costs(results: Results) -> ReportFigure | None:
 
 
 def rates(results: Results) -> ReportFigure | None:
-    """Draw the final loss over the learning rate."""
+    """Draw the final loss over the learning rate: the mean over the sweep's seeds, their range, and where the seeds run."""
     swept = {size: {arm: results.sweep_losses(size, arm) for arm in results.arms(size)} for size in results.sizes}
     several = {size: {arm: losses for arm, losses in s.items() if len(losses) > 1} for size, s in swept.items()}
     by_size = {size: by_arm for size, by_arm in several.items() if by_arm}
@@ -280,19 +280,22 @@ def rates(results: Results) -> ReportFigure | None:
     for axes, (size, by_arm) in zip(panels, by_size.items(), strict=True):
         for arm, losses in by_arm.items():
             tried = sorted(losses)
-            _line(axes, results, arm, np.array(tried), np.array([[losses[lr] for lr in tried]]), marker="o")
+            seeds = sorted(set.intersection(*(set(of_seeds) for of_seeds in losses.values())))
+            _line(axes, results, arm, np.array(tried), np.array([[losses[lr][s] for lr in tried] for s in seeds]), "o")
             sweep = results.sweep(size, arm)
             if sweep is None or sweep.edge:
                 edges.append(f"{arm} at {size}")
+            else:
+                axes.plot([sweep.best_lr], [sweep.loss], "x", color=colour_of(results, arm)[0], markersize=6)
         axes.set_xscale("log", base=2)
         ticks = sorted({lr for losses in by_arm.values() for lr in losses})
         axes.set_xticks(ticks, [f"{lr:g}" for lr in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("peak learning rate")
-        axes.set_ylabel("final held-out loss, one seed")
+        axes.set_ylabel("final held-out loss of the sweep")
         axes.set_title(size)
     _legend(figure, panels)
-    title = "The best learning rate of every arm lies inside the range that was tried"
+    title = "The best learning rate of every arm (x) lies inside the range that was tried"
     if edges:
         title = f"The best learning rate is at the edge for {', '.join(edges)}"
     return ReportFigure("learning_rates", title, figure)

@@ -18,11 +18,11 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablation.plan import NAMES, Plan, PlannedRun, learning_rates
+from ablation.plan import NAMES, RATE_CHOICES, Plan, PlannedRun, learning_rates, plan_of_values, values_of_plan
 from conf.load import flatten
 from conf.provenance import provenance
 from conf.schema import AblationConfig
@@ -64,7 +64,7 @@ class Manifest:
         if not named or named["arm"] not in self.arms.get(named["size"], {}):
             return None
         size, arm, seed = named["size"], named["arm"], int(named["seed"])
-        stage = "sweep" if seed == self.plan.rate_seed else "final"
+        stage = "sweep" if seed in self.plan.rate_seeds else "final"
         try:
             rounded = PlannedRun(stage, size, arm, float(named["lr"]), seed)
         except ValueError:
@@ -138,16 +138,19 @@ def _plan_of(values: dict[str, Any]) -> AblationConfig:
     Raises:
         ValueError, TypeError: a value is of another type.
     """
-    plan = AblationConfig(**values)
+    plan = plan_of_values(values)
+    values = dataclasses.asdict(plan)
     for field in dataclasses.fields(AblationConfig):
-        value, default = values.get(field.name, field.default), field.default
+        value, default = values[field.name], field.default
         if isinstance(default, (int, float)) and not is_number(value):
             raise ValueError(f"plan.{field.name} is no number")
         if isinstance(default, str) and not isinstance(value, str):
             raise ValueError(f"plan.{field.name} is no text")
-    counts = (plan.rate_seed, plan.rate_extensions, *plan.seeds)
-    if not plan.seeds or not all(map(is_count, counts)):
-        raise ValueError("plan.seeds are no seeds")
+    counts = (plan.rate_extensions, *plan.rate_seeds, *plan.seeds)
+    if not plan.seeds or not plan.rate_seeds or not all(map(is_count, counts)):
+        raise ValueError("plan.seeds or plan.rate_seeds are no seeds")
+    if plan.rate_choice not in RATE_CHOICES:
+        raise ValueError("plan.rate_choice is unknown")
     if not plan.rates or not all(is_number(rate) and 0 < rate < math.inf for rate in plan.rates):
         raise ValueError("plan.rates are no learning rates")
     return plan
@@ -176,6 +179,17 @@ def _check_values(manifest: Manifest) -> None:
                 raise ValueError(f"{arm} at {size} has an impossible learning rate or mismatch")
 
 
+def keep_rate_choice(config: AblationConfig, arguments: Sequence[str], folder: Path) -> AblationConfig:
+    """Return a plan with the sweep of its folder, if that was begun by version 0.2 or before and no argument sets another."""
+    typed = any(argument.startswith(("ablation.rate_seeds=", "ablation.rate_choice=")) for argument in arguments)
+    if typed or not (folder / NAME).exists():
+        return config
+    existing = read_manifest(folder).plan
+    if "rate_seed" not in values_of_plan(existing):
+        return config
+    return dataclasses.replace(config, rate_seeds=existing.rate_seeds, rate_choice=existing.rate_choice)
+
+
 def check_manifest(plan: Plan, folder: Path) -> None:
     """Refuse a folder that holds the runs of another plan.
 
@@ -187,7 +201,7 @@ def check_manifest(plan: Plan, folder: Path) -> None:
     existing = read_manifest(folder)
     if existing.hash != plan.hash:
         before = _merge_shared(
-            {"plan": dataclasses.asdict(existing.plan), "shared": existing.shared, "arms": existing.arms}
+            {"plan": values_of_plan(existing.plan), "shared": existing.shared, "arms": existing.arms}
         )
         one, other = (dict(_leaves(content)) for content in (before, plan.content))
         changed = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))

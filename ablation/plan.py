@@ -1,7 +1,7 @@
 """Read a plan and resolve it: which runs answer its question, at which widths, and what they cost.
 
-For every arm and size, a sweep tries learning rates with a seed that no verdict uses (stage `sweep`); then the plan's seeds run
-at the best one (stage `final`). The cost is arms x (rates + seeds), not their product. Runs of one seed share the order of
+For every arm and size, a sweep tries learning rates with seeds that no verdict uses (stage `sweep`); then the plan's seeds run
+at the best one (stage `final`). The cost is arms x (rates x sweep seeds + seeds). Runs of one seed share the order of
 their data and the initial weights outside the FFN, whatever the arm: both depend on `seed` and `data_seed` alone.
 
 A plan is `conf/ablation/<name>.yaml`, with the keys of `conf.schema.AblationConfig`. run.py trains it.
@@ -32,6 +32,7 @@ StepSeconds = Callable[[str, str, int], float]  # seconds per step of (size, arm
 
 NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 LONGEST_TAG = 64  # characters that W&B accepts
+RATE_CHOICES = ("vertex", "best")
 _SET_BY_THE_PLAN = ("seed", "data_seed", "run", "runs", "resume")
 
 
@@ -86,7 +87,7 @@ class Plan:
     def content(self) -> dict[str, Any]:
         """Everything that decides what the runs learn and how they are judged, as JSON would return it."""
         learned = {size: {name: arm.learned for name, arm in arms.items()} for size, arms in self.arms.items()}
-        return json.loads(json.dumps({"plan": dataclasses.asdict(self.config), "arms": learned}))
+        return json.loads(json.dumps({"plan": values_of_plan(self.config), "arms": learned}))
 
     @property
     def hash(self) -> str:
@@ -102,7 +103,7 @@ class Plan:
         rates = self.learning_rates(size, arm)
         if len(rates) < 2:
             return []
-        return [PlannedRun("sweep", size, arm, lr, self.config.rate_seed) for lr in rates]
+        return [PlannedRun("sweep", size, arm, lr, seed) for seed in self.config.rate_seeds for lr in rates]
 
     def final_runs(self, size: str, arm: str, lr: float) -> list[PlannedRun]:
         """Return the runs of an arm that are compared, at the learning rate that the sweep chose."""
@@ -157,12 +158,35 @@ def learning_rates(config: AblationConfig, lr: float) -> list[float]:
     return [_rounded(lr * factor) for factor in sorted(config.rates)]
 
 
-def next_learning_rate(tried: list[float], edge: str) -> float:
-    """Return the learning rate that extends a sweep past its "lowest" or "highest", by the ratio of the last two there."""
-    tried = sorted(tried)
-    if edge == "lowest":
-        return _rounded(tried[0] * tried[0] / tried[1])
-    return _rounded(tried[-1] * tried[-1] / tried[-2])
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Return seeds as text: "seed 0", "seeds 0, 1 and 2"."""
+    *first, last = map(str, seeds)
+    return f"seeds {', '.join(first)} and {last}" if first else f"seed {last}"
+
+
+def values_of_plan(config: AblationConfig) -> dict[str, Any]:
+    """Return the keys of a plan as its manifest has them.
+
+    Up to version 0.2 every sweep had one seed, and the best of its learning rates was chosen. Plans like these are written as
+    they were then, so that their hash is the same.
+    """
+    values = dataclasses.asdict(config)
+    if config.rate_choice == "best" and len(config.rate_seeds) == 1:
+        del values["rate_choice"]
+        values["rate_seed"] = values.pop("rate_seeds")[0]
+    return values
+
+
+def plan_of_values(values: Mapping[str, Any]) -> AblationConfig:
+    """Undo `values_of_plan`.
+
+    Raises:
+        TypeError: there are other keys.
+    """
+    values = dict(values)
+    if "rate_seed" in values:
+        values |= {"rate_seeds": [values.pop("rate_seed")], "rate_choice": "best"}
+    return AblationConfig(**values)
 
 
 def read_plan(arguments: list[str]) -> tuple[AblationConfig, list[str]]:
@@ -344,10 +368,17 @@ def _check(config: AblationConfig, arms: Mapping[str, Any]) -> None:
         raise UserError(f"ablation.seeds={config.seeds} must be distinct whole numbers")
     if len(config.seeds) < 2:
         raise UserError("one seed cannot be told from luck: ablation.seeds needs at least 2, and a verdict 3")
-    if config.rate_seed in config.seeds:
+    _refuse_unlisted("rate_seeds", config.rate_seeds)
+    if not _whole_numbers(config.rate_seeds) or len(set(config.rate_seeds)) != len(config.rate_seeds):
+        raise UserError(f"ablation.rate_seeds={config.rate_seeds} must be distinct whole numbers")
+    if not config.rate_seeds:
         raise UserError(
-            f"ablation.rate_seed={config.rate_seed} is one of ablation.seeds: the sweep needs a seed of its own"
+            "ablation.rate_seeds is empty: a sweep needs at least one seed, and two show how far it scatters"
         )
+    if shared := set(config.rate_seeds) & set(config.seeds):
+        raise UserError(f"ablation.rate_seeds and ablation.seeds share {min(shared)}: the sweep needs seeds of its own")
+    if config.rate_choice not in RATE_CHOICES:
+        raise unknown("ablation.rate_choice", config.rate_choice, RATE_CHOICES)
     rates = config.rates
     if not isinstance(rates, list) or not rates or not all(map(_is_factor, rates)) or len(set(rates)) < len(rates):
         raise UserError(f"ablation.rates={rates} must be distinct numbers above 0, factors of the size's optim.lr")

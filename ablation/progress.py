@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 
+from ablation.learning_rates import next_learning_rate, sweep_result
 from ablation.outcomes import ENDED, Outcome, read_outcome
-from ablation.plan import Plan, PlannedRun, next_learning_rate
-from ablation.statistics import sweep_result
+from ablation.plan import Plan, PlannedRun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,7 @@ def outcome_of(planned: PlannedRun, folder: Path) -> Outcome:
 
 
 def sweep_progress(plan: Plan, folder: Path, size: str, arm: str) -> SweepProgress:
-    """Return the state of an arm's sweep, which extends past an edge where its best learning rate lies there."""
+    """Return the state of an arm's sweep, which extends where its optimum lies beyond the learning rates tried."""
     runs = plan.sweep_runs(size, arm)
     if not runs:
         return SweepProgress([], plan.learning_rates(size, arm)[0])
@@ -34,11 +33,15 @@ def sweep_progress(plan: Plan, folder: Path, size: str, arm: str) -> SweepProgre
         outcomes = {planned: outcome_of(planned, folder) for planned in runs}
         if pending := [planned for planned in runs if outcomes[planned].state not in ENDED]:
             return SweepProgress(pending, None)
-        losses = {planned.lr: outcomes[planned].loss for planned in runs}
-        if not any(map(math.isfinite, losses.values())):
-            return SweepProgress([], None)  # every learning rate diverged
-        result = sweep_result(losses)
+        losses: dict[float, dict[int, float]] = {}
+        for planned, outcome in outcomes.items():
+            losses.setdefault(planned.lr, {})[planned.seed] = outcome.loss
+        try:
+            result = sweep_result(losses, plan.config.rate_choice == "vertex")
+        except ValueError:  # every learning rate diverged
+            return SweepProgress([], None)
         if not result.edge or extensions == plan.config.rate_extensions:
             return SweepProgress([], result.best_lr)
-        runs.append(dataclasses.replace(runs[0], lr=next_learning_rate(list(losses), result.edge)))
+        lr = next_learning_rate(losses, result.best_lr, result.edge)
+        runs += [dataclasses.replace(runs[0], lr=lr, seed=seed) for seed in plan.config.rate_seeds]
         extensions += 1

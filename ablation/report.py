@@ -23,7 +23,9 @@ import jinja2
 
 from ablation.efficiency import efficiency
 from ablation.figures import LOSS_FIGURES, PHENOMENA, ReportFigure, draw
+from ablation.learning_rates import mean_losses
 from ablation.outcomes import ENDED
+from ablation.plan import seeds_text
 from ablation.results import Results, expected_runs, provenance_lines, read_results
 from ablation.statistics import ALPHA, FEWEST_SEEDS, POWER, Verdict
 from ablation.tables import (
@@ -107,7 +109,7 @@ def comparison_rows(results: Results, size: str) -> list[dict[str, Any]]:
                 "size": size, "arm": c.arm, "baseline": results.baseline, "verdict": c.verdict.value, "reason": c.reason,
                 "seeds": c.seeds, "diverged": c.diverged, "difference": c.difference, "deviation": c.deviation,
                 "interval_low": c.interval[0], "interval_high": c.interval[1], "bootstrap_low": c.bootstrap[0],
-                "bootstrap_high": c.bootstrap[1], "p": c.p, "p_holm": c.p_holm, "detectable": c.detectable,
+                "bootstrap_high": c.bootstrap[1], "regret": c.regret, "p": c.p, "p_holm": c.p_holm, "detectable": c.detectable,
                 "learning_rate": results.best_lr(size, c.arm), "rate_rise": sweep.rise if sweep else math.nan,
                 "mismatch": results.manifest.cost[size][c.arm]["mismatch"],
                 "speed_up_flops": cost.per_flop.factor if cost else math.nan,
@@ -199,23 +201,29 @@ def _provisional(results: Results) -> str:
 
 
 def _rates(results: Results) -> PageTable | None:
-    heads = ("size", "arm", "best learning rate", "loss there", "rise at a factor of 2", "tried", "at an edge")
-    rows = []
+    heads = ("size", "arm", "learning rate", "loss there", "rise at a factor of 2", "regret", "tried", "at an edge")
+    rows, plan = [], results.manifest.plan
+    regrets = {size: results.regrets(size) for size in results.sizes}
     for size, arm in results.size_arm_pairs():
         sweep = results.sweep(size, arm)
         if sweep is not None:
             tried = [
                 f"{lr:g}" + ("" if math.isfinite(loss) else " (diverged)")
-                for lr, loss in sorted(results.sweep_losses(size, arm).items())
+                for lr, loss in mean_losses(results.sweep_losses(size, arm)).items()
             ]
             numbers = [number_cell(sweep.best_lr, "g"), number_cell(sweep.loss), number_cell(sweep.rise)]
-            edge = f"the {sweep.edge}" if sweep.edge else "no"
-            rows.append(
-                TableRow([text_cell(size), text_cell(arm), *numbers, text_cell(", ".join(tried)), text_cell(edge)])
-            )
+            texts = [text_cell(", ".join(tried)), text_cell(f"the {sweep.edge}" if sweep.edge else "no")]
+            regret = number_cell(regrets[size][arm])
+            rows.append(TableRow([text_cell(size), text_cell(arm), *numbers, regret, *texts]))
     if not rows:
         return None
-    return PageTable(heads, rows, f"The sweep, with seed {results.manifest.plan.rate_seed}, which no verdict uses")
+    chosen = "the vertex of a parabola through the sweep" if plan.rate_choice == "vertex" else "the best of those tried"
+    caption = f"The sweep, with {seeds_text(plan.rate_seeds)}, which no verdict uses; the learning rate is {chosen}."
+    note = (
+        "Rise: nats lost at half or twice the best learning rate. Regret: what the arm may lose by missing its best one (root "
+        "mean square, nats), which is part of the standard error of its differences."
+    )
+    return PageTable(heads, rows, caption, note)
 
 
 def _cost(results: Results, size: str) -> PageTable:

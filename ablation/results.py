@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from ablation.budget import REFUSE
+from ablation.learning_rates import SweepResult, mean_losses, run_noise, sweep_result
 from ablation.manifest import Manifest, read_manifest
 from ablation.outcomes import DIVERGED, ENDED, FINISHED, Outcome, is_finite, read_metrics, read_outcome, run_folders
 from ablation.plan import Plan, PlannedRun
-from ablation.statistics import FEWEST_SEEDS, Comparison, SweepResult, compare, sweep_result
+from ablation.statistics import FEWEST_SEEDS, Comparison, compare
 from conf.load import values_of
 from conf.provenance import summarise
 from kernels.common.errors import UserError
@@ -95,23 +96,44 @@ class Results:
         runs = [r for r in self.runs.values() if (r.planned.size, r.planned.arm, r.planned.stage) == (size, arm, stage)]
         return sorted(runs, key=lambda run: (run.planned.lr, run.planned.seed))
 
-    def sweep_losses(self, size: str, arm: str) -> dict[float, float]:
-        """Return the final loss by learning rate of the sweep's runs that ended."""
-        runs = self.runs_of(size, arm, "sweep")
-        return {run.planned.lr: run.outcome.loss for run in runs if run.outcome.state in ENDED}
+    def sweep_losses(self, size: str, arm: str) -> dict[float, dict[int, float]]:
+        """Return the final loss by learning rate and seed of the sweep's runs that ended; nan where one diverged."""
+        losses: dict[float, dict[int, float]] = {}
+        for run in self.runs_of(size, arm, "sweep"):
+            if run.outcome.state in ENDED:
+                losses.setdefault(run.planned.lr, {})[run.planned.seed] = run.outcome.loss
+        return losses
 
     def sweep(self, size: str, arm: str) -> SweepResult | None:
-        """Return the result of the sweep; None before any of its runs has a loss."""
+        """Return the result of the sweep; None before any of its learning rates has a loss."""
         losses = self.sweep_losses(size, arm)
-        return sweep_result(losses) if any(map(math.isfinite, losses.values())) else None
+        if not any(map(math.isfinite, mean_losses(losses).values())):
+            return None
+        return sweep_result(losses, self.manifest.plan.rate_choice == "vertex")
+
+    def noise(self, size: str) -> float:
+        """Return the standard deviation of a run's loss at a size, without what its seed adds to all arms; nan if unknown."""
+        sweeps = [self.sweep_losses(size, arm).values() for arm in self.arms(size)]
+        return run_noise([*sweeps, self.losses(size).values()])
+
+    def regrets(self, size: str) -> dict[str, float]:
+        """Return what each arm may lose by missing its best learning rate, in nats: `SweepResult.regret`; nan if unknown."""
+        noise, sweeps = self.noise(size), {arm: self.sweep(size, arm) for arm in self.arms(size)}
+        return {arm: sweep.regret(noise) for arm, sweep in sweeps.items() if sweep is not None}
+
+    def known_regrets(self, size: str) -> dict[str, float]:
+        """Return `regrets` without the arms whose regret is unknown: they are blocked."""
+        return {arm: regret for arm, regret in self.regrets(size).items() if not math.isnan(regret)}
 
     def best_lr(self, size: str, arm: str) -> float | None:
         """Return the learning rate at which seeds are compared; None while it is unknown, or if all diverged."""
         rates = self.manifest.learning_rates(size, arm)
         if len(rates) == 1:
             return rates[0]
-        result = self.sweep(size, arm)
-        return result.best_lr if result and set(rates) <= self.sweep_losses(size, arm).keys() else None
+        result, losses = self.sweep(size, arm), self.sweep_losses(size, arm)
+        seeds = set(self.manifest.plan.rate_seeds)
+        complete = set(rates) <= losses.keys() and all(seeds <= of_seeds.keys() for of_seeds in losses.values())
+        return result.best_lr if result and complete else None
 
     def final_runs(self, size: str, arm: str) -> list[Run]:
         """Return the runs that are compared and have ended, by seed."""
@@ -134,7 +156,7 @@ class Results:
     def blocked(self, size: str) -> dict[str, str]:
         """Return the arms that can have no verdict, whatever their losses, with the reason."""
         reasons = {}
-        budget = self.manifest.plan.budget
+        budget, regrets = self.manifest.plan.budget, self.regrets(size)
         for arm in self.arms(size):
             result = self.sweep(size, arm)
             mismatch = self.manifest.cost[size][arm]["mismatch"]
@@ -146,6 +168,8 @@ class Results:
                 reasons[arm] = "every learning rate diverged"
             elif result is not None and self.best_lr(size, arm) and result.edge:
                 reasons[arm] = f"its best learning rate, {result.best_lr:g}, is the {result.edge} that was tried"
+            elif result is not None and self.best_lr(size, arm) and math.isnan(regrets[arm]):
+                reasons[arm] = f"how much its learning rate, {result.best_lr:g}, misses the best one is not determined"
         return reasons
 
     def comparisons(self, size: str) -> list[Comparison]:
@@ -162,7 +186,8 @@ class Results:
             return []
         if self.baseline in blocked:
             blocked[self.baseline] = f"the baseline: {blocked[self.baseline]}"
-        return compare(losses, self.baseline, self.manifest.plan.smallest_effect, self.ceiling(size), blocked)
+        effect, regrets = self.manifest.plan.smallest_effect, self.known_regrets(size)
+        return compare(losses, self.baseline, effect, self.ceiling(size), blocked, regrets=regrets)
 
 
 def why_no_verdict(plan: Plan) -> list[str]:
@@ -215,7 +240,7 @@ def expected_runs(results: Results) -> Iterator[PlannedRun]:
     for size, arm in results.size_arm_pairs():
         rates = results.manifest.learning_rates(size, arm)
         if len(rates) > 1:
-            yield from (PlannedRun("sweep", size, arm, lr, plan.rate_seed) for lr in rates)
+            yield from (PlannedRun("sweep", size, arm, lr, seed) for lr in rates for seed in plan.rate_seeds)
         best = results.best_lr(size, arm)
         if best is not None:
             yield from (PlannedRun("final", size, arm, best, seed) for seed in plan.seeds)
@@ -243,7 +268,7 @@ def _planned_run(manifest: Manifest, path: Path, config: dict[str, Any]) -> Plan
     message = f"{path} is not a run of the plan {plan.name}"
     if named is None:
         raise UserError(f"{message}: its name has no size and arm of the manifest")
-    if named.seed not in (*plan.seeds, plan.rate_seed):
+    if named.seed not in (*plan.seeds, *plan.rate_seeds):
         raise UserError(f"{message}: seed={named.seed} is not one of its seeds")
     planned = dataclasses.replace(named, lr=config.get("optim.lr", math.nan))
     if planned.name != path.name:

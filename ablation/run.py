@@ -31,7 +31,7 @@ from rich.table import Table
 
 from ablation import slurm
 from ablation.command import environment_of, ranks_of, train_command
-from ablation.manifest import check_manifest, write_manifest
+from ablation.manifest import check_manifest, keep_rate_choice, write_manifest
 from ablation.outcomes import (
     DIVERGED,
     ENDED,
@@ -43,7 +43,7 @@ from ablation.outcomes import (
     read_outcome,
     run_folders,
 )
-from ablation.plan import Plan, PlannedRun, read_plan, resolve
+from ablation.plan import Plan, PlannedRun, read_plan, resolve, seeds_text
 from ablation.progress import outcome_of, sweep_progress
 from ablation.results import why_no_verdict
 from ablation.speed import step_time
@@ -81,6 +81,7 @@ def main(argv: list[str]) -> int:
     cluster, plan_arguments = read_cluster(arguments)
     config, overrides = read_plan(plan_arguments)
     folder = Path(options["folder"]) / config.name
+    config = keep_rate_choice(config, plan_arguments, folder)
     timed = config.budget == "wallclock"
     if timed and cluster:
         slurm.refuse_unmeasured(folder)
@@ -129,7 +130,7 @@ def show(plan: Plan, folder: Path, console: SafeConsole) -> None:
     arms_and_sizes = f"{len(next(iter(plan.arms.values())))} arms x {len(plan.arms)} size(s)"
     per_arm = f"{len(config.seeds)} seeds"
     if len(config.rates) > 1:
-        per_arm = f"({len(config.rates)} learning rates with seed {config.rate_seed} + {per_arm})"
+        per_arm = f"({len(config.rates)} learning rates with {seeds_text(config.rate_seeds)} + {per_arm})"
     console.print(
         f"{plan.count_runs()} runs: {arms_and_sizes} x {per_arm}, equal in {config.budget}; {plan.flops():.3g} FLOPs; "
         f"{_duration(plan, folder)}",
@@ -209,15 +210,15 @@ class Runner:
         (self.folder / "logs").mkdir(exist_ok=True)
         config = self.plan.config
         tasks = {
-            slurm.task_name(size, arm, seed): (size, arm, seed)
+            slurm.task_name(size, arm, seed, config.rate_seeds): (size, arm, seed)
             for size, arm in self.plan.size_arm_pairs()
-            for seed in (config.rate_seed, *config.seeds)
+            for seed in (*config.rate_seeds, *config.seeds)
         }
         if name not in tasks:
             raise UserError(f"task={name} is not a task of {config.name}")
         size, arm, seed = tasks[name]
         with self._stopped_by_signals():
-            if seed == config.rate_seed:
+            if seed in config.rate_seeds:
                 complete = self._train_sweeps([(size, arm)])
             else:
                 progress = sweep_progress(self.plan, self.folder, size, arm)

@@ -1,13 +1,15 @@
 """Submit a plan as SLURM job arrays: `python -m ablation.run ablation=glu_variants cluster=NAME`.
 
-The sweeps are one array, with a task per arm and size that tries its learning rates one after the other. The seeds are a second
-array, with a task per run, which starts when the first array has ended. A plan with one learning rate has only the second.
-A task is a plain `ablation.run` of its part of the plan, so it can be stopped and continued in the same way.
+The sweeps are one array, with a task per arm and size that trains its learning rates and seeds one after the other. The
+compared seeds are a second array, with a task per run, which starts when the first array has ended. A plan with one learning
+rate has only the second. A task is a plain `ablation.run` of its part of the plan, so it can be stopped and continued in the
+same way.
 """
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,9 +27,12 @@ from launch.job_script import Job, doctor_of, python_of, quote
 from launch.sbatch import RUNS, check, queued, refuse_queued, submit
 
 
-def task_name(size: str, arm: str, seed: int) -> str:
-    """Return the name of a task: a pattern that matches the folders of its runs, whatever their learning rates."""
-    return f"{size}-{arm}-lr*-seed{seed}"
+def task_name(size: str, arm: str, seed: int, rate_seeds: Sequence[int]) -> str:
+    """Return the name of the task of a seed: a pattern that matches the folders of its runs, whatever their learning rates.
+
+    A sweep is one task. If it has several seeds, its pattern matches all runs of the arm.
+    """
+    return f"{size}-{arm}-lr*-seed{'*' if seed in rate_seeds and len(rate_seeds) > 1 else seed}"
 
 
 def refuse_unmeasured(folder: Path) -> None:
@@ -93,13 +98,14 @@ def _open_tasks(plan: Plan, folder: Path) -> dict[str, list[str]]:
     sweeps, seeds = [], []
     for size, arm in plan.size_arm_pairs():
         progress = sweep_progress(plan, folder, size, arm)
+        rate_seeds = plan.config.rate_seeds
         if progress.pending:
-            sweeps.append(task_name(size, arm, plan.config.rate_seed))
-            seeds += [task_name(size, arm, seed) for seed in plan.config.seeds]
+            sweeps.append(task_name(size, arm, rate_seeds[0], rate_seeds))
+            seeds += [task_name(size, arm, seed, rate_seeds) for seed in plan.config.seeds]
         elif progress.best_lr is not None:  # else the arm diverged at every learning rate
             final_runs = plan.final_runs(size, arm, progress.best_lr)
             left = [planned for planned in final_runs if outcome_of(planned, folder).state not in ENDED]
-            seeds += [task_name(size, arm, planned.seed) for planned in left]
+            seeds += [task_name(size, arm, planned.seed, rate_seeds) for planned in left]
     return {"sweep": sweeps, "seeds": seeds}
 
 

@@ -6,6 +6,9 @@ comparison as in Holm 1979, which keeps the probability of even one false "bette
 detectable difference is the one that this test finds with probability `POWER` at Holm's strictest step; without it, "not
 significant" means nothing.
 
+Each arm runs at the learning rate that its sweep chose, and may have missed its best one. What that costs
+(`ablation/learning_rates.py`) is added to the standard error of each difference: more seeds do not make it smaller.
+
 A diverged run stays in the comparison. It counts with the loss of an untrained model, and its arm is never called better.
 """
 
@@ -49,6 +52,7 @@ class Comparison:
     diverged: int  # of the arm's seeds
     difference: float  # mean over seeds
     deviation: float  # sample standard deviation (n - 1) of the per-seed differences
+    regret: float  # part of the standard error: what both arms may lose by missing their best learning rates
     p: float  # of this test alone; nan with one seed
     p_holm: float  # adjusted for all arms of the comparison
     interval: tuple[float, float]  # 95%, from t, for this arm alone
@@ -65,6 +69,7 @@ def compare(
     ceiling: float,
     blocked: Mapping[str, str] | None = None,
     resamples: int = _RESAMPLES,
+    regrets: Mapping[str, float] | None = None,
 ) -> list[Comparison]:
     """Compare every arm with the baseline, seed by seed.
 
@@ -76,6 +81,7 @@ def compare(
         ceiling: the loss that a diverged run counts as, ln(vocabulary size).
         blocked: the arms that get no verdict, with the reason. A reason for the baseline blocks all arms.
         resamples: of the bootstrap; 0 skips it.
+        regrets: by arm, `SweepResult.regret` of its learning rate; an arm that is not in it has missed nothing.
 
     Raises:
         ValueError: the baseline has no losses.
@@ -85,7 +91,9 @@ def compare(
     blocked = blocked or {}
     pairs = {arm: (arm_losses, losses[baseline]) for arm, arm_losses in losses.items() if arm != baseline}
     reasons = {arm: blocked.get(arm, blocked.get(baseline, "")) for arm in losses}
-    return compare_pairs(pairs, smallest_effect, ceiling, reasons, resamples)
+    own = regrets or {}
+    of_pairs = {arm: math.hypot(own.get(arm, 0.0), own.get(baseline, 0.0)) for arm in pairs}
+    return compare_pairs(pairs, smallest_effect, ceiling, reasons, resamples, regrets=of_pairs)
 
 
 def compare_pairs(
@@ -95,12 +103,14 @@ def compare_pairs(
     blocked: Mapping[str, str] | None = None,
     resamples: int = _RESAMPLES,
     margin: float = 0.0,
+    regrets: Mapping[str, float] | None = None,
 ) -> list[Comparison]:
     """Compare as `compare` does, each arm with a baseline of its own. Holm's adjustment covers all pairs.
 
     Args:
         pairs: by arm: its losses and its baseline's losses, by seed. A pair without common seeds counts in the adjustment.
         margin: added to every difference. "better" then means better by more than the margin, "worse" not better by it.
+        regrets: by arm, of both sides of its pair.
     """
     tested = []
     for arm, (own, base) in pairs.items():
@@ -110,7 +120,8 @@ def compare_pairs(
         )
         diverged, diverged_baseline = (sum(not math.isfinite(side[s]) for s in seeds) for side in (own, base))
         bootstrap = _bootstrap(differences, resamples)
-        tested.append(_TestedArm(arm, diverged, diverged_baseline, _paired_test(differences), bootstrap))
+        test = _paired_test(differences, (regrets or {}).get(arm, 0.0))
+        tested.append(_TestedArm(arm, diverged, diverged_baseline, test, bootstrap))
     return _judge(tested, smallest_effect, blocked or {})
 
 
@@ -164,6 +175,7 @@ class _TTest:
     error: float = math.nan  # standard error of the difference
     freedom: float = math.nan
     p: float = math.nan
+    regret: float = 0.0  # part of `error`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,13 +191,16 @@ def _clipped(loss: float, ceiling: float) -> float:
     return min(loss, ceiling) if math.isfinite(loss) else ceiling
 
 
-def _paired_test(differences: np.ndarray) -> _TTest:
+def _paired_test(differences: np.ndarray, regret: float) -> _TTest:
     n = len(differences)
     mean = float(differences.mean()) if n else math.nan
     if n < 2:
         return _TTest(n, mean)
     deviation = float(differences.std(ddof=1))
-    error = deviation / math.sqrt(n)
+    error = math.hypot(deviation / math.sqrt(n), regret)
+    if regret > 0:
+        # The freedom of the seeds' part alone: that of both is higher.
+        return _TTest(n, mean, deviation, error, n - 1, 2 * float(stats.t.sf(abs(mean) / error, n - 1)), regret)
     if error == 0.0:  # the same difference in every seed, where t is undefined or infinite
         return _TTest(n, mean, deviation, error, n - 1, 1.0 if mean == 0.0 else 0.0)
     with (
@@ -278,6 +293,7 @@ def _judge_arm(tested: _TestedArm, p_holm: float, arms: int, smallest_effect: fl
         diverged=tested.diverged,
         difference=test.difference,
         deviation=test.deviation,
+        regret=test.regret,
         p=test.p,
         p_holm=p_holm,
         interval=interval,
@@ -303,7 +319,7 @@ def _verdict(tested: _TestedArm, p_holm: float, detectable: float, smallest_effe
     return Verdict.NO_DIFFERENCE, diverged or f"a difference of {detectable:.2g} nats would have been found"
 
 
-# ------------------------------------------------------------------------------------- compute, learning rates and sizes
+# ------------------------------------------------------------------------------------- compute and sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,37 +364,6 @@ def loss_at(positions: ArrayLike, losses: ArrayLike, position: float) -> float:
     if len(positions) == 0 or not positions[0] <= position <= positions[-1]:
         return math.nan
     return float(np.interp(position, positions, np.asarray(losses, dtype=float)))
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepResult:
-    """The result of a learning-rate sweep of one arm."""
-
-    best_lr: float
-    loss: float  # at `best_lr`
-    edge: str  # "lowest" or "highest" where the best learning rate is an edge of those tried, else ""
-    rise: float  # nats lost at twice or half the best lr, from a parabola through its neighbours; nan unless both are finite
-
-
-def sweep_result(losses: Mapping[float, float]) -> SweepResult:
-    """Return the best learning rate of {learning rate: loss}, and the cost of missing it. Diverged rates are not finite.
-
-    Raises:
-        ValueError: no learning rate has a finite loss.
-    """
-    finite = {lr: loss for lr, loss in sorted(losses.items()) if math.isfinite(loss)}
-    if not finite:
-        raise ValueError("no learning rate has a finite loss")
-    best = min(finite, key=finite.__getitem__)
-    tried = sorted(losses)
-    position = tried.index(best)
-    edge = "lowest" if position == 0 else "highest" if position == len(tried) - 1 else ""
-    rise = math.nan
-    if not edge and all(math.isfinite(losses[tried[position + side]]) for side in (-1, 1)):
-        x = np.log2([tried[position + side] / best for side in (-1, 0, 1)])
-        # The coefficient of log2(lr)^2: the rise at a distance of one factor of 2.
-        rise = float(np.polyfit(x, [losses[tried[position + side]] for side in (-1, 0, 1)], 2)[0])
-    return SweepResult(best, finite[best], edge, rise)
 
 
 @dataclasses.dataclass(frozen=True)

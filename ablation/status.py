@@ -3,9 +3,10 @@
     FOLDER       of a plan
     once=true    print once; otherwise a terminal is refreshed until every run has ended, or Ctrl-C
 
-A row is an arm, a column a learning rate of the sweep or a seed. A cell shows the final held-out loss in nats per token, the
-percentage of its steps that a running run has done, or `stop`, `fail`, `div` (diverged), `q` (in SLURM's queue), or `.`
-(waiting). A sweep that extends past an edge adds columns. This command checks nothing; `ablation.results` does.
+A row is an arm, a column a learning rate of the sweep or a seed. A cell shows the final held-out loss in nats per token (for a
+sweep of several seeds their mean), the percentage of its steps that a running run has done, or `stop`, `fail`, `div`
+(diverged), `q` (in SLURM's queue), or `.` (waiting). A sweep that extends past an edge adds columns. This command checks
+nothing; `ablation.results` does.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ from kernels.common.units import duration
 _OPTIONS = {"once": False}
 _REFRESH = 2.0  # seconds between refreshes
 _QUERY_SLURM = 15.0  # seconds between queries of SLURM, which serves others too
-_STYLES = {
-    FINISHED: "green",
-    RUNNING: "cyan",
-    STOPPED: "yellow",
+_STYLES = {  # of the runs in one cell, the first of these is shown
     FAILED: "red",
     DIVERGED: "magenta",
-    WAITING: "dim",
+    STOPPED: "yellow",
+    RUNNING: "cyan",
     QUEUED: "dim",
+    WAITING: "dim",
+    FINISHED: "green",
 }
 _LABELS = {STOPPED: "stop", FAILED: "fail", DIVERGED: "div", WAITING: ".", QUEUED: "q"}
 _FAILED_SHOWN = 4
@@ -194,7 +195,8 @@ class Watcher:
 
     def _with_queue(self, planned: PlannedRun, outcome: Outcome) -> Outcome:
         """Refine an outcome by SLURM's queue: a folder does not show that another node is training in it."""
-        state = self._queue.get(task_name(planned.size, planned.arm, planned.seed))
+        rate_seeds = self.manifest.plan.rate_seeds
+        state = self._queue.get(task_name(planned.size, planned.arm, planned.seed, rate_seeds))
         if state is None or outcome.state in (*ENDED, RUNNING):
             return outcome
         started = outcome.state == STOPPED and not outcome.summary
@@ -209,14 +211,14 @@ def _all_runs(manifest: Manifest, outcomes: dict[PlannedRun, Outcome]) -> Iterat
     for size, arms in manifest.arms.items():
         for arm in sorted(arms, key=lambda arm: arm != manifest.plan.baseline):
             rates = manifest.learning_rates(size, arm)
-            sweep = (
-                [PlannedRun("sweep", size, arm, lr, manifest.plan.rate_seed) for lr in rates] if len(rates) > 1 else []
-            )
+            seeds = manifest.plan.rate_seeds if len(rates) > 1 else []
+            sweep = [PlannedRun("sweep", size, arm, lr, seed) for lr in rates for seed in seeds]
             started = [planned for planned in outcomes if (planned.size, planned.arm) == (size, arm)]
-            by_lr = {planned.lr: planned for planned in (*sweep, *started) if planned.stage == "sweep"}
-            yield from (by_lr[lr] for lr in sorted(by_lr))
+            swept = {(run.lr, run.seed): run for run in (*sweep, *started) if run.stage == "sweep"}
+            yield from (swept[key] for key in sorted(swept))
             by_seed = {planned.seed: planned for planned in started if planned.stage == "final"}
-            hopeless = bool(sweep) and all(p in outcomes and outcomes[p].state == DIVERGED for p in sweep)
+            diverged = {run.lr for run in sweep if run in outcomes and outcomes[run].state == DIVERGED}
+            hopeless = bool(sweep) and diverged >= {run.lr for run in sweep}
             for seed in manifest.plan.seeds:
                 if seed in by_seed or not hopeless:
                     yield by_seed.get(seed, PlannedRun("final", size, arm, math.nan, seed))
@@ -253,7 +255,9 @@ def _tables(grid: Grid, size: str, width: int) -> list[Table]:
     runs = [run for run in grid.runs if run.planned.size == size]
     arms = list(dict.fromkeys(run.planned.arm for run in runs))
     configured_lr = {arm: grid.manifest.learned(size, arm)["optim.lr"] for arm in arms}
-    by_cell = {(run.planned.arm, _column(run.planned, configured_lr)): run for run in runs}
+    by_cell: dict[tuple[str, tuple[int, float]], list[RunState]] = {}
+    for run in runs:
+        by_cell.setdefault((run.planned.arm, _column(run.planned, configured_lr)), []).append(run)
     columns = sorted({column for _, column in by_cell})
     common_lr = next(iter(configured_lr.values())) if len(set(configured_lr.values())) == 1 else None
     heads = {column: _head(column, common_lr) for column in columns}
@@ -269,7 +273,7 @@ def _tables(grid: Grid, size: str, width: int) -> list[Table]:
         for column in shown:
             table.add_column(heads[column], justify="right", no_wrap=True)
         for arm in arms:
-            table.add_row(arm, *(_cell(by_cell.get((arm, column)), digits) for column in shown))
+            table.add_row(arm, *(_cell(by_cell.get((arm, column), []), digits) for column in shown))
         tables.append(table)
     return tables
 
@@ -288,14 +292,15 @@ def _head(column: tuple[int, float], common_lr: float | None) -> str:
     return f"x{value:g}" if common_lr is None else f"{value * common_lr:.2g}".replace("e-0", "e-")
 
 
-def _cell(run: RunState | None, digits: int) -> Text:
-    if run is None:
+def _cell(runs: list[RunState], digits: int) -> Text:
+    """Return the cell of a run, or of the runs of a learning rate: the state of the one that needs attention first."""
+    if not runs:
         return Text("")
-    state = run.outcome.state
+    state = min((run.outcome.state for run in runs), key=list(_STYLES).index)
     if state == FINISHED:
-        text = f"{run.outcome.loss:.{digits}f}"
+        text = f"{math.fsum(run.outcome.loss for run in runs) / len(runs):.{digits}f}"
     elif state == RUNNING:
-        text = f"{math.floor(100 * run.done)}%"
+        text = f"{math.floor(100 * math.fsum(run.done for run in runs) / len(runs))}%"
     else:
         text = _LABELS[state]
     return Text(text, style=_STYLES[state])

@@ -135,15 +135,16 @@ def tests_table(results: Results, size: str) -> PageTable:
     """Return the tests behind the verdicts of a size, and what the arms' losses are worth in compute."""
     costs = efficiency(results, size)
     heads = (
-        "arm", "from", "to", "p", "p (Holm)", "detectable", "speed-up, FLOPs", "speed-up, seconds", "loss at equal time",
-        "loss at equal memory",
+        "arm", "from", "to", "regret", "p", "p (Holm)", "detectable", "speed-up, FLOPs", "speed-up, seconds",
+        "loss at equal time", "loss at equal memory",
     )  # fmt: skip
     rows = [
         TableRow([text_cell(arm), *_test_cells(c), *_efficiency_cells(costs.get(arm))], row_css(results, arm))
         for arm, c in _by_difference(results, size)
     ]
     caption = (
-        f"{size}: the 95% interval of the difference in nats per token, its p-value alone and among all arms (Holm), the "
+        f"{size}: the 95% interval of the difference in nats per token, what missed learning rates add to its standard error, "
+        "its p-value alone and among all arms (Holm), the "
         f"smallest difference that {POWER:.0%} of such plans would find; how many times the arm's compute {results.baseline} "
         "needs for the arm's loss, and the arm's loss in the time or memory that the baseline takes."
     )
@@ -152,9 +153,15 @@ def tests_table(results: Results, size: str) -> PageTable:
 
 def _test_cells(c: Comparison | None) -> list[TableCell]:
     if c is None:
-        return [TableCell("", "") for _ in range(5)]
+        return [TableCell("", "") for _ in range(6)]
     ends = [number_cell(end, "+.4f") for end in c.interval]
-    return [*ends, number_cell(c.p, ".2g"), number_cell(c.p_holm, ".2g"), number_cell(c.detectable)]
+    return [
+        *ends,
+        number_cell(c.regret),
+        number_cell(c.p, ".2g"),
+        number_cell(c.p_holm, ".2g"),
+        number_cell(c.detectable),
+    ]
 
 
 def _efficiency_cells(cost: Efficiency | None) -> list[TableCell]:

@@ -315,9 +315,18 @@ class AblationConfig:
         "learning rates to sweep, times the size's optim.lr; a single one: no sweep, no verdict",
     )
     rate_extensions: int = key(
-        2, "how often to extend a sweep whose best learning rate lies at an edge", only="ablation.rates>1"
+        2, "how often to extend a sweep whose optimum lies beyond its learning rates", only="ablation.rates>1"
     )
-    rate_seed: int = key(1000, "seed of the sweep, different from all `seeds`", only="ablation.rates>1")
+    rate_seeds: Any = key(
+        [1000, 1001],
+        "seeds of the sweep, none of `seeds`; how far they scatter enters all intervals",
+        only="ablation.rates>1",
+    )
+    rate_choice: str = key(
+        "vertex",
+        "where `seeds` run: vertex, of the parabola through the sweep | best, of the rates tried",
+        only="ablation.rates>1",
+    )
     seeds: Any = key([0, 1, 2, 3, 4], "seeds of the compared runs, for weights and data")
     budget: str = key("parameters", "what is equal between arms: parameters | flops | memory | wallclock | none")
     allowed_mismatch: float = key(

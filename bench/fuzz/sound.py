@@ -183,7 +183,7 @@ def write_plan(folder: Path) -> tuple[Plan, Path]:
                 "ablation.name=small",
                 "ablation.rates=[0.5,1.0]",
                 "ablation.seeds=[1,2]",
-                "ablation.rate_seed=0",
+                "ablation.rate_seeds=[0]",
                 "ablation.rate_extensions=0",
                 f"ablation.common=[{','.join((*TINY, 'model.d_ff=null', 'steps=8'))}]",
             ]

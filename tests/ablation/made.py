@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ablation.learning_rates import mean_losses, sweep_result
 from ablation.manifest import write_manifest
 from ablation.plan import Plan, PlannedRun, read_plan, resolve
 from bench.fuzz.sound import config_of
@@ -59,7 +60,7 @@ def make(
 
     Args:
         folder: of plans.
-        planned_runs: the runs that there are; None: all, each arm's seeds at the rate with the lowest loss.
+        planned_runs: the runs that there are; None: all, each arm's seeds at the rate that its sweep chooses.
         half: the name of a run that was killed in the middle of a line.
         figures: other values for lines of metrics.jsonl.
     """
@@ -79,11 +80,15 @@ def all_planned(plan: Plan, loss: Losses) -> list[PlannedRun]:
     planned_runs = []
     for place in plan.size_arm_pairs():
         swept = plan.sweep_runs(*place)
-        finite = [planned for planned in swept if math.isfinite(loss(planned))]
         planned_runs += swept
-        if finite or not swept:
-            rate = min(finite, key=loss).lr if swept else plan.learning_rates(*place)[0]
-            planned_runs += plan.final_runs(*place, rate)
+        losses_by_rate: dict[float, dict[int, float]] = {}
+        for planned in swept:
+            losses_by_rate.setdefault(planned.lr, {})[planned.seed] = loss(planned)
+        if not swept:
+            planned_runs += plan.final_runs(*place, plan.learning_rates(*place)[0])
+        elif any(map(math.isfinite, mean_losses(losses_by_rate).values())):
+            result = sweep_result(losses_by_rate, plan.config.rate_choice == "vertex")
+            planned_runs += plan.final_runs(*place, result.best_lr)
     return planned_runs
 
 

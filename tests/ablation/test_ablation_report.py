@@ -231,7 +231,7 @@ def test_open_questions_are_listed(plan, tmp_path):
     planned_runs = [planned for planned in all_planned(plan, rule) if planned.name != "nano-gelu-lr0.004-seed4"]
     folder = make(plan, tmp_path, rule, planned_runs, half="nano-silu-lr0.004-seed1")
     text = Page(whole_page(read_results(folder), [])).text
-    assert "Provisional: 126 of 128 runs have ended" in text
+    assert "Provisional: 174 of 176 runs have ended" in text
     assert "1 run(s) have not started: nano-gelu-lr0.004-seed4" in text
     assert "nano-swiglu-lr0.004-seed2 diverged" in text
     assert "nano-silu-lr0.004-seed1: 1 broken line(s) of metrics.jsonl were skipped" in text
@@ -273,10 +273,10 @@ def test_the_command_of_a_plan_that_has_just_begun(plan, tmp_path):
     done = command(sys.executable, "-m", "ablation.report", str(folder), f"to={tmp_path / 'here'}")
     assert done.status == 0, done.err
     assert "At nano, nothing is known yet" in done.out
-    assert "128 run(s) have not started" not in done.err  # seeds follow the sweeps
-    assert "48 run(s) have not started" in done.err
+    assert "176 run(s) have not started" not in done.err  # seeds follow the sweeps
+    assert "96 run(s) have not started" in done.err
     text = (tmp_path / "here" / "report.html").read_text(encoding="utf-8")
-    assert "Provisional: 0 of 48 runs have ended, and seeds follow" in text
+    assert "Provisional: 0 of 96 runs have ended, and seeds follow" in text
 
 
 def test_runs_that_were_evaluated_at_their_end_alone(tmp_path):

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from ablation.budget import WARN
-from ablation.plan import LONGEST_TAG, Plan, next_learning_rate, read_plan, resolve
+from ablation.plan import LONGEST_TAG, Plan, plan_of_values, read_plan, resolve, values_of_plan
 from ablation.results import why_no_verdict
 from conf.keys import choices
 from conf.load import load
@@ -102,15 +102,29 @@ def test_runs_of_one_seed_differ_in_nothing_but_the_arm_and_its_width(smoke):
 
 def test_the_sweep_has_a_seed_of_its_own_and_multiples_of_the_configured_rate(smoke):
     planned_runs = smoke.sweep_runs("nano", "linear")
-    assert {planned.seed for planned in planned_runs} == {smoke.config.rate_seed}
+    assert [planned.seed for planned in planned_runs] == smoke.config.rate_seeds * 3 == [1000] * 3
     assert [planned.lr for planned in planned_runs] == [4e-4, 3e-3, 2.4e-2]
     assert len({planned.name for place in smoke.size_arm_pairs() for planned in smoke.sweep_runs(*place)}) == 6
 
 
-def test_a_sweep_extends_by_the_ratio_at_its_edge():
-    assert next_learning_rate([1e-3, 2e-3, 4e-3], "highest") == 8e-3
-    assert next_learning_rate([4e-3, 1e-3, 2e-3], "lowest") == 5e-4
-    assert next_learning_rate([1e-3, 3e-3, 4e-3], "lowest") == pytest.approx(1e-3 / 3, rel=1e-5)
+def test_every_seed_of_a_sweep_tries_every_rate():
+    plan = plan_of()
+    swept = plan.sweep_runs("nano", "relu")
+    assert [(planned.seed, planned.lr) for planned in swept] == [
+        (s, lr) for s in (1000, 1001) for lr in (2e-3, 4e-3, 8e-3)
+    ]
+    assert plan.count_runs() == 2 * (3 * 2 + 5)
+
+
+def test_a_plan_with_the_sweep_of_earlier_versions_has_the_keys_and_the_hash_it_had_then():
+    values = values_of_plan(AblationConfig(**SMALL, rate_seeds=[7], rate_choice="best"))
+    assert values["rate_seed"] == 7
+    assert {"rate_seeds", "rate_choice"}.isdisjoint(values)
+    assert plan_of_values(values) == AblationConfig(**SMALL, rate_seeds=[7], rate_choice="best")
+    for keys in ({}, {"rate_seeds": [7]}, {"rate_choice": "best"}):
+        config = AblationConfig(**SMALL, **keys)
+        assert values_of_plan(config) == dataclasses.asdict(config)
+        assert plan_of_values(values_of_plan(config)) == config
 
 
 def test_overrides_change_the_plan_and_every_run():
@@ -147,7 +161,14 @@ def test_an_arm_may_be_a_formula_and_a_size_may_be_anything():
 def test_the_hash_covers_what_is_learned_and_how_it_is_judged_and_nothing_else():
     own = plan_of().hash
     assert plan_of().hash == own
-    for keys in ({"seeds": [0, 1]}, {"budget": "flops"}, {"rates": [1.0]}, {"smallest_effect": 0.02}, {"tile": 64}):
+    for keys in (
+        {"seeds": [0, 1]},
+        {"budget": "flops"},
+        {"rates": [1.0]},
+        {"smallest_effect": 0.02},
+        {"tile": 64},
+        {"rate_seeds": [7]},
+    ):
         assert plan_of(**keys).hash != own
     for override in ("optim.beta2=0.95", "tokens=1000000", "ffn.init_scale=0.1"):
         assert plan_of(override).hash != own
@@ -200,7 +221,11 @@ def test_arguments_that_are_refused(arguments, sentence):
         ({"seeds": [0]}, "one seed cannot be told from luck"),
         ({"seeds": [0, 0]}, "ablation.seeds=[0, 0] must be distinct whole numbers"),
         ({"seeds": ["a", 1]}, "ablation.seeds=['a', 1] must be distinct whole numbers"),
-        ({"seeds": [0, 1000]}, "ablation.rate_seed=1000 is one of ablation.seeds"),
+        ({"seeds": [0, 1000]}, "ablation.rate_seeds and ablation.seeds share 1000: the sweep needs seeds of its own"),
+        ({"rate_seeds": 7}, "ablation.rate_seeds=7 is no list: write ablation.rate_seeds=[7]"),
+        ({"rate_seeds": [7, 7]}, "ablation.rate_seeds=[7, 7] must be distinct whole numbers"),
+        ({"rate_seeds": []}, "ablation.rate_seeds is empty: a sweep needs at least one seed"),
+        ({"rate_choice": "vertx"}, "unknown ablation.rate_choice 'vertx': did you mean 'vertex'?"),
         ({"rates": [0]}, "ablation.rates=[0] must be distinct numbers above 0"),
         ({"rates": []}, "ablation.rates=[] must be distinct numbers above 0"),
         ({"budget": "params"}, "nano: unknown budget 'params': did you mean 'parameters'?"),

@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
-from ablation.manifest import check_manifest, hashes_of, read_manifest, write_manifest
+from ablation.learning_rates import run_noise
+from ablation.manifest import check_manifest, hashes_of, keep_rate_choice, read_manifest, write_manifest
 from ablation.plan import Plan
 from ablation.report import page
 from ablation.results import expected_runs, provenance_lines, read_results
@@ -34,7 +36,7 @@ def change(path: Path, **values) -> None:
 def test_losses_are_those_that_the_runs_wrote(plan, whole):
     results = read_results(whole)
     assert results.notes == ()
-    assert len(results.runs) == 3 * (3 + 5)
+    assert len(results.runs) == 3 * (3 * 2 + 5)
     assert results.losses("nano") == {
         arm: {
             planned.seed: RULE(planned)
@@ -178,6 +180,23 @@ def test_a_diverged_run_counts_as_an_untrained_model(plan, tmp_path):
     assert "nano-swiglu-lr0.004-seed2 diverged" in results.notes
 
 
+def test_a_folder_of_an_earlier_version_keeps_its_sweep(tmp_path):
+    words = ["ablation=glu_variants", "ablation.arms=[relu,swiglu]", "tokens=600000"]
+    before = plan_of(*words, "ablation.rate_seeds=[7]", "ablation.rate_choice=best")
+    folder = make(before, tmp_path, RULE)
+    written = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["plan"]
+    assert written["rate_seed"] == 7
+    assert {"rate_seeds", "rate_choice"}.isdisjoint(written)
+    new = plan_of(*words).config
+    kept = keep_rate_choice(new, words, folder)
+    assert (kept.rate_seeds, kept.rate_choice) == ([7], "best")
+    check_manifest(plan_of(*words, "ablation.rate_seeds=[7]", "ablation.rate_choice=best"), folder)
+    typed = [*words, "ablation.rate_seeds=[8]"]
+    assert keep_rate_choice(plan_of(*typed).config, typed, folder).rate_seeds == [8]
+    for place in (tmp_path / "none", make(plan_of(*words), tmp_path / "new", RULE, [])):
+        assert keep_rate_choice(new, words, place) == new
+
+
 def test_a_best_rate_at_the_edge_blocks_the_verdict(plan, tmp_path):
     rule = losses({"swiglu": -0.05}, best=4.0)
     results = read_results(make(plan, tmp_path, rule))
@@ -185,10 +204,30 @@ def test_a_best_rate_at_the_edge_blocks_the_verdict(plan, tmp_path):
     assert "its best learning rate, 0.008, is the highest that was tried" in results.comparisons("nano")[0].reason
 
 
+def test_what_missed_learning_rates_cost_is_part_of_every_comparison(whole):
+    results = read_results(whole)
+    noise, regrets = results.noise("nano"), results.regrets("nano")
+    sweeps = [results.sweep_losses("nano", arm).values() for arm in results.arms("nano")]
+    assert noise == run_noise([*sweeps, results.losses("nano").values()]) > 0
+    assert regrets == {arm: results.sweep("nano", arm).regret(noise) for arm in results.arms("nano")}
+    for c in results.comparisons("nano"):
+        assert c.regret == math.hypot(regrets[c.arm], regrets["relu"]) > 0
+        assert c.p > stats.ttest_rel(*(list(results.losses("nano")[arm].values()) for arm in (c.arm, "relu"))).pvalue
+
+
+def test_an_undetermined_regret_blocks_the_verdict(plan, tmp_path):
+    """The best of the tried rates, beside one that diverged: how far the optimum lies away is not known."""
+    plan = plan_of("ablation=glu_variants", "ablation.arms=[relu,swiglu]", "tokens=600000", "ablation.rate_choice=best")
+    rule = lambda p: math.nan if p.arm == "swiglu" and p.lr > 5e-3 else RULE(p)  # noqa: E731
+    [found] = read_results(make(plan, tmp_path, rule)).comparisons("nano")
+    assert found.verdict is Verdict.BLOCKED
+    assert found.reason == "how much its learning rate, 0.004, misses the best one is not determined"
+
+
 def test_before_the_sweeps_end_there_is_nothing_to_compare(plan, tmp_path):
     planned_runs = [planned for planned in all_planned(plan, RULE) if planned.stage == "sweep"][:-1]
     results = read_results(make(plan, tmp_path, RULE, planned_runs))
-    assert len(list(expected_runs(results))) == 3 * 3 + 2 * 5
+    assert len(list(expected_runs(results))) == 3 * 3 * 2 + 2 * 5
     assert all(math.isnan(c.difference) for c in results.comparisons("nano"))
 
 
@@ -196,6 +235,7 @@ def test_before_the_sweeps_end_there_is_nothing_to_compare(plan, tmp_path):
     ("place", "value"),
     [
         (("plan", "seeds"), 3), (("plan", "seeds"), ["0"]), (("plan", "rates"), [0]), (("plan", "question"), None),
+        (("plan", "rate_seeds"), []), (("plan", "rate_choice"), "worst"),
         (("plan", "tile"), "8"), (("plan", "baseline"), "gone"), (("arms",), {}), (("arms", "nano", "<b>"), {}),
         (("shared", "optim.lr"), "x"), (("shared", "optim.lr"), 10**400), (("arms", "nano", "gelu", "model.d_ff"), [8]),
         (("cost", "nano", "gelu", "mismatch"), None), (("cost", "nano", "gelu", "tokens"), 0.5), (("cost", "nano"), {}),

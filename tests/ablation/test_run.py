@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import io
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -13,9 +15,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from ablation import slurm
 from ablation.command import environment_of, launcher
 from ablation.outcomes import DIVERGED, FAILED, FINISHED, STOPPED, WAITING, read_metrics, read_outcome
 from ablation.run import Runner, main
+from kernels.common.errors import UserError
 from tests.ablation.made import plan_of, write_run
 from tests.training.tiny import PATIENCE, ROOT, TINY, Result, command, environment, shared_corpus
 
@@ -70,25 +74,51 @@ def test_runs_of_a_seed_trained_on_the_same_data_in_the_same_order(done):
     assert len(set.union(*hashes.values())) == 2
 
 
-def test_the_seeds_follow_at_the_rate_that_was_best(monkeypatch, tmp_path):
-    plan = plan_of("ablation=smoke", "ablation.rates=[0.5,1,2]", "ablation.rate_extensions=2", "ablation.seeds=[0,1]")
-    [size], arms = plan.arms, {"linear": 4e-3, "swiglu": 2e-3}
+def test_the_seeds_follow_at_the_vertex_of_the_sweep(monkeypatch, tmp_path):
+    plan = plan_of("ablation=smoke", "ablation.rates=[0.5,1,2]", "ablation.rate_extensions=2", "ablation.seeds=[0,1]",
+                   "ablation.rate_seeds=[8,9]")  # fmt: skip
+    [size], arms = plan.arms, {"linear": 3e-3, "swiglu": 1.5e-3}
     trained = []
 
     def train(_, planned, __) -> int:
         trained.append(planned.name)
-        write_run(plan, planned, tmp_path, 3.0 + abs(planned.lr - arms[planned.arm]))
+        write_run(
+            plan, planned, tmp_path, 3.0 + math.log2(planned.lr / arms[planned.arm]) ** 2 / 10 + planned.seed / 100
+        )
         return 0
 
     monkeypatch.setattr(Runner, "_train_in_process", train)
     console = Console(file=io.StringIO(), width=200)
     assert Runner(plan, tmp_path, 1, 0, console).run_all() == 0
-    swept = {f"{size}-{arm}-lr{lr:g}-seed1000" for arm in arms for lr in (2e-3, 4e-3, 8e-3)}
-    swept |= {f"{size}-swiglu-lr0.001-seed1000"}  # the best rate was the lowest
+    swept = {f"{size}-{arm}-lr{lr:g}-seed{seed}" for arm in arms for lr in (2e-3, 4e-3, 8e-3) for seed in (8, 9)}
+    swept |= {f"{size}-swiglu-lr0.001-seed{seed}" for seed in (8, 9)}  # the vertex was below the lowest rate
     assert set(trained[:-4]) == swept
     assert trained[-4:] == [f"{size}-{arm}-lr{lr:g}-seed{seed}" for seed in (0, 1) for arm, lr in arms.items()]
     assert f"sweep  {trained[0]}  finished, " in console.file.getvalue()
     assert f"{len(trained)} runs have ended in {tmp_path}, 0 of them diverged" in console.file.getvalue()
+
+
+def test_a_sweep_is_one_task_of_slurm_whatever_its_seeds(monkeypatch, tmp_path):
+    plan = plan_of("ablation=smoke", "ablation.rates=[0.5,1,2]", "ablation.seeds=[0,1]", "ablation.rate_seeds=[8,9]")
+    [size], trained = plan.arms, []
+
+    def train(_, planned, __) -> int:
+        trained.append(planned.name)
+        write_run(plan, planned, tmp_path, 3.0 + math.log2(planned.lr / 3e-3) ** 2)
+        return 0
+
+    monkeypatch.setattr(Runner, "_train_in_process", train)
+    tasks = {"sweep": f"{size}-linear-lr*-seed*", "seeds": f"{size}-linear-lr*-seed1"}
+    for stage, task in tasks.items():
+        assert task in slurm._open_tasks(plan, tmp_path)[stage]
+        assert Runner(plan, tmp_path, 1, 0, Console(file=io.StringIO())).run_task(task) == 0
+        assert task not in slurm._open_tasks(plan, tmp_path)[stage]
+    *swept, final = trained
+    assert len(swept) == 3 * 2
+    assert all(fnmatch.fnmatchcase(name, tasks["sweep"]) for name in swept)
+    assert final == f"{size}-linear-lr0.003-seed1"
+    with pytest.raises(UserError, match="the sweep of swiglu at nano has not ended"):
+        Runner(plan, tmp_path, 1, 0, Console(file=io.StringIO())).run_task(f"{size}-swiglu-lr*-seed0")
 
 
 def test_again_it_runs_nothing(done, words):

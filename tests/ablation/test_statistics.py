@@ -21,7 +21,6 @@ from ablation.statistics import (
     holm,
     loss_at,
     rank_stability,
-    sweep_result,
 )
 
 # Shazeer 2020 (arXiv 2002.05202), table 1: held-out log-perplexity after 65,536 steps, mean and deviation of 4 runs.
@@ -180,6 +179,20 @@ def test_p_is_that_of_the_t_distribution_to_15_digits():
         assert found.p == pytest.approx(expected, rel=2e-15, abs=0)
 
 
+def test_a_regret_widens_the_interval_and_more_seeds_do_not_help():
+    data, regrets = fixed(-0.010, -0.020, -0.012, -0.017, -0.014), {"arm0": 0.003, "arm1": 0.004, "other": 1.0}
+    [plain], [found] = compare(data, "arm0", 0.01, CEILING), compare(data, "arm0", 0.01, CEILING, regrets=regrets)
+    error = math.hypot(found.deviation / math.sqrt(5), 0.005)
+    assert (found.regret, found.difference, found.deviation) == (0.005, plain.difference, plain.deviation)
+    assert found.p == pytest.approx(p_of_t(found.difference, error, 4))
+    reach = stats.t.isf(0.025, 4) * error
+    assert found.interval == pytest.approx((found.difference - reach, found.difference + reach))
+    assert found.detectable == pytest.approx(plain.detectable * error * math.sqrt(5) / found.deviation)
+    same = fixed(-0.01, -0.01, -0.01)
+    assert compare(same, "arm0", 0.01, CEILING)[0].p == 0.0
+    assert compare(same, "arm0", 0.01, CEILING, regrets=regrets)[0].p == pytest.approx(p_of_t(0.01, 0.005, 2))
+
+
 def test_the_order_of_seeds_does_not_matter_and_only_common_ones_count():
     data = fixed(-0.010, -0.020, -0.012, -0.017)
     turned = {"arm0": data["arm0"], "arm1": dict(reversed(data["arm1"].items())) | {9: 7.0}}
@@ -269,7 +282,7 @@ def test_holms_own_steps():
     assert adjusted[1] == pytest.approx(0.04)  # a test that could not be made counts
 
 
-# ---------------------------------------------------------------------------------------- compute, learning rates, sizes
+# ---------------------------------------------------------------------------------------- compute and sizes
 
 
 def test_a_speed_up_is_read_off_the_baselines_own_curve():
@@ -297,23 +310,6 @@ def test_the_loss_at_a_place_of_a_curve():
     assert loss_at([10, 20], [3.0, 2.0], 15) == 2.5
     assert math.isnan(loss_at([10, 20], [3.0, 2.0], 21))
     assert math.isnan(loss_at([], [], 1))
-
-
-def test_a_sweep_has_its_best_inside_or_says_at_which_edge():
-    found = sweep_result({1e-3: 3.2, 2e-3: 3.0, 4e-3: 3.1})
-    assert (found.best_lr, found.loss, found.edge) == (2e-3, 3.0, "")
-    assert found.rise == pytest.approx(0.15)  # the parabola's: (0.2 + 0.1) / 2
-    assert sweep_result({1e-3: 3.0, 2e-3: 3.1, 4e-3: 3.2}).edge == "lowest"
-    assert sweep_result({1e-3: 3.2, 2e-3: 3.1, 4e-3: 3.0}).edge == "highest"
-    assert sweep_result({1e-3: 3.0}).edge == "lowest"
-
-
-def test_a_rate_that_diverged_is_a_neighbour_but_no_best():
-    found = sweep_result({1e-3: 3.2, 2e-3: 3.0, 4e-3: math.nan})
-    assert (found.best_lr, found.edge) == (2e-3, "")
-    assert math.isnan(found.rise)
-    with pytest.raises(ValueError, match="no learning rate"):
-        sweep_result({1e-3: math.inf})
 
 
 def test_ranks_that_change_between_sizes_are_named():

@@ -65,12 +65,13 @@ def test_a_cell_shows_the_state_of_its_run(plan, copy, capsys):
         (planned.arm, planned.stage, planned.lr, planned.seed): f"{RULE(planned):.4f}"
         for planned in all_planned(plan, RULE)
     }
-    assert found["relu"][:3] == [rule["relu", "sweep", rate, 1000] for rate in (2e-3, 4e-3, 8e-3)]
+    swept = [RULE(PlannedRun("sweep", "nano", "relu", lr, seed)) for lr in (2e-3, 4e-3, 8e-3) for seed in (1000, 1001)]
+    assert found["relu"][:3] == [f"{sum(swept[i : i + 2]) / 2:.4f}" for i in (0, 2, 4)]  # the mean of two seeds
     assert found["relu"][3:] == [rule["relu", "final", 4e-3, seed] for seed in range(5)]
     states = (WAITING, STOPPED, FAILED, DIVERGED, RUNNING, FINISHED)
-    assert [grid.count(state) for state in states] == [1, 1, 1, 1, 1, 59]
-    assert " ".join(found["64"]).startswith(
-        "runs: 59 finished, 1 diverged, 1 running, 1 stopped, 1 failed, 1 waiting; "
+    assert [grid.count(state) for state in states] == [1, 1, 1, 1, 1, 83]
+    assert " ".join(found["88"]).startswith(
+        "runs: 83 finished, 1 diverged, 1 running, 1 stopped, 1 failed, 1 waiting; "
     )
     assert found["failed:"] == ["see", f"{copy / 'logs'}/nano-gelu-lr0.004-seed2.log"]
 
@@ -102,28 +103,43 @@ def test_before_a_run_has_finished_the_speed_is_that_of_those_that_run(plan, tmp
         fcntl.flock(lock, fcntl.LOCK_EX)
         grid = Watcher(folder).snapshot()
     tokens = plan.arms["nano"]["relu"].batch.tokens
-    assert grid.seconds_left == pytest.approx(63.5 * tokens / grid.tokens_per_second, rel=0.02)
+    assert grid.seconds_left == pytest.approx(87.5 * tokens / grid.tokens_per_second, rel=0.02)
 
 
 def test_rates_past_an_edge_have_a_column_and_arms_that_diverged_everywhere_no_seeds(plan, tmp_path, capsys):
     rule = lambda planned: math.nan if planned.arm == "glu" else RULE(planned)  # noqa: E731
     folder = make(plan, tmp_path, rule)
     write_run(plan, PlannedRun("sweep", "nano", "swiglu", 1.6e-2, 1000), folder, 2.5)
+    write_run(plan, PlannedRun("sweep", "nano", "swiglu", 1.6e-2, 1001), folder, 2.6)
     found = printed(folder, capsys)
     assert found["nano"][:4] == ["0.002", "0.004", "0.008", "0.016"]
-    assert found["swiglu"][3] == "2.5000"
+    assert found["swiglu"][3] == "2.5500"
     assert len(found["relu"]) == 8
     assert found["glu"] == ["div"] * 3
     grid = Watcher(folder).snapshot()
     assert grid.done
-    assert len(grid.runs) == 7 * 8 + 3 + 1
-    assert grid.count(DIVERGED) == 3
+    assert len(grid.runs) == 7 * (3 * 2 + 5) + 3 * 2 + 2
+    assert grid.count(DIVERGED) == 3 * 2
+
+
+def test_a_rate_shows_the_seed_that_needs_attention(copy, capsys):
+    name = "nano-gelu-lr0.002-seed1001"
+    for lines, kept, cell in ((10, {"status": "failed"}, "fail"), (10, {}, "stop")):
+        shutil.copytree(copy / "runs" / name, copy / "kept")
+        unfinished(copy, name, lines, **kept)
+        assert printed(copy, capsys)["gelu"][0] == cell
+        shutil.rmtree(copy / "runs" / name)
+        (copy / "kept").rename(copy / "runs" / name)
+    run = unfinished(copy, name, 17)
+    with open(run / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert printed(copy, capsys)["gelu"][0] == "75%"  # a whole run and a half
 
 
 def test_before_anything_has_run_every_run_waits(plan, tmp_path, capsys):
     found = printed(make(plan, tmp_path, RULE, []), capsys)
     assert all(found[arm] == ["."] * 8 for arm in EIGHT)
-    assert " ".join(found["64"]) == "runs: 64 waiting; the time left is known once a run has logged a speed"
+    assert " ".join(found["88"]) == "runs: 88 waiting; the time left is known once a run has logged a speed"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +160,7 @@ def test_it_fits_80_columns(words, tmp_path):
     assert max(map(len, lines)) <= 80
     rows = [line.split() for line in lines if line.split()[0] in plan.arms["nano"]]
     numbers = [word for _, *row in rows for word in row]
-    assert len(numbers) == len(grid.runs)
+    assert len(numbers) == len(plan.arms["nano"]) * (len(plan.config.rates) + len(plan.config.seeds))
     assert all(re.fullmatch(r"\d\.\d{3,4}", word) for word in numbers)  # nothing is cut or wrapped
 
 
@@ -162,13 +178,13 @@ def test_a_terminal_is_kept_up_to_date_until_every_run_has_ended(plan, copy, mon
     watch(Watcher(copy).snapshot, console)
     shown = console.file.getvalue()
     assert pauses == [2.0]
-    assert shown.index("1 stopped") < shown.index("2.1234") < shown.index("64 runs: 64 finished;")
+    assert shown.index("1 stopped") < shown.index("2.1234") < shown.index("88 runs: 88 finished;")
 
 
 def test_of_a_terminal_that_is_too_low_the_counts_are_seen(copy):
     console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=100, height=8)
     watch(Watcher(copy).snapshot, console)
-    assert "64 runs: 64 finished;" in console.file.getvalue()
+    assert "88 runs: 88 finished;" in console.file.getvalue()
 
 
 def test_ctrl_c_ends_it_in_peace(copy, monkeypatch, capsys):
@@ -188,9 +204,9 @@ def test_runs_that_ended_are_read_once(copy, monkeypatch):
     monkeypatch.setattr(status, "read_outcome", lambda run: read.append(run.name) or true_outcome(run))
     unfinished(copy, "nano-gelu-lr0.004-seed1", 10)
     watcher.snapshot()
-    assert len(read) == 64
+    assert len(read) == 88
     watcher.snapshot()
-    assert read[64:] == ["nano-gelu-lr0.004-seed1"]
+    assert read[88:] == ["nano-gelu-lr0.004-seed1"]
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_a_label_of_ones_own_is_taken():
         (
             "ablation",
             AblationConfig,
-            ["ablation=smoke", "ablation.rates=[1.0]", "ablation.rate_seed=7"],
+            ["ablation=smoke", "ablation.rates=[1.0]", "ablation.rate_seeds=[7]"],
             "ablation.rates",
         ),
         ("ablation", AblationConfig, ["ablation=smoke", "ablation.rates=[1.0]", "ablation.rate_extensions=1"], "rates"),
@@ -145,6 +145,5 @@ def test_keys_of_clusters_and_plans_are_checked_too(group, schema, words, senten
 
 
 def test_counts_of_clusters_and_plans_may_be_typed_as_for_a_run():
-    assert (
-        read_group("ablation", AblationConfig, ["ablation=smoke", "ablation.rate_seed=1k"], "plan")[0].rate_seed == 1000
-    )
+    plan, _ = read_group("ablation", AblationConfig, ["ablation=smoke", "ablation.rate_extensions=1k"], "plan")
+    assert plan.rate_extensions == 1000

@@ -1,0 +1,189 @@
+"""Simulate plans whose arms are equally good, and count false verdicts: `python -m bench.verdicts`.
+
+    plans=1000     simulated per row      seed=0
+    arms=8         of each plan, the baseline included
+    results=FILE   judge the runs of a results.csv instead, with and without what missed learning rates cost
+    baseline=relu  of that file
+
+Each arm has an optimal learning rate of its own, up to half a factor of two off the middle of the sweep, and a curvature there
+as measured for the arms of `bench/results/glu_variants`. A run's loss scatters around its parabola; a part of that is its
+seed's, the same for all arms and rates. Sweeps, extensions, learning rates and comparisons are those of the product.
+
+    grid              the seeds run at the best of the learning rates tried, by one seed, as up to version 0.2
+    vertex            they run at the vertex of the parabola through the sweep of two seeds
+    vertex, regrets   and what missed learning rates cost is part of the intervals: the product
+
+`false` is the fraction of plans with any false verdict, `blocked` that of comparisons without a verdict, `found` how often an
+arm that is better by 0.1 nats is called better, `width` the median half of the 95% intervals, in nats.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import statistics
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ablation.learning_rates import SweepResult, next_learning_rate, run_noise, sweep_result
+from ablation.statistics import Comparison, Verdict, compare
+from kernels.common.commands import run_command
+from kernels.common.options import split_options
+
+# Nats lost at a factor of 2 from the best learning rate: `rate_rise` of bench/results/glu_variants/comparisons.csv.
+CURVATURES = (0.025, 0.058, 0.171, 0.193, 0.049, 0.064, 0.030, 0.060, 0.123, 0.049, 0.063, 0.054, 0.070, 0.069)
+DEVIATION = 0.03  # of an arm's loss over seeds, nats
+LOSS, CEILING, SMALLEST_EFFECT, EFFECT = 5.0, math.log(4096), 0.01, 0.1
+_RATES, _EXTENSIONS = (0.5, 1.0, 2.0), 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How learning rates are chosen and compared."""
+
+    name: str
+    sweep_seeds: int
+    vertex: bool
+    regrets: bool  # whether what missed learning rates cost is part of the intervals
+
+
+GRID = Method("grid", 1, vertex=False, regrets=False)
+VERTEX = Method("vertex", 2, vertex=True, regrets=False)
+FULL = Method("vertex, regrets", 2, vertex=True, regrets=True)
+
+
+class SimulatedPlan:
+    """Arms with parabolas of their own, whose runs can be drawn.
+
+    Args:
+        correlation: of two arms' losses over seeds.
+        better: nats by which arm1 is better than the others.
+    """
+
+    def __init__(self, chance: np.random.Generator, arms: int, correlation: float, better: float = 0.0) -> None:
+        self.chance = chance
+        self.arms = [f"arm{i}" for i in range(arms)]
+        self._curvature = dict(zip(self.arms, chance.choice(CURVATURES, arms), strict=True))
+        self._best = dict(zip(self.arms, chance.uniform(-0.5, 0.5, arms), strict=True))  # log2 of the learning rate
+        self._better = {"arm1": better}
+        self._shared, self._own = DEVIATION * math.sqrt(correlation), DEVIATION * math.sqrt(1 - correlation)
+        self._of_seeds: dict[int, float] = {}
+
+    def run(self, arm: str, lr: float, seed: int) -> float:
+        """Return the final loss of a run."""
+        of_seed = self._of_seeds.setdefault(seed, self.chance.normal(0.0, self._shared))
+        missed = self._curvature[arm] * (math.log2(lr) - self._best[arm]) ** 2
+        return LOSS - self._better.get(arm, 0.0) + missed + of_seed + self.chance.normal(0.0, self._own)
+
+    def compare(self, method: Method, seeds: int) -> list[Comparison]:
+        """Return the comparisons with arm0, as `ablation.results` makes them."""
+        swept = {arm: self._sweep(arm, method) for arm in self.arms}
+        losses = {arm: {seed: self.run(arm, swept[arm][1].best_lr, seed) for seed in range(seeds)} for arm in self.arms}
+        blocked = {arm: f"at the {found.edge}" for arm, (_, found) in swept.items() if found.edge}
+        noise = run_noise([*(table.values() for table, _ in swept.values()), losses.values()])
+        regrets = {arm: found.regret(noise) for arm, (_, found) in swept.items() if not found.edge}
+        if not method.regrets:
+            regrets = {}
+        return compare(losses, "arm0", SMALLEST_EFFECT, CEILING, blocked, resamples=0, regrets=regrets)
+
+    def _sweep(self, arm: str, method: Method) -> tuple[Mapping[float, Mapping[int, float]], SweepResult]:
+        losses: dict[float, dict[int, float]] = {}
+        rates, extensions = list(_RATES), 0
+        while True:
+            for lr in rates:
+                losses[lr] = {1000 + i: self.run(arm, lr, 1000 + i) for i in range(method.sweep_seeds)}
+            result = sweep_result(losses, method.vertex)
+            if not result.edge or extensions == _EXTENSIONS:
+                return losses, result
+            rates, extensions = [next_learning_rate(losses, result.best_lr, result.edge)], extensions + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of the table."""
+
+    method: Method
+    seeds: int
+    correlation: float
+    false: float  # fraction of plans with any false verdict
+    blocked: float  # fraction of comparisons
+    found: float  # fraction of plans in which the better arm is called better
+    width: float  # median half width of the 95% intervals, nats
+
+
+def simulate(method: Method, seeds: int, correlation: float, plans: int, arms: int, seed: int) -> Row:
+    """Simulate plans of equal arms, and as many in which one is better."""
+    false, found, widths, blocked = 0, 0, [], 0
+    for number in range(plans):
+        chance = np.random.default_rng([seed, number])
+        comparisons = SimulatedPlan(chance, arms, correlation).compare(method, seeds)
+        false += any(c.verdict in (Verdict.BETTER, Verdict.WORSE) for c in comparisons)
+        blocked += sum(c.verdict is Verdict.BLOCKED for c in comparisons)
+        widths += [(c.interval[1] - c.interval[0]) / 2 for c in comparisons]
+        other = SimulatedPlan(chance, arms, correlation, EFFECT).compare(method, seeds)
+        found += other[0].verdict is Verdict.BETTER
+    counts = false / plans, blocked / (plans * (arms - 1)), found / plans
+    return Row(method, seeds, correlation, *counts, statistics.median(widths))
+
+
+def rows(plans: int, arms: int, seed: int) -> Iterator[Row]:
+    """Yield the rows of the table."""
+    for method in (GRID, VERTEX, FULL):
+        for correlation in (0.06, 0.6):
+            for seeds in (3, 5, 10):
+                yield simulate(method, seeds, correlation, plans, arms, seed)
+
+
+def judge(path: Path, baseline: str) -> Iterator[tuple[str, SweepResult, float, Comparison, Comparison]]:
+    """Yield (size, sweep, regret, comparison without and with regrets) per arm of a results.csv whose sweeps have one seed."""
+    losses: dict[tuple[str, str], dict[str, dict[float, dict[int, float]]]] = {}  # by (size, stage), arm, rate and seed
+    with open(path, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            of_arm = losses.setdefault((row["size"], row["stage"]), {}).setdefault(row["arm"], {})
+            loss = float(row["final_eval_loss"] or "nan")
+            of_arm.setdefault(float(row["learning_rate"]), {})[int(row["seed"])] = loss
+    for size in dict.fromkeys(size for size, _ in losses):
+        finals = {arm: next(iter(of_arm.values())) for arm, of_arm in losses[size, "final"].items()}
+        sweeps = {arm: sweep_result(of_arm, vertex=False) for arm, of_arm in losses[size, "sweep"].items()}
+        noise = run_noise([finals.values()])
+        regrets = {arm: found.regret(noise) for arm, found in sweeps.items()}
+        without, with_regrets = (
+            compare(finals, baseline, SMALLEST_EFFECT, CEILING, resamples=0, regrets=given) for given in ({}, regrets)
+        )
+        for one, other in zip(without, with_regrets, strict=True):
+            yield size, sweeps[one.arm], regrets[one.arm], one, other
+
+
+def _print_judged(path: Path, baseline: str) -> None:
+    heads = ("size", "arm", "rate", "vertex", "regret", "seeds alone", "p", "with regrets", "p")
+    table = Table(*heads, box=None)
+    for size, sweep, regret, one, other in judge(path, baseline):
+        texts = [f"{sweep.best_lr:g}", f"{sweep.best_lr / 2**sweep.distance:.3g}", f"{regret:.3f}"]
+        for c in (one, other):
+            texts += [f"{c.difference:+.3f} ({c.interval[0]:+.3f} to {c.interval[1]:+.3f})", f"{c.p_holm:.2g}"]
+        table.add_row(size, one.arm, *texts)
+    Console(file=sys.stdout, highlight=False, width=120).print(table)
+
+
+def main(argv: list[str]) -> None:
+    defaults = {"plans": 1000, "arms": 8, "seed": 0, "results": "", "baseline": "relu"}
+    options, _ = split_options(argv, defaults, {"plans": 1, "arms": 2})
+    if options["results"]:
+        _print_judged(Path(options["results"]), options["baseline"])
+        return
+    heads = ("method", "correlation", "seeds", "false", "blocked", "found", "width")
+    table = Table(*heads, box=None)
+    for row in rows(options["plans"], options["arms"], options["seed"]):
+        shares = (f"{share:.1%}" for share in (row.false, row.blocked, row.found))
+        table.add_row(row.method.name, f"{row.correlation:g}", f"{row.seeds}", *shares, f"{row.width:.4f}")
+    Console(file=sys.stdout, highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    run_command(main, __doc__)
