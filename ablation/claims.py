@@ -28,7 +28,7 @@ from rich.text import Text
 from ablation.budget import REFUSE
 from ablation.measures import BySeed, by_seed, log_speed_up, log_spread
 from ablation.results import Results, Run, read_results
-from ablation.statistics import Comparison, Verdict, compare_pairs
+from ablation.statistics import Comparison, Pair, Verdict, compare
 from conf.arms import catalogue
 from conf.load import flatten
 from conf.terminal import SafeConsole
@@ -267,14 +267,13 @@ def _decide(criterion: Criterion, results: Results, sizes: tuple[str, ...]) -> _
     if criterion.metric == "ffn_parameters":
         return _decide_by_cost(criterion, results, sizes[0])
     pairs = {arm: _pair(criterion, results, sizes, arm, other) for arm, other in criterion.pairs.items()}
-    blocked = {arm: pair.blocked for arm, pair in pairs.items()}
-    sides = {arm: (p.own, p.others) if criterion.less else (p.others, p.own) for arm, p in pairs.items()}
     ceiling = results.ceiling(sizes[0]) if criterion.metric == "final_eval_loss" else math.inf
     effect = _effect(criterion, results.manifest.plan.smallest_effect)
-    regrets = {arm: pair.regret for arm, pair in pairs.items()}
+    sides = {arm: (p.own, p.others) if criterion.less else (p.others, p.own) for arm, p in pairs.items()}
+    tested = [Pair(arm, *sides[arm], ceiling, pair.blocked, pair.regret) for arm, pair in pairs.items()]
 
     def compare_with(margin: float) -> list[Comparison]:
-        return compare_pairs(sides, effect, ceiling, blocked, resamples=0, margin=margin, regrets=regrets)
+        return compare(tested, effect, margin)
 
     comparisons = compare_with(-criterion.within)
     states = {c.arm: _state(c, at, effect) for c, at in zip(comparisons, compare_with(effect), strict=True)}

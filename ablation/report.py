@@ -108,8 +108,8 @@ def comparison_rows(results: Results, size: str) -> list[dict[str, Any]]:
             {
                 "size": size, "arm": c.arm, "baseline": results.baseline, "verdict": c.verdict.value, "reason": c.reason,
                 "seeds": c.seeds, "diverged": c.diverged, "difference": c.difference, "deviation": c.deviation,
-                "interval_low": c.interval[0], "interval_high": c.interval[1], "bootstrap_low": c.bootstrap[0],
-                "bootstrap_high": c.bootstrap[1], "regret": c.regret, "p": c.p, "p_holm": c.p_holm, "detectable": c.detectable,
+                "interval_low": c.interval[0], "interval_high": c.interval[1], "regret": c.regret, "p": c.p,
+                "p_holm": c.p_holm, "detectable": c.detectable,
                 "learning_rate": results.best_lr(size, c.arm), "rate_rise": sweep.rise if sweep else math.nan,
                 "mismatch": results.manifest.cost[size][c.arm]["mismatch"],
                 "speed_up_flops": cost.per_flop.factor if cost else math.nan,
@@ -278,9 +278,9 @@ def _open_questions(results: Results) -> list[str]:
         items.append("One size: the plan did not test whether any of this holds at another size")
     return [
         *items,
-        f"A verdict needs {FEWEST_SEEDS} seeds. p-values are of paired t-tests, adjusted as in Holm 1979: at each size, the "
-        f"probability of even one false “better” or “worse” stays below {ALPHA:.0%}. A “detectable” difference would be found "
-        f"with a probability of {POWER:.0%}",
+        f"A verdict needs {FEWEST_SEEDS} seeds. p-values are of paired t-tests, adjusted as in Holm 1979 over all arms and "
+        f"sizes: the probability of even one false “better” or “worse” stays below {ALPHA:.0%}. A “detectable” difference "
+        f"would be found with a probability of {POWER:.0%}",
         "Evaluations within a run may use a part of the held-out text (eval_tokens), and the curves show those. Final losses "
         "use all of it, so a curve need not end at the final loss",
         "Speed-ups and losses at equal time are read off curves within runs, whose learning rate is still decaying. They "

@@ -22,7 +22,7 @@ from ablation.learning_rates import SweepResult, mean_losses, run_noise, sweep_r
 from ablation.manifest import Manifest, read_manifest
 from ablation.outcomes import DIVERGED, ENDED, FINISHED, Outcome, is_finite, read_metrics, read_outcome, run_folders
 from ablation.plan import Plan, PlannedRun
-from ablation.statistics import FEWEST_SEEDS, Comparison, compare
+from ablation.statistics import FEWEST_SEEDS, Comparison, Pair, compare, pairs_with
 from conf.load import values_of
 from conf.provenance import summarise
 from kernels.common.errors import UserError
@@ -173,21 +173,22 @@ class Results:
         return reasons
 
     def comparisons(self, size: str) -> list[Comparison]:
-        """Compare the arms of a size with the baseline; empty before the baseline has a loss."""
+        """Compare the arms of a size with the baseline; empty before the baseline has a loss. All sizes are one family."""
         return self._comparisons[size]
 
     @functools.cached_property
     def _comparisons(self) -> dict[str, list[Comparison]]:
-        return {size: self._compare(size) for size in self.sizes}
+        pairs = {size: self._pairs(size) for size in self.sizes}
+        found = iter(compare([p for of_size in pairs.values() for p in of_size], self.manifest.plan.smallest_effect))
+        return {size: [next(found) for _ in of_size] for size, of_size in pairs.items()}
 
-    def _compare(self, size: str) -> list[Comparison]:
+    def _pairs(self, size: str) -> list[Pair]:
         losses, blocked = self.losses(size), self.blocked(size)
         if not losses[self.baseline]:
             return []
         if self.baseline in blocked:
             blocked[self.baseline] = f"the baseline: {blocked[self.baseline]}"
-        effect, regrets = self.manifest.plan.smallest_effect, self.known_regrets(size)
-        return compare(losses, self.baseline, effect, self.ceiling(size), blocked, regrets=regrets)
+        return pairs_with(self.baseline, losses, self.ceiling(size), blocked, self.known_regrets(size))
 
 
 def why_no_verdict(plan: Plan) -> list[str]:

@@ -1,8 +1,8 @@
 """Compare final losses: differences to the baseline with their uncertainty, and a verdict on each arm.
 
 Runs of one seed share the order of their data and the initial weights outside the FFN, so arms are compared seed by seed: these
-differences vary less than the losses do. p-values come from the two-sided paired t-test. They are adjusted over the arms of a
-comparison as in Holm 1979, which keeps the probability of even one false "better" or "worse" below `ALPHA`. The smallest
+differences vary less than the losses do. p-values come from the two-sided paired t-test. They are adjusted over all arms and
+sizes of a plan as in Holm 1979, which keeps the probability of even one false "better" or "worse" below `ALPHA`. The smallest
 detectable difference is the one that this test finds with probability `POWER` at Holm's strictest step; without it, "not
 significant" means nothing.
 
@@ -30,7 +30,6 @@ from scipy import optimize, special, stats
 ALPHA = 0.05
 POWER = 0.8
 FEWEST_SEEDS = 3  # two leave one degree of freedom: the 95% interval is 6.5 times as wide as with many seeds
-_RESAMPLES = 9999
 
 
 class Verdict(str, enum.Enum):
@@ -54,33 +53,37 @@ class Comparison:
     deviation: float  # sample standard deviation (n - 1) of the per-seed differences
     regret: float  # part of the standard error: what both arms may lose by missing their best learning rates
     p: float  # of this test alone; nan with one seed
-    p_holm: float  # adjusted for all arms of the comparison
+    p_holm: float  # adjusted for all pairs that are compared together
     interval: tuple[float, float]  # 95%, from t, for this arm alone
-    bootstrap: tuple[float, float]  # 95%, bias-corrected and accelerated (Efron 1987); nan where not computed
     detectable: float  # smallest detectable difference
     verdict: Verdict
     reason: str  # why the verdict is not a plain better or worse; "" where it is
 
 
-def compare(
-    losses: Mapping[str, Mapping[int, float]],
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """An arm and its baseline: losses by seed, not finite where a run diverged. A seed that one side lacks is left out."""
+
+    arm: str
+    own: Mapping[int, float]
+    base: Mapping[int, float]
+    ceiling: float = math.inf  # the loss that a diverged run counts as: ln(vocabulary size)
+    blocked: str = ""  # why there can be no verdict
+    regret: float = 0.0  # what both may lose by missing their best learning rates: `Comparison.regret`
+
+
+def pairs_with(
     baseline: str,
-    smallest_effect: float,
+    losses: Mapping[str, Mapping[int, float]],
     ceiling: float,
     blocked: Mapping[str, str] | None = None,
-    resamples: int = _RESAMPLES,
     regrets: Mapping[str, float] | None = None,
-) -> list[Comparison]:
-    """Compare every arm with the baseline, seed by seed.
+) -> list[Pair]:
+    """Return every arm's pair with the baseline.
 
     Args:
-        losses: final held-out loss by arm and seed; not finite where the run diverged. A seed that one side lacks is left out
-            of that comparison.
-        smallest_effect: the difference worth finding, in nats per token. Where a difference of this size would not have been
-            found, the verdict is "underpowered" instead of "no difference shown".
-        ceiling: the loss that a diverged run counts as, ln(vocabulary size).
+        losses: by arm and seed.
         blocked: the arms that get no verdict, with the reason. A reason for the baseline blocks all arms.
-        resamples: of the bootstrap; 0 skips it.
         regrets: by arm, `SweepResult.regret` of its learning rate; an arm that is not in it has missed nothing.
 
     Raises:
@@ -88,41 +91,40 @@ def compare(
     """
     if baseline not in losses:
         raise ValueError(f"no losses of the baseline {baseline!r}")
-    blocked = blocked or {}
-    pairs = {arm: (arm_losses, losses[baseline]) for arm, arm_losses in losses.items() if arm != baseline}
-    reasons = {arm: blocked.get(arm, blocked.get(baseline, "")) for arm in losses}
-    own = regrets or {}
-    of_pairs = {arm: math.hypot(own.get(arm, 0.0), own.get(baseline, 0.0)) for arm in pairs}
-    return compare_pairs(pairs, smallest_effect, ceiling, reasons, resamples, regrets=of_pairs)
+    blocked, regrets = blocked or {}, regrets or {}
+    return [
+        Pair(
+            arm,
+            own,
+            losses[baseline],
+            ceiling,
+            blocked.get(arm, blocked.get(baseline, "")),
+            math.hypot(regrets.get(arm, 0.0), regrets.get(baseline, 0.0)),
+        )
+        for arm, own in losses.items()
+        if arm != baseline
+    ]
 
 
-def compare_pairs(
-    pairs: Mapping[str, tuple[Mapping[int, float], Mapping[int, float]]],
-    smallest_effect: float,
-    ceiling: float,
-    blocked: Mapping[str, str] | None = None,
-    resamples: int = _RESAMPLES,
-    margin: float = 0.0,
-    regrets: Mapping[str, float] | None = None,
-) -> list[Comparison]:
-    """Compare as `compare` does, each arm with a baseline of its own. Holm's adjustment covers all pairs.
+def compare(pairs: Sequence[Pair], smallest_effect: float, margin: float = 0.0) -> list[Comparison]:
+    """Compare every arm with its baseline, seed by seed. Holm's adjustment covers all pairs: those of every arm and size.
+
+    A pair without common seeds counts in the adjustment.
 
     Args:
-        pairs: by arm: its losses and its baseline's losses, by seed. A pair without common seeds counts in the adjustment.
+        smallest_effect: the difference worth finding, in nats per token. Where a difference of this size would not have been
+            found, the verdict is "underpowered" instead of "no difference shown".
         margin: added to every difference. "better" then means better by more than the margin, "worse" not better by it.
-        regrets: by arm, of both sides of its pair.
     """
     tested = []
-    for arm, (own, base) in pairs.items():
-        seeds = sorted(own.keys() & base.keys())
-        differences = (
-            np.array([_clipped(own[seed], ceiling) - _clipped(base[seed], ceiling) for seed in seeds]) + margin
-        )
-        diverged, diverged_baseline = (sum(not math.isfinite(side[s]) for s in seeds) for side in (own, base))
-        bootstrap = _bootstrap(differences, resamples)
-        test = _paired_test(differences, (regrets or {}).get(arm, 0.0))
-        tested.append(_TestedArm(arm, diverged, diverged_baseline, test, bootstrap))
-    return _judge(tested, smallest_effect, blocked or {})
+    for pair in pairs:
+        seeds = sorted(pair.own.keys() & pair.base.keys())
+        losses = [[_clipped(side[seed], pair.ceiling) for seed in seeds] for side in (pair.own, pair.base)]
+        differences = np.array(losses[0]) - np.array(losses[1]) + margin
+        diverged, diverged_baseline = (sum(not math.isfinite(side[s]) for s in seeds) for side in (pair.own, pair.base))
+        test = _paired_test(differences, pair.regret)
+        tested.append(_TestedArm(pair.arm, diverged, diverged_baseline, test, pair.blocked))
+    return _judge(tested, smallest_effect)
 
 
 def compare_summaries(
@@ -130,11 +132,11 @@ def compare_summaries(
 ) -> list[Comparison]:
     """Compare arms published as (mean, standard deviation, runs), by Welch's test: nothing is paired."""
     tested = [
-        _TestedArm(arm, 0, 0, _welch_test(summary, summaries[baseline]), (math.nan, math.nan))
+        _TestedArm(arm, 0, 0, _welch_test(summary, summaries[baseline]))
         for arm, summary in summaries.items()
         if arm != baseline
     ]
-    return _judge(tested, smallest_effect, {})
+    return _judge(tested, smallest_effect)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -184,7 +186,7 @@ class _TestedArm:
     diverged: int
     diverged_baseline: int
     test: _TTest
-    bootstrap: tuple[float, float]
+    blocked: str = ""
 
 
 def _clipped(loss: float, ceiling: float) -> float:
@@ -228,19 +230,6 @@ def _welch_test(one: tuple[float, float, int], other: tuple[float, float, int]) 
     return _TTest(min(runs, runs0), difference, spread, error, freedom, p)
 
 
-def _bootstrap(differences: np.ndarray, resamples: int) -> tuple[float, float]:
-    if len(differences) < FEWEST_SEEDS or not resamples:
-        return math.nan, math.nan
-    if np.ptp(differences) == 0.0:
-        return float(differences[0]), float(differences[0])
-    with warnings.catch_warnings():  # few seeds make it degenerate; the number of seeds is reported beside it
-        warnings.simplefilter("ignore")
-        interval = stats.bootstrap(
-            (differences,), np.mean, n_resamples=resamples, method="BCa", rng=np.random.default_rng(0)
-        ).confidence_interval
-    return float(interval.low), float(interval.high)
-
-
 @functools.cache
 def _detectable(freedom: float, alpha: float, power: float) -> float:
     """Return the difference, in standard errors, that is found with the right sign with probability `power`."""
@@ -269,15 +258,12 @@ def _normal_nodes() -> tuple[np.ndarray, np.ndarray]:
 # ------------------------------------------------------------------------------------------------------------- verdicts
 
 
-def _judge(tested: list[_TestedArm], smallest_effect: float, blocked: Mapping[str, str]) -> list[Comparison]:
+def _judge(tested: list[_TestedArm], smallest_effect: float) -> list[Comparison]:
     adjusted = holm([arm.test.p for arm in tested])
-    return [
-        _judge_arm(arm, p_holm, len(tested), smallest_effect, blocked.get(arm.arm, ""))
-        for arm, p_holm in zip(tested, adjusted, strict=True)
-    ]
+    return [_judge_arm(arm, p_holm, len(tested), smallest_effect) for arm, p_holm in zip(tested, adjusted, strict=True)]
 
 
-def _judge_arm(tested: _TestedArm, p_holm: float, arms: int, smallest_effect: float, blocked: str) -> Comparison:
+def _judge_arm(tested: _TestedArm, p_holm: float, arms: int, smallest_effect: float) -> Comparison:
     test = tested.test
     detectable, interval = math.inf, (math.nan, math.nan)
     if not math.isnan(test.p):
@@ -285,8 +271,8 @@ def _judge_arm(tested: _TestedArm, p_holm: float, arms: int, smallest_effect: fl
         reach = test.error * float(stats.t.isf(0.025, test.freedom))
         interval = (test.difference - reach, test.difference + reach)
     verdict, reason = _verdict(tested, p_holm, detectable, smallest_effect)
-    if blocked:
-        verdict, reason = Verdict.BLOCKED, blocked
+    if tested.blocked:
+        verdict, reason = Verdict.BLOCKED, tested.blocked
     return Comparison(
         arm=tested.arm,
         seeds=test.seeds,
@@ -297,7 +283,6 @@ def _judge_arm(tested: _TestedArm, p_holm: float, arms: int, smallest_effect: fl
         p=test.p,
         p_holm=p_holm,
         interval=interval,
-        bootstrap=tested.bootstrap,
         detectable=detectable,
         verdict=verdict,
         reason=reason,

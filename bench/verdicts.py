@@ -1,7 +1,7 @@
 """Simulate plans whose arms are equally good, and count false verdicts: `python -m bench.verdicts`.
 
     plans=1000     simulated per row      seed=0
-    arms=8         of each plan, the baseline included
+    arms=8         of each plan, the baseline included      sizes=1
     results=FILE   judge the runs of a results.csv instead, with and without what missed learning rates cost
     baseline=relu  of that file
 
@@ -12,6 +12,8 @@ seed's, the same for all arms and rates. Sweeps, extensions, learning rates and 
     grid              the seeds run at the best of the learning rates tried, by one seed, as up to version 0.2
     vertex            they run at the vertex of the parabola through the sweep of two seeds
     vertex, regrets   and what missed learning rates cost is part of the intervals: the product
+
+The product adjusts p-values over all arms and sizes, the others over the arms of each size, as version 0.2 did.
 
 `false` is the fraction of plans with any false verdict, `blocked` that of comparisons without a verdict, `found` how often an
 arm that is better by 0.1 nats is called better, `width` the median half of the 95% intervals, in nats.
@@ -24,7 +26,7 @@ import dataclasses
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ablation.learning_rates import SweepResult, next_learning_rate, run_noise, sweep_result
-from ablation.statistics import Comparison, Verdict, compare
+from ablation.statistics import Comparison, Pair, Verdict, compare, pairs_with
 from kernels.common.commands import run_command
 from kernels.common.options import split_options
 
@@ -50,12 +52,12 @@ class Method:
     name: str
     sweep_seeds: int
     vertex: bool
-    regrets: bool  # whether what missed learning rates cost is part of the intervals
+    product: bool  # with what missed learning rates cost in the intervals, and all sizes in one family
 
 
-GRID = Method("grid", 1, vertex=False, regrets=False)
-VERTEX = Method("vertex", 2, vertex=True, regrets=False)
-FULL = Method("vertex, regrets", 2, vertex=True, regrets=True)
+GRID = Method("grid", 1, vertex=False, product=False)
+VERTEX = Method("vertex", 2, vertex=True, product=False)
+FULL = Method("vertex, regrets", 2, vertex=True, product=True)
 
 
 class SimulatedPlan:
@@ -81,16 +83,14 @@ class SimulatedPlan:
         missed = self._curvature[arm] * (math.log2(lr) - self._best[arm]) ** 2
         return LOSS - self._better.get(arm, 0.0) + missed + of_seed + self.chance.normal(0.0, self._own)
 
-    def compare(self, method: Method, seeds: int) -> list[Comparison]:
-        """Return the comparisons with arm0, as `ablation.results` makes them."""
+    def pairs(self, method: Method, seeds: int) -> list[Pair]:
+        """Return the pairs with arm0, as `ablation.results` makes them."""
         swept = {arm: self._sweep(arm, method) for arm in self.arms}
         losses = {arm: {seed: self.run(arm, swept[arm][1].best_lr, seed) for seed in range(seeds)} for arm in self.arms}
         blocked = {arm: f"at the {found.edge}" for arm, (_, found) in swept.items() if found.edge}
         noise = run_noise([*(table.values() for table, _ in swept.values()), losses.values()])
         regrets = {arm: found.regret(noise) for arm, (_, found) in swept.items() if not found.edge}
-        if not method.regrets:
-            regrets = {}
-        return compare(losses, "arm0", SMALLEST_EFFECT, CEILING, blocked, resamples=0, regrets=regrets)
+        return pairs_with("arm0", losses, CEILING, blocked, regrets if method.product else {})
 
     def _sweep(self, arm: str, method: Method) -> tuple[Mapping[float, Mapping[int, float]], SweepResult]:
         losses: dict[float, dict[int, float]] = {}
@@ -117,27 +117,36 @@ class Row:
     width: float  # median half width of the 95% intervals, nats
 
 
-def simulate(method: Method, seeds: int, correlation: float, plans: int, arms: int, seed: int) -> Row:
-    """Simulate plans of equal arms, and as many in which one is better."""
+def verdicts(plans: Sequence[SimulatedPlan], method: Method, seeds: int) -> list[Comparison]:
+    """Return the comparisons of a plan, given as a simulated plan per size."""
+    families = [plan.pairs(method, seeds) for plan in plans]
+    if method.product:
+        families = [[pair for of_size in families for pair in of_size]]
+    return [comparison for family in families for comparison in compare(family, SMALLEST_EFFECT)]
+
+
+def simulate(method: Method, seeds: int, correlation: float, plans: int, arms: int, sizes: int, seed: int) -> Row:
+    """Simulate plans of equal arms, and as many in which one is better at one size."""
     false, found, widths, blocked = 0, 0, [], 0
     for number in range(plans):
         chance = np.random.default_rng([seed, number])
-        comparisons = SimulatedPlan(chance, arms, correlation).compare(method, seeds)
+        comparisons = verdicts([SimulatedPlan(chance, arms, correlation) for _ in range(sizes)], method, seeds)
         false += any(c.verdict in (Verdict.BETTER, Verdict.WORSE) for c in comparisons)
         blocked += sum(c.verdict is Verdict.BLOCKED for c in comparisons)
         widths += [(c.interval[1] - c.interval[0]) / 2 for c in comparisons]
-        other = SimulatedPlan(chance, arms, correlation, EFFECT).compare(method, seeds)
+        better = [EFFECT, *[0.0] * (sizes - 1)]
+        other = verdicts([SimulatedPlan(chance, arms, correlation, nats) for nats in better], method, seeds)
         found += other[0].verdict is Verdict.BETTER
-    counts = false / plans, blocked / (plans * (arms - 1)), found / plans
+    counts = false / plans, blocked / (plans * (arms - 1) * sizes), found / plans
     return Row(method, seeds, correlation, *counts, statistics.median(widths))
 
 
-def rows(plans: int, arms: int, seed: int) -> Iterator[Row]:
+def rows(plans: int, arms: int, sizes: int, seed: int) -> Iterator[Row]:
     """Yield the rows of the table."""
     for method in (GRID, VERTEX, FULL):
         for correlation in (0.06, 0.6):
             for seeds in (3, 5, 10):
-                yield simulate(method, seeds, correlation, plans, arms, seed)
+                yield simulate(method, seeds, correlation, plans, arms, sizes, seed)
 
 
 def judge(path: Path, baseline: str) -> Iterator[tuple[str, SweepResult, float, Comparison, Comparison]]:
@@ -148,16 +157,18 @@ def judge(path: Path, baseline: str) -> Iterator[tuple[str, SweepResult, float, 
             of_arm = losses.setdefault((row["size"], row["stage"]), {}).setdefault(row["arm"], {})
             loss = float(row["final_eval_loss"] or "nan")
             of_arm.setdefault(float(row["learning_rate"]), {})[int(row["seed"])] = loss
-    for size in dict.fromkeys(size for size, _ in losses):
-        finals = {arm: next(iter(of_arm.values())) for arm, of_arm in losses[size, "final"].items()}
-        sweeps = {arm: sweep_result(of_arm, vertex=False) for arm, of_arm in losses[size, "sweep"].items()}
-        noise = run_noise([finals.values()])
-        regrets = {arm: found.regret(noise) for arm, found in sweeps.items()}
-        without, with_regrets = (
-            compare(finals, baseline, SMALLEST_EFFECT, CEILING, resamples=0, regrets=given) for given in ({}, regrets)
-        )
-        for one, other in zip(without, with_regrets, strict=True):
-            yield size, sweeps[one.arm], regrets[one.arm], one, other
+    sizes = list(dict.fromkeys(size for size, _ in losses))
+    finals = {size: {arm: next(iter(v.values())) for arm, v in losses[size, "final"].items()} for size in sizes}
+    sweeps = {size: {arm: sweep_result(v, vertex=False) for arm, v in losses[size, "sweep"].items()} for size in sizes}
+    noises = {size: run_noise([finals[size].values()]) for size in sizes}
+    regrets = {size: {arm: found.regret(noises[size]) for arm, found in sweeps[size].items()} for size in sizes}
+    pairs = [(size, pair) for size in sizes for pair in pairs_with(baseline, finals[size], CEILING, {}, regrets[size])]
+    # Version 0.2 adjusted p-values over the arms of a size.
+    alone = [dataclasses.replace(pair, regret=0.0) for _, pair in pairs]
+    of_sizes = [[pair for (of, _), pair in zip(pairs, alone, strict=True) if of == size] for size in sizes]
+    before = [c for of_size in of_sizes for c in compare(of_size, SMALLEST_EFFECT)]
+    for (size, pair), one, other in zip(pairs, before, compare([p for _, p in pairs], SMALLEST_EFFECT), strict=True):
+        yield size, sweeps[size][pair.arm], regrets[size][pair.arm], one, other
 
 
 def _print_judged(path: Path, baseline: str) -> None:
@@ -172,14 +183,14 @@ def _print_judged(path: Path, baseline: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    defaults = {"plans": 1000, "arms": 8, "seed": 0, "results": "", "baseline": "relu"}
-    options, _ = split_options(argv, defaults, {"plans": 1, "arms": 2})
+    defaults = {"plans": 1000, "arms": 8, "sizes": 1, "seed": 0, "results": "", "baseline": "relu"}
+    options, _ = split_options(argv, defaults, {"plans": 1, "arms": 2, "sizes": 1})
     if options["results"]:
         _print_judged(Path(options["results"]), options["baseline"])
         return
     heads = ("method", "correlation", "seeds", "false", "blocked", "found", "width")
     table = Table(*heads, box=None)
-    for row in rows(options["plans"], options["arms"], options["seed"]):
+    for row in rows(*(options[name] for name in ("plans", "arms", "sizes", "seed"))):
         shares = (f"{share:.1%}" for share in (row.false, row.blocked, row.found))
         table.add_row(row.method.name, f"{row.correlation:g}", f"{row.seeds}", *shares, f"{row.width:.4f}")
     Console(file=sys.stdout, highlight=False).print(table)

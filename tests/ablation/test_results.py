@@ -15,7 +15,7 @@ from ablation.manifest import check_manifest, hashes_of, keep_rate_choice, read_
 from ablation.plan import Plan
 from ablation.report import page
 from ablation.results import expected_runs, provenance_lines, read_results
-from ablation.statistics import Verdict
+from ablation.statistics import Verdict, holm
 from conf.validate import digest
 from kernels.common.errors import UserError
 from tests.ablation.made import VOCABULARY, all_planned, losses, make, plan_of, write_run
@@ -213,6 +213,15 @@ def test_what_missed_learning_rates_cost_is_part_of_every_comparison(whole):
     for c in results.comparisons("nano"):
         assert c.regret == math.hypot(regrets[c.arm], regrets["relu"]) > 0
         assert c.p > stats.ttest_rel(*(list(results.losses("nano")[arm].values()) for arm in (c.arm, "relu"))).pvalue
+
+
+def test_arms_and_sizes_are_one_family(tmp_path):
+    sizes = "ablation.sizes={small: model=nano, deep: model=nano model.n_layers=6}"
+    plan = plan_of("ablation=glu_variants", "ablation.arms=[relu,gelu,swiglu]", sizes, "tokens=600000")
+    results = read_results(make(plan, tmp_path, losses({"swiglu": -0.05}, noise=0.002)))
+    found = [c for size in results.sizes for c in results.comparisons(size)]
+    assert [c.arm for c in found] == ["gelu", "swiglu"] * 2
+    assert [c.p_holm for c in found] == holm([c.p for c in found])
 
 
 def test_an_undetermined_regret_blocks_the_verdict(plan, tmp_path):

@@ -11,15 +11,17 @@ from scipy import stats
 from ablation.statistics import (
     ALPHA,
     POWER,
+    Comparison,
+    Pair,
     Verdict,
     _detectable,
     compare,
-    compare_pairs,
     compare_summaries,
     detectable_difference,
     effective_speed_up,
     holm,
     loss_at,
+    pairs_with,
     rank_stability,
 )
 
@@ -43,9 +45,12 @@ def losses(generator: np.random.Generator, arms: int = 8, seeds: int = 5, deviat
     return {f"arm{arm}": dict(enumerate(shared + own[arm])) for arm in range(arms)}
 
 
+def compared(data: dict, smallest_effect: float = 0.01, ceiling: float = CEILING, **more) -> list[Comparison]:
+    return compare(pairs_with("arm0", data, ceiling, **more), smallest_effect)
+
+
 def verdicts(data: dict, smallest_effect: float = 0.02, **more) -> dict[str, Verdict]:
-    found = compare(data, "arm0", smallest_effect, CEILING, resamples=0, **more)
-    return {comparison.arm: comparison.verdict for comparison in found}
+    return {found.arm: found.verdict for found in compared(data, smallest_effect, **more)}
 
 
 # ------------------------------------------------------------------------------------------------------ published tables
@@ -147,13 +152,12 @@ def fixed(*differences: float, arm: str = "arm1") -> dict:
 
 def test_the_test_is_scipys_paired_one_and_the_interval_its_own():
     data = fixed(-0.010, -0.020, -0.012, -0.017, -0.014)
-    [found] = compare(data, "arm0", 0.01, CEILING)
+    [found] = compared(data)
     expected = stats.ttest_rel([*data["arm1"].values()], [*data["arm0"].values()])
     assert found.p == pytest.approx(expected.pvalue)
     interval = expected.confidence_interval(0.95)
     assert found.interval == pytest.approx((interval.low, interval.high))
     assert found.difference == pytest.approx(-0.0146)
-    assert -0.020 < found.bootstrap[0] < found.difference < found.bootstrap[1] < -0.010
     assert found.verdict == Verdict.BETTER
 
 
@@ -165,9 +169,9 @@ def test_p_is_that_of_the_t_distribution_to_15_digits():
     generator = np.random.default_rng(5)
     for seeds in (3, 4, 5, 10):
         differences = generator.normal(-0.01, 0.01, seeds)
-        pair = {"arm1": (dict(enumerate(3.0 + differences)), dict.fromkeys(range(seeds), 3.0))}
-        differences = np.array([loss - 3.0 for loss in pair["arm1"][0].values()])
-        [found] = compare_pairs(pair, 0.01, CEILING, resamples=0)
+        pair = Pair("arm1", dict(enumerate(3.0 + differences)), dict.fromkeys(range(seeds), 3.0))
+        differences = np.array([loss - 3.0 for loss in pair.own.values()])
+        [found] = compare([pair], 0.01)
         error = differences.std(ddof=1) / math.sqrt(seeds)
         assert found.p == pytest.approx(p_of_t(differences.mean(), error, seeds - 1), rel=2e-15, abs=0)
     mean0, deviation0 = SHAZEER["relu"]
@@ -181,7 +185,7 @@ def test_p_is_that_of_the_t_distribution_to_15_digits():
 
 def test_a_regret_widens_the_interval_and_more_seeds_do_not_help():
     data, regrets = fixed(-0.010, -0.020, -0.012, -0.017, -0.014), {"arm0": 0.003, "arm1": 0.004, "other": 1.0}
-    [plain], [found] = compare(data, "arm0", 0.01, CEILING), compare(data, "arm0", 0.01, CEILING, regrets=regrets)
+    [plain], [found] = compared(data), compared(data, regrets=regrets)
     error = math.hypot(found.deviation / math.sqrt(5), 0.005)
     assert (found.regret, found.difference, found.deviation) == (0.005, plain.difference, plain.deviation)
     assert found.p == pytest.approx(p_of_t(found.difference, error, 4))
@@ -189,39 +193,39 @@ def test_a_regret_widens_the_interval_and_more_seeds_do_not_help():
     assert found.interval == pytest.approx((found.difference - reach, found.difference + reach))
     assert found.detectable == pytest.approx(plain.detectable * error * math.sqrt(5) / found.deviation)
     same = fixed(-0.01, -0.01, -0.01)
-    assert compare(same, "arm0", 0.01, CEILING)[0].p == 0.0
-    assert compare(same, "arm0", 0.01, CEILING, regrets=regrets)[0].p == pytest.approx(p_of_t(0.01, 0.005, 2))
+    assert compared(same)[0].p == 0.0
+    assert compared(same, regrets=regrets)[0].p == pytest.approx(p_of_t(0.01, 0.005, 2))
 
 
 def test_the_order_of_seeds_does_not_matter_and_only_common_ones_count():
     data = fixed(-0.010, -0.020, -0.012, -0.017)
     turned = {"arm0": data["arm0"], "arm1": dict(reversed(data["arm1"].items())) | {9: 7.0}}
-    assert compare(turned, "arm0", 0.01, CEILING) == compare(data, "arm0", 0.01, CEILING)
+    assert compared(turned) == compared(data)
 
 
 def test_two_seeds_that_agree_are_still_too_few():
-    [found] = compare(fixed(-0.5, -0.5), "arm0", 0.01, CEILING)
+    [found] = compared(fixed(-0.5, -0.5))
     assert found.verdict == Verdict.UNDERPOWERED
     assert "2 seed(s)" in found.reason
 
 
 def test_an_arm_that_differs_by_nothing_at_all_shows_no_difference():
-    [found] = compare(fixed(0.0, 0.0, 0.0), "arm0", 0.01, CEILING)
+    [found] = compared(fixed(0.0, 0.0, 0.0))
     assert (found.verdict, found.p, found.detectable) == (Verdict.NO_DIFFERENCE, 1.0, 0.0)
 
 
 def test_what_would_not_have_been_found_is_underpowered():
     data = fixed(-0.03, 0.02, 0.01, -0.02, 0.015)
-    [found] = compare(data, "arm0", 0.01, CEILING)
+    [found] = compared(data)
     assert found.verdict == Verdict.UNDERPOWERED
     assert found.detectable == pytest.approx(found.deviation * detectable_difference(5))
-    [found] = compare(data, "arm0", 1.0, CEILING)
+    [found] = compared(data, 1.0)
     assert found.verdict == Verdict.NO_DIFFERENCE
 
 
 def test_a_diverged_seed_counts_and_its_arm_is_not_better():
     data = fixed(-0.010, -0.011, -0.010, -0.012, math.nan)
-    [found] = compare(data, "arm0", 0.01, CEILING)
+    [found] = compared(data)
     assert (found.seeds, found.diverged) == (5, 1)
     assert found.difference > 1
     assert found.verdict == Verdict.UNDERPOWERED
@@ -229,7 +233,7 @@ def test_a_diverged_seed_counts_and_its_arm_is_not_better():
 
 
 def test_an_arm_that_always_diverges_is_worse():
-    [found] = compare(fixed(*[math.inf] * 5), "arm0", 0.01, CEILING)
+    [found] = compared(fixed(*[math.inf] * 5))
     assert (found.verdict, found.reason) == (Verdict.WORSE, "5 of 5 seeds diverged")
 
 
@@ -237,7 +241,7 @@ def test_an_arm_with_a_diverged_seed_is_not_better_whatever_its_mean():
     data = fixed(-7.0, -7.1, -7.2, -7.0, -7.1)
     data["arm0"] = dict.fromkeys(data["arm0"], 11.0)
     data["arm1"][4] = math.nan
-    [found] = compare(data, "arm0", 100.0, ceiling=4.0)
+    [found] = compared(data, 100.0, ceiling=4.0)
     assert found.verdict != Verdict.BETTER
 
 
@@ -245,17 +249,15 @@ def test_a_blocked_arm_has_no_verdict_and_a_blocked_baseline_leaves_none():
     data = losses(np.random.default_rng(4), arms=3)
     assert verdicts(data, blocked={"arm1": "edge"})["arm1"] == Verdict.BLOCKED
     assert verdicts(data, blocked={"arm1": "edge"})["arm2"] != Verdict.BLOCKED
-    found = compare(
-        data, "arm0", 0.01, CEILING, blocked={"arm0": "the baseline's best rate is the lowest", "arm1": "own"}
-    )
+    found = compared(data, blocked={"arm0": "the baseline's best rate is the lowest", "arm1": "own"})
     assert {c.arm: c.reason for c in found} == {"arm1": "own", "arm2": "the baseline's best rate is the lowest"}
 
 
 def test_pairs_have_their_own_baselines_and_are_adjusted_for_all_of_them():
     one, other = {0: 1.00, 1: 1.02, 2: 0.97}, {0: 1.50, 1: 1.53, 2: 1.49}
     own, others = {0: 1.10, 1: 1.13, 2: 1.06}, {0: 1.40, 1: 1.44, 2: 1.40}
-    found = {c.arm: c for c in compare_pairs({"a": (one, own), "b": (other, others), "none": ({}, {})}, 0.01, 9.0)}
-    [alone] = compare({"a": one, "base": own}, "base", 0.01, 9.0)
+    found = {c.arm: c for c in compare([Pair("a", one, own), Pair("b", other, others), Pair("none", {}, {})], 0.01)}
+    [alone] = compare(pairs_with("base", {"a": one, "base": own}, 9.0), 0.01)
     assert (found["a"].difference, found["a"].p) == (alone.difference, alone.p)
     assert found["b"].difference == pytest.approx(0.28 / 3)
     first = min(found["a"], found["b"], key=lambda c: c.p)
@@ -264,14 +266,14 @@ def test_pairs_have_their_own_baselines_and_are_adjusted_for_all_of_them():
 
 
 def test_a_margin_moves_what_better_and_worse_are_beside():
-    pair = {"a": ({0: 1.0, 1: 1.1, 2: 1.2}, {0: 1.101, 1: 1.199, 2: 1.3})}  # better by 0.1
-    verdicts = [compare_pairs(pair, 0.001, 9.0, margin=margin)[0].verdict for margin in (0.0, 0.05, 0.15)]
+    pair = Pair("a", {0: 1.0, 1: 1.1, 2: 1.2}, {0: 1.101, 1: 1.199, 2: 1.3})  # better by 0.1
+    verdicts = [compare([pair], 0.001, margin)[0].verdict for margin in (0.0, 0.05, 0.15)]
     assert verdicts == [Verdict.BETTER, Verdict.BETTER, Verdict.WORSE]
 
 
 def test_a_missing_baseline_is_an_error():
     with pytest.raises(ValueError, match="no losses of the baseline 'relu'"):
-        compare({"arm0": {0: 1.0}}, "relu", 0.01, CEILING)
+        pairs_with("relu", {"arm0": {0: 1.0}}, CEILING)
 
 
 def test_holms_own_steps():

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from ablation.statistics import Comparison, compare
+from ablation.statistics import Comparison, compare, pairs_with
 from tests.training.tiny import ROOT
 
 FOLDER = ROOT / "bench" / "results" / "glu_variants"
@@ -26,7 +26,7 @@ def recomputed(size: str) -> dict[str, Comparison]:
         if (row["size"], row["stage"]) == (size, "final"):
             losses.setdefault(row["arm"], {})[int(row["seed"])] = float(row["final_eval_loss"])
     assert {len(of_arm) for of_arm in losses.values()} == {5}
-    return {c.arm: c for c in compare(losses, "relu", 0.01, math.log(4096))}
+    return {c.arm: c for c in compare(pairs_with("relu", losses, math.log(4096)), 0.01)}
 
 
 @pytest.mark.parametrize("size", ["nano", "small"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ablation.statistics import Verdict
-from bench.verdicts import DEVIATION, EFFECT, FULL, GRID, LOSS, SimulatedPlan, judge, main, simulate
+from bench.verdicts import DEVIATION, EFFECT, FULL, GRID, LOSS, SimulatedPlan, judge, main, simulate, verdicts
 from tests.training.tiny import ROOT
 
 
@@ -29,7 +29,7 @@ def test_a_seed_adds_the_same_to_every_run_and_losses_correlate_as_asked():
 
 def test_missed_learning_rates_make_false_verdicts_and_the_vertex_with_its_regret_does_not():
     """Of 40 plans: 47% expected of the grid, at most 5% here, where 7 or more come by chance in 3 of 1,000 cases."""
-    before, after = (simulate(method, 10, 0.6, plans=40, arms=8, seed=1) for method in (GRID, FULL))
+    before, after = (simulate(method, 10, 0.6, plans=40, arms=8, sizes=1, seed=1) for method in (GRID, FULL))
     assert before.false > 0.25
     assert after.false <= 6 / 40
     assert after.found == 1.0
@@ -39,9 +39,18 @@ def test_missed_learning_rates_make_false_verdicts_and_the_vertex_with_its_regre
 def test_an_arm_at_the_edge_is_blocked_in_the_simulation_too():
     plan = SimulatedPlan(np.random.default_rng(0), 3, 0.6)
     plan._best = {"arm0": 0.0, "arm1": 40.0, "arm2": 0.1}
-    verdicts = {c.arm: c.verdict for c in plan.compare(FULL, 5)}
-    assert verdicts["arm1"] is Verdict.BLOCKED
-    assert verdicts["arm2"] is not Verdict.BLOCKED
+    found = {c.arm: c.verdict for c in verdicts([plan], FULL, 5)}
+    assert found["arm1"] is Verdict.BLOCKED
+    assert found["arm2"] is not Verdict.BLOCKED
+
+
+def test_the_product_adjusts_over_all_sizes():
+    plans = [SimulatedPlan(np.random.default_rng(size), 3, 0.6) for size in (0, 1)]
+    for method, family in ((GRID, 2), (FULL, 4)):
+        found = verdicts(plans, method, 5)
+        assert len(found) == 4
+        smallest = min(found, key=lambda c: c.p)
+        assert smallest.p_holm == pytest.approx(min(1.0, family * smallest.p))
 
 
 def test_the_command_prints_a_row_per_method_correlation_and_number_of_seeds(capsys):
