@@ -53,11 +53,12 @@ _DASHES = ("-", "--", ":", "-.")
 _VERDICT_COLOURS = {
     Verdict.BETTER: "#009e73",
     Verdict.WORSE: "#d55e00",
-    Verdict.NO_DIFFERENCE: "#0072b2",
-    Verdict.UNDERPOWERED: "#8c8f9c",
+    Verdict.EQUIVALENT: "#0072b2",
+    Verdict.UNDECIDED: "#8c8f9c",
     Verdict.BLOCKED: "#8c8f9c",
 }
 _PIXELS_PER_INCH = 160  # of PNG files
+_BARS = " (bars: 95% intervals over seeds and learning rates, thin: for all arms at once; band: smaller than asked for)"
 _POINTS = 60  # of a curve: the resolution of a figure this wide
 _LETTERS_PER_INCH = 11  # of a title
 # Evaluations within a run mostly use a part of the held-out text, the final one all of it.
@@ -160,9 +161,12 @@ def verdicts(results: Results) -> ReportFigure | None:
         comparisons = sorted(comparisons, key=lambda c: -c.difference)
         for y, c in enumerate(comparisons):
             colour = _VERDICT_COLOURS[c.verdict]
-            low, high = c.interval if math.isfinite(c.interval[0]) else (c.difference, c.difference)
-            axes.plot([low, high], [y, y], color=colour, linewidth=2.5, solid_capstyle="round")
+            for interval, width in ((c.adjusted, 1.0), (c.interval, 2.5)):
+                low, high = interval if math.isfinite(interval[0]) else (c.difference, c.difference)
+                axes.plot([low, high], [y, y], color=colour, linewidth=width, solid_capstyle="round")
             axes.plot([c.difference], [y], "o", color=colour, markersize=5)
+        effect = results.manifest.plan.smallest_effect
+        axes.axvspan(-effect, effect, color=FAINT, alpha=0.5, linewidth=0)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(comparisons)), [f"{c.arm}: {c.verdict.value}" for c in comparisons])
         axes.set_ylim(-0.6, len(comparisons) - 0.4)
@@ -170,7 +174,12 @@ def verdicts(results: Results) -> ReportFigure | None:
         axes.set_title(size)
         better = sum(c.verdict is Verdict.BETTER for c in comparisons)
         parts.append(f"{size}: {better} of {len(comparisons)} arms shown to be better than {results.baseline}")
-    return ReportFigure("verdicts", "; ".join(parts) + " (bars: 95% intervals over seeds and learning rates)", figure)
+    return ReportFigure(
+        "verdicts",
+        "; ".join(parts)
+        + " (bars: 95% intervals over seeds and learning rates, thin: for all arms together; band: smaller than asked for)",
+        figure,
+    )
 
 
 def curves(results: Results) -> ReportFigure | None:

@@ -33,9 +33,11 @@ from ablation.tables import (
     TableCell,
     TableRow,
     arms_table,
+    efficiency_table,
     is_missing,
     number_cell,
     row_css,
+    scatter_table,
     tests_table,
     text_cell,
 )
@@ -108,8 +110,12 @@ def comparison_rows(results: Results, size: str) -> list[dict[str, Any]]:
             {
                 "size": size, "arm": c.arm, "baseline": results.baseline, "verdict": c.verdict.value, "reason": c.reason,
                 "seeds": c.seeds, "diverged": c.diverged, "difference": c.difference, "deviation": c.deviation,
-                "interval_low": c.interval[0], "interval_high": c.interval[1], "regret": c.regret, "p": c.p,
-                "p_holm": c.p_holm, "detectable": c.detectable,
+                "interval_low": c.interval[0], "interval_high": c.interval[1], "adjusted_low": c.adjusted[0],
+                "adjusted_high": c.adjusted[1], "regret": c.regret, "p": c.p, "p_holm": c.p_holm,
+                "p_equivalent": c.p_equivalent, "detectable": c.detectable, "seeds_needed": c.needed,
+                "deviation_arm": c.scatter.own, "deviation_baseline": c.scatter.base,
+                "correlation": c.scatter.correlation, "p_unpaired": c.scatter.p_unpaired,
+                "notes": "; ".join(c.scatter.notes),
                 "learning_rate": results.best_lr(size, c.arm), "rate_rise": sweep.rise if sweep else math.nan,
                 "mismatch": results.manifest.cost[size][c.arm]["mismatch"],
                 "speed_up_flops": cost.per_flop.factor if cost else math.nan,
@@ -164,7 +170,8 @@ def page(results: Results, figures: Sequence[ReportFigure]) -> str:
         losses=losses,
         phenomena=phenomena,
         arms=[arms_table(results, size) for size in results.sizes],
-        tests=[tests_table(results, size) for size in results.sizes],
+        tests=[table for size in results.sizes for table in (tests_table(results, size), scatter_table(results, size))],
+        efficiencies=[efficiency_table(results, size) for size in results.sizes],
         rates=rates,
         costs=[_cost(results, size) for size in results.sizes],
         fairness=_fairness(results),
@@ -271,16 +278,17 @@ def _open_questions(results: Results) -> list[str]:
     items = []
     for size in results.sizes:
         for c in results.comparisons(size):
-            if c.verdict in (Verdict.UNDERPOWERED, Verdict.BLOCKED, Verdict.NO_DIFFERENCE):
+            if c.verdict in (Verdict.UNDECIDED, Verdict.BLOCKED, Verdict.EQUIVALENT):
                 items.append(f"{c.arm} at {size}: {c.verdict.value}: {c.reason}")
+            items += [f"{c.arm} at {size}: {note}" for note in c.scatter.notes]
     items += results.notes
     if len(results.sizes) == 1:
         items.append("One size: the plan did not test whether any of this holds at another size")
     return [
         *items,
         f"A verdict needs {FEWEST_SEEDS} seeds. p-values are of paired t-tests, adjusted as in Holm 1979 over all arms and "
-        f"sizes: the probability of even one false “better” or “worse” stays below {ALPHA:.0%}. A “detectable” difference "
-        f"would be found with a probability of {POWER:.0%}",
+        f"sizes: the probability of even one false “better” or “worse” stays below {ALPHA:.0%}, and so does that of even "
+        f"one false “equivalent”. A “detectable” difference would be found with a probability of {POWER:.0%}",
         "Evaluations within a run may use a part of the held-out text (eval_tokens), and the curves show those. Final losses "
         "use all of it, so a curve need not end at the final loss",
         "Speed-ups and losses at equal time are read off curves within runs, whose learning rate is still decaying. They "

@@ -44,6 +44,7 @@ from ablation.outcomes import (
     run_folders,
 )
 from ablation.plan import Plan, PlannedRun, read_plan, resolve, seeds_text
+from ablation.power import power_lines
 from ablation.progress import outcome_of, sweep_progress
 from ablation.results import why_no_verdict
 from ablation.speed import step_time
@@ -136,8 +137,9 @@ def show(plan: Plan, folder: Path, console: SafeConsole) -> None:
         f"{_duration(plan, folder)}",
         soft_wrap=True,
     )
-    for reason in why_no_verdict(plan):
-        console.print(f"no verdict: {reason}", soft_wrap=True)
+    reasons = why_no_verdict(plan)
+    for line in [f"no verdict: {reason}" for reason in reasons] or power_lines(plan, folder):
+        console.print(line, soft_wrap=True)
     ended = sum(read_outcome(path).state in ENDED for path in run_folders(folder))
     if ended:
         console.print(f"{ended} of them have ended already, in {folder}", soft_wrap=True)

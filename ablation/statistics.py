@@ -2,9 +2,10 @@
 
 Runs of one seed share the order of their data and the initial weights outside the FFN, so arms are compared seed by seed: these
 differences vary less than the losses do. p-values come from the two-sided paired t-test. They are adjusted over all arms and
-sizes of a plan as in Holm 1979, which keeps the probability of even one false "better" or "worse" below `ALPHA`. The smallest
-detectable difference is the one that this test finds with probability `POWER` at Holm's strictest step; without it, "not
-significant" means nothing.
+sizes of a plan as in Holm 1979, which keeps the probability of even one false "better" or "worse" below `ALPHA`. An arm is
+"equivalent" where two one-sided tests (Schuirmann 1987) show its difference to be smaller than the smallest effect of interest;
+their p-values are a family of their own. The smallest detectable difference is the one that the t-test finds with probability
+`POWER` at Holm's strictest step.
 
 Each arm runs at the learning rate that its sweep chose, and may have missed its best one. What that costs
 (`ablation/learning_rates.py`) is added to the standard error of each difference: more seeds do not make it smaller.
@@ -29,6 +30,7 @@ from scipy import optimize, special, stats
 
 ALPHA = 0.05
 POWER = 0.8
+SCATTER_RATIO = 2.0  # of two standard deviations, from which on a reader is told
 FEWEST_SEEDS = 3  # two leave one degree of freedom: the 95% interval is 6.5 times as wide as with many seeds
 
 
@@ -37,9 +39,20 @@ class Verdict(str, enum.Enum):
 
     BETTER = "better"
     WORSE = "worse"
-    NO_DIFFERENCE = "no difference shown"  # a difference of the requested size would have been found
-    UNDERPOWERED = "underpowered"
+    EQUIVALENT = "equivalent"  # the difference is shown to be smaller than the smallest effect of interest
+    UNDECIDED = "undecided"
     BLOCKED = "blocked"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scatter:
+    """How an arm's and its baseline's losses scatter over seeds, and what of that a reader should know."""
+
+    own: float = math.nan  # sample standard deviation (n - 1) of the arm's losses
+    base: float = math.nan  # of the baseline's
+    correlation: float = math.nan  # of the two over seeds: what pairing gains
+    p_unpaired: float = math.nan  # of Welch's test, which does not pair
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +67,12 @@ class Comparison:
     regret: float  # part of the standard error: what both arms may lose by missing their best learning rates
     p: float  # of this test alone; nan with one seed
     p_holm: float  # adjusted for all pairs that are compared together
+    p_equivalent: float  # of the two one-sided tests, adjusted likewise
     interval: tuple[float, float]  # 95%, from t, for this arm alone
+    adjusted: tuple[float, float]  # the same at 95% for all pairs together (Bonferroni)
     detectable: float  # smallest detectable difference
+    needed: float  # seeds that would find the smallest effect; infinite where the regret alone hides it
+    scatter: Scatter
     verdict: Verdict
     reason: str  # why the verdict is not a plain better or worse; "" where it is
 
@@ -112,8 +129,7 @@ def compare(pairs: Sequence[Pair], smallest_effect: float, margin: float = 0.0) 
     A pair without common seeds counts in the adjustment.
 
     Args:
-        smallest_effect: the difference worth finding, in nats per token. Where a difference of this size would not have been
-            found, the verdict is "underpowered" instead of "no difference shown".
+        smallest_effect: the difference worth finding, in nats per token: a smaller one makes an arm equivalent.
         margin: added to every difference. "better" then means better by more than the margin, "worse" not better by it.
     """
     tested = []
@@ -123,7 +139,8 @@ def compare(pairs: Sequence[Pair], smallest_effect: float, margin: float = 0.0) 
         differences = np.array(losses[0]) - np.array(losses[1]) + margin
         diverged, diverged_baseline = (sum(not math.isfinite(side[s]) for s in seeds) for side in (pair.own, pair.base))
         test = _paired_test(differences, pair.regret)
-        tested.append(_TestedArm(pair.arm, diverged, diverged_baseline, test, pair.blocked))
+        scatter = _scatter(np.array(losses[0]), np.array(losses[1]), test)
+        tested.append(_TestedArm(pair.arm, diverged, diverged_baseline, test, pair.blocked, scatter))
     return _judge(tested, smallest_effect)
 
 
@@ -187,6 +204,7 @@ class _TestedArm:
     diverged_baseline: int
     test: _TTest
     blocked: str = ""
+    scatter: Scatter = Scatter()
 
 
 def _clipped(loss: float, ceiling: float) -> float:
@@ -255,22 +273,92 @@ def _normal_nodes() -> tuple[np.ndarray, np.ndarray]:
     return 8 * nodes, 8 * weights * stats.norm.pdf(8 * nodes)
 
 
+def _equivalence(test: _TTest, smallest_effect: float) -> float:
+    """Return the p-value of the two one-sided tests: that the difference is not within the smallest effect."""
+    inside = smallest_effect - abs(test.difference)
+    if math.isnan(test.p):
+        return math.nan
+    if test.error == 0.0:
+        return 0.0 if inside > 0 else 1.0
+    return float(stats.t.sf(inside / test.error, test.freedom))
+
+
+def seeds_needed(deviation: float, regret: float, smallest_effect: float, pairs: int) -> float:
+    """Return how many seeds find a difference with probability `POWER` at Holm's strictest step; infinite above 10,000.
+
+    Args:
+        deviation: of the per-seed differences, nats.
+        regret: part of the standard error that more seeds do not reduce, nats.
+        pairs: that are compared together.
+    """
+    few, many = FEWEST_SEEDS - 1, 10_000
+
+    def finds(seeds: int) -> bool:
+        error = math.hypot(deviation / math.sqrt(seeds), regret)
+        return error * _detectable(seeds - 1, ALPHA / pairs, POWER) <= smallest_effect
+
+    if math.isnan(deviation) or not finds(many):
+        return math.inf
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (few, middle) if finds(middle) else (middle, many)
+    return float(many)
+
+
+def _scatter(own: np.ndarray, base: np.ndarray, test: _TTest) -> Scatter:
+    if len(own) < 2:
+        return Scatter()
+    deviations = float(own.std(ddof=1)), float(base.std(ddof=1))
+    correlation = float(np.corrcoef(own, base)[0, 1]) if min(deviations) > 0 else math.nan
+    summaries = [(float(side.mean()), d, len(side)) for side, d in zip((own, base), deviations, strict=True)]
+    unpaired = _welch_test(*summaries)
+    p = unpaired.p
+    if test.regret > 0:
+        error = math.hypot(unpaired.error, test.regret)
+        p = 2 * float(stats.t.sf(abs(unpaired.difference) / error, unpaired.freedom))
+    notes = []
+    if min(deviations) > 0 and not 1 / SCATTER_RATIO < deviations[0] / deviations[1] < SCATTER_RATIO:
+        notes.append(f"its losses scatter {deviations[0] / deviations[1]:.2g} times as much as the baseline's")
+    if len(own) >= FEWEST_SEEDS and abs(_skewness(own - base)) > _largest_skewness(len(own)):
+        notes.append("its differences are skewed: one or two seeds decide")
+    if test.p < ALPHA <= p:
+        notes.append("unpaired, the difference is not significant: it rests on the pairing of seeds")
+    return Scatter(*deviations, correlation, p, tuple(notes))
+
+
+def _skewness(samples: np.ndarray) -> np.ndarray:
+    """Return the skewness of each row of (..., seeds); 0 where all are equal."""
+    centered = samples - samples.mean(-1, keepdims=True)
+    deviation = np.sqrt((centered**2).mean(-1))
+    return (centered**3).mean(-1) / np.where(deviation > 0, deviation, 1.0) ** 3
+
+
+@functools.cache
+def _largest_skewness(seeds: int) -> float:
+    """Return the absolute skewness that 1% of normal samples exceed, from 20,000 of them."""
+    samples = np.random.default_rng(0).normal(size=(20_000, seeds))
+    return float(np.quantile(np.abs(_skewness(samples)), 0.99))
+
+
 # ------------------------------------------------------------------------------------------------------------- verdicts
 
 
 def _judge(tested: list[_TestedArm], smallest_effect: float) -> list[Comparison]:
     adjusted = holm([arm.test.p for arm in tested])
-    return [_judge_arm(arm, p_holm, len(tested), smallest_effect) for arm, p_holm in zip(tested, adjusted, strict=True)]
+    equivalent = holm([_equivalence(arm.test, smallest_effect) for arm in tested])
+    return [_judge_arm(*each, len(tested), smallest_effect) for each in zip(tested, adjusted, equivalent, strict=True)]
 
 
-def _judge_arm(tested: _TestedArm, p_holm: float, arms: int, smallest_effect: float) -> Comparison:
+def _judge_arm(
+    tested: _TestedArm, p_holm: float, p_equivalent: float, pairs: int, smallest_effect: float
+) -> Comparison:
     test = tested.test
-    detectable, interval = math.inf, (math.nan, math.nan)
+    detectable, interval, adjusted = math.inf, (math.nan, math.nan), (math.nan, math.nan)
     if not math.isnan(test.p):
-        detectable = test.error * _detectable(test.freedom, ALPHA / arms, POWER) if test.error else 0.0
-        reach = test.error * float(stats.t.isf(0.025, test.freedom))
-        interval = (test.difference - reach, test.difference + reach)
-    verdict, reason = _verdict(tested, p_holm, detectable, smallest_effect)
+        detectable = test.error * _detectable(test.freedom, ALPHA / pairs, POWER) if test.error else 0.0
+        interval, adjusted = _interval(test, ALPHA), _interval(test, ALPHA / pairs)
+    needed = seeds_needed(test.deviation, test.regret, smallest_effect, pairs)
+    verdict, reason = _verdict(tested, p_holm, p_equivalent, detectable, needed, smallest_effect)
     if tested.blocked:
         verdict, reason = Verdict.BLOCKED, tested.blocked
     return Comparison(
@@ -282,26 +370,50 @@ def _judge_arm(tested: _TestedArm, p_holm: float, arms: int, smallest_effect: fl
         regret=test.regret,
         p=test.p,
         p_holm=p_holm,
+        p_equivalent=p_equivalent,
         interval=interval,
+        adjusted=adjusted,
         detectable=detectable,
+        needed=needed,
+        scatter=tested.scatter,
         verdict=verdict,
         reason=reason,
     )
 
 
-def _verdict(tested: _TestedArm, p_holm: float, detectable: float, smallest_effect: float) -> tuple[Verdict, str]:
+def _interval(test: _TTest, alpha: float) -> tuple[float, float]:
+    reach = test.error * float(stats.t.isf(alpha / 2, test.freedom))
+    return test.difference - reach, test.difference + reach
+
+
+def _verdict(
+    tested: _TestedArm,
+    p_holm: float,
+    p_equivalent: float,
+    detectable: float,
+    needed: float,
+    smallest_effect: float,
+) -> tuple[Verdict, str]:
     test = tested.test
     diverged = f"{tested.diverged} of {test.seeds} seeds diverged" if tested.diverged else ""
+    less = f"by less than the {smallest_effect:g} nats asked for" if abs(test.difference) < smallest_effect else ""
     if test.seeds < FEWEST_SEEDS:
-        return Verdict.UNDERPOWERED, f"{test.seeds} seed(s): a verdict needs at least {FEWEST_SEEDS}"
+        return Verdict.UNDECIDED, f"{test.seeds} seed(s): a verdict needs at least {FEWEST_SEEDS}"
     if p_holm < ALPHA and test.difference > 0:
-        return Verdict.WORSE, diverged
-    if p_holm < ALPHA and tested.diverged <= tested.diverged_baseline:
-        return Verdict.BETTER, ""
-    if detectable > smallest_effect:
-        size = f"differences below {detectable:.3g} nats are not detectable here, {smallest_effect:g} was asked for"
-        return Verdict.UNDERPOWERED, "; ".join(filter(None, (diverged, size)))
-    return Verdict.NO_DIFFERENCE, diverged or f"a difference of {detectable:.2g} nats would have been found"
+        return Verdict.WORSE, diverged or less
+    no_more_diverged = tested.diverged <= tested.diverged_baseline
+    if p_holm < ALPHA and no_more_diverged:
+        return Verdict.BETTER, less
+    if p_equivalent < ALPHA and no_more_diverged:
+        return Verdict.EQUIVALENT, f"the difference is smaller than {smallest_effect:g} nats"
+    size = f"differences below {detectable:.3g} nats are not detectable here, {smallest_effect:g} was asked for"
+    if detectable <= smallest_effect:
+        size = f"a difference of {detectable:.2g} nats would have been found, but a smaller one is not ruled out"
+    elif math.isfinite(needed):
+        size += f", which takes about {needed:.0f} seeds"
+    elif test.regret > 0:
+        size += ", which takes a finer or repeated sweep"
+    return Verdict.UNDECIDED, "; ".join(filter(None, (diverged, size)))
 
 
 # ------------------------------------------------------------------------------------- compute and sizes

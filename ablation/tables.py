@@ -132,36 +132,65 @@ def _verdict_cells(c: Comparison | None, scale: tuple[float, float]) -> list[Tab
 
 
 def tests_table(results: Results, size: str) -> PageTable:
-    """Return the tests behind the verdicts of a size, and what the arms' losses are worth in compute."""
-    costs = efficiency(results, size)
+    """Return the tests behind the verdicts of a size."""
     heads = (
-        "arm", "from", "to", "regret", "p", "p (Holm)", "detectable", "speed-up, FLOPs", "speed-up, seconds",
-        "loss at equal time", "loss at equal memory",
+        "arm", "from", "to", "from, all arms", "to, all arms", "regret", "p", "p (Holm)", "p, equivalent", "detectable",
+        "seeds needed",
     )  # fmt: skip
     rows = [
-        TableRow([text_cell(arm), *_test_cells(c), *_efficiency_cells(costs.get(arm))], row_css(results, arm))
-        for arm, c in _by_difference(results, size)
+        TableRow([text_cell(arm), *_test_cells(c)], row_css(results, arm)) for arm, c in _by_difference(results, size)
     ]
+    effect = results.manifest.plan.smallest_effect
     caption = (
-        f"{size}: the 95% interval of the difference in nats per token, what missed learning rates add to its standard error, "
-        "its p-value alone and among all arms (Holm), the "
-        f"smallest difference that {POWER:.0%} of such plans would find; how many times the arm's compute {results.baseline} "
-        "needs for the arm's loss, and the arm's loss in the time or memory that the baseline takes."
+        f"{size}: the 95% interval of the difference in nats per token, by itself and for all arms and sizes together "
+        "(Bonferroni); what missed learning rates add to its standard error; the p-value of no difference, alone and among "
+        f"all (Holm), and that of a difference of {effect:g} or more (Holm); the smallest difference that {POWER:.0%} of such "
+        f"plans would find, and the seeds that would find {effect:g}."
     )
     return PageTable(heads, rows, caption)
 
 
 def _test_cells(c: Comparison | None) -> list[TableCell]:
     if c is None:
-        return [TableCell("", "") for _ in range(6)]
-    ends = [number_cell(end, "+.4f") for end in c.interval]
-    return [
-        *ends,
-        number_cell(c.regret),
-        number_cell(c.p, ".2g"),
-        number_cell(c.p_holm, ".2g"),
-        number_cell(c.detectable),
+        return [TableCell("", "") for _ in range(10)]
+    ends = [number_cell(end, "+.4f") for end in (*c.interval, *c.adjusted)]
+    p = [number_cell(value, ".2g") for value in (c.p, c.p_holm, c.p_equivalent)]
+    return [*ends, number_cell(c.regret), *p, number_cell(c.detectable), number_cell(c.needed, ".0f")]
+
+
+def scatter_table(results: Results, size: str) -> PageTable:
+    """Return how the losses of a size's arms scatter over seeds."""
+    heads = ("arm", "SD", "SD of differences", "correlation", "p, unpaired", "note")
+    comparisons = _by_difference(results, size)
+    base = next((c.scatter.base for _, c in comparisons if c), math.nan)
+    rows = []
+    for arm, c in comparisons:
+        cells = [number_cell(base), *(TableCell("", "") for _ in range(3)), TableCell(css="text why")]
+        if c is not None:
+            numbers = [number_cell(c.scatter.own), number_cell(c.deviation), number_cell(c.scatter.correlation, ".2f")]
+            notes = TableCell("; ".join(c.scatter.notes), css="text why")
+            cells = [*numbers, number_cell(c.scatter.p_unpaired, ".2g"), notes]
+        rows.append(TableRow([text_cell(arm), *cells], row_css(results, arm)))
+    caption = (
+        f"{size}: standard deviations over seeds of the losses and of their differences to {results.baseline}, the correlation "
+        "of the two losses over seeds, and the p-value of Welch's test, which does not pair seeds."
+    )
+    return PageTable(heads, rows, caption)
+
+
+def efficiency_table(results: Results, size: str) -> PageTable:
+    """Return what the losses of a size's arms are worth in compute, time and memory."""
+    costs = efficiency(results, size)
+    heads = ("arm", "speed-up, FLOPs", "speed-up, seconds", "loss at equal time", "loss at equal memory")
+    rows = [
+        TableRow([text_cell(arm), *_efficiency_cells(costs.get(arm))], row_css(results, arm))
+        for arm, _ in _by_difference(results, size)
     ]
+    caption = (
+        f"{size}: how many times the arm's compute {results.baseline} needs for the arm's loss, and the arm's loss in the "
+        "time or memory that the baseline takes."
+    )
+    return PageTable(heads, rows, caption)
 
 
 def _efficiency_cells(cost: Efficiency | None) -> list[TableCell]:

@@ -15,10 +15,11 @@ from ablation.statistics import Comparison, Verdict
 def sentences(results: Results) -> list[str]:
     """Return one sentence per size of a plan, in the plan's order."""
     seeds, baseline = len(results.manifest.plan.seeds), results.baseline
-    return [_sentence(size, baseline, seeds, results.comparisons(size)) for size in results.sizes]
+    effect = results.manifest.plan.smallest_effect
+    return [_sentence(size, baseline, seeds, effect, results.comparisons(size)) for size in results.sizes]
 
 
-def _sentence(size: str, baseline: str, planned: int, comparisons: list[Comparison]) -> str:
+def _sentence(size: str, baseline: str, planned: int, effect: float, comparisons: list[Comparison]) -> str:
     if not any(c.seeds for c in comparisons):
         return f"At {size}, nothing is known yet: no arm shares a seed with {baseline}."
     most = max(c.seeds for c in comparisons)
@@ -30,11 +31,11 @@ def _sentence(size: str, baseline: str, planned: int, comparisons: list[Comparis
     clauses = [] if by_verdict[Verdict.BETTER] else [f"no arm is shown to be better than {baseline}"]
     for verdict in (Verdict.BETTER, Verdict.WORSE):
         if by_verdict[verdict]:
-            arms = [f"{_arm(c, most)} by {abs(c.difference):.4f}{_diverged(c)}" for c in by_verdict[verdict]]
+            arms = [_by(c, most, effect) for c in by_verdict[verdict]]
             clauses.append(f"{verdict.value} than {baseline}: {_join(arms)}")
     for verdict, label in (
-        (Verdict.NO_DIFFERENCE, f"no difference to {baseline} shown"),
-        (Verdict.UNDERPOWERED, "too few seeds to tell"),
+        (Verdict.EQUIVALENT, f"equivalent to {baseline} within {effect:g}"),
+        (Verdict.UNDECIDED, "undecided"),
         (Verdict.BLOCKED, "no verdict"),
     ):
         if by_verdict[verdict]:
@@ -42,6 +43,11 @@ def _sentence(size: str, baseline: str, planned: int, comparisons: list[Comparis
             reasons = {c.reason for c in by_verdict[verdict]} if verdict is Verdict.BLOCKED else set()
             clauses.append(f"{label}: {_join(arms)}" + (f" ({reasons.pop()})" if len(reasons) == 1 else ""))
     return f"At {size}, over {seeds} seeds, in nats per token: {'; '.join(clauses)}."
+
+
+def _by(c: Comparison, seeds: int, effect: float) -> str:
+    less = f" (less than the {effect:g} asked for)" if abs(c.difference) < effect else ""
+    return f"{_arm(c, seeds)} by {abs(c.difference):.4f}{less}{_diverged(c)}"
 
 
 def _arm(c: Comparison, seeds: int) -> str:

@@ -235,7 +235,7 @@ def test_open_questions_are_listed(plan, tmp_path):
     assert "1 run(s) have not started: nano-gelu-lr0.004-seed4" in text
     assert "nano-swiglu-lr0.004-seed2 diverged" in text
     assert "nano-silu-lr0.004-seed1: 1 broken line(s) of metrics.jsonl were skipped" in text
-    assert "swiglu at nano: underpowered: 1 of 5 seeds diverged" in text
+    assert "swiglu at nano: undecided: 1 of 5 seeds diverged" in text
 
 
 def test_marks_that_reverse_a_text_are_written_out(folder):

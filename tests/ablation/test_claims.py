@@ -200,15 +200,15 @@ def test_noise_does_not_settle_a_claim(tmp_path):
     noise = lambda planned: 3.0 + 0.1 * random.Random(f"{planned.arm} {planned.seed}").random()  # noqa: E731
     found = answer("SwiGLU beats ReLU", tmp_path, plan("relu", "swiglu"), loss=noise)
     assert found.state == OPEN
-    assert re.fullmatch(r"not settled: (blocked|underpowered): .*", found.verdict)
+    assert re.fullmatch(r"not settled: (blocked|undecided): .*", found.verdict)
 
 
 def test_two_seeds_do_not_settle_a_claim(tmp_path):
     found = answer("SwiGLU beats ReLU", tmp_path, plan("relu", "swiglu", seeds="[0,1]"), {"swiglu": -0.5})
-    assert found.verdict == "not settled: underpowered: final_eval_loss of swiglu and relu, 2 seed(s)"
+    assert found.verdict == "not settled: undecided: final_eval_loss of swiglu and relu, 2 seed(s)"
     text, figures = "Sigmoid zigzags, tanh does not", CASES["Sigmoid zigzags, tanh does not"][1][1]
     found = answer(text, tmp_path, plan("sigmoid", "tanh", seeds="[0,1]"), {}, figures)
-    assert found.verdict == "not settled: underpowered: sign_agreement of sigmoid and tanh, 2 seed(s)"
+    assert found.verdict == "not settled: undecided: sign_agreement of sigmoid and tanh, 2 seed(s)"
 
 
 def test_what_blocks_a_verdict_blocks_a_claim(tmp_path):

@@ -60,7 +60,7 @@ def test_shazeers_table_after_holm():
     against_relu = published(4, "relu")
     better = {arm for arm, found in against_relu.items() if found.verdict == Verdict.BETTER}
     assert better == {"gelu", "glu", "bilinear", "geglu", "swiglu", "reglu"}
-    assert against_relu["swish"].verdict == Verdict.NO_DIFFERENCE
+    assert against_relu["swish"].verdict == Verdict.EQUIVALENT  # within 0.02
     assert published(4, "swiglu")["geglu"].verdict not in (Verdict.BETTER, Verdict.WORSE)
 
 
@@ -86,7 +86,7 @@ def test_geglu_and_swiglu_are_not_told_apart():
 
 @pytest.mark.parametrize("runs", [1, 2])
 def test_one_or_two_seeds_are_too_few(runs):
-    assert {found.verdict for found in published(runs, "relu").values()} == {Verdict.UNDERPOWERED}
+    assert {found.verdict for found in published(runs, "relu").values()} == {Verdict.UNDECIDED}
 
 
 @pytest.mark.parametrize(
@@ -205,22 +205,88 @@ def test_the_order_of_seeds_does_not_matter_and_only_common_ones_count():
 
 def test_two_seeds_that_agree_are_still_too_few():
     [found] = compared(fixed(-0.5, -0.5))
-    assert found.verdict == Verdict.UNDERPOWERED
+    assert found.verdict == Verdict.UNDECIDED
     assert "2 seed(s)" in found.reason
 
 
-def test_an_arm_that_differs_by_nothing_at_all_shows_no_difference():
+def test_an_arm_that_differs_by_nothing_at_all_is_equivalent():
     [found] = compared(fixed(0.0, 0.0, 0.0))
-    assert (found.verdict, found.p, found.detectable) == (Verdict.NO_DIFFERENCE, 1.0, 0.0)
+    assert (found.verdict, found.p, found.p_equivalent, found.detectable) == (Verdict.EQUIVALENT, 1.0, 0.0, 0.0)
+    [found] = compared(fixed(0.02, 0.02, 0.02))
+    assert (found.verdict, found.p_equivalent) == (Verdict.WORSE, 1.0)
 
 
-def test_what_would_not_have_been_found_is_underpowered():
+def test_equivalence_is_that_of_two_one_sided_tests():
+    data = fixed(-0.003, 0.002, 0.001, -0.002, 0.0015)
+    [found] = compared(data, 0.01)
+    differences = [data["arm1"][seed] - data["arm0"][seed] for seed in range(5)]
+    above = stats.ttest_1samp(differences, -0.01, alternative="greater").pvalue
+    below = stats.ttest_1samp(differences, 0.01, alternative="less").pvalue
+    assert found.p_equivalent == pytest.approx(max(above, below))
+    assert (found.verdict, found.reason) == (Verdict.EQUIVALENT, "the difference is smaller than 0.01 nats")
+    assert compared(data, 0.001)[0].verdict == Verdict.UNDECIDED
+    data |= {f"arm{i}": {seed: loss + 0.5 for seed, loss in data["arm0"].items()} for i in (2, 3)}
+    assert compared(data, 0.01)[0].p_equivalent == pytest.approx(3 * max(above, below))  # one of three
+
+
+def test_a_difference_that_is_shown_but_smaller_than_asked_for_is_said_so():
+    [found] = compared(fixed(-0.010, -0.012, -0.011, -0.013, -0.012), 0.02)
+    assert (found.verdict, found.reason) == (Verdict.BETTER, "by less than the 0.02 nats asked for")
+    [found] = compared(fixed(0.010, 0.012, 0.011, 0.013, 0.012), 0.02)
+    assert (found.verdict, found.reason) == (Verdict.WORSE, "by less than the 0.02 nats asked for")
+    assert compared(fixed(-0.010, -0.012, -0.011, -0.013, -0.012), 0.01)[0].reason == ""
+
+
+@pytest.mark.slow
+def test_arms_that_differ_by_the_smallest_effect_are_hardly_ever_called_equivalent():
+    generator, wrong = np.random.default_rng(6), 0
+    for _ in range(1000):
+        data = losses(generator, deviation=0.004)
+        shifted = {arm: {s: loss + 0.02 * (arm != "arm0") for s, loss in of.items()} for arm, of in data.items()}
+        wrong += Verdict.EQUIVALENT in verdicts(shifted, 0.02).values()
+    assert wrong <= 50  # 5%
+
+
+def test_what_would_not_have_been_found_is_undecided_and_the_seeds_that_decide_are_told():
     data = fixed(-0.03, 0.02, 0.01, -0.02, 0.015)
     [found] = compared(data)
-    assert found.verdict == Verdict.UNDERPOWERED
+    assert found.verdict == Verdict.UNDECIDED
     assert found.detectable == pytest.approx(found.deviation * detectable_difference(5))
-    [found] = compared(data, 1.0)
-    assert found.verdict == Verdict.NO_DIFFERENCE
+    seeds = int(found.needed)
+    assert found.deviation * detectable_difference(seeds) <= 0.01 < found.deviation * detectable_difference(seeds - 1)
+    assert found.reason == (
+        f"differences below {found.detectable:.3g} nats are not detectable here, 0.01 was asked for, which takes about "
+        f"{seeds} seeds"
+    )
+    [found] = compared(data, regrets={"arm1": 0.01})
+    assert found.needed == math.inf
+    assert found.reason.endswith(", which takes a finer or repeated sweep")
+    assert compared(data, 1.0)[0].verdict == Verdict.EQUIVALENT
+
+
+def test_the_adjusted_interval_holds_for_all_pairs_together():
+    data = losses(np.random.default_rng(7), arms=8)
+    for found in compared(data):
+        error = found.deviation / math.sqrt(5)
+        for interval, alpha in ((found.interval, ALPHA), (found.adjusted, ALPHA / 7)):
+            reach = stats.t.isf(alpha / 2, 4) * error
+            assert interval == pytest.approx((found.difference - reach, found.difference + reach))
+
+
+def test_how_losses_scatter_is_noted():
+    own, base = [3.00, 3.30, 2.80, 3.10, 2.90], [3.01, 3.02, 3.00, 3.03, 2.99]
+    [found] = compare([Pair("a", dict(enumerate(own)), dict(enumerate(base)))], 0.01)
+    scatter = found.scatter
+    assert (scatter.own, scatter.base) == pytest.approx((np.std(own, ddof=1), np.std(base, ddof=1)))
+    assert scatter.correlation == pytest.approx(stats.pearsonr(own, base).statistic)
+    assert scatter.p_unpaired == pytest.approx(stats.ttest_ind(own, base, equal_var=False).pvalue)
+    assert scatter.notes == ("its losses scatter 12 times as much as the baseline's",)
+    [found] = compared(fixed(-0.010, -0.011, -0.0105, -0.012, -0.150))
+    assert found.scatter.notes == ("its differences are skewed: one or two seeds decide",)
+    [found] = compared(fixed(-0.010, -0.011, -0.0105, -0.012, -0.0095))
+    assert found.scatter.notes == ("unpaired, the difference is not significant: it rests on the pairing of seeds",)
+    [found] = compared(fixed(-0.010, 0.011, -0.0105, 0.012, 0.001))
+    assert found.scatter.notes == ()
 
 
 def test_a_diverged_seed_counts_and_its_arm_is_not_better():
@@ -228,7 +294,7 @@ def test_a_diverged_seed_counts_and_its_arm_is_not_better():
     [found] = compared(data)
     assert (found.seeds, found.diverged) == (5, 1)
     assert found.difference > 1
-    assert found.verdict == Verdict.UNDERPOWERED
+    assert found.verdict == Verdict.UNDECIDED
     assert "1 of 5 seeds diverged" in found.reason
 
 
@@ -262,7 +328,7 @@ def test_pairs_have_their_own_baselines_and_are_adjusted_for_all_of_them():
     assert found["b"].difference == pytest.approx(0.28 / 3)
     first = min(found["a"], found["b"], key=lambda c: c.p)
     assert first.p_holm == pytest.approx(3 * first.p)  # one without seeds counts
-    assert (found["none"].seeds, found["none"].verdict) == (0, Verdict.UNDERPOWERED)
+    assert (found["none"].seeds, found["none"].verdict) == (0, Verdict.UNDECIDED)
 
 
 def test_a_margin_moves_what_better_and_worse_are_beside():

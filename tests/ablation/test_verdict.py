@@ -21,14 +21,21 @@ def plan():
     return plan_of("ablation=glu_variants", ARMS, "tokens=600000")
 
 
-def test_better_worse_and_no_difference(plan, tmp_path):
+def test_better_worse_and_equivalent(plan, tmp_path):
     rule = losses({"swiglu": -0.05, "gelu": 0.04}, noise=0.001)
     results = read_results(make(plan, tmp_path, rule))
     found = {c.arm: abs(c.difference) for c in results.comparisons("nano")}
     assert sentences(results) == [
         f"At nano, over 5 seeds, in nats per token: better than relu: swiglu by {found['swiglu']:.4f}; "
-        f"worse than relu: gelu by {found['gelu']:.4f}; no difference to relu shown: silu."
+        f"worse than relu: gelu by {found['gelu']:.4f}; equivalent to relu within 0.01: silu."
     ]
+
+
+def test_a_difference_that_is_smaller_than_asked_for_is_said_so(tmp_path):
+    plan = plan_of("ablation=glu_variants", ARMS, "tokens=600000", "ablation.smallest_effect=0.08")
+    (sentence,) = sentences(read_results(make(plan, tmp_path, losses({"swiglu": -0.05, "gelu": 0.2}, noise=0.001))))
+    assert re.search(r"better than relu: swiglu by 0\.0\d+ \(less than the 0\.08 asked for\); ", sentence)
+    assert re.search(r"worse than relu: gelu by [\d.]+; equivalent to relu within 0\.08: silu\.$", sentence)
 
 
 def test_the_largest_difference_comes_first(plan, tmp_path):
@@ -39,9 +46,9 @@ def test_the_largest_difference_comes_first(plan, tmp_path):
 
 def test_no_winner_without_a_verdict(plan, tmp_path):
     for name, rule in {
-        "noisy": losses({"swiglu": -0.05}, noise=0.05),  # underpowered
+        "noisy": losses({"swiglu": -0.05}, noise=0.05),  # undecided
         "edge": losses({"swiglu": -0.5}, best=4.0),  # blocked
-        "alike": losses({}, noise=0.001),  # no difference
+        "alike": losses({}, noise=0.001),  # equivalent
     }.items():
         results = read_results(make(plan, tmp_path / name, rule))
         assert all(c.verdict not in (Verdict.BETTER, Verdict.WORSE) for c in results.comparisons("nano"))

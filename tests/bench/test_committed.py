@@ -36,7 +36,7 @@ def test_verdicts_follow_from_the_losses(size):
     assert len(committed) == len(expected) == 7
     for row in committed:
         c = expected[row["arm"]]
-        assert row["verdict"] == c.verdict.value
+        assert row["verdict"].replace("underpowered", "undecided") == c.verdict.value  # the word of version 0.2
         figures = (c.difference, *c.interval, c.p, c.p_holm, c.detectable)
         names = ("difference", "interval_low", "interval_high", "p", "p_holm", "detectable")
         assert [float(row[name]) for name in names] == pytest.approx(figures, rel=1e-9)

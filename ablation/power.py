@@ -1,0 +1,52 @@
+"""Say before a plan runs which differences it can find, and how many seeds its smallest effect takes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+from ablation.manifest import NAME
+from ablation.plan import Plan
+from ablation.results import read_results
+from ablation.statistics import ALPHA, FEWEST_SEEDS, POWER, detectable_difference, seeds_needed
+from launch.estimate.counts import parameters, shape_of
+
+# Median over arms of the standard deviation of per-seed differences to relu, nats per token, by parameters, after 1M tokens:
+# bench/results/glu_variants/comparisons.csv.
+MEASURED = {3_344_576: 0.0362, 5_114_624: 0.0233}
+
+
+def power_lines(plan: Plan, folder: Path) -> list[str]:
+    """Return, for every size, which difference its seeds find and how many seeds the plan's smallest effect takes.
+
+    The scatter comes from the runs of the plan's folder where three seeds of an arm and the baseline have ended, or else from
+    the measured size that is nearest. What missed learning rates add is not known before the sweep.
+    """
+    pairs = len(list(plan.size_arm_pairs())) - len(plan.arms)
+    seeds, effect = len(plan.config.seeds), plan.config.smallest_effect
+    of_runs = _of_runs(folder) if (folder / NAME).exists() else {}
+    lines = []
+    for size, arms in plan.arms.items():
+        deviation, source = of_runs.get(size, math.nan), "of the runs that have ended"
+        if math.isnan(deviation):
+            count = sum(parameters(shape_of(arms[plan.config.baseline].config)).values())
+            nearest = min(MEASURED, key=lambda n: abs(math.log(n / count)))
+            deviation, source = MEASURED[nearest], f"measured at {nearest / 1e6:.1f}M parameters and 1M tokens"
+        found = deviation * detectable_difference(seeds, ALPHA / pairs)
+        needed = seeds_needed(deviation, 0.0, effect, pairs)
+        takes = f"about {needed:.0f} seeds" if math.isfinite(needed) else "more than 10,000 seeds"
+        lines.append(
+            f"{size}: {seeds} seeds find a difference of {found:.2g} nats in {POWER:.0%} of such plans, and {effect:g} takes "
+            f"{takes} (SD of differences {deviation:.2g}, {source})"
+        )
+    return lines
+
+
+def _of_runs(folder: Path) -> dict[str, float]:
+    """Return the median deviation of differences by size, from the runs of a plan's folder."""
+    results = read_results(folder)
+    by_size = {
+        size: [c.deviation for c in results.comparisons(size) if c.seeds >= FEWEST_SEEDS] for size in results.sizes
+    }
+    return {size: statistics.median(deviations) for size, deviations in by_size.items() if deviations}
