@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from conf.load import typed
 from conf.schema import DataConfig
-from data.files import BOM, content_hash, find_files, need, not_utf8, read_chunks, read_lines, stamp
+from data.files import BOM, PACKED, content_hash, find_files, need, not_utf8, read_chunks, read_lines, stamp
 from kernels.common.errors import UserError, unknown
 
 SOURCES = ("stdlib", "text", "jsonl", "parquet", "hf", "blend")
@@ -127,6 +127,20 @@ def _identity(config: DataConfig, identify: Callable[[list[Path]], list[Any]]) -
     else:
         raise unknown("data source", config.source, SOURCES)
     return json.dumps([config.source, known], sort_keys=True)
+
+
+def most_bytes(config: DataConfig) -> int | None:
+    """Return how many bytes of text a source has at most, by the sizes of its files; None where these do not say it.
+
+    Raises:
+        UserError: as `documents` does for what is missing.
+    """
+    if config.source == "stdlib":
+        return sum(path.stat().st_size for _, path in _stdlib_files())
+    if config.source not in ("text", "jsonl"):
+        return None
+    files = _files(config)
+    return None if any(path.suffix.lower() in PACKED for path in files) else sum(stamp(path)[1] for path in files)
 
 
 def parts(config: DataConfig) -> dict[str, tuple[float, DataConfig]]:

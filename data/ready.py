@@ -9,12 +9,16 @@ from itertools import groupby
 from pathlib import Path
 
 from conf.load import load
-from conf.schema import Config
+from conf.schema import Config, DataConfig
 from conf.validate import total_steps
 from data.batches import open_dataset, refuse_repetition
+from data.documents import most_bytes
 from data.prepare import INDEX, folder_of, prepare
 from kernels.common.commands import run_command
+from kernels.common.errors import UserError
 from kernels.common.options import split_options
+
+MOST_TOKENS_PER_BYTE = 4  # more than any tokenizer makes: one that knows nothing makes a token of each byte
 
 USAGE = """
 usage: python -m data.ready [prepare=true] KEY=VALUE ... [-- KEY=VALUE ...]
@@ -33,13 +37,32 @@ def is_ready(config: Config) -> bool:
             too often.
     """
     folder = folder_of(config.data, config.tokenizer)
-    if not (folder / INDEX).is_file():
-        return False
-    steps, resumed = total_steps(config), any(Path(config.runs, str(config.run), "checkpoints").glob("step_*"))
+    prepared, steps = (folder / INDEX).is_file(), total_steps(config)
+    resumed = any(Path(config.runs, str(config.run), "checkpoints").glob("step_*"))
     if steps is not None and not resumed:  # a run that resumes knows how long it was to be
         samples = steps * config.global_batch_size
-        refuse_repetition(open_dataset(folder), config.sequence_length, samples, config.data.max_epochs)
-    return True
+        if prepared:
+            refuse_repetition(open_dataset(folder), config.sequence_length, samples, config.data.max_epochs)
+        else:
+            _refuse_hopeless(config.data, samples * config.sequence_length)
+    return prepared
+
+
+def _refuse_hopeless(data: DataConfig, tokens: int) -> None:
+    """Refuse a run that would repeat its corpus too often whatever the tokenizer, before somebody tokenizes it.
+
+    Raises:
+        UserError: it would.
+    """
+    size = most_bytes(data)
+    if size is None:
+        return
+    least = tokens / (MOST_TOKENS_PER_BYTE * max(1, size))
+    if least > data.max_epochs:
+        raise UserError(
+            f"this run would go more than {least:,.0f} times through {data.name} ({size:,} bytes of text), and "
+            f"data.max_epochs={data.max_epochs:g}: give it more text (data=text data.path=FOLDER), or fewer tokens=N"
+        )
 
 
 def main(argv: list[str]) -> int:

@@ -13,6 +13,7 @@ nothing new is not requeued.
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 from conf.help import key_lines
@@ -42,12 +43,17 @@ def main(argv: list[str]) -> int:
     options, arguments = split_options(argv, _OPTIONS, {"nodes": 1, "ranks_per_node": 1})
     cluster, overrides = read_group("cluster", ClusterConfig, arguments, "cluster")
     job, configuration = plan(cluster, options["nodes"], options["ranks_per_node"], overrides, command_text(argv))
+    in_container = cluster.container != "none"
     if options["dry_run"]:
-        print(render(job, cluster), end="")
+        print(render(job, cluster), end="", flush=True)
+        try:
+            unprepared([] if in_container else [overrides])
+        except UserError as error:
+            print(f"warning: without dry_run=true this is refused: {error}", file=sys.stderr)
         return 0
     refuse_queued(job.folder)
     # Paths inside a container may be others than here: there the job that prepares the corpus checks it.
-    corpora = [overrides] if cluster.container != "none" else unprepared([overrides])
+    corpora = [overrides] if in_container else unprepared([overrides])
     with explain_os_errors("write the job to", job.folder):
         (job.folder / "slurm").mkdir(parents=True, exist_ok=True)
         with atomic_write(job.folder / "slurm" / "config.yaml") as file:

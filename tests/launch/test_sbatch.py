@@ -114,6 +114,16 @@ def test_bad_input_is_one_sentence(words, why):
         main([*words, "dry_run=true"])
 
 
+def test_a_dry_run_says_what_a_submission_refuses(capsys, tmp_path):
+    words = ["cluster=cpu", f"runs={tmp_path}", "run=x", f"data.prepared={tmp_path / 'p'}", "dry_run=true"]
+    assert main([*words, "tokens=1T"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("#!/bin/bash\n")
+    assert re.match("warning: without dry_run=true this is refused: this run would go more than .* stdlib", printed.err)
+    assert main([*words, "tokens=1M"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_without_sbatch_the_script_is_printed_and_how_to_submit_it(tmp_path):
     words = ["cluster=cpu", "nodes=2", "run=x", f"runs={tmp_path}", f"data.prepared={tmp_path / 'p'}"]
     dry = command(sys.executable, "-m", "launch.slurm", *words, "dry_run=true")
@@ -388,6 +398,7 @@ def test_a_corpus_is_prepared_before_nodes_are_asked_for(tmp_path, monkeypatch):
         "run=x",
         f"runs={tmp_path}",
         "data=text",
+        "data.max_epochs=1000000",
         f"data.prepared={tmp_path / 'p'}",
     ]
     missing = tmp_path / "missing"
