@@ -58,7 +58,7 @@ _VERDICT_COLOURS = {
     Verdict.BLOCKED: "#8c8f9c",
 }
 _PIXELS_PER_INCH = 160  # of PNG files
-_BARS = " (bars: 95% intervals over seeds and learning rates, thin: for all arms at once; band: smaller than asked for)"
+_BARS = "bars: 95% intervals, thin for all arms at once;\nband: differences smaller than asked for"
 _POINTS = 60  # of a curve: the resolution of a figure this wide
 _LETTERS_PER_INCH = 11  # of a title
 # Evaluations within a run mostly use a part of the held-out text, the final one all of it.
@@ -155,7 +155,7 @@ def verdicts(results: Results) -> ReportFigure | None:
     if not by_size:
         return None
     rows = max(len(comparisons) for comparisons in by_size.values())
-    figure, panels = _panels(len(by_size), height=0.9 + 0.3 * rows, legend=False)
+    figure, panels = _panels(len(by_size), height=1.5 + 0.3 * rows, legend=False)
     parts = []
     for axes, (size, comparisons) in zip(panels, by_size.items(), strict=True):
         comparisons = sorted(comparisons, key=lambda c: -c.difference)
@@ -170,16 +170,11 @@ def verdicts(results: Results) -> ReportFigure | None:
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(comparisons)), [f"{c.arm}: {c.verdict.value}" for c in comparisons])
         axes.set_ylim(-0.6, len(comparisons) - 0.4)
-        axes.set_xlabel(f"nats per token relative to {results.baseline}; left is better")
+        axes.set_xlabel(f"nats per token relative to {results.baseline}; left is better\n{_BARS}")
         axes.set_title(size)
         better = sum(c.verdict is Verdict.BETTER for c in comparisons)
         parts.append(f"{size}: {better} of {len(comparisons)} arms shown to be better than {results.baseline}")
-    return ReportFigure(
-        "verdicts",
-        "; ".join(parts)
-        + " (bars: 95% intervals over seeds and learning rates, thin: for all arms together; band: smaller than asked for)",
-        figure,
-    )
+    return ReportFigure("verdicts", "; ".join(parts), figure)
 
 
 def curves(results: Results) -> ReportFigure | None:

@@ -317,8 +317,10 @@ def _scatter(own: np.ndarray, base: np.ndarray, test: _TTest) -> Scatter:
         error = math.hypot(unpaired.error, test.regret)
         p = 2 * float(stats.t.sf(abs(unpaired.difference) / error, unpaired.freedom))
     notes = []
-    if min(deviations) > 0 and not 1 / SCATTER_RATIO < deviations[0] / deviations[1] < SCATTER_RATIO:
+    if deviations[0] > SCATTER_RATIO * deviations[1] > 0:
         notes.append(f"its losses scatter {deviations[0] / deviations[1]:.2g} times as much as the baseline's")
+    if deviations[1] > SCATTER_RATIO * deviations[0] > 0:
+        notes.append(f"the baseline's losses scatter {deviations[1] / deviations[0]:.2g} times as much as its own")
     if len(own) >= FEWEST_SEEDS and abs(_skewness(own - base)) > _largest_skewness(len(own)):
         notes.append("its differences are skewed: one or two seeds decide")
     if test.p < ALPHA <= p:

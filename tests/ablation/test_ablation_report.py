@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -256,6 +257,15 @@ def test_marks_in_attributes_are_written_out(folder):
     text = whole_page(dataclasses.replace(results, manifest=manifest), [])
     assert not CONTROL.search(text)
     assert r'data-value="a\x1b\ud800"' in text
+
+
+def test_the_verdict_of_a_single_arm_has_room(tmp_path):
+    results = read_results(make(plan_of("ablation=smoke"), tmp_path, losses({"swiglu": -0.5})))
+    [figure] = [figure for figure in draw(results) if figure.name == "verdicts"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns where axes collapse
+        figure.save(tmp_path)
+    assert figure.title == "nano: 1 of 1 arms shown to be better than linear"
 
 
 def test_text_is_escaped(folder):

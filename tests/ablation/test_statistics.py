@@ -281,6 +281,8 @@ def test_how_losses_scatter_is_noted():
     assert scatter.correlation == pytest.approx(stats.pearsonr(own, base).statistic)
     assert scatter.p_unpaired == pytest.approx(stats.ttest_ind(own, base, equal_var=False).pvalue)
     assert scatter.notes == ("its losses scatter 12 times as much as the baseline's",)
+    [found] = compare([Pair("a", dict(enumerate(base)), dict(enumerate(own)))], 0.01)
+    assert found.scatter.notes == ("the baseline's losses scatter 12 times as much as its own",)
     [found] = compared(fixed(-0.010, -0.011, -0.0105, -0.012, -0.150))
     assert found.scatter.notes == ("its differences are skewed: one or two seeds decide",)
     [found] = compared(fixed(-0.010, -0.011, -0.0105, -0.012, -0.0095))
