@@ -35,6 +35,7 @@ from conf.terminal import SafeConsole
 from kernels.common.commands import run_command
 from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.options import read_positional
+from kernels.common.text import listed
 
 DATA = Path(__file__).with_name("claims.yaml")
 SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "not settled"
@@ -174,7 +175,7 @@ class Answer:
         sizes = list(dict.fromkeys(finding.where for finding in settled))
         several = len({shape for finding in settled for shape in finding.shapes}) > 1
         why = _reasons([finding for finding in settled if finding.why])
-        return f"{self.state} at {_join(sizes)}{'' if several else ' only'}{': ' if why else ''}{why}"
+        return f"{self.state} at {listed(sizes)}{'' if several else ' only'}{': ' if why else ''}{why}"
 
     @property
     def _requirement(self) -> str:
@@ -190,7 +191,7 @@ def _reasons(findings: list[Evidence]) -> str:
         where.setdefault(finding.why, []).append(finding.where)
     if len(where) == 1:
         return next(iter(where))
-    return "; ".join(f"{why} (at {_join(dict.fromkeys(sizes))})" for why, sizes in where.items())
+    return "; ".join(f"{why} (at {listed(dict.fromkeys(sizes))})" for why, sizes in where.items())
 
 
 def judge(claims: Iterable[Claim], plans: Sequence[Results]) -> list[Answer]:
@@ -410,7 +411,7 @@ def _blocked(results: Results, size: str, arms: list[str]) -> str:
         return renamed
     for name in sorted(set().union(*learned.values())):
         if not name.startswith(_ARM_KEYS) and len({repr(values.get(name)) for values in learned.values()}) > 1:
-            return f"blocked: {_join(learned)} differ in {name}"
+            return f"blocked: {listed(learned)} differ in {name}"
     return ""
 
 
@@ -450,11 +451,6 @@ def _merge_seeds(runs: list[str]) -> list[str]:
         stem, _, seed = name.rpartition("seed")
         seeds.setdefault(stem, []).append(seed)
     return [f"{stem}seed{{{','.join(of_stem)}}}" for stem, of_stem in seeds.items()]
-
-
-def _join(names: Iterable[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 if __name__ == "__main__":

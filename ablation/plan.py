@@ -26,6 +26,7 @@ from conf.overrides import quoted
 from conf.schema import AblationConfig, Config
 from conf.validate import Batch, digest, holds_text_out, validate, what_is_learned
 from kernels.common.errors import UserError, suggest, unknown
+from kernels.common.text import listed
 from launch.estimate.counts import check_divisibility, ffn_saved_bytes, flops_per_token, shape_of
 
 StepSeconds = Callable[[str, str, int], float]  # seconds per step of (size, arm, d_ff)
@@ -160,8 +161,7 @@ def learning_rates(config: AblationConfig, lr: float) -> list[float]:
 
 def seeds_text(seeds: Sequence[int]) -> str:
     """Return seeds as text: "seed 0", "seeds 0, 1 and 2"."""
-    *first, last = map(str, seeds)
-    return f"seeds {', '.join(first)} and {last}" if first else f"seed {last}"
+    return f"seed{'s' if len(seeds) > 1 else ''} {listed(seeds)}"
 
 
 def values_of_plan(config: AblationConfig) -> dict[str, Any]:

@@ -118,8 +118,15 @@ class Results:
 
     def regrets(self, size: str) -> dict[str, float]:
         """Return what each arm may lose by missing its best learning rate, in nats: `SweepResult.regret`; nan if unknown."""
-        noise, sweeps = self.noise(size), {arm: self.sweep(size, arm) for arm in self.arms(size)}
-        return {arm: sweep.regret(noise) for arm, sweep in sweeps.items() if sweep is not None}
+        return self._regrets[size]
+
+    @functools.cached_property
+    def _regrets(self) -> dict[str, dict[str, float]]:
+        by_size = {}
+        for size in self.sizes:
+            noise, sweeps = self.noise(size), {arm: self.sweep(size, arm) for arm in self.arms(size)}
+            by_size[size] = {arm: sweep.regret(noise) for arm, sweep in sweeps.items() if sweep is not None}
+        return by_size
 
     def known_regrets(self, size: str) -> dict[str, float]:
         """Return `regrets` without the arms whose regret is unknown: they are blocked."""

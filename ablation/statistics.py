@@ -220,7 +220,7 @@ def _paired_test(differences: np.ndarray, regret: float) -> _TTest:
     error = math.hypot(deviation / math.sqrt(n), regret)
     if regret > 0:
         # The freedom of the seeds' part alone: that of both is higher.
-        return _TTest(n, mean, deviation, error, n - 1, 2 * float(stats.t.sf(abs(mean) / error, n - 1)), regret)
+        return _TTest(n, mean, deviation, error, n - 1, _two_sided_p(mean, error, n - 1), regret)
     if error == 0.0:  # the same difference in every seed, where t is undefined or infinite
         return _TTest(n, mean, deviation, error, n - 1, 1.0 if mean == 0.0 else 0.0)
     with (
@@ -229,6 +229,10 @@ def _paired_test(differences: np.ndarray, regret: float) -> _TTest:
         warnings.simplefilter("ignore", RuntimeWarning)
         result: Any = stats.ttest_1samp(differences, 0.0)  # SciPy has no types
     return _TTest(n, mean, deviation, error, n - 1, float(result.pvalue))
+
+
+def _two_sided_p(difference: float, error: float, freedom: float) -> float:
+    return 2 * float(stats.t.sf(abs(difference) / error, freedom))
 
 
 def _welch_test(one: tuple[float, float, int], other: tuple[float, float, int]) -> _TTest:
@@ -314,8 +318,7 @@ def _scatter(own: np.ndarray, base: np.ndarray, test: _TTest) -> Scatter:
     unpaired = _welch_test(*summaries)
     p = unpaired.p
     if test.regret > 0:
-        error = math.hypot(unpaired.error, test.regret)
-        p = 2 * float(stats.t.sf(abs(unpaired.difference) / error, unpaired.freedom))
+        p = _two_sided_p(unpaired.difference, math.hypot(unpaired.error, test.regret), unpaired.freedom)
     notes = []
     if deviations[0] > SCATTER_RATIO * deviations[1] > 0:
         notes.append(f"its losses scatter {deviations[0] / deviations[1]:.2g} times as much as the baseline's")

@@ -6,10 +6,9 @@ both arms have, largest first. Their intervals, and why an arm has no verdict, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from ablation.results import Results
 from ablation.statistics import Comparison, Verdict
+from kernels.common.text import listed
 
 
 def sentences(results: Results) -> list[str]:
@@ -32,7 +31,7 @@ def _sentence(size: str, baseline: str, planned: int, effect: float, comparisons
     for verdict in (Verdict.BETTER, Verdict.WORSE):
         if by_verdict[verdict]:
             arms = [_by(c, most, effect) for c in by_verdict[verdict]]
-            clauses.append(f"{verdict.value} than {baseline}: {_join(arms)}")
+            clauses.append(f"{verdict.value} than {baseline}: {listed(arms)}")
     for verdict, label in (
         (Verdict.EQUIVALENT, f"equivalent to {baseline} within {effect:g}"),
         (Verdict.UNDECIDED, "undecided"),
@@ -41,7 +40,7 @@ def _sentence(size: str, baseline: str, planned: int, effect: float, comparisons
         if by_verdict[verdict]:
             arms = [f"{_arm(c, most)}{_diverged(c)}" for c in by_verdict[verdict]]
             reasons = {c.reason for c in by_verdict[verdict]} if verdict is Verdict.BLOCKED else set()
-            clauses.append(f"{label}: {_join(arms)}" + (f" ({reasons.pop()})" if len(reasons) == 1 else ""))
+            clauses.append(f"{label}: {listed(arms)}" + (f" ({reasons.pop()})" if len(reasons) == 1 else ""))
     return f"At {size}, over {seeds} seeds, in nats per token: {'; '.join(clauses)}."
 
 
@@ -56,8 +55,3 @@ def _arm(c: Comparison, seeds: int) -> str:
 
 def _diverged(c: Comparison) -> str:
     return f" ({c.diverged} of {c.seeds} seeds diverged)" if c.diverged else ""
-
-
-def _join(names: Iterable[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last

@@ -26,6 +26,12 @@ _NAME = re.compile(r"""([A-Za-z_][\w.-]*)["']?\s*[=:]\s*""")
 _VALUE = re.compile(r"""\"[^"]*"|'[^']*'|[^\n,;}\]"']+""")
 
 
+def listed(names: Iterable[object]) -> str:
+    """Return names as text: "a", "a and b", "a, b and c"."""
+    *first, last = map(str, names)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def printable(text: str) -> str:
     r"""Return a text in which control characters are written as their escapes, such as \x1b; tabs and newlines stay."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
