@@ -107,7 +107,7 @@ def _plain_loop(engine: Any) -> Callable[[torch.Tensor], Any]:
     optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def step(tokens: torch.Tensor) -> None:
-        objective, _ = model(tokens[:, :-1], tokens[:, 1:])
+        objective, *_ = model(tokens[:, :-1], tokens[:, 1:])
         objective.backward()
         if low_precision:
             for weight, master in master_of.items():

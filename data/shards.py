@@ -308,10 +308,18 @@ class ShardSet:
             position = (position + len(piece)) % self.tokens
         return out
 
-    def document_ends(self, number: int) -> np.ndarray:
-        """Return where the documents of shard `number` end, end-of-text included: int64, (documents,)."""
-        folder, shard = self.shards[number]
-        return np.fromfile(folder / f"{shard.name}.idx", "<i8")
+    def document_ends(self) -> np.ndarray:
+        """Return where the documents end in the sequence, end-of-text included: int64, (documents,)."""
+        ends = [np.empty(0, np.int64)]
+        for (folder, shard), end in zip(self.shards, self._ends.tolist(), strict=True):
+            ends.append(np.fromfile(folder / f"{shard.name}.idx", "<i8") + end - shard.tokens)
+        return np.concatenate(ends)
+
+    @property
+    def hash(self) -> str:
+        """A hash of all tokens and of where documents end, from the checksums of the shards."""
+        checksums = "".join(shard.checksum for _, shard in self.shards)
+        return hashlib.blake2b(checksums.encode(), digest_size=16).hexdigest()
 
 
 def open_shards(folder: Path, index: dict[str, Any], split: str) -> ShardSet:

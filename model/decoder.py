@@ -174,11 +174,11 @@ class Head(nn.Module):
         self.weight = weight  # (V, D)
         self.z_loss = z_loss
 
-    def forward(self, x: Tensor, targets: Tensor | None, tensor: Axis) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, targets: Tensor | None, tensor: Axis) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Project x (B, S, D).
 
         Returns:
-            Logits (B, S, V); or with targets (B, S) the objective and the mean cross-entropy in nats, two fp32 scalars.
+            Logits (B, S, V); or with targets (B, S) what `linear_cross_entropy` returns.
         """
         if targets is None:
             return gathered_logits(x, self.weight, tensor)
@@ -216,7 +216,7 @@ class Decoder(nn.Module):
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Compute logits, or the loss.
 
         Args:
@@ -226,8 +226,9 @@ class Decoder(nn.Module):
             cache: of keys and values; it is extended in place.
 
         Returns:
-            Logits (B, S, V). With targets two fp32 scalars instead: the objective (with z-loss, if there is any), and the mean
-            cross-entropy in nats over this rank's targets, which is not differentiable.
+            Logits (B, S, V). With targets instead, in fp32: the objective (with z-loss, if there is any), the mean
+            cross-entropy in nats over this rank's targets, and that of each target (B, S). Only the objective is
+            differentiable.
         """
         mesh = self.mesh if cache is None else self.mesh.for_generation()
         documents = None

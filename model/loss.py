@@ -29,7 +29,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     tensor: Axis = Axis(),
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the mean cross-entropy of `softmax(hidden @ weight.T)` against `targets`.
 
     Matrix products run in the dtype of the inputs; the softmax and the sums are fp32 (fp64 for fp64 inputs). Outside `no_grad`
@@ -44,8 +44,9 @@ def linear_cross_entropy(
         tensor: the ranks that shard the vocabulary; each gets the same result.
 
     Returns:
-        The objective to differentiate, and the mean nats per valid token (not differentiable), both fp32 scalars. They are
-        equal if `z_loss` is 0, and 0 if no token is valid.
+        The objective to differentiate, and the mean nats per valid token, both fp32 scalars: equal if `z_loss` is 0, and 0 if
+        no token is valid. Then the nats of each token, fp32 in the shape of `targets`, 0 where they are ignored. Only the first
+        is differentiable.
 
     Raises:
         ValueError: the shapes do not match.
@@ -129,18 +130,19 @@ def _chunk_function(logits: Tensor, dtype: torch.dtype, tensor: Axis) -> ChunkFu
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         z_loss, ignore_index, differentiate, tensor = options
         states = gather_tokens(hidden, tensor).wait().flatten(0, -2)  # (N, D)
-        targets = targets.flatten()  # (N,)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, need_weight = (differentiate and need for need in ctx.needs_input_grad[:2])
         logits_buffer = states.new_empty(logits_rows(len(states), len(weight)), len(weight))  # (c, V / T)
-        nats, squares, n_valid, grad_hidden, grad_weight = chunked_loss(
+        nats, squares, token_nats, n_valid, grad_hidden, grad_weight = chunked_loss(
             states,
             weight,
-            targets,
+            targets.flatten(),
             z_loss=z_loss,
             ignore_index=ignore_index,
             differentiate=differentiate,
@@ -155,12 +157,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight)
         nats = nats / n_valid
         objective = nats + z_loss * (squares / n_valid)
-        ctx.mark_non_differentiable(nats)
-        return objective, nats
+        token_nats = token_nats.view(targets.shape)
+        ctx.mark_non_differentiable(nats, token_nats)
+        return objective, nats, token_nats
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         if grad is None:
             return None, None, None, None
         grad_hidden, grad_weight = (

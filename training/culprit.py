@@ -130,7 +130,7 @@ def _computed(engine: Engine, tokens: Tensor, numbers: np.ndarray) -> str:
     handles = [module.register_forward_hook(watch(name)) for name, module in engine.module.named_modules() if name]
     bad = []
     for row, number in zip(tokens, numbers.tolist(), strict=True):
-        nats, _ = engine.evaluate(row[None, :-1], row[None, 1:])
+        nats, *_ = engine.evaluate(row[None, :-1], row[None, 1:])
         if kind := kind_of(nats):
             bad.append((number, number + 1))
             first = first or [f"{kind} in the loss"]

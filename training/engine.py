@@ -202,9 +202,9 @@ class Engine:
         refused: float | None = None  # the norm of a gradient that was left out
         skipped_before, norm, total = self.deepspeed.skipped_steps, None, torch.zeros((), device=self.device)
         for micro_batch in tokens.split(self.batch.micro_batch):  # (micro-batch, S + 1)
-            inputs, targets = self._context_shard(micro_batch[:, :-1]), self._context_shard(micro_batch[:, 1:])
+            inputs, targets = self.context_shard(micro_batch[:, :-1]), self.context_shard(micro_batch[:, 1:])
             with observer.forward() if observer else contextlib.nullcontext():
-                objective, nats = self.deepspeed(inputs, targets)
+                objective, nats, _ = self.deepspeed(inputs, targets)
             self.deepspeed.backward(objective)
             total += nats
             if observer and self.deepspeed.is_gradient_accumulation_boundary():
@@ -313,28 +313,28 @@ class Engine:
         self.module.train()
         parameters = dict(self.module.named_parameters())
         handles = [parameter.register_hook(watch(name)) for name, parameter in parameters.items()]
-        objective, _ = self.module(self._context_shard(tokens[:, :-1]), self._context_shard(tokens[:, 1:]))
+        objective, *_ = self.module(self.context_shard(tokens[:, :-1]), self.context_shard(tokens[:, 1:]))
         torch.autograd.grad(objective, list(parameters.values()), allow_unused=True)
         for handle in handles:
             handle.remove()
         return objective
 
-    def _context_shard(self, tokens: Tensor) -> Tensor:
+    def context_shard(self, tokens: Tensor) -> Tensor:
         """(B, S) -> (B, S / C): this context rank's part of each sequence."""
         return tokens.chunk(self.mesh.context.size, 1)[self.mesh.context.rank].contiguous()
 
     @torch.no_grad()
-    def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the summed loss (fp32 scalar) of this rank's part of targets (B, S), and the number of targets in it.
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the summed loss of this rank's part of targets (B, S), how many there are, and the loss of each.
 
-        Targets of -100 are ignored.
+        Targets of -100 are ignored: they do not count, and have the loss 0. Losses are in nats, fp32: a scalar, and (B, S / C).
         """
         self.deepspeed.eval()
-        inputs, targets = self._context_shard(inputs), self._context_shard(targets)
-        _, nats = self.deepspeed(inputs, targets)
+        inputs, targets = self.context_shard(inputs), self.context_shard(targets)
+        _, nats, token_nats = self.deepspeed(inputs, targets)
         self.deepspeed.train()
         valid = (targets != IGNORED).sum()
-        return nats * valid, valid
+        return nats * valid, valid, token_nats
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cache: Cache) -> Tensor:

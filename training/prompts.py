@@ -23,8 +23,7 @@ def prompts_of(config: Config, dataset: Dataset) -> list[str]:
 def _beginnings(dataset: Dataset) -> list[str]:
     """Return the first words of the first held-out documents: at most half of a document, cut between words."""
     held_out, prompts, start = dataset.held_out, [], 0
-    ends = held_out.document_ends(0).tolist() if held_out.shards else []
-    for end in ends:
+    for end in held_out.document_ends().tolist():
         tokens = held_out.read(start, min(_TOKENS, (end - start) // 2)).tolist()
         text = dataset.tokenizer.decode(tokens).split("\n\n")[0]
         words, _, _ = text.rpartition(" ")

@@ -18,6 +18,7 @@ from conf.validate import Batch
 from data.batches import Dataset, epochs
 from kernels.common.errors import ExitStatus
 from kernels.common.files import problem_of, status_of
+from kernels.common.json_files import DOCUMENTS
 from kernels.common.units import duration
 from launch.estimate.counts import Shape, flops_per_token
 from training import machine
@@ -127,6 +128,13 @@ class RunRecorder:
         Args:
             dead: each layer's fraction of units that were active for none of its tokens; empty if that was not measured.
         """
+        if (
+            self.enabled and held_out.documents is not None
+        ):  # before the line that says that this step has been evaluated
+            try:
+                self.folder.write_document_losses(self.step, held_out.documents.as_json())
+            except OSError as error:
+                self.console.warn(f"{DOCUMENTS} could not be written: {problem_of(error, self.folder.path)}")
         bits = None if self.dataset.why_no_bits else held_out.bits_per_byte(self.bytes_per_token)
         figures: dict[str, Any] = {
             "loss": held_out.loss,

@@ -3,6 +3,7 @@
 runs/<name>/config.yaml      the configuration, every key resolved
             metrics.jsonl    one JSON object per line: kind, step, tokens, then figures
             summary.json     how the run ended
+            documents.json   the loss of each held-out document in the last evaluation of them all
             checkpoints/     (checkpoint.py)
             run_id           the name of the run in its checkpoints, written with the first of them
             provenance.json  date, commit, machine, versions and command of each session, newest last
@@ -34,14 +35,23 @@ from conf.schema import Config
 from conf.validate import differences, total_steps
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors, naming
-from kernels.common.json_files import is_provenance, parse, read_bytes, read_metrics_file, read_summary
+from kernels.common.json_files import (
+    DOCUMENTS,
+    is_provenance,
+    parse,
+    read_bytes,
+    read_document_losses,
+    read_metrics_file,
+    read_summary,
+)
 from launch.heartbeats import folder_of
 from model.manifest import run_of
 from model.weights import checkpoints
 
 _PROVENANCE = "provenance.json"
 _RUN_ID = "run_id"
-_FILES = ("config.yaml", "metrics.jsonl", "summary.json", _RUN_ID, _PROVENANCE, "samples.txt", "deepspeed.log", ".lock")
+_FILES = ("config.yaml", "metrics.jsonl", "summary.json", DOCUMENTS, _RUN_ID, _PROVENANCE, "samples.txt", "deepspeed.log",
+          ".lock")  # fmt: skip
 LOCK_TIMEOUT_SECONDS = 1.0  # `ablation` holds the lock for a moment to check whether a run is alive
 
 
@@ -227,7 +237,7 @@ class RunFolder:
         return next(recorded, None)
 
     def rewind(self, step: int, repeats_evaluation: bool = False) -> int:
-        """Delete summary, ending, metrics after `step` and lines that cannot be read: a resumed run writes them again.
+        """Delete what a resumed run writes again: summary, losses of documents, ending, metrics after `step`, unreadable lines.
 
         Args:
             repeats_evaluation: delete the evaluations of `step` as well.
@@ -243,7 +253,9 @@ class RunFolder:
         with explain_os_errors("read", path):
             texts, lines, unreadable, _ = read_metrics_file(path) if path.exists() else ([], [], 0, False)
         with explain_os_errors("write to the run folder", self.path):
-            for name in ("summary.json", "ending.json"):
+            losses = read_document_losses(self.path)
+            outdated = losses is None or losses.step > step or (repeats_evaluation and losses.step == step)
+            for name in ("summary.json", "ending.json", *([DOCUMENTS] if outdated else [])):
                 (self.path / name).unlink(missing_ok=True)
             if not path.exists():
                 return 0
@@ -327,6 +339,12 @@ class RunFolder:
         """Replace summary.json."""
         with atomic_write(self.path / "summary.json") as file:
             json.dump(summary, file, indent=2)
+            file.write("\n")
+
+    def write_document_losses(self, step: int, losses: dict[str, Any]) -> None:
+        """Replace documents.json by the losses of a step."""
+        with atomic_write(self.path / DOCUMENTS) as file:
+            json.dump({"step": step, **losses}, file)
             file.write("\n")
 
     def read_summary(self) -> dict[str, Any]:

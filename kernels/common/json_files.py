@@ -11,8 +11,10 @@ import io
 import json
 import os
 import stat
+import typing
 from typing import Any, NamedTuple
 
+DOCUMENTS = "documents.json"  # in a run folder: the loss of each held-out document
 _BLOCK = 1 << 24  # bytes of a read
 _LONGEST_LINE = 1 << 24  # bytes of a line of JSON
 _LARGEST = 1 << 62  # whole numbers below this fit into every array
@@ -142,6 +144,28 @@ def read_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
         if not _fits(key, value, "summary"):
             raise ValueError(f"{key} is no value of a summary")
     return summary
+
+
+class DocumentLosses(NamedTuple):
+    """The contents of a documents.json."""
+
+    step: int
+    held_out: str  # hash of the held-out text
+    nats: list[float]  # of each document, or of neighbouring ones together
+    tokens: list[int]  # of the same
+
+
+def read_document_losses(run: str | os.PathLike[str]) -> DocumentLosses | None:
+    """Return the losses in a run folder by held-out document; None if it has none that can be read."""
+    try:
+        content = read_object(os.path.join(run, DOCUMENTS))
+    except (OSError, ValueError):
+        return None
+    step, text, nats, tokens = (content.get(key) for key in DocumentLosses._fields)
+    if not is_count(step) or not isinstance(text, str) or not isinstance(nats, list) or not isinstance(tokens, list):
+        return None
+    right = len(nats) == len(tokens) and all(map(is_number, nats)) and all(is_count(n) and n for n in tokens)
+    return DocumentLosses(typing.cast(int, step), text, nats, tokens) if right and tokens else None
 
 
 class MetricsFile(NamedTuple):

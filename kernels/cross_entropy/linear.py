@@ -66,6 +66,7 @@ class ChunkedLoss(NamedTuple):
 
     nats: Tensor
     squares: Tensor  # of the log-sum-exp
+    token_nats: Tensor  # (N,), of each token; 0 for one that is ignored
     n_valid: Tensor  # 1 if there is none
     grad_hidden: Tensor | None  # (N, D)
     grad_weight: Tensor | None  # (V, D), in the dtype of the softmax
@@ -106,13 +107,15 @@ def chunked_loss(
     n_valid = valid.sum().clamp_(min=1)
     nats = torch.zeros((), dtype=dtype, device=states.device)
     squares = torch.zeros_like(nats)  # of the log-sum-exp
+    token_nats = nats.new_empty(n_tokens)
     for start in range(0, n_tokens, rows):
         chunk = slice(start, min(start + rows, n_tokens))
         x, is_valid = states[chunk], valid[chunk]  # (c, D), (c,)
         logits = torch.mm(x, weight.t(), out=logits_buffer[: x.shape[0]])  # (c, V / T)
         # Ignored rows are given target 0 and get a gradient all the same.
         row_nats, lse = chunk_function(logits, targets[chunk].where(is_valid, 0), z_loss, differentiate)
-        nats, squares = nats + (row_nats * is_valid).sum(), squares + (lse.square() * is_valid).sum()
+        token_nats[chunk] = row_nats * is_valid
+        nats, squares = nats + token_nats[chunk].sum(), squares + (lse.square() * is_valid).sum()
         # They are masked on the small side of each product, not in the logits (which are gradients by now).
         mask = is_valid.unsqueeze(1).to(x.dtype)  # (c, 1)
         if grad_hidden is not None:
@@ -120,7 +123,7 @@ def chunked_loss(
             grad_hidden[chunk] *= mask
         if grad_weight is not None:
             grad_weight += torch.mm(logits.t(), x * mask)
-    return ChunkedLoss(nats, squares, n_valid, grad_hidden, grad_weight)
+    return ChunkedLoss(nats, squares, token_nats, n_valid, grad_hidden, grad_weight)
 
 
 def plain_cross_entropy_(

@@ -45,15 +45,13 @@ def script(corpus, before: str = "", show: bool = False) -> str:
 
 def decoded(dataset, shards) -> list[str]:
     """The documents of a set of shards."""
-    found = []
-    for number, (_, shard) in enumerate(shards.shards):
-        tokens = shards._file(number).read(0, shard.tokens)
-        start = 0
-        for end in shards.document_ends(number).tolist():
-            assert tokens[end - 1] == dataset.eos_id
-            found.append(dataset.tokenizer.decode(tokens[start : end - 1].tolist()))
-            start = end
-        assert start == shard.tokens
+    found, start = [], 0
+    tokens = shards.read(0, shards.tokens) if shards.tokens else []
+    for end in shards.document_ends().tolist():
+        assert tokens[end - 1] == dataset.eos_id
+        found.append(dataset.tokenizer.decode(tokens[start : end - 1].tolist()))
+        start = end
+    assert start == shards.tokens
     return found
 
 

@@ -50,13 +50,22 @@ def test_reads_at_every_place_across_shards_and_round_the_ring(tmp_path, vocab_s
 
 def test_document_ends(tmp_path):
     shards, tokens = some_shards(tmp_path)
-    before = 0
-    for number, (_, shard) in enumerate(shards.shards):
-        ends = shards.document_ends(number)
-        assert len(ends) == shard.documents
-        assert ends[-1] == shard.tokens
-        assert (tokens[before + ends - 1] == EOS).all()
-        before += shard.tokens
+    ends = shards.document_ends()
+    assert len(ends) == shards.documents
+    assert ends[-1] == shards.tokens
+    np.testing.assert_array_equal(ends - 1, np.flatnonzero(tokens == EOS))
+    assert not len(ShardSet([], shards.dtype).document_ends())
+
+
+def test_the_hash_of_a_set_is_that_of_its_tokens_and_documents(tmp_path):
+    def hash_of(name: str, *documents: list[int]) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        shard = write_shard(folder, "train", 0, documents, 100, EOS, 300)
+        return ShardSet([(folder, shard)], np.dtype("<u2")).hash
+
+    assert hash_of("a", [1, 2], [3]) == hash_of("b", [1, 2], [3])
+    assert hash_of("c", [1, 2], [4]) != hash_of("d", [1, 2], [3])
 
 
 @pytest.fixture

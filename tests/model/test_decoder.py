@@ -117,7 +117,7 @@ def check_parity(decoder: Decoder, arm: str, tokens: Tensor) -> None:
     theirs = same_in_transformers(decoder, arm)
     expected = theirs(tokens).logits
     assert_equal_but_for_rounding(decoder(tokens), expected)
-    objective, nats = decoder(tokens[:, :-1], tokens[:, 1:])
+    objective, nats, _ = decoder(tokens[:, :-1], tokens[:, 1:])
     # The loss of transformers itself is computed in fp32.
     loss = F.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert_equal_but_for_rounding(nats, loss.to(nats.dtype))
@@ -145,9 +145,9 @@ def test_low_precision_errs_as_transformers_does(build, tokens, arm, dtype, back
     for seed in range(4):
         decoder = build(arm, backend=backend, seed=seed)
         with torch.no_grad():
-            exact, (_, exact_loss) = decoder(tokens), decoder(tokens[:, :-1], tokens[:, 1:])
+            exact, (_, exact_loss, _) = decoder(tokens), decoder(tokens[:, :-1], tokens[:, 1:])
             theirs = same_in_transformers(decoder, arm).to(dtype)(tokens).logits
-            ours, (_, loss) = decoder.to(dtype)(tokens), decoder(tokens[:, :-1], tokens[:, 1:])
+            ours, (_, loss, _) = decoder.to(dtype)(tokens), decoder(tokens[:, :-1], tokens[:, 1:])
         # The rounded weights are part of either error.
         our_error += (ours - exact).square().sum().item()
         their_error += (theirs - exact).square().sum().item()
@@ -216,7 +216,7 @@ def test_recomputing_a_layer_changes_nothing_but_the_memory(build, tokens, monke
         monkeypatch.setattr(
             decoder.layers[0].ffn, "forward", lambda x, *a, f=forward: calls.append(x.shape) or f(x, *a)
         )
-        loss, _ = decoder(tokens[:, :-1], tokens[:, 1:])
+        loss, *_ = decoder(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         losses.append(loss)
         gradients.append([parameter.grad for parameter in decoder.parameters()])
@@ -257,7 +257,7 @@ def test_the_objective_adds_z_loss_and_the_nats_do_not(build, tokens):
     nats = F.cross_entropy(logits, targets.flatten()[kept])
     z = logits.logsumexp(-1).square().mean()
     for z_loss in (0.0, 0.1):
-        objective, plain = build(z_loss=z_loss)(inputs, targets)
+        objective, plain, _ = build(z_loss=z_loss)(inputs, targets)
         assert_equal_but_for_rounding(plain, nats.to(plain.dtype))
         assert_equal_but_for_rounding(objective, (nats + z_loss * z).to(plain.dtype))
         assert not plain.requires_grad

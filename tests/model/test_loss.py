@@ -34,7 +34,7 @@ def results(
 ) -> list[Tensor]:
     """Return objective, nats and both gradients (of 3 x the objective), computed in `dtype`, as float64."""
     leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
-    objective, nats = function(*leaves, targets, **more)
+    objective, nats, *_ = function(*leaves, targets, **more)
     (3 * objective).backward()
     return [x.detach().double() for x in (objective, nats, leaves[0].grad, leaves[1].grad)]
 
@@ -102,10 +102,20 @@ def test_no_valid_token_is_zero_with_zero_gradients():
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
 
 
+def test_each_token_has_its_loss(monkeypatch):
+    monkeypatch.setattr(counts, "_CHUNK_ROWS", 5)
+    hidden, weight, targets = inputs(tokens=36)
+    targets[3:30:4] = -100
+    *_, nats = linear_cross_entropy(hidden.view(4, 9, WIDTH), weight, targets.view(4, 9))
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="none").view(4, 9)
+    assert torch.equal(nats == 0, targets.view(4, 9) == -100)
+    torch.testing.assert_close(nats, expected, rtol=1e-13, atol=1e-13)
+
+
 def test_another_number_may_stand_for_left_out():
     hidden, weight, targets = inputs()
     targets[::3] = 7
-    _, nats = linear_cross_entropy(hidden, weight, targets, ignore_index=7)
+    _, nats, _ = linear_cross_entropy(hidden, weight, targets, ignore_index=7)
     assert torch.equal(nats, linear_cross_entropy(hidden[targets != 7], weight, targets[targets != 7])[1])
 
 
@@ -140,7 +150,9 @@ def test_evaluation_is_the_same_value_without_a_graph():
     with torch.no_grad():
         without = linear_cross_entropy(hidden, weight, targets)
     assert torch.equal(with_graph[1], without[1])
+    assert torch.equal(with_graph[2], without[2])
     assert with_graph[0].requires_grad
+    assert not with_graph[2].requires_grad
     assert not without[0].requires_grad
     assert not with_graph[1].requires_grad
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels.common.json_files import read_document_losses
 from tests.training.tiny import newest_intact, overrides, write_corpus
 
 
@@ -41,8 +42,10 @@ def test_a_failure_after_the_last_step_costs_no_weights(train, corpus, tmp_path,
     assert summary(tmp_path / "a")["status"] == "failed"
     assert train(arguments)["status"] == 0  # only what failed is done again
     assert summary(tmp_path / "a")["status"] == "finished"
-    assert summary(tmp_path / "a")["final_eval_loss"] > 0
+    losses = read_document_losses(tmp_path / "a")
+    assert sum(losses.nats) / sum(losses.tokens) == pytest.approx(summary(tmp_path / "a")["final_eval_loss"], rel=1e-6)
     assert len(lines_of(tmp_path / "a", "train")) == 2
+    assert losses.step == 2
     assert (tmp_path / "a" / "samples.txt").read_text().startswith("-")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import types
+import dataclasses
 
 import pytest
 
 from conf.load import load
 from data.batches import open_dataset
 from data.prepare import prepare
+from data.shards import ShardSet
 from tests.training.tiny import overrides
 from training.prompts import PYTHON, prompts_of
 
@@ -28,10 +29,10 @@ def test_prompts_come_from_held_out_documents(corpus, dataset):
         assert any(text.startswith(prompt + " ") for text in texts)  # whole words
 
 
-def test_a_corpus_without_held_out_text_has_no_prompts(corpus):
+def test_a_corpus_without_held_out_text_has_no_prompts(corpus, dataset):
     config = load(overrides(corpus, prompts=None))
-    empty = types.SimpleNamespace(held_out=types.SimpleNamespace(shards=[]))
-    assert prompts_of(config, empty) == []
+    without = dataclasses.replace(dataset, held_out=ShardSet([], dataset.held_out.dtype))
+    assert prompts_of(config, without) == []
 
 
 def test_the_standard_library_is_prompted_with_python_and_typed_prompts_win(dataset):

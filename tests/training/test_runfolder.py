@@ -16,6 +16,7 @@ import pytest
 from conf.load import from_yaml, load
 from conf.validate import total_steps
 from kernels.common.errors import TryAgain, UserError
+from kernels.common.json_files import read_document_losses
 from tests.training.tiny import overrides
 from training import runfolder
 from training.runfolder import RunFolder
@@ -38,6 +39,14 @@ def folder(config):
 
 def steps(folder: RunFolder) -> list[int]:
     return [json.loads(line)["step"] for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rewinding_deletes_the_losses_of_documents_that_will_be_measured_again(folder):
+    losses = {"held_out": "a", "nats": [7.0], "tokens": [2]}
+    for step, repeats, kept in ((4, False, True), (5, False, True), (3, False, False), (4, True, False)):
+        folder.write_document_losses(4, losses)
+        folder.rewind(step, repeats_evaluation=repeats)
+        assert (read_document_losses(folder.path) is not None) == kept, (step, repeats)
 
 
 def test_rewinding_deletes_later_lines_and_a_partial_one(folder):

@@ -242,6 +242,8 @@ class Trainer:
         with self.telemetry.dead_units() as dead:
             held_out = evaluate(self.engine, self.dataset, self.config.sequence_length, tokens)
         self.results["evaluations"].append([held_out.loss, held_out.tokens, *([dead] if dead else [])])
+        if held_out.documents is not None:
+            self.results["documents"] = [held_out.documents.nats.tolist(), held_out.documents.tokens.tolist()]
 
     def logits(self, tokens: list[list[int]]) -> None:
         """Record the logits of the last token of these consecutive stretches."""
