@@ -179,15 +179,20 @@ def _check_values(manifest: Manifest) -> None:
                 raise ValueError(f"{arm} at {size} has an impossible learning rate or mismatch")
 
 
-def keep_rate_choice(config: AblationConfig, arguments: Sequence[str], folder: Path) -> AblationConfig:
-    """Return a plan with the sweep of its folder, if that was begun by version 0.2 or before and no argument sets another."""
-    typed = any(argument.startswith(("ablation.rate_seeds=", "ablation.rate_choice=")) for argument in arguments)
-    if typed or not (folder / NAME).exists():
+def keep_earlier_rules(config: AblationConfig, arguments: Sequence[str], folder: Path) -> AblationConfig:
+    """Return a plan with the sweep and the held-out text of its folder, if version 0.2 began it and no argument sets others."""
+
+    def typed(*keys: str) -> bool:
+        return any(argument.startswith(f"ablation.{key}=") for argument in arguments for key in keys)
+
+    if not (folder / NAME).exists():
         return config
     existing = read_manifest(folder).plan
-    if "rate_seed" not in values_of_plan(existing):
-        return config
-    return dataclasses.replace(config, rate_seeds=existing.rate_seeds, rate_choice=existing.rate_choice)
+    if "rate_seed" in values_of_plan(existing) and not typed("rate_seeds", "rate_choice"):
+        config = dataclasses.replace(config, rate_seeds=existing.rate_seeds, rate_choice=existing.rate_choice)
+    if not existing.held_out_files and not typed("held_out_files"):
+        config = dataclasses.replace(config, held_out_files=0)
+    return config
 
 
 def check_manifest(plan: Plan, folder: Path) -> None:

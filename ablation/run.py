@@ -31,7 +31,7 @@ from rich.table import Table
 
 from ablation import slurm
 from ablation.command import environment_of, ranks_of, train_command
-from ablation.manifest import check_manifest, keep_rate_choice, write_manifest
+from ablation.manifest import check_manifest, keep_earlier_rules, write_manifest
 from ablation.outcomes import (
     DIVERGED,
     ENDED,
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
     cluster, plan_arguments = read_cluster(arguments)
     config, overrides = read_plan(plan_arguments)
     folder = Path(options["folder"]) / config.name
-    config = keep_rate_choice(config, plan_arguments, folder)
+    config = keep_earlier_rules(config, plan_arguments, folder)
     timed = config.budget == "wallclock"
     if timed and cluster:
         slurm.refuse_unmeasured(folder)

@@ -59,7 +59,8 @@ def refuse_ignored_of_parts(parts: Any) -> None:
             continue  # refused where the parts are read
         for key, value in values.items():
             condition = conditions.get(key, "").replace("|blend", "")
-            if condition and not _is_off(value) and not _holds(condition, source):
+            of_source = condition.startswith("data.source")  # what others depend on may be the blend's
+            if of_source and not _is_off(value) and not _holds(condition, source):
                 sentence = str(_without_effect(f"data.parts.{part}.{key}", str(value), condition, source))
                 raise UserError(sentence.replace(" data=", f" data.parts.{part}.source="))
 

@@ -101,6 +101,12 @@ class DataConfig:
         0.04,
         "fraction of the documents held out for evaluation, selected by a hash of their text; 0: train without evaluation",
     )
+    held_out_files: int = key(
+        0,
+        "hold out so many documents instead (at most half), and train on none that nearly repeats one; 0: the fraction",
+        only="data.held_out>0",
+    )
+    held_out_kib: int = key(2, "KiB of each that count, from a place in it", only="data.held_out_files>0")
     prepared: str = key("prepared", "folder of prepared corpora")
     max_epochs: float = key(
         4.0, "refuse a run that goes through the corpus, or a part of a blend, more often than this"
@@ -328,6 +334,10 @@ class AblationConfig:
         only="ablation.rates>1",
     )
     seeds: Any = key([0, 1, 2, 3, 4], "seeds of the compared runs, for weights and data")
+    held_out_files: int = key(
+        300,
+        "documents held out (data.held_out_files) unless overrides set data.held_out: few say little of other text; 0: never",
+    )
     budget: str = key("parameters", "what is equal between arms: parameters | flops | memory | wallclock | none")
     allowed_mismatch: float = key(
         0.01, "largest relative deviation of an arm's cost from the budget", only="ablation.budget!=none"

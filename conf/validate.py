@@ -58,6 +58,7 @@ _POSITIVE = (
     "watchdog.phase_minutes",
     "tokenizer.train_megabytes",
     "data.shard_megabytes",
+    "data.held_out_kib",
     "data.max_epochs",
     "tokenizer.vocab_size",
 )
@@ -82,6 +83,7 @@ _NOT_NEGATIVE = (
     "optim.weight_decay",
     "optim.clip",
     "data.workers",
+    "data.held_out_files",
     "guard.replicas",
     "guard.repeat",
 )
@@ -111,8 +113,8 @@ NOT_LEARNED = (
 )
 _PLACE_OF_TEXT = re.compile(r"data\.(.+\.)?path")
 _PLACE = re.compile(rf"tokenizer\.path|{_PLACE_OF_TEXT.pattern}")
-# Keys that 0.2.0 did not have. Where they are null they change nothing, and the hashes of older plans stay theirs.
-_ADDED = ("tokenizer.eos", "tokenizer.bos")
+# Keys that 0.2.0 did not have. Where they have these values they change nothing, and the hashes of older plans stay theirs.
+_ADDED = {"tokenizer.eos": None, "tokenizer.bos": None, "data.held_out_files": 0, "data.held_out_kib": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +336,7 @@ def total_steps(config: Config) -> int | None:
 
 def what_is_learned(config: Config) -> dict[str, Any]:
     """Return the values that determine what a run learns, by dotted key, without its length."""
-    values = {k: v for k, v in flatten(to_dict(config)).items() if k not in _ADDED or v is not None}
+    values = {k: v for k, v in flatten(to_dict(config)).items() if k not in _ADDED or v != _ADDED[k]}
     return {k: v for k, v in values.items() if not any(k == free or k.startswith(free + ".") for free in NOT_LEARNED)}
 
 
@@ -366,7 +368,7 @@ def changed_settings(before: Mapping[str, Any] | None, config: Config) -> list[s
     """
     if before is None:
         return []
-    defaults, now = settings_of(Config()), settings_of(config)
+    defaults, now = (_ADDED | settings_of(each) for each in (Config(), config))
     old = {key: before.get(key, defaults.get(key)) for key in before.keys() | now.keys()}
     return [f"{key}: {old[key]} -> {now.get(key)}" for key in sorted(old) if old[key] != now.get(key)]
 
@@ -376,7 +378,7 @@ def differences(before: Config, now: Config) -> list[str]:
 
     Where the text lies may change: the hash of its content in the checkpoint tells whether it is the same.
     """
-    old, new = what_is_learned(before), what_is_learned(now)
+    old, new = (_ADDED | what_is_learned(config) for config in (before, now))
     if old.get("tokenizer.path") and new.get("tokenizer.path"):  # the file may have moved; checkpoints know its hash
         new["tokenizer.path"] = old["tokenizer.path"]
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]

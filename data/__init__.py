@@ -2,6 +2,7 @@
 
     documents.py    the readers of every source: stdlib, text, jsonl, parquet, hf; the fingerprint of a corpus
     files.py        finding and reading the files behind it: globs, folders, .gz, .zst
+    held_out.py     which documents are held out, what of each counts, and what nearly repeats one
     tokenizer.py    training and loading a tokenizer; encode and decode
     shards.py       the format on disk: writing a shard, reading tokens across shards
     prepare.py      the command that turns a corpus into a prepared folder

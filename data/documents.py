@@ -28,8 +28,10 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test
 # memory stays bounded, and a fraction of a corpus that is one large file can be held out.
 WHOLE = 256 << 10
 SPLIT = 64 << 10
-# A corpus of a single document is cut at line ends into about PIECES, so that a fraction of it can be held out.
+# A corpus of a single document is cut at line ends into about PIECES, so that a fraction of it can be held out; or into so many
+# times the documents that are to be held out.
 PIECES = 32
+PIECES_PER_FILE = 8
 SHORTEST = 64  # characters of such a piece
 HASHED = 256 << 20  # bytes of a corpus whose files are hashed whole to recognise it: a quarter of a second
 
@@ -63,7 +65,8 @@ def documents(config: DataConfig, skipped: Callable[[], None] | None = None) -> 
         raise UserError(f"there is no text in data={config.name}" + (f" ({config.path})" if config.path else ""))
     second = next(found, None)
     if second is None:
-        yield from _cut(first) if config.held_out else [first]
+        pieces = PIECES_PER_FILE * config.held_out_files or PIECES
+        yield from _cut(first, pieces) if config.held_out else [first]
         return
     yield first
     yield second
@@ -79,10 +82,10 @@ def _not_empty(found: Iterator[Document], skipped: Callable[[], None] | None) ->
             skipped()
 
 
-def _cut(document: Document) -> Iterator[Document]:
+def _cut(document: Document, pieces: int) -> Iterator[Document]:
     """Cut a document after line ends, or within a line that is much longer than a piece."""
     text, start = document.text, 0
-    size = max(SHORTEST, min(SPLIT, len(text) // PIECES))
+    size = max(SHORTEST, min(SPLIT, len(text) // pieces))
     while start < len(text):
         end = text.find("\n", start + size - 1, start + 8 * size) + 1 or start + size
         yield Document(f"{document.name} at character {start}", text[start:end], document.fraction)

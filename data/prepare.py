@@ -1,7 +1,7 @@
 """Turn a corpus into a prepared folder of tokens, in parallel; resume where it stopped.
 
-This module selects the held-out documents and the tokenizer's training text, and groups documents into shards. Reading
-documents is in `documents.py`, writing a shard in `shards.py`, the worker processes in `pool.py`.
+This module selects the tokenizer's training text and groups documents into shards. Reading documents is in `documents.py`,
+which of them are held out in `held_out.py`, writing a shard in `shards.py`, the worker processes in `pool.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from conf.load import load
 from conf.schema import DataConfig, TokenizerConfig
 from data.batches import open_dataset
 from data.documents import documents, fingerprint, parts, stamps
+from data.held_out import Selection, digest
 from data.pool import Group, encode_groups, run_in_subprocess
 from data.progress import ProgressReporter
 from data.shards import FORMAT, INDEX, SPLITS, finished_group, read_index, remove_leftovers, token_dtype, write_index
@@ -81,17 +82,26 @@ def _folder(data: DataConfig, tokenizer: TokenizerConfig, corpus: str) -> Path:
         settings: Any = load_tokenizer(tokenizer.path, tokenizer.eos, tokenizer.bos).hash
     else:
         settings = [TRAINER, tokenizer.vocab_size, tokenizer.train_megabytes]
-    held_out: Any = data.held_out
+    held_out: Any = _held_out_settings(data)
     if data.source == "blend":
-        held_out = {name: part.held_out for name, (_, part) in parts(data).items()}
+        held_out = {name: _held_out_settings(part) for name, (_, part) in parts(data).items()}
     known = json.dumps([FORMAT, corpus, settings, held_out], sort_keys=True)
     name = re.sub(r"[^\w.-]+", "-", data.name) or "corpus"
     return Path(data.prepared).expanduser() / f"{name}-{hashlib.blake2b(known.encode(), digest_size=4).hexdigest()}"
 
 
+def _held_out_settings(data: DataConfig) -> Any:
+    """Return the settings that decide what is held out; those of 0.2 as they were then, so that folders keep their names."""
+    if data.held_out and data.held_out_files:
+        return [data.held_out_files, data.held_out_kib]
+    return data.held_out
+
+
 def _check(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     if not 0 <= data.held_out < 1:
         raise UserError(f"data.held_out is a fraction of the documents, from 0 to below 1, not {data.held_out}")
+    if data.held_out_files < 0 or data.held_out_kib < 1:
+        raise UserError("data.held_out_files is a number of documents from 0 on, and data.held_out_kib at least 1")
     if data.shard_megabytes < 1 or tokenizer.train_megabytes < 1:
         raise UserError("data.shard_megabytes and tokenizer.train_megabytes must be at least 1")
     if data.workers < 0:
@@ -145,7 +155,7 @@ def _prepare_blend(data: DataConfig, config: TokenizerConfig, folder: Path, prog
         """Sample every part in proportion to its weight, without its held-out documents."""
         texts = []
         for weight, part in blend_parts.values():
-            texts += _sample(part, _threshold(part), int(budget * weight), progress)
+            texts += _sample(part, Selection(part), int(budget * weight), progress)
         return texts
 
     tokenizer, path = _tokenizer(config, folder, sample, progress)
@@ -168,6 +178,7 @@ class _Facts:
     corpus: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))  # of the text and of what is held out
     held_out_text: bytearray | None = field(default_factory=bytearray)  # None: more than XZ_LIMIT
     skipped: int = 0  # records whose text is null or empty
+    near_duplicates: int = 0  # documents that nearly repeat held-out text
 
     def skip(self) -> None:
         self.skipped += 1
@@ -175,14 +186,15 @@ class _Facts:
 
 def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, progress: ProgressReporter) -> None:
     known, before = fingerprint(data), stamps(data)
-    threshold = _threshold(data)
-    tokenizer, path = _tokenizer(config, folder, lambda budget: _sample(data, threshold, budget, progress), progress)
+    progress.start(f"choosing the held-out documents of {data.name}")
+    selection = Selection(data)
+    tokenizer, path = _tokenizer(config, folder, lambda budget: _sample(data, selection, budget, progress), progress)
     dtype = token_dtype(tokenizer.vocab_size)
     facts, done = _Facts(), {}
     workers = data.workers or len(os.sched_getaffinity(0))
 
     def unfinished() -> Iterator[Group]:
-        for group in _groups(data, threshold, facts):
+        for group in _groups(data, selection, facts):
             shards = finished_group(folder, group.number, group.text_hash, tokenizer.hash, dtype)
             if shards is None:
                 yield group
@@ -198,6 +210,10 @@ def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, pro
         raise UserError(f"the corpus data={data.name} was changed while it was read; run the same command again")
     if facts.skipped:
         progress.print(f"{facts.skipped:,} records of {data.name} have no text (null or empty) and were left out")
+    if facts.near_duplicates:
+        progress.print(
+            f"{facts.near_duplicates:,} documents of {data.name} nearly repeat held-out ones and were left out"
+        )
     shards = [shard for number in sorted(done) for shard in done[number]]
     facts.corpus.update(tokenizer.hash.encode())
     progress.start("compressing the held-out text with xz, for comparison")
@@ -211,6 +227,7 @@ def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, pro
         "corpus_hash": facts.corpus.hexdigest(),
         "held_out": data.held_out,
         "skipped": facts.skipped,
+        "near_duplicates": facts.near_duplicates,
         "xz_bits_per_byte": xz,
         "shards": [asdict(shard) for shard in shards],
     }
@@ -232,39 +249,7 @@ def _about(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id, "tokenizer_hash": tokenizer.hash}
 
 
-def _digest(raw: bytes) -> tuple[int, int]:
-    """Return two independent 64-bit hashes of a text: the first decides whether it is held out, the second samples it."""
-    digest = hashlib.blake2b(raw, digest_size=16).digest()
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
-
-
-def _threshold(data: DataConfig) -> int:
-    """Return the threshold: documents whose first hash lies below it are held out.
-
-    Equal texts fall on the same side. Where chance would leave a side empty, the threshold is moved so that each has at
-    least one document.
-
-    Raises:
-        UserError: all documents have the same text.
-    """
-    if data.held_out == 0:
-        return 0
-    limit = int(data.held_out * 2**64)
-    smallest, largest = 2**64, -1
-    for document in documents(data):
-        number = _digest(document.text.encode())[0]
-        smallest, largest = min(smallest, number), max(largest, number)
-        if smallest < limit <= largest:
-            return limit  # both sides have a document: the rest need not be read
-    if smallest == largest:
-        raise UserError(
-            f"all documents of data={data.name} have the same text, so none can be held out for evaluation; "
-            f"give it other documents, or train without evaluation: data.held_out=0"
-        )
-    return min(max(limit, smallest + 1), largest)
-
-
-def _sample(data: DataConfig, threshold: int, budget: int, progress: ProgressReporter) -> list[str]:
+def _sample(data: DataConfig, selection: Selection, budget: int, progress: ProgressReporter) -> list[str]:
     """Return a uniform sample of the training documents, about `budget` bytes, in the order of the corpus.
 
     It keeps those with the smallest second hash, so neither the order nor the size of files matters.
@@ -274,9 +259,8 @@ def _sample(data: DataConfig, threshold: int, budget: int, progress: ProgressRep
     size = 0
     for place, document in enumerate(documents(data)):
         raw = document.text.encode()
-        first, second = _digest(raw)
-        if first >= threshold:
-            heapq.heappush(kept, (-second, place, len(raw), document.text))
+        if selection.part(document.text, raw).split == "train":
+            heapq.heappush(kept, (-digest(raw)[1], place, len(raw), document.text))
             size += len(raw)
             while size > budget and len(kept) > 1:
                 size -= heapq.heappop(kept)[2]
@@ -304,7 +288,7 @@ def _tokenizer(
     return tokenizer, tokenizer.save(folder)
 
 
-def _groups(data: DataConfig, threshold: int, facts: _Facts) -> Iterator[Group]:
+def _groups(data: DataConfig, selection: Selection, facts: _Facts) -> Iterator[Group]:
     """Split the corpus between documents into groups of about `data.shard_megabytes` of text.
 
     A corpus of less than GROUPS times that has smaller ones, of at least a megabyte: there should be work for every core.
@@ -318,11 +302,15 @@ def _groups(data: DataConfig, threshold: int, facts: _Facts) -> Iterator[Group]:
     texts, sizes, text_hash = empty()
     for document in documents(data, facts.skip):
         raw = document.text.encode()
-        held_out = _digest(raw)[0] < threshold
-        split = "held_out" if held_out else "train"
-        texts[split].append(document.text)
-        sizes[split] += len(raw)
+        part = selection.part(document.text, raw)
         fraction = document.fraction
+        if not part.split:
+            facts.near_duplicates += 1
+            continue
+        held_out = part.split == "held_out"
+        raw = part.text.encode() if held_out else raw
+        texts[part.split].append(part.text)
+        sizes[part.split] += len(raw)
         mark = hashlib.blake2b(raw, digest_size=16).digest() + bytes([held_out])
         text_hash.update(mark)
         facts.corpus.update(mark)
@@ -371,6 +359,8 @@ def main(argv: list[str]) -> int:
         print(f"  lossy      {dataset.why_no_bits}: training reports no bits per byte")
     if skipped := sum(read_index(part.folder).get("skipped", 0) for part in dataset.parts):
         print(f"  left out   {skipped:,} records without text (null or empty)")
+    if repeated := sum(read_index(part.folder).get("near_duplicates", 0) for part in dataset.parts):
+        print(f"  left out   {repeated:,} documents that nearly repeat held-out ones")
     if dataset.xz_bits_per_byte is not None:
         print(f"  xz -9      {dataset.xz_bits_per_byte:.3f} bits per byte of the held-out text")
     return 0

@@ -150,8 +150,9 @@ def _index_problem(index: dict[str, Any]) -> str:
     size, xz = index["vocab_size"], index.get("xz_bits_per_byte")
     if not _is_count(size) or not 0 < size <= 1 << 32 or not _is_count(index["eos_id"]):
         return "vocab_size or eos_id is no number of tokens"
-    if not _is_count(index.get("skipped", 0)) or not (xz is None or (isinstance(xz, (int, float)) and 0 <= xz < 1e9)):
-        return "skipped or xz_bits_per_byte is no number"
+    counts = (index.get(key, 0) for key in ("skipped", "near_duplicates"))
+    if not all(map(_is_count, counts)) or not (xz is None or (isinstance(xz, (int, float)) and 0 <= xz < 1e9)):
+        return "skipped, near_duplicates or xz_bits_per_byte is no number"
     try:
         if "parts" in index:
             return _parts_problem(index["parts"])

@@ -27,6 +27,23 @@ def smoke() -> Plan:
     return resolve(*read_plan(["ablation=smoke"]))
 
 
+def test_every_run_holds_out_as_many_documents_as_the_plan_says_unless_an_override_decides():
+    words = ["ablation=glu_variants", "ablation.arms=[relu,swiglu]"]
+    for more, files, fraction in (
+        ([], 300, 0.04),
+        (["ablation.held_out_files=50"], 50, 0.04),
+        (["ablation.held_out_files=0"], 0, 0.04),
+        (["data.held_out=0.2"], 0, 0.2),
+        (["data.held_out_files=70"], 70, 0.04),
+    ):
+        plan = plan_of(*words, *more)
+        for arm in plan.arms["nano"].values():
+            assert (arm.config.data.held_out_files, arm.config.data.held_out) == (files, fraction)
+            assert load(list(arm.overrides)).data == arm.config.data
+    with pytest.raises(UserError, match="held_out_files=-1 must be a number of documents"):
+        plan_of(*words, "ablation.held_out_files=-1")
+
+
 def test_a_plan_without_held_out_text_is_refused():
     with pytest.raises(UserError, match=r"relu at nano: data\.held_out=0 leaves no held-out text"):
         plan_of(common=["data.held_out=0"])

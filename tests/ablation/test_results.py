@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from ablation.learning_rates import run_noise
-from ablation.manifest import check_manifest, hashes_of, keep_rate_choice, read_manifest, write_manifest
+from ablation.manifest import check_manifest, hashes_of, keep_earlier_rules, read_manifest, write_manifest
 from ablation.plan import Plan
 from ablation.report import page
 from ablation.results import expected_runs, provenance_lines, read_results
@@ -180,21 +180,22 @@ def test_a_diverged_run_counts_as_an_untrained_model(plan, tmp_path):
     assert "nano-swiglu-lr0.004-seed2 diverged" in results.notes
 
 
-def test_a_folder_of_an_earlier_version_keeps_its_sweep(tmp_path):
+def test_a_folder_of_an_earlier_version_keeps_its_sweep_and_its_text(tmp_path):
     words = ["ablation=glu_variants", "ablation.arms=[relu,swiglu]", "tokens=600000"]
-    before = plan_of(*words, "ablation.rate_seeds=[7]", "ablation.rate_choice=best")
+    earlier = ["ablation.rate_seeds=[7]", "ablation.rate_choice=best", "ablation.held_out_files=0"]
+    before = plan_of(*words, *earlier)
     folder = make(before, tmp_path, RULE)
     written = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["plan"]
     assert written["rate_seed"] == 7
-    assert {"rate_seeds", "rate_choice"}.isdisjoint(written)
+    assert {"rate_seeds", "rate_choice", "held_out_files"}.isdisjoint(written)
     new = plan_of(*words).config
-    kept = keep_rate_choice(new, words, folder)
-    assert (kept.rate_seeds, kept.rate_choice) == ([7], "best")
-    check_manifest(plan_of(*words, "ablation.rate_seeds=[7]", "ablation.rate_choice=best"), folder)
+    kept = keep_earlier_rules(new, words, folder)
+    assert (kept.rate_seeds, kept.rate_choice, kept.held_out_files) == ([7], "best", 0)
+    check_manifest(plan_of(*words, *earlier), folder)
     typed = [*words, "ablation.rate_seeds=[8]"]
-    assert keep_rate_choice(plan_of(*typed).config, typed, folder).rate_seeds == [8]
+    assert keep_earlier_rules(plan_of(*typed).config, typed, folder).rate_seeds == [8]
     for place in (tmp_path / "none", make(plan_of(*words), tmp_path / "new", RULE, [])):
-        assert keep_rate_choice(new, words, place) == new
+        assert keep_earlier_rules(new, words, place) == new
 
 
 def test_a_best_rate_at_the_edge_blocks_the_verdict(plan, tmp_path):

@@ -57,6 +57,7 @@ MAY_BE_ZERO = {
         "guard.repeat",
         "watchdog.minutes",
         "data.held_out",
+        "data.held_out_files",
     ),
     *("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2"),
     "zero.stage",

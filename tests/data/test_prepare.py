@@ -435,10 +435,10 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(corpus, monkeypatch):
 
 def test_the_tokenizer_is_trained_on_an_even_sample_without_held_out_text(corpus):
     config, _ = corpus
-    threshold = data.prepare._threshold(config)
+    selection = data.held_out.Selection(config)
     progress = data.prepare.ProgressReporter(False)
-    whole = data.prepare._sample(config, threshold, 1 << 30, progress)
-    some = data.prepare._sample(config, threshold, 20_000, progress)
+    whole = data.prepare._sample(config, selection, 1 << 30, progress)
+    some = data.prepare._sample(config, selection, 20_000, progress)
     dataset = open_dataset(prepare(*corpus))
     assert whole == decoded(dataset, dataset.parts[0].train)
     assert set(some) < set(whole)

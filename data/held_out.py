@@ -1,0 +1,159 @@
+"""Choose the held-out documents of a corpus, what of each counts, and what must not be trained on beside them.
+
+A document is held out by a hash of its text, so equal texts are on one side, and neither the order of a corpus nor the size of
+its files matters. Where comparisons should hold for other text too (`data.held_out_files`), many documents matter more than
+much text: then a piece of each counts, so that none outweighs the others, and training documents that repeat half of a piece
+are left out. `prepare.py` reads the corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from conf.schema import DataConfig
+from data.documents import documents
+from kernels.common.errors import UserError
+
+WINDOW = 64  # bytes of text that two documents have in common, white space aside, to match at a place
+SAMPLED = 4  # of so many windows, chosen by their hash, one is kept
+NEAR = 0.5  # a training document is a near duplicate if it has this fraction of the windows of a held-out piece
+_FACTORS = [0x9E3779B97F4A7C15 + 2 * n for n in range(6)]  # odd, one for each doubling of a window: 2^6 is WINDOW
+
+
+def digest(raw: bytes) -> tuple[int, int]:
+    """Return two independent 64-bit hashes of a text: the first decides whether it is held out, the second samples it."""
+    value = hashlib.blake2b(raw, digest_size=16).digest()
+    return int.from_bytes(value[:8], "little"), int.from_bytes(value[8:], "little")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What becomes of a document."""
+
+    split: str  # train | held_out | "": it nearly repeats held-out text, and is left out
+    text: str  # all of it, or a piece
+
+
+class Selection:
+    """The choice of held-out documents in one corpus."""
+
+    def __init__(self, data: DataConfig) -> None:
+        """Read the corpus as often as that takes.
+
+        Raises:
+            UserError: all documents have the same text.
+        """
+        self.threshold = _threshold_of_files(data) if data.held_out and data.held_out_files else _threshold(data)
+        self.piece_bytes = data.held_out_kib << 10 if data.held_out_files else 0  # 0: all of a document counts
+        self._near: _NearDuplicates | None = None
+        if self.threshold and data.held_out_files:
+            parts = (self.part(document.text, document.text.encode()) for document in documents(data))
+            self._near = _NearDuplicates(part.text.encode() for part in parts if part.split == "held_out")
+
+    def part(self, text: str, raw: bytes) -> Part:
+        """Return what becomes of a document, given as text and as UTF-8."""
+        first, second = digest(raw)
+        if first < self.threshold:
+            return Part("held_out", _piece(raw, self.piece_bytes, second) if self.piece_bytes else text)
+        return Part("" if self._near is not None and self._near.found_in(raw) else "train", text)
+
+
+def _threshold(data: DataConfig) -> int:
+    """Return the threshold: documents whose first hash lies below it are held out.
+
+    Where chance would leave a side empty, the threshold is moved so that each has at least one document.
+    """
+    if data.held_out == 0:
+        return 0
+    limit = int(data.held_out * 2**64)
+    smallest, largest = 2**64, -1
+    for document in documents(data):
+        number = digest(document.text.encode())[0]
+        smallest, largest = min(smallest, number), max(largest, number)
+        if smallest < limit <= largest:
+            return limit  # both sides have a document: the rest need not be read
+    if smallest == largest:
+        raise _all_the_same(data)
+    return min(max(limit, smallest + 1), largest)
+
+
+def _threshold_of_files(data: DataConfig) -> int:
+    """Return the threshold that holds `data.held_out_files` documents out, or half of those that differ if these are less."""
+    wanted = 2 * data.held_out_files
+    smallest: list[int] = []  # a heap of the smallest distinct hashes, negated
+    kept: set[int] = set()
+    for document in documents(data):
+        number = digest(document.text.encode())[0]
+        if number not in kept and (len(smallest) < wanted or number < -smallest[0]):
+            kept.add(number)
+            heapq.heappush(smallest, -number)
+            if len(smallest) > wanted:
+                kept.remove(-heapq.heappop(smallest))
+    if len(smallest) < 2:
+        raise _all_the_same(data)
+    return sorted(kept)[len(kept) // 2 - 1] + 1
+
+
+def _all_the_same(data: DataConfig) -> UserError:
+    return UserError(
+        f"all documents of data={data.name} have the same text, so none can be held out for evaluation; "
+        f"give it other documents, or train without evaluation: data.held_out=0"
+    )
+
+
+def _piece(raw: bytes, size: int, number: int) -> str:
+    """Return about `size` bytes of a text, whole lines where these are short, from a place that `number` selects."""
+    if len(raw) <= size:
+        return raw.decode()
+    start = number % (len(raw) - size + 1)
+    line = raw.rfind(b"\n", max(0, start - size // 2), start) + 1
+    start = line or start
+    end = start + size
+    end = raw.rfind(b"\n", start + size // 2, end) + 1 or end
+    return raw[start:end].decode(errors="ignore")  # of a character that is cut in two, nothing is left
+
+
+class _NearDuplicates:
+    """The windows of the held-out pieces, by their hashes."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        hashes = [np.unique(window_hashes(piece)) for piece in pieces]
+        self.counts = np.array([max(1, len(own)) for own in hashes])  # windows of each piece
+        owners = np.repeat(np.arange(len(hashes)), [len(own) for own in hashes])
+        every = np.concatenate(hashes)
+        order = np.argsort(every, kind="stable")
+        self.hashes, self.owners = every[order], owners[order]
+
+    def found_in(self, raw: bytes) -> bool:
+        """Return whether a document has `NEAR` of the windows of some piece."""
+        own = np.unique(window_hashes(raw))
+        first, last = (np.searchsorted(self.hashes, own, side=side) for side in ("left", "right"))
+        matched = np.flatnonzero(last > first)
+        if not len(matched):
+            return False
+        places = np.concatenate([np.arange(first[i], last[i]) for i in matched.tolist()])
+        found = np.bincount(self.owners[places], minlength=len(self.counts))
+        return bool((found >= NEAR * self.counts).any())
+
+
+def window_hashes(raw: bytes) -> np.ndarray:
+    """Return hashes of the sampled windows of a text: uint64; a text that is shorter than a window has none.
+
+    Runs of white space count as one space. Which windows are sampled depends on what they hold alone.
+    """
+    values = np.frombuffer(b" ".join(raw.split()), np.uint8).astype(np.uint64) + np.uint64(1)
+    length = 1
+    for factor in _FACTORS:  # the hash of 2n bytes from those of both halves
+        if len(values) <= length:
+            return np.empty(0, np.uint64)
+        values = values[:-length] * np.uint64(factor) + values[length:]
+        values ^= values >> np.uint64(29)
+        length *= 2
+    values *= np.uint64(0xBF58476D1CE4E5B9)
+    values ^= values >> np.uint64(32)
+    return values[values % np.uint64(SAMPLED) == 0]
