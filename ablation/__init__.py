@@ -11,6 +11,8 @@
     progress.py     decides which runs of a sweep come next, and the best learning rate
     results.py      loads and checks everything the runs of a plan wrote
     statistics.py   paired differences, intervals, detectable differences, verdicts
+    documents.py    how far a difference depends on the held-out text
+    curves.py       speed-ups within curves, and the order of arms over sizes
     efficiency.py   what reaching a loss costs: compute, seconds, memory
     measures.py     other metrics of the runs, by seed
     verdict.py      states the verdict in one sentence per size

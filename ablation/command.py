@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from conf.schema import Config
+from launch.corpus import RUN_MODULE
 from launch.ranks import installed_gpus, without_launcher
 
 _TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -20,6 +21,11 @@ def ranks_of(config: Config) -> int:
 def train_command(overrides: list[str], ranks: int) -> list[str]:
     """Return the command line that trains on that many ranks of this machine."""
     return [*launcher(ranks), str(_TRAIN), *overrides]
+
+
+def baselines_command(overrides: list[str], to: Path) -> list[str]:
+    """Return the command line that measures the models that are no neural networks for a run, and writes them to a file."""
+    return [sys.executable, str(RUN_MODULE), "data.baselines", f"to={to.absolute()}", *overrides]
 
 
 def launcher(ranks: int) -> list[str]:

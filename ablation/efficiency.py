@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ablation.curves import SpeedUp, effective_speed_up, loss_at
 from ablation.results import Results, Run
-from ablation.statistics import SpeedUp, effective_speed_up, loss_at
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,9 +26,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
 
+from ablation.curves import rank_stability
 from ablation.efficiency import LossCurve, align, curve, efficiency
 from ablation.results import Results
-from ablation.statistics import Verdict, rank_stability
+from ablation.statistics import Verdict
 from kernels.common.files import atomic_write
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from ablation.curves import effective_speed_up
 from ablation.results import Results, Run
-from ablation.statistics import effective_speed_up
 
 MOST_SPEED_UP = 4.0  # the limit of `effective_speed_up` beyond a curve
 BySeed = dict[int, float]

@@ -33,6 +33,7 @@ from ablation.tables import (
     TableCell,
     TableRow,
     arms_table,
+    baselines_table,
     efficiency_table,
     is_missing,
     number_cell,
@@ -40,6 +41,7 @@ from ablation.tables import (
     scatter_table,
     tests_table,
     text_cell,
+    text_table,
 )
 from ablation.verdict import sentences
 from kernels.common.commands import run_command
@@ -115,7 +117,10 @@ def comparison_rows(results: Results, size: str) -> list[dict[str, Any]]:
                 "p_equivalent": c.p_equivalent, "detectable": c.detectable, "seeds_needed": c.needed,
                 "deviation_arm": c.scatter.own, "deviation_baseline": c.scatter.base,
                 "correlation": c.scatter.correlation, "p_unpaired": c.scatter.p_unpaired,
-                "notes": "; ".join(c.scatter.notes),
+                "notes": "; ".join(c.scatter.notes), "documents": c.text.scatter.documents if c.text else None,
+                "document_error": c.text.scatter.error if c.text else math.nan,
+                "text_low": c.text.both[0] if c.text else math.nan, "text_high": c.text.both[1] if c.text else math.nan,
+                "p_text_holm": c.text.p_holm if c.text else math.nan, "holds_over_text": c.text.holds if c.text else None,
                 "learning_rate": results.best_lr(size, c.arm), "rate_rise": sweep.rise if sweep else math.nan,
                 "mismatch": results.manifest.cost[size][c.arm]["mismatch"],
                 "speed_up_flops": cost.per_flop.factor if cost else math.nan,
@@ -170,7 +175,13 @@ def page(results: Results, figures: Sequence[ReportFigure]) -> str:
         losses=losses,
         phenomena=phenomena,
         arms=[arms_table(results, size) for size in results.sizes],
-        tests=[table for size in results.sizes for table in (tests_table(results, size), scatter_table(results, size))],
+        baselines=baselines_table(results),
+        tests=[
+            table
+            for size in results.sizes
+            for table in (tests_table(results, size), text_table(results, size), scatter_table(results, size))
+            if table is not None
+        ],
         efficiencies=[efficiency_table(results, size) for size in results.sizes],
         rates=rates,
         costs=[_cost(results, size) for size in results.sizes],

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ablation.budget import REFUSE
+from ablation.documents import TextScatter, text_scatter
 from ablation.learning_rates import SweepResult, mean_losses, run_noise, sweep_result
 from ablation.manifest import Manifest, read_manifest
 from ablation.outcomes import DIVERGED, ENDED, FINISHED, Outcome, is_finite, read_metrics, read_outcome, run_folders
@@ -26,8 +27,10 @@ from ablation.statistics import FEWEST_SEEDS, Comparison, Pair, compare, pairs_w
 from conf.load import values_of
 from conf.provenance import summarise
 from kernels.common.errors import UserError
+from kernels.common.json_files import DocumentLosses, read_document_losses, read_object
 
 FEWEST_RATES = 3  # learning rates that a verdict needs
+MODELS = ("unigram", "bigram", "xz")  # that are no neural networks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +45,12 @@ class Run:
     def lines_of(self, kind: str) -> list[dict[str, Any]]:
         """Return the lines of one kind."""
         return [line for line in self.lines if line["kind"] == kind]
+
+    @functools.cached_property
+    def documents(self) -> DocumentLosses | None:
+        """The final loss of each held-out document; None if the run has not ended, or does not have them."""
+        losses = read_document_losses(self.folder) if self.outcome.state == FINISHED else None
+        return losses if losses is not None and losses.step == self.outcome.summary.get("steps") else None
 
     @property
     def tokens_per_second(self) -> float:
@@ -179,6 +188,29 @@ class Results:
                 reasons[arm] = f"how much its learning rate, {result.best_lr:g}, misses the best one is not determined"
         return reasons
 
+    def baselines(self, size: str) -> dict[str, float]:
+        """Return the losses of unigram, bigram and xz on the held-out text of a size, nats per token; those that are known.
+
+        Those of another text than the runs' are not.
+        """
+        try:
+            content = read_object(baselines_path(self.folder, size))
+        except (OSError, ValueError):
+            return {}
+        texts = {run.documents.held_out for run in self.runs.values() if run.planned.size == size and run.documents}
+        if texts - {content.get("held_out")}:
+            return {}
+        return {name: float(content[name]) for name in MODELS if is_finite(content.get(name))}
+
+    def beaten_by_bigram(self, size: str) -> list[str]:
+        """Return the arms of a size whose mean loss is no lower than that of the bigram model; [] if that is not known."""
+        bigram = self.baselines(size).get("bigram", math.nan)
+        return [arm for arm, mean in self.mean_losses(size).items() if not math.isnan(bigram) and not mean < bigram]
+
+    def mean_losses(self, size: str) -> dict[str, float]:
+        """Return the mean final loss of each arm that has one; nan where a seed diverged."""
+        return {arm: float(np.mean(list(of.values()))) for arm, of in self.losses(size).items() if of}
+
     def comparisons(self, size: str) -> list[Comparison]:
         """Compare the arms of a size with the baseline; empty before the baseline has a loss. All sizes are one family."""
         return self._comparisons[size]
@@ -189,13 +221,27 @@ class Results:
         found = iter(compare([p for of_size in pairs.values() for p in of_size], self.manifest.plan.smallest_effect))
         return {size: [next(found) for _ in of_size] for size, of_size in pairs.items()}
 
+    def text_scatters(self, size: str) -> dict[str, TextScatter | None]:
+        """Return how the difference of each arm of a size scatters over the held-out documents."""
+        by_arm = {
+            arm: {run.planned.seed: run.documents for run in self.final_runs(size, arm) if run.documents is not None}
+            for arm in self.arms(size)
+        }
+        return {arm: text_scatter(own, by_arm[self.baseline]) for arm, own in by_arm.items()}
+
     def _pairs(self, size: str) -> list[Pair]:
         losses, blocked = self.losses(size), self.blocked(size)
         if not losses[self.baseline]:
             return []
         if self.baseline in blocked:
             blocked[self.baseline] = f"the baseline: {blocked[self.baseline]}"
-        return pairs_with(self.baseline, losses, self.ceiling(size), blocked, self.known_regrets(size))
+        regrets, texts = self.known_regrets(size), self.text_scatters(size)
+        return pairs_with(self.baseline, losses, self.ceiling(size), blocked, regrets, texts)
+
+
+def baselines_path(folder: Path, size: str) -> Path:
+    """Return where a plan's runner keeps what `data.baselines` measures for a size."""
+    return folder / "baselines" / f"{size}.json"
 
 
 def why_no_verdict(plan: Plan) -> list[str]:

@@ -15,6 +15,7 @@ at a time, and each task can be submitted again. Two runners of the same plan di
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import signal
 import statistics
@@ -30,7 +31,7 @@ from rich import box
 from rich.table import Table
 
 from ablation import slurm
-from ablation.command import environment_of, ranks_of, train_command
+from ablation.command import baselines_command, environment_of, ranks_of, train_command
 from ablation.manifest import check_manifest, keep_earlier_rules, write_manifest
 from ablation.outcomes import (
     DIVERGED,
@@ -46,7 +47,7 @@ from ablation.outcomes import (
 from ablation.plan import Plan, PlannedRun, read_plan, resolve, seeds_text
 from ablation.power import power_lines
 from ablation.progress import outcome_of, sweep_progress
-from ablation.results import why_no_verdict
+from ablation.results import baselines_path, why_no_verdict
 from ablation.speed import step_time
 from conf.help import key_lines
 from conf.keys import choices
@@ -59,6 +60,7 @@ from kernels.common.streams import outlive_console
 from kernels.common.text import command_text
 from kernels.common.units import duration
 from launch.launchers import stop_signals
+from launch.ranks import without_launcher
 from launch.sbatch import read_cluster
 
 _OPTIONS = {"yes": False, "jobs": 0, "ranks": 0, "folder": "ablations", "task": ""}  # task: set by job arrays
@@ -189,6 +191,7 @@ class Runner:
         (self.folder / "logs").mkdir(exist_ok=True)
         pairs = list(self.plan.size_arm_pairs())
         with self._stopped_by_signals():
+            self._measure_baselines()
             complete = self._train_sweeps(pairs)
             if complete:
                 best = {pair: sweep_progress(self.plan, self.folder, *pair).best_lr for pair in pairs}
@@ -220,6 +223,7 @@ class Runner:
             raise UserError(f"task={name} is not a task of {config.name}")
         size, arm, seed = tasks[name]
         with self._stopped_by_signals():
+            self._measure_baselines()
             if seed in config.rate_seeds:
                 complete = self._train_sweeps([(size, arm)])
             else:
@@ -237,6 +241,20 @@ class Runner:
     def outcome(self, planned: PlannedRun) -> Outcome:
         """Return the outcome of a run of this plan."""
         return outcome_of(planned, self.folder)
+
+    def _measure_baselines(self) -> None:
+        """Measure the models that are no neural networks, unless that is done. No run depends on it: a failure is reported."""
+        config = self.plan.config
+        for size in self.plan.arms:
+            to = baselines_path(self.folder, size)
+            if to.exists() or self._stopping:
+                continue
+            lr = self.plan.learning_rates(size, config.baseline)[0]
+            first = self.plan.final_runs(size, config.baseline, lr)[0]
+            command = baselines_command(self.plan.overrides(first, str(self.folder / "runs")), to)
+            if self._run_logged(command, f"baselines-{size}", without_launcher(os.environ)) > 0:
+                log = self.folder / "logs" / f"baselines-{size}.log"
+                self.console.print(f"warning: no bigram model to compare with at {size}: see {log}", soft_wrap=True)
 
     def _train_sweeps(self, pairs: list[tuple[str, str]]) -> bool:
         """Train the sweeps of these (size, arm), extensions included; return whether all of them ended."""
@@ -273,13 +291,18 @@ class Runner:
     def _train_in_process(self, planned: PlannedRun, slot: int) -> int:
         """Train a run in a process of its own; return the exit status of that process."""
         ranks = self.ranks or ranks_of(self.plan.arms[planned.size][planned.arm].config)
-        with open(self._log(planned), "ab") as log:
+        command = train_command(self.plan.overrides(planned, str(self.folder / "runs")), ranks)
+        return self._run_logged(command, planned.name, environment_of(slot, self.jobs, ranks))
+
+    def _run_logged(self, command: list[str], name: str, environment: dict[str, str]) -> int:
+        """Run a command whose output goes to logs/NAME.log; return its exit status."""
+        with open(self.folder / "logs" / f"{name}.log", "ab") as log:
             process = subprocess.Popen(
-                train_command(self.plan.overrides(planned, str(self.folder / "runs")), ranks),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment_of(slot, self.jobs, ranks),
+                env=environment,
                 start_new_session=True,  # a Ctrl-C reaches it once, as the SIGTERM that the runner sends
             )
         self._processes.add(process)

@@ -10,6 +10,10 @@ their p-values are a family of their own. The smallest detectable difference is 
 Each arm runs at the learning rate that its sweep chose, and may have missed its best one. What that costs
 (`ablation/learning_rates.py`) is added to the standard error of each difference: more seeds do not make it smaller.
 
+A verdict holds over seeds, for the held-out text of the plan. Where the losses of its documents are known, a second test adds
+the standard error over documents (`ablation/documents.py`), and a verdict that passes it holds for other such text too. Its
+p-values are adjusted likewise.
+
 A diverged run stays in the comparison. It counts with the loss of an untrained model, and its arm is never called better.
 """
 
@@ -18,15 +22,15 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy import optimize, special, stats
+
+from ablation.documents import TextScatter
 
 ALPHA = 0.05
 POWER = 0.8
@@ -56,6 +60,17 @@ class Scatter:
 
 
 @dataclasses.dataclass(frozen=True)
+class OverText:
+    """What a comparison says about other held-out text."""
+
+    scatter: TextScatter
+    interval: tuple[float, float]  # 95% over documents, for the seeds that ran
+    both: tuple[float, float]  # 95% over seeds and documents
+    p_holm: float  # of no difference over seeds and documents, adjusted for all pairs
+    holds: bool  # the verdict (better, worse or equivalent) stands over documents too
+
+
+@dataclasses.dataclass(frozen=True)
 class Comparison:
     """An arm compared with the baseline. Losses in nats per token; a difference is arm minus baseline, so lower is better."""
 
@@ -73,6 +88,7 @@ class Comparison:
     detectable: float  # smallest detectable difference
     needed: float  # seeds that would find the smallest effect; infinite where the regret alone hides it
     scatter: Scatter
+    text: OverText | None  # None: the losses of documents are not known, or a seed diverged
     verdict: Verdict
     reason: str  # why the verdict is not a plain better or worse; "" where it is
 
@@ -87,6 +103,7 @@ class Pair:
     ceiling: float = math.inf  # the loss that a diverged run counts as: ln(vocabulary size)
     blocked: str = ""  # why there can be no verdict
     regret: float = 0.0  # what both may lose by missing their best learning rates: `Comparison.regret`
+    text: TextScatter | None = None  # of the difference over documents
 
 
 def pairs_with(
@@ -95,6 +112,7 @@ def pairs_with(
     ceiling: float,
     blocked: Mapping[str, str] | None = None,
     regrets: Mapping[str, float] | None = None,
+    texts: Mapping[str, TextScatter | None] | None = None,
 ) -> list[Pair]:
     """Return every arm's pair with the baseline.
 
@@ -102,13 +120,14 @@ def pairs_with(
         losses: by arm and seed.
         blocked: the arms that get no verdict, with the reason. A reason for the baseline blocks all arms.
         regrets: by arm, `SweepResult.regret` of its learning rate; an arm that is not in it has missed nothing.
+        texts: by arm, how its difference scatters over documents.
 
     Raises:
         ValueError: the baseline has no losses.
     """
     if baseline not in losses:
         raise ValueError(f"no losses of the baseline {baseline!r}")
-    blocked, regrets = blocked or {}, regrets or {}
+    blocked, regrets, texts = blocked or {}, regrets or {}, texts or {}
     return [
         Pair(
             arm,
@@ -117,6 +136,7 @@ def pairs_with(
             ceiling,
             blocked.get(arm, blocked.get(baseline, "")),
             math.hypot(regrets.get(arm, 0.0), regrets.get(baseline, 0.0)),
+            texts.get(arm),
         )
         for arm, own in losses.items()
         if arm != baseline
@@ -140,7 +160,8 @@ def compare(pairs: Sequence[Pair], smallest_effect: float, margin: float = 0.0) 
         diverged, diverged_baseline = (sum(not math.isfinite(side[s]) for s in seeds) for side in (pair.own, pair.base))
         test = _paired_test(differences, pair.regret)
         scatter = _scatter(np.array(losses[0]), np.array(losses[1]), test)
-        tested.append(_TestedArm(pair.arm, diverged, diverged_baseline, test, pair.blocked, scatter))
+        text = None if diverged or diverged_baseline else pair.text
+        tested.append(_TestedArm(pair.arm, diverged, diverged_baseline, test, pair.blocked, scatter, text))
     return _judge(tested, smallest_effect)
 
 
@@ -205,6 +226,20 @@ class _TestedArm:
     test: _TTest
     blocked: str = ""
     scatter: Scatter = Scatter()
+    text: TextScatter | None = None
+
+    @property
+    def over_text(self) -> _TTest:
+        """The same test over seeds and documents; undefined where those are not known."""
+        test, text = self.test, self.text
+        if text is None or math.isnan(test.p):
+            return _TTest(test.seeds, test.difference)
+        error = math.hypot(test.error, text.error)
+        if error == 0.0:
+            return test
+        freedom = error**4 / (test.error**4 / test.freedom + text.error**4 / text.freedom)  # Welch-Satterthwaite
+        p = _two_sided_p(test.difference, error, freedom)
+        return dataclasses.replace(test, error=error, freedom=freedom, p=p)
 
 
 def _clipped(loss: float, ceiling: float) -> float:
@@ -349,15 +384,25 @@ def _largest_skewness(seeds: int) -> float:
 
 
 def _judge(tested: list[_TestedArm], smallest_effect: float) -> list[Comparison]:
-    adjusted = holm([arm.test.p for arm in tested])
-    equivalent = holm([_equivalence(arm.test, smallest_effect) for arm in tested])
-    return [_judge_arm(*each, len(tested), smallest_effect) for each in zip(tested, adjusted, equivalent, strict=True)]
+    of_seeds = _p_values([arm.test for arm in tested], smallest_effect)
+    of_both = _p_values([arm.over_text for arm in tested], smallest_effect)
+    return [_judge_arm(*each, len(tested), smallest_effect) for each in zip(tested, of_seeds, of_both, strict=True)]
+
+
+def _p_values(tests: Sequence[_TTest], smallest_effect: float) -> list[tuple[float, float]]:
+    """Return the adjusted p-values of no difference and of no equivalence, per test."""
+    equivalence = holm([_equivalence(test, smallest_effect) for test in tests])
+    return list(zip(holm([test.p for test in tests]), equivalence, strict=True))
 
 
 def _judge_arm(
-    tested: _TestedArm, p_holm: float, p_equivalent: float, pairs: int, smallest_effect: float
+    tested: _TestedArm,
+    of_seeds: tuple[float, float],
+    of_both: tuple[float, float],
+    pairs: int,
+    smallest_effect: float,
 ) -> Comparison:
-    test = tested.test
+    test, (p_holm, p_equivalent) = tested.test, of_seeds
     detectable, interval, adjusted = math.inf, (math.nan, math.nan), (math.nan, math.nan)
     if not math.isnan(test.p):
         detectable = test.error * _detectable(test.freedom, ALPHA / pairs, POWER) if test.error else 0.0
@@ -381,9 +426,21 @@ def _judge_arm(
         detectable=detectable,
         needed=needed,
         scatter=tested.scatter,
+        text=_over_text(tested, of_both, verdict),
         verdict=verdict,
         reason=reason,
     )
+
+
+def _over_text(tested: _TestedArm, of_both: tuple[float, float], verdict: Verdict) -> OverText | None:
+    both, text = tested.over_text, tested.text
+    if text is None or math.isnan(both.p):
+        return None
+    of_documents = dataclasses.replace(both, error=text.error, freedom=text.freedom)
+    p_holm, p_equivalent = of_both
+    decided = verdict in (Verdict.BETTER, Verdict.WORSE)
+    holds = p_holm < ALPHA if decided else verdict is Verdict.EQUIVALENT and p_equivalent < ALPHA
+    return OverText(text, _interval(of_documents, ALPHA), _interval(both, ALPHA), p_holm, holds)
 
 
 def _interval(test: _TTest, alpha: float) -> tuple[float, float]:
@@ -419,72 +476,3 @@ def _verdict(
     elif test.regret > 0:
         size += ", which takes a finer or repeated sweep"
     return Verdict.UNDECIDED, "; ".join(filter(None, (diverged, size)))
-
-
-# ------------------------------------------------------------------------------------- compute and sizes
-
-
-@dataclasses.dataclass(frozen=True)
-class SpeedUp:
-    """Compute that the baseline needs to reach an arm's loss, divided by the arm's own compute."""
-
-    factor: float  # nan where the baseline's curve does not determine it
-    extrapolated: bool  # the baseline never reached that loss
-
-
-def effective_speed_up(compute: Iterable[float], losses: Iterable[float], loss: float, spent: float) -> SpeedUp:
-    """Return how many times the arm's compute the baseline needs to reach the arm's loss.
-
-    Within the baseline's curve, log compute is interpolated over the loss. Below the curve's last loss, a line fitted to its
-    later half extrapolates, to at most four times the compute.
-
-    Args:
-        compute: of the baseline (FLOPs or seconds), increasing.
-        losses: of the baseline at these points.
-        loss: the arm's final loss.
-        spent: the arm's compute, in the unit of `compute`.
-    """
-    curve = [(math.log(c), v) for c, v in zip(compute, losses, strict=True) if c > 0 and math.isfinite(v)]
-    falling: list[tuple[float, float]] = []
-    for point in curve:  # keep the first point that reaches each loss
-        if not falling or point[1] < falling[-1][1]:
-            falling.append(point)
-    if len(falling) < 2 or not math.isfinite(loss) or loss > falling[0][1] or not spent > 0:
-        return SpeedUp(math.nan, False)
-    logs, values = (np.array(side) for side in zip(*falling, strict=True))
-    if loss >= values[-1]:
-        return SpeedUp(math.exp(float(np.interp(-loss, -values, logs))) / spent, False)
-    later = slice(len(logs) // 2 if len(logs) >= 4 else 0, None)
-    slope, _ = np.polyfit(logs[later], values[later], 1)
-    reached = logs[-1] + (loss - values[-1]) / slope if slope < 0 else math.inf
-    return SpeedUp(math.exp(reached) / spent if reached <= logs[-1] + math.log(4) else math.nan, True)
-
-
-def loss_at(positions: ArrayLike, losses: ArrayLike, position: float) -> float:
-    """Return the loss of a curve at a position (seconds, FLOPs, bytes), interpolated linearly; nan outside the curve."""
-    positions = np.asarray(positions, dtype=float)
-    if len(positions) == 0 or not positions[0] <= position <= positions[-1]:
-        return math.nan
-    return float(np.interp(position, positions, np.asarray(losses, dtype=float)))
-
-
-@dataclasses.dataclass(frozen=True)
-class RankStability:
-    """How far the arms keep their order from one size to another."""
-
-    tau: float  # Kendall's: 1 for the same order, -1 for the reverse; nan with fewer than two arms
-    swapped: list[tuple[str, str]]  # pairs whose order changes; the first arm was ahead
-
-
-def rank_stability(smaller: Mapping[str, float], larger: Mapping[str, float]) -> RankStability:
-    """Compare the order of the arms' mean losses at two sizes, over the arms that both have."""
-    arms = [arm for arm in smaller if arm in larger]
-    swapped = []
-    for one, other in itertools.combinations(arms, 2):
-        first, second = sorted((one, other), key=smaller.__getitem__)
-        if larger[first] > larger[second]:
-            swapped.append((first, second))
-    if len(arms) < 2:
-        return RankStability(math.nan, swapped)
-    kendall: Any = stats.kendalltau([smaller[arm] for arm in arms], [larger[arm] for arm in arms])  # SciPy has no types
-    return RankStability(float(kendall.statistic), swapped)

@@ -7,10 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ablation.curves import SpeedUp
 from ablation.efficiency import Efficiency, efficiency
 from ablation.results import Results
 from ablation.sketch import HIGH, LOW, REACH, Sketch, sketch
-from ablation.statistics import POWER, Comparison, SpeedUp, Verdict
+from ablation.statistics import POWER, Comparison, Verdict
+
+_MODELS = {"unigram": "token frequencies", "bigram": "bigram (Kneser-Ney)", "xz": "xz -9"}
 
 
 def is_missing(value: Any) -> bool:
@@ -131,6 +134,22 @@ def _verdict_cells(c: Comparison | None, scale: tuple[float, float]) -> list[Tab
     ]
 
 
+def baselines_table(results: Results) -> PageTable | None:
+    """Return the losses of the models that are no neural networks; None where none is known."""
+    rows = []
+    for size in results.sizes:
+        for name, loss in results.baselines(size).items():
+            best = min((mean for mean in results.mean_losses(size).values()), default=math.nan)
+            cells = [text_cell(size), text_cell(_MODELS[name]), number_cell(loss), number_cell(best - loss, "+.4f")]
+            rows.append(TableRow(cells))
+    heads = ("size", "model", "loss", "best arm less it")
+    caption = (
+        "What is no neural network, on the same held-out text: token frequencies and a bigram model of as many training "
+        "tokens, and compression of the text by itself; nats per token."
+    )
+    return PageTable(heads, rows, caption) if rows else None
+
+
 def tests_table(results: Results, size: str) -> PageTable:
     """Return the tests behind the verdicts of a size."""
     heads = (
@@ -156,6 +175,27 @@ def _test_cells(c: Comparison | None) -> list[TableCell]:
     ends = [number_cell(end, "+.4f") for end in (*c.interval, *c.adjusted)]
     p = [number_cell(value, ".2g") for value in (c.p, c.p_holm, c.p_equivalent)]
     return [*ends, number_cell(c.regret), *p, number_cell(c.detectable), number_cell(c.needed, ".0f")]
+
+
+def text_table(results: Results, size: str) -> PageTable | None:
+    """Return over what the differences of a size's arms hold: other seeds, other text, both; None if that is not known."""
+    known = [(arm, c, c.text) for arm, c in _by_difference(results, size) if c is not None and c.text is not None]
+    if not known:
+        return None
+    heads = ("arm", "verdict", "from, seeds", "to, seeds", "from, documents", "to, documents", "from, both", "to, both",
+             "p, both (Holm)", "holds for")  # fmt: skip
+    rows = []
+    for arm, c, text in known:
+        ends = [number_cell(end, "+.4f") for end in (*c.interval, *text.interval, *text.both)]
+        decided = c.verdict in (Verdict.BETTER, Verdict.WORSE, Verdict.EQUIVALENT)
+        holds = ("other seeds and text" if text.holds else "other seeds, on this text") if decided else "–"
+        cells = [text_cell(arm), text_cell(c.verdict.value), *ends, number_cell(text.p_holm, ".2g"), text_cell(holds)]
+        rows.append(TableRow(cells))
+    caption = (
+        f"{size}: 95% intervals of the difference in nats per token: over seeds and learning rates for this text, over its "
+        f"{known[0][2].scatter.documents} documents for these seeds, and over both."
+    )
+    return PageTable(heads, rows, caption)
 
 
 def scatter_table(results: Results, size: str) -> PageTable:

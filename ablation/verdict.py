@@ -1,7 +1,8 @@
 """State what a plan showed, in one sentence per size: the first lines of the report, the dashboard and the console.
 
 An arm is called better or worse only where its verdict is. Amounts are mean differences in nats per token over the seeds that
-both arms have, largest first. Their intervals, and why an arm has no verdict, are in the tables.
+both arms have, largest first. Their intervals, and why an arm has no verdict, are in the tables. A second sentence says whether
+the verdicts hold for other held-out text, and a third which arms predict it no better than a bigram model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,24 @@ def sentences(results: Results) -> list[str]:
     """Return one sentence per size of a plan, in the plan's order."""
     seeds, baseline = len(results.manifest.plan.seeds), results.baseline
     effect = results.manifest.plan.smallest_effect
-    return [_sentence(size, baseline, seeds, effect, results.comparisons(size)) for size in results.sizes]
+    return [
+        _sentence(size, baseline, seeds, effect, results.comparisons(size)) + _below_bigram(results, size)
+        for size in results.sizes
+    ]
+
+
+def _below_bigram(results: Results, size: str) -> str:
+    """Return which arms do not beat a bigram model, as a sentence after a space; "" if all do, or that is not known."""
+    arms = results.beaten_by_bigram(size)
+    if not arms:
+        return ""
+    loss = results.baselines(size)["bigram"]
+    which = (
+        "No arm beats"
+        if len(arms) == len(results.arms(size))
+        else f"{listed(arms)} do{'es' * (len(arms) == 1)} not beat"
+    )
+    return f" {which} a bigram model of as many tokens ({loss:.3f})."
 
 
 def _sentence(size: str, baseline: str, planned: int, effect: float, comparisons: list[Comparison]) -> str:
@@ -41,7 +59,20 @@ def _sentence(size: str, baseline: str, planned: int, effect: float, comparisons
             arms = [f"{_arm(c, most)}{_diverged(c)}" for c in by_verdict[verdict]]
             reasons = {c.reason for c in by_verdict[verdict]} if verdict is Verdict.BLOCKED else set()
             clauses.append(f"{label}: {listed(arms)}" + (f" ({reasons.pop()})" if len(reasons) == 1 else ""))
-    return f"At {size}, over {seeds} seeds, in nats per token: {'; '.join(clauses)}."
+    return f"At {size}, over {seeds} seeds, in nats per token: {'; '.join(clauses)}.{_over_text(comparisons)}"
+
+
+def _over_text(comparisons: list[Comparison]) -> str:
+    """Return over what the verdicts hold, as a sentence after a space; "" where there are none, or it is not known."""
+    decided = [c for c in comparisons if c.verdict in (Verdict.BETTER, Verdict.WORSE, Verdict.EQUIVALENT) and c.text]
+    documents = {c.text.scatter.documents for c in decided if c.text}
+    if not documents:
+        return ""
+    on_this_text = [c.arm for c in decided if c.text and not c.text.holds]
+    if len(on_this_text) == len(decided):
+        return f" This is shown for these {max(documents)} held-out documents only, not for other text."
+    but = f", but for {listed(on_this_text)}" if on_this_text else ""
+    return f" This holds for other text of its kind too (over {max(documents)} documents){but}."
 
 
 def _by(c: Comparison, seeds: int, effect: float) -> str:

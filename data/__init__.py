@@ -8,6 +8,7 @@
     prepare.py      the command that turns a corpus into a prepared folder
     pool.py         its worker processes; progress.py reports progress on standard error
     verify.py       the command that checks every byte of a prepared folder; usage.py lists the keys of both commands
+    baselines.py    the command that predicts the held-out text by token frequencies, a bigram model and xz
     ready.py        the command that `launch` calls before it submits a job: are the corpora there, and long enough?
     batches.py      sample number i of a run, and the windows of the held-out text
 

@@ -32,7 +32,7 @@ def digest(raw: bytes) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitText:
     """What becomes of a document."""
 
     split: str  # train | held_out | "": it nearly repeats held-out text, and is left out
@@ -55,12 +55,12 @@ class Selection:
             parts = (self.part(document.text, document.text.encode()) for document in documents(data))
             self._near = _NearDuplicates(part.text.encode() for part in parts if part.split == "held_out")
 
-    def part(self, text: str, raw: bytes) -> Part:
+    def part(self, text: str, raw: bytes) -> SplitText:
         """Return what becomes of a document, given as text and as UTF-8."""
         first, second = digest(raw)
         if first < self.threshold:
-            return Part("held_out", _piece(raw, self.piece_bytes, second) if self.piece_bytes else text)
-        return Part("" if self._near is not None and self._near.found_in(raw) else "train", text)
+            return SplitText("held_out", _piece(raw, self.piece_bytes, second) if self.piece_bytes else text)
+        return SplitText("" if self._near is not None and self._near.found_in(raw) else "train", text)
 
 
 def _threshold(data: DataConfig) -> int:

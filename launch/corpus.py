@@ -14,7 +14,7 @@ from pathlib import Path
 from kernels.common.errors import UserError
 from launch.ranks import without_launcher
 
-_RUN_MODULE = Path(__file__).with_name("run_module.py")
+RUN_MODULE = Path(__file__).with_name("run_module.py")
 
 
 def unprepared(runs: Sequence[list[str]]) -> list[list[str]]:
@@ -24,7 +24,7 @@ def unprepared(runs: Sequence[list[str]]) -> list[list[str]]:
         UserError: the files of a corpus or of a tokenizer are missing or do not fit each other, or a run would go through its
             corpus more often than data.max_epochs.
     """
-    command = [sys.executable, str(_RUN_MODULE), *arguments_of(runs)]
+    command = [sys.executable, str(RUN_MODULE), *arguments_of(runs)]
     done = subprocess.run(command, env=without_launcher(os.environ), capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]

@@ -19,7 +19,7 @@ MOST_DOCUMENTS = 10_000  # whose losses are kept one by one; of more, neighbours
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DocumentLosses:
+class LossByDocument:
     """The losses of all held-out documents, in the order of the text. Each has its end-of-text token."""
 
     text: str  # hash of the held-out text
@@ -39,7 +39,7 @@ class HeldOut:
 
     loss: float  # nats per token
     tokens: int  # targets measured
-    documents: DocumentLosses | None = None  # None: a part of the text was measured
+    documents: LossByDocument | None = None  # None: a part of the text was measured
 
     @property
     def perplexity(self) -> float:
@@ -97,7 +97,7 @@ class _ByDocument:
         here = self.engine.context_shard(torch.from_numpy(documents)).to(token_nats.device)
         self.nats.index_add_(0, here.flatten(), token_nats.flatten().double())
 
-    def result(self) -> DocumentLosses:
+    def result(self) -> LossByDocument:
         """Return the losses over all ranks. Collective."""
         dist.all_reduce(self.nats, group=self.engine.mesh.data_context.group)
-        return DocumentLosses(self.text, self.nats.cpu().numpy(), np.diff(self.ends, prepend=0))
+        return LossByDocument(self.text, self.nats.cpu().numpy(), np.diff(self.ends, prepend=0))

@@ -92,6 +92,17 @@ def all_planned(plan: Plan, loss: Losses) -> list[PlannedRun]:
     return planned_runs
 
 
+def document_losses(planned: PlannedRun, final: float) -> dict[str, Any]:
+    """Return the losses of 60 documents, whose mean per token is `final`; an arm finds others hard by 0.02 nats than others."""
+    lengths = random.Random("text")
+    tokens = [lengths.randint(300, 600) for _ in range(60)]
+    chance = random.Random(f"{planned.size} {planned.arm}")
+    losses = [3.0 + chance.gauss(0, 0.02) for _ in tokens]
+    mean = sum(n * loss for n, loss in zip(tokens, losses, strict=True)) / sum(tokens)
+    nats = [n * (loss - mean + final) for n, loss in zip(tokens, losses, strict=True)]
+    return {"held_out": "the text", "nats": nats, "tokens": tokens}
+
+
 def _evaluation(at: Mapping[str, int], loss: float, tokens: int) -> dict[str, Any]:
     return {"kind": "eval", **at, "loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / 2.5,
             "held_out_tokens": tokens}  # fmt: skip
@@ -137,6 +148,9 @@ def write_run(
         lines.append({"kind": "event", "event": "diverged", "step": last, "tokens": last * batch.tokens_per_step})
     lines = [line | {name: value for name, value in figures.items() if name in line} for line in lines]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    if ends == 1.0:
+        losses = document_losses(planned, final)
+        (run / "documents.json").write_text(json.dumps({"step": batch.steps, **losses}), encoding="utf-8")
     counts = parameters(shape_of(config))
     summary = {
         "status": "finished" if ends == 1.0 else "stopped", "final_eval_loss": final if ends == 1.0 else None,

@@ -36,12 +36,12 @@ def test_every_run_holds_out_as_many_documents_as_the_plan_says_unless_an_overri
         (["data.held_out=0.2"], 0, 0.2),
         (["data.held_out_files=70"], 70, 0.04),
     ):
-        plan = plan_of(*words, *more)
+        plan = resolve(*read_plan([*words, *more]))
         for arm in plan.arms["nano"].values():
             assert (arm.config.data.held_out_files, arm.config.data.held_out) == (files, fraction)
             assert load(list(arm.overrides)).data == arm.config.data
     with pytest.raises(UserError, match="held_out_files=-1 must be a number of documents"):
-        plan_of(*words, "ablation.held_out_files=-1")
+        resolve(*read_plan([*words, "ablation.held_out_files=-1"]))
 
 
 def test_a_plan_without_held_out_text_is_refused():

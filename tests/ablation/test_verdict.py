@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
 
 import pytest
 
-from ablation.results import read_results
+from ablation.results import baselines_path, read_results
 from ablation.statistics import Verdict
 from ablation.verdict import sentences
 from tests.ablation.made import all_planned, losses, make, plan_of
 
+OTHER_TEXT = "This holds for other text of its kind too (over 60 documents)."
+TEXT = re.escape(OTHER_TEXT)
 ARMS = "ablation.arms=[relu,gelu,silu,swiglu]"
 
 
@@ -27,7 +30,7 @@ def test_better_worse_and_equivalent(plan, tmp_path):
     found = {c.arm: abs(c.difference) for c in results.comparisons("nano")}
     assert sentences(results) == [
         f"At nano, over 5 seeds, in nats per token: better than relu: swiglu by {found['swiglu']:.4f}; "
-        f"worse than relu: gelu by {found['gelu']:.4f}; equivalent to relu within 0.01: silu."
+        f"worse than relu: gelu by {found['gelu']:.4f}; equivalent to relu within 0.01: silu. {OTHER_TEXT}"
     ]
 
 
@@ -35,13 +38,65 @@ def test_a_difference_that_is_smaller_than_asked_for_is_said_so(tmp_path):
     plan = plan_of("ablation=glu_variants", ARMS, "tokens=600000", "ablation.smallest_effect=0.08")
     (sentence,) = sentences(read_results(make(plan, tmp_path, losses({"swiglu": -0.05, "gelu": 0.2}, noise=0.001))))
     assert re.search(r"better than relu: swiglu by 0\.0\d+ \(less than the 0\.08 asked for\); ", sentence)
-    assert re.search(r"worse than relu: gelu by [\d.]+; equivalent to relu within 0\.08: silu\.$", sentence)
+    assert re.search(rf"worse than relu: gelu by [\d.]+; equivalent to relu within 0\.08: silu\. {TEXT}$", sentence)
 
 
 def test_the_largest_difference_comes_first(plan, tmp_path):
     rule = losses({"silu": -0.03, "gelu": -0.02, "swiglu": -0.05}, noise=0.001)
     (sentence,) = sentences(read_results(make(plan, tmp_path, rule)))
-    assert re.search(r"better than relu: swiglu by [\d.]+, silu by [\d.]+ and gelu by [\d.]+\.$", sentence)
+    assert re.search(rf"better than relu: swiglu by [\d.]+, silu by [\d.]+ and gelu by [\d.]+\. {TEXT}$", sentence)
+
+
+def test_it_says_which_verdicts_are_shown_for_this_text_alone(plan, tmp_path):
+    folder = make(plan, tmp_path, losses({"swiglu": -0.05, "gelu": 0.04}, noise=0.001))
+
+    def scatter(arm: str) -> None:
+        """Let the differences of an arm scatter over documents, whose losses keep their mean."""
+        for path in folder.glob(f"runs/*-{arm}-*/documents.json"):
+            content = json.loads(path.read_text())
+            added = [tokens * (-1) ** number for number, tokens in enumerate(content["tokens"])]
+            excess = sum(added) / sum(content["tokens"])
+            content["nats"] = [
+                nats + more - excess * tokens
+                for nats, more, tokens in zip(content["nats"], added, content["tokens"], strict=True)
+            ]
+            path.write_text(json.dumps(content))
+
+    scatter("gelu")
+    assert sentences(read_results(folder))[0].endswith(
+        "This holds for other text of its kind too (over 60 documents), but for gelu."
+    )
+    for arm in ("swiglu", "silu"):
+        scatter(arm)
+    assert sentences(read_results(folder))[0].endswith(
+        "This is shown for these 60 held-out documents only, not for other text."
+    )
+    for path in folder.glob("runs/*-swiglu-*/documents.json"):
+        path.unlink()
+    assert read_results(folder).comparisons("nano")[-1].text is None
+    for path in folder.glob("runs/*/documents.json"):
+        path.write_text("damaged")
+    assert sentences(read_results(folder))[0].endswith("equivalent to relu within 0.01: silu.")
+
+
+def test_arms_that_do_not_beat_a_bigram_model_are_named(plan, tmp_path):
+    folder = make(plan, tmp_path, losses({"swiglu": -0.5, "gelu": 0.4}, noise=0.001))
+    measured = {"held_out": "the text", "unigram": 6.0, "bigram": 3.2, "xz": None, "tokens": 1, "bytes_per_token": 3.0}
+    path = baselines_path(folder, "nano")
+    path.parent.mkdir()
+
+    def end(**changes) -> str:
+        path.write_text(json.dumps(measured | changes))
+        return sentences(read_results(folder))[0].split(") ")[-1].split("documents). ")[-1]
+
+    assert end() == "gelu does not beat a bigram model of as many tokens (3.200)."
+    assert end(bigram=2.9) == "relu, gelu and silu do not beat a bigram model of as many tokens (2.900)."
+    assert end(bigram=1.5) == "No arm beats a bigram model of as many tokens (1.500)."
+    assert read_results(folder).baselines("nano") == {"unigram": 6.0, "bigram": 1.5}
+    for damaged in ({"bigram": 9.0}, {"bigram": "3.2"}, {"held_out": "another text"}):
+        assert "bigram" not in end(**damaged)
+    path.write_text("[]")
+    assert read_results(folder).baselines("nano") == {}
 
 
 def test_no_winner_without_a_verdict(plan, tmp_path):

@@ -16,7 +16,7 @@ from kernels.common.json_files import DOCUMENTS, read_document_losses
 from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.weights import load_weights
-from training.evaluation import MOST_DOCUMENTS, DocumentLosses, HeldOut
+from training.evaluation import MOST_DOCUMENTS, HeldOut, LossByDocument
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +78,14 @@ def test_each_document_has_its_loss_over_ranks_that_share_a_sequence(trained, on
 def test_documents_json_adds_up_neighbours_of_too_many_documents(tmp_path):
     chance = np.random.default_rng(0)
     tokens = chance.integers(1, 100, 2 * MOST_DOCUMENTS + 7)
-    losses = DocumentLosses("the text", tokens * chance.uniform(1, 9, len(tokens)), tokens)
+    losses = LossByDocument("the text", tokens * chance.uniform(1, 9, len(tokens)), tokens)
     (tmp_path / DOCUMENTS).write_text(json.dumps({"step": 7} | losses.as_json()))
     read = read_document_losses(tmp_path)
     assert (read.step, read.held_out) == (7, "the text")
     assert len(read.tokens) == len(read.nats) == MOST_DOCUMENTS
     assert sum(read.tokens) == tokens.sum()
     assert sum(read.nats) == pytest.approx(losses.nats.sum(), abs=1e-4 * MOST_DOCUMENTS)
-    few = DocumentLosses("the text", losses.nats[:3], tokens[:3]).as_json()
+    few = LossByDocument("the text", losses.nats[:3], tokens[:3]).as_json()
     assert few["tokens"] == tokens[:3].tolist()
     np.testing.assert_allclose(few["nats"], losses.nats[:3], atol=5e-5)
 
