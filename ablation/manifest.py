@@ -22,7 +22,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablation.plan import NAMES, RATE_CHOICES, Plan, PlannedRun, learning_rates, plan_of_values, values_of_plan
+from ablation.plan import (
+    NAMES,
+    RATE_CHOICES,
+    RULES_OF_0_2,
+    Plan,
+    PlannedRun,
+    learning_rates,
+    plan_of_values,
+    values_of_plan,
+)
 from conf.load import flatten
 from conf.provenance import provenance
 from conf.schema import AblationConfig
@@ -180,7 +189,7 @@ def _check_values(manifest: Manifest) -> None:
 
 
 def keep_earlier_rules(config: AblationConfig, arguments: Sequence[str], folder: Path) -> AblationConfig:
-    """Return a plan with the sweep and the held-out text of its folder, if version 0.2 began it and no argument sets others."""
+    """Return a plan with the rules of its folder, if version 0.2 began it and no argument sets others."""
 
     def typed(*keys: str) -> bool:
         return any(argument.startswith(f"ablation.{key}=") for argument in arguments for key in keys)
@@ -190,8 +199,9 @@ def keep_earlier_rules(config: AblationConfig, arguments: Sequence[str], folder:
     existing = read_manifest(folder).plan
     if "rate_seed" in values_of_plan(existing) and not typed("rate_seeds", "rate_choice"):
         config = dataclasses.replace(config, rate_seeds=existing.rate_seeds, rate_choice=existing.rate_choice)
-    if not existing.held_out_files and not typed("held_out_files"):
-        config = dataclasses.replace(config, held_out_files=0)
+    for key, value in RULES_OF_0_2.items():
+        if getattr(existing, key) == value and not typed(key):
+            config = dataclasses.replace(config, **{key: value})
     return config
 
 

@@ -34,6 +34,7 @@ StepSeconds = Callable[[str, str, int], float]  # seconds per step of (size, arm
 NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 LONGEST_TAG = 64  # characters that W&B accepts
 RATE_CHOICES = ("vertex", "best")
+RULES_OF_0_2: dict[str, Any] = {"held_out_files": 0, "init_match": "rms"}  # that plans had before they had these keys
 _SET_BY_THE_PLAN = ("seed", "data_seed", "run", "runs", "resume")
 
 
@@ -167,12 +168,12 @@ def seeds_text(seeds: Sequence[int]) -> str:
 def values_of_plan(config: AblationConfig) -> dict[str, Any]:
     """Return the keys of a plan as its manifest has them.
 
-    Up to version 0.2 every sweep had one seed, the best of its learning rates was chosen, and a fraction of the documents was
-    held out. Plans like these are written as they were then, so that their hash is the same.
+    Up to version 0.2 every sweep had one seed, the best of its learning rates was chosen, a fraction of the documents was held
+    out, and arms began with one root mean square. Plans like these are written as they were, so that their hash is the same.
     """
-    values = dataclasses.asdict(config)
-    if not config.held_out_files:
-        del values["held_out_files"]
+    values = {
+        key: value for key, value in dataclasses.asdict(config).items() if (key, value) not in RULES_OF_0_2.items()
+    }
     if config.rate_choice == "best" and len(config.rate_seeds) == 1:
         del values["rate_choice"]
         values["rate_seed"] = values.pop("rate_seeds")[0]
@@ -185,7 +186,7 @@ def plan_of_values(values: Mapping[str, Any]) -> AblationConfig:
     Raises:
         TypeError: there are other keys.
     """
-    values = {"held_out_files": 0, **values}
+    values = RULES_OF_0_2 | dict(values)
     if "rate_seed" in values:
         values |= {"rate_seeds": [values.pop("rate_seed")], "rate_choice": "best"}
     return AblationConfig(**values)
@@ -227,7 +228,7 @@ def resolve(config: AblationConfig, overrides: Sequence[str] = (), seconds: Step
     warnings: list[str] = []
     for size, size_overrides in sizes.items():
         of_arms = {arm: (*size_overrides, *own, *config.common) for arm, own in arm_overrides.items()}
-        of_arms = {arm: (*_held_out_files(config, of_arm), *of_arm) for arm, of_arm in of_arms.items()}
+        of_arms = {arm: (*_rules_of_plan(config, of_arm), *of_arm) for arm, of_arm in of_arms.items()}
         resolved[size], size_warnings = _resolve_size(config, size, of_arms, seconds)
         warnings += [f"{size}: {warning}" for warning in size_warnings]
     _refuse_duplicates("the sizes", {size: of_size[config.baseline].config for size, of_size in resolved.items()})
@@ -319,10 +320,12 @@ def _overrides_of_arm(text: Any, arm: str, common: Sequence[str]) -> tuple[str, 
     return overrides
 
 
-def _held_out_files(config: AblationConfig, overrides: Sequence[str]) -> tuple[str, ...]:
-    """Return the override that holds out as many documents as the plan says, unless one of `overrides` decides that."""
-    decided = any(_key(override) in ("data.held_out", "data.held_out_files") for override in overrides)
-    return () if decided or not config.held_out_files else (f"data.held_out_files={config.held_out_files}",)
+def _rules_of_plan(config: AblationConfig, overrides: Sequence[str]) -> tuple[str, ...]:
+    """Return the overrides that follow from the plan's own keys, where none of `overrides` decides the same."""
+    typed = {_key(override) for override in overrides}
+    files = () if typed & {"data.held_out", "data.held_out_files"} else (config.held_out_files,)
+    match = () if typed & {"ffn.init_scale", "ffn.init_match"} or config.init_match == "std" else (config.init_match,)
+    return (*(f"data.held_out_files={n}" for n in files if n), *(f"ffn.init_match={each}" for each in match))
 
 
 def _key(override: str) -> str:
@@ -393,6 +396,8 @@ def _check(config: AblationConfig, arms: Mapping[str, Any]) -> None:
         raise UserError(f"ablation.rates={rates} must be distinct numbers above 0, factors of the size's optim.lr")
     if config.metric != "final_eval_loss":
         raise unknown("metric", config.metric, ["final_eval_loss"])
+    if config.init_match not in ("std", "rms"):
+        raise unknown("ablation.init_match", config.init_match, ("std", "rms"))
     if config.held_out_files < 0:
         raise UserError(f"ablation.held_out_files={config.held_out_files} must be a number of documents, from 0 on")
     if not 0 < config.smallest_effect < math.inf:

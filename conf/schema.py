@@ -47,6 +47,11 @@ class FFNConfig:
         None,
         "scale of the initial down projection; null: chosen so that the arm starts with the output scale of swiglu",
     )
+    init_match: str = key(
+        "std",
+        "what of h that scale makes equal, for normal pre-activations: std | rms (with the mean, as up to version 0.2)",
+        only="ffn.init_scale=null",
+    )
     per_layer: Any = key(
         {}, "other arms for some layers: {0: relu2, layers_4_7: {arm: geglu}, last: {parameters: {limit: 5}}}"
     )
@@ -334,6 +339,7 @@ class AblationConfig:
         only="ablation.rates>1",
     )
     seeds: Any = key([0, 1, 2, 3, 4], "seeds of the compared runs, for weights and data")
+    init_match: str = key("std", "ffn.init_match of all arms, unless their overrides set it: std | rms")
     held_out_files: int = key(
         300,
         "documents held out (data.held_out_files) unless overrides set data.held_out: few say little of other text; 0: never",

@@ -23,6 +23,7 @@ from kernels.formula.domains import check_domains
 
 _CHOICES = {
     "ffn.save": ("packed", "output", "everything", "input"),
+    "ffn.init_match": ("std", "rms"),
     "ffn.backend": ("auto", "reference", "c", "triton"),
     "model.attention": ("auto", "flash", "sdpa", "flex", "blocks"),
     "optim.name": ("adamw",),
@@ -113,8 +114,16 @@ NOT_LEARNED = (
 )
 _PLACE_OF_TEXT = re.compile(r"data\.(.+\.)?path")
 _PLACE = re.compile(rf"tokenizer\.path|{_PLACE_OF_TEXT.pattern}")
-# Keys that 0.2.0 did not have. Where they have these values they change nothing, and the hashes of older plans stay theirs.
-_ADDED = {"tokenizer.eos": None, "tokenizer.bos": None, "data.held_out_files": 0, "data.held_out_kib": 2}
+# A run that goes on may have other values of these: they decide its initial weights alone.
+_AT_START = ("ffn.init_match",)
+# Keys that 0.2.0 did not have, and what it did. Where they have these values, the hashes of older plans stay theirs.
+_ADDED = {
+    "tokenizer.eos": None,
+    "tokenizer.bos": None,
+    "ffn.init_match": "rms",
+    "data.held_out_files": 0,
+    "data.held_out_kib": 2,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,7 +379,8 @@ def changed_settings(before: Mapping[str, Any] | None, config: Config) -> list[s
         return []
     defaults, now = (_ADDED | settings_of(each) for each in (Config(), config))
     old = {key: before.get(key, defaults.get(key)) for key in before.keys() | now.keys()}
-    return [f"{key}: {old[key]} -> {now.get(key)}" for key in sorted(old) if old[key] != now.get(key)]
+    changed = [key for key in sorted(old) if old[key] != now.get(key) and key not in _AT_START]
+    return [f"{key}: {old[key]} -> {now.get(key)}" for key in changed]
 
 
 def differences(before: Config, now: Config) -> list[str]:
@@ -381,5 +391,5 @@ def differences(before: Config, now: Config) -> list[str]:
     old, new = (_ADDED | what_is_learned(config) for config in (before, now))
     if old.get("tokenizer.path") and new.get("tokenizer.path"):  # the file may have moved; checkpoints know its hash
         new["tokenizer.path"] = old["tokenizer.path"]
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in _AT_START]
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed if not _PLACE_OF_TEXT.fullmatch(key)]

@@ -26,14 +26,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.schema import FFNConfig
 from kernels import FormulaError, activation
 from kernels.activations.activation import Activation
 from kernels.activations.telemetry import ActivationStats
 from kernels.common.errors import UserError
-from kernels.formula.gaussian import gaussian_rms
+from kernels.formula import Formula
+from kernels.formula.gaussian import gaussian_rms, gaussian_std
 from launch.estimate.counts import FFNShape
 from model.collectives import Pending, all_reduce, gather_tokens, reduce_partial
 from model.parallel import Axis, Mesh, shard_parameter
+
+
+def _initial_size(ffn: FFNConfig, formula: Formula) -> tuple[float, str]:
+    """Return what the initial down projections of all arms make equal, of h for normal pre-activations, and its name."""
+    if ffn.init_match == "std":
+        return gaussian_std(formula), "standard deviation"
+    return gaussian_rms(formula), "root mean square"
 
 
 def check_arms(
@@ -62,9 +71,10 @@ def check_arms(
         except (ValueError, ImportError) as error:  # the backend does not compute this, or is not installed
             raise UserError(f"ffn.backend={arm.backend}: {error}") from error
         messages += [str(warning.message) for warning in caught]
-        if arm.init_scale is None and not 0 < (size := gaussian_rms(function.formula)) < math.inf:
+        size, name = _initial_size(arm, function.formula)
+        if arm.init_scale is None and not 0 < size < math.inf:
             raise UserError(
-                f"ffn={arm.name}: for normal pre-activations the root mean square of {arm.formula} is {size:g}, so the "
+                f"ffn={arm.name}: for normal pre-activations the {name} of {arm.formula} is {size:g}, so the "
                 "scale of the initial down projection cannot be derived: set ffn.init_scale"
             )
         if all(slope == 0 for slope in function.compiled.slopes.values()):
@@ -79,7 +89,7 @@ class FeedForward(nn.Module):
         super().__init__()
         arm, formula, width = ffn.arm, ffn.formula, ffn.d_ff
         self.activation = activation(formula, backend=arm.backend)
-        self.gated, self.save, self.init_scale = formula.gated, arm.save, arm.init_scale
+        self.gated, self.save, self.arm = formula.gated, arm.save, arm
         self.d_ff, self.tensor = width, mesh.tensor
         self.statistics: ActivationStats | None = None  # if set, forward adds this layer's telemetry to it
         shape = (2, width, d_model) if self.gated else (width, d_model)  # gate, then up
@@ -106,13 +116,16 @@ class FeedForward(nn.Module):
     def down_scale(self) -> float:
         """Scale of the initial down projection, with which every arm writes as much into the residual stream as SwiGLU.
 
-        It assumes unit-normal pre-activations, and the width that gives all arms the same number of parameters.
+        As much that depends on the token: the mean of h, which SwiGLU does not have, adds the same vector to every token. It
+        assumes unit-normal pre-activations, and the width that gives all arms the same number of parameters.
         """
-        if self.init_scale is not None:
-            return self.init_scale
+        if self.arm.init_scale is not None:
+            return self.arm.init_scale
         formula = self.activation.formula
-        swiglu_rms = gaussian_rms(activation("silu(gate) * up").formula)
-        return swiglu_rms / gaussian_rms(formula) * (formula.matrices / 3) ** 0.5
+        (of_swiglu, _), (own, _) = (
+            _initial_size(self.arm, f) for f in (activation("silu(gate) * up").formula, formula)
+        )
+        return of_swiglu / own * (formula.matrices / 3) ** 0.5
 
 
 class _Options(NamedTuple):

@@ -16,20 +16,27 @@ from .symbolic import Compiled, compile_formula
 _NODES = 180  # per dimension; the error at kinks and steps is about 1e-3
 
 
+def gaussian_std(formula: Formula) -> float:
+    """Return the standard deviation of h when every pre-activation is standard normal and independent."""
+    return _moments(compile_formula(formula))[1]
+
+
 def gaussian_rms(formula: Formula) -> float:
     """Return the root mean square of h when every pre-activation is standard normal and independent."""
-    return _rms(compile_formula(formula))
+    return math.hypot(*_moments(compile_formula(formula)))
 
 
 @functools.lru_cache(maxsize=256)
-def _rms(compiled: Compiled) -> float:
+def _moments(compiled: Compiled) -> tuple[float, float]:
+    """Return the mean and the standard deviation of h."""
     formula = compiled.formula
     nodes, weights = _quadrature(len(formula.pre_activations))
     values = dict(zip(formula.pre_activations, nodes, strict=True))
     values |= {name: np.float64(p.init) for name, p in formula.learned.items()}
     with np.errstate(all="ignore"):
         h = run(compiled.forward, NUMPY, values)["h"]
-    return float(np.sqrt(np.sum(weights * np.square(h))))
+        mean = np.sum(weights * h)
+        return float(mean), float(np.sqrt(np.sum(weights * np.square(h - mean))))
 
 
 @functools.lru_cache(maxsize=2)

@@ -27,6 +27,24 @@ def smoke() -> Plan:
     return resolve(*read_plan(["ablation=smoke"]))
 
 
+def test_a_plan_of_an_earlier_version_begins_arms_as_it_did():
+    words = [
+        "ablation=glu_variants",
+        "ablation.arms={relu: ffn=relu, given: ffn=relu ffn.init_scale=0.3}",
+        "ablation.baseline=relu",
+    ]
+    for match in ("std", "rms"):
+        plan = resolve(*read_plan([*words, f"ablation.init_match={match}"]))
+        relu, given = plan.arms["nano"].values()
+        assert relu.config.ffn.init_match == match
+        assert ("ffn.init_match" in relu.learned) == (match == "std")
+        assert ("init_match" in values_of_plan(plan.config)) == (match == "std")
+        assert (given.config.ffn.init_scale, given.config.ffn.init_match) == (0.3, "std")
+        assert plan_of_values(values_of_plan(plan.config)) == plan.config
+    with pytest.raises(UserError, match=r"unknown ablation\.init_match 'mean'"):
+        resolve(*read_plan([*words, "ablation.init_match=mean"]))
+
+
 def test_every_run_holds_out_as_many_documents_as_the_plan_says_unless_an_override_decides():
     words = ["ablation=glu_variants", "ablation.arms=[relu,swiglu]"]
     for more, files, fraction in (
@@ -59,7 +77,7 @@ def test_every_plan_resolves_at_equal_parameters(name):
     assert plan.config.question.endswith("?")
     assert plan.warnings == ()
     for arms in plan.arms.values():
-        assert set(arms) <= {*choices("ffn"), "linear"}
+        assert {arm.config.ffn.name for arm in arms.values()} <= set(choices("ffn"))
         assert all(abs(arm.width.mismatch) <= WARN for arm in arms.values())
 
 

@@ -15,6 +15,7 @@ from kernels.common.errors import UserError
 IGNORED = {
     "ffn.formula": ("gate*up", "ffn=swiglu"),
     "ffn.from_output": ("h", "ffn=relu"),
+    "ffn.init_match": ("rms", "ffn.init_scale=0.5"),
     "model.d_ff_gated": ("64", "model.d_ff=96"),
     "data.path": ("notes/", "data=stdlib"),
     "data.field": ("content", "data=stdlib"),

@@ -257,6 +257,7 @@ FREE = {
     *("sample_every", "sample_tokens", "prompts", "micro_batch_size", "data.prepared", "data.workers", "ffn.backend"),
     *("data.path", "data.max_epochs"),  # the hash of the text in a checkpoint tells whether another place has the same
     *("model.activation_checkpointing", "model.attention", "ffn.save"),
+    "ffn.init_match",  # whatever it was: there are weights already
 }
 
 

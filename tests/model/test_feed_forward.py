@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from conf.keys import FOLDER
 from conf.schema import FFNConfig
+from conf.yaml_files import read_yaml
 from kernels import activation, parse
 from kernels.common.errors import UserError
 from launch.estimate.counts import FFNShape
@@ -153,20 +155,31 @@ def test_frozen_weights_cost_nothing_and_get_nothing():
     assert ffn.down.grad is not None
 
 
-def test_the_initial_output_is_that_of_swiglu_whatever_the_arm():
+@pytest.mark.parametrize("match", ["std", "rms"])
+def test_the_initial_output_is_that_of_swiglu_whatever_the_arm(match):
     """Unit-normal pre-activations through the formula, times the scale, times the root of the width, are as large."""
     torch.manual_seed(0)
     sizes = {}
     for name, arm in {**ARMS, "geglu": {"formula": "gelu(gate)*up"}, "sigmoid": {"formula": "sigmoid(x)"}}.items():
-        ffn = layer(**arm)
+        ffn = layer(**arm, init_match=match)
         pre = torch.randn((400_000, 2, 1) if ffn.gated else (400_000, 1), dtype=torch.float64)
         learned = {key: value[:1].detach() for key, value in ffn.learned.items()}
-        rms = activation(arm["formula"], arm.get("parameters"))(pre, **learned).square().mean().sqrt()
-        sizes[name] = float(rms) * ffn.down_scale * (3 / ffn.activation.formula.matrices) ** 0.5
+        h = activation(arm["formula"], arm.get("parameters"))(pre, **learned)
+        size = h.std() if match == "std" else h.square().mean().sqrt()
+        sizes[name] = float(size) * ffn.down_scale * (3 / ffn.activation.formula.matrices) ** 0.5
     for name, size in sizes.items():
         assert size == pytest.approx(sizes["swiglu"], rel=0.02), name  # 400,000 samples of a fourth-power tail
     assert layer().down_scale == 1.0
     assert layer(init_scale=0.3).down_scale == 0.3
+
+
+def test_the_plan_sensitivity_halves_and_doubles_the_scale_that_an_arm_has_by_itself():
+    arms = read_yaml(FOLDER / "ablation" / "sensitivity.yaml")["arms"]
+    for arm, formula in (("relu", "relu(x)"), ("swiglu", "silu(gate) * up")):
+        own = layer(formula=formula).down_scale
+        for recipe, factor in (("half", 0.5), ("twice", 2.0)):
+            scale = float(arms[f"{arm}_{recipe}"].rpartition("=")[2])
+            assert scale == pytest.approx(factor * own, rel=2e-3)  # three digits
 
 
 def shape_of_arm(arm: FFNConfig) -> FFNShape:
@@ -189,7 +202,7 @@ def test_a_formula_that_overflows_is_refused():
 
 def test_an_arm_that_gives_nothing_to_derive_its_scale_from_is_refused():
     never = FFNConfig(name="custom", formula="relu(x - 100)")
-    with pytest.raises(UserError, match=r"the root mean square of relu.x - 100. is 0, .* set ffn.init_scale"):
+    with pytest.raises(UserError, match=r"the standard deviation of relu.x - 100. is 0, .* set ffn.init_scale"):
         check_arms((shape_of_arm(never),), *CPU)
     never.init_scale = 1.0
     assert check_arms((shape_of_arm(never),), *CPU) == []
