@@ -26,7 +26,7 @@ from typing import Any
 
 from ablation.plan import tags_of
 from ablation.results import Results, read_results
-from ablation.verdict import sentences
+from ablation.verdict import by_size, headline
 from conf.load import from_yaml
 from conf.login import wandb_mode, wandb_project
 from kernels.common.commands import run_command
@@ -88,6 +88,7 @@ class Content:
     baseline: str
     entity: str  # "": the user's default in W&B
     project: str
+    headline: list[str]  # what holds at every size, where there are several
     sentences: dict[str, str]  # by size: the verdict
     rows: list[list[Any]]  # of `COLUMNS`, a row per arm and size; None where there is no number
     notes: list[str]  # on what is missing, unfinished or cut short
@@ -119,7 +120,8 @@ def content_of(results: Results) -> Content:
         baseline=plan.baseline,
         entity=logger.entity or "",
         project=wandb_project(logger.project),
-        sentences=dict(zip(results.sizes, map(printable, sentences(results)), strict=True)),
+        headline=[printable(sentence) for sentence in headline(results)],
+        sentences={size: printable(sentence) for size, sentence in by_size(results).items()},
         rows=rows,
         notes=list(map(printable, results.notes)),
         telemetry=telemetry,
@@ -218,7 +220,8 @@ def build(content: Content) -> tuple[list[Any], Any]:
 
 def _build(content: Content, ws: Any, wr: Any) -> tuple[list[Any], Any]:
     workspaces = [_workspace(content, size, ws, wr) for size in content.sentences]
-    blocks: list[Any] = [wr.P(sentence) for sentence in content.sentences.values()]
+    sentences = [*content.headline, *content.sentences.values()]
+    blocks: list[Any] = [wr.P(sentence) for sentence in sentences]
     blocks.append(wr.P(f"Plan {content.plan} ({content.hash}): {content.question}"))
     if content.notes:
         blocks.append(wr.UnorderedList(items=content.notes))
@@ -231,7 +234,7 @@ def _build(content: Content, ws: Any, wr: Any) -> tuple[list[Any], Any]:
         entity=content.entity,
         project=content.project,
         title=f"{content.plan}: {content.question}"[:128],
-        description=" ".join(content.sentences.values()),
+        description=" ".join(sentences),
         blocks=blocks,
         width="fluid",
     )
@@ -408,7 +411,7 @@ def _log_table(content: Content, wandb: Any, scratch: str) -> str:
         settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True),
     )
     run.log({STATISTICS: wandb.Table(columns=list(COLUMNS), data=content.rows)})
-    run.summary["verdict"] = " ".join(content.sentences.values())
+    run.summary["verdict"] = " ".join([*content.headline, *content.sentences.values()])
     run.finish()
     return run.entity
 

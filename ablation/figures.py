@@ -59,7 +59,7 @@ _VERDICT_COLOURS = {
     Verdict.BLOCKED: "#8c8f9c",
 }
 _PIXELS_PER_INCH = 160  # of PNG files
-_BARS = "bars: 95% intervals, thin for all arms at once;\nband: differences smaller than asked for"
+_BARS = "dots: seeds; bars: 95% intervals, thin for all arms at once;\nband: differences smaller than asked for"
 _POINTS = 60  # of a curve: the resolution of a figure this wide
 _LETTERS_PER_INCH = 11  # of a title
 # Evaluations within a run mostly use a part of the held-out text, the final one all of it.
@@ -165,6 +165,8 @@ def verdicts(results: Results) -> ReportFigure | None:
             for interval, width in ((c.adjusted, 1.0), (c.interval, 2.5)):
                 low, high = interval if math.isfinite(interval[0]) else (c.difference, c.difference)
                 axes.plot([low, high], [y, y], color=colour, linewidth=width, solid_capstyle="round")
+            dots = _by_seed(results, size, c.arm)
+            axes.plot(dots, [y + 0.22] * len(dots), ".", color=colour, markersize=3, alpha=0.6)
             axes.plot([c.difference], [y], "o", color=colour, markersize=5)
         effect = results.manifest.plan.smallest_effect
         axes.axvspan(-effect, effect, color=FAINT, alpha=0.5, linewidth=0)
@@ -176,6 +178,13 @@ def verdicts(results: Results) -> ReportFigure | None:
         better = sum(c.verdict is Verdict.BETTER for c in comparisons)
         parts.append(f"{size}: {better} of {len(comparisons)} arms shown to be better than {results.baseline}")
     return ReportFigure("verdicts", "; ".join(parts), figure)
+
+
+def _by_seed(results: Results, size: str, arm: str) -> list[float]:
+    """Return the differences of an arm to the baseline, seed by seed, of runs that did not diverge."""
+    losses = results.losses(size)
+    own, base = losses[arm], losses[results.baseline]
+    return [d for seed in own.keys() & base.keys() if math.isfinite(d := own[seed] - base[seed])]
 
 
 def curves(results: Results) -> ReportFigure | None:

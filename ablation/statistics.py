@@ -165,6 +165,29 @@ def compare(pairs: Sequence[Pair], smallest_effect: float, margin: float = 0.0) 
     return _judge(tested, smallest_effect)
 
 
+def at_every_size(by_size: Sequence[Sequence[Comparison]]) -> dict[str, Verdict]:
+    """Return the arms that are better than the baseline at every size, and those that are worse, largest effect first.
+
+    An intersection-union test (Berger 1982): the largest of an arm's p-values over the sizes counts, without an adjustment for
+    their number. Those of the arms that every size has are adjusted as in Holm 1979. A blocked arm, or one whose differences
+    have not one sign, is neither; one with a diverged seed is not better.
+    """
+    named = [{c.arm: c for c in comparisons} for comparisons in by_size]
+    arms = [arm for arm in named[0] if all(arm in size for size in named)] if named else []
+    found, p_values = [], []
+    for arm in arms:
+        comparisons = [size[arm] for size in named]
+        worse = comparisons[0].difference > 0
+        usable = all(
+            c.verdict is not Verdict.BLOCKED and c.seeds >= FEWEST_SEEDS and (c.difference > 0) == worse
+            for c in comparisons
+        ) and (worse or not any(c.diverged for c in comparisons))
+        found.append((arm, Verdict.WORSE if worse else Verdict.BETTER, min(abs(c.difference) for c in comparisons)))
+        p_values.append(max(c.p for c in comparisons) if usable else math.nan)
+    decided = [each for each, p in zip(found, holm(p_values), strict=True) if p < ALPHA]
+    return {arm: verdict for arm, verdict, _ in sorted(decided, key=lambda each: -each[2])}
+
+
 def compare_summaries(
     summaries: Mapping[str, tuple[float, float, int]], baseline: str, smallest_effect: float
 ) -> list[Comparison]:

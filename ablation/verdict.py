@@ -1,4 +1,4 @@
-"""State what a plan showed, in one sentence per size: the first lines of the report, the dashboard and the console.
+"""State what a plan showed, over all sizes and at each: the first lines of the report, the dashboard and the console.
 
 An arm is called better or worse only where its verdict is. Amounts are mean differences in nats per token over the seeds that
 both arms have, largest first. Their intervals, and why an arm has no verdict, are in the tables. A second sentence says whether
@@ -8,18 +8,38 @@ the verdicts hold for other held-out text, and a third which arms predict it no 
 from __future__ import annotations
 
 from ablation.results import Results
-from ablation.statistics import Comparison, Verdict
+from ablation.statistics import Comparison, Verdict, at_every_size
 from kernels.common.text import listed
 
 
 def sentences(results: Results) -> list[str]:
-    """Return one sentence per size of a plan, in the plan's order."""
+    """Return what holds at every size of a plan, if it has several, then what was found at each, in the plan's order."""
+    return [*headline(results), *by_size(results).values()]
+
+
+def by_size(results: Results) -> dict[str, str]:
+    """Return what was found at each size, in the plan's order."""
     seeds, baseline = len(results.manifest.plan.seeds), results.baseline
     effect = results.manifest.plan.smallest_effect
-    return [
-        _sentence(size, baseline, seeds, effect, results.comparisons(size)) + _below_bigram(results, size)
+    return {
+        size: _sentence(size, baseline, seeds, effect, results.comparisons(size)) + _below_bigram(results, size)
         for size in results.sizes
-    ]
+    }
+
+
+def headline(results: Results) -> list[str]:
+    """Return what holds at every size, as one sentence; none where there is one size, or one without a comparison."""
+    of_sizes = [results.comparisons(size) for size in results.sizes]
+    if len(of_sizes) < 2 or not all(any(c.seeds for c in comparisons) for comparisons in of_sizes):
+        return []
+    found = at_every_size(of_sizes)
+    clauses = []
+    for verdict in (Verdict.BETTER, Verdict.WORSE):
+        arms = [arm for arm, of_arm in found.items() if of_arm is verdict]
+        clauses += [f"{verdict.value} than {results.baseline}: {listed(arms)}"] if arms else []
+    if not clauses:
+        return [f"No arm is shown to be better, or worse, than {results.baseline} at every size."]
+    return [f"At every size, {'; '.join(clauses)}."]
 
 
 def _below_bigram(results: Results, size: str) -> str:
@@ -71,7 +91,7 @@ def _over_text(comparisons: list[Comparison]) -> str:
     on_this_text = [c.arm for c in decided if c.text and not c.text.holds]
     if len(on_this_text) == len(decided):
         return f" This is shown for these {max(documents)} held-out documents only, not for other text."
-    but = f", but for {listed(on_this_text)}" if on_this_text else ""
+    but = f", except for {listed(on_this_text)}" if on_this_text else ""
     return f" This holds for other text of its kind too (over {max(documents)} documents){but}."
 
 

@@ -62,12 +62,26 @@ class Heartbeat:
     world_size: int
     host: str
     pid: int
-    started: float  # when its process started, by psutil: a process that is given the same number later differs
+    started: float  # `start_of` its process: one that is given the same number later differs
     interval: float  # seconds until the next one
     count: int  # heartbeats so far
     main: Activity
     saver: Activity | None = None  # of the thread that writes a checkpoint, while it does
     answered: str = ""  # the verdict or request for which its stacks were written last
+
+
+def start_of(pid: int) -> float:
+    """Return when a process started: on Linux in seconds since boot, which no change of the clock moves; else in Unix time.
+
+    Raises:
+        psutil.Error: there is none of that number.
+    """
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return int(fields[19]) / os.sysconf("SC_CLK_TCK")  # starttime of proc(5)
+    import psutil
+
+    return psutil.Process(pid).create_time()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,6 @@ _PRINTED = 8  # stacks of ranks
 _STAGGERED = 4  # ranks that do not all read the heartbeats of all ranks at once
 _ANSWER_SECONDS = 12.0  # for the stacks of all ranks
 _MARGIN_SECONDS = 1.0  # for a process that was stopped, beside the intervals in which it reads
-_SAME_SECONDS = 2.0  # within which two processes see another one's start
 
 
 class Investigation:
@@ -137,7 +136,7 @@ def peer_of(beat: Heartbeat | None) -> psutil.Process | None:
         return None
     with contextlib.suppress(psutil.Error):  # it has ended
         process, own = psutil.Process(beat.pid), psutil.Process()
-        same = abs(process.create_time() - beat.started) < _SAME_SECONDS
+        same = heartbeats.start_of(beat.pid) == beat.started
         if same and process.ppid() == own.ppid() and process.uids().real == own.uids().real:
             return process
     return None

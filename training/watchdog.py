@@ -23,14 +23,12 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-
 from conf.schema import WatchdogConfig
 from kernels.common.errors import ExitStatus
 from launch import heartbeats
 from launch.heartbeats import Diagnosis, Heartbeat
 from launch.ranks import Ranks
-from training.hang import Investigation, print_lines
+from training.hang import Investigation, peer_of, print_lines
 from training.stacks import activity_of, flights, stacks
 
 Mark = tuple[str, int, float]  # phase, steps that are done, time.time()
@@ -148,14 +146,23 @@ class Watchdog:
             with contextlib.suppress(OSError):
                 self._folder.mkdir(exist_ok=True)
                 for path in (*self._folder.glob("rank_*.json"), self._folder / "verdict.json"):
-                    path.unlink(missing_ok=True)
+                    if not self._is_of_this_session(path):
+                        path.unlink(missing_ok=True)
         elif earlier := heartbeats.read_verdict(self._folder):
             self._ignored = earlier.name
-        process = psutil.Process()
-        self._process = {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+        pid = os.getpid()
+        self._process = {"host": socket.gethostname(), "pid": pid, "started": heartbeats.start_of(pid)}
         for name, target in (("heartbeats", self._write_heartbeats), ("watchdog", self._watch)):
             self.threads.append(threading.Thread(target=target, name=name, daemon=True))
             self.threads[-1].start()
+
+    def _is_of_this_session(self, path: Path) -> bool:
+        """Whether a file is the first heartbeat of a rank that was faster than this one, on this node.
+
+        Without it nothing would tell which process that is, if it were stopped before its next one.
+        """
+        rank = path.stem.removeprefix("rank_")
+        return rank.isdecimal() and peer_of(heartbeats.read(self._folder, int(rank))) is not None
 
     @property
     def step(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -15,6 +16,7 @@ from ablation.statistics import (
     Pair,
     Verdict,
     _detectable,
+    at_every_size,
     compare,
     compare_summaries,
     detectable_difference,
@@ -328,6 +330,36 @@ def test_pairs_have_their_own_baselines_and_are_adjusted_for_all_of_them():
     first = min(found["a"], found["b"], key=lambda c: c.p)
     assert first.p_holm == pytest.approx(3 * first.p)  # one without seeds counts
     assert (found["none"].seeds, found["none"].verdict) == (0, Verdict.UNDECIDED)
+
+
+def test_an_arm_is_better_at_every_size_by_its_largest_p():
+    base = dict(enumerate([3.0, 3.01, 3.02, 2.99, 3.005]))
+
+    def arm(name: str, difference: float, scatter: float = 0.001, **more) -> Pair:
+        own = {seed: loss + difference + scatter * (-1) ** seed for seed, loss in base.items()}
+        return Pair(name, own, base, **more)
+
+    def at(*pairs: Pair) -> list[Comparison]:
+        return compare(pairs, 0.01)
+
+    small = at(arm("a", -0.1), arm("b", -0.1), arm("c", 0.1), arm("d", -0.1), arm("e", -0.1), arm("f", -0.1))
+    large = at(arm("a", -0.05), arm("b", 0.1), arm("c", 0.2), arm("d", -0.1, blocked="why"), arm("e", -0.01, 0.05))
+    assert at_every_size([small, large]) == {"c": Verdict.WORSE, "a": Verdict.BETTER}
+    assert at_every_size([]) == at_every_size([small, []]) == {}
+    diverged = arm("a", -0.05)
+    large = at(Pair("a", dict(diverged.own) | {0: math.nan}, base, 8.0))
+    assert "a" not in at_every_size([small, large])
+
+
+def test_equal_arms_are_hardly_ever_better_at_every_size():
+    plans, false = 400, 0
+    for number in range(plans):
+        chance = np.random.default_rng(number)
+        found = [compare(pairs_with("arm0", losses(chance), math.inf), 0.001) for _ in range(2)]
+        # Each arm differs at one size and at the other not: a claim about both is false.
+        better = [dataclasses.replace(c, difference=-1.0, p=1e-9) for c in found[0]]
+        false += bool(at_every_size([better, found[1]]))
+    assert false <= 0.05 * plans + 3 * math.sqrt(0.05 * 0.95 * plans)
 
 
 def test_a_margin_moves_what_better_and_worse_are_beside():

@@ -64,7 +64,7 @@ def test_it_says_which_verdicts_are_shown_for_this_text_alone(plan, tmp_path):
 
     scatter("gelu")
     assert sentences(read_results(folder))[0].endswith(
-        "This holds for other text of its kind too (over 60 documents), but for gelu."
+        "This holds for other text of its kind too (over 60 documents), except for gelu."
     )
     for arm in ("swiglu", "silu"):
         scatter(arm)
@@ -153,4 +153,10 @@ def test_every_size_has_its_sentence(tmp_path):
     sizes = "ablation.sizes={small: model=nano, deep: model=nano model.n_layers=6}"
     plan = plan_of("ablation=glu_variants", "ablation.arms=[relu,swiglu]", sizes, "tokens=600000")
     results = read_results(make(plan, tmp_path, losses({"swiglu": -0.05}, noise=0.001)))
-    assert [sentence.split(",")[0] for sentence in sentences(results)] == ["At small", "At deep"]
+    assert [sentence.split(",")[0] for sentence in sentences(results)] == ["At every size", "At small", "At deep"]
+    assert sentences(results)[0] == "At every size, better than relu: swiglu."
+    sizes_differ = losses({}, noise=0.001)
+    only_small = make(
+        plan, tmp_path / "b", lambda run: sizes_differ(run) - 0.05 * (run.size == "small") * (run.arm == "swiglu")
+    )
+    assert sentences(read_results(only_small))[0] == "No arm is shown to be better, or worse, than relu at every size."

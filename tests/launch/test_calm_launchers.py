@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -130,7 +129,9 @@ def test_the_installed_launchers_end_calmly(tmp_path, launcher):
     hook = f"import site; site.addsitedir({str(tmp_path)!r})"
     (tmp_path / name).write_text(f"{hook}\n{program}\nmain()\n")
     (tmp_path / "sitecustomize.py").write_text(hook)  # for the process between `deepspeed` and the ranks
-    rank = RANK.replace("sys.exit(5)", "").replace("signal.pause()\nsignal.pause()", "signal.pause()")
+    # It ends at the first signal. Those that follow, from its launchers, must not find it without a handler while Python ends.
+    once = "signal.pause()\nsignal.signal(signal.SIGINT, signal.SIG_IGN)"
+    rank = RANK.replace("sys.exit(5)", "").replace("signal.pause()\nsignal.pause()", once)
     (tmp_path / "rank.py").write_text(rank)
     words = [sys.executable, str(tmp_path / name), *options, str(tmp_path / "rank.py")]
     variables = environment(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", TORCH_CPP_LOG_LEVEL="ERROR")
@@ -142,7 +143,7 @@ def test_the_installed_launchers_end_calmly(tmp_path, launcher):
     os.killpg(process.pid, signal.SIGINT)
     out, _ = process.communicate()
     assert process.returncode == 0
-    assert len(re.findall("^SIGINT", out, re.MULTILINE)) >= 2
+    assert out.count("SIGINT") >= 2  # one of each rank at least; two lines may run together
     assert "Traceback" not in out
 
 

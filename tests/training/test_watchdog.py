@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -19,7 +22,7 @@ from conf.schema import WatchdogConfig
 from kernels.common.errors import UserError
 from launch import heartbeats, stacks
 from launch.endings import read_ending
-from launch.heartbeats import Activity, Diagnosis, Heartbeat
+from launch.heartbeats import Activity, Diagnosis, Heartbeat, start_of
 from launch.ranks import Ranks
 from training import hang, watchdog
 from training.hang import Investigation, peer_of
@@ -112,7 +115,7 @@ def test_a_rank_tells_where_it_is(alone, tmp_path):
     thread.start()
     thread.join()
     found = heartbeats.read(tmp_path / "heartbeats", 0)
-    assert (found.pid, found.started, found.world_size) == (os.getpid(), psutil.Process().create_time(), 1)
+    assert (found.pid, found.started, found.world_size) == (os.getpid(), start_of(os.getpid()), 1)
     assert (found.main.phase, found.main.step, found.main.collective) == ("step", 7, "")
     assert "test_watchdog.py:" in found.main.place
     assert found.main.place.endswith(" in test_a_rank_tells_where_it_is")
@@ -254,15 +257,44 @@ def child():
 
 
 def test_only_the_process_of_the_heartbeat_is_ended(child, monkeypatch):
-    started, host = psutil.Process(child.pid).create_time(), os.uname().nodename
+    started, host = start_of(child.pid), os.uname().nodename
     beat = heartbeat(1, host=host, pid=child.pid, started=started)
     assert peer_of(beat) is None  # this process is its parent, not its sibling
     monkeypatch.setattr(psutil.Process, "ppid", lambda _: 1)
     assert peer_of(None) is None
     assert peer_of(heartbeat(1, host="another", pid=child.pid, started=started)) is None
     assert peer_of(heartbeat(1, host=host, pid=child.pid, started=started - 60)) is None
-    assert peer_of(heartbeat(1, host=host, pid=os.getpid(), started=psutil.Process().create_time())) is None
-    assert peer_of(beat) == psutil.Process(child.pid)
+    assert peer_of(heartbeat(1, host=host, pid=os.getpid(), started=start_of(os.getpid()))) is None
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: 1e9)  # as after a step of the clock
+    peer = peer_of(beat)
+    assert peer is not None
+    assert peer.pid == child.pid
+
+
+def test_a_process_started_when_psutil_says_so(child):
+    since_boot = time.clock_gettime(time.CLOCK_BOOTTIME) - start_of(child.pid)
+    assert (
+        -0.02 < since_boot < time.time() - psutil.Process(child.pid).create_time() + 2
+    )  # in ticks; btime is whole seconds
+    with pytest.raises(psutil.NoSuchProcess):
+        start_of(2**22 + 1)  # beyond the largest number of a process
+
+
+def test_rank_0_keeps_the_heartbeat_of_a_rank_that_was_faster(child, tmp_path, monkeypatch):
+    """If that rank is stopped before its next heartbeat, nothing else tells which process to let go on."""
+    monkeypatch.setattr(psutil.Process, "ppid", lambda _: 1)
+    (tmp_path / "heartbeats").mkdir()
+    host = os.uname().nodename
+    for rank, started in ((1, start_of(child.pid)), (2, start_of(child.pid) - 60)):
+        beat = heartbeat(rank, host=host, pid=child.pid, started=started)
+        (tmp_path / "heartbeats" / f"rank_{rank}.json").write_text(json.dumps(dataclasses.asdict(beat)))
+    watch = Watchdog(WatchdogConfig(minutes=1), Ranks(0, 4, 0, 4), tmp_path)
+    watch.start()
+    try:
+        assert heartbeats.read(tmp_path / "heartbeats", 1) is not None
+        assert not (tmp_path / "heartbeats" / "rank_2.json").exists()
+    finally:
+        watch.stop()
 
 
 @pytest.mark.parametrize("phase", ["start", "load", "step"])
