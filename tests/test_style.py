@@ -67,3 +67,9 @@ def test_no_two_classes_of_the_rooms_have_one_name():
                 if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                     places.setdefault(node.name, []).append(name)
     assert not {name: files for name, files in places.items() if len(files) > 1}
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by these, and refuses the second of a name only where both are run."""
+    names = [Path(name).name for name in PYTHON if Path(name).name.startswith("test_")]
+    assert {name for name in names if names.count(name) > 1} == set()
