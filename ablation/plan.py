@@ -322,10 +322,12 @@ def _overrides_of_arm(text: Any, arm: str, common: Sequence[str]) -> tuple[str, 
 
 def _rules_of_plan(config: AblationConfig, overrides: Sequence[str]) -> tuple[str, ...]:
     """Return the overrides that follow from the plan's own keys, where none of `overrides` decides the same."""
-    typed = {_key(override) for override in overrides}
-    files = () if typed & {"data.held_out", "data.held_out_files"} else (config.held_out_files,)
-    match = () if typed & {"ffn.init_scale", "ffn.init_match"} or config.init_match == "std" else (config.init_match,)
-    return (*(f"data.held_out_files={n}" for n in files if n), *(f"ffn.init_match={each}" for each in match))
+    typed, rules = {_key(override) for override in overrides}, []
+    if config.held_out_files and not typed & {"data.held_out", "data.held_out_files"}:
+        rules.append(f"data.held_out_files={config.held_out_files}")
+    if config.init_match != "std" and not typed & {"ffn.init_scale", "ffn.init_match"}:
+        rules.append(f"ffn.init_match={config.init_match}")
+    return tuple(rules)
 
 
 def _key(override: str) -> str:
