@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ class Runner:
         (self.folder / "logs").mkdir(exist_ok=True)
         pairs = list(self.plan.size_arm_pairs())
         with self._stopped_by_signals():
-            self._measure_baselines()
+            self._measure_baselines(self.plan.arms)
             complete = self._train_sweeps(pairs)
             if complete:
                 best = {pair: sweep_progress(self.plan, self.folder, *pair).best_lr for pair in pairs}
@@ -223,7 +223,7 @@ class Runner:
             raise UserError(f"task={name} is not a task of {config.name}")
         size, arm, seed = tasks[name]
         with self._stopped_by_signals():
-            self._measure_baselines()
+            self._measure_baselines([size])
             if seed in config.rate_seeds:
                 complete = self._train_sweeps([(size, arm)])
             else:
@@ -242,10 +242,10 @@ class Runner:
         """Return the outcome of a run of this plan."""
         return outcome_of(planned, self.folder)
 
-    def _measure_baselines(self) -> None:
+    def _measure_baselines(self, sizes: Iterable[str]) -> None:
         """Measure the models that are no neural networks, unless that is done. No run depends on it: a failure is reported."""
         config = self.plan.config
-        for size in self.plan.arms:
+        for size in sizes:
             to = baselines_path(self.folder, size)
             if to.exists() or self._stopping:
                 continue

@@ -92,6 +92,11 @@ class Comparison:
     verdict: Verdict
     reason: str  # why the verdict is not a plain better or worse; "" where it is
 
+    @property
+    def decided(self) -> bool:
+        """Whether the verdict says something of the difference: better, worse or equivalent."""
+        return self.verdict in (Verdict.BETTER, Verdict.WORSE, Verdict.EQUIVALENT)
+
 
 @dataclasses.dataclass(frozen=True)
 class Pair:

@@ -138,8 +138,8 @@ def baselines_table(results: Results) -> PageTable | None:
     """Return the losses of the models that are no neural networks; None where none is known."""
     rows = []
     for size in results.sizes:
+        best = min(results.mean_losses(size).values(), default=math.nan)
         for name, loss in results.baselines(size).items():
-            best = min((mean for mean in results.mean_losses(size).values()), default=math.nan)
             cells = [text_cell(size), text_cell(_MODELS[name]), number_cell(loss), number_cell(best - loss, "+.4f")]
             rows.append(TableRow(cells))
     heads = ("size", "model", "loss", "best arm less it")
@@ -187,8 +187,7 @@ def text_table(results: Results, size: str) -> PageTable | None:
     rows = []
     for arm, c, text in known:
         ends = [number_cell(end, "+.4f") for end in (*c.interval, *text.interval, *text.both)]
-        decided = c.verdict in (Verdict.BETTER, Verdict.WORSE, Verdict.EQUIVALENT)
-        holds = ("other seeds and text" if text.holds else "other seeds, on this text") if decided else "–"
+        holds = ("other seeds and text" if text.holds else "other seeds, on this text") if c.decided else "–"
         cells = [text_cell(arm), text_cell(c.verdict.value), *ends, number_cell(text.p_holm, ".2g"), text_cell(holds)]
         rows.append(TableRow(cells))
     caption = (

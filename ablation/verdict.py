@@ -84,7 +84,7 @@ def _sentence(size: str, baseline: str, planned: int, effect: float, comparisons
 
 def _over_text(comparisons: list[Comparison]) -> str:
     """Return over what the verdicts hold, as a sentence after a space; "" where there are none, or it is not known."""
-    decided = [c for c in comparisons if c.verdict in (Verdict.BETTER, Verdict.WORSE, Verdict.EQUIVALENT) and c.text]
+    decided = [c for c in comparisons if c.decided and c.text]
     documents = {c.text.scatter.documents for c in decided if c.text}
     if not documents:
         return ""

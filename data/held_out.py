@@ -37,6 +37,7 @@ class SplitText:
 
     split: str  # train | held_out | "": it nearly repeats held-out text, and is left out
     text: str  # all of it, or a piece
+    number: int  # its second hash, by which documents are sampled
 
 
 class Selection:
@@ -59,8 +60,8 @@ class Selection:
         """Return what becomes of a document, given as text and as UTF-8."""
         first, second = digest(raw)
         if first < self.threshold:
-            return SplitText("held_out", _piece(raw, self.piece_bytes, second) if self.piece_bytes else text)
-        return SplitText("" if self._near is not None and self._near.found_in(raw) else "train", text)
+            return SplitText("held_out", _piece(raw, self.piece_bytes, second) if self.piece_bytes else text, second)
+        return SplitText("" if self._near is not None and self._near.found_in(raw) else "train", text, second)
 
 
 def _threshold(data: DataConfig) -> int:

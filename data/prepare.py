@@ -24,7 +24,7 @@ from conf.load import load
 from conf.schema import DataConfig, TokenizerConfig
 from data.batches import open_dataset
 from data.documents import documents, fingerprint, parts, stamps
-from data.held_out import Selection, digest
+from data.held_out import Selection
 from data.pool import Group, encode_groups, run_in_subprocess
 from data.progress import ProgressReporter
 from data.shards import FORMAT, INDEX, SPLITS, finished_group, read_index, remove_leftovers, token_dtype, write_index
@@ -259,8 +259,9 @@ def _sample(data: DataConfig, selection: Selection, budget: int, progress: Progr
     size = 0
     for place, document in enumerate(documents(data)):
         raw = document.text.encode()
-        if selection.part(document.text, raw).split == "train":
-            heapq.heappush(kept, (-digest(raw)[1], place, len(raw), document.text))
+        part = selection.part(document.text, raw)
+        if part.split == "train":
+            heapq.heappush(kept, (-part.number, place, len(raw), document.text))
             size += len(raw)
             while size > budget and len(kept) > 1:
                 size -= heapq.heappop(kept)[2]
