@@ -115,7 +115,7 @@ def content_of(results: Results) -> Content:
     rows = [_row(results, size, arm) for size, arm in results.size_arm_pairs()]
     return Content(
         plan=printable(plan.name),
-        hash=printable(results.manifest.hash),
+        hash=printable(results.manifest.begun_as or results.manifest.hash),
         question=printable(plan.question),
         baseline=plan.baseline,
         entity=logger.entity or "",

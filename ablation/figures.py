@@ -173,7 +173,8 @@ def verdicts(results: Results) -> ReportFigure | None:
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(comparisons)), [f"{c.arm}: {c.verdict.value}" for c in comparisons])
         axes.set_ylim(-0.6, len(comparisons) - 0.4)
-        axes.set_xlabel(f"nats per token relative to {results.baseline}; left is better\n{_BARS}")
+        side = "right" if results.metric.higher_is_better else "left"
+        axes.set_xlabel(f"{results.metric.unit} relative to {results.baseline}; {side} is better\n{_BARS}")
         axes.set_title(size)
         better = sum(c.verdict is Verdict.BETTER for c in comparisons)
         parts.append(f"{size}: {better} of {len(comparisons)} arms shown to be better than {results.baseline}")
@@ -182,8 +183,8 @@ def verdicts(results: Results) -> ReportFigure | None:
 
 def _by_seed(results: Results, size: str, arm: str) -> list[float]:
     """Return the differences of an arm to the baseline, seed by seed, of runs that did not diverge."""
-    losses = results.losses(size)
-    own, base = losses[arm], losses[results.baseline]
+    values = results.values(size)
+    own, base = values[arm], values[results.baseline]
     return [d for seed in own.keys() & base.keys() if math.isfinite(d := own[seed] - base[seed])]
 
 

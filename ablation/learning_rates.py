@@ -43,6 +43,14 @@ class SweepResult:
         d2 = self.distance**2
         return self.rise * math.sqrt(d2**2 + 6 * d2 * variance + 3 * variance**2)
 
+    def at(self, lr: float) -> SweepResult:
+        """Return the result with the seeds at another learning rate, where they ran before the sweep grew."""
+        if math.isnan(self.rise):
+            return dataclasses.replace(self, best_lr=lr)
+        distance = self.distance + math.log2(lr / self.best_lr)
+        loss = self.loss + self.rise * (distance**2 - self.distance**2)
+        return dataclasses.replace(self, best_lr=lr, loss=loss, distance=distance)
+
 
 def mean_losses(losses: LossesByRate) -> dict[float, float]:
     """Return the mean loss of each learning rate, ascending; nan where a seed diverged."""

@@ -1,11 +1,13 @@
 """`manifest.json`: what the runs of a folder are. Written before the first run starts; runs that do not match are refused.
 
-    hash       of everything below except `cost`, `hashes` and `provenance`
+    hash       of `plan`, `shared` and `arms`
     plan       the keys of the plan
     shared     the values that decide what a run learns and that all runs share
     arms       by size and arm: the values that differ, and `steps`
     cost       by size and arm: the cost of a run, for readers
     hashes     of each single value, to name the one that was changed
+    growth     of a plan that has grown: the hash that it began with, its amendments and what had been seen by then, the
+               learning rates that were kept, and a hash of these
     provenance of each time that the plan was started: date, commit, machine, versions, command
 
 A run adds its own learning rate and seeds, which are part of its folder's name.
@@ -22,14 +24,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ablation.looks import Looks
+from ablation.metrics import metric_of
 from ablation.plan import (
     NAMES,
     RATE_CHOICES,
     RULES_OF_0_2,
+    Chosen,
     Plan,
     PlannedRun,
+    check_looks,
+    counts_of_looks,
     learning_rates,
     plan_of_values,
+    possible_seeds,
     values_of_plan,
 )
 from conf.load import flatten
@@ -38,7 +46,7 @@ from conf.schema import AblationConfig
 from conf.validate import digest
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
-from kernels.common.json_files import is_count, is_number, read_object
+from kernels.common.json_files import is_count, is_number, is_provenance, read_object
 
 NAME = "manifest.json"
 _LIMIT = 1 << 26  # bytes
@@ -55,6 +63,25 @@ class Manifest:
     shared: dict[str, Any]
     arms: dict[str, dict[str, dict[str, Any]]]  # by size and arm: what differs
     cost: dict[str, dict[str, dict[str, Any]]]
+    begun_as: str = ""  # the hash with which the folder began, if its plan has grown since
+    chosen: dict[tuple[str, str], Chosen] = dataclasses.field(default_factory=dict)  # by size and arm
+    amendments: tuple[dict[str, Any], ...] = ()  # date, added, looks (before), seen; in the order of time
+    # Of each start that is readable.
+    provenance: tuple[dict[str, Any], ...] = dataclasses.field(default=(), compare=False)
+
+    @property
+    def looks(self) -> Looks:
+        """When the verdicts of the plan are made, and what is spent on them."""
+        counts = set(counts_of_looks(self.plan))
+        planned = max(counts)
+        for amendment in reversed(self.amendments):
+            before = amendment["looks"]
+            most = max((seeds for arms in amendment["seen"].values() for seeds, _ in arms.values()), default=0)
+            if most >= before[0]:  # a verdict had been made
+                planned = before[-1]
+                counts |= {count for count in before if count <= most}
+        plan = self.plan
+        return Looks(tuple(possible_seeds(plan)), tuple(sorted(counts)), planned, plan.reserve, plan.spending)
 
     def learned(self, size: str, arm: str) -> dict[str, Any]:
         """Return `plan.ResolvedArm.learned`."""
@@ -82,8 +109,12 @@ class Manifest:
         return next((planned for planned in exact if planned.name == name), rounded)
 
 
-def write_manifest(plan: Plan, folder: Path) -> None:
-    """Write the manifest of a plan to its folder."""
+def write_manifest(plan: Plan, folder: Path, amendment: dict[str, Any] | None = None) -> None:
+    """Write the manifest of a plan to its folder.
+
+    Args:
+        amendment: what it adds to the plan that the folder has.
+    """
     content = _factor_out_shared(plan.content)
     cost = {
         size: {
@@ -98,21 +129,34 @@ def write_manifest(plan: Plan, folder: Path) -> None:
         }
         for size, arms in plan.arms.items()
     }
-    earlier = []
+    earlier: list[Any] = []
+    amendments: list[dict[str, Any]] = [] if amendment is None else [amendment]
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        earlier = list(json.loads((folder / NAME).read_text(encoding="utf-8"))["provenance"])
+        before = read_object(folder / NAME, _LIMIT)
+        earlier = list(before["provenance"])
+        amendments = [*before["growth"]["amendments"], *amendments]
     with explain_os_errors("write to the folder of the plan", folder):
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / NAME) as file:
             written_hash, hashes = hashes_of(content)
             document = {"hash": written_hash, **content, "cost": cost, "hashes": hashes}
+            if plan.begun_as:
+                document["growth"] = _growth(plan, amendments)
             json.dump({**document, "provenance": [*earlier, provenance()]}, file, indent=1)
             file.write("\n")
 
 
+def _growth(plan: Plan, amendments: list[dict[str, Any]]) -> dict[str, Any]:
+    chosen: dict[str, dict[str, Any]] = {}
+    for (size, arm), of_arm in plan.chosen.items():
+        chosen.setdefault(size, {})[arm] = {"lr": of_arm.lr, "tried": list(of_arm.tried)}
+    content = {"begun_as": plan.begun_as, "chosen": chosen, "amendments": amendments}
+    return {**content, "hash": digest(content)}
+
+
 def hashes_of(content: dict[str, Any]) -> tuple[str, dict[str, str]]:
     """Return `hash` and `hashes` of a manifest whose `plan`, `shared` and `arms` are these."""
-    return digest(_merge_shared(content)), {name: digest(value, 4) for name, value in _leaves(content)}
+    return digest(merge_shared(content)), {name: digest(value, 4) for name, value in _leaves(content)}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -133,12 +177,44 @@ def read_manifest(folder: Path) -> Manifest:
         if plan_hash != written_hash:
             raise UserError(f"{path} was changed after the runs began: hash")
         manifest = Manifest(plan_hash, _plan_of(content["plan"]), content["shared"], content["arms"], cost)
+        starts = [start for start in document.get("provenance") or [] if is_provenance(start)]
+        manifest = dataclasses.replace(manifest, provenance=tuple(starts))
+        if "growth" in document:
+            manifest = _grown(manifest, document["growth"], path)
         _check_values(manifest)
         return manifest
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no {NAME}: it is not a folder of `python -m ablation.run`") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not the manifest of a plan: {type(error).__name__}: {error}") from error
+
+
+def _grown(manifest: Manifest, growth: dict[str, Any], path: Path) -> Manifest:
+    """Return a manifest with what its plan grew by.
+
+    Raises:
+        UserError: it was changed.
+        ValueError, TypeError, LookupError, AttributeError: it is of another form.
+    """
+    content = {key: growth[key] for key in ("begun_as", "chosen", "amendments")}
+    if digest(content) != growth["hash"]:
+        raise UserError(f"{path} was changed after the runs began: growth")
+    chosen = {}
+    for size, arms in growth["chosen"].items():
+        for arm, of_arm in arms.items():
+            numbers = [of_arm["lr"], *of_arm["tried"]]
+            if not all(is_number(number) and 0 < number < math.inf for number in numbers):
+                raise ValueError(f"growth.chosen has no learning rate of {arm} at {size}")
+            chosen[size, arm] = Chosen(of_arm["lr"], tuple(of_arm["tried"]))
+    for amendment in growth["amendments"]:
+        seen = [seeds for arms in amendment["seen"].values() for seeds, _ in arms.values()]
+        counts = [*amendment["looks"], *seen]
+        if not amendment["looks"] or not all(map(is_count, counts)) or not isinstance(amendment["added"], dict):
+            raise ValueError("growth.amendments has no numbers of seeds")
+        if not isinstance(amendment["date"], str):
+            raise ValueError("growth.amendments has no date")
+    begun_as = str(growth["begun_as"])
+    return dataclasses.replace(manifest, begun_as=begun_as, chosen=chosen, amendments=tuple(growth["amendments"]))
 
 
 def _plan_of(values: dict[str, Any]) -> AblationConfig:
@@ -160,6 +236,8 @@ def _plan_of(values: dict[str, Any]) -> AblationConfig:
         raise ValueError("plan.seeds or plan.rate_seeds are no seeds")
     if plan.rate_choice not in RATE_CHOICES:
         raise ValueError("plan.rate_choice is unknown")
+    check_looks(plan)
+    metric_of(plan.metric)
     if not plan.rates or not all(is_number(rate) and 0 < rate < math.inf for rate in plan.rates):
         raise ValueError("plan.rates are no learning rates")
     return plan
@@ -199,33 +277,10 @@ def keep_earlier_rules(config: AblationConfig, arguments: Sequence[str], folder:
     existing = read_manifest(folder).plan
     if "rate_seed" in values_of_plan(existing) and not typed("rate_seeds", "rate_choice"):
         config = dataclasses.replace(config, rate_seeds=existing.rate_seeds, rate_choice=existing.rate_choice)
-    for key, value in RULES_OF_0_2.items():
-        if getattr(existing, key) == value and not typed(key):
-            config = dataclasses.replace(config, **{key: value})
+    for key in ("held_out_files", "init_match", "reserve"):
+        if getattr(existing, key) == RULES_OF_0_2[key] and not typed(key):
+            config = dataclasses.replace(config, **{key: RULES_OF_0_2[key]})
     return config
-
-
-def check_manifest(plan: Plan, folder: Path) -> None:
-    """Refuse a folder that holds the runs of another plan.
-
-    Raises:
-        UserError: the plans differ; the message names where.
-    """
-    if not (folder / NAME).exists():
-        return
-    existing = read_manifest(folder)
-    if existing.hash != plan.hash:
-        before = _merge_shared(
-            {"plan": values_of_plan(existing.plan), "shared": existing.shared, "arms": existing.arms}
-        )
-        one, other = (dict(_leaves(content)) for content in (before, plan.content))
-        changed = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-        if changed == ["plan.question"]:  # which decides nothing
-            return
-        raise UserError(
-            f"{folder} holds the runs of another plan (it differs in {', '.join(changed[:6])}): "
-            "choose another folder, folder=FOLDER"
-        )
 
 
 def _leaves(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -245,7 +300,7 @@ def _factor_out_shared(content: dict[str, Any]) -> dict[str, Any]:
     return {"plan": content["plan"], "shared": shared, "arms": arms}
 
 
-def _merge_shared(content: dict[str, Any]) -> dict[str, Any]:
+def merge_shared(content: dict[str, Any]) -> dict[str, Any]:
     """Undo `_factor_out_shared`."""
     arms = {
         size: {arm: content["shared"] | values for arm, values in of_size.items()}

@@ -4,13 +4,15 @@ For every arm and size, a sweep tries learning rates with seeds that no verdict 
 at the best one (stage `final`). The cost is arms x (rates x sweep seeds + seeds). Runs of one seed share the order of
 their data and the initial weights outside the FFN, whatever the arm: both depend on `seed` and `data_seed` alone.
 
-A plan is `conf/ablation/<name>.yaml`, with the keys of `conf.schema.AblationConfig`. run.py trains it.
+A plan is `conf/ablation/<name>.yaml`, with the keys of `conf.schema.AblationConfig`. run.py trains it. A plan that has run may
+grow (growth.py): arms, sizes, rates and seeds can be added.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -19,6 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ablation.budget import Width, match
+from ablation.looks import SPENDINGS
+from ablation.metrics import metric_of, refuse_unfit
 from conf.arms import unknown_arm
 from conf.keys import choices
 from conf.load import load, read_group, to_dict
@@ -34,7 +38,10 @@ StepSeconds = Callable[[str, str, int], float]  # seconds per step of (size, arm
 NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 LONGEST_TAG = 64  # characters that W&B accepts
 RATE_CHOICES = ("vertex", "best")
-RULES_OF_0_2: dict[str, Any] = {"held_out_files": 0, "init_match": "rms"}  # that plans had before they had these keys
+# What plans did before they had these keys.
+RULES_OF_0_2: dict[str, Any] = {"held_out_files": 0, "init_match": "rms", "reserve": 0.0, "looks": None, "until": "complete",
+                                "spending": "obrien_fleming"}  # fmt: skip
+UNTIL = ("complete", "decided")
 _SET_BY_THE_PLAN = ("seed", "data_seed", "run", "runs", "resume")
 
 
@@ -78,12 +85,22 @@ class ResolvedArm:
 
 
 @dataclasses.dataclass(frozen=True)
+class Chosen:
+    """The learning rate at which seeds of an arm ran before its sweep grew. They are not trained again at another."""
+
+    lr: float
+    tried: tuple[float, ...]  # by the sweep then
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A plan, resolved."""
 
     config: AblationConfig
     arms: dict[str, dict[str, ResolvedArm]]  # by size, then by arm
     warnings: tuple[str, ...]
+    begun_as: str = ""  # hash of the plan with which its folder began, if it has grown since
+    chosen: Mapping[tuple[str, str], Chosen] = dataclasses.field(default_factory=dict)  # by size and arm
 
     @property
     def content(self) -> dict[str, Any]:
@@ -101,10 +118,15 @@ class Plan:
         return learning_rates(self.config, self.arms[size][arm].config.optim.lr)
 
     def sweep_runs(self, size: str, arm: str) -> list[PlannedRun]:
-        """Return the runs that the sweep of an arm starts with; none if the plan has a single learning rate."""
+        """Return the runs that the sweep of an arm starts with; none if the plan has a single learning rate.
+
+        Once its learning rate is chosen, these are all of its runs: no sweep extends then.
+        """
         rates = self.learning_rates(size, arm)
         if len(rates) < 2:
             return []
+        if (size, arm) in self.chosen:
+            rates = sorted({*rates, *self.chosen[size, arm].tried})
         return [PlannedRun("sweep", size, arm, lr, seed) for seed in self.config.rate_seeds for lr in rates]
 
     def final_runs(self, size: str, arm: str, lr: float) -> list[PlannedRun]:
@@ -114,7 +136,7 @@ class Plan:
     def overrides(self, planned: PlannedRun, runs: str) -> list[str]:
         """Return the overrides that make train.py train a run, in the folder `runs`."""
         arm = self.arms[planned.size][planned.arm]
-        tags = [*arm.config.logger.tags, *tags_of(self.hash, planned.size, planned.stage)]
+        tags = [*arm.config.logger.tags, *tags_of(self.begun_as or self.hash, planned.size, planned.stage)]
         return [
             *arm.overrides,
             f"++model.d_ff={arm.width.d_ff}",  # ++: with a d_ff_gated or logger=none of the plan's, no error
@@ -160,6 +182,23 @@ def learning_rates(config: AblationConfig, lr: float) -> list[float]:
     return [_rounded(lr * factor) for factor in sorted(config.rates)]
 
 
+def counts_of_looks(config: AblationConfig) -> tuple[int, ...]:
+    """Return the numbers of seeds after which verdicts of a plan are made, ascending."""
+    if config.looks is not None:
+        return tuple(config.looks)
+    first = len(config.seeds)
+    return tuple(range(first, 2 * first + 1)) if config.until == "decided" else (first,)
+
+
+def possible_seeds(config: AblationConfig) -> list[int]:
+    """Return the seeds that may be compared: those of a plan, then those that `until=decided` may add."""
+    seeds = list(config.seeds)
+    if config.until == "decided":
+        free = (seed for seed in itertools.count(max(seeds) + 1) if seed not in config.rate_seeds)
+        seeds += itertools.islice(free, max(0, counts_of_looks(config)[-1] - len(seeds)))
+    return seeds
+
+
 def seeds_text(seeds: Sequence[int]) -> str:
     """Return seeds as text: "seed 0", "seeds 0, 1 and 2"."""
     return f"seed{'s' if len(seeds) > 1 else ''} {listed(seeds)}"
@@ -169,10 +208,13 @@ def values_of_plan(config: AblationConfig) -> dict[str, Any]:
     """Return the keys of a plan as its manifest has them.
 
     Up to version 0.2 every sweep had one seed, the best of its learning rates was chosen, a fraction of the documents was held
-    out, and arms began with one root mean square. Plans like these are written as they were, so that their hash is the same.
+    out, arms began with one root mean square, and verdicts were made once, with the whole error probability. Plans like these
+    are written as they were, so that their hash is the same.
     """
     values = {
-        key: value for key, value in dataclasses.asdict(config).items() if (key, value) not in RULES_OF_0_2.items()
+        key: value
+        for key, value in dataclasses.asdict(config).items()
+        if key not in RULES_OF_0_2 or value != RULES_OF_0_2[key]
     }
     if config.rate_choice == "best" and len(config.rate_seeds) == 1:
         del values["rate_choice"]
@@ -396,14 +438,36 @@ def _check(config: AblationConfig, arms: Mapping[str, Any]) -> None:
     rates = config.rates
     if not isinstance(rates, list) or not rates or not all(map(_is_factor, rates)) or len(set(rates)) < len(rates):
         raise UserError(f"ablation.rates={rates} must be distinct numbers above 0, factors of the size's optim.lr")
-    if config.metric != "final_eval_loss":
-        raise unknown("metric", config.metric, ["final_eval_loss"])
+    refuse_unfit(metric_of(config.metric), config.smallest_effect)
+    check_looks(config)
     if config.init_match not in ("std", "rms"):
         raise unknown("ablation.init_match", config.init_match, ("std", "rms"))
     if config.held_out_files < 0:
         raise UserError(f"ablation.held_out_files={config.held_out_files} must be a number of documents, from 0 on")
-    if not 0 < config.smallest_effect < math.inf:
-        raise UserError(f"ablation.smallest_effect={config.smallest_effect} must be in nats per token, above 0")
+
+
+def check_looks(config: AblationConfig) -> None:
+    """Check when the verdicts of a plan are made.
+
+    Raises:
+        UserError: it is impossible; the message names the key.
+    """
+    looks = config.looks
+    if looks is not None:
+        _refuse_unlisted("looks", looks)
+        if not _whole_numbers(looks) or not looks or sorted(set(looks)) != looks or looks[0] < 2:
+            raise UserError(f"ablation.looks={looks} must be numbers of seeds, ascending, from 2 on")
+        if config.until == "complete" and looks[0] > len(config.seeds):
+            raise UserError(
+                f"ablation.looks={looks} begins after {looks[0]} seeds, and the plan has {len(config.seeds)}: no verdict would "
+                "be made"
+            )
+    if config.until not in UNTIL:
+        raise unknown("ablation.until", config.until, UNTIL)
+    if config.spending not in SPENDINGS:
+        raise unknown("ablation.spending", config.spending, SPENDINGS)
+    if not 0 <= config.reserve < 1:
+        raise UserError(f"ablation.reserve={config.reserve} must be a fraction, from 0 to below 1")
 
 
 def _refuse_unlisted(key: str, value: Any) -> None:

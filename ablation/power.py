@@ -9,7 +9,7 @@ from pathlib import Path
 from ablation.manifest import NAME
 from ablation.plan import Plan
 from ablation.results import read_results
-from ablation.statistics import ALPHA, FEWEST_SEEDS, POWER, detectable_difference, seeds_needed
+from ablation.ttest import ALPHA, FEWEST_SEEDS, POWER, detectable_difference, seeds_needed
 from launch.estimate.counts import parameters, shape_of
 
 # Median over arms of the standard deviation of per-seed differences to relu, nats per token, by parameters, after 1M tokens:

@@ -1,4 +1,4 @@
-"""Decide how far the sweeps of a plan are: the runs that come next, and then the best learning rate."""
+"""Decide which runs of a plan come next: of its sweeps, until each has a best learning rate, and of further seeds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from ablation.learning_rates import next_learning_rate, sweep_result
 from ablation.outcomes import ENDED, Outcome, read_outcome
 from ablation.plan import Plan, PlannedRun
+from ablation.results import Results
+from ablation.statistics import Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,8 @@ def sweep_progress(plan: Plan, folder: Path, size: str, arm: str) -> SweepProgre
         outcomes = {planned: outcome_of(planned, folder) for planned in runs}
         if pending := [planned for planned in runs if outcomes[planned].state not in ENDED]:
             return SweepProgress(pending, None)
+        if (size, arm) in plan.chosen:
+            return SweepProgress([], plan.chosen[size, arm].lr)
         losses: dict[float, dict[int, float]] = {}
         for planned, outcome in outcomes.items():
             losses.setdefault(planned.lr, {})[planned.seed] = outcome.loss
@@ -45,3 +49,25 @@ def sweep_progress(plan: Plan, folder: Path, size: str, arm: str) -> SweepProgre
         lr = next_learning_rate(losses, result.best_lr, result.edge)
         runs += [dataclasses.replace(runs[0], lr=lr, seed=seed) for seed in plan.config.rate_seeds]
         extensions += 1
+
+
+def further_runs(results: Results) -> list[PlannedRun]:
+    """Return the runs that take the arms without a verdict to their next look; none where the plan adds no seeds.
+
+    All runs of the plan's seeds have ended.
+    """
+    looks, further = results.manifest.looks, []
+    if results.manifest.plan.until != "decided":
+        return []
+    for size in results.sizes:
+        undecided = {
+            c.arm: looks.next(c.seeds) for c in results.comparisons(size) if c.verdict is Verdict.UNDECIDED and c.seeds
+        }
+        to = {arm: count for arm, count in undecided.items() if count}
+        if to:
+            to[results.baseline] = max(to.values())
+        for arm, count in to.items():
+            lr, ran = results.best_lr(size, arm), {run.planned.seed for run in results.final_runs(size, arm)}
+            if lr is not None:
+                further += [PlannedRun("final", size, arm, lr, seed) for seed in looks.seeds[:count] if seed not in ran]
+    return sorted(further, key=lambda planned: looks.seeds.index(planned.seed))

@@ -23,11 +23,12 @@ import jinja2
 
 from ablation.efficiency import efficiency
 from ablation.figures import LOSS_FIGURES, PHENOMENA, ReportFigure, draw
+from ablation.growth import amendment_lines
 from ablation.learning_rates import mean_losses
 from ablation.outcomes import ENDED
 from ablation.plan import seeds_text
 from ablation.results import Results, expected_runs, provenance_lines, read_results
-from ablation.statistics import ALPHA, FEWEST_SEEDS, POWER, Verdict
+from ablation.statistics import Verdict
 from ablation.tables import (
     PageTable,
     TableCell,
@@ -43,12 +44,14 @@ from ablation.tables import (
     text_cell,
     text_table,
 )
+from ablation.ttest import ALPHA, FEWEST_SEEDS, POWER
 from ablation.verdict import sentences
+from conf.provenance import summarise
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.options import read_positional
-from kernels.common.text import printable
+from kernels.common.text import listed, printable
 
 
 def main(argv: list[str]) -> int:
@@ -168,6 +171,10 @@ def page(results: Results, figures: Sequence[ReportFigure]) -> str:
     rendered = _template().render(
         manifest=results.manifest,
         plan=results.manifest.plan,
+        metric=results.metric,
+        looks=_looks(results),
+        begun=_begun(results),
+        amendments=amendment_lines(results.manifest),
         sentences=sentences(results),
         provisional=_provisional(results),
         sections={anchor: title for anchor, title in sections.items() if title},
@@ -205,6 +212,21 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.jinja")
+
+
+def _looks(results: Results) -> str:
+    """Return when verdicts are made, to end a sentence; "" where that is once, after all seeds."""
+    looks, planned = results.manifest.looks, len(results.manifest.plan.seeds)
+    if looks.counts == (planned,):
+        return ""
+    how = looks.spending.replace("_", " ").replace("obrien fleming", "O'Brien and Fleming").replace("pocock", "Pocock")
+    return f"; verdicts after {listed(looks.counts)} seeds, paid for as by {how}"
+
+
+def _begun(results: Results) -> str:
+    """Return when, where and by which command the plan was begun; "" if that is not known."""
+    first = next(iter(results.manifest.provenance), None)
+    return f"{first['command']}; begun at {summarise(first)}" if first and first.get("command") else ""
 
 
 def _provisional(results: Results) -> str:
@@ -293,6 +315,11 @@ def _open_questions(results: Results) -> list[str]:
                 items.append(f"{c.arm} at {size}: {c.verdict.value}: {c.reason}")
             items += [f"{c.arm} at {size}: {note}" for note in c.scatter.notes]
     items += results.notes
+    if not results.metric.of_text:
+        items.append(
+            "Learning rates were chosen by the held-out loss; what missing the best one costs is not known for "
+            f"{results.metric.name} and in no interval"
+        )
     if len(results.sizes) == 1:
         items.append("One size: the plan did not test whether any of this holds at another size")
     return [

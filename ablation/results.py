@@ -21,9 +21,11 @@ from ablation.budget import REFUSE
 from ablation.documents import TextScatter, text_scatter
 from ablation.learning_rates import SweepResult, mean_losses, run_noise, sweep_result
 from ablation.manifest import Manifest, read_manifest
+from ablation.metrics import LOSS, Metric, metric_of, value_of
 from ablation.outcomes import DIVERGED, ENDED, FINISHED, Outcome, is_finite, read_metrics, read_outcome, run_folders
-from ablation.plan import Plan, PlannedRun
-from ablation.statistics import FEWEST_SEEDS, Comparison, Pair, compare, pairs_with
+from ablation.plan import Plan, PlannedRun, possible_seeds
+from ablation.statistics import Comparison, Pair, compare, pairs_with
+from ablation.ttest import FEWEST_SEEDS
 from conf.load import values_of
 from conf.provenance import summarise
 from kernels.common.errors import UserError
@@ -118,7 +120,9 @@ class Results:
         losses = self.sweep_losses(size, arm)
         if not any(map(math.isfinite, mean_losses(losses).values())):
             return None
-        return sweep_result(losses, self.manifest.plan.rate_choice == "vertex")
+        result = sweep_result(losses, self.manifest.plan.rate_choice == "vertex")
+        chosen = self.manifest.chosen.get((size, arm))
+        return result if chosen is None else result.at(chosen.lr)
 
     def noise(self, size: str) -> float:
         """Return the standard deviation of a run's loss at a size, without what its seed adds to all arms; nan if unknown."""
@@ -144,6 +148,8 @@ class Results:
     def best_lr(self, size: str, arm: str) -> float | None:
         """Return the learning rate at which seeds are compared; None while it is unknown, or if all diverged."""
         rates = self.manifest.learning_rates(size, arm)
+        if (size, arm) in self.manifest.chosen:
+            return self.manifest.chosen[size, arm].lr
         if len(rates) == 1:
             return rates[0]
         result, losses = self.sweep(size, arm), self.sweep_losses(size, arm)
@@ -159,6 +165,37 @@ class Results:
     def losses(self, size: str) -> dict[str, dict[int, float]]:
         """Return the final loss by arm and seed; nan where the run diverged."""
         return {arm: {r.planned.seed: r.outcome.loss for r in self.final_runs(size, arm)} for arm in self.arms(size)}
+
+    @property
+    def metric(self) -> Metric:
+        """What the arms are compared by."""
+        return metric_of(self.manifest.plan.metric)
+
+    def values(self, size: str) -> dict[str, dict[int, float]]:
+        """Return the metric by arm and seed; nan where the run diverged. A run that does not have it is left out."""
+        if self.metric == LOSS:
+            return self.losses(size)
+        by_arm: dict[str, dict[int, float]] = {}
+        for arm in self.arms(size):
+            by_arm[arm] = {}
+            for run in self.final_runs(size, arm):
+                value = value_of(self.metric, run.outcome.summary, run.lines_of("train"), run.folder)
+                if run.outcome.state == DIVERGED or not math.isnan(value):
+                    by_arm[arm][run.planned.seed] = math.nan if run.outcome.state == DIVERGED else value
+        return by_arm
+
+    def _per_nat(self, size: str) -> float:
+        """Return the metric per nat of loss; 0 where it is none of the held-out text."""
+        if self.metric == LOSS or not self.metric.of_text:
+            return float(self.metric == LOSS)
+        losses = self.losses(size)
+        ratios = [
+            value / losses[arm][seed]
+            for arm, values in self.values(size).items()
+            for seed, value in values.items()
+            if losses[arm][seed] > 0
+        ]
+        return float(np.median(ratios)) if ratios else math.nan  # the same for all: they are measured on one text
 
     def ceiling(self, size: str) -> float:
         """Return the loss of a model that predicts uniformly, ln(vocabulary size), in nats per token."""
@@ -218,25 +255,37 @@ class Results:
     @functools.cached_property
     def _comparisons(self) -> dict[str, list[Comparison]]:
         pairs = {size: self._pairs(size) for size in self.sizes}
-        found = iter(compare([p for of_size in pairs.values() for p in of_size], self.manifest.plan.smallest_effect))
+        family = [pair for of_size in pairs.values() for pair in of_size]
+        effect, looks = self.manifest.plan.smallest_effect, self.manifest.looks
+        found = iter(compare(family, effect, looks=looks, metric=self.metric))
         return {size: [next(found) for _ in of_size] for size, of_size in pairs.items()}
 
     def text_scatters(self, size: str) -> dict[str, TextScatter | None]:
-        """Return how the difference of each arm of a size scatters over the held-out documents."""
+        """Return how the difference of each arm of a size scatters over the held-out documents, in nats per token."""
         by_arm = {
             arm: {run.planned.seed: run.documents for run in self.final_runs(size, arm) if run.documents is not None}
             for arm in self.arms(size)
         }
-        return {arm: text_scatter(own, by_arm[self.baseline]) for arm, own in by_arm.items()}
+        looks, values, base = self.manifest.looks, self.values(size), by_arm[self.baseline]
+        compared = {arm: Pair(arm, values[arm], values[self.baseline]).seeds(looks) for arm in by_arm}
+        return {
+            arm: text_scatter({seed: own[seed] for seed in compared[arm] if seed in own}, base)
+            for arm, own in by_arm.items()
+        }
 
     def _pairs(self, size: str) -> list[Pair]:
-        losses, blocked = self.losses(size), self.blocked(size)
-        if not losses[self.baseline]:
+        values, blocked, per_nat = self.values(size), self.blocked(size), self._per_nat(size)
+        if not values[self.baseline]:
             return []
         if self.baseline in blocked:
             blocked[self.baseline] = f"the baseline: {blocked[self.baseline]}"
-        regrets, texts = self.known_regrets(size), self.text_scatters(size)
-        return pairs_with(self.baseline, losses, self.ceiling(size), blocked, regrets, texts)
+        regrets = {arm: regret * per_nat for arm, regret in self.known_regrets(size).items()}
+        texts = {
+            arm: dataclasses.replace(text, error=text.error * per_nat) if text and per_nat else None
+            for arm, text in self.text_scatters(size).items()
+        }
+        worst = 0.0 if self.metric.higher_is_better else self.ceiling(size) * per_nat if per_nat else math.inf
+        return pairs_with(self.baseline, values, worst, blocked, regrets, texts)
 
 
 def baselines_path(folder: Path, size: str) -> Path:
@@ -322,7 +371,7 @@ def _planned_run(manifest: Manifest, path: Path, config: dict[str, Any]) -> Plan
     message = f"{path} is not a run of the plan {plan.name}"
     if named is None:
         raise UserError(f"{message}: its name has no size and arm of the manifest")
-    if named.seed not in (*plan.seeds, *plan.rate_seeds):
+    if named.seed not in (*possible_seeds(plan), *plan.rate_seeds):
         raise UserError(f"{message}: seed={named.seed} is not one of its seeds")
     planned = dataclasses.replace(named, lr=config.get("optim.lr", math.nan))
     if planned.name != path.name:

@@ -10,6 +10,9 @@ Prints what the plan costs, asks for confirmation, and trains one run after the 
 It can be stopped at any time. The same command continues: runs that ended are left alone, an unfinished run resumes from its
 checkpoint, and a diverged run stays diverged. On a cluster (conf/cluster) the runs become tasks of job arrays, `jobs` of them
 at a time, and each task can be submitted again. Two runners of the same plan divide the remaining runs between them.
+
+A plan may grow: with more arms, sizes, rates or seeds the same command trains what is new, and the manifest says what was added
+and what had been seen by then.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ from rich.table import Table
 
 from ablation import slurm
 from ablation.command import baselines_command, environment_of, ranks_of, train_command
-from ablation.manifest import check_manifest, keep_earlier_rules, write_manifest
+from ablation.growth import continue_plan
+from ablation.manifest import keep_earlier_rules, write_manifest
 from ablation.outcomes import (
     DIVERGED,
     ENDED,
@@ -44,10 +48,10 @@ from ablation.outcomes import (
     read_outcome,
     run_folders,
 )
-from ablation.plan import Plan, PlannedRun, read_plan, resolve, seeds_text
+from ablation.plan import Plan, PlannedRun, possible_seeds, read_plan, resolve, seeds_text
 from ablation.power import power_lines
-from ablation.progress import outcome_of, sweep_progress
-from ablation.results import baselines_path, why_no_verdict
+from ablation.progress import further_runs, outcome_of, sweep_progress
+from ablation.results import baselines_path, read_results, why_no_verdict
 from ablation.speed import step_time
 from conf.help import key_lines
 from conf.keys import choices
@@ -89,19 +93,23 @@ def main(argv: list[str]) -> int:
     if timed and cluster:
         slurm.refuse_unmeasured(folder)
     plan = resolve(config, overrides, step_time(config, overrides, folder, ranks) if timed else None)
-    check_manifest(plan, folder)
+    continued = continue_plan(plan, folder)
+    plan = continued.plan
     console = SafeConsole(file=sys.stdout, highlight=False, markup=False)
     runner = Runner(plan, folder, max(1, options["jobs"]), ranks, console)
     if options["task"]:
         return runner.run_task(options["task"])
     show(plan, folder, console)
+    for note in continued.notes:
+        console.print(note, soft_wrap=True)
     arrays = []
     if cluster:
         arrays = slurm.jobs(plan, folder, cluster, ranks, options["jobs"], plan_arguments, command_text(argv))
     if not options["yes"] and not _confirmed():
         print("nothing was run")
         return 0
-    write_manifest(plan, folder)
+    if not continued.narrower:
+        write_manifest(plan, folder, continued.amendment)
     if not cluster:
         print(f"python -m ablation.status {folder}   shows the runs as they train, in another terminal", flush=True)
     return slurm.submit_all(arrays, cluster, plan, folder) if cluster else runner.run_all()
@@ -130,6 +138,7 @@ def show(plan: Plan, folder: Path, console: SafeConsole) -> None:
         console.print(table)
     for warning in plan.warnings:
         console.print(f"warning: {warning}", soft_wrap=True)
+    further = len(possible_seeds(config)) - len(config.seeds)
     arms_and_sizes = f"{len(next(iter(plan.arms.values())))} arms x {len(plan.arms)} size(s)"
     per_arm = f"{len(config.seeds)} seeds"
     if len(config.rates) > 1:
@@ -139,6 +148,10 @@ def show(plan: Plan, folder: Path, console: SafeConsole) -> None:
         f"{_duration(plan, folder)}",
         soft_wrap=True,
     )
+    if further:
+        console.print(
+            f"then up to {further} further seeds of each arm without a verdict, and of the baseline", soft_wrap=True
+        )
     reasons = why_no_verdict(plan)
     for line in [f"no verdict: {reason}" for reason in reasons] or power_lines(plan, folder):
         console.print(line, soft_wrap=True)
@@ -197,6 +210,8 @@ class Runner:
                 best = {pair: sweep_progress(self.plan, self.folder, *pair).best_lr for pair in pairs}
                 finals = [self.plan.final_runs(*pair, lr) for pair, lr in best.items() if lr is not None]
                 complete = self._train([planned for of_seed in zip(*finals, strict=True) for planned in of_seed])
+                while complete and (further := self._further_runs()):
+                    complete = self._train(further)
         outcomes = [read_outcome(run) for run in run_folders(self.folder)]
         ended = sum(outcome.state in ENDED for outcome in outcomes)
         diverged = sum(outcome.state == DIVERGED for outcome in outcomes)
@@ -217,7 +232,7 @@ class Runner:
         tasks = {
             slurm.task_name(size, arm, seed, config.rate_seeds): (size, arm, seed)
             for size, arm in self.plan.size_arm_pairs()
-            for seed in (*config.rate_seeds, *config.seeds)
+            for seed in (*config.rate_seeds, *possible_seeds(config))
         }
         if name not in tasks:
             raise UserError(f"task={name} is not a task of {config.name}")
@@ -234,8 +249,7 @@ class Runner:
                     raise UserError(f"the sweep of {arm} at {size} has not ended: {first.name} is {state}")
                 complete = True  # if the arm diverged at every learning rate, there is nothing to run
                 if progress.best_lr is not None:
-                    final_runs = self.plan.final_runs(size, arm, progress.best_lr)
-                    complete = self._train([planned for planned in final_runs if planned.seed == seed])
+                    complete = self._train([PlannedRun("final", size, arm, progress.best_lr, seed)])
         return 0 if complete and not self._stopping else 1
 
     def outcome(self, planned: PlannedRun) -> Outcome:
@@ -255,6 +269,10 @@ class Runner:
             if self._run_logged(command, f"baselines-{size}", without_launcher(os.environ)) > 0:
                 log = self.folder / "logs" / f"baselines-{size}.log"
                 self.console.print(f"warning: no bigram model to compare with at {size}: see {log}", soft_wrap=True)
+
+    def _further_runs(self) -> list[PlannedRun]:
+        """Return the runs of the seeds that the plan adds next, once all before them have ended."""
+        return further_runs(read_results(self.folder)) if self.plan.config.until == "decided" else []
 
     def _train_sweeps(self, pairs: list[tuple[str, str]]) -> bool:
         """Train the sweeps of these (size, arm), extensions included; return whether all of them ended."""

@@ -2,7 +2,8 @@
 
 The sweeps are one array, with a task per arm and size that trains its learning rates and seeds one after the other. The
 compared seeds are a second array, with a task per run, which starts when the first array has ended. A plan with one learning
-rate has only the second. A task is a plain `ablation.run` of its part of the plan, so it can be stopped and continued in the
+rate has only the second. Once all seeds of a plan have ended, the same command submits those that `until=decided` adds, look by
+look. A task is a plain `ablation.run` of its part of the plan, so it can be stopped and continued in the
 same way.
 """
 
@@ -15,9 +16,11 @@ from pathlib import Path
 
 from ablation import speed
 from ablation.command import ranks_of
+from ablation.manifest import NAME
 from ablation.outcomes import ENDED, QUEUED, RUNNING
 from ablation.plan import Plan
-from ablation.progress import outcome_of, sweep_progress
+from ablation.progress import further_runs, outcome_of, sweep_progress
+from ablation.results import read_results
 from conf.load import load
 from conf.schema import ClusterConfig
 from conf.validate import digest, total_steps
@@ -106,6 +109,9 @@ def _open_tasks(plan: Plan, folder: Path) -> dict[str, list[str]]:
             final_runs = plan.final_runs(size, arm, progress.best_lr)
             left = [planned for planned in final_runs if outcome_of(planned, folder).state not in ENDED]
             seeds += [task_name(size, arm, planned.seed, rate_seeds) for planned in left]
+    if not sweeps and not seeds and (folder / NAME).exists():
+        further = further_runs(read_results(folder))
+        seeds = [task_name(run.size, run.arm, run.seed, plan.config.rate_seeds) for run in further]
     return {"sweep": sweeps, "seeds": seeds}
 
 

@@ -11,7 +11,8 @@ from ablation.curves import SpeedUp
 from ablation.efficiency import Efficiency, efficiency
 from ablation.results import Results
 from ablation.sketch import HIGH, LOW, REACH, Sketch, sketch
-from ablation.statistics import POWER, Comparison, Verdict
+from ablation.statistics import Comparison, Verdict
+from ablation.ttest import POWER
 
 _MODELS = {"unigram": "token frequencies", "bigram": "bigram (Kneser-Ney)", "xz": "xz -9"}
 
@@ -95,25 +96,36 @@ def _by_difference(results: Results, size: str) -> list[tuple[str, Comparison | 
 
 def arms_table(results: Results, size: str) -> PageTable:
     """Return what is known of a size's arms: what they are, the verdict and the difference behind it."""
-    arms, losses, baseline = _by_difference(results, size), results.losses(size), results.baseline
+    arms, values, baseline, metric = (
+        _by_difference(results, size),
+        results.values(size),
+        results.baseline,
+        results.metric,
+    )
     ends = [end for _, c in arms if c for end in (*c.interval, c.difference) if math.isfinite(end)]
     scale = (min([0.0, *ends]), max([0.0, *ends]))
     rows = []
     for arm, c in arms:
-        finite = [loss for loss in losses[arm].values() if math.isfinite(loss)]
+        finite = [value for value in values[arm].values() if math.isfinite(value)]
         learned = results.manifest.learned(size, arm)
         cells = [
             TableCell(arm, arm, "text", below=str(learned.get("ffn.formula") or "")),
             TableCell("", "", sketch=sketch(learned)),
             *_verdict_cells(c, scale),
             number_cell(sum(finite) / len(finite) if finite else math.nan),
-            number_cell(len(losses[arm]), "d"),
+            number_cell(len(values[arm]), "d"),
         ]
         rows.append(TableRow(cells, row_css(results, arm)))
-    heads = ("arm", "h, slope", "verdict", "95% interval", f"minus {baseline}, nats", "mean loss", "seeds")
+    of_losses = metric.of_text
+    heads = (
+        "arm", "h, slope", "verdict", "95% interval", f"minus {baseline}, {metric.short}",
+        "mean loss" if of_losses else "mean", "seeds",
+    )  # fmt: skip
+    what = f"final held-out loss in {metric.unit}" if of_losses else f"{metric.name} in {metric.unit}"
+    side = "above 0, right" if metric.higher_is_better else "below 0, left"
     caption = (
-        f"{size}: final held-out loss in nats per token, where lower is better. The difference is the arm's loss minus "
-        f"{baseline}'s, seed by seed: below 0, left of the line, the arm is better."
+        f"{size}: {what}, where {metric.better} is better. The difference is the arm's {'loss' if of_losses else 'value'} "
+        f"minus {baseline}'s, seed by seed: {side} of the line, the arm is better."
     )
     note = (
         f"The small plot: h (solid) and its slope (dashed) over x, or over gate where up is 1, from -{REACH:g} to {REACH:g}; "
@@ -161,7 +173,7 @@ def tests_table(results: Results, size: str) -> PageTable:
     ]
     effect = results.manifest.plan.smallest_effect
     caption = (
-        f"{size}: the 95% interval of the difference in nats per token, by itself and for all arms and sizes together "
+        f"{size}: the 95% interval of the difference in {results.metric.unit}, by itself and for all arms and sizes together "
         "(Bonferroni); what missed learning rates add to its standard error; the p-value of no difference, alone and among "
         f"all (Holm), and that of a difference of {effect:g} or more (Holm); the smallest difference that {POWER:.0%} of such "
         f"plans would find, and the seeds that would find {effect:g}."
@@ -191,8 +203,8 @@ def text_table(results: Results, size: str) -> PageTable | None:
         cells = [text_cell(arm), text_cell(c.verdict.value), *ends, number_cell(text.p_holm, ".2g"), text_cell(holds)]
         rows.append(TableRow(cells))
     caption = (
-        f"{size}: 95% intervals of the difference in nats per token: over seeds and learning rates for this text, over its "
-        f"{known[0][2].scatter.documents} documents for these seeds, and over both."
+        f"{size}: 95% intervals of the difference in {results.metric.unit}: over seeds and learning rates for this text, over "
+        f"its {known[0][2].scatter.documents} documents for these seeds, and over both."
     )
     return PageTable(heads, rows, caption)
 

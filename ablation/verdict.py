@@ -1,8 +1,8 @@
 """State what a plan showed, over all sizes and at each: the first lines of the report, the dashboard and the console.
 
-An arm is called better or worse only where its verdict is. Amounts are mean differences in nats per token over the seeds that
-both arms have, largest first. Their intervals, and why an arm has no verdict, are in the tables. A second sentence says whether
-the verdicts hold for other held-out text, and a third which arms predict it no better than a bigram model.
+An arm is called better or worse only where its verdict is. Amounts are mean differences in the metric's unit over the seeds
+that both arms have, largest first. Their intervals, and why an arm has no verdict, are in the tables. A second sentence says
+whether the verdicts hold for other held-out text, and a third which arms predict it no better than a bigram model.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def sentences(results: Results) -> list[str]:
 def by_size(results: Results) -> dict[str, str]:
     """Return what was found at each size, in the plan's order."""
     seeds, baseline = len(results.manifest.plan.seeds), results.baseline
-    effect = results.manifest.plan.smallest_effect
+    effect, unit = results.manifest.plan.smallest_effect, results.metric.unit
     return {
-        size: _sentence(size, baseline, seeds, effect, results.comparisons(size)) + _below_bigram(results, size)
+        size: _sentence(size, baseline, seeds, effect, unit, results.comparisons(size)) + _below_bigram(results, size)
         for size in results.sizes
     }
 
@@ -56,7 +56,7 @@ def _below_bigram(results: Results, size: str) -> str:
     return f" {which} a bigram model of as many tokens ({loss:.3f})."
 
 
-def _sentence(size: str, baseline: str, planned: int, effect: float, comparisons: list[Comparison]) -> str:
+def _sentence(size: str, baseline: str, planned: int, effect: float, unit: str, comparisons: list[Comparison]) -> str:
     if not any(c.seeds for c in comparisons):
         return f"At {size}, nothing is known yet: no arm shares a seed with {baseline}."
     most = max(c.seeds for c in comparisons)
@@ -77,9 +77,9 @@ def _sentence(size: str, baseline: str, planned: int, effect: float, comparisons
     ):
         if by_verdict[verdict]:
             arms = [f"{_arm(c, most)}{_diverged(c)}" for c in by_verdict[verdict]]
-            reasons = {c.reason for c in by_verdict[verdict]} if verdict is Verdict.BLOCKED else set()
+            reasons = {c.reason for c in by_verdict[verdict] if verdict is Verdict.BLOCKED or c.withheld}
             clauses.append(f"{label}: {listed(arms)}" + (f" ({reasons.pop()})" if len(reasons) == 1 else ""))
-    return f"At {size}, over {seeds} seeds, in nats per token: {'; '.join(clauses)}.{_over_text(comparisons)}"
+    return f"At {size}, over {seeds} seeds, in {unit}: {'; '.join(clauses)}.{_over_text(comparisons)}"
 
 
 def _over_text(comparisons: list[Comparison]) -> str:

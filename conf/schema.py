@@ -349,8 +349,21 @@ class AblationConfig:
         0.01, "largest relative deviation of an arm's cost from the budget", only="ablation.budget!=none"
     )
     tile: int = key(128, "coarsest multiple to round a width to, on every tensor rank")
-    metric: str = key("final_eval_loss", "key of summary.json by which arms are compared; less is better")
-    smallest_effect: float = key(0.01, "smallest difference of interest, nats per token")
+    metric: str = key(
+        "final_eval_loss",
+        "what arms are compared by: final_eval_loss | bits_per_byte | tokens_per_second | mfu | TASK:METRIC of model.evaluate",
+    )
+    smallest_effect: float = key(0.01, "smallest difference of interest, in the metric's unit: nats per token for the loss")
+    looks: Any = key(
+        None, "numbers of seeds after which verdicts are made, as [5, 10]; null: once, when all seeds have ended"
+    )
+    until: str = key(
+        "complete",
+        "complete: `seeds` run | decided: then further ones, look by look, for arms without a verdict, up to the last of looks "
+        "(null: each seed up to twice as many)",
+    )
+    spending: str = key("obrien_fleming", "how looks share the error probability: obrien_fleming | pocock")
+    reserve: float = key(0.1, "fraction of the error probability that is kept for seeds added to a plan later")
 
 
 @dataclass

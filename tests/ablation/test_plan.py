@@ -158,7 +158,8 @@ def test_a_plan_with_the_sweep_of_earlier_versions_has_the_keys_and_the_hash_it_
     assert plan_of_values(values) == AblationConfig(**SMALL, rate_seeds=[7], rate_choice="best")
     for keys in ({}, {"rate_seeds": [7]}, {"rate_choice": "best"}):
         config = AblationConfig(**SMALL, **keys)
-        assert values_of_plan(config) == dataclasses.asdict(config)
+        own = {"looks", "until", "spending"}  # as every plan of these versions would have had them
+        assert values_of_plan(config) == {k: v for k, v in dataclasses.asdict(config).items() if k not in own}
         assert plan_of_values(values_of_plan(config)) == config
 
 
@@ -264,8 +265,8 @@ def test_arguments_that_are_refused(arguments, sentence):
         ({"rates": [0]}, "ablation.rates=[0] must be distinct numbers above 0"),
         ({"rates": []}, "ablation.rates=[] must be distinct numbers above 0"),
         ({"budget": "params"}, "nano: unknown budget 'params': did you mean 'parameters'?"),
-        ({"metric": "loss"}, "unknown metric 'loss'"),
-        ({"smallest_effect": 0.0}, "ablation.smallest_effect=0.0 must be in nats per token, above 0"),
+        ({"metric": "loss"}, "unknown ablation.metric 'loss'"),
+        ({"smallest_effect": 0.0}, "ablation.smallest_effect=0.0 must be above 0, in nats per token"),
         ({"common": ["seed=3"]}, "seed=3 of relu at nano is set by the plan"),
         (
             {"arms": {"relu": "ffn=relu", "wide": "ffn=relu model.d_ff=999"}},

@@ -10,7 +10,7 @@ import pytest
 
 from ablation.power import MEASURED, power_lines
 from ablation.results import read_results
-from ablation.statistics import ALPHA, detectable_difference
+from ablation.ttest import ALPHA, detectable_difference
 from tests.ablation.made import all_planned, losses, make, plan_of
 from tests.training.tiny import ROOT
 

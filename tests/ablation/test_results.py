@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from ablation.growth import continue_plan
 from ablation.learning_rates import run_noise
-from ablation.manifest import check_manifest, hashes_of, keep_earlier_rules, read_manifest, write_manifest
+from ablation.manifest import hashes_of, keep_earlier_rules, read_manifest, write_manifest
 from ablation.plan import Plan
 from ablation.report import page
 from ablation.results import expected_runs, provenance_lines, read_results
-from ablation.statistics import Verdict, holm
+from ablation.statistics import Verdict
+from ablation.ttest import holm
 from conf.validate import digest
 from kernels.common.errors import UserError
 from tests.ablation.made import VOCABULARY, all_planned, losses, make, plan_of, write_run
@@ -108,7 +110,7 @@ def test_a_changed_manifest_is_refused_by_the_name_of_the_field(plan, copy, what
     assert inner[last] != value
     inner[last] = value
     path.write_text(json.dumps(content), encoding="utf-8")
-    for refused in (lambda: read_results(copy), lambda: check_manifest(plan, copy)):
+    for refused in (lambda: read_results(copy), lambda: continue_plan(plan, copy)):
         with pytest.raises(UserError, match=rf"changed after the runs began: [\w.]*{name}$"):
             refused()
 
@@ -139,7 +141,7 @@ def test_a_manifest_with_forged_hashes_does_not_match_its_runs(copy, what):
 def test_another_plan_in_the_same_folder_is_refused(copy):
     other = plan_of("ablation=glu_variants", "ablation.arms=[relu,gelu,swiglu]", "tokens=600000", "optim.beta2=0.95")
     with pytest.raises(UserError, match=r"runs of another plan \(it differs in arms.nano.gelu.optim.beta2"):
-        check_manifest(other, copy)
+        continue_plan(other, copy)
 
 
 def test_a_run_of_another_plan_is_refused(copy):
@@ -191,7 +193,7 @@ def test_a_folder_of_an_earlier_version_keeps_its_sweep_and_its_text(tmp_path):
     new = plan_of(*words).config
     kept = keep_earlier_rules(new, words, folder)
     assert (kept.rate_seeds, kept.rate_choice, kept.held_out_files) == ([7], "best", 0)
-    check_manifest(plan_of(*words, *earlier), folder)
+    continue_plan(plan_of(*words, *earlier), folder)
     typed = [*words, "ablation.rate_seeds=[8]"]
     assert keep_earlier_rules(plan_of(*typed).config, typed, folder).rate_seeds == [8]
     for place in (tmp_path / "none", make(plan_of(*words), tmp_path / "new", RULE, [])):

@@ -8,7 +8,8 @@ import json
 import pytest
 
 from ablation import speed
-from ablation.manifest import check_manifest, write_manifest
+from ablation.growth import continue_plan
+from ablation.manifest import write_manifest
 from ablation.plan import read_plan, resolve
 from kernels.common.errors import UserError
 from tests.training.tiny import TINY, shared_corpus
@@ -33,9 +34,8 @@ def test_widths_take_the_time_of_the_baseline(tmp_path):
     assert seconds("nano", "swiglu", own) == pytest.approx(0.12, rel=0.005)
     assert own == 448  # 384 + 256 * (0.12 - 0.11) / (0.15 - 0.11)
     write_manifest(plan, tmp_path)
-    check_manifest(
-        resolve(config, overrides, speed.step_time(config, overrides, tmp_path)), tmp_path
-    )  # the same plan again
+    again = continue_plan(resolve(config, overrides, speed.step_time(config, overrides, tmp_path)), tmp_path)
+    assert again.plan == plan
 
 
 def test_unusable_times_are_refused(tmp_path):

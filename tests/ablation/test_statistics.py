@@ -9,20 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ablation.statistics import (
-    ALPHA,
-    POWER,
-    Comparison,
-    Pair,
-    Verdict,
-    _detectable,
-    at_every_size,
-    compare,
-    compare_summaries,
-    detectable_difference,
-    holm,
-    pairs_with,
-)
+from ablation.statistics import Comparison, Pair, Verdict, at_every_size, compare, compare_summaries, pairs_with
+from ablation.ttest import ALPHA, POWER, _detectable, detectable_difference, holm
 
 # Shazeer 2020 (arXiv 2002.05202), table 1: held-out log-perplexity after 65,536 steps, mean and deviation of 4 runs.
 SHAZEER = {
