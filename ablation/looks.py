@@ -58,7 +58,8 @@ class Looks:
             return 1.0
         if p < levels[0]:
             return float(p * _ALPHAS[0] / levels[0])
-        return float(np.exp(np.interp(math.log(p), [*np.log(levels), 0.0], [*np.log(_ALPHAS), 0.0])))
+        log_levels = np.log(np.maximum(levels, 1e-300))
+        return float(np.exp(np.interp(math.log(p), [*log_levels, 0.0], [*np.log(_ALPHAS), 0.0])))
 
     def _until(self, count: int) -> tuple[int, ...]:
         return tuple(c for c in self.counts if c <= count)

@@ -15,6 +15,19 @@ seed's, the same for all arms and rates. Sweeps, extensions, learning rates and 
 
 The product adjusts p-values over all arms and sizes, the others over the arms of each size, as version 0.2 did.
 
+Two more tables leave learning rates out: arms run at their best ones. In one, verdicts are made after 5 and after 10 seeds, or
+after each from 5 to 10:
+
+    not paid for      each time as if it were the only one
+    planned           paid for, `ablation.looks` names them
+    5, then more      5 were planned, and the plan grew: paid for from the reserve
+    each, 5 to 10     `until=decided`
+
+In the other, arms differ on each of so many held-out documents by an amount of their own, on average over all text by nothing:
+
+    this text         any verdict counts
+    other text        one that is said to hold for other text
+
 `false` is the fraction of plans with any false verdict, `blocked` that of comparisons without a verdict, `found` how often an
 arm that is better by 0.1 nats is called better, `width` the median half of the 95% intervals, in nats.
 """
@@ -33,7 +46,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ablation.documents import TextScatter
 from ablation.learning_rates import SweepResult, next_learning_rate, run_noise, sweep_result
+from ablation.looks import Looks
 from ablation.statistics import Comparison, Pair, Verdict, compare, pairs_with
 from kernels.common.commands import run_command
 from kernels.common.options import split_options
@@ -41,6 +56,9 @@ from kernels.common.options import split_options
 # Nats lost at a factor of 2 from the best learning rate: `rate_rise` of bench/results/glu_variants/comparisons.csv.
 CURVATURES = (0.025, 0.058, 0.171, 0.193, 0.049, 0.064, 0.030, 0.060, 0.123, 0.049, 0.063, 0.054, 0.070, 0.069)
 DEVIATION = 0.03  # of an arm's loss over seeds, nats
+OF_DOCUMENTS = (
+    0.034  # of what an arm finds harder about a document than others: that of two arms over 31 files is 0.048
+)
 LOSS, CEILING, SMALLEST_EFFECT, EFFECT = 5.0, math.log(4096), 0.01, 0.1
 _RATES, _EXTENSIONS = (0.5, 1.0, 2.0), 2
 
@@ -50,14 +68,30 @@ class Method:
     """How learning rates are chosen and compared."""
 
     name: str
-    sweep_seeds: int
-    vertex: bool
-    product: bool  # with what missed learning rates cost in the intervals, and all sizes in one family
+    sweep_seeds: int = 0  # 0: arms run at their best learning rates
+    vertex: bool = True
+    product: bool = True  # with what missed learning rates cost in the intervals, and all sizes in one family
+    checked: tuple[int, ...] = ()  # numbers of seeds after which verdicts are made; (): all
+    looks: Looks | None = None  # None: each time as if it were the only one
+    documents: int = 0  # held out; 0: the text is not simulated
+    over_text: bool = False  # verdicts that hold for other text count, and no others
 
 
 GRID = Method("grid", 1, vertex=False, product=False)
 VERTEX = Method("vertex", 2, vertex=True, product=False)
-FULL = Method("vertex, regrets", 2, vertex=True, product=True)
+FULL = Method("vertex, regrets", 2)
+_TEN = tuple(range(10))
+LOOKED = (
+    Method("not paid for", checked=(5, 10)),
+    Method("planned", checked=(5, 10), looks=Looks(_TEN, (5, 10), 10, 0.1)),
+    Method("5, then more", checked=(5, 10), looks=Looks(_TEN, (5, 10), 5, 0.1)),
+    Method("each, 5 to 10", checked=(*_TEN[5:], 10), looks=Looks(_TEN, (5, 6, 7, 8, 9, 10), 10, 0.1)),
+)
+TEXTS = tuple(
+    Method(f"{name}, {documents}", documents=documents, over_text=over_text)
+    for documents in (30, 300)
+    for name, over_text in (("this text", False), ("other text", True))
+)
 
 
 class SimulatedPlan:
@@ -76,21 +110,36 @@ class SimulatedPlan:
         self._better = {"arm1": better}
         self._shared, self._own = DEVIATION * math.sqrt(correlation), DEVIATION * math.sqrt(1 - correlation)
         self._of_seeds: dict[int, float] = {}
+        self._of_documents: dict[str, np.ndarray] = {}
 
     def run(self, arm: str, lr: float, seed: int) -> float:
         """Return the final loss of a run."""
         of_seed = self._of_seeds.setdefault(seed, self.chance.normal(0.0, self._shared))
         missed = self._curvature[arm] * (math.log2(lr) - self._best[arm]) ** 2
-        return LOSS - self._better.get(arm, 0.0) + missed + of_seed + self.chance.normal(0.0, self._own)
+        own = self.chance.normal(0.0, self._own) + (self._of_documents[arm].mean() if self._of_documents else 0.0)
+        return LOSS - self._better.get(arm, 0.0) + missed + of_seed + own
 
     def pairs(self, method: Method, seeds: int) -> list[Pair]:
         """Return the pairs with arm0, as `ablation.results` makes them."""
+        if method.documents:
+            shape = (len(self.arms), method.documents)
+            self._of_documents = dict(zip(self.arms, self.chance.normal(0.0, OF_DOCUMENTS, shape), strict=True))
+        if not method.sweep_seeds:
+            losses = {arm: {s: self.run(arm, 2.0 ** self._best[arm], s) for s in range(seeds)} for arm in self.arms}
+            return pairs_with("arm0", losses, CEILING, texts=self._texts())
         swept = {arm: self._sweep(arm, method) for arm in self.arms}
         losses = {arm: {seed: self.run(arm, swept[arm][1].best_lr, seed) for seed in range(seeds)} for arm in self.arms}
         blocked = {arm: f"at the {found.edge}" for arm, (_, found) in swept.items() if found.edge}
         noise = run_noise([*(table.values() for table, _ in swept.values()), losses.values()])
         regrets = {arm: found.regret(noise) for arm, (_, found) in swept.items() if not found.edge}
         return pairs_with("arm0", losses, CEILING, blocked, regrets if method.product else {})
+
+    def _texts(self) -> dict[str, TextScatter]:
+        base = self._of_documents.get("arm0")
+        return {
+            arm: TextScatter(len(own), float((own - base).std(ddof=1)) / math.sqrt(len(own)), len(own) - 1)
+            for arm, own in self._of_documents.items()
+        }
 
     def _sweep(self, arm: str, method: Method) -> tuple[Mapping[float, Mapping[int, float]], SweepResult]:
         losses: dict[float, dict[int, float]] = {}
@@ -117,12 +166,30 @@ class Row:
     width: float  # median half width of the 95% intervals, nats
 
 
-def verdicts(plans: Sequence[SimulatedPlan], method: Method, seeds: int) -> list[Comparison]:
-    """Return the comparisons of a plan, given as a simulated plan per size."""
+def verdicts(plans: Sequence[SimulatedPlan], method: Method, seeds: int) -> list[list[Comparison]]:
+    """Return the comparisons of a plan, given as a simulated plan per size, each time that verdicts are made."""
     families = [plan.pairs(method, seeds) for plan in plans]
     if method.product:
         families = [[pair for of_size in families for pair in of_size]]
-    return [comparison for family in families for comparison in compare(family, SMALLEST_EFFECT)]
+    return [
+        [
+            comparison
+            for family in families
+            for comparison in compare([_first(p, count) for p in family], SMALLEST_EFFECT, looks=method.looks)
+        ]
+        for count in method.checked or (seeds,)
+    ]
+
+
+def _first(pair: Pair, count: int) -> Pair:
+    """Return a pair with its first seeds alone."""
+    own, base = ({seed: side[seed] for seed in range(count)} for side in (pair.own, pair.base))
+    return dataclasses.replace(pair, own=own, base=base)
+
+
+def _is(comparison: Comparison, method: Method, *wanted: Verdict) -> bool:
+    holds = comparison.text is not None and comparison.text.holds
+    return comparison.verdict in wanted and (holds or not method.over_text)
 
 
 def simulate(method: Method, seeds: int, correlation: float, plans: int, arms: int, sizes: int, seed: int) -> Row:
@@ -130,23 +197,28 @@ def simulate(method: Method, seeds: int, correlation: float, plans: int, arms: i
     false, found, widths, blocked = 0, 0, [], 0
     for number in range(plans):
         chance = np.random.default_rng([seed, number])
-        comparisons = verdicts([SimulatedPlan(chance, arms, correlation) for _ in range(sizes)], method, seeds)
-        false += any(c.verdict in (Verdict.BETTER, Verdict.WORSE) for c in comparisons)
-        blocked += sum(c.verdict is Verdict.BLOCKED for c in comparisons)
-        widths += [(c.interval[1] - c.interval[0]) / 2 for c in comparisons]
+        looks = verdicts([SimulatedPlan(chance, arms, correlation) for _ in range(sizes)], method, seeds)
+        false += any(_is(c, method, Verdict.BETTER, Verdict.WORSE) for comparisons in looks for c in comparisons)
+        blocked += sum(c.verdict is Verdict.BLOCKED for c in looks[-1])
+        for c in looks[-1]:
+            low, high = c.text.both if c.text and method.over_text else c.interval
+            widths.append((high - low) / 2)
         better = [EFFECT, *[0.0] * (sizes - 1)]
-        other = verdicts([SimulatedPlan(chance, arms, correlation, nats) for nats in better], method, seeds)
-        found += other[0].verdict is Verdict.BETTER
+        looks = verdicts([SimulatedPlan(chance, arms, correlation, nats) for nats in better], method, seeds)
+        found += any(_is(comparisons[0], method, Verdict.BETTER) for comparisons in looks)
     counts = false / plans, blocked / (plans * (arms - 1) * sizes), found / plans
     return Row(method, seeds, correlation, *counts, statistics.median(widths))
 
 
-def rows(plans: int, arms: int, sizes: int, seed: int) -> Iterator[Row]:
-    """Yield the rows of the table."""
-    for method in (GRID, VERTEX, FULL):
-        for correlation in (0.06, 0.6):
-            for seeds in (3, 5, 10):
-                yield simulate(method, seeds, correlation, plans, arms, sizes, seed)
+def rows(plans: int, arms: int, sizes: int, seed: int) -> Iterator[list[Row]]:
+    """Yield the rows of each table."""
+
+    def row(method: Method, seeds: int, correlation: float) -> Row:
+        return simulate(method, seeds, correlation, plans, arms, sizes, seed)
+
+    yield [row(method, seeds, r) for method in (GRID, VERTEX, FULL) for r in (0.06, 0.6) for seeds in (3, 5, 10)]
+    yield [row(method, 10, r) for method in LOOKED for r in (0.06, 0.6)]
+    yield [row(method, seeds, 0.6) for method in TEXTS for seeds in (5, 10)]
 
 
 def judge(path: Path, baseline: str) -> Iterator[tuple[str, SweepResult, float, Comparison, Comparison]]:
@@ -189,11 +261,12 @@ def main(argv: list[str]) -> None:
         _print_judged(Path(options["results"]), options["baseline"])
         return
     heads = ("method", "correlation", "seeds", "false", "blocked", "found", "width")
-    table = Table(*heads, box=None)
-    for row in rows(*(options[name] for name in ("plans", "arms", "sizes", "seed"))):
-        shares = (f"{share:.1%}" for share in (row.false, row.blocked, row.found))
-        table.add_row(row.method.name, f"{row.correlation:g}", f"{row.seeds}", *shares, f"{row.width:.4f}")
-    Console(file=sys.stdout, highlight=False).print(table)
+    for of_table in rows(*(options[name] for name in ("plans", "arms", "sizes", "seed"))):
+        table = Table(*heads, box=None)
+        for row in of_table:
+            shares = (f"{share:.1%}" for share in (row.false, row.blocked, row.found))
+            table.add_row(row.method.name, f"{row.correlation:g}", f"{row.seeds}", *shares, f"{row.width:.4f}")
+        Console(file=sys.stdout, highlight=False).print(table)
 
 
 if __name__ == "__main__":

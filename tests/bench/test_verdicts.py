@@ -9,7 +9,20 @@ import numpy as np
 import pytest
 
 from ablation.statistics import Verdict
-from bench.verdicts import DEVIATION, EFFECT, FULL, GRID, LOSS, SimulatedPlan, judge, main, simulate, verdicts
+from bench.verdicts import (
+    DEVIATION,
+    EFFECT,
+    FULL,
+    GRID,
+    LOOKED,
+    LOSS,
+    TEXTS,
+    SimulatedPlan,
+    judge,
+    main,
+    simulate,
+    verdicts,
+)
 from tests.training.tiny import ROOT
 
 
@@ -36,10 +49,27 @@ def test_missed_learning_rates_make_false_verdicts_and_the_vertex_with_its_regre
     assert after.width < 1.2 * before.width
 
 
+def test_looks_that_are_not_paid_for_make_false_verdicts_and_those_that_are_do_not():
+    """Of one arm, where 8.5% of plans are expected if looks are not paid for, and 5% if they are."""
+    plans = 200
+    found = [simulate(method, 10, 0.06, plans, arms=2, sizes=1, seed=2) for method in LOOKED[:2]]
+    assert found[0].false >= 0.06 > found[1].false
+    assert all(row.found > 0.9 for row in found)
+
+
+def test_what_is_found_on_one_text_is_said_to_hold_for_others_only_where_it_does():
+    here, elsewhere = (simulate(method, 10, 0.6, plans=100, arms=4, sizes=1, seed=3) for method in TEXTS[:2])
+    assert here.false > 0.12
+    assert elsewhere.false <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 100)
+    assert elsewhere.found == 1.0
+    assert elsewhere.width > here.width
+
+
 def test_an_arm_at_the_edge_is_blocked_in_the_simulation_too():
     plan = SimulatedPlan(np.random.default_rng(0), 3, 0.6)
     plan._best = {"arm0": 0.0, "arm1": 40.0, "arm2": 0.1}
-    found = {c.arm: c.verdict for c in verdicts([plan], FULL, 5)}
+    [comparisons] = verdicts([plan], FULL, 5)
+    found = {c.arm: c.verdict for c in comparisons}
     assert found["arm1"] is Verdict.BLOCKED
     assert found["arm2"] is not Verdict.BLOCKED
 
@@ -47,7 +77,7 @@ def test_an_arm_at_the_edge_is_blocked_in_the_simulation_too():
 def test_the_product_adjusts_over_all_sizes():
     plans = [SimulatedPlan(np.random.default_rng(size), 3, 0.6) for size in (0, 1)]
     for method, family in ((GRID, 2), (FULL, 4)):
-        found = verdicts(plans, method, 5)
+        [found] = verdicts(plans, method, 5)
         assert len(found) == 4
         smallest = min(found, key=lambda c: c.p)
         assert smallest.p_holm == pytest.approx(min(1.0, family * smallest.p))
@@ -56,7 +86,7 @@ def test_the_product_adjusts_over_all_sizes():
 def test_the_command_prints_a_row_per_method_correlation_and_number_of_seeds(capsys):
     main(["plans=1", "arms=2"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 3 * 2 * 3
+    assert len(lines) == 3 + 3 * 2 * 3 + 4 * 2 + 4 * 2
     assert all(len(line) <= 80 for line in lines)
 
 
