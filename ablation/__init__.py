@@ -10,10 +10,15 @@
     outcomes.py     reads the state of a run from its folder
     progress.py     decides which runs of a sweep come next, and the best learning rate
     results.py      loads and checks everything the runs of a plan wrote
-    statistics.py   paired differences, intervals, detectable differences, verdicts
+    growth.py       lets a plan grow, and records by what and what had been seen
+    metrics.py      what arms are compared by
+    statistics.py   paired differences, intervals, verdicts
+    ttest.py        t-tests, what they can find, and Holm's adjustment
+    looks.py        pays for verdicts that are made more than once
     documents.py    how far a difference depends on the held-out text
-    curves.py       speed-ups within curves, and the order of arms over sizes
-    efficiency.py   what reaching a loss costs: compute, seconds, memory
+    multipliers.py  compute multipliers of planned horizons and sizes
+    ranks.py        whether the order of arms at fewer tokens or parameters is that at more
+    efficiency.py   losses at equal time and equal memory
     measures.py     other metrics of the runs, by seed
     verdict.py      states the verdict in one sentence per size
     claims.py       published claims (claims.yaml) and what the runs show about them

@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ablation.budget import REFUSE
-from ablation.measures import BySeed, by_seed, log_speed_up, log_spread
+from ablation.measures import BySeed, by_seed, log_multiplier, log_spread
 from ablation.results import Results, Run, read_results
 from ablation.statistics import Comparison, Pair, Verdict, compare
 from conf.arms import catalogue
@@ -373,8 +373,10 @@ def _pair(criterion: Criterion, results: Results, sizes: tuple[str, ...], arm: s
         return _Pair(arm, other, values, dict.fromkeys(values, other), blocked, _names(own))
     others, blocked = results.final_runs(size, other), _blocked(results, size, [arm, other])
     names = _names([*own, *others])
-    if criterion.metric == "speed_up":
-        values = log_speed_up(own, others)
+    if criterion.metric == "multiplier":
+        if len(results.manifest.plan.horizons) < 2:
+            blocked = blocked or "the plan has one horizon (ablation.horizons)"
+        values = log_multiplier(results, size, arm, other)
         return _Pair(arm, other, values, dict.fromkeys(values, 0.0), blocked, names)
     values, regret = by_seed(criterion.metric, own, log), 0.0
     if criterion.metric == "final_eval_loss":

@@ -112,7 +112,7 @@ def content_of(results: Results) -> Content:
         for name, value in line.items()
         if name not in _NO_METRICS
     }
-    rows = [_row(results, size, arm) for size, arm in results.size_arm_pairs()]
+    rows = [_row(results, size, arm) for size in results.sizes for arm in results.arms(size)]
     return Content(
         plan=printable(plan.name),
         hash=printable(results.manifest.begun_as or results.manifest.hash),

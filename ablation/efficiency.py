@@ -1,8 +1,8 @@
-"""Compare what reaching a loss costs: compute, seconds and memory, for an arm and the baseline.
+"""Compare the losses of arms at equal time and equal memory.
 
 Curves are held-out losses within runs. The learning rate is still decaying there, so the loss in the middle of a run is higher
-than that of a run planned to end there. These metrics therefore show how arms compare, not what a shorter run would reach; the
-verdict rests on final losses alone.
+than that of a run planned to end there. These metrics therefore show how arms compare, not what a shorter run would reach
+(multipliers.py does); the verdict rests on final losses alone.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from ablation.curves import SpeedUp, effective_speed_up, loss_at
 from ablation.results import Results, Run
 
 
@@ -24,8 +24,6 @@ class Efficiency:
 
     tokens_per_second: float  # median over the compared runs
     memory_gib: float  # maximum over the compared runs
-    per_flop: SpeedUp  # compute that the baseline needs for the arm's loss, over the arm's compute
-    per_second: SpeedUp  # the same in seconds, each arm at its own speed
     loss_at_equal_time: float  # on all held-out text, at the time when the fastest arm ends; nats per token
     loss_at_equal_memory: float  # at the baseline's memory, interpolated between the arm's sizes; nats per token
 
@@ -60,6 +58,14 @@ def curve(results: Results, size: str, arm: str) -> LossCurve | None:
     return LossCurve(tokens, losses, final, float(np.median([run.tokens_per_second for run in runs])))
 
 
+def loss_at(positions: ArrayLike, losses: ArrayLike, position: float) -> float:
+    """Return the loss of a curve at a position (seconds, bytes), interpolated linearly; nan outside the curve."""
+    positions = np.asarray(positions, dtype=float)
+    if len(positions) == 0 or not positions[0] <= position <= positions[-1]:
+        return math.nan
+    return float(np.interp(position, positions, np.asarray(losses, dtype=float)))
+
+
 def align(series: Sequence[Mapping[int, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Return the tokens that all {tokens: value} have in common (points,), and the values there (series, points, ...)."""
     common = sorted(set.intersection(*map(set, series))) if series else []
@@ -69,22 +75,13 @@ def align(series: Sequence[Mapping[int, Any]]) -> tuple[np.ndarray, np.ndarray]:
 def efficiency(results: Results, size: str) -> dict[str, Efficiency]:
     """Return the efficiency of every arm of a size that has a compared run."""
     curves = {arm: found for arm in results.arms(size) if (found := curve(results, size, arm)) is not None}
-    base = curves.get(results.baseline)
     ends = [float(c.seconds[-1]) for c in curves.values() if math.isfinite(c.tokens_per_second)]
     by_arm = {}
     for arm, own in curves.items():
-        flops = {a: results.manifest.cost[size][a]["flops_per_token"] for a in (arm, results.baseline)}
-        per_flop = per_second = SpeedUp(math.nan, False)
         last = float(own.mean[-1])
-        if base is not None:
-            compute = base.tokens * flops[results.baseline]
-            per_flop = effective_speed_up(compute, base.mean, last, float(own.tokens[-1]) * flops[arm])
-            per_second = effective_speed_up(base.seconds, base.mean, last, float(own.seconds[-1]))
         by_arm[arm] = Efficiency(
             own.tokens_per_second,
             _memory(results.final_runs(size, arm)),
-            per_flop,
-            per_second,
             own.final + loss_at(own.seconds, own.mean, min(ends)) - last if ends else math.nan,
             _loss_at_equal_memory(results, size, arm),
         )

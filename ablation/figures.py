@@ -26,8 +26,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
 
-from ablation.curves import rank_stability
-from ablation.efficiency import LossCurve, align, curve, efficiency
+from ablation.efficiency import LossCurve, align, curve
+from ablation.multipliers import multipliers, series
+from ablation.ranks import rank_agreement
 from ablation.results import Results
 from ablation.statistics import Verdict
 from kernels.common.files import atomic_write
@@ -137,7 +138,9 @@ class ReportFigure:
 
 def draw(results: Results) -> list[ReportFigure]:
     """Return every figure for which there are data."""
-    makers: list[Callable[[Results], ReportFigure | None]] = [verdicts, curves, differences, costs, rates, sizes]
+    makers: list[Callable[[Results], ReportFigure | None]] = [
+        verdicts, scaling, curves, differences, costs, rates, sizes,
+    ]  # fmt: skip
     with matplotlib.rc_context(_STYLE):
         figures = [make(results) for make in makers]
         figures += [_phenomenon(results, phenomenon) for phenomenon in PHENOMENA]
@@ -146,7 +149,15 @@ def draw(results: Results) -> list[ReportFigure]:
 
 # -------------------------------------------------------------------------------------------------------------- losses
 
-LOSS_FIGURES = ("verdicts", "differences", "curves", "costs", "learning_rates", "sizes")  # the others are of PHENOMENA
+LOSS_FIGURES = (
+    "verdicts",
+    "scaling",
+    "differences",
+    "curves",
+    "costs",
+    "learning_rates",
+    "sizes",
+)  # the others are of PHENOMENA
 
 
 def verdicts(results: Results) -> ReportFigure | None:
@@ -255,7 +266,6 @@ def costs(results: Results) -> ReportFigure | None:
     if not by_size:
         return None
     figure, panels = _panels(2 * len(by_size))
-    parts = []
     for i, (size, by_arm) in enumerate(by_size.items()):
         over_flops, over_seconds = panels[2 * i : 2 * i + 2]
         for arm, c in by_arm.items():
@@ -268,19 +278,41 @@ def costs(results: Results) -> ReportFigure | None:
             axes.set_ylabel(_LOSS_AXIS)
             axes.set_title(size)
             _zoom(axes, [c.mean for c in by_arm.values()])
-        gains = {
-            arm: e.per_flop.factor
-            for arm, e in efficiency(results, size).items()
-            if arm != results.baseline and math.isfinite(e.per_flop.factor)
-        }
-        if gains:
-            most, least = max(gains, key=gains.__getitem__), min(gains, key=gains.__getitem__)
+    _legend(figure, panels)
+    return ReportFigure("costs", "Held-out loss within runs, against compute and time", figure)
+
+
+def scaling(results: Results) -> ReportFigure | None:
+    """Draw final losses over compute, of runs planned to end there: a dot per seed, and the power law through the means."""
+    of_plan = [of for of in series(results) if len(of.arms) > 1 and results.baseline in of.arms]
+    if not of_plan:
+        return None
+    figure, panels = _panels(len(of_plan))
+    parts = []
+    for axes, of in zip(panels, of_plan, strict=True):
+        for arm in of.arms:
+            losses = np.array(list(of.losses[arm].values()))
+            colour, dashes = colour_of(results, arm)
+            for of_seed in losses:
+                axes.plot(of.compute[arm], of_seed, ".", color=colour, markersize=3, alpha=0.6)
+            slope, level = np.polyfit(np.log(of.compute[arm]), np.log(losses.mean(0)), 1)
+            axes.plot(
+                of.compute[arm], np.exp(level) * of.compute[arm] ** slope, color=colour, linestyle=dashes, label=arm
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("FLOPs of a run")
+        axes.set_ylabel("final loss, nats per token")
+        axes.set_title(of.name)
+        found = {arm: fixed for arm, (fixed, _) in multipliers(results, of).items() if math.isfinite(fixed.factor)}
+        if found:
+            most = max(found, key=lambda arm: found[arm].factor)
+            low, high = found[most].interval
             parts.append(
-                f"{size}: {results.baseline} needs {gains[most]:.2f} times the FLOPs for {most}'s loss"
-                + (f", {gains[least]:.2f} times for {least}'s" if least != most else "")
+                f"{of.name}: {results.baseline} needs {found[most].factor:.2f} times {most}'s compute ({low:.2f} to {high:.2f})"
             )
     _legend(figure, panels)
-    return ReportFigure("costs", "; ".join(parts) or "Held-out loss against compute and time", figure)
+    return ReportFigure("scaling", "; ".join(parts) or "Final losses over compute", figure)
 
 
 def rates(results: Results) -> ReportFigure | None:
@@ -332,10 +364,12 @@ def sizes(results: Results) -> ReportFigure | None:
     axes.set_xticks(range(len(drawn)), drawn)
     axes.set_ylabel(f"nats per token relative to {results.baseline}")
     _legend(figure, [axes])
-    stability = rank_stability(means[drawn[0]], means[drawn[-1]])
+    one, other = drawn[0], drawn[-1]
+    agreement = rank_agreement(results.losses(one), results.losses(other), one, other)
+    low, high = agreement.interval
     title = (
-        f"From {drawn[0]} to {drawn[-1]}, {len(stability.swapped)} pair(s) of arms change their order"
-        f" (Kendall's tau {stability.tau:.2f})"
+        f"From {one} to {other}, {len(agreement.swapped)} pair(s) of arms change their order"
+        f" (Kendall's tau {agreement.tau:.2f}, {low:.2f} to {high:.2f})"
     )
     return ReportFigure("sizes", title, figure)
 

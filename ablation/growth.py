@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from ablation.manifest import NAME, Manifest, merge_shared, read_manifest
-from ablation.plan import Chosen, Plan, counts_of_looks, values_of_plan
+from ablation.plan import Chosen, Plan, counts_of_looks, sizes_of, values_of_plan
 from ablation.results import Results, read_results
 from conf.load import flatten
 from kernels.common.errors import UserError
 from kernels.common.text import listed
 
-_LISTS = ("seeds", "rates", "rate_seeds")
+_LISTS = ("seeds", "rates", "rate_seeds", "horizons")
 _MAY_CHANGE = ("looks", "until")
 _SWEEPS = ("rates", "rate_seeds")
-_NAMES = {"sizes": "sizes", "arms": "arms", "seeds": "seeds", "rates": "learning rates", "rate_seeds": "sweep seeds"}
+_NAMES = {"sizes": "sizes", "arms": "arms", "seeds": "seeds", "rates": "learning rates", "rate_seeds": "sweep seeds",
+          "horizons": "horizons"}  # fmt: skip
 _FREE = ("arms", "sizes", "question")  # the first two are compared as they were resolved; the third decides nothing
 
 
@@ -48,7 +49,7 @@ def growth(plan: Plan, existing: Manifest, folder: Path) -> Growth:
     new = plan.content["arms"]
     added: dict[str, Any] = {}
     missing: dict[str, list[Any]] = {}
-    _compare(added, missing, "sizes", list(old), list(new))
+    _compare(added, missing, "sizes", sizes_of(existing.plan), sizes_of(plan.config))
     arms = [list(dict.fromkeys(arm for of_size in sizes.values() for arm in of_size)) for sizes in (old, new)]
     _compare(added, missing, "arms", *arms)
     for key in _LISTS:

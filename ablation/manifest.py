@@ -33,11 +33,13 @@ from ablation.plan import (
     Chosen,
     Plan,
     PlannedRun,
+    at_horizon,
     check_looks,
     counts_of_looks,
     learning_rates,
     plan_of_values,
     possible_seeds,
+    sizes_of,
     values_of_plan,
 )
 from conf.load import flatten
@@ -68,6 +70,15 @@ class Manifest:
     amendments: tuple[dict[str, Any], ...] = ()  # date, added, looks (before), seen; in the order of time
     # Of each start that is readable.
     provenance: tuple[dict[str, Any], ...] = dataclasses.field(default=(), compare=False)
+
+    @property
+    def sizes(self) -> list[str]:
+        """The sizes of the plan, in its order, without those at shorter horizons."""
+        return [size for size in self.arms if size in sizes_of(self.plan)]
+
+    def at_horizons(self, size: str) -> dict[float, str]:
+        """Return a size at each of its horizons, by the fraction of its tokens, ascending."""
+        return {fraction: at_horizon(size, fraction) for fraction in sorted(self.plan.horizons)}
 
     @property
     def looks(self) -> Looks:
@@ -238,6 +249,8 @@ def _plan_of(values: dict[str, Any]) -> AblationConfig:
         raise ValueError("plan.rate_choice is unknown")
     check_looks(plan)
     metric_of(plan.metric)
+    if not plan.horizons or not all(is_number(fraction) and 0 < fraction <= 1 for fraction in plan.horizons):
+        raise ValueError("plan.horizons are no fractions")
     if not plan.rates or not all(is_number(rate) and 0 < rate < math.inf for rate in plan.rates):
         raise ValueError("plan.rates are no learning rates")
     return plan
@@ -249,8 +262,9 @@ def _check_values(manifest: Manifest) -> None:
     Raises:
         ValueError: one of them cannot be.
     """
-    if not manifest.arms:
-        raise ValueError("there are no sizes")
+    places = {name for size in manifest.sizes for name in manifest.at_horizons(size).values()}
+    if not places or places != manifest.arms.keys():
+        raise ValueError("its sizes are others than its plan's")
     for size, arms in manifest.arms.items():
         if manifest.plan.baseline not in arms:
             raise ValueError(f"{size} has no baseline")

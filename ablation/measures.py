@@ -5,7 +5,7 @@
     recovered           of the units that were dead in the later half of a run, the fraction that became active again
     any other           from telemetry (kernels/activations/telemetry.py, training/telemetry.py): the last sample that has it,
                         averaged over layers; for `max`, the maximum over layers
-    speed_up            of two arms: tokens at which the other's curve reaches this one's loss, over this one's tokens
+    multiplier          of two arms: compute that the other needs for this one's loss, over this one's; of a plan with horizons
     spread              of all arms of a size: the standard deviation of their losses
 
 In the earlier half a unit may look dead only because few tokens have been sampled, so `recovered` skips that half.
@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from ablation.curves import effective_speed_up
+from ablation.multipliers import log_by_seed, series
 from ablation.results import Results, Run
 
-MOST_SPEED_UP = 4.0  # the limit of `effective_speed_up` beyond a curve
 BySeed = dict[int, float]
 
 
@@ -36,15 +35,16 @@ def by_seed(metric: str, runs: Iterable[Run], log: bool = False) -> BySeed:
     return _finite(values)
 
 
-def log_speed_up(own: Iterable[Run], others: Iterable[Run]) -> BySeed:
-    """Return the log ratio of the tokens the other arm needs to reach this arm's loss.
+def log_multiplier(results: Results, size: str, arm: str, other: str) -> BySeed:
+    """Return the log of the compute that the other arm needs for this arm's loss, over this arm's, by seed.
 
-    The ratio lies between 1 / `MOST_SPEED_UP`, where the other reaches the loss before its second evaluation, and
-    `MOST_SPEED_UP`. A diverged run counts as slower than any run that did not diverge, by `MOST_SPEED_UP`.
+    Of runs at the plan's horizons (ablation/multipliers.py, E = 0); {} where there is one horizon. A seed that diverged is left
+    out.
     """
-    other_runs = {run.planned.seed: run for run in others}
-    pairs = [(run, other_runs[run.planned.seed]) for run in own if run.planned.seed in other_runs]
-    return _finite({run.planned.seed: _log_speed_up(run, other) for run, other in pairs})
+    of_size = next((of for of in series(results) if of.places[-1] == size), None)
+    if of_size is None or len(results.manifest.plan.horizons) < 2:
+        return {}
+    return _finite(log_by_seed(of_size, arm, other))
 
 
 def log_spread(results: Results, size: str) -> BySeed:
@@ -83,21 +83,6 @@ def _over_layers(value: Any, name: str) -> float:
     """Return one number for a metric that may have a value per layer; nan where it is undefined."""
     values = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
     return float(max(values) if name == "max" else np.mean(values)) if values else math.nan
-
-
-def _log_speed_up(run: Run, other: Run) -> float:
-    run_ended, other_ended = math.isfinite(run.outcome.loss), math.isfinite(other.outcome.loss)
-    if not (run_ended and other_ended):
-        limit = math.log(MOST_SPEED_UP)
-        return limit if run_ended else -limit if other_ended else math.nan
-    own, curve = run.curve(), other.curve()
-    if not own or len(curve) < 2:
-        return math.nan
-    spent = max(own)  # the last evaluation on the text of all others
-    speed_up = effective_speed_up(list(curve), list(curve.values()), own[spent], spent)
-    if math.isnan(speed_up.factor):  # beyond the curve, on either side
-        return math.log(MOST_SPEED_UP) * (1 if speed_up.extrapolated else -1)
-    return math.log(speed_up.factor)
 
 
 def _finite(values: BySeed) -> BySeed:

@@ -40,7 +40,8 @@ LONGEST_TAG = 64  # characters that W&B accepts
 RATE_CHOICES = ("vertex", "best")
 # What plans did before they had these keys.
 RULES_OF_0_2: dict[str, Any] = {"held_out_files": 0, "init_match": "rms", "reserve": 0.0, "looks": None, "until": "complete",
-                                "spending": "obrien_fleming"}  # fmt: skip
+                                "spending": "obrien_fleming", "horizons": [1.0]}  # fmt: skip
+SIZES = {"nano": "model=nano"}  # of a plan that names none
 UNTIL = ("complete", "decided")
 _SET_BY_THE_PLAN = ("seed", "data_seed", "run", "runs", "resume")
 
@@ -97,10 +98,15 @@ class Plan:
     """A plan, resolved."""
 
     config: AblationConfig
-    arms: dict[str, dict[str, ResolvedArm]]  # by size, then by arm
+    arms: dict[str, dict[str, ResolvedArm]]  # by size (at each horizon), then by arm
     warnings: tuple[str, ...]
     begun_as: str = ""  # hash of the plan with which its folder began, if it has grown since
     chosen: Mapping[tuple[str, str], Chosen] = dataclasses.field(default_factory=dict)  # by size and arm
+
+    @property
+    def sizes(self) -> list[str]:
+        """Its sizes, in its order, without those at shorter horizons."""
+        return sizes_of(self.config)
 
     @property
     def content(self) -> dict[str, Any]:
@@ -161,11 +167,16 @@ class Plan:
     def _runs_of(self, size: str, arm: str) -> int:
         return len(self.sweep_runs(size, arm)) + len(self.config.seeds)
 
-    def size_arm_pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield every (size, arm)."""
-        for size, arms in self.arms.items():
-            for arm in arms:
+    def size_arm_pairs(self, horizons: bool = True) -> Iterator[tuple[str, str]]:
+        """Yield every (size, arm), at all horizons or at the full length alone."""
+        for size in self.arms if horizons else self.sizes:
+            for arm in self.arms[size]:
                 yield size, arm
+
+
+def sizes_of(config: AblationConfig) -> list[str]:
+    """Return the sizes of a plan, in its order."""
+    return list(map(str, config.sizes or SIZES))
 
 
 def tags_of(plan_hash: str, size: str, stage: str) -> list[str]:
@@ -260,10 +271,7 @@ def resolve(config: AblationConfig, overrides: Sequence[str] = (), seconds: Step
     """
     config = dataclasses.replace(config, common=[*config.common, *overrides])
     arms = _named(config.arms, "arms")
-    sizes = {
-        size: _split(text, f"sizes.{size}")
-        for size, text in _named(config.sizes or {"nano": "model=nano"}, "sizes").items()
-    }
+    sizes = {size: _split(text, f"sizes.{size}") for size, text in _named(config.sizes or SIZES, "sizes").items()}
     _check(config, arms)
     arm_overrides = {arm: _overrides_of_arm(text, arm, config.common) for arm, text in arms.items()}
     resolved: dict[str, dict[str, ResolvedArm]] = {}
@@ -271,10 +279,27 @@ def resolve(config: AblationConfig, overrides: Sequence[str] = (), seconds: Step
     for size, size_overrides in sizes.items():
         of_arms = {arm: (*size_overrides, *own, *config.common) for arm, own in arm_overrides.items()}
         of_arms = {arm: (*_rules_of_plan(config, of_arm), *of_arm) for arm, of_arm in of_arms.items()}
-        resolved[size], size_warnings = _resolve_size(config, size, of_arms, seconds)
+        whole, size_warnings = _resolve_size(config, size, of_arms, seconds)
+        for fraction in sorted(config.horizons):
+            name = at_horizon(size, fraction)
+            resolved[name] = whole if fraction == 1 else {arm: _shortened(of, fraction) for arm, of in whole.items()}
         warnings += [f"{size}: {warning}" for warning in size_warnings]
-    _refuse_duplicates("the sizes", {size: of_size[config.baseline].config for size, of_size in resolved.items()})
+    _refuse_duplicates("the sizes", {size: resolved[size][config.baseline].config for size in sizes})
     return Plan(config, resolved, tuple(warnings))
+
+
+def at_horizon(size: str, fraction: float) -> str:
+    """Return the name of a size whose runs see a fraction of its tokens."""
+    return size if fraction == 1 else f"{size}_x{fraction:g}"
+
+
+def _shortened(arm: ResolvedArm, fraction: float) -> ResolvedArm:
+    """Return an arm whose runs see a fraction of the tokens, rounded to whole steps, with a schedule of their own."""
+    steps = max(1, round(fraction * arm.batch.steps))
+    batch = dataclasses.replace(arm.batch, steps=steps)
+    key = "tokens" if any(_key(override) == "tokens" for override in arm.overrides) else "steps"
+    overrides = (*arm.overrides, f"++{key}={getattr(batch, key)}")
+    return dataclasses.replace(arm, overrides=overrides, config=load(list(overrides)), batch=batch)
 
 
 def _resolve_size(
@@ -433,6 +458,12 @@ def _check(config: AblationConfig, arms: Mapping[str, Any]) -> None:
         )
     if shared := set(config.rate_seeds) & set(config.seeds):
         raise UserError(f"ablation.rate_seeds and ablation.seeds share {min(shared)}: the sweep needs seeds of its own")
+    _refuse_unlisted("horizons", config.horizons)
+    horizons = config.horizons
+    if not isinstance(horizons, list) or not all(map(_is_factor, horizons)) or len(set(horizons)) < len(horizons):
+        raise UserError(f"ablation.horizons={horizons} must be distinct fractions of the tokens")
+    if not horizons or max(horizons) != 1:
+        raise UserError(f"ablation.horizons={horizons} must end with 1, the tokens of the plan's sizes")
     if config.rate_choice not in RATE_CHOICES:
         raise unknown("ablation.rate_choice", config.rate_choice, RATE_CHOICES)
     rates = config.rates

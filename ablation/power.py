@@ -23,11 +23,11 @@ def power_lines(plan: Plan, folder: Path) -> list[str]:
     The scatter comes from the runs of the plan's folder where three seeds of an arm and the baseline have ended, or else from
     the measured size that is nearest. What missed learning rates add is not known before the sweep.
     """
-    pairs = len(list(plan.size_arm_pairs())) - len(plan.arms)
+    pairs = sum(len(plan.arms[size]) - 1 for size in plan.sizes)
     seeds, effect = len(plan.config.seeds), plan.config.smallest_effect
     of_runs = _of_runs(folder) if (folder / NAME).exists() else {}
     lines = []
-    for size, arms in plan.arms.items():
+    for size, arms in ((size, plan.arms[size]) for size in plan.sizes):
         deviation, source = of_runs.get(size, math.nan), "of the runs that have ended"
         if math.isnan(deviation):
             count = sum(parameters(shape_of(arms[plan.config.baseline].config)).values())

@@ -37,6 +37,7 @@ from ablation.tables import (
     baselines_table,
     efficiency_table,
     is_missing,
+    multiplier_tables,
     number_cell,
     row_css,
     scatter_table,
@@ -126,8 +127,6 @@ def comparison_rows(results: Results, size: str) -> list[dict[str, Any]]:
                 "p_text_holm": c.text.p_holm if c.text else math.nan, "holds_over_text": c.text.holds if c.text else None,
                 "learning_rate": results.best_lr(size, c.arm), "rate_rise": sweep.rise if sweep else math.nan,
                 "mismatch": results.manifest.cost[size][c.arm]["mismatch"],
-                "speed_up_flops": cost.per_flop.factor if cost else math.nan,
-                "speed_up_seconds": cost.per_second.factor if cost else math.nan,
                 "loss_at_equal_time": cost.loss_at_equal_time if cost else math.nan,
                 "loss_at_equal_memory": cost.loss_at_equal_memory if cost else math.nan,
                 "plan_hash": results.manifest.hash, "runs": " ".join(runs),
@@ -154,7 +153,7 @@ def _csv_value(value: Any) -> Any:
 def page(results: Results, figures: Sequence[ReportFigure]) -> str:
     """Return report.html. Everything but the figures' SVG is escaped by the template engine."""
     by_name = {figure.name: figure for figure in figures}
-    losses = [by_name[name] for name in ("differences", "curves", "costs") if name in by_name]
+    losses = [by_name[name] for name in ("scaling", "differences", "curves", "costs") if name in by_name]
     rates = _rates(results)
     phenomena = [figure for figure in figures if figure.name not in LOSS_FIGURES]
     sections = {
@@ -189,6 +188,7 @@ def page(results: Results, figures: Sequence[ReportFigure]) -> str:
             for table in (tests_table(results, size), text_table(results, size), scatter_table(results, size))
             if table is not None
         ],
+        multipliers=multiplier_tables(results),
         efficiencies=[efficiency_table(results, size) for size in results.sizes],
         rates=rates,
         costs=[_cost(results, size) for size in results.sizes],
@@ -243,7 +243,7 @@ def _provisional(results: Results) -> str:
 def _rates(results: Results) -> PageTable | None:
     heads = ("size", "arm", "learning rate", "loss there", "rise at a factor of 2", "regret", "tried", "at an edge")
     rows, plan = [], results.manifest.plan
-    regrets = {size: results.regrets(size) for size in results.sizes}
+    regrets = {size: results.regrets(size) for size in results.places}
     for size, arm in results.size_arm_pairs():
         sweep = results.sweep(size, arm)
         if sweep is not None:
@@ -320,6 +320,8 @@ def _open_questions(results: Results) -> list[str]:
             "Learning rates were chosen by the held-out loss; what missing the best one costs is not known for "
             f"{results.metric.name} and in no interval"
         )
+    if len(results.manifest.plan.horizons) == 1:
+        items.append("One horizon: the plan did not test how much compute a difference is worth (ablation.horizons)")
     if len(results.sizes) == 1:
         items.append("One size: the plan did not test whether any of this holds at another size")
     return [
@@ -329,9 +331,8 @@ def _open_questions(results: Results) -> list[str]:
         f"one false “equivalent”. A “detectable” difference would be found with a probability of {POWER:.0%}",
         "Evaluations within a run may use a part of the held-out text (eval_tokens), and the curves show those. Final losses "
         "use all of it, so a curve need not end at the final loss",
-        "Speed-ups and losses at equal time are read off curves within runs, whose learning rate is still decaying. They "
-        "compare arms, and no verdict rests on them. * extrapolates beyond the baseline's last loss. To compare at equal "
-        "time, run a plan with ablation.budget=wallclock",
+        "Losses at equal time are read off curves within runs, whose learning rate is still decaying. They compare arms, and "
+        "no verdict rests on them. To compare at equal time, run a plan with ablation.budget=wallclock",
         "The runs say nothing about longer training, other data or other recipes than those of the plan",
     ]
 

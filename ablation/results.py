@@ -89,7 +89,12 @@ class Results:
 
     @property
     def sizes(self) -> list[str]:
-        """The sizes of the plan, in its order."""
+        """The sizes of the plan, in its order, without those at shorter horizons."""
+        return self.manifest.sizes
+
+    @property
+    def places(self) -> list[str]:
+        """The sizes of the plan at all horizons."""
         return list(self.manifest.arms)
 
     def arms(self, size: str) -> list[str]:
@@ -97,8 +102,8 @@ class Results:
         return sorted(self.manifest.arms[size], key=lambda arm: arm != self.baseline)
 
     def size_arm_pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield every (size, arm), the baseline first within a size."""
-        for size in self.sizes:
+        """Yield every (size, arm) at all horizons, the baseline first within a size."""
+        for size in self.places:
             for arm in self.arms(size):
                 yield size, arm
 
@@ -136,7 +141,7 @@ class Results:
     @functools.cached_property
     def _regrets(self) -> dict[str, dict[str, float]]:
         by_size = {}
-        for size in self.sizes:
+        for size in self.places:
             noise, sweeps = self.noise(size), {arm: self.sweep(size, arm) for arm in self.arms(size)}
             by_size[size] = {arm: sweep.regret(noise) for arm, sweep in sweeps.items() if sweep is not None}
         return by_size
@@ -301,7 +306,7 @@ def why_no_verdict(plan: Plan) -> list[str]:
         reasons.append(f"a verdict needs {FEWEST_RATES} learning rates per arm, ablation.rates has {len(config.rates)}")
     if len(config.seeds) < FEWEST_SEEDS:
         reasons.append(f"a verdict needs {FEWEST_SEEDS} seeds, ablation.seeds has {len(config.seeds)}")
-    for size, name in plan.size_arm_pairs():
+    for size, name in plan.size_arm_pairs(horizons=False):
         mismatch = plan.arms[size][name].width.mismatch
         if config.budget != "none" and abs(mismatch) > REFUSE:
             reasons.append(f"{name} at {size}: its {config.budget} differ from the baseline's by {mismatch:+.1%}")

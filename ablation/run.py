@@ -122,7 +122,7 @@ def show(plan: Plan, folder: Path, console: SafeConsole) -> None:
     """Print the plan and what it costs."""
     config = plan.config
     console.print(f"{config.name}: {config.question}  (hash {plan.hash})", soft_wrap=True)
-    for size, arms in plan.arms.items():
+    for size, arms in ((size, plan.arms[size]) for size in plan.sizes):
         baseline = arms[config.baseline]
         rates = " ".join(f"{lr:g}" for lr in plan.learning_rates(size, config.baseline))
         console.print(f"{size}: {baseline.batch.tokens:,} tokens per run, learning rates {rates}", soft_wrap=True)
@@ -139,7 +139,9 @@ def show(plan: Plan, folder: Path, console: SafeConsole) -> None:
     for warning in plan.warnings:
         console.print(f"warning: {warning}", soft_wrap=True)
     further = len(possible_seeds(config)) - len(config.seeds)
-    arms_and_sizes = f"{len(next(iter(plan.arms.values())))} arms x {len(plan.arms)} size(s)"
+    arms_and_sizes = f"{len(next(iter(plan.arms.values())))} arms x {len(plan.sizes)} size(s)"
+    if len(config.horizons) > 1:
+        arms_and_sizes += f" x {len(config.horizons)} horizons"
     per_arm = f"{len(config.seeds)} seeds"
     if len(config.rates) > 1:
         per_arm = f"({len(config.rates)} learning rates with {seeds_text(config.rate_seeds)} + {per_arm})"
@@ -204,7 +206,7 @@ class Runner:
         (self.folder / "logs").mkdir(exist_ok=True)
         pairs = list(self.plan.size_arm_pairs())
         with self._stopped_by_signals():
-            self._measure_baselines(self.plan.arms)
+            self._measure_baselines(self.plan.sizes)
             complete = self._train_sweeps(pairs)
             if complete:
                 best = {pair: sweep_progress(self.plan, self.folder, *pair).best_lr for pair in pairs}
@@ -238,7 +240,7 @@ class Runner:
             raise UserError(f"task={name} is not a task of {config.name}")
         size, arm, seed = tasks[name]
         with self._stopped_by_signals():
-            self._measure_baselines([size])
+            self._measure_baselines({size} & set(self.plan.sizes))
             if seed in config.rate_seeds:
                 complete = self._train_sweeps([(size, arm)])
             else:

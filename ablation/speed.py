@@ -60,7 +60,7 @@ def measure(plan: Plan, folder: Path, ranks: int = 0) -> Times:
     with explain_os_errors("write to the folder of the plan", folder):
         (folder / "logs").mkdir(parents=True, exist_ok=True)
     candidates: list[tuple[str, str, int]] = []
-    for size, name in plan.size_arm_pairs():
+    for size, name in plan.size_arm_pairs(horizons=False):
         arm = plan.arms[size][name]
         tensor = arm.config.parallel.tensor
         widths = sorted({max(1, round(arm.width.d_ff * factor / tensor)) * tensor for factor in _WIDTHS})

@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ablation.curves import SpeedUp
-from ablation.efficiency import Efficiency, efficiency
+from ablation.efficiency import efficiency
+from ablation.multipliers import multipliers, series
+from ablation.ranks import RankAgreement, agreements
 from ablation.results import Results
 from ablation.sketch import HIGH, LOW, REACH, Sketch, sketch
 from ablation.statistics import Comparison, Verdict
@@ -229,36 +230,52 @@ def scatter_table(results: Results, size: str) -> PageTable:
     return PageTable(heads, rows, caption)
 
 
-def efficiency_table(results: Results, size: str) -> PageTable:
-    """Return what the losses of a size's arms are worth in compute, time and memory."""
-    costs = efficiency(results, size)
-    heads = ("arm", "speed-up, FLOPs", "speed-up, seconds", "loss at equal time", "loss at equal memory")
-    rows = [
-        TableRow([text_cell(arm), *_efficiency_cells(costs.get(arm))], row_css(results, arm))
-        for arm, _ in _by_difference(results, size)
-    ]
+def multiplier_tables(results: Results) -> list[PageTable]:
+    """Return the compute multipliers of a plan's horizons and sizes, and before them how far the order of arms is the same."""
+    of_plan = series(results)
+    tables = [_agreement_table(agreements(results))] if of_plan else []
+    heads = ("arm", "multiplier, E = 0", "from", "to", "multiplier, E fitted", "from", "to", "E", "note")
+    for of in of_plan:
+        rows = []
+        for arm, both in multipliers(results, of).items():
+            cells = [number_cell(end, ".3f") for m in both for end in (m.factor, *m.interval)]
+            reasons = TableCell("; ".join(dict.fromkeys(m.reason for m in both if m.reason)), css="text why")
+            rows.append(TableRow([text_cell(arm), *cells, number_cell(both[1].asymptote, ".3f"), reasons]))
+        caption = (
+            f"{of.name}: how many times the arm's compute {results.baseline} needs for the same loss, between runs that were "
+            "planned to end there, and its 95% interval over seeds, learning rates and documents. Loss falls with compute C as "
+            "E + A C^-a, where E is 0, or what fits all arms best."
+        )
+        if rows:
+            tables.append(PageTable(heads, rows, caption))
+    return tables
+
+
+def _agreement_table(found: list[RankAgreement]) -> PageTable:
+    rows = []
+    for agreement in found:
+        swapped = ", ".join(f"{one} and {other}" for one, other in agreement.swapped) or "–"
+        numbers = [number_cell(value, ".2f") for value in (agreement.tau, *agreement.interval)]
+        names = [text_cell(agreement.one), text_cell(agreement.other)]
+        rows.append(TableRow([*names, *numbers, TableCell(swapped, css="text why")]))
     caption = (
-        f"{size}: how many times the arm's compute {results.baseline} needs for the arm's loss, and the arm's loss in the "
-        "time or memory that the baseline takes."
+        "Whether the order of arms at fewer tokens or parameters is that at more: Kendall's tau (1 the same, -1 the reverse), "
+        "its 95% interval from resampled seeds, and the pairs that change places."
     )
+    return PageTable(("at", "and at", "tau", "from", "to", "pairs that change places"), rows, caption)
+
+
+def efficiency_table(results: Results, size: str) -> PageTable:
+    """Return the losses of a size's arms at equal time and memory."""
+    costs = efficiency(results, size)
+    heads = ("arm", "loss at equal time", "loss at equal memory")
+    rows = []
+    for arm, _ in _by_difference(results, size):
+        cost = costs.get(arm)
+        values = (cost.loss_at_equal_time, cost.loss_at_equal_memory) if cost else (math.nan, math.nan)
+        rows.append(TableRow([text_cell(arm), *map(number_cell, values)], row_css(results, arm)))
+    caption = f"{size}: the arm's loss in the time of the fastest arm, and in the memory of {results.baseline}."
     return PageTable(heads, rows, caption)
-
-
-def _efficiency_cells(cost: Efficiency | None) -> list[TableCell]:
-    if cost is None:
-        return [number_cell(math.nan) for _ in range(4)]
-    return [
-        _speed_up(cost.per_flop),
-        _speed_up(cost.per_second),
-        number_cell(cost.loss_at_equal_time),
-        number_cell(cost.loss_at_equal_memory),
-    ]
-
-
-def _speed_up(speed_up: SpeedUp) -> TableCell:
-    cell = number_cell(speed_up.factor, ".2f")
-    starred = speed_up.extrapolated and not is_missing(speed_up.factor)
-    return dataclasses.replace(cell, text=f"{cell.text}*") if starred else cell
 
 
 def _bar(c: Comparison, scale: tuple[float, float]) -> IntervalBar | None:

@@ -320,6 +320,10 @@ class AblationConfig:
     baseline: str = key("", "the arm to compare all others with")
     arms: Any = key(None, "names of arms in conf/ffn, or {name: overrides}: {mine: ffn=custom ffn.formula=gate*up}")
     sizes: Any = key(None, "{name: overrides of a size}; null: {nano: model=nano}")
+    horizons: Any = key(
+        [1.0],
+        "fractions of the tokens, each with runs and a schedule of its own, as [0.25, 0.5, 1]: they give compute multipliers",
+    )
     common: Any = key([], "overrides of every run, as for train.py")
     rates: Any = key(
         [0.5, 1.0, 2.0],

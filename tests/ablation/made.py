@@ -38,12 +38,16 @@ def plan_of(*words: str) -> Plan:
 
 
 def losses(effects: dict[str, float], noise: float = 0.004, best: float = 1.0, own: float = 4e-3) -> Losses:
-    """Return a rule for final losses: 3.0, what a seed adds to all arms, what an arm adds, noise, a valley over the rate."""
+    """Return a rule for final losses: 3.0, what a seed adds to all arms, what an arm adds, noise, a valley over the rate.
+
+    Each halving of the tokens, at a horizon of the plan, adds 0.2.
+    """
 
     def loss(planned: PlannedRun) -> float:
         of_seed = random.Random(planned.seed).gauss(0, 0.02)
         chance = random.Random(f"{planned.size} {planned.arm} {planned.seed}").gauss(0, noise)
-        return 3.0 + of_seed + effects.get(planned.arm, 0.0) + chance + 0.02 * math.log2(planned.lr / own / best) ** 2
+        of_rate, fraction = 0.02 * math.log2(planned.lr / own / best) ** 2, float(planned.size.partition("_x")[2] or 1)
+        return 3.0 + of_seed + effects.get(planned.arm, 0.0) + chance + of_rate - 0.2 * math.log2(fraction)
 
     return loss
 

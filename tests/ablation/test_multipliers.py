@@ -1,0 +1,213 @@
+"""Compute multipliers: known curves, what is refused, intervals that cover, and the order of arms over horizons."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from ablation.manifest import read_manifest
+from ablation.measures import log_multiplier
+from ablation.multipliers import Series, log_by_seed, multipliers, series
+from ablation.plan import Plan, PlannedRun
+from ablation.ranks import agreements, rank_agreement
+from ablation.report import write_report
+from ablation.results import read_results
+from kernels.common.errors import UserError
+from tests.ablation.made import make, plan_of
+
+WORDS = ["ablation=glu_variants", "ablation.arms=[relu,gelu,swiglu]", "tokens=1200000", "ablation.seeds=[0,1,2]"]
+HORIZONS = "ablation.horizons=[0.25,0.5,1]"
+
+
+def curve(compute: np.ndarray, worth: float, asymptote: float = 0.0) -> np.ndarray:
+    """Return losses of an arm that needs 1 / worth of the compute of the others."""
+    return asymptote + (8.0 - asymptote) * (compute * worth / 1e12) ** -0.15
+
+
+def points(asymptote: float = 0.0, noise: float = 0.0, seeds: int = 5, **worth: float) -> Series:
+    compute, chance = np.array([2.5e14, 5e14, 1e15]), np.random.default_rng(0)
+    losses = {
+        arm: {s: curve(compute, w, asymptote) + chance.normal(0, noise, 3) for s in range(seeds)}
+        for arm, w in worth.items()
+    }
+    return Series("nano", ["a", "b", "c"], dict.fromkeys(worth, compute), losses)
+
+
+@pytest.mark.parametrize("asymptote", [0.0, 1.5])
+@pytest.mark.parametrize("worth", [0.5, 0.9, 1.0, 1.3, 3.0])
+def test_a_known_multiplier_is_found(worth, asymptote):
+    of = points(asymptote, base=1.0, arm=worth)
+    assert list(np.exp(list(log_by_seed(of, "arm", "base", asymptote).values()))) == pytest.approx([worth] * 5)
+    assert list(np.exp(list(log_by_seed(of, "base", "arm", asymptote).values()))) == pytest.approx([1 / worth] * 5)
+
+
+def rule_of(plan: Plan, worth: dict[str, float], asymptote: float = 0.0, scatter: float = 0.0):
+    def loss(planned: PlannedRun) -> float:
+        compute = np.array(float(plan.arms[planned.size][planned.arm].flops))
+        chance = np.random.default_rng([planned.seed, len(planned.arm), len(planned.size)])
+        of_rate = 0.05 * math.log2(planned.lr / 4e-3) ** 2
+        return float(curve(compute, worth.get(planned.arm, 1.0), asymptote)) + of_rate + chance.normal(0, scatter)
+
+    return loss
+
+
+def test_the_multiplier_of_a_plan_is_that_of_its_curves(tmp_path):
+    plan = plan_of(*WORDS, HORIZONS)
+    assert list(plan.arms) == ["nano_x0.25", "nano_x0.5", "nano"]
+    assert [plan.arms[place]["relu"].batch.steps for place in plan.arms] == [73, 146, 292] or (
+        [plan.arms[place]["relu"].batch.steps / plan.arms["nano"]["relu"].batch.steps for place in plan.arms]
+        == pytest.approx([0.25, 0.5, 1], abs=0.01)
+    )
+    results = read_results(make(plan, tmp_path, rule_of(plan, {"swiglu": 1.5, "gelu": 0.8}, asymptote=1.0)))
+    assert (results.sizes, results.places) == (["nano"], list(plan.arms))
+    [of] = series(results)
+    found = multipliers(results, of)
+    for arm, worth in {"swiglu": 1.5, "gelu": 0.8}.items():
+        fixed, free = found[arm]
+        assert free.factor == pytest.approx(worth, rel=0.01)
+        assert free.asymptote == pytest.approx(1.0, abs=0.02)
+        assert fixed.asymptote == 0.0
+        assert fixed.factor == pytest.approx(worth, rel=0.1)
+        assert (free.reason, fixed.reason) == ("", "")
+    # An arm has as many FLOPs as others, but for what rounding its width leaves.
+    by_seed = log_multiplier(results, "nano", "swiglu", "relu")
+    assert by_seed == pytest.approx({seed: math.log(found["swiglu"][0].factor) for seed in (0, 1, 2)})
+    assert all(c.arm in ("gelu", "swiglu") for c in results.comparisons("nano"))  # horizons are no family
+
+
+def test_what_would_be_extrapolated_is_refused(tmp_path):
+    plan = plan_of(*WORDS, HORIZONS)
+    results = read_results(make(plan, tmp_path, rule_of(plan, {"swiglu": 5.0, "gelu": 0.1})))
+    found = multipliers(results, series(results)[0])
+    for both, front, back in ((found["swiglu"], "swiglu", "relu"), (found["gelu"], "relu", "gelu")):
+        for m in both:
+            assert math.isnan(m.factor)
+            assert (
+                m.reason
+                == f"{front} is as good as {back} with less compute than its shortest run: add a shorter horizon"
+            )
+
+
+def test_an_interval_that_covers_1_is_said_so(tmp_path):
+    plan = plan_of(*WORDS, HORIZONS)
+    results = read_results(make(plan, tmp_path, rule_of(plan, {}, scatter=0.05)))
+    found = multipliers(results, series(results)[0])
+    assert {m.reason for both in found.values() for m in both} == {"the interval covers 1"}
+    assert all(m.interval[0] < 1 < m.interval[1] for both in found.values() for m in both)
+
+
+def test_rates_and_documents_widen_the_interval(tmp_path):
+    plan = plan_of(*WORDS, HORIZONS)
+    folder = make(plan, tmp_path, rule_of(plan, {"swiglu": 1.3}, scatter=0.01))
+    [of] = series(read_results(folder))
+    whole = multipliers(read_results(folder), of)["swiglu"][0]
+    for path in folder.glob("runs/*/documents.json"):
+        path.unlink()
+    less = multipliers(read_results(folder), of)["swiglu"][0]
+    assert less.factor == whole.factor
+    assert whole.interval[0] < less.interval[0] < less.interval[1] < whole.interval[1]
+    results = read_results(folder)
+    values = np.array(list(log_by_seed(of, "swiglu", "relu").values()))
+    alone = values.std(ddof=1) / math.sqrt(3)
+    reach = (math.log(less.interval[1]) - math.log(less.interval[0])) / 2 / 4.302653
+    losses = np.mean(list(of.losses["relu"].values()), 0)[-1]
+    own = np.mean(list(of.losses["swiglu"].values()), 0)
+    slope = -np.polyfit(np.log(of.compute["swiglu"]), np.log(own), 1)[0]
+    regret = math.hypot(*(results.regrets("nano")[arm] for arm in ("relu", "swiglu"))) / (slope * losses)
+    assert reach == pytest.approx(math.hypot(alone, regret), rel=1e-4)
+
+
+def test_sizes_are_points_too_and_two_give_no_asymptote(tmp_path):
+    sizes = "ablation.sizes={deep: model=nano model.n_layers=8, nano: model=nano}"
+    plan = plan_of(*WORDS, sizes)
+    results = read_results(make(plan, tmp_path, rule_of(plan, {"swiglu": 1.3})))
+    [of] = series(results)
+    assert (of.name, of.places) == ("all sizes", ["nano", "deep"])
+    fixed, free = multipliers(results, of)["swiglu"]
+    assert fixed.factor == pytest.approx(1.3, rel=0.01)
+    assert free.reason == "an asymptote needs 3 points, there are 2"
+    assert log_multiplier(results, "deep", "swiglu", "relu") == {}  # of horizons alone
+
+
+def test_a_diverged_or_missing_point_leaves_no_multiplier(tmp_path):
+    plan = plan_of(*WORDS, HORIZONS)
+    rule = rule_of(plan, {"swiglu": 1.3})
+    diverges = lambda p: math.nan if (p.arm, p.size, p.seed) == ("swiglu", "nano_x0.5", 1) else rule(p)  # noqa: E731
+    results = read_results(make(plan, tmp_path, diverges))
+    assert set(multipliers(results, series(results)[0])) == {"gelu"}
+    one = read_results(make(plan_of(*WORDS), tmp_path / "one", rule_of(plan_of(*WORDS), {})))
+    assert series(one) == []
+
+
+def test_intervals_cover_as_often_as_they_say():
+    """Of seeds alone: 95% of 400 simulated pairs, within 3 standard errors."""
+    covered, tries, worth = 0, 400, 1.2
+    compute = np.array([2.5e14, 5e14, 1e15])
+    for number in range(tries):
+        chance = np.random.default_rng(number)
+        losses = {
+            arm: {s: curve(compute, w) + chance.normal(0, 0.01, 3) for s in range(5)}
+            for arm, w in {"base": 1.0, "arm": worth}.items()
+        }
+        of = Series("", ["a", "b", "c"], dict.fromkeys(losses, compute), losses)
+        values = np.array(list(log_by_seed(of, "arm", "base").values()))
+        covered += abs(values.mean() - math.log(worth)) < 2.776445 * values.std(ddof=1) / math.sqrt(5)
+    assert covered / tries == pytest.approx(0.95, abs=3 * math.sqrt(0.95 * 0.05 / tries))
+
+
+def test_the_order_of_arms_and_how_sure_it_is():
+    smaller = {"a": {0: 3.0, 1: 3.02}, "b": {0: 3.1, 1: 3.12}, "c": {0: 3.2, 1: 3.22}}
+    larger = {"c": {0: 2.7, 1: 2.71}, "a": {0: 2.5, 1: 2.51}, "b": {0: 2.8, 1: 2.81}, "d": {0: 1.0, 1: 1.0}}
+    found = rank_agreement(smaller, larger, "small", "large")
+    assert found.swapped == [("b", "c")]
+    assert found.tau == pytest.approx(1 / 3)
+    assert found.interval == pytest.approx((1 / 3, 1 / 3))  # the order of each seed is that of the means
+    near = {"a": {0: 3.0, 1: 3.1}, "b": {0: 3.1, 1: 3.02}}
+    assert rank_agreement(near, near, "", "").tau == 1.0
+    assert rank_agreement(near, near, "", "").interval == (-1.0, 1.0)
+    assert math.isnan(rank_agreement({"a": {0: 1.0}}, {"a": {0: 1.0}}, "", "").tau)
+    diverged = rank_agreement(smaller | {"a": {0: 3.0, 1: math.nan}}, larger, "", "")
+    assert diverged.swapped == [("b", "c")]
+    assert diverged.tau == -1.0
+
+
+def test_the_report_shows_the_multipliers_and_before_them_the_order(tmp_path):
+    plan = plan_of(*WORDS, HORIZONS)
+    results = read_results(make(plan, tmp_path, rule_of(plan, {"swiglu": 1.5}, scatter=0.002)))
+    assert [(a.one, a.other) for a in agreements(results)] == [("nano_x0.25", "nano"), ("nano_x0.5", "nano")]
+    write_report(results, tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert page.index("pairs that change places") < page.index("multiplier, E = 0") < page.index("loss at equal time")
+    assert "nano, over its horizons: relu needs 1.5" in page
+    assert (tmp_path / "report" / "figures" / "scaling.svg").exists()
+    assert "speed-up" not in page.lower()
+
+
+def test_horizons_are_added_to_a_plan_like_sizes(tmp_path):
+    from tests.ablation.test_growth import grow
+
+    folder = make(plan_of("ablation=glu_variants", "tokens=600000", "ablation.arms=[relu,swiglu]", "ablation.seeds=[0,1,2]"),
+                  tmp_path, lambda planned: 3.0 + math.log2(planned.lr / 4e-3) ** 2)  # fmt: skip
+    results = grow(folder, lambda planned: 3.0 + math.log2(planned.lr / 4e-3) ** 2, horizons="[0.5,1]")
+    assert results.manifest.amendments[0]["added"] == {"horizons": [0.5]}
+    assert read_manifest(folder).sizes == ["nano"]
+    assert results.places == ["nano_x0.5", "nano"]
+
+
+@pytest.mark.parametrize(
+    ("horizons", "message"),
+    [
+        ("0.5", r"ablation\.horizons=0\.5 is no list"),
+        ("[0.5]", r"must end with 1"),
+        ("[0.5,2]", r"must end with 1"),
+        ("[]", r"must end with 1"),
+        ("[0.5,0.5,1]", r"must be distinct fractions"),
+        ("[-0.5,1]", r"must be distinct fractions"),
+        ("[half,1]", r"must be distinct fractions"),
+    ],
+)
+def test_impossible_horizons_are_refused(horizons, message):
+    with pytest.raises(UserError, match=message):
+        plan_of(*WORDS, f"ablation.horizons={horizons}")
