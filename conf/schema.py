@@ -93,7 +93,7 @@ class DataConfig:
     """`data=`: the corpus."""
 
     name: str = key("stdlib", "name of the corpus, used in the name of the prepared folder")
-    source: str = key("stdlib", "reader: stdlib | text | jsonl | parquet | hf | blend")
+    source: str = key("stdlib", "reader: stdlib | installed | text | jsonl | parquet | hf | blend")
     path: Any = key(
         None,
         "file, glob, folder, or a list of them; .gz, .zst, .bz2 and .xz are decompressed",
@@ -109,6 +109,11 @@ class DataConfig:
     held_out_files: int = key(
         0,
         "hold out so many documents instead (at most half), and train on none that nearly repeats one; 0: the fraction",
+        only="data.held_out>0",
+    )
+    held_out_by: str = key(
+        "document",
+        "what is held out together: document | folder (of those in data.path; of stdlib and installed, a package)",
         only="data.held_out>0",
     )
     held_out_kib: int = key(2, "KiB of each that count, from a place in it", only="data.held_out_files>0")
@@ -357,7 +362,9 @@ class AblationConfig:
         "final_eval_loss",
         "what arms are compared by: final_eval_loss | bits_per_byte | tokens_per_second | mfu | TASK:METRIC of model.evaluate",
     )
-    smallest_effect: float = key(0.01, "smallest difference of interest, in the metric's unit: nats per token for the loss")
+    smallest_effect: float = key(
+        0.01, "smallest difference of interest, in the metric's unit: nats per token for the loss"
+    )
     looks: Any = key(
         None, "numbers of seeds after which verdicts are made, as [5, 10]; null: once, when all seeds have ended"
     )

@@ -32,7 +32,8 @@ _CHOICES = {
     "precision.reduce": ("fp32", "bf16"),
     "guard.spike": ("report", "skip", "rewind"),
     "tokenizer.kind": ("sentencepiece", "huggingface"),
-    "data.source": ("stdlib", "text", "jsonl", "parquet", "hf", "blend"),
+    "data.held_out_by": ("document", "folder"),
+    "data.source": ("stdlib", "installed", "text", "jsonl", "parquet", "hf", "blend"),
 }
 _POSITIVE = (
     "sequence_length",
@@ -123,6 +124,7 @@ _ADDED = {
     "ffn.init_match": "rms",
     "data.held_out_files": 0,
     "data.held_out_kib": 2,
+    "data.held_out_by": "document",
 }
 
 
@@ -207,7 +209,7 @@ def _check_values(values: dict[str, Any]) -> None:
             continue
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{name}={texts} must be a list of texts, such as \"{name}=['one','two']\"")
-    if values["data.source"] not in ("stdlib", "blend") and not values["data.path"]:
+    if values["data.source"] not in ("stdlib", "installed", "blend") and not values["data.path"]:
         raise UserError(
             f"data={values['data.source']} needs the location of the text: add data.path=FILE, FOLDER or GLOB"
         )

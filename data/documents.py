@@ -6,7 +6,9 @@ This module also has the fingerprint of a corpus and the parts of a blend. Findi
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -21,8 +23,9 @@ from conf.schema import DataConfig
 from data.files import BOM, PACKED, content_hash, find_files, need, not_utf8, read_chunks, read_lines, stamp
 from kernels.common.errors import UserError, unknown
 
-SOURCES = ("stdlib", "text", "jsonl", "parquet", "hf", "blend")
+SOURCES = ("stdlib", "installed", "text", "jsonl", "parquet", "hf", "blend")
 SUFFIXES = {"text": None, "jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq")}
+PYTHON = ("stdlib", "installed")  # sources that are no files of the user's
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 # A text file is one document up to WHOLE bytes. A longer one is split at line ends into documents of about SPLIT bytes:
 # memory stays bounded, and a fraction of a corpus that is one large file can be held out.
@@ -42,6 +45,7 @@ class Document(NamedTuple):
     name: str  # where it comes from: file, file:line, file row, ...
     text: str  # not empty, valid Unicode
     fraction: float  # of the source read up to its end, 0 to 1, for a progress bar
+    group: str = ""  # the folder or package that it belongs to; "" where a source has none
 
 
 def documents(config: DataConfig, skipped: Callable[[], None] | None = None) -> Iterator[Document]:
@@ -56,7 +60,7 @@ def documents(config: DataConfig, skipped: Callable[[], None] | None = None) -> 
         UserError: a file is missing, empty, unreadable, damaged, not UTF-8 (with the byte offset), or has not the
             field; or there is no text at all.
     """
-    readers = {"stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "parquet": _parquet, "hf": _hf}
+    readers = {"stdlib": _python, "installed": _python, "text": _text, "jsonl": _jsonl, "parquet": _parquet, "hf": _hf}
     if config.source not in readers:
         raise unknown("data source", config.source, readers)
     found = _not_empty(readers[config.source](config), skipped)
@@ -88,15 +92,15 @@ def _cut(document: Document, pieces: int) -> Iterator[Document]:
     size = max(SHORTEST, min(SPLIT, len(text) // pieces))
     while start < len(text):
         end = text.find("\n", start + size - 1, start + 8 * size) + 1 or start + size
-        yield Document(f"{document.name} at character {start}", text[start:end], document.fraction)
+        yield Document(f"{document.name} at character {start}", text[start:end], document.fraction, document.group)
         start = end
 
 
 def fingerprint(config: DataConfig) -> str:
     """Return what identifies a corpus wherever it lies: equal when its documents are, without reading large files.
 
-    stdlib: a hash of the content. Files: a hash of the content up to HASHED bytes in all; beyond, of both ends of each, with
-    its size and time of change. hf: names, and the data set's own fingerprint.
+    stdlib, installed: a hash of the content. Files: a hash of the content up to HASHED bytes in all; beyond, of both ends of
+    each, with its size and time of change. hf: names, and the data set's own fingerprint.
     Raises UserError as `documents` does for what is missing.
     """
     return _identity(config, _identities)
@@ -117,9 +121,9 @@ def _identities(files: list[Path]) -> list[Any]:
 def _identity(config: DataConfig, identify: Callable[[list[Path]], list[Any]]) -> str:
     if config.source == "blend":
         known: Any = {name: [weight, _identity(part, identify)] for name, (weight, part) in parts(config).items()}
-    elif config.source == "stdlib":
+    elif config.source in PYTHON:
         digest = hashlib.blake2b(digest_size=16)
-        for name, path in _stdlib_files():
+        for name, path in _python_files(config.source):
             raw = path.read_bytes()
             digest.update(f"{name}\0{len(raw)}\0".encode() + raw)
         known = digest.hexdigest()
@@ -138,8 +142,8 @@ def most_bytes(config: DataConfig) -> int | None:
     Raises:
         UserError: as `documents` does for what is missing.
     """
-    if config.source == "stdlib":
-        return sum(path.stat().st_size for _, path in _stdlib_files())
+    if config.source in PYTHON:
+        return sum(path.stat().st_size for _, path in _python_files(config.source))
     if config.source not in ("text", "jsonl"):
         return None
     files = _files(config)
@@ -203,35 +207,51 @@ def _sized(config: DataConfig) -> Iterator[tuple[Path, float, float]]:
         before += size
 
 
-def _stdlib_files() -> list[tuple[str, Path]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    found = []
-    for where, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
-        for name in names:
-            path = Path(where, name)
-            inside = not path.is_symlink() or path.resolve().is_relative_to(root.resolve())
-            if name.endswith(".py") and inside and path.is_file():
-                found.append((path.relative_to(root).as_posix(), path))
+def _python_files(source: str) -> list[tuple[str, Path]]:
+    """Return the sources of the standard library, and of the packages beside it if asked for: (name, path), by name."""
+    places = ["stdlib"] if source == "stdlib" else ["stdlib", "purelib", "platlib"]
+    roots = dict.fromkeys(Path(sysconfig.get_path(place)).resolve() for place in places)
+    found: dict[str, Path] = {}
+    for root in roots:
+        for where, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+            for name in names:
+                path = Path(where, name)
+                inside = not path.is_symlink() or path.resolve().is_relative_to(root)
+                if name.endswith(".py") and inside and path.is_file():
+                    found.setdefault(path.relative_to(root).as_posix(), path)
     if not found:
-        raise UserError(f"this Python has no library sources in {root}; choose another corpus, such as data=text")
-    return sorted(found)
+        raise UserError(
+            f"this Python has no library sources in {next(iter(roots))}; choose another corpus, such as data=text"
+        )
+    return sorted(found.items())
 
 
-def _stdlib(_: DataConfig) -> Iterator[Document]:
-    files = _stdlib_files()
+def _python(config: DataConfig) -> Iterator[Document]:
+    files = _python_files(config.source)
     for i, (name, path) in enumerate(files):
         try:
             text = path.read_bytes().removeprefix(BOM).decode("utf-8")
         except UnicodeDecodeError:
             continue  # only tests of codecs are not UTF-8, and the default corpus must not stop a run
         if text:
-            yield Document(name, text, (i + 1) / len(files))
+            yield Document(name, text, (i + 1) / len(files), name.partition("/")[0])
+
+
+def _group_of(path: Path, config: DataConfig) -> str:
+    """Return the folder that a file belongs to: the first one below the entry of data.path that it was found by, or itself."""
+    entries = config.path if isinstance(config.path, (list, tuple)) else [config.path]
+    for entry in map(str, entries):
+        parts = Path(entry).expanduser().parts
+        fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+        if path != fixed and path.is_relative_to(fixed):
+            return path.relative_to(fixed).parts[0]
+    return path.name
 
 
 def _text(config: DataConfig) -> Iterator[Document]:
     for path, before, own in _sized(config):
-        size = max(1, path.stat().st_size)
+        size, group = max(1, path.stat().st_size), _group_of(path, config)
         buffer, offset, splitting = b"", 0, False
         for chunk, read in read_chunks(path):
             buffer += chunk
@@ -239,11 +259,11 @@ def _text(config: DataConfig) -> Iterator[Document]:
             while splitting and len(buffer) > 2 * SPLIT:
                 end = _line_end(buffer)
                 fraction = before + own * read / size
-                yield Document(f"{path} at byte {offset}", _decode(path, buffer[:end], offset), fraction)
+                yield Document(f"{path} at byte {offset}", _decode(path, buffer[:end], offset), fraction, group)
                 buffer, offset = buffer[end:], offset + end
         if buffer:
             name = f"{path} at byte {offset}" if offset else str(path)
-            yield Document(name, _decode(path, buffer, offset), before + own)
+            yield Document(name, _decode(path, buffer, offset), before + own, group)
 
 
 def _line_end(buffer: bytes) -> int:
@@ -266,7 +286,7 @@ def _decode(path: Path, raw: bytes, offset: int) -> str:
 
 def _jsonl(config: DataConfig) -> Iterator[Document]:
     for path, before, own in _sized(config):
-        size, offset = max(1, path.stat().st_size), 0
+        size, offset, group = max(1, path.stat().st_size), 0, _group_of(path, config)
         for number, (line, read) in enumerate(read_lines(path), start=1):
             text = _decode(path, line, offset)
             offset += len(line) + 1
@@ -282,7 +302,7 @@ def _jsonl(config: DataConfig) -> Iterator[Document]:
                 except UnicodeEncodeError as error:
                     half = f"\\u{ord(value[error.start]):04x}"
                     raise UserError(f"{path} line {number} holds half of a surrogate pair ({half}), no text") from error
-            yield Document(f"{path} line {number}", value, before + own * read / size)
+            yield Document(f"{path} line {number}", value, before + own * read / size, group)
 
 
 def _record(line: str, where: str) -> dict[str, Any]:
@@ -323,7 +343,7 @@ def _parquet(config: DataConfig) -> Iterator[Document]:
     pyarrow = need("pyarrow", "data=parquet")
     parquet = need("pyarrow.parquet", "data=parquet")
     for path, before, own in _sized(config):
-        row = 0
+        row, group = 0, _group_of(path, config)
         try:
             with parquet.ParquetFile(path) as file:
                 if config.field not in file.schema_arrow.names:
@@ -333,7 +353,7 @@ def _parquet(config: DataConfig) -> Iterator[Document]:
                     for value in batch.column(0):
                         row += 1
                         text = _text_of(value.as_py(), config.field, f"{path} row {row}")
-                        yield Document(f"{path} row {row}", text, before + own * row / total)
+                        yield Document(f"{path} row {row}", text, before + own * row / total, group)
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{path} row {row} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} of it"

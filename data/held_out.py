@@ -4,12 +4,16 @@ A document is held out by a hash of its text, so equal texts are on one side, an
 its files matters. Where comparisons should hold for other text too (`data.held_out_files`), many documents matter more than
 much text: then a piece of each counts, so that none outweighs the others, and training documents that repeat half of a piece
 are left out. `prepare.py` reads the corpus.
+
+Files of one project resemble each other. With `data.held_out_by=folder` all documents of a folder or package are on one side.
 """
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import heapq
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -47,21 +51,48 @@ class Selection:
         """Read the corpus as often as that takes.
 
         Raises:
-            UserError: all documents have the same text.
+            UserError: all documents have the same text, or are of one folder where folders are held out.
         """
-        self.threshold = _threshold_of_files(data) if data.held_out and data.held_out_files else _threshold(data)
+        self.groups: frozenset[str] | None = None  # those that are held out; None: documents are chosen one by one
+        self.threshold = 0
+        if data.held_out and data.held_out_by == "folder":
+            self.groups = _groups(data)
+        elif data.held_out:
+            self.threshold = _threshold_of_files(data) if data.held_out_files else _threshold(data)
         self.piece_bytes = data.held_out_kib << 10 if data.held_out_files else 0  # 0: all of a document counts
         self._near: _NearDuplicates | None = None
-        if self.threshold and data.held_out_files:
-            parts = (self.part(document.text, document.text.encode()) for document in documents(data))
+        if data.held_out and data.held_out_files:
+            parts = (self.part(d.text, d.text.encode(), d.group) for d in documents(data))
             self._near = _NearDuplicates(part.text.encode() for part in parts if part.split == "held_out")
 
-    def part(self, text: str, raw: bytes) -> SplitText:
-        """Return what becomes of a document, given as text and as UTF-8."""
+    def part(self, text: str, raw: bytes, group: str = "") -> SplitText:
+        """Return what becomes of a document, given as text and as UTF-8, and the folder or package that it belongs to."""
         first, second = digest(raw)
-        if first < self.threshold:
+        if first < self.threshold if self.groups is None else group in self.groups:
             return SplitText("held_out", _piece(raw, self.piece_bytes, second) if self.piece_bytes else text, second)
         return SplitText("" if self._near is not None and self._near.found_in(raw) else "train", text, second)
+
+
+def _groups(data: DataConfig) -> frozenset[str]:
+    """Return the groups to hold out, in the order of their names' hashes, until they have as many documents as asked.
+
+    A group that would make it more than twice as many is passed over; if all would, the smallest group is held out.
+    """
+    counts = collections.Counter(document.group for document in documents(data))
+    if len(counts) < 2:
+        raise UserError(
+            f"data.held_out_by=folder needs several folders, and all documents of data={data.name} are of one: "
+            "data.held_out_by=document"
+        )
+    total = counts.total()
+    wanted = min(data.held_out_files or math.ceil(data.held_out * total), total // 2)
+    chosen: list[str] = []
+    have = 0
+    for name in sorted(counts, key=lambda name: digest(name.encode())[0]):
+        if have < wanted and have + counts[name] <= min(2 * wanted, total - 1):
+            chosen.append(name)
+            have += counts[name]
+    return frozenset(chosen or [min(counts, key=lambda name: (counts[name], name))])
 
 
 def _threshold(data: DataConfig) -> int:
@@ -69,8 +100,6 @@ def _threshold(data: DataConfig) -> int:
 
     Where chance would leave a side empty, the threshold is moved so that each has at least one document.
     """
-    if data.held_out == 0:
-        return 0
     limit = int(data.held_out * 2**64)
     smallest, largest = 2**64, -1
     for document in documents(data):

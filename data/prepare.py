@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from conf.load import load
 from conf.schema import DataConfig, TokenizerConfig
 from data.batches import open_dataset
-from data.documents import documents, fingerprint, parts, stamps
+from data.documents import PYTHON, documents, fingerprint, parts, stamps
 from data.held_out import Selection
 from data.pool import Group, encode_groups, run_in_subprocess
 from data.progress import ProgressReporter
@@ -70,7 +70,7 @@ def folder_of(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
     """Return the folder of a prepared corpus; its name holds a hash of everything that determines its content."""
     _check(data, tokenizer)
     folder = _folder(data, tokenizer, fingerprint(data))
-    if not _complete(folder) and data.source not in ("stdlib", "hf"):
+    if not _complete(folder) and data.source not in (*PYTHON, "hf"):
         earlier = _folder(data, tokenizer, stamps(data))  # version 0.1 named it by the place of the files
         if _complete(earlier):
             return earlier
@@ -93,8 +93,9 @@ def _folder(data: DataConfig, tokenizer: TokenizerConfig, corpus: str) -> Path:
 def _held_out_settings(data: DataConfig) -> Any:
     """Return the settings that decide what is held out; those of 0.2 as they were then, so that folders keep their names."""
     if data.held_out and data.held_out_files:
-        return [data.held_out_files, data.held_out_kib]
-    return data.held_out
+        own: list[Any] = [data.held_out_files, data.held_out_kib]
+        return own if data.held_out_by == "document" else [*own, data.held_out_by]
+    return [data.held_out, data.held_out_by] if data.held_out and data.held_out_by != "document" else data.held_out
 
 
 def _check(data: DataConfig, tokenizer: TokenizerConfig) -> None:
@@ -259,7 +260,7 @@ def _sample(data: DataConfig, selection: Selection, budget: int, progress: Progr
     size = 0
     for place, document in enumerate(documents(data)):
         raw = document.text.encode()
-        part = selection.part(document.text, raw)
+        part = selection.part(document.text, raw, document.group)
         if part.split == "train":
             heapq.heappush(kept, (-part.number, place, len(raw), document.text))
             size += len(raw)
@@ -303,7 +304,7 @@ def _groups(data: DataConfig, selection: Selection, facts: _Facts) -> Iterator[G
     texts, sizes, text_hash = empty()
     for document in documents(data, facts.skip):
         raw = document.text.encode()
-        part = selection.part(document.text, raw)
+        part = selection.part(document.text, raw, document.group)
         fraction = document.fraction
         if not part.split:
             facts.near_duplicates += 1

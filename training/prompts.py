@@ -17,7 +17,7 @@ def prompts_of(config: Config, dataset: Dataset) -> list[str]:
     """Return the prompts that were typed; else Python for the standard library; else beginnings of held-out documents."""
     if config.prompts is not None:
         return list(config.prompts)
-    return list(PYTHON) if config.data.source == "stdlib" else _beginnings(dataset)
+    return list(PYTHON) if config.data.source in ("stdlib", "installed") else _beginnings(dataset)
 
 
 def _beginnings(dataset: Dataset) -> list[str]:

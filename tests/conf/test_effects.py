@@ -23,6 +23,7 @@ IGNORED = {
     "data.split": ("test", "data=stdlib"),
     "data.parts": ("{a: {path: x}}", "data=stdlib"),
     "data.held_out_files": ("300", "data.held_out=0.0"),
+    "data.held_out_by": ("folder", "data.held_out=0.0"),
     "data.held_out_kib": ("4", "data.held_out_files=0"),
     "tokenizer.vocab_size": ("400", "tokenizer.path=a.model"),
     "tokenizer.train_megabytes": ("1", "tokenizer.path=a.model"),

@@ -474,7 +474,7 @@ def test_a_layer_may_be_typed_as_a_number(tmp_path):
         ("model=meta-llama/Llama-2-7b", "is imported by python -m model.import_hf from=FOLDER"),
         (
             "data=notes/",
-            "data=notes/ names no choice of blend, hf, jsonl, parquet, stdlib, text: text in files is data=text",
+            "data=notes/ names no choice of blend, hf, installed, jsonl, parquet, stdlib, text: text in files is data=text",
         ),
         ("hydra/launcher=submitit_slurm", "its run folders, sweepers and launchers are not used; --multirun sweeps"),
     ],

@@ -90,7 +90,8 @@ NAMES = {
     "precision.name": ("auto", "bf16", "fp32"),
     "precision.reduce": ("fp32", "bf16"),
     "tokenizer.kind": ("sentencepiece", "huggingface"),
-    "data.source": ("stdlib", "text", "jsonl", "parquet", "hf", "blend"),
+    "data.held_out_by": ("document", "folder"),
+    "data.source": ("stdlib", "installed", "text", "jsonl", "parquet", "hf", "blend"),
 }
 
 

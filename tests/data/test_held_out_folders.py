@@ -1,0 +1,129 @@
+"""Held-out folders and packages: all documents of one are on one side."""
+
+from __future__ import annotations
+
+import random
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from conf.load import load
+from conf.schema import DataConfig
+from data.batches import open_dataset
+from data.documents import documents
+from data.held_out import Selection
+from data.prepare import folder_of, prepare
+from kernels.common.errors import UserError
+from tests.data.test_held_out import text
+
+
+@pytest.fixture
+def projects(tmp_path) -> Path:
+    """Twelve projects of 1 to 12 files, in folders of folders, and two files beside them."""
+    chance = random.Random(0)
+    for number in range(1, 13):
+        for file in range(number):
+            path = tmp_path / "code" / f"p{number}" / ("inner" if file % 2 else ".") / f"{file}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text(chance, 6), encoding="utf-8")
+    for name in ("alone.txt", "other.txt"):
+        (tmp_path / "code" / name).write_text(text(chance, 6), encoding="utf-8")
+    return tmp_path / "code"
+
+
+def config(path: object, **keys) -> DataConfig:
+    return DataConfig(name="code", source="text", path=path, held_out_by="folder", **keys)
+
+
+def sides(data: DataConfig) -> dict[str, set[str]]:
+    """Return the splits that each group's documents are in."""
+    selection, found = Selection(data), {}
+    for document in documents(data):
+        split = selection.part(document.text, document.text.encode(), document.group).split
+        found.setdefault(document.group, set()).add(split)
+    return found
+
+
+@pytest.mark.parametrize("how", ["folder", "glob", "list"])
+def test_all_files_of_a_folder_are_on_one_side(projects, how):
+    path = {"folder": str(projects), "glob": f"{projects}/**/*.txt", "list": [str(projects / "p1"), str(projects)]}[how]
+    data = config(path, held_out_files=15)
+    found = sides(data)
+    assert all(len(splits) == 1 for splits in found.values())
+    names = {f"p{number}" for number in range(2, 13)} | {"alone.txt", "other.txt"}
+    assert names <= found.keys()
+    held_out = {group for group, splits in found.items() if splits == {"held_out"}}
+    counts = {group: sum(d.group == group for d in documents(data)) for group in held_out}
+    assert 15 <= sum(counts.values()) <= 30
+
+
+def test_a_fraction_is_of_the_documents(projects):
+    held_out = sum(splits == {"held_out"} for splits in sides(config(str(projects), held_out=0.2)).values())
+    assert held_out
+    selection = Selection(config(str(projects), held_out=0.2))
+    count = sum(document.group in selection.groups for document in documents(config(str(projects))))
+    assert 16 <= count <= 32
+
+
+def test_the_choice_depends_on_names_alone(projects):
+    before = Selection(config(str(projects), held_out_files=15)).groups
+    for path in projects.rglob("*.txt"):
+        path.write_text(path.read_text() + "more\n")
+    assert Selection(config(str(projects), held_out_files=15)).groups == before
+
+
+def test_a_group_that_is_too_large_is_passed_over_and_one_folder_is_refused(projects, tmp_path):
+    for group in Selection(config(str(projects), held_out_files=2)).groups:
+        assert group in ("p1", "p2", "p3", "p4", "alone.txt", "other.txt")
+    large = tmp_path / "two"
+    for number in range(20):
+        for name, most in (("a", 20), ("b", 12)):
+            if number < most:
+                path = large / name / f"{number}.txt"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(f"{name} {number}\n")
+    assert Selection(config(str(large), held_out_files=3)).groups == {"b"}
+    lone = tmp_path / "lone"
+    (lone / "a").mkdir(parents=True)
+    for number in range(4):
+        (lone / "a" / f"{number}.txt").write_text(f"{number}\n")
+    with pytest.raises(
+        UserError, match=r"data\.held_out_by=folder needs several folders, and all documents of data=code are"
+    ):
+        Selection(config(str(lone), held_out_files=3))
+
+
+def test_a_prepared_folder_is_of_one_way_to_hold_out(projects, tmp_path):
+    load_words = [
+        "data=text",
+        f"data.path={projects}",
+        f"data.prepared={tmp_path / 'prepared'}",
+        "tokenizer.vocab_size=300",
+    ]
+    by_document, by_folder = (
+        load([*load_words, f"data.held_out_by={how}", "data.held_out_files=15"]) for how in ("document", "folder")
+    )
+    assert folder_of(by_document.data, by_document.tokenizer) != folder_of(by_folder.data, by_folder.tokenizer)
+    dataset = open_dataset(prepare(by_folder.data, by_folder.tokenizer))
+    assert 15 <= dataset.held_out.documents <= 30
+
+
+def test_the_installed_packages_are_groups_beside_the_standard_library(monkeypatch, tmp_path):
+    for name in (
+        "stdlib/ast.py",
+        "stdlib/json/decoder.py",
+        "site/numpy/core.py",
+        "site/numpy/tests/x.py",
+        "site/six.py",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# {name}\n")
+    places = {"stdlib": tmp_path / "stdlib", "purelib": tmp_path / "site", "platlib": tmp_path / "site"}
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(places[name]))
+    found = {d.name: d.group for d in documents(DataConfig(source="installed"))}
+    assert found == {"ast.py": "ast.py", "json/decoder.py": "json", "numpy/core.py": "numpy", "six.py": "six.py"}
+    assert [d.name for d in documents(DataConfig(source="stdlib"))] == ["ast.py", "json/decoder.py"]
+    of_group = load(["data=installed"]).data
+    assert (of_group.held_out_by, of_group.held_out_files) == ("folder", 300)
