@@ -2,7 +2,8 @@
 
 The mean difference per token is a ratio of sums over documents, of nats and of tokens. So its standard error is that of a ratio
 estimator (Cochran 1977, section 2.11): the root of the sum of squares of each document's nats less its tokens times the mean,
-divided by all tokens. Documents are the unit because the losses of one document's tokens go together.
+divided by all tokens. Documents are the unit because the losses of one document's tokens go together; where folders were held
+out whole (`data.held_out_by`), the losses of a folder's documents do, and folders are.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class TextScatter:
     documents: int
     error: float  # standard error, nats per token
     freedom: float  # degrees of freedom: those of as many documents of equal length as outweigh each other as much
+    unit: str = "documents"  # or folders, where these were held out whole
 
 
 def text_scatter(own: Mapping[int, DocumentLosses], base: Mapping[int, DocumentLosses]) -> TextScatter | None:
@@ -41,4 +43,5 @@ def text_scatter(own: Mapping[int, DocumentLosses], base: Mapping[int, DocumentL
         return None
     residuals = differences - tokens * differences.sum() / tokens.sum()
     error = math.sqrt(count / (count - 1) * np.sum(residuals**2)) / tokens.sum()
-    return TextScatter(count, error, float(tokens.sum() ** 2 / np.sum(tokens**2)) - 1)
+    freedom = float(tokens.sum() ** 2 / np.sum(tokens**2)) - 1
+    return TextScatter(count, error, freedom, pairs[0][0].unit)

@@ -205,7 +205,7 @@ def text_table(results: Results, size: str) -> PageTable | None:
         rows.append(TableRow(cells))
     caption = (
         f"{size}: 95% intervals of the difference in {results.metric.unit}: over seeds and learning rates for this text, over "
-        f"its {known[0][2].scatter.documents} documents for these seeds, and over both."
+        f"its {known[0][2].scatter.documents} {known[0][2].scatter.unit} for these seeds, and over both."
     )
     return PageTable(heads, rows, caption)
 

@@ -85,14 +85,15 @@ def _sentence(size: str, baseline: str, planned: int, effect: float, unit: str, 
 def _over_text(comparisons: list[Comparison]) -> str:
     """Return over what the verdicts hold, as a sentence after a space; "" where there are none, or it is not known."""
     decided = [c for c in comparisons if c.decided and c.text]
-    documents = {c.text.scatter.documents for c in decided if c.text}
-    if not documents:
+    scatters = [c.text.scatter for c in decided if c.text]
+    if not scatters:
         return ""
+    most = max(scatters, key=lambda scatter: scatter.documents)
     on_this_text = [c.arm for c in decided if c.text and not c.text.holds]
     if len(on_this_text) == len(decided):
-        return f" This is shown for these {max(documents)} held-out documents only, not for other text."
+        return f" This is shown for these {most.documents} held-out {most.unit} only, not for other text."
     but = f", except for {listed(on_this_text)}" if on_this_text else ""
-    return f" This holds for other text of its kind too (over {max(documents)} documents){but}."
+    return f" This holds for other text of its kind too (over {most.documents} {most.unit}){but}."
 
 
 def _by(c: Comparison, seeds: int, effect: float) -> str:

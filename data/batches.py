@@ -50,6 +50,9 @@ class Dataset:
     tokenizer: Tokenizer
     parts: list[Part]
     held_out: ShardSet  # of all parts, concatenated
+    held_out_groups: (
+        tuple[int, ...] | None
+    )  # documents of each held-out folder, in order; None: they were not held out so
     xz_bits_per_byte: float | None  # of xz -9 on the held-out text; None: it is too large, or there is none
     corpus_hash: str  # of the text, the tokenizer and the weights
 
@@ -92,7 +95,7 @@ def open_dataset(folder: str | Path) -> Dataset:
     if tokenizer.hash != index["tokenizer_hash"]:
         raise UserError(f"the tokenizer in {folder} is not the one that made the shards; restore it or prepare again")
     records = index.get("parts") or [{"name": index["name"], "weight": 1.0, "folder": "."}]
-    parts, held_out, xz_bits = [], [], 0.0
+    parts, held_out, groups, xz_bits = [], [], [], 0.0
     for record in records:
         where = folder if record["folder"] == "." else Path(folder, record["folder"]).resolve()
         part = read_part(where)
@@ -101,11 +104,17 @@ def open_dataset(folder: str | Path) -> Dataset:
         train = open_shards(where, part, "train")
         parts.append(Part(record["name"], where, record["weight"], train, part["corpus_hash"]))
         held_out.append(open_shards(where, part, "held_out"))
+        groups.append(part.get("held_out_groups"))
         if held_out[-1].tokens:
             xz_bits += held_out[-1].text_bytes * (part.get("xz_bits_per_byte") or math.nan)
     all_held_out = ShardSet([shard for shards in held_out for shard in shards.shards], parts[0].train.dtype)
     xz = xz_bits / all_held_out.text_bytes if all_held_out.text_bytes else math.nan
-    return Dataset(folder, tokenizer, parts, all_held_out, None if math.isnan(xz) else xz, index["corpus_hash"])
+    all_groups = None
+    if any(groups):
+        of_parts = zip(groups, held_out, strict=True)  # where a part has no folders, each of its documents is one
+        all_groups = tuple(n for own, shards in of_parts for n in own or [1] * shards.documents)
+    known_xz = None if math.isnan(xz) else xz
+    return Dataset(folder, tokenizer, parts, all_held_out, all_groups, known_xz, index["corpus_hash"])
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -76,7 +76,8 @@ class Selection:
 def _groups(data: DataConfig) -> frozenset[str]:
     """Return the groups to hold out, in the order of their names' hashes, until they have as many documents as asked.
 
-    A group that would make it more than twice as many is passed over; if all would, the smallest group is held out.
+    A group of more than a tenth of these is passed over while others suffice: many groups say more of other text than few do.
+    So is one that would make it more than twice as many documents. If no group is small enough, the smallest is held out.
     """
     counts = collections.Counter(document.group for document in documents(data))
     if len(counts) < 2:
@@ -86,13 +87,16 @@ def _groups(data: DataConfig) -> frozenset[str]:
         )
     total = counts.total()
     wanted = min(data.held_out_files or math.ceil(data.held_out * total), total // 2)
-    chosen: list[str] = []
+    order = sorted(counts, key=lambda name: digest(name.encode())[0])
+    chosen: set[str] = set()
     have = 0
-    for name in sorted(counts, key=lambda name: digest(name.encode())[0]):
-        if have < wanted and have + counts[name] <= min(2 * wanted, total - 1):
-            chosen.append(name)
-            have += counts[name]
-    return frozenset(chosen or [min(counts, key=lambda name: (counts[name], name))])
+    for largest in (wanted // 10, total):
+        for name in order:
+            count = counts[name]
+            if name not in chosen and count <= largest and have < wanted and have + count <= min(2 * wanted, total - 1):
+                chosen.add(name)
+                have += count
+    return frozenset(chosen or {min(counts, key=lambda name: (counts[name], name))})
 
 
 def _threshold(data: DataConfig) -> int:

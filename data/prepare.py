@@ -180,9 +180,20 @@ class _Facts:
     held_out_text: bytearray | None = field(default_factory=bytearray)  # None: more than XZ_LIMIT
     skipped: int = 0  # records whose text is null or empty
     near_duplicates: int = 0  # documents that nearly repeat held-out text
+    held_out_groups: list[int] = field(
+        default_factory=list
+    )  # held-out documents of each folder, one folder after the other
+    last_group: str | None = None  # of the held-out documents
 
     def skip(self) -> None:
         self.skipped += 1
+
+    def hold_out(self, group: str) -> None:
+        """Count a held-out document."""
+        if group != self.last_group:
+            self.held_out_groups.append(0)
+        self.held_out_groups[-1] += 1
+        self.last_group = group
 
 
 def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, progress: ProgressReporter) -> None:
@@ -232,6 +243,8 @@ def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, pro
         "xz_bits_per_byte": xz,
         "shards": [asdict(shard) for shard in shards],
     }
+    if data.held_out_by == "folder":
+        index["held_out_groups"] = facts.held_out_groups
     keep = {shard.name for shard in shards} | {f"group-{number:05d}" for number in done}
     remove_leftovers(folder, keep)
     write_index(folder, index | _about(tokenizer))
@@ -310,6 +323,8 @@ def _groups(data: DataConfig, selection: Selection, facts: _Facts) -> Iterator[G
             facts.near_duplicates += 1
             continue
         held_out = part.split == "held_out"
+        if held_out:
+            facts.hold_out(document.group)
         raw = part.text.encode() if held_out else raw
         texts[part.split].append(part.text)
         sizes[part.split] += len(raw)

@@ -153,6 +153,9 @@ def _index_problem(index: dict[str, Any]) -> str:
     counts = (index.get(key, 0) for key in ("skipped", "near_duplicates"))
     if not all(map(_is_count, counts)) or not (xz is None or (isinstance(xz, (int, float)) and 0 <= xz < 1e9)):
         return "skipped, near_duplicates or xz_bits_per_byte is no number"
+    groups = index.get("held_out_groups", [])
+    if not isinstance(groups, list) or not all(_is_count(count) and count for count in groups):
+        return "held_out_groups are no numbers of documents"
     try:
         if "parts" in index:
             return _parts_problem(index["parts"])

@@ -25,12 +25,21 @@ class LossByDocument:
     text: str  # hash of the held-out text
     nats: np.ndarray  # (documents,) float64, summed over the tokens of each
     tokens: np.ndarray  # (documents,) int64
+    folders: np.ndarray | None = None  # documents of each folder, if folders were held out
 
     def as_json(self) -> dict[str, Any]:
-        """Return what documents.json holds (`kernels.common.json_files.read_document_losses` reads it)."""
-        starts = np.unique(np.linspace(0, len(self.tokens), MOST_DOCUMENTS, endpoint=False).astype(int))
-        nats, tokens = (np.add.reduceat(values, starts) for values in (self.nats, self.tokens))
-        return {"held_out": self.text, "nats": [round(n, 4) for n in nats.tolist()], "tokens": tokens.tolist()}
+        """Return what documents.json holds (`kernels.common.json_files.read_document_losses` reads it).
+
+        Documents of one held-out folder, which resemble each other, are added up.
+        """
+        nats, tokens, unit = self.nats, self.tokens, "documents"
+        if self.folders is not None and self.folders.sum() == len(tokens):
+            starts, unit = np.cumsum(self.folders) - self.folders, "folders"
+            nats, tokens = (np.add.reduceat(values, starts) for values in (nats, tokens))
+        starts = np.unique(np.linspace(0, len(tokens), MOST_DOCUMENTS, endpoint=False).astype(int))
+        nats, tokens = (np.add.reduceat(values, starts) for values in (nats, tokens))
+        losses = {"nats": [round(n, 4) for n in nats.tolist()], "tokens": tokens.tolist()}
+        return {"held_out": self.text, "unit": unit, **losses}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +95,8 @@ class _ByDocument:
 
     def __init__(self, engine: Engine, dataset: Dataset, sequence_length: int) -> None:
         self.engine, self.text = engine, dataset.held_out.hash
+        groups = dataset.held_out_groups
+        self.folders = np.array(groups) if groups else None
         self.ends = dataset.held_out.document_ends()  # (documents,)
         self.sequence_length = sequence_length
         self.nats = torch.zeros(len(self.ends), dtype=torch.float64, device=engine.device)
@@ -100,4 +111,4 @@ class _ByDocument:
     def result(self) -> LossByDocument:
         """Return the losses over all ranks. Collective."""
         dist.all_reduce(self.nats, group=self.engine.mesh.data_context.group)
-        return LossByDocument(self.text, self.nats.cpu().numpy(), np.diff(self.ends, prepend=0))
+        return LossByDocument(self.text, self.nats.cpu().numpy(), np.diff(self.ends, prepend=0), self.folders)

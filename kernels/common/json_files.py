@@ -151,8 +151,9 @@ class DocumentLosses(NamedTuple):
 
     step: int
     held_out: str  # hash of the held-out text
-    nats: list[float]  # of each document, or of neighbouring ones together
+    nats: list[float]  # of each document or folder, or of neighbouring ones together
     tokens: list[int]  # of the same
+    unit: str = "documents"  # or folders
 
 
 def read_document_losses(run: str | os.PathLike[str]) -> DocumentLosses | None:
@@ -161,11 +162,12 @@ def read_document_losses(run: str | os.PathLike[str]) -> DocumentLosses | None:
         content = read_object(os.path.join(run, DOCUMENTS))
     except (OSError, ValueError):
         return None
-    step, text, nats, tokens = (content.get(key) for key in DocumentLosses._fields)
+    step, text, nats, tokens = (content.get(key) for key in ("step", "held_out", "nats", "tokens"))
+    unit = "folders" if content.get("unit") == "folders" else "documents"
     if not is_count(step) or not isinstance(text, str) or not isinstance(nats, list) or not isinstance(tokens, list):
         return None
     right = len(nats) == len(tokens) and all(map(is_number, nats)) and all(is_count(n) and n for n in tokens)
-    return DocumentLosses(typing.cast(int, step), text, nats, tokens) if right and tokens else None
+    return DocumentLosses(typing.cast(int, step), text, nats, tokens, unit) if right and tokens else None
 
 
 class MetricsFile(NamedTuple):

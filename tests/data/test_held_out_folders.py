@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import json
 import random
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from ablation.documents import text_scatter
 from conf.load import load
 from conf.schema import DataConfig
 from data.batches import open_dataset
@@ -15,7 +20,9 @@ from data.documents import documents
 from data.held_out import Selection
 from data.prepare import folder_of, prepare
 from kernels.common.errors import UserError
+from kernels.common.json_files import read_document_losses
 from tests.data.test_held_out import text
+from training.evaluation import LossByDocument
 
 
 @pytest.fixture
@@ -107,6 +114,37 @@ def test_a_prepared_folder_is_of_one_way_to_hold_out(projects, tmp_path):
     assert folder_of(by_document.data, by_document.tokenizer) != folder_of(by_folder.data, by_folder.tokenizer)
     dataset = open_dataset(prepare(by_folder.data, by_folder.tokenizer))
     assert 15 <= dataset.held_out.documents <= 30
+    groups = Selection(by_folder.data).groups
+    counts = collections.Counter(d.group for d in documents(by_folder.data) if d.group in groups)
+    assert dataset.held_out_groups == tuple(counts.values())  # the documents of a folder follow each other
+    assert open_dataset(prepare(by_document.data, by_document.tokenizer)).held_out_groups is None
+
+
+def test_losses_are_added_up_by_folder(tmp_path):
+    losses = LossByDocument("the text", np.arange(1.0, 7.0), np.array([2, 3, 4, 5, 6, 7]), np.array([1, 3, 2]))
+    (tmp_path / "documents.json").write_text(json.dumps({"step": 3} | losses.as_json()))
+    read = read_document_losses(tmp_path)
+    assert (read.nats, read.tokens, read.unit) == ([1.0, 9.0, 11.0], [2, 12, 13], "folders")
+    other = read._replace(nats=[1.5, 9.0, 11.0])
+    assert text_scatter({0: read}, {0: other}).unit == "folders"
+    assert text_scatter({0: read}, {0: other}).documents == 3
+    wrong = dataclasses.replace(losses, folders=np.array([1, 3])).as_json()  # of another text
+    assert (wrong["unit"], len(wrong["nats"])) == ("documents", 6)
+
+
+def test_many_small_folders_are_preferred_to_few_large_ones(tmp_path):
+    for number in range(60):
+        for file in range(40 if number % 3 == 0 else 2):
+            path = tmp_path / f"p{number}" / f"{file}.txt"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"{number} {file}\n")
+    groups = Selection(config(str(tmp_path), held_out_files=60)).groups
+    assert len(groups) == 30
+    assert all(int(name[1:]) % 3 for name in groups)
+    assert len(Selection(config(str(tmp_path), held_out_files=100)).groups) in (
+        41,
+        42,
+    )  # 80 documents, and a large folder
 
 
 def test_the_installed_packages_are_groups_beside_the_standard_library(monkeypatch, tmp_path):
