@@ -17,6 +17,7 @@
     looks.py        pays for verdicts that are made more than once
     documents.py    how far a difference depends on the held-out text
     multipliers.py  compute multipliers of planned horizons and sizes
+    transfer.py     whether an arm's best learning rate holds at other sizes
     ranks.py        whether the order of arms at fewer tokens or parameters is that at more
     efficiency.py   losses at equal time and equal memory
     measures.py     other metrics of the runs, by seed

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation.manifest import NAME, Manifest, merge_shared, read_manifest
-from ablation.plan import Chosen, Plan, counts_of_looks, sizes_of, values_of_plan
+from ablation.plan import Chosen, Plan, counts_of_looks, sizes_of, swept_at, values_of_plan
 from ablation.results import Results, read_results
 from conf.load import flatten
 from kernels.common.errors import UserError
@@ -155,7 +155,8 @@ def _chosen(results: Results) -> dict[tuple[str, str], Chosen]:
     found = {}
     for size, arm in results.size_arm_pairs():
         lr = results.best_lr(size, arm)
-        if lr is not None and results.runs_of(size, arm, "final"):
+        own = swept_at(results.manifest.plan, size) == size
+        if own and lr is not None and results.runs_of(size, arm, "final"):
             found[size, arm] = Chosen(lr, tuple(sorted(results.sweep_losses(size, arm))))
     return found
 

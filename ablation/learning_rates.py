@@ -127,8 +127,10 @@ def next_learning_rate(tried: Collection[float], best: float, edge: str) -> floa
     return float(f"{last * last / neighbour:.6g}")
 
 
-def run_noise(tables: Iterable[Collection[Mapping[int, float]]]) -> float:
-    """Return the standard deviation of a run's loss without what its seed adds to every row; nan where nothing determines it.
+def run_noise(tables: Iterable[Collection[Mapping[int, float]]]) -> tuple[float, int]:
+    """Return the standard deviation of a run's loss without what its seed adds to every row, and its degrees of freedom.
+
+    It is nan where there are none.
 
     Args:
         tables: of losses by seed, each row of an arm or of a learning rate. Rows and seeds that are not finite throughout are
@@ -143,7 +145,7 @@ def run_noise(tables: Iterable[Collection[Mapping[int, float]]]) -> float:
             residuals = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
             squares += float(np.sum(residuals**2))
             freedom += (len(rows) - 1) * (len(seeds) - 1)
-    return math.sqrt(squares / freedom) if freedom else math.nan
+    return math.sqrt(squares / freedom) if freedom else math.nan, freedom
 
 
 def _rounded(lr: float) -> float:

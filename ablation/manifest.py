@@ -251,6 +251,8 @@ def _plan_of(values: dict[str, Any]) -> AblationConfig:
     metric_of(plan.metric)
     if not plan.horizons or not all(is_number(fraction) and 0 < fraction <= 1 for fraction in plan.horizons):
         raise ValueError("plan.horizons are no fractions")
+    if plan.sweep_at is not None and plan.sweep_at not in sizes_of(plan):
+        raise ValueError("plan.sweep_at is no size")
     if not plan.rates or not all(is_number(rate) and 0 < rate < math.inf for rate in plan.rates):
         raise ValueError("plan.rates are no learning rates")
     return plan

@@ -53,7 +53,7 @@ class Series:
 def series(results: Results) -> list[Series]:
     """Return the series of a plan that have two points at least."""
     places = {f"{size}, over its horizons": list(results.manifest.at_horizons(size).values()) for size in results.sizes}
-    places["all sizes"] = sorted(results.sizes, key=lambda size: _compute(results, size, results.baseline))
+    places["all sizes"] = sorted(results.sizes, key=lambda size: compute_of(results, size, results.baseline))
     return [_series(results, name, of_series) for name, of_series in places.items() if len(of_series) > 1]
 
 
@@ -62,7 +62,7 @@ def _series(results: Results, name: str, places: list[str]) -> Series:
     losses: dict[str, dict[int, np.ndarray]] = {}
     by_place = {place: results.losses(place) for place in places}
     for arm in results.arms(places[-1]):
-        compute[arm] = np.array([_compute(results, place, arm) for place in places])
+        compute[arm] = np.array([compute_of(results, place, arm) for place in places])
         of_arm = [by_place[place][arm] for place in places]
         seeds = sorted(set.intersection(*(set(of_place) for of_place in of_arm)))
         by_seed = {seed: np.array([of_place[seed] for of_place in of_arm]) for seed in seeds}
@@ -71,7 +71,8 @@ def _series(results: Results, name: str, places: list[str]) -> Series:
     return Series(name, places, compute, losses)
 
 
-def _compute(results: Results, place: str, arm: str) -> float:
+def compute_of(results: Results, place: str, arm: str) -> float:
+    """Return the FLOPs of a run of an arm, at a size and horizon."""
     cost = results.manifest.cost[place][arm]
     return float(cost["flops_per_token"]) * cost["tokens"]
 

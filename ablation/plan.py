@@ -40,7 +40,7 @@ LONGEST_TAG = 64  # characters that W&B accepts
 RATE_CHOICES = ("vertex", "best")
 # What plans did before they had these keys.
 RULES_OF_0_2: dict[str, Any] = {"held_out_files": 0, "init_match": "rms", "reserve": 0.0, "looks": None, "until": "complete",
-                                "spending": "obrien_fleming", "horizons": [1.0]}  # fmt: skip
+                                "spending": "obrien_fleming", "horizons": [1.0], "sweep_at": None}  # fmt: skip
 SIZES = {"nano": "model=nano"}  # of a plan that names none
 UNTIL = ("complete", "decided")
 _SET_BY_THE_PLAN = ("seed", "data_seed", "run", "runs", "resume")
@@ -129,7 +129,7 @@ class Plan:
         Once its learning rate is chosen, these are all of its runs: no sweep extends then.
         """
         rates = self.learning_rates(size, arm)
-        if len(rates) < 2:
+        if len(rates) < 2 or swept_at(self.config, size) != size:
             return []
         if (size, arm) in self.chosen:
             rates = sorted({*rates, *self.chosen[size, arm].tried})
@@ -163,6 +163,12 @@ class Plan:
     def flops(self) -> int:
         """Return the FLOPs of these runs."""
         return sum(self.arms[size][arm].flops * self._runs_of(size, arm) for size, arm in self.size_arm_pairs())
+
+    def transferred(self, size: str, arm: str, lr: float) -> float:
+        """Return the learning rate of a size whose sweep ran at another, where it chose `lr`."""
+        return transferred(
+            lr, *(self.arms[place][arm].config.optim.lr for place in (swept_at(self.config, size), size))
+        )
 
     def _runs_of(self, size: str, arm: str) -> int:
         return len(self.sweep_runs(size, arm)) + len(self.config.seeds)
@@ -208,6 +214,11 @@ def possible_seeds(config: AblationConfig) -> list[int]:
         free = (seed for seed in itertools.count(max(seeds) + 1) if seed not in config.rate_seeds)
         seeds += itertools.islice(free, max(0, counts_of_looks(config)[-1] - len(seeds)))
     return seeds
+
+
+def transferred(lr: float, there: float, here: float) -> float:
+    """Return the learning rate chosen where the configured one is `there`, for a size where it is `here`."""
+    return _rounded(lr * here / there, 4)
 
 
 def seeds_text(seeds: Sequence[int]) -> str:
@@ -286,6 +297,14 @@ def resolve(config: AblationConfig, overrides: Sequence[str] = (), seconds: Step
         warnings += [f"{size}: {warning}" for warning in size_warnings]
     _refuse_duplicates("the sizes", {size: resolved[size][config.baseline].config for size in sizes})
     return Plan(config, resolved, tuple(warnings))
+
+
+def swept_at(config: AblationConfig, size: str) -> str:
+    """Return the size, at the same horizon, whose sweep chooses the learning rates of a size."""
+    if config.sweep_at is None:
+        return size
+    fractions = (f for f in config.horizons if size in [at_horizon(each, f) for each in sizes_of(config)])
+    return at_horizon(config.sweep_at, next(fractions))
 
 
 def at_horizon(size: str, fraction: float) -> str:
@@ -464,6 +483,8 @@ def _check(config: AblationConfig, arms: Mapping[str, Any]) -> None:
         raise UserError(f"ablation.horizons={horizons} must be distinct fractions of the tokens")
     if not horizons or max(horizons) != 1:
         raise UserError(f"ablation.horizons={horizons} must end with 1, the tokens of the plan's sizes")
+    if config.sweep_at is not None and config.sweep_at not in sizes_of(config):
+        raise unknown("ablation.sweep_at", config.sweep_at, sizes_of(config))
     if config.rate_choice not in RATE_CHOICES:
         raise unknown("ablation.rate_choice", config.rate_choice, RATE_CHOICES)
     rates = config.rates
@@ -514,6 +535,6 @@ def _is_factor(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _rounded(lr: float) -> float:
-    """Round a learning rate to 6 digits, so that its name and its value agree."""
-    return float(f"{lr:.6g}")
+def _rounded(lr: float, digits: int = 6) -> float:
+    """Round a learning rate, so that its name and its value agree."""
+    return float(f"{lr:.{digits}g}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ablation.learning_rates import next_learning_rate, sweep_result
 from ablation.outcomes import ENDED, Outcome, read_outcome
-from ablation.plan import Plan, PlannedRun
+from ablation.plan import Plan, PlannedRun, swept_at
 from ablation.results import Results
 from ablation.statistics import Verdict
 
@@ -27,6 +27,11 @@ def outcome_of(planned: PlannedRun, folder: Path) -> Outcome:
 
 def sweep_progress(plan: Plan, folder: Path, size: str, arm: str) -> SweepProgress:
     """Return the state of an arm's sweep, which extends where its optimum lies beyond the learning rates tried."""
+    swept = swept_at(plan.config, size)
+    if swept != size and len(plan.config.rates) > 1:
+        progress = sweep_progress(plan, folder, swept, arm)
+        best = progress.best_lr
+        return dataclasses.replace(progress, best_lr=None if best is None else plan.transferred(size, arm, best))
     runs = plan.sweep_runs(size, arm)
     if not runs:
         return SweepProgress([], plan.learning_rates(size, arm)[0])

@@ -320,6 +320,11 @@ def _open_questions(results: Results) -> list[str]:
             "Learning rates were chosen by the held-out loss; what missing the best one costs is not known for "
             f"{results.metric.name} and in no interval"
         )
+    if results.manifest.plan.sweep_at:
+        items.append(
+            f"All sizes run at the learning rates of the sweep at {results.manifest.plan.sweep_at} (ablation.sweep_at). "
+            "How far the best ones move with size is in no interval (python -m ablation.transfer measures it)"
+        )
     if len(results.manifest.plan.horizons) == 1:
         items.append("One horizon: the plan did not test how much compute a difference is worth (ablation.horizons)")
     if len(results.sizes) == 1:

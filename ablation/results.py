@@ -23,7 +23,7 @@ from ablation.learning_rates import SweepResult, mean_losses, run_noise, sweep_r
 from ablation.manifest import Manifest, read_manifest
 from ablation.metrics import LOSS, Metric, metric_of, value_of
 from ablation.outcomes import DIVERGED, ENDED, FINISHED, Outcome, is_finite, read_metrics, read_outcome, run_folders
-from ablation.plan import Plan, PlannedRun, possible_seeds
+from ablation.plan import Plan, PlannedRun, possible_seeds, swept_at, transferred
 from ablation.statistics import Comparison, Pair, compare, pairs_with
 from ablation.ttest import FEWEST_SEEDS
 from conf.load import values_of
@@ -122,6 +122,12 @@ class Results:
 
     def sweep(self, size: str, arm: str) -> SweepResult | None:
         """Return the result of the sweep; None before any of its learning rates has a loss."""
+        swept = swept_at(self.manifest.plan, size)
+        if swept != size:
+            found = self.sweep(swept, arm)
+            return found and dataclasses.replace(
+                found, best_lr=self._transferred(size, arm, found.best_lr), loss=math.nan
+            )
         losses = self.sweep_losses(size, arm)
         if not any(map(math.isfinite, mean_losses(losses).values())):
             return None
@@ -131,6 +137,13 @@ class Results:
 
     def noise(self, size: str) -> float:
         """Return the standard deviation of a run's loss at a size, without what its seed adds to all arms; nan if unknown."""
+        return self._noise(size)[0]
+
+    def noise_freedom(self, size: str) -> int:
+        """Return the degrees of freedom of `noise`."""
+        return self._noise(size)[1]
+
+    def _noise(self, size: str) -> tuple[float, int]:
         sweeps = [self.sweep_losses(size, arm).values() for arm in self.arms(size)]
         return run_noise([*sweeps, self.losses(size).values()])
 
@@ -157,10 +170,18 @@ class Results:
             return self.manifest.chosen[size, arm].lr
         if len(rates) == 1:
             return rates[0]
+        swept = swept_at(self.manifest.plan, size)
+        if swept != size:
+            best = self.best_lr(swept, arm)
+            return None if best is None else self._transferred(size, arm, best)
         result, losses = self.sweep(size, arm), self.sweep_losses(size, arm)
         seeds = set(self.manifest.plan.rate_seeds)
         complete = set(rates) <= losses.keys() and all(seeds <= of_seeds.keys() for of_seeds in losses.values())
         return result.best_lr if result and complete else None
+
+    def _transferred(self, size: str, arm: str, lr: float) -> float:
+        places = swept_at(self.manifest.plan, size), size
+        return transferred(lr, *(self.manifest.learned(place, arm)["optim.lr"] for place in places))
 
     def final_runs(self, size: str, arm: str) -> list[Run]:
         """Return the runs that are compared and have ended, by seed."""
@@ -347,7 +368,7 @@ def expected_runs(results: Results) -> Iterator[PlannedRun]:
     plan = results.manifest.plan
     for size, arm in results.size_arm_pairs():
         rates = results.manifest.learning_rates(size, arm)
-        if len(rates) > 1:
+        if len(rates) > 1 and swept_at(plan, size) == size:
             yield from (PlannedRun("sweep", size, arm, lr, seed) for lr in rates for seed in plan.rate_seeds)
         best = results.best_lr(size, arm)
         if best is not None:

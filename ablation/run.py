@@ -144,7 +144,8 @@ def show(plan: Plan, folder: Path, console: SafeConsole) -> None:
         arms_and_sizes += f" x {len(config.horizons)} horizons"
     per_arm = f"{len(config.seeds)} seeds"
     if len(config.rates) > 1:
-        per_arm = f"({len(config.rates)} learning rates with {seeds_text(config.rate_seeds)} + {per_arm})"
+        at = f" at {config.sweep_at}" if config.sweep_at else ""
+        per_arm = f"({len(config.rates)} learning rates with {seeds_text(config.rate_seeds)}{at} + {per_arm})"
     console.print(
         f"{plan.count_runs()} runs: {arms_and_sizes} x {per_arm}, equal in {config.budget}; {plan.flops():.3g} FLOPs; "
         f"{_duration(plan, folder)}",
@@ -279,7 +280,7 @@ class Runner:
     def _train_sweeps(self, pairs: list[tuple[str, str]]) -> bool:
         """Train the sweeps of these (size, arm), extensions included; return whether all of them ended."""
         while pending := [p for pair in pairs for p in sweep_progress(self.plan, self.folder, *pair).pending]:
-            if not self._train(pending):
+            if not self._train(list(dict.fromkeys(pending))):  # sizes may share a sweep
                 return False
         return True
 

@@ -18,7 +18,7 @@ from ablation import speed
 from ablation.command import ranks_of
 from ablation.manifest import NAME
 from ablation.outcomes import ENDED, QUEUED, RUNNING
-from ablation.plan import Plan
+from ablation.plan import Plan, swept_at
 from ablation.progress import further_runs, outcome_of, sweep_progress
 from ablation.results import read_results
 from conf.load import load
@@ -103,7 +103,8 @@ def _open_tasks(plan: Plan, folder: Path) -> dict[str, list[str]]:
         progress = sweep_progress(plan, folder, size, arm)
         rate_seeds = plan.config.rate_seeds
         if progress.pending:
-            sweeps.append(task_name(size, arm, rate_seeds[0], rate_seeds))
+            if swept_at(plan.config, size) == size:
+                sweeps.append(task_name(size, arm, rate_seeds[0], rate_seeds))
             seeds += [task_name(size, arm, seed, rate_seeds) for seed in plan.config.seeds]
         elif progress.best_lr is not None:  # else the arm diverged at every learning rate
             final_runs = plan.final_runs(size, arm, progress.best_lr)

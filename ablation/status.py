@@ -41,7 +41,7 @@ from ablation.outcomes import (
     read_outcome,
     run_folders,
 )
-from ablation.plan import PlannedRun
+from ablation.plan import PlannedRun, swept_at
 from ablation.slurm import task_name, task_states
 from conf.terminal import SafeConsole
 from kernels.common.commands import run_command
@@ -211,7 +211,8 @@ def _all_runs(manifest: Manifest, outcomes: dict[PlannedRun, Outcome]) -> Iterat
     for size, arms in manifest.arms.items():
         for arm in sorted(arms, key=lambda arm: arm != manifest.plan.baseline):
             rates = manifest.learning_rates(size, arm)
-            seeds = manifest.plan.rate_seeds if len(rates) > 1 else []
+            own_sweep = len(rates) > 1 and swept_at(manifest.plan, size) == size
+            seeds = manifest.plan.rate_seeds if own_sweep else []
             sweep = [PlannedRun("sweep", size, arm, lr, seed) for lr in rates for seed in seeds]
             started = [planned for planned in outcomes if (planned.size, planned.arm) == (size, arm)]
             swept = {(run.lr, run.seed): run for run in (*sweep, *started) if run.stage == "sweep"}

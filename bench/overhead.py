@@ -91,6 +91,7 @@ def _plain_loop(engine: Any) -> Callable[[torch.Tensor], Any]:
     from conf.schema import Config
     from model.decoder import Decoder
     from model.initialise import initialise
+    from model.scaling import scaling_of
     from training.engine import parameter_groups
 
     config: Config = engine.config
@@ -101,7 +102,7 @@ def _plain_loop(engine: Any) -> Callable[[torch.Tensor], Any]:
     low_precision = engine.dtype != torch.float32
     masters = [weight.detach().float().requires_grad_() for weight in weights] if low_precision else weights
     master_of = dict(zip(weights, masters, strict=True))
-    groups = parameter_groups(model, config.optim.weight_decay)
+    groups = parameter_groups(model, config.optim, scaling_of(config.optim, engine.module.shape))
     for group in groups:
         group["params"] = [master_of[weight] for weight in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)

@@ -130,7 +130,7 @@ class SimulatedPlan:
         swept = {arm: self._sweep(arm, method) for arm in self.arms}
         losses = {arm: {seed: self.run(arm, swept[arm][1].best_lr, seed) for seed in range(seeds)} for arm in self.arms}
         blocked = {arm: f"at the {found.edge}" for arm, (_, found) in swept.items() if found.edge}
-        noise = run_noise([*(table.values() for table, _ in swept.values()), losses.values()])
+        noise, _ = run_noise([*(table.values() for table, _ in swept.values()), losses.values()])
         regrets = {arm: found.regret(noise) for arm, (_, found) in swept.items() if not found.edge}
         return pairs_with("arm0", losses, CEILING, blocked, regrets if method.product else {})
 
@@ -232,7 +232,7 @@ def judge(path: Path, baseline: str) -> Iterator[tuple[str, SweepResult, float, 
     sizes = list(dict.fromkeys(size for size, _ in losses))
     finals = {size: {arm: next(iter(v.values())) for arm, v in losses[size, "final"].items()} for size in sizes}
     sweeps = {size: {arm: sweep_result(v, vertex=False) for arm, v in losses[size, "sweep"].items()} for size in sizes}
-    noises = {size: run_noise([finals[size].values()]) for size in sizes}
+    noises = {size: run_noise([finals[size].values()])[0] for size in sizes}
     regrets = {size: {arm: found.regret(noises[size]) for arm, found in sweeps[size].items()} for size in sizes}
     pairs = [(size, pair) for size in sizes for pair in pairs_with(baseline, finals[size], CEILING, {}, regrets[size])]
     # Version 0.2 adjusted p-values over the arms of a size.

@@ -160,6 +160,13 @@ class OptimConfig:
     eps: float = key(1e-8, "epsilon of AdamW")
     weight_decay: float = key(0.1, "decoupled weight decay, applied to matrices only (not to norms)")
     clip: float = key(1.0, "maximum norm of the gradient; 0: no clipping")
+    scaling: str = key(
+        "none",
+        "how rates, decay and initial weights follow width and depth: none | mup, so that optim.lr found at base_width and "
+        "base_layers holds",
+    )
+    base_width: int = key(192, "d_model at which optim.lr was found", only="optim.scaling=mup")
+    base_layers: int = key(4, "layers at which optim.lr was found", only="optim.scaling=mup")
 
 
 @dataclass
@@ -345,6 +352,11 @@ class AblationConfig:
     rate_choice: str = key(
         "vertex",
         "where `seeds` run: vertex, of the parabola through the sweep | best, of the rates tried",
+        only="ablation.rates>1",
+    )
+    sweep_at: Optional[str] = key(
+        None,
+        "a size whose sweep gives the learning rates of all, as factors of each size's optim.lr; null: each has its own",
         only="ablation.rates>1",
     )
     seeds: Any = key([0, 1, 2, 3, 4], "seeds of the compared runs, for weights and data")

@@ -33,6 +33,7 @@ _CHOICES = {
     "guard.spike": ("report", "skip", "rewind"),
     "tokenizer.kind": ("sentencepiece", "huggingface"),
     "data.held_out_by": ("document", "folder"),
+    "optim.scaling": ("none", "mup"),
     "data.source": ("stdlib", "installed", "text", "jsonl", "parquet", "hf", "blend"),
 }
 _POSITIVE = (
@@ -125,6 +126,9 @@ _ADDED = {
     "data.held_out_files": 0,
     "data.held_out_kib": 2,
     "data.held_out_by": "document",
+    "optim.scaling": "none",
+    "optim.base_width": 192,
+    "optim.base_layers": 4,
 }
 
 
@@ -250,6 +254,13 @@ def _check_model(config: Config) -> None:
             f"model.n_heads={model.n_heads} does not divide model.d_model={model.d_model}: "
             "change one of them, or set model.head_dim"
         )
+    if config.optim.scaling == "mup" and model.tie_embeddings:
+        raise UserError(
+            "optim.scaling=mup gives the embedding and the output projection other rates and scales, and with "
+            "model.tie_embeddings=true they are one matrix: set it to false"
+        )
+    if config.optim.base_width < 1 or config.optim.base_layers < 1:
+        raise UserError("optim.base_width and optim.base_layers are the shape of a model: at least 1")
     if model.n_kv_heads and model.n_heads % model.n_kv_heads:
         raise UserError(f"model.n_kv_heads={model.n_kv_heads} does not divide model.n_heads={model.n_heads}")
     if (model.head_dim or model.d_model // model.n_heads) % 2:

@@ -3,14 +3,13 @@
 They do not depend on the mesh or on the ZeRO stage, and outside the FFN they are the same for every arm. Matrices are normal.
 The two that write into the residual stream (attention.out, ffn.down) are scaled by 1 / sqrt(2 n_layers), so that its variance
 does not grow with depth (GPT-2, Radford 2019); ffn.down is also scaled by its arm's `down_scale`. Norms start at 1, learned
-parameters of a formula at their `init`.
+parameters of a formula at their `init`. `optim.scaling=mup` scales them otherwise (`scaling.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from launch.estimate.counts import Shape
 from model.decoder import Decoder
 from model.feed_forward import FeedForward
 from model.parallel import full_shape, shard_spec
+from model.scaling import Scaling
 
 
 def initialise(
@@ -28,15 +28,17 @@ def initialise(
     shape: Shape,
     seed: int,
     init_std: float | None = None,
+    scaling: Scaling | None = None,
     gather: Callable[[nn.Parameter], contextlib.AbstractContextManager[Any]] = lambda _: contextlib.nullcontext(),
 ) -> None:
     """Fill every parameter of `model` in place.
 
     Args:
         init_std: standard deviation of the matrices; None: 1 / sqrt(d_model).
+        scaling: with width and depth; None: that of `optim.scaling=none`.
         gather: a context in which a parameter that ZeRO-3 has partitioned is gathered and may be written.
     """
-    std = shape.d_model**-0.5 if init_std is None else init_std
+    scaling = scaling or Scaling(shape.d_model, shape.n_layers)
     constants, scales = _arm_constants(model)
     tensor = model.mesh.tensor
     for name, parameter in model.named_parameters():
@@ -44,9 +46,7 @@ def initialise(
             if name.endswith("norm.weight") or name in constants:
                 parameter.fill_(constants.get(name, 1.0))
                 continue
-            residual = name.endswith(("attention.out", "ffn.down"))
-            scale = std / math.sqrt(2 * shape.n_layers) if residual else std
-            scale *= scales.get(name, 1.0)
+            scale = scaling.deviation(name, init_std) * scales.get(name, 1.0)
             generator = torch.Generator().manual_seed(_seed_of(name, seed))
             full = torch.empty(full_shape(parameter, tensor.size), dtype=torch.float32)
             full.normal_(0.0, scale, generator=generator)

@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conf.schema import Config, ParallelConfig
+from conf.schema import Config, OptimConfig, ParallelConfig
 from conf.validate import Batch
 from data.batches import IGNORED
 from launch.estimate.counts import GATHERED_BUCKETS, Shape
 from model.decoder import Cache, Decoder
 from model.initialise import initialise
 from model.parallel import Mesh, init_mesh, shard_spec
+from model.scaling import Scaling, scaling_of
 from training.culprit import DroppedGradient
 from training.mpu import ModelParallelUnit
 from training.zero import fragment_mapping, index_in_group, partition_range, spoil_gradient, stage_3_parameter
@@ -94,13 +95,19 @@ def _nothing_to_partition(config: Config, batch: Batch) -> bool:
     return zero.stage == 1 and not zero.offload_optimizer and data_context_ranks == 1
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups: matrices have weight decay, vectors (norms) have none."""
-    # Under ZeRO-3 a parameter's own shape is that of a placeholder.
-    dimensions = {p: len(getattr(p, "ds_shape", p.shape)) for p in model.parameters()}
+def parameter_groups(model: nn.Module, optim: OptimConfig, scaling: Scaling) -> list[dict[str, Any]]:
+    """Return the optimizer's parameter groups: matrices have weight decay, vectors (norms) have none.
+
+    Where rates follow width and depth, each factor has a group of its own, with a decay that moves weights as before.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        # Under ZeRO-3 a parameter's own shape is that of a placeholder.
+        is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        groups.setdefault((is_matrix, scaling.rate(name)), []).append(parameter)
     return [
-        {"params": [p for p, n in dimensions.items() if n > 1], "weight_decay": weight_decay},
-        {"params": [p for p, n in dimensions.items() if n <= 1], "weight_decay": 0.0},
+        {"params": parameters, "lr": optim.lr * rate, "weight_decay": optim.weight_decay / rate if is_matrix else 0.0}
+        for (is_matrix, rate), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
 
 
@@ -155,11 +162,12 @@ class Engine:
                 return contextlib.nullcontext()
             return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
-        initialise(self.module, shape, config.seed, config.model.init_std, gather)
+        scaling = scaling_of(config.optim, shape)
+        initialise(self.module, shape, config.seed, config.model.init_std, scaling, gather)
         if not partitioned:
             self.module.to(device)
         optim = config.optim
-        groups, betas = parameter_groups(self.module, optim.weight_decay), (optim.beta1, optim.beta2)
+        groups, betas = parameter_groups(self.module, optim, scaling), (optim.beta1, optim.beta2)
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module,

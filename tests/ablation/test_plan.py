@@ -158,7 +158,13 @@ def test_a_plan_with_the_sweep_of_earlier_versions_has_the_keys_and_the_hash_it_
     assert plan_of_values(values) == AblationConfig(**SMALL, rate_seeds=[7], rate_choice="best")
     for keys in ({}, {"rate_seeds": [7]}, {"rate_choice": "best"}):
         config = AblationConfig(**SMALL, **keys)
-        own = {"looks", "until", "spending", "horizons"}  # as every plan of these versions would have had them
+        own = {
+            "looks",
+            "until",
+            "spending",
+            "horizons",
+            "sweep_at",
+        }  # as every plan of these versions would have had them
         assert values_of_plan(config) == {k: v for k, v in dataclasses.asdict(config).items() if k not in own}
         assert plan_of_values(values_of_plan(config)) == config
 

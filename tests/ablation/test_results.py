@@ -211,7 +211,7 @@ def test_what_missed_learning_rates_cost_is_part_of_every_comparison(whole):
     results = read_results(whole)
     noise, regrets = results.noise("nano"), results.regrets("nano")
     sweeps = [results.sweep_losses("nano", arm).values() for arm in results.arms("nano")]
-    assert noise == run_noise([*sweeps, results.losses("nano").values()]) > 0
+    assert noise == run_noise([*sweeps, results.losses("nano").values()])[0] > 0
     assert regrets == {arm: results.sweep("nano", arm).regret(noise) for arm in results.arms("nano")}
     for c in results.comparisons("nano"):
         assert c.regret == math.hypot(regrets[c.arm], regrets["relu"]) > 0
