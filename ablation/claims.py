@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ablation.budget import REFUSE
-from ablation.measures import BySeed, by_seed, log_multiplier, log_spread
+from ablation.measures import NEED_WINDOW, WINDOW, BySeed, by_seed, edge, log_multiplier, log_spread
 from ablation.results import Results, Run, read_results
 from ablation.statistics import Comparison, Pair, Verdict, compare
 from conf.arms import catalogue
@@ -71,6 +71,9 @@ class Criterion:
     scale: str = "linear"
     within: float = 0.0
     at_least: int = 0
+    of: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # of `edge`: the arm and the one that it is compared with
 
     @property
     def pairs(self) -> dict[str, str | float]:
@@ -80,7 +83,13 @@ class Criterion:
     @property
     def arms(self) -> list[str]:
         """All arms that it names."""
-        return list(dict.fromkeys(str(a) for pair in self.pairs.items() for a in pair if isinstance(a, str)))
+        pairs = self.of if self.compares_sizes else self.pairs
+        return list(dict.fromkeys(str(a) for pair in pairs.items() for a in pair if isinstance(a, str)))
+
+    @property
+    def compares_sizes(self) -> bool:
+        """Whether it compares the widest size of a plan with the narrowest."""
+        return self.metric in ("spread", "edge")
 
     @property
     def required(self) -> int:
@@ -97,6 +106,7 @@ class Claim:
     sources: list[str]
     test: list[Criterion]
     given: list[Criterion]
+    untestable: str = ""  # why runs of this project cannot decide it
 
     @property
     def criteria(self) -> list[Criterion]:
@@ -163,6 +173,8 @@ class Answer:
     def verdict(self) -> str:
         """The state with the sizes it holds at, and the reason where it is not settled."""
         settled = [finding for finding in self.findings if finding.state != OPEN]
+        if self.claim.untestable:
+            return f"{OPEN}: {self.claim.untestable}"
         if not self.plans_given:
             return f"{OPEN}: no plans given"
         if not self.findings:
@@ -179,7 +191,7 @@ class Answer:
 
     @property
     def _requirement(self) -> str:
-        if any(criterion.metric == "spread" for criterion in self.claim.criteria):
+        if any(criterion.compares_sizes for criterion in self.claim.criteria):
             return "sizes of two widths"
         arms = dict.fromkeys(arm for criterion in self.claim.criteria for arm in criterion.arms)
         return f"the arms ({', '.join(arms)})"
@@ -204,6 +216,8 @@ def judge(claims: Iterable[Claim], plans: Sequence[Results]) -> list[Answer]:
 
 def _findings(claim: Claim, results: Results) -> Iterator[Evidence]:
     """Yield a finding for every size of a plan that has a pair of arms for each criterion."""
+    if claim.untestable:
+        return
     for sizes in _testable_sizes(claim, results):
         premises = [_decide(criterion, results, sizes) for criterion in claim.given]
         tests = [_decide(criterion, results, sizes) for criterion in claim.test]
@@ -215,7 +229,10 @@ def _findings(claim: Claim, results: Results) -> Iterator[Evidence]:
 
 
 def _testable_sizes(claim: Claim, results: Results) -> list[tuple[str, ...]]:
-    if any(criterion.metric == "spread" for criterion in claim.test):
+    if any(criterion.compares_sizes for criterion in claim.test):
+        arms = {arm for criterion in claim.test for arm in criterion.arms if criterion.of}
+        if not all(arms <= results.manifest.arms[size].keys() for size in results.sizes):
+            return []
         width = {s: results.manifest.learned(s, results.baseline)["model.d_model"] for s in results.sizes}
         ends = min(results.sizes, key=width.__getitem__), max(results.sizes, key=width.__getitem__)
         return [ends] if width[ends[0]] < width[ends[1]] else []
@@ -331,6 +348,8 @@ def _why(criterion: Criterion, c: Comparison) -> str:
     arms = f"{c.arm} and {other}" if isinstance(other, str) else c.arm
     if c.verdict is Verdict.BLOCKED:
         return c.reason
+    if not c.seeds and criterion.metric in NEED_WINDOW:
+        return f"not seen: activity was sampled over fewer than {WINDOW:,} tokens (telemetry_every, telemetry_window)"
     if not c.seeds:
         return f"no seed has {criterion.metric} of {arms}"
     return f"{c.verdict.value}: {criterion.metric} of {arms}, {c.seeds} seed(s)"
@@ -364,6 +383,14 @@ def _pair(criterion: Criterion, results: Results, sizes: tuple[str, ...], arm: s
         blocked = next(filter(None, (_blocked(results, size, []) for size in sizes)), "")
         runs = [run for size in sizes for a in results.arms(size) for run in results.final_runs(size, a)]
         return _Pair(arm, other, log_spread(results, wide), log_spread(results, narrow), blocked, _names(runs))
+    if criterion.metric == "edge":
+        narrow, wide = sizes
+        arms = [arm for pair in criterion.of.items() for arm in pair]
+        blocked = next(filter(None, (_blocked(results, size, arms) for size in sizes)), "")
+        runs = [run for size in sizes for a in arms for run in results.final_runs(size, a)]
+        own, others = (edge(results, size, arms[0], arms[1]) for size in (wide, narrow))
+        regret = math.hypot(*(results.known_regrets(size).get(a, 0.0) for size in sizes for a in arms))
+        return _Pair(arm, other, own, others, blocked, _names(runs), regret)
     [size] = sizes
     if not _has(results, size, arm, other):
         return _Pair(arm, other, {}, {}, f"the plan does not have both {arm} and {other}", [])

@@ -5,7 +5,7 @@
 
 A row per arm and other size: how many factors of two the best learning rate, the vertex of the sweep's parabola, lies above
 that of SIZE, with a 95% interval from the scatter of the sweeps' runs, and what taking SIZE's would cost there. Learning rates
-are compared as factors of each size's `optim.lr`, so under `optim.scaling=mup` no shift means that one value holds for all. A rate
+are factors of each size's `optim.lr`, so under `optim.scaling=mup` no shift means that one value holds for all. A rate
 transfers where the interval lies within half a factor of two, and does not where it lies outside; else more seeds are needed
 (`ablation.rate_seeds`), which can be added to a plan that has run.
 """
