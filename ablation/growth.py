@@ -27,7 +27,12 @@ _MAY_CHANGE = ("looks", "until")
 _SWEEPS = ("rates", "rate_seeds")
 _NAMES = {"sizes": "sizes", "arms": "arms", "seeds": "seeds", "rates": "learning rates", "rate_seeds": "sweep seeds",
           "horizons": "horizons"}  # fmt: skip
-_FREE = ("arms", "sizes", "question")  # the first two are compared as they were resolved; the third decides nothing
+_FREE = (
+    "arms",
+    "sizes",
+    "question",
+    "reported",
+)  # the first two are compared as they were resolved; the others decide nothing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,7 @@ from ablation.plan import (
     PlannedRun,
     at_horizon,
     check_looks,
+    check_reported,
     counts_of_looks,
     learning_rates,
     plan_of_values,
@@ -248,6 +249,7 @@ def _plan_of(values: dict[str, Any]) -> AblationConfig:
     if plan.rate_choice not in RATE_CHOICES:
         raise ValueError("plan.rate_choice is unknown")
     check_looks(plan)
+    check_reported(plan.reported)
     metric_of(plan.metric)
     if not plan.horizons or not all(is_number(fraction) and 0 < fraction <= 1 for fraction in plan.horizons):
         raise ValueError("plan.horizons are no fractions")

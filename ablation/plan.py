@@ -39,8 +39,10 @@ NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 LONGEST_TAG = 64  # characters that W&B accepts
 RATE_CHOICES = ("vertex", "best")
 # What plans did before they had these keys.
-RULES_OF_0_2: dict[str, Any] = {"held_out_files": 0, "init_match": "rms", "reserve": 0.0, "looks": None, "until": "complete",
-                                "spending": "obrien_fleming", "horizons": [1.0], "sweep_at": None}  # fmt: skip
+RULES_OF_0_2: dict[str, Any] = {
+    "held_out_files": 0, "init_match": "rms", "reserve": 0.0, "looks": None, "until": "complete", "spending": "obrien_fleming",
+    "horizons": [1.0], "sweep_at": None, "reported": None,
+}  # fmt: skip
 SIZES = {"nano": "model=nano"}  # of a plan that names none
 UNTIL = ("complete", "decided")
 _SET_BY_THE_PLAN = ("seed", "data_seed", "run", "runs", "resume")
@@ -284,6 +286,7 @@ def resolve(config: AblationConfig, overrides: Sequence[str] = (), seconds: Step
     arms = _named(config.arms, "arms")
     sizes = {size: _split(text, f"sizes.{size}") for size, text in _named(config.sizes or SIZES, "sizes").items()}
     _check(config, arms)
+    check_reported(config.reported)
     arm_overrides = {arm: _overrides_of_arm(text, arm, config.common) for arm, text in arms.items()}
     resolved: dict[str, dict[str, ResolvedArm]] = {}
     warnings: list[str] = []
@@ -520,6 +523,27 @@ def check_looks(config: AblationConfig) -> None:
         raise unknown("ablation.spending", config.spending, SPENDINGS)
     if not 0 <= config.reserve < 1:
         raise UserError(f"ablation.reserve={config.reserve} must be a fraction, from 0 to below 1")
+
+
+def check_reported(reported: Any) -> None:
+    """Check what a plan says that others found.
+
+    Raises:
+        UserError: it is of another form.
+    """
+    if reported is None:
+        return
+    form = "{source: ..., unit: ..., values: {arm: number}, note: ...}"
+    texts = ("source", "unit", "note")
+    if not isinstance(reported, dict) or not reported.keys() <= {*texts, "values"} or not reported.get("source"):
+        raise UserError(f"ablation.reported must be {form}, with a source")
+    values = reported.get("values") or {}
+    if not isinstance(values, dict) or not all(
+        isinstance(v, (int, float)) and math.isfinite(v) for v in values.values()
+    ):
+        raise UserError(f"ablation.reported must be {form}, and its values numbers")
+    if not all(isinstance(reported.get(key, ""), str) for key in texts):
+        raise UserError(f"ablation.reported must be {form}, and {', '.join(texts)} texts")
 
 
 def _refuse_unlisted(key: str, value: Any) -> None:

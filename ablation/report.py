@@ -39,6 +39,7 @@ from ablation.tables import (
     is_missing,
     multiplier_tables,
     number_cell,
+    reported_table,
     row_css,
     scatter_table,
     tests_table,
@@ -182,6 +183,7 @@ def page(results: Results, figures: Sequence[ReportFigure]) -> str:
         phenomena=phenomena,
         arms=[arms_table(results, size) for size in results.sizes],
         baselines=baselines_table(results),
+        reported=reported_table(results),
         tests=[
             table
             for size in results.sizes

@@ -72,7 +72,7 @@ _OPTIONS = {"yes": False, "jobs": 0, "ranks": 0, "folder": "ablations", "task": 
 
 def usage() -> str:
     """Return the text of `--help`: the module's docstring, the question of every plan, and the keys of a plan."""
-    plans = [f"    {name:<16}{read_plan([f'ablation={name}'])[0].question}" for name in choices("ablation")]
+    plans = [f"    {name:<30}{read_plan([f'ablation={name}'])[0].question}" for name in choices("ablation")]
     keys = [
         "",
         "keys of a plan, and of a cluster",

@@ -163,6 +163,28 @@ def baselines_table(results: Results) -> PageTable | None:
     return PageTable(heads, rows, caption) if rows else None
 
 
+def reported_table(results: Results) -> PageTable | None:
+    """Return what others reported beside what the plan found; None where it names no values."""
+    reported = results.manifest.plan.reported or {}
+    values, base = reported.get("values") or {}, results.baseline
+    if not values:
+        return None
+    found = {size: {c.arm: c for c in results.comparisons(size)} for size in results.sizes}
+    rows = []
+    for arm, value in values.items():
+        theirs = value - values[base] if base in values and arm != base else math.nan
+        cells = [text_cell(arm), number_cell(value, "g"), number_cell(theirs, "+.3f")]
+        for size in results.sizes:
+            c = found[size].get(arm)
+            difference = number_cell(c.difference if c else math.nan, "+.4f")
+            cells += [difference, text_cell(c.verdict.value if c else "baseline" if arm == base else "not in the plan")]
+        rows.append(TableRow(cells))
+    here = [head for size in results.sizes for head in (f"here, {size}", "verdict")]
+    heads = ("arm", f"they report, {reported.get('unit', '')}".rstrip(", "), f"minus {base}", *here)
+    caption = f"They report, we find. {reported['source']}. {reported.get('note', '')}".rstrip()
+    return PageTable(heads, rows, caption)
+
+
 def tests_table(results: Results, size: str) -> PageTable:
     """Return the tests behind the verdicts of a size."""
     heads = (

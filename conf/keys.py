@@ -16,7 +16,9 @@ FOLDER = Path(__file__).resolve().parent
 
 def choices(group: str) -> list[str]:
     """Return the names that `group=` takes."""
-    return sorted(path.stem for path in (FOLDER / group).glob("*.yaml"))
+    return sorted(
+        path.relative_to(FOLDER / group).with_suffix("").as_posix() for path in (FOLDER / group).rglob("*.yaml")
+    )
 
 
 @functools.cache

@@ -198,7 +198,7 @@ def read_group(group: str, schema: type[Group], arguments: list[str], kind: str)
             path, name = name, name.split(".")[0]
             adds = "." in path and isinstance(settings.get(name), dict)
             settings[name] = {**settings[name], **value} if adds else value
-        merged = OmegaConf.merge(OmegaConf.structured(schema), {"name": names[-1], **settings})
+        merged = OmegaConf.merge(OmegaConf.structured(schema), {"name": names[-1].rpartition("/")[2], **settings})
         config: Any = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{kind} {names[-1]}: {_first_line(error)}") from error

@@ -330,6 +330,10 @@ class AblationConfig:
     name: str = key("", "name of the plan and of its folder")
     question: str = key("", "the question that the plan answers, in a sentence")
     baseline: str = key("", "the arm to compare all others with")
+    reported: Any = key(
+        None,
+        "what others found, shown beside what the plan finds: {source: ..., unit: ..., values: {arm: ...}, note: ...}",
+    )
     arms: Any = key(None, "names of arms in conf/ffn, or {name: overrides}: {mine: ffn=custom ffn.formula=gate*up}")
     sizes: Any = key(None, "{name: overrides of a size}; null: {nano: model=nano}")
     horizons: Any = key(
