@@ -1,6 +1,7 @@
 """From a question to a verdict: arms at equal cost, over seeds and learning rates, and the statistics of their losses.
 
-    plan.py         reads a plan of conf/ablation and resolves it: its runs, and what they cost
+    plan.py         what a plan is: its keys, its runs, and their overrides
+    resolve.py      checks a plan, loads its configurations and matches widths
     budget.py       finds the width at which an arm costs what the baseline costs
     speed.py        measures step times, for arms at equal wall-clock time
     command.py      builds the command that trains a run

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
 
 from ablation.efficiency import LossCurve, align, curve
-from ablation.multipliers import multipliers, series
+from ablation.multipliers import compute_of, multipliers, series
 from ablation.ranks import rank_agreement
 from ablation.results import Results
 from ablation.statistics import Verdict
@@ -358,10 +358,15 @@ def sizes(results: Results) -> ReportFigure | None:
     if len(drawn) < 2:
         return None
     figure, (axes,) = _panels(1)
+    drawn.sort(key=lambda size: compute_of(results, size, results.baseline))
+    compute = np.array([compute_of(results, size, results.baseline) for size in drawn])
     for arm in results.arms(drawn[0]):
         values = [means[size].get(arm, math.nan) - means[size][results.baseline] for size in drawn]
-        _line(axes, results, arm, np.arange(len(drawn)), np.array([values]), marker="o")
-    axes.set_xticks(range(len(drawn)), drawn)
+        _line(axes, results, arm, compute, np.array([values]), marker="o")
+    axes.set_xscale("log")
+    axes.set_xticks(compute, drawn)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("FLOPs of a run")
     axes.set_ylabel(f"nats per token relative to {results.baseline}")
     _legend(figure, [axes])
     one, other = drawn[0], drawn[-1]

@@ -34,8 +34,6 @@ from ablation.plan import (
     Plan,
     PlannedRun,
     at_horizon,
-    check_looks,
-    check_reported,
     counts_of_looks,
     learning_rates,
     plan_of_values,
@@ -43,6 +41,7 @@ from ablation.plan import (
     sizes_of,
     values_of_plan,
 )
+from ablation.resolve import check_looks, check_reported
 from conf.load import flatten
 from conf.provenance import provenance
 from conf.schema import AblationConfig

@@ -48,9 +48,10 @@ from ablation.outcomes import (
     read_outcome,
     run_folders,
 )
-from ablation.plan import Plan, PlannedRun, possible_seeds, read_plan, resolve, seeds_text
+from ablation.plan import Plan, PlannedRun, possible_seeds, read_plan, seeds_text
 from ablation.power import power_lines
 from ablation.progress import further_runs, outcome_of, sweep_progress
+from ablation.resolve import resolve
 from ablation.results import baselines_path, read_results, why_no_verdict
 from ablation.speed import step_time
 from conf.help import key_lines

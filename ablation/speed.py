@@ -17,7 +17,8 @@ from pathlib import Path
 
 from ablation.command import environment_of, ranks_of, train_command
 from ablation.outcomes import read_metrics
-from ablation.plan import Plan, StepSeconds, resolve
+from ablation.plan import Plan
+from ablation.resolve import StepSeconds, resolve
 from conf.schema import AblationConfig
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors

@@ -15,7 +15,8 @@ import torch
 
 import conf.load
 from ablation.manifest import write_manifest
-from ablation.plan import Plan, PlannedRun, read_plan, resolve
+from ablation.plan import Plan, PlannedRun, read_plan
+from ablation.resolve import resolve
 from conf import yaml_files
 from conf.load import load, to_yaml
 from conf.schema import Config

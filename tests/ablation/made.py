@@ -13,7 +13,8 @@ from typing import Any
 
 from ablation.learning_rates import mean_losses, sweep_result
 from ablation.manifest import write_manifest
-from ablation.plan import Plan, PlannedRun, read_plan, resolve
+from ablation.plan import Plan, PlannedRun, read_plan
+from ablation.resolve import resolve
 from bench.fuzz.sound import config_of
 from conf.load import to_yaml
 from launch.estimate.counts import parameters, shape_of

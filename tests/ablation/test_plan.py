@@ -8,7 +8,8 @@ import re
 import pytest
 
 from ablation.budget import WARN
-from ablation.plan import LONGEST_TAG, RULES_OF_0_2, Plan, plan_of_values, read_plan, resolve, values_of_plan
+from ablation.plan import LONGEST_TAG, RULES_OF_0_2, Plan, plan_of_values, read_plan, values_of_plan
+from ablation.resolve import resolve
 from ablation.results import why_no_verdict
 from conf.keys import choices
 from conf.load import load

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ablation.growth import continue_plan
-from ablation.plan import read_plan, resolve
+from ablation.plan import read_plan
 from ablation.report import write_report
+from ablation.resolve import resolve
 from ablation.results import read_results
 from conf.keys import choices
 from kernels.common.errors import UserError

@@ -10,7 +10,8 @@ import pytest
 from ablation import speed
 from ablation.growth import continue_plan
 from ablation.manifest import write_manifest
-from ablation.plan import read_plan, resolve
+from ablation.plan import read_plan
+from ablation.resolve import resolve
 from kernels.common.errors import UserError
 from tests.training.tiny import TINY, shared_corpus
 
