@@ -27,12 +27,8 @@ _MAY_CHANGE = ("looks", "until")
 _SWEEPS = ("rates", "rate_seeds")
 _NAMES = {"sizes": "sizes", "arms": "arms", "seeds": "seeds", "rates": "learning rates", "rate_seeds": "sweep seeds",
           "horizons": "horizons"}  # fmt: skip
-_FREE = (
-    "arms",
-    "sizes",
-    "question",
-    "reported",
-)  # the first two are compared as they were resolved; the others decide nothing
+# The first two are compared as they were resolved, and the others decide nothing.
+_FREE = ("arms", "sizes", "question", "reported")
 
 
 @dataclasses.dataclass(frozen=True)
