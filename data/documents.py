@@ -27,6 +27,7 @@ SOURCES = ("stdlib", "installed", "text", "jsonl", "parquet", "hf", "blend")
 SUFFIXES = {"text": None, "jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq")}
 PYTHON = ("stdlib", "installed")  # sources that are no files of the user's
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+GENERATED = ("__editable__", "_virtualenv")  # by installers, with the paths of this machine
 # A text file is one document up to WHOLE bytes. A longer one is split at line ends into documents of about SPLIT bytes:
 # memory stays bounded, and a fraction of a corpus that is one large file can be held out.
 WHOLE = 256 << 10
@@ -218,7 +219,7 @@ def _python_files(source: str) -> list[tuple[str, Path]]:
             for name in names:
                 path = Path(where, name)
                 inside = not path.is_symlink() or path.resolve().is_relative_to(root)
-                if name.endswith(".py") and inside and path.is_file():
+                if name.endswith(".py") and not name.startswith(GENERATED) and inside and path.is_file():
                     found.setdefault(path.relative_to(root).as_posix(), path)
     if not found:
         raise UserError(
