@@ -6,8 +6,9 @@ import math
 import statistics
 from pathlib import Path
 
+from ablation.looks import Looks
 from ablation.manifest import NAME
-from ablation.plan import Plan
+from ablation.plan import Plan, counts_of_looks
 from ablation.results import read_results
 from ablation.ttest import ALPHA, FEWEST_SEEDS, POWER, detectable_difference, seeds_needed
 from launch.estimate.counts import parameters, shape_of
@@ -25,6 +26,10 @@ def power_lines(plan: Plan, folder: Path) -> list[str]:
     """
     pairs = sum(len(plan.arms[size]) - 1 for size in plan.sizes)
     seeds, effect = len(plan.config.seeds), plan.config.smallest_effect
+    counts = counts_of_looks(plan.config)
+    looks = Looks(tuple(plan.config.seeds), counts, counts[-1], plan.config.reserve, plan.config.spending)
+    look = looks.reached(seeds)
+    alpha = looks.level(ALPHA / pairs, look) if look else ALPHA / pairs
     of_runs = _of_runs(folder) if (folder / NAME).exists() else {}
     lines = []
     for size, arms in ((size, plan.arms[size]) for size in plan.sizes):
@@ -33,12 +38,12 @@ def power_lines(plan: Plan, folder: Path) -> list[str]:
             count = sum(parameters(shape_of(arms[plan.config.baseline].config)).values())
             nearest = min(MEASURED, key=lambda n: abs(math.log(n / count)))
             deviation, source = MEASURED[nearest], f"measured at {nearest / 1e6:.1f}M parameters and 1M tokens"
-        found = deviation * detectable_difference(seeds, ALPHA / pairs)
+        found = deviation * detectable_difference(look or seeds, alpha)
         needed = seeds_needed(deviation, 0.0, effect, pairs)
         takes = f"about {needed:.0f} seeds" if math.isfinite(needed) else "more than 10,000 seeds"
         lines.append(
-            f"{size}: {seeds} seeds find a difference of {found:.2g} nats in {POWER:.0%} of such plans, and {effect:g} takes "
-            f"{takes} (SD of differences {deviation:.2g}, {source})"
+            f"{size}: {look or seeds} seeds find a difference of {found:.2g} nats in {POWER:.0%} of such plans, and {effect:g} "
+            f"takes {takes} (SD of differences {deviation:.2g}, {source})"
         )
     return lines
 
