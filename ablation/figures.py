@@ -296,11 +296,10 @@ def scaling(results: Results) -> ReportFigure | None:
             for of_seed in losses:
                 axes.plot(of.compute[arm], of_seed, ".", color=colour, markersize=3, alpha=0.6)
             slope, level = np.polyfit(np.log(of.compute[arm]), np.log(losses.mean(0)), 1)
-            axes.plot(
-                of.compute[arm], np.exp(level) * of.compute[arm] ** slope, color=colour, linestyle=dashes, label=arm
-            )
+            compute = np.geomspace(of.compute[arm][0], of.compute[arm][-1], _POINTS)
+            law = np.exp(level) * compute**slope
+            axes.plot(compute, law, color=colour, linestyle=dashes, label=arm)
         axes.set_xscale("log")
-        axes.set_yscale("log")
         axes.set_xlabel("FLOPs of a run")
         axes.set_ylabel("final loss, nats per token")
         axes.set_title(of.name)
