@@ -77,7 +77,9 @@ def _sentence(size: str, baseline: str, planned: int, effect: float, unit: str, 
     ):
         if by_verdict[verdict]:
             arms = [f"{_arm(c, most)}{_diverged(c)}" for c in by_verdict[verdict]]
-            reasons = {c.reason for c in by_verdict[verdict] if verdict is Verdict.BLOCKED or c.withheld}
+            group = by_verdict[verdict]
+            of_all = verdict is Verdict.BLOCKED or all(c.withheld for c in group)
+            reasons = {c.reason for c in group} if of_all else set()
             clauses.append(f"{label}: {listed(arms)}" + (f" ({reasons.pop()})" if len(reasons) == 1 else ""))
     return f"At {size}, over {seeds} seeds, in {unit}: {'; '.join(clauses)}.{_over_text(comparisons)}"
 

@@ -137,6 +137,16 @@ def test_missing_seeds_are_counted(plan, tmp_path):
     assert "over 4 of 5 seeds, in nats per token: better than relu: swiglu by " in sentence
 
 
+def test_the_reason_of_a_withheld_verdict_is_not_given_for_others(plan, tmp_path):
+    noisy = losses({"swiglu": -0.05, "gelu": 0.01}, noise=0.001)
+    wild = lambda p: noisy(p) + 0.3 * (-1) ** p.seed * (p.arm == "gelu")  # noqa: E731
+    mixed = make(plan, tmp_path / "mixed", wild)
+    shutil.rmtree(mixed / "runs" / "nano-swiglu-lr0.004-seed3")
+    (sentence,) = sentences(read_results(mixed))
+    assert re.search(r"undecided: gelu, swiglu \(4 seeds\)", sentence)
+    assert "withheld" not in sentence
+
+
 def test_a_diverged_seed_is_counted(plan, tmp_path):
     rule = losses({"swiglu": -0.05}, noise=0.001)
     results = read_results(
