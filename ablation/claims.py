@@ -71,9 +71,8 @@ class Criterion:
     scale: str = "linear"
     within: float = 0.0
     at_least: int = 0
-    of: dict[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # of `edge`: the arm and the one that it is compared with
+    # Of `edge`: the arm and the one that it is compared with.
+    of: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def pairs(self) -> dict[str, str | float]:

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
 
 from ablation.efficiency import LossCurve, align, curve
-from ablation.multipliers import compute_of, multipliers, series
+from ablation.multipliers import compute_of, fit, multipliers, series
 from ablation.ranks import rank_agreement
 from ablation.results import Results
 from ablation.statistics import Verdict
@@ -149,15 +149,8 @@ def draw(results: Results) -> list[ReportFigure]:
 
 # -------------------------------------------------------------------------------------------------------------- losses
 
-LOSS_FIGURES = (
-    "verdicts",
-    "scaling",
-    "differences",
-    "curves",
-    "costs",
-    "learning_rates",
-    "sizes",
-)  # the others are of PHENOMENA
+# The others are of PHENOMENA.
+LOSS_FIGURES = ("verdicts", "scaling", "differences", "curves", "costs", "learning_rates", "sizes")
 
 
 def verdicts(results: Results) -> ReportFigure | None:
@@ -291,14 +284,12 @@ def scaling(results: Results) -> ReportFigure | None:
     parts = []
     for axes, of in zip(panels, of_plan, strict=True):
         for arm in of.arms:
-            losses = np.array(list(of.losses[arm].values()))
             colour, dashes = colour_of(results, arm)
-            for of_seed in losses:
+            for of_seed in of.losses[arm].values():
                 axes.plot(of.compute[arm], of_seed, ".", color=colour, markersize=3, alpha=0.6)
-            slope, level = np.polyfit(np.log(of.compute[arm]), np.log(losses.mean(0)), 1)
             compute = np.geomspace(of.compute[arm][0], of.compute[arm][-1], _POINTS)
-            law = np.exp(level) * compute**slope
-            axes.plot(compute, law, color=colour, linestyle=dashes, label=arm)
+            law = fit(np.log(of.compute[arm]), of.mean(arm))
+            axes.plot(compute, law.losses(np.log(compute)), color=colour, linestyle=dashes, label=arm)
         axes.set_xscale("log")
         axes.set_xlabel("FLOPs of a run")
         axes.set_ylabel("final loss, nats per token")

@@ -34,10 +34,9 @@ from ablation.plan import (
     Plan,
     PlannedRun,
     at_horizon,
-    counts_of_looks,
     learning_rates,
     plan_of_values,
-    possible_seeds,
+    planned_looks,
     sizes_of,
     values_of_plan,
 )
@@ -83,16 +82,15 @@ class Manifest:
     @property
     def looks(self) -> Looks:
         """When the verdicts of the plan are made, and what is spent on them."""
-        counts = set(counts_of_looks(self.plan))
-        planned = max(counts)
+        looks = planned_looks(self.plan)
+        counts, planned = set(looks.counts), looks.planned
         for amendment in reversed(self.amendments):
             before = amendment["looks"]
             most = max((seeds for arms in amendment["seen"].values() for seeds, _ in arms.values()), default=0)
             if most >= before[0]:  # a verdict had been made
                 planned = before[-1]
                 counts |= {count for count in before if count <= most}
-        plan = self.plan
-        return Looks(tuple(possible_seeds(plan)), tuple(sorted(counts)), planned, plan.reserve, plan.spending)
+        return dataclasses.replace(looks, counts=tuple(sorted(counts)), planned=planned)
 
     def learned(self, size: str, arm: str) -> dict[str, Any]:
         """Return `plan.ResolvedArm.learned`."""

@@ -29,9 +29,8 @@ from ablation.multipliers import log_by_seed, series
 from ablation.results import Results, Run
 
 BySeed = dict[int, float]
-WINDOW = (
-    1_000_000  # sampled tokens without activity after which a unit may be called dead; the default of telemetry_window
-)
+# Sampled tokens without activity after which a unit may be called dead: the default of telemetry_window.
+WINDOW = 1_000_000
 NEED_WINDOW = ("recovered",)
 
 

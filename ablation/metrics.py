@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,13 @@ def value_of(metric: Metric, summary: dict[str, Any], lines: list[dict[str, Any]
     if ":" in metric.name:
         task, _, name = metric.name.partition(":")
         return _of_task(task, name, run, summary.get("steps"))
-    values = [line[metric.name] for line in lines if line.get(metric.name)]
-    return float(np.median(values[1:] or values)) if values else math.nan  # the first line includes compilation
+    return median_of(lines, metric.name)
+
+
+def median_of(lines: Iterable[Mapping[str, Any]], name: str) -> float:
+    """Return the median of a figure of train lines; nan without any. The first, which includes compilation, is left out."""
+    values = [line[name] for line in lines if line.get(name)]
+    return float(np.median(values[1:] or values)) if values else math.nan
 
 
 def _of_task(task: str, name: str, run: Path, steps: Any) -> float:

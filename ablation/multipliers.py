@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import numpy as np
 from scipy import optimize
@@ -48,6 +49,10 @@ class Series:
     def arms(self) -> list[str]:
         """The arms that have a seed at every point, and none that diverged."""
         return [arm for arm, by_seed in self.losses.items() if by_seed]
+
+    def mean(self, arm: str, seeds: Iterable[int] | None = None) -> np.ndarray:
+        """Return the mean loss of an arm over some seeds, or all of them (points,)."""
+        return np.mean([self.losses[arm][seed] for seed in (self.losses[arm] if seeds is None else seeds)], 0)
 
 
 def series(results: Results) -> list[Series]:
@@ -102,16 +107,44 @@ def multipliers(results: Results, of: Series) -> dict[str, tuple[Multiplier, Mul
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """L = E + A C^-a, with log(L - E) fitted over log C by least squares."""
+
+    asymptote: float  # E
+    slope: float  # a
+    level: float  # log A
+
+    def losses(self, log_compute: np.ndarray) -> np.ndarray:
+        """Return the losses at some compute (points,)."""
+        return self.asymptote + np.exp(self.level - self.slope * log_compute)
+
+    def log_compute(self, loss: float) -> float:
+        """Return the log of the compute that a loss takes; nan where none does."""
+        if not self.slope > 0 or not loss > self.asymptote:
+            return math.nan
+        return (self.level - math.log(loss - self.asymptote)) / self.slope
+
+
+def fit(log_compute: np.ndarray, losses: np.ndarray, asymptote: float = 0.0) -> Law:
+    """Return the law with an asymptote that fits losses (points,) best."""
+    logs, centered = np.log(losses - asymptote), log_compute - log_compute.mean()
+    slope = -float(centered @ logs / (centered @ centered))
+    return Law(asymptote, slope, float(logs.mean() + slope * log_compute.mean()))
+
+
 def log_by_seed(of: Series, arm: str, base: str, asymptote: float = 0.0) -> dict[int, float]:
     """Return the log multiplier of an arm for each seed that it and the baseline have; nan where a seed determines none."""
     seeds = sorted(of.losses[arm].keys() & of.losses[base].keys())
-    own, other = (np.log(of.compute[side]) for side in (arm, base))
-    means = [np.mean([of.losses[side][seed] for seed in seeds], 0) for side in (arm, base)]
-    ahead = _final(own, means[0], asymptote) <= _final(other, means[1], asymptote)
+    logs = {side: np.log(of.compute[side]) for side in (arm, base)}
+    finals = {side: fit(logs[side], of.mean(side, seeds), asymptote).losses(logs[side])[-1] for side in (arm, base)}
+    ahead, behind = (arm, base) if finals[arm] <= finals[base] else (base, arm)
     by_seed = {}
     for seed in seeds:
-        curves = (own, of.losses[arm][seed]), (other, of.losses[base][seed])
-        by_seed[seed] = _log_multiplier(curves[0], curves[1], asymptote, ahead)
+        front, back = (fit(logs[side], of.losses[side][seed], asymptote) for side in (ahead, behind))
+        # Both are compared at the final loss of the side that is behind.
+        gain = float(logs[behind][-1]) - front.log_compute(float(back.losses(logs[behind])[-1]))
+        by_seed[seed] = gain if ahead == arm else -gain
     return by_seed
 
 
@@ -130,8 +163,8 @@ def _multiplier(of: Series, arm: str, base: str, asymptote: float, more: float) 
     if reached < math.log(of.compute[ahead][0]):
         reason = f"{ahead} is as good as {behind} with less compute than its shortest run: add a shorter horizon"
         return dataclasses.replace(refused, reason=reason)
-    target = float(np.mean([of.losses[behind][seed][-1] for seed in by_seed]))
-    slope = _slope(np.log(of.compute[ahead]), np.mean([of.losses[ahead][seed] for seed in by_seed], 0), asymptote)
+    target = float(of.mean(behind, by_seed)[-1])
+    slope = fit(np.log(of.compute[ahead]), of.mean(ahead, by_seed), asymptote).slope
     per_nat = 1 / (slope * (target - asymptote))  # log compute per nat, at the loss that is compared
     test: TTest = paired_test(values, more * per_nat)
     low, high = test.interval(ALPHA)
@@ -139,42 +172,16 @@ def _multiplier(of: Series, arm: str, base: str, asymptote: float, more: float) 
     return Multiplier(math.exp(mean), (math.exp(low), math.exp(high)), asymptote, reason)
 
 
-def _log_multiplier(
-    own: tuple[np.ndarray, np.ndarray], base: tuple[np.ndarray, np.ndarray], asymptote: float, ahead: bool
-) -> float:
-    """Return log C of the baseline less log C of the arm at one loss: the final one of the side that is behind."""
-    front, back = (own, base) if ahead else (base, own)
-    loss = _final(*back, asymptote)
-    slope = _slope(*front, asymptote)
-    if not slope > 0 or not loss > asymptote:
-        return math.nan
-    level = float(np.mean(np.log(front[1] - asymptote)) + slope * np.mean(front[0]))
-    reached = (level - math.log(loss - asymptote)) / slope
-    gain = float(back[0][-1]) - reached
-    return gain if ahead else -gain
-
-
-def _final(log_compute: np.ndarray, losses: np.ndarray, asymptote: float) -> float:
-    """Return the fitted loss at the last point."""
-    slope, middle = _slope(log_compute, losses, asymptote), float(np.mean(np.log(losses - asymptote)))
-    return asymptote + math.exp(middle - slope * float(log_compute[-1] - np.mean(log_compute)))
-
-
-def _slope(log_compute: np.ndarray, losses: np.ndarray, asymptote: float) -> float:
-    """Return a of L = E + A C^-a, by least squares of log(L - E) over log C."""
-    centered = log_compute - log_compute.mean()
-    return -float(centered @ np.log(losses - asymptote) / (centered @ centered))
-
-
 def _asymptote(of: Series) -> tuple[float, str]:
     """Return the E with which curves of all arms fit their mean losses best, and "", or why there is none."""
     if len(of.places) < FREE_POINTS:
         return math.nan, f"an asymptote needs {FREE_POINTS} points, there are {len(of.places)}"
-    curves = [(np.log(of.compute[arm]), np.mean(list(of.losses[arm].values()), 0)) for arm in of.arms]
+    curves = [(np.log(of.compute[arm]), of.mean(arm)) for arm in of.arms]
     lowest = min(float(losses.min()) for _, losses in curves)
 
     def misfit(asymptote: float) -> float:
-        return sum(_misfit(log_compute, losses, asymptote) for log_compute, losses in curves)
+        """Return the sum of squares, in nats, that curves with this asymptote leave."""
+        return sum(float(np.sum((losses - fit(logs, losses, asymptote).losses(logs)) ** 2)) for logs, losses in curves)
 
     found = optimize.minimize_scalar(
         misfit, bounds=(0.0, lowest * (1 - 1e-6)), method="bounded", options={"xatol": 1e-6}
@@ -183,11 +190,3 @@ def _asymptote(of: Series) -> tuple[float, str]:
     if at > 0.99 * lowest:
         return math.nan, "no asymptote below the losses fits"
     return (at, "") if misfit(at) < misfit(0.0) else (0.0, "")
-
-
-def _misfit(log_compute: np.ndarray, losses: np.ndarray, asymptote: float) -> float:
-    """Return the sum of squares, in nats, that a curve with this asymptote leaves."""
-    slope = _slope(log_compute, losses, asymptote)
-    middle = float(np.mean(np.log(losses - asymptote)))
-    fitted = asymptote + np.exp(middle - slope * (log_compute - log_compute.mean()))
-    return float(np.sum((losses - fitted) ** 2))

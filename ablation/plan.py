@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ablation.budget import Width
+from ablation.looks import Looks
 from conf.load import read_group
 from conf.overrides import quoted
 from conf.schema import AblationConfig, Config
@@ -194,6 +195,12 @@ def counts_of_looks(config: AblationConfig) -> tuple[int, ...]:
         return tuple(config.looks)
     first = len(config.seeds)
     return tuple(range(first, 2 * first + 1)) if config.until == "decided" else (first,)
+
+
+def planned_looks(config: AblationConfig) -> Looks:
+    """Return when the verdicts of a plan are made, as long as it does not grow."""
+    counts = counts_of_looks(config)
+    return Looks(tuple(possible_seeds(config)), counts, counts[-1], config.reserve, config.spending)
 
 
 def possible_seeds(config: AblationConfig) -> list[int]:

@@ -6,9 +6,8 @@ import math
 import statistics
 from pathlib import Path
 
-from ablation.looks import Looks
 from ablation.manifest import NAME
-from ablation.plan import Plan, counts_of_looks
+from ablation.plan import Plan, planned_looks
 from ablation.results import read_results
 from ablation.ttest import ALPHA, FEWEST_SEEDS, POWER, detectable_difference, seeds_needed
 from launch.estimate.counts import parameters, shape_of
@@ -26,8 +25,7 @@ def power_lines(plan: Plan, folder: Path) -> list[str]:
     """
     pairs = sum(len(plan.arms[size]) - 1 for size in plan.sizes)
     seeds, effect = len(plan.config.seeds), plan.config.smallest_effect
-    counts = counts_of_looks(plan.config)
-    looks = Looks(tuple(plan.config.seeds), counts, counts[-1], plan.config.reserve, plan.config.spending)
+    looks = planned_looks(plan.config)
     look = looks.reached(seeds)
     alpha = looks.level(ALPHA / pairs, look) if look else ALPHA / pairs
     of_runs = _of_runs(folder) if (folder / NAME).exists() else {}

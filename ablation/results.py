@@ -21,7 +21,7 @@ from ablation.budget import REFUSE
 from ablation.documents import TextScatter, text_scatter
 from ablation.learning_rates import SweepResult, mean_losses, run_noise, sweep_result
 from ablation.manifest import Manifest, read_manifest
-from ablation.metrics import LOSS, Metric, metric_of, value_of
+from ablation.metrics import LOSS, Metric, median_of, metric_of, value_of
 from ablation.outcomes import DIVERGED, ENDED, FINISHED, Outcome, is_finite, read_metrics, read_outcome, run_folders
 from ablation.plan import Plan, PlannedRun, possible_seeds, swept_at, transferred
 from ablation.statistics import Comparison, Pair, compare, pairs_with
@@ -56,9 +56,8 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float:
-        """Median over the lines except the first, which includes the compilation of kernels; nan without lines."""
-        speeds = [line["tokens_per_second"] for line in self.lines_of("train") if line.get("tokens_per_second")]
-        return float(np.median(speeds[1:] or speeds)) if speeds else math.nan
+        """Median over the run; nan without lines."""
+        return median_of(self.lines_of("train"), "tokens_per_second")
 
     @property
     def memory_gib(self) -> float:
@@ -199,8 +198,13 @@ class Results:
 
     def values(self, size: str) -> dict[str, dict[int, float]]:
         """Return the metric by arm and seed; nan where the run diverged. A run that does not have it is left out."""
-        if self.metric == LOSS:
-            return self.losses(size)
+        return self.losses(size) if self.metric == LOSS else self._values[size]
+
+    @functools.cached_property
+    def _values(self) -> dict[str, dict[str, dict[int, float]]]:
+        return {size: self._read_values(size) for size in self.places}
+
+    def _read_values(self, size: str) -> dict[str, dict[int, float]]:
         by_arm: dict[str, dict[int, float]] = {}
         for arm in self.arms(size):
             by_arm[arm] = {}

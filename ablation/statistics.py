@@ -102,6 +102,7 @@ class Comparison:
     verdict: Verdict
     reason: str  # why the verdict is not a plain better or worse; "" where it is
     withheld: bool  # until the seeds of a look have ended
+    worse: bool  # the difference is to the arm's disadvantage, shown or not
 
     @property
     def decided(self) -> bool:
@@ -211,10 +212,9 @@ def at_every_size(by_size: Sequence[Sequence[Comparison]]) -> dict[str, Verdict]
     found, p_values = [], []
     for arm in arms:
         comparisons = [size[arm] for size in named]
-        worse = comparisons[0].difference > 0
+        worse = comparisons[0].worse
         usable = all(
-            c.verdict is not Verdict.BLOCKED and c.seeds >= FEWEST_SEEDS and (c.difference > 0) == worse
-            for c in comparisons
+            c.verdict is not Verdict.BLOCKED and c.seeds >= FEWEST_SEEDS and c.worse == worse for c in comparisons
         ) and (worse or not any(c.diverged for c in comparisons))
         found.append((arm, Verdict.WORSE if worse else Verdict.BETTER, min(abs(c.difference) for c in comparisons)))
         p_values.append(max(c.p for c in comparisons) if usable else math.nan)
@@ -289,9 +289,9 @@ class _TestedArm:
     def p_equivalent(self, test: TTest, smallest_effect: float) -> float:
         """Return the p-value of equivalence at all looks together."""
         p = test.equivalence(smallest_effect)
-        return (
-            p if self.looks is None else self.paid(min(1.0, 2 * p)) / 2
-        )  # looks are paid for on two sides, this is one
+        if self.looks is None:
+            return p
+        return self.paid(min(1.0, 2 * p)) / 2  # looks are paid for on two sides, and this is one
 
     @property
     def worse(self) -> bool:
@@ -375,6 +375,7 @@ def _judge_arm(
         verdict=verdict,
         reason=reason,
         withheld=bool(tested.withheld),
+        worse=tested.worse,
     )
 
 

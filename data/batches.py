@@ -50,9 +50,8 @@ class Dataset:
     tokenizer: Tokenizer
     parts: list[Part]
     held_out: ShardSet  # of all parts, concatenated
-    held_out_groups: (
-        tuple[int, ...] | None
-    )  # documents of each held-out folder, in order; None: they were not held out so
+    # Documents of each held-out folder, in order; None: they were not held out so.
+    held_out_groups: tuple[int, ...] | None
     xz_bits_per_byte: float | None  # of xz -9 on the held-out text; None: it is too large, or there is none
     corpus_hash: str  # of the text, the tokenizer and the weights
 

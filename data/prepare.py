@@ -180,9 +180,8 @@ class _Facts:
     held_out_text: bytearray | None = field(default_factory=bytearray)  # None: more than XZ_LIMIT
     skipped: int = 0  # records whose text is null or empty
     near_duplicates: int = 0  # documents that nearly repeat held-out text
-    held_out_groups: list[int] = field(
-        default_factory=list
-    )  # held-out documents of each folder, one folder after the other
+    # Held-out documents of each folder, one folder after the other.
+    held_out_groups: list[int] = field(default_factory=list)
     last_group: str | None = None  # of the held-out documents
 
     def skip(self) -> None:

@@ -95,6 +95,14 @@ def test_throughput_is_compared_by_its_own_values(tmp_path):
     assert "Learning rates were chosen by the held-out loss" in page
 
 
+def test_where_higher_is_better_the_headline_turns_round_too(tmp_path):
+    sizes = "ablation.sizes={small: model=nano, deep: model=nano model.n_layers=6}"
+    plan = plan_of(*WORDS, sizes, "ablation.metric=tokens_per_second", "ablation.smallest_effect=10")
+    speeds = {"relu": 1000.0, "swiglu": 900.0, "gelu": 1100.0}
+    folder = make(plan, tmp_path, RULE, figures=lambda run: {"tokens_per_second": speeds[run.arm] + run.seed})
+    assert sentences(read_results(folder))[0] == "At every size, better than relu: gelu; worse than relu: swiglu."
+
+
 def evaluate(run: Path, task: str, value: float, **changes) -> None:
     """Leave a result of the harness in a run's folder, as `model.evaluate` does."""
     steps = json.loads((run / "summary.json").read_text())["steps"]
