@@ -51,7 +51,7 @@ train: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed train.py ffn=swiglu
 
 ablation: setup
-	@$(BIN)/python -m ablation.run ablation=smoke yes=true
+	@$(BIN)/python -m ablation.run ablation=smoke yes=true jobs=2
 	@$(BIN)/python -m ablation.report ablations/smoke
 
 # The checker of types needs a minute of one core, which the tests leave free now and then.

@@ -11,6 +11,7 @@ from kernels.common.commands import run_command
 
 def main(argv: list[str]) -> int:
     """Train with the overrides in `argv`, or once per combination with `--multirun`; return the exit status."""
+    from launch.environment import configure_libraries
     from launch.launchers import Launchers
     from launch.multirun import FLAGS, multirun
     from launch.ranks import export, find_ranks, take_local_rank
@@ -24,9 +25,11 @@ def main(argv: list[str]) -> int:
     export(ranks)
     launchers.choose_port(ranks)
     config = load(argv)
-    from training.machine import keep_freed_memory
+    configure_libraries()
+    from training.machine import keep_freed_memory, uses_gpu
 
-    keep_freed_memory()
+    if not uses_gpu():  # where the host's memory holds no activations, keeping its peak would only waste it
+        keep_freed_memory()
     from training.run import train
 
     return train(config, ranks, launchers)

@@ -74,7 +74,7 @@ def engine_of(overrides: list[str], ranks: Ranks) -> tuple[Any, Batch, Shape]:
     check_divisibility(shape, config.parallel)
     device = machine.find_device(ranks)
     dtype = machine.find_dtype(config, device)
-    attention = choose(config.model.attention, device, dtype, config.sequence_length)
+    attention = choose(config.model.attention, device, dtype, config.sequence_length).backend
     mesh = mesh_from_config(config.parallel)
     return Engine(config, batch, shape, device, dtype, attention, None, mesh), batch, shape
 

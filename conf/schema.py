@@ -81,6 +81,7 @@ class ModelConfig:
     tie_embeddings: bool = key(False, "the output projection is the embedding")
     init_std: Optional[float] = key(None, "standard deviation of the initial weights; null: 1 / sqrt(d_model)")
     z_loss: float = key(0.0, "coefficient of logsumexp(logits)^2, added to the training loss")
+    logit_softcap: float = key(0.0, "c of the logits' c tanh(logits / c), as in Gemma 2; 0: none")
     attention: str = key("auto", "attention backend: auto | flash | sdpa | flex | blocks")
     mask_documents: bool = key(False, "attention does not cross the boundaries of packed documents")
     activation_checkpointing: bool = key(

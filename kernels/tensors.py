@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+
+_traced_gpu: tuple[int, int] | None = None  # see `meta_as_gpu`
+
+
+@contextlib.contextmanager
+def meta_as_gpu(capability: tuple[int, int]) -> Iterator[None]:
+    """Take tensors on the meta device for those of a GPU while it is entered, so that a trace runs what a GPU would run.
+
+    Kernels are chosen as on a GPU of this compute capability, and must not be launched: who traces replaces the launcher.
+    """
+    global _traced_gpu
+    before, _traced_gpu = _traced_gpu, capability
+    try:
+        yield
+    finally:
+        _traced_gpu = before
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is on a GPU."""
+    return tensor.is_cuda or (_traced_gpu is not None and tensor.is_meta)
+
+
+def capability_of(tensor: Tensor) -> tuple[int, int]:
+    """Return the compute capability of the GPU that holds a tensor, as (9, 0) for sm_90."""
+    if _traced_gpu is not None and tensor.is_meta:
+        return _traced_gpu
+    return torch.cuda.get_device_capability(tensor.device)
 
 
 def is_plain(tensor: Tensor) -> bool:

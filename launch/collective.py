@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from launch.installed import installed_versions
+from launch.ranks import find_ranks, gpu_index, installed_gpus
 
 _SECONDS, _BYTES = 2.0, 64 * 2**20
 
@@ -34,7 +35,7 @@ def measure(seconds: float = _SECONDS) -> dict[str, Any]:
     """
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(gpu_index(find_ranks(), torch.cuda.device_count(), installed_gpus()))
     dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=2))
     try:
         world, device = dist.get_world_size(), "cuda" if cuda else "cpu"

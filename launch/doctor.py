@@ -38,7 +38,7 @@ from conf.login import wandb_mode
 from conf.schema import ClusterConfig, Config
 from conf.terminal import SafeConsole
 from conf.validate import validate
-from kernels.c.toolchain import FLAGS, find_compiler
+from kernels.c.toolchain import FLAGS, find_compiler, triton_problem
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import split_options
@@ -207,11 +207,13 @@ def compiler() -> Finding:
     name = find_compiler()
     if name is None:
         return Finding(
-            YELLOW if installed_gpus() else RED,
+            RED,
             "compiler",
-            "there is no cc, gcc or clang: on a CPU kernels run as plain torch, several times slower",
+            "there is no cc, gcc or clang: kernels run as plain torch, several times slower",
             "apt install gcc, or module load gcc, or set CC",
         )
+    if installed_gpus() and (missing := triton_problem()):
+        return Finding(RED, "compiler", f"Triton cannot launch its kernels: {missing}")
     with tempfile.TemporaryDirectory() as folder:
         command = [name, "-fopenmp", *FLAGS, "-", "-o", f"{folder}/a.so", "-lm"]
         done = subprocess.run(command, input="int one(void) { return 1; }\n", capture_output=True, text=True)

@@ -140,6 +140,26 @@ def _check_against_slurm(ranks: Ranks, environment: Mapping[str, str]) -> None:
     raise UserError(f"{text}: unset RANK and WORLD_SIZE before srun")
 
 
+def gpu_index(ranks: Ranks, visible: int, installed: int) -> int:
+    """Return the number of this rank's GPU among those that its process sees.
+
+    Args:
+        visible: GPUs that the process sees.
+        installed: GPUs of the node.
+
+    Raises:
+        UserError: the node has fewer GPUs than ranks, or the process does not see its own.
+    """
+    if ranks.local_rank < visible:
+        return ranks.local_rank
+    if visible == 1 and installed >= ranks.local_world_size:  # one is bound to each task, as by srun --gpus-per-task=1
+        return 0
+    seen = "" if visible == installed else f", of which this process sees {visible} (CUDA_VISIBLE_DEVICES)"
+    raise UserError(
+        f"rank {ranks.rank} has local rank {ranks.local_rank}, but its node has {max(visible, installed)} GPU(s){seen}"
+    )
+
+
 def installed_gpus() -> int:
     """Return the number of NVIDIA GPUs of the driver, without torch."""
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from conf.schema import ModelConfig
 from launch.estimate.counts import Shape
-from model.attention import attend, attend_cached
+from model.attention import Documents, attend, attend_cached
 from model.collectives import (
     column_parallel_linear,
     gather_sequence,
@@ -73,13 +73,13 @@ class ForwardPass:
     Args:
         mesh: the model's mesh, or with a cache `Mesh.for_generation` of it.
         batch_size: B, which the shape of a token shard (B x S / T, D) does not show.
-        documents: (B, S of all context ranks), see `attention.attend`.
+        documents: of the sequences, over all context ranks; None: each is one document.
         cache: of keys and values; the pass is given the newest tokens only.
     """
 
     mesh: Mesh
     batch_size: int
-    documents: Tensor | None = None
+    documents: Documents | None = None
     cache: Cache | None = None
 
 
@@ -169,10 +169,10 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """The output projection: logits, or straight to the loss."""
 
-    def __init__(self, weight: nn.Parameter, z_loss: float) -> None:
+    def __init__(self, weight: nn.Parameter, z_loss: float, softcap: float) -> None:
         super().__init__()
         self.weight = weight  # (V, D)
-        self.z_loss = z_loss
+        self.z_loss, self.softcap = z_loss, softcap
 
     def forward(self, x: Tensor, targets: Tensor | None, tensor: Axis) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Project x (B, S, D).
@@ -181,8 +181,8 @@ class Head(nn.Module):
             Logits (B, S, V); or with targets (B, S) what `linear_cross_entropy` returns.
         """
         if targets is None:
-            return gathered_logits(x, self.weight, tensor)
-        return linear_cross_entropy(x, self.weight, targets, self.z_loss, tensor=tensor)
+            return gathered_logits(x, self.weight, tensor, self.softcap)
+        return linear_cross_entropy(x, self.weight, targets, self.z_loss, tensor=tensor, softcap=self.softcap)
 
 
 class Decoder(nn.Module):
@@ -212,7 +212,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(shape, i, model, rotary, backend, mesh) for i in range(shape.n_layers))
         self.norm = RMSNorm(shape.d_model, model.norm_eps, _norm_gradient_axis(mesh))
         untied = None if shape.tied else shard_parameter(mesh, (shape.vocab_size, shape.d_model), 0)
-        self.head = Head(self.embedding.weight if untied is None else untied, model.z_loss)
+        head_weight = self.embedding.weight if untied is None else untied
+        self.head = Head(head_weight, model.z_loss, shape.logit_softcap)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None
@@ -233,7 +234,7 @@ class Decoder(nn.Module):
         mesh = self.mesh if cache is None else self.mesh.for_generation()
         documents = None
         if self.document_start is not None and cache is None:
-            documents = (gather_sequence(tokens, mesh.context) == self.document_start).cumsum(1)
+            documents = Documents((gather_sequence(tokens, mesh.context) == self.document_start).cumsum(1))
         forward_pass = ForwardPass(mesh, len(tokens), documents, cache)
         x, residual = self.embedding(tokens, mesh.tensor), None
         # A recomputed layer would extend a cache twice.

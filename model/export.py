@@ -120,6 +120,7 @@ def _model_config(
             "AutoModelForCausalLM": f"{module}.{CLASSES[FORMULA]}",
         },
         "qk_norm": shape.qk_norm,
+        "final_logit_softcapping": shape.logit_softcap or None,
         "ffn": layers,
     }
 

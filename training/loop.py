@@ -32,6 +32,7 @@ from model.weights import step_of
 from training import machine, watchdog
 from training.evaluation import HeldOut, evaluate
 from training.guard import Guard
+from training.peak_speed import PeakSpeed
 from training.prompts import prompts_of
 from training.recorder import RunRecorder
 from training.rewind import course_of
@@ -157,7 +158,7 @@ class TrainingLoop:
             f"at step {self.step} and is {self.config.optim.lr * following:.3g} at step {self.step + 1}"
         )
 
-    def run(self, peak: machine.PeakSpeed, launchers: Launchers, launched_at: float) -> int:
+    def run(self, peak: PeakSpeed, launchers: Launchers, launched_at: float) -> int:
         """Train to the last step or to a signal, and write the summary; return the exit status.
 
         Args:
@@ -176,7 +177,7 @@ class TrainingLoop:
         self.console.stop()
         return self._finish(status)
 
-    def _train(self, peak: machine.PeakSpeed, launchers: Launchers, launched_at: float) -> str:
+    def _train(self, peak: PeakSpeed, launchers: Launchers, launched_at: float) -> str:
         """Train to the last step or to a signal; return the status."""
         config, batch = self.config, self.batch
         self.console.start(self.step, batch.steps, config.log_seconds)
@@ -257,7 +258,7 @@ class TrainingLoop:
         grad_norm: torch.Tensor | float,
         scale: float,
         throughput: _Throughput,
-        peak: machine.PeakSpeed,
+        peak: PeakSpeed,
     ) -> None:
         """Record the steps since the last log line. Collective.
 

@@ -108,7 +108,7 @@ class MemoryBudget:
 
     def _peak(self, config: Config, micro_batch: int) -> dict[str, float]:
         accumulation = self.batch.micro_batch * self.batch.accumulation // micro_batch
-        return peak_bytes(config, self.shape, self._dp_cp, micro_batch, accumulation, self.bf16)
+        return peak_bytes(config, self.shape, self._dp_cp, micro_batch, accumulation, self.bf16, self.on_gpu)
 
     def _remedy(self, there: float) -> str:
         """Return the mildest change after which the run fits into `there` bytes by the estimate."""

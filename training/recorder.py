@@ -20,11 +20,12 @@ from kernels.common.errors import ExitStatus
 from kernels.common.files import problem_of, status_of
 from kernels.common.json_files import DOCUMENTS
 from kernels.common.units import duration
-from launch.estimate.counts import Shape, flops_per_token
+from launch.estimate.counts import CONVENTION, Shape, flops_per_token
 from training import machine
 from training.console import Console
 from training.evaluation import HeldOut
 from training.loggers import Loggers
+from training.peak_speed import PeakSpeed
 from training.runfolder import RunFolder
 
 EXPECTED_MFU = 0.4  # assumed by the expected time, before anything is measured
@@ -209,7 +210,7 @@ class RunRecorder:
         console.print("  python train.py --help")
 
     def summary_rows(
-        self, device: torch.device, dtype: torch.dtype, attention: str, peak: machine.PeakSpeed, ranks: int
+        self, device: torch.device, dtype: torch.dtype, attention: str, peak: PeakSpeed, ranks: int
     ) -> list[tuple[str, str]]:
         """Return the rows of the console's summary about data and machine: (name, text).
 
@@ -243,7 +244,7 @@ class RunRecorder:
             *rows,
             ("optimizer", f"{config.optim.name}, peak lr {config.optim.lr:g}, {config.schedule.name}"),
             ("attention", attention),
-            ("peak", f"{peak.flops / 1e12:.3g} TFLOP/s per rank ({peak.source})"),
+            ("peak", f"{peak.flops / 1e12:.3g} TFLOP/s per rank ({peak.source}); MFU: {CONVENTION}"),
             ("expected time", f"about {duration(expected_seconds)} at {EXPECTED_MFU:.0%} MFU"),
         ]
 

@@ -37,6 +37,7 @@ from training.console import Console
 from training.failure import explain
 from training.loop import TrainingLoop
 from training.memory import MemoryBudget
+from training.peak_speed import PeakSpeed
 from training.process_group import record_collectives, start_process_group
 from training.recorder import RunRecorder, held_out_line
 from training.resume import Decision, choose_checkpoint, decide_together, remove_leftovers, unknown_origin, why_unfit
@@ -68,7 +69,8 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
         dataset = _open_corpus(config, folder, ranks, console)
         watch.start()  # a corpus may take hours to prepare, and its processes are forks
         shape = _shape(config, dataset)
-        for warning in (*warnings, *check_arms(shape.ffn, device, dtype, statistics=bool(config.telemetry_every))):
+        arms = check_arms(shape.ffn, device, dtype, statistics=bool(config.telemetry_every))
+        for warning in (*warnings, *attention.warnings, *arms):
             console.warn(warning)
         if ranks.world_size > 1:  # rank 0 tells the others what it decides
             _start_group(config, ranks, device, folder.path)
@@ -85,7 +87,7 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
         with memory.explained():
             if ranks.world_size == 1:
                 _start_group(config, ranks, device, folder.path)
-            engine = _build_engine(config, batch, folder, dataset, shape, device, dtype, attention)
+            engine = _build_engine(config, batch, folder, dataset, shape, device, dtype, attention.backend)
             loop = TrainingLoop(
                 config, batch, ranks, folder, dataset, stream, shape, recorder, engine, decision.run_id, inspector
             )
@@ -94,9 +96,9 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
             if ranks.rank == 0:
                 _copy_tokenizer(dataset, folder.path)
             recorder.open(f"{machine.describe(device)} x {ranks.world_size}")
-            peak = machine.PeakSpeed(device, dtype)
+            peak = PeakSpeed(device, dtype)
             if not decision.checkpoint:
-                rows = recorder.summary_rows(device, dtype, attention, peak, ranks.world_size)
+                rows = recorder.summary_rows(device, dtype, attention.backend, peak, ranks.world_size)
                 console.summary(config, shape, batch, rows)
             recorder.session("resumed" if decision.checkpoint else "started", loop.earlier_seconds, decision.run_id)
             return loop.run(peak, launchers, launched_at)

@@ -170,7 +170,7 @@ def poisoned(case: PoisonCase, rank: int) -> Iterator[None]:
         return train_step(engine, *arguments)
 
     with mock.patch.object(Engine, "train_step", train_step_clean):
-        with mock.patch("training.machine.peak_flops", return_value=(1e12, "assumed")):  # seconds in bf16
+        with mock.patch("training.peak_speed.peak_flops", return_value=(1e12, "assumed")):  # seconds in bf16
             yield
 
 

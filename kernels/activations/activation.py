@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..formula import Formula
 from ..formula.symbolic import Compiled, compile_formula
-from ..tensors import is_plain
+from ..tensors import is_plain, on_gpu
 from . import reference
 from .telemetry import BatchStats
 
@@ -177,7 +177,7 @@ class Activation:
         """Return the backend for tensors like `pre`."""
         if self.backend == "reference":
             return reference
-        if self.backend == "triton" or (self.backend == "auto" and pre.is_cuda):
+        if self.backend == "triton" or (self.backend == "auto" and on_gpu(pre)):
             from ..triton import runtime
             from . import triton_backend
 

@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,21 @@ def _build_in(folder: Path, name: str, compiler: str, text: str) -> ctypes.CDLL:
 def find_compiler() -> str | None:
     """Return the path of the C compiler, the first that exists of `CC`, cc, gcc and clang; None without one."""
     return shutil.which(os.environ.get("CC", "")) or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
+def triton_problem() -> str:
+    """Return why Triton could not compile the C launchers of its kernels, and the remedy; "" if nothing is missing.
+
+    It needs a C compiler and Python.h, and looks for them at the first launch of each kernel.
+    """
+    if find_compiler() is None:
+        return "there is no C compiler (apt install gcc, or module load gcc, or set CC)"
+    scheme = sysconfig.get_default_scheme()
+    paths = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)
+    if not Path(paths["include"], "Python.h").exists():
+        version = ".".join(platform.python_version_tuple()[:2])
+        return f"{paths['include']} has no Python.h (apt install python{version}-dev)"
+    return ""
 
 
 @contextlib.contextmanager

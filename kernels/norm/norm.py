@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..c import library as c
-from ..tensors import is_plain, runs
+from ..tensors import is_plain, on_gpu, runs
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ def _backend(x: Tensor) -> Backend | None:
     """Return the backend for tensors like x; None: PyTorch's own function, which compiles, and is one kernel on a GPU."""
     if not is_plain(x):
         return None
-    if x.is_cuda:
+    if on_gpu(x):
         from ..triton import runtime
 
         if not runtime.serves(x):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..c import library as c
-from ..tensors import is_plain
+from ..tensors import is_plain, on_gpu
 
 # (x, cos, sin, direction) -> x rotated; `direction` is 1, or -1 for the inverse rotation.
 Backend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -55,7 +55,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 def _backend(x: Tensor) -> Backend:
     """Return the backend for tensors like x."""
-    if x.is_cuda:
+    if on_gpu(x):
         from ..triton import runtime
 
         if runtime.serves(x):

@@ -15,7 +15,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..c.toolchain import triton_problem
 from ..common.cache import folder
+from ..tensors import on_gpu
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,19 +33,28 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.lru_cache(maxsize=1)
+def problem() -> str:
+    """Why no Triton kernel can be launched on this machine, and the remedy; "" if nothing is missing."""
+    if not installed():
+        return "the package triton is not installed: pip install triton"
+    return "" if interpreted() else triton_problem()
+
+
 def serves(pre: Tensor) -> bool:
     """Whether Triton kernels support the device and dtype of `pre` on this machine."""
-    if not installed():
+    if problem():
         return False
     if interpreted():
         return pre.dtype == torch.float32  # the interpreter's bf16 is wrong
-    return pre.is_cuda and torch.version.cuda is not None and pre.dtype in _DTYPES
+    built = torch.version.cuda is not None or pre.is_meta  # for NVIDIA; a trace needs none
+    return on_gpu(pre) and built and pre.dtype in _DTYPES
 
 
 def refusal(pre: Tensor) -> Exception:
     """Return the exception for a `pre` that the backend, selected by name, does not support."""
-    if not installed():
-        return ImportError("the Triton backend needs the package triton, which is not installed: pip install triton")
+    if problem():
+        return ImportError(f"the Triton backend cannot run: {problem()}")
     kind = f"{pre.dtype} on {pre.device.type}".removeprefix("torch.")
     if interpreted():
         return ValueError(f"under TRITON_INTERPRET=1 the Triton backend computes float32, not {kind}")
@@ -53,11 +64,8 @@ def refusal(pre: Tensor) -> Exception:
 @functools.lru_cache(maxsize=1)
 def warn_if_missing() -> None:
     """Warn once per process that a GPU is used without Triton."""
-    if not installed():
-        warnings.warn(
-            "no Triton kernels, the slower reference backend computes the activation instead: pip install triton",
-            stacklevel=2,
-        )
+    if problem():
+        warnings.warn(f"no Triton kernels, slower plain PyTorch computes instead: {problem()}", stacklevel=2)
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from conf.terminal import SafeConsole
 from kernels.common.units import duration
-from launch.estimate.counts import flops_per_token, parameters
+from launch.estimate.counts import CONVENTION, flops_per_token, parameters
 from launch.estimate.search import Estimate, overrides_of, what_would_fit
 from launch.estimate.step_time import traffic
 
@@ -50,7 +50,8 @@ def show(requested: Estimate, candidates: list[Estimate], console: SafeConsole) 
     sent = traffic(requested.layout)
     step = Table("per step", "seconds", "fraction", f"GB sent per {device}", box=box.SIMPLE)
     for part, name in _PARTS.items():
-        seconds, gigabytes = getattr(requested.step, part), sent.get(part, 0.0) / 1e9
+        gigabytes = (sent["gradients"] + sent["weights"] if part == "data" else sent.get(part, 0.0)) / 1e9
+        seconds = getattr(requested.step, part)
         if seconds or gigabytes:
             step.add_row(
                 name,
@@ -62,19 +63,20 @@ def show(requested: Estimate, candidates: list[Estimate], console: SafeConsole) 
     console.print(step)
     console.print(
         f"{requested.tokens_per_second:,.0f} tokens/s, {requested.tokens_per_second / requested.gpus:,.0f} per {device}; "
-        f"MFU {requested.mfu:.1%}; {duration(3600 * requested.hours)}, {requested.hours * requested.gpus:,.0f} {device} hours, "
+        f"MFU {requested.mfu:.1%} ({CONVENTION}); "
+        f"{duration(3600 * requested.hours)}, {requested.hours * requested.gpus:,.0f} {device} hours, "
         f"{requested.megawatt_hours:,.3g} MWh, ${requested.dollars:,.0f} at ${hardware.dollars_per_gpu_hour:g} per GPU hour",
         soft_wrap=True,
     )
     if not candidates:
         console.print(what_would_fit(requested), soft_wrap=True)
         return
-    table = Table("tensor", "ZeRO", "micro", "recompute", "GiB", "s per step", "MFU", "time", box=box.SIMPLE)
+    table = Table("tensor", "ZeRO", "micro", "recompute", "overlap", "GiB", "s per step", "MFU", "time", box=box.SIMPLE)
     for candidate in candidates[:_LISTED]:
-        tensor, stage, micro, checkpoints = candidate.choice
+        tensor, stage, micro, checkpoints, overlap = candidate.choice
         gib = sum(candidate.memory.values()) / 2**30
         table.add_row(
-            f"{tensor}", f"{stage}", f"{micro}", "on" if checkpoints else "off", f"{gib:.1f}",
+            f"{tensor}", f"{stage}", f"{micro}", "on" if checkpoints else "off", "on" if overlap else "off", f"{gib:.1f}",
             f"{candidate.step.total:.4g}", f"{candidate.mfu:.1%}", duration(3600 * candidate.hours),
         )  # fmt: skip
     console.print(f"fastest of the {len(candidates)} combinations that fit:")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ from conf.schema import ClusterConfig, Config
 from conf.validate import Batch, validate
 from kernels.common.errors import UserError
 from launch.estimate.counts import Shape, check_divisibility, peak_bytes, shape_of
-from launch.estimate.step_time import ParallelLayout, StepTime, model_flops_utilization, step_time
+from launch.estimate.step_time import ParallelLayout, StepTime, model_flops_utilization, overlapped, step_time
 
 _RESERVED = 0.08  # fraction of a GPU's memory: the CUDA context, NCCL and fragmentation
 MOST_GPUS = 16384
@@ -57,11 +58,11 @@ class Estimate:
         return self.hours * self.gpus * self.cluster.hardware.dollars_per_gpu_hour
 
     @property
-    def choice(self) -> tuple[int, int, int, bool]:
-        """The settings that `search` varies: tensor size, ZeRO stage, micro-batch, activation checkpointing."""
+    def choice(self) -> tuple[int, int, int, bool, bool]:
+        """The settings that `search` varies: tensor size, ZeRO stage, micro-batch, activation checkpointing, overlap."""
         config = self.config
-        checkpoints = config.model.activation_checkpointing
-        return config.parallel.tensor, config.zero.stage, self.batch.micro_batch, checkpoints
+        checkpoints, overlap = config.model.activation_checkpointing, config.zero.overlap
+        return config.parallel.tensor, config.zero.stage, self.batch.micro_batch, checkpoints, overlap
 
 
 def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int, shape: Shape | None = None) -> Estimate:
@@ -75,8 +76,7 @@ def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int, s
     check_divisibility(shape, config.parallel)
     zero, bf16 = config.zero, config.precision.name != "fp32"
     gradient_width = 2 if bf16 and config.precision.reduce == "bf16" else 4
-    # Stage 3 overlaps with the whole step, the others with the backward of the last micro-batch.
-    overlap = (1.0 if zero.stage == 3 else 2 / 3 / batch.accumulation) if zero.overlap else 0.0
+    overlap, overlap_weights = overlapped(zero.stage, bf16, batch.accumulation) if zero.overlap else (0.0, False)
     layout = ParallelLayout(
         shape=shape,
         sequence_length=config.sequence_length,
@@ -88,17 +88,22 @@ def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int, s
         micro_batches=batch.accumulation,
         recompute=float(config.model.activation_checkpointing),
         overlap=overlap,
+        overlap_weights=overlap_weights,
         bf16=bf16,
+        on_gpu=cluster.gpus_per_node > 0,
         gradient_width=gradient_width,
         bucket=zero.bucket_elements,
         offload=zero.offload_optimizer,
     )
-    memory = peak_bytes(config, shape, layout.dp_cp, batch.micro_batch, batch.accumulation, bf16)
+    memory = peak_bytes(config, shape, layout.dp_cp, batch.micro_batch, batch.accumulation, bf16, layout.on_gpu)
     return Estimate(config, cluster, gpus, batch, shape, memory, layout, step_time(layout, cluster.hardware))
 
 
 def search(config: Config, cluster: ClusterConfig, gpus: int, per_node: int) -> Iterator[Estimate]:
-    """Yield what fits among all tensor sizes within a node, ZeRO stages, micro-batches, and checkpointing on or off."""
+    """Yield what fits among all tensor sizes within a node, ZeRO stages, micro-batches, checkpointing on or off, and overlap.
+
+    Overlap is left out where DeepSpeed ignores it: the same would come twice.
+    """
     shape = shape_of(config)
     for candidate in _combinations(config, gpus, per_node):
         try:
@@ -119,11 +124,15 @@ def _combinations(config: Config, gpus: int, per_node: int) -> Iterator[Config]:
     for tensor in (size for size in (1, 2, 4, 8, 16) if size <= min(per_node, gpus)):
         per_rank = sequences * tensor // gpus  # in a step
         for stage, micro in ((stage, 2**n) for stage in (1, 2, 3) for n in range(7) if 2**n <= max(1, per_rank)):
-            for checkpoints in (False, True):
+            accumulation = max(1, per_rank // micro)
+            can_overlap = (
+                overlapped(stage, config.precision.name != "fp32", accumulation)[0] > 0 and per_rank < sequences
+            )
+            for checkpoints, overlap in itertools.product((False, True), (False, True) if can_overlap else (False,)):
                 yield dataclasses.replace(
                     config,
                     micro_batch_size=micro,
-                    zero=dataclasses.replace(config.zero, stage=stage),
+                    zero=dataclasses.replace(config.zero, stage=stage, overlap=overlap),
                     parallel=dataclasses.replace(config.parallel, tensor=tensor, sequence=tensor > 1),
                     model=dataclasses.replace(config.model, activation_checkpointing=checkpoints),
                 )
@@ -131,11 +140,12 @@ def _combinations(config: Config, gpus: int, per_node: int) -> Iterator[Config]:
 
 def overrides_of(candidate: Estimate) -> list[str]:
     """Return the overrides that select what `search` varies."""
-    tensor, stage, micro, checkpoints = candidate.choice
+    tensor, stage, micro, checkpoints, overlap = candidate.choice
     overrides = [f"parallel.tensor={tensor}"]
     if tensor > 1:
         overrides.append("parallel.sequence=true")
     overrides += [f"zero={stage}", f"micro_batch_size={micro}"]
+    overrides.append(f"zero.overlap={str(overlap).lower()}")
     return [*overrides, f"model.activation_checkpointing={str(checkpoints).lower()}"]
 
 

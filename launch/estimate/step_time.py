@@ -4,10 +4,11 @@ Two constants are fitted to nine published runs on H100s (`python -m bench.estim
 fraction of its peak that a GPU reaches in matrix products, and the fraction of its data sheet's bandwidth that a collective
 reaches. Everything else is counted (launch/estimate/counts.py) or given by conf/cluster:
 
-    products    FLOPs, recomputation included, at GEMM_EFFICIENCY of a peak that falls with the cube root of the power limit
-    memory      reads and writes of all other operations, at the memory bandwidth
+    products    FLOPs, recomputation included (of layers, and of what `ffn.save=input` drops), at GEMM_EFFICIENCY of a peak that
+                falls with the cube root of the power limit
+    memory      reads and writes of all other operations, the loss's chunks of logits among them, at the memory bandwidth
     tensor      traffic of the tensor ranks in every layer, never overlapped; likewise context
-    data        ZeRO's traffic, less what overlaps compute
+    data        ZeRO's traffic, less what overlaps compute (`overlapped`)
     latency     of ZeRO's rings, never overlapped: one hop per rank
     bubble      idle time of a pipeline (published runs only: pipeline parallelism is not offered here)
     optimizer   reads and writes of the optimizer step
@@ -24,7 +25,9 @@ from conf.schema import HardwareConfig, ParallelConfig
 from launch.estimate.counts import (
     Shape,
     context_traffic,
+    ffn_recomputed_flops,
     flops_per_token,
+    logits_rows,
     parameters,
     rank_parameters,
     tensor_traffic,
@@ -47,7 +50,8 @@ class ParallelLayout:
         micro_batch: sequences per rank at once.
         micro_batches: per step and rank.
         recompute: fraction of the layers' forward that is recomputed in backward.
-        overlap: fraction of a step that ZeRO's traffic can overlap.
+        overlap: fraction of a step that the traffic of ZeRO's gradients can overlap.
+        overlap_weights: whether that of its weights can too.
         gradient_width: bytes per gradient element in communication.
         bucket: elements that ZeRO sends at once.
         pipeline, interleaved: pipeline stages, and virtual stages per rank.
@@ -63,7 +67,9 @@ class ParallelLayout:
     micro_batches: int = 1
     recompute: float = 0.0
     overlap: float = 0.0
+    overlap_weights: bool = False
     bf16: bool = True
+    on_gpu: bool = True
     gradient_width: int = 4
     bucket: int = 50_000_000
     offload: bool = False
@@ -99,6 +105,20 @@ class StepTime:
         return math.fsum(dataclasses.astuple(self))
 
 
+def overlapped(stage: int, bf16: bool, micro_batches: int) -> tuple[float, bool]:
+    """Return the fraction of a step that gradient traffic overlaps under `zero.overlap=true`, and whether weights' does too.
+
+    Stage 3 gathers ahead and reduces behind, over the whole step. Stage 2 reduces during every backward, two thirds of a step,
+    and stage 1 during the last one; their weights are gathered after the optimizer step, which nothing overlaps. Stage 0, and
+    DeepSpeed's optimizer for stage 1 with fp32 sums of bf16 gradients, which accumulation takes, reduce after backward.
+    """
+    if stage == 3:
+        return 1.0, True
+    if stage == 0 or (stage == 1 and bf16 and micro_batches > 1):
+        return 0.0, False
+    return (2 / 3 if stage == 2 else 2 / 3 / micro_batches), False
+
+
 def step_time(
     layout: ParallelLayout,
     hardware: HardwareConfig,
@@ -111,11 +131,13 @@ def step_time(
     tokens = layout.micro_batch * layout.sequence_length / parallel.context
     # Per micro-batch.
     flops = flops_per_token(shape, layout.sequence_length)
-    recomputed = layout.recompute * (flops["attention"] + flops["ffn"]) / 3
+    recomputed = layout.recompute * (flops["attention"] + flops["ffn"]) / 3 + ffn_recomputed_flops(shape)
     power = min(1.0, hardware.watts / hardware.full_watts) ** (1 / 3)
     peak = (hardware.bf16_flops if layout.bf16 else hardware.fp32_flops) * power
     products = (sum(flops.values()) + recomputed) * tokens / shards / (peak * efficiency)
-    memory = elementwise_bytes(shape, width, layout.recompute) * tokens / shards / hardware.memory_bandwidth
+    traffic_bytes = elementwise_bytes(shape, width, layout.recompute) * tokens / shards
+    traffic_bytes += loss_bytes(shape, int(tokens), width, parallel.tensor, layout.on_gpu) / layout.pipeline
+    memory = traffic_bytes / hardware.memory_bandwidth
     # Per step.
     sent = traffic(layout)
     tensor = sent["tensor"] / (_ring_bandwidth(parallel.tensor, 1, layout, hardware) * network_efficiency)
@@ -129,7 +151,11 @@ def step_time(
     data = latency = 0.0
     if layout.dp_cp > 1:
         bandwidth = _ring_bandwidth(layout.dp_cp, shards, layout, hardware) * network_efficiency
-        data = max(0.0, sent["data"] / bandwidth - layout.overlap * compute)
+        gradients, weights = sent["gradients"] / bandwidth, sent["weights"] / bandwidth
+        if layout.overlap_weights:
+            data = max(0.0, gradients + weights - layout.overlap * compute)
+        else:
+            data = max(0.0, gradients - layout.overlap * compute) + weights
         latency = _collectives(layout, own) * (layout.dp_cp - 1) * hardware.network_latency
     partitions = layout.dp_cp if layout.stage else 1
     state_bandwidth = hardware.host_bandwidth if layout.offload else hardware.memory_bandwidth
@@ -138,11 +164,11 @@ def step_time(
 
 
 def traffic(layout: ParallelLayout) -> dict[str, float]:
-    """Return the bytes that a rank sends per step to tensor ranks, to context ranks, and for ZeRO ("data")."""
+    """Return the bytes that a rank sends per step to tensor ranks, to context ranks, and for ZeRO's gradients and weights."""
     shape, parallel, width = layout.shape, layout.parallel, 2 if layout.bf16 else 4
     tokens = int(layout.micro_batch * layout.sequence_length / parallel.context)
     recompute, times = layout.recompute == 1, layout.micro_batches
-    sent = {"tensor": 0.0, "context": 0.0, "data": 0.0}
+    sent = {"tensor": 0.0, "context": 0.0, "gradients": 0.0, "weights": 0.0}
     if parallel.tensor > 1:
         per_micro_batch = sum(tensor_traffic(shape, parallel, tokens, width, recompute).values())
         sent["tensor"] = times * per_micro_batch / layout.pipeline
@@ -150,19 +176,33 @@ def traffic(layout: ParallelLayout) -> dict[str, float]:
         sent["context"] = times * context_traffic(shape, parallel, tokens, width, recompute)
     if layout.dp_cp > 1:
         own = int(rank_parameters(shape, parallel.tensor) / layout.pipeline)
-        sent["data"] = sum(zero_traffic(own, layout.dp_cp, layout.stage, times, width, layout.gradient_width).values())
+        sent |= zero_traffic(own, layout.dp_cp, layout.stage, times, width, layout.gradient_width)
     return sent
 
 
 def elementwise_bytes(shape: Shape, width: int, recompute: float = 0.0) -> float:
-    """Return the bytes per token read and written outside of matrix products, forward and backward.
+    """Return the bytes per token read and written in the layers outside of matrix products, forward and backward.
 
     Per layer in forward: two norms and two residual additions (10 d_model), rotary embedding and attention (4 times the
-    queries, 4 times keys and values), and the fused activation: its inputs and its output. Backward is twice that.
+    queries, 4 times keys and values), and the fused activation: its inputs and its output. Backward is twice that; where h was
+    saved, backward need not write it again.
     """
     queries, keys = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     layers = sum(10 * shape.d_model + 4 * (queries + keys) + layer.matrices * layer.d_ff for layer in shape.ffn)
-    return width * ((3 + recompute) * layers + 6 * shape.vocab_size)
+    saved = sum(layer.d_ff for layer in shape.ffn if layer.arm.save in ("everything", "output"))
+    return width * ((3 + recompute) * layers - saved)
+
+
+def loss_bytes(shape: Shape, tokens: int, width: int, tensor: int, on_gpu: bool) -> float:
+    """Return the bytes that the loss of a micro-batch reads and writes on a rank, beside its products' inputs.
+
+    Logits are written by a product, read and overwritten by the softmax's gradient, and read by two products: 5, and once more
+    on the way through the cache. The fp32 sum of the weight's gradient is read and written once per chunk, then rounded, and
+    multiplied by the gradient of the loss in backward.
+    """
+    vocabulary = shape.vocab_size / tensor
+    chunks = math.ceil(tokens / logits_rows(tokens, int(vocabulary), on_gpu))
+    return 6 * width * tokens * vocabulary + (8 * chunks + 4 + 3 * width) * vocabulary * shape.d_model
 
 
 def model_flops_utilization(

@@ -100,6 +100,8 @@ def read_config(content: dict[str, Any], source: Path, stored: TensorStore) -> I
     if model_type == FORMULA:
         arms, widths = _layers(content, n_layers, path)
         layout = TransformersLayout(FORMULA)
+        cap = content.get("final_logit_softcapping") or 0.0
+        sizes["logit_softcap"] = _number({"final_logit_softcapping": cap}, "final_logit_softcapping", path, 0.0)
     else:
         layout = _native_layout(model_type, content.get("hidden_act"), path)
         arms = [_native_arm(layout, index, stored) for index in range(n_layers)]

@@ -133,7 +133,7 @@ def transformers_layout(shape: Shape) -> TransformersLayout:
     alike = all(each == activations[0] for each in activations) and len({ffn.d_ff for ffn in shape.ffn}) == 1
     # Llama and Arcee refuse a d_model that n_heads does not divide, even if head_dim is given.
     fits = shape.qk_norm or shape.d_model % shape.n_heads == 0
-    if activations[0] is None or not alike or not fits:
+    if activations[0] is None or not alike or not fits or shape.logit_softcap:
         return TransformersLayout(FORMULA)
     hidden_act, native, learned = activations[0]
     stored = {ours: native.learned[theirs][0] for ours, theirs in learned.items()}

@@ -101,7 +101,9 @@ def evaluate(tree: ast.expr, values: dict[str, Tensor]) -> Tensor:
 
 
 class FormulaConfig(PretrainedConfig):
-    """A LlamaConfig with `ffn`, the list of feed-forward layers, and `qk_norm`, RMSNorm on each head's queries and keys."""
+    """A LlamaConfig with more: `ffn`, the list of feed-forward layers; `qk_norm`, RMSNorm on each head's queries and keys; and
+    `final_logit_softcapping`, c of the logits' c tanh(logits / c).
+    """
 
     model_type = "formula_ffn"
     keys_to_ignore_at_inference = ("past_key_values",)
@@ -116,6 +118,7 @@ class FormulaConfig(PretrainedConfig):
         head_dim: int | None = None,
         ffn: list[dict[str, Any]] | None = None,
         qk_norm: bool = False,
+        final_logit_softcapping: float | None = None,
         max_position_embeddings: int = 2048,
         initializer_range: float = 0.02,
         rms_norm_eps: float = 1e-5,
@@ -131,7 +134,7 @@ class FormulaConfig(PretrainedConfig):
         self.ffn = (
             ffn or [{"formula": "silu(gate) * up", "parameters": {}, "d_ff": 4 * hidden_size}] * num_hidden_layers
         )
-        self.qk_norm = qk_norm
+        self.qk_norm, self.final_logit_softcapping = qk_norm, final_logit_softcapping
         self.max_position_embeddings, self.initializer_range = max_position_embeddings, initializer_range
         self.rms_norm_eps, self.rope_theta, self.use_cache = rms_norm_eps, rope_theta, use_cache
         # Llama's constructor reads these; FormulaForCausalLM then replaces some of the layers that it made.
@@ -186,8 +189,20 @@ class HeadNormedLinear(nn.Linear):
         return self.norm(super().forward(input).unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
 
+class CappedLinear(nn.Linear):
+    """The output projection with a soft cap: c tanh(logits / c)."""
+
+    def __init__(self, d_model: int, vocabulary: int, cap: float) -> None:
+        super().__init__(d_model, vocabulary, bias=False)
+        self.cap = cap
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Project to logits: (..., d_model) -> (..., vocabulary)."""
+        return self.cap * torch.tanh(super().forward(input) / self.cap)
+
+
 class FormulaForCausalLM(LlamaForCausalLM):
-    """LlamaForCausalLM with the feed-forward layers of `config.ffn`, and QK-norm if `config.qk_norm`."""
+    """LlamaForCausalLM with the feed-forward layers of `config.ffn`, and QK-norm and a soft cap if `config` has them."""
 
     config_class = FormulaConfig
     config: FormulaConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # it has what Llama reads of LlamaConfig
@@ -200,6 +215,8 @@ class FormulaForCausalLM(LlamaForCausalLM):
                 for name, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
                     normed = HeadNormedLinear(config.hidden_size, heads, config.head_dim, config.rms_norm_eps)
                     setattr(layer.self_attn, name, normed)
+        if config.final_logit_softcapping:
+            self.lm_head = CappedLinear(config.hidden_size, config.vocab_size, config.final_logit_softcapping)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -50,6 +50,7 @@ MAY_BE_ZERO = {
         "telemetry_every",
         "log_seconds",
         "model.z_loss",
+        "model.logit_softcap",
         "optim.weight_decay",
         "optim.clip",
         "data.workers",

@@ -23,6 +23,7 @@ from torch import Tensor
 from bench.formulas import formulas
 from kernels import activation, parse
 from kernels.activations import reference, triton_backend, triton_source
+from kernels.c import toolchain
 from kernels.formula.program import Program, run
 from kernels.formula.symbolic import OUTPUT, Compiled, compile_formula
 from kernels.triton import runtime
@@ -384,14 +385,33 @@ def test_without_a_gpu_it_refuses_by_name_and_auto_takes_another():
     assert activation("relu(x)")(torch.ones(3)).tolist() == [1, 1, 1]
 
 
-def test_without_triton_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(runtime, "installed", lambda: False)
-    with pytest.raises(ImportError, match="needs the package triton, which is not installed: pip install triton"):
-        activation("relu(x)", backend="triton")(torch.zeros(3))
-    runtime.warn_if_missing.cache_clear()
-    with pytest.warns(UserWarning, match="the slower reference backend computes the activation instead"):
-        runtime.warn_if_missing()
-    runtime.warn_if_missing.cache_clear()
+MISSING = {
+    "triton": ("the package triton is not installed: pip install triton", {"installed": lambda: False}),
+    "a compiler": ("there is no C compiler", {"find_compiler": lambda: None}),
+    "Python.h": (
+        "has no Python.h \\(apt install python3",
+        {"find_compiler": lambda: "cc", "get_paths": lambda _: {"include": "/none"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("missing", MISSING)
+def test_what_triton_lacks_is_found_before_the_first_launch(monkeypatch, missing):
+    """Triton itself looks for a compiler and for Python.h when a kernel is launched, in the first step."""
+    text, patches = MISSING[missing]
+    for name, function in patches.items():
+        owner = {"installed": runtime, "find_compiler": toolchain, "get_paths": toolchain.sysconfig}[name]
+        monkeypatch.setattr(owner, name, function)
+    for cached in (runtime.problem, runtime.warn_if_missing):
+        cached.cache_clear()
+    try:
+        with pytest.raises(ImportError, match=f"the Triton backend cannot run: .*{text}"):
+            activation("relu(x)", backend="triton").prepare(torch.device("cpu"), torch.float32)
+        with pytest.warns(UserWarning, match=f"no Triton kernels, slower plain PyTorch computes instead: .*{text}"):
+            runtime.warn_if_missing()
+    finally:
+        for cached in (runtime.problem, runtime.warn_if_missing):
+            cached.cache_clear()
 
 
 def test_a_damaged_file_is_written_again(tmp_path, monkeypatch):

@@ -96,6 +96,13 @@ def test_packages_that_are_missing_or_old_are_named(monkeypatch):
     assert (found["sympy"].level, found["sympy"].text) == (YELLOW, "1.0 is not >=1.13")
 
 
+def test_on_a_gpu_python_h_is_needed(monkeypatch):
+    monkeypatch.setattr(doctor, "installed_gpus", lambda: 8)
+    monkeypatch.setattr(doctor, "triton_problem", lambda: "/usr/include has no Python.h (apt install python3.11-dev)")
+    text = "Triton cannot launch its kernels: /usr/include has no Python.h (apt install python3.11-dev)"
+    assert doctor.compiler() == Finding(RED, "compiler", text)
+
+
 def test_a_compiler_that_fails_and_few_files_are_yellow(monkeypatch, tmp_path):
     bad = tmp_path / "cc"
     bad.write_text("#!/bin/sh\necho no OpenMP here >&2; exit 1\n")

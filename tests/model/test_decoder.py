@@ -249,6 +249,18 @@ def test_every_parameter_gets_a_gradient(build, tokens, arm):
     assert sorted(flat) == (sorted(behind_a_step) if arm == "threshold" else [])
 
 
+def test_a_soft_cap_bounds_logits_and_the_loss_follows(build, tokens):
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    cap = 0.5
+    expected = cap * torch.tanh(build()(inputs) / cap)
+    capped = build(logit_softcap=cap)
+    assert_equal_but_for_rounding(capped(inputs), expected)
+    assert expected.abs().max() > 0.9 * cap  # it is reached
+    nats = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
+    actual = capped(inputs, targets)[1]
+    assert_equal_but_for_rounding(actual, nats.to(actual.dtype))
+
+
 def test_the_objective_adds_z_loss_and_the_nats_do_not(build, tokens):
     inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
     targets[0, 3:9] = -100

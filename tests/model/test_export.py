@@ -44,6 +44,8 @@ OTHERS = {  # what else can differ: (the arm, values of its group, values of mod
     "tied": (("swiglu", None, {"tie_embeddings": True}), LLAMA),
     "tied, custom": (("swish", None, {"tie_embeddings": True}), FORMULA),
     "qk_norm": (("swiglu", None, {"qk_norm": True}), QWEN3),
+    "soft cap": (("swiglu", None, {"logit_softcap": 2.0}), FORMULA),
+    "soft cap, tied": (("relu2", None, {"logit_softcap": 2.0, "tie_embeddings": True, "qk_norm": True}), FORMULA),
     "qk_norm, tied": (("geglu", None, {"qk_norm": True, "tie_embeddings": True, "rope_theta": 30.0}), QWEN3),
     "qk_norm, heads that do not divide d_model": (
         ("swiglu", None, {"qk_norm": True, "d_model": 33, "head_dim": 8}),

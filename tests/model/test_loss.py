@@ -22,8 +22,12 @@ def inputs(scale: float = 1.0, tokens: int = TOKENS) -> tuple[Tensor, Tensor, Te
     return hidden.bfloat16().double(), weight.bfloat16().double(), targets
 
 
-def written_out(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+def written_out(
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     logits = hidden @ weight.T
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nats = F.cross_entropy(precise, targets)
     return nats + z_loss * precise.logsumexp(-1)[targets != -100].square().mean(), nats
@@ -53,6 +57,7 @@ CASES = {
     "one token counts": {"left_out": slice(1, None)},
     "z-loss": {"z_loss": 0.1},
     "z-loss, tokens left out": {"z_loss": 0.1, "left_out": slice(3, 30, 4)},
+    "soft cap": {"softcap": 3.0, "z_loss": 0.1, "left_out": slice(3, 30, 4)},
     "extreme logits": {"scale": 300.0},
     "extreme logits, z-loss": {"scale": 300.0, "z_loss": 1e-3},
 }
@@ -66,7 +71,7 @@ def test_values_and_gradients(monkeypatch, case, rows):
     settings = CASES[case]
     hidden, weight, targets = inputs(settings.get("scale", 1.0))
     targets[settings.get("left_out", slice(0))] = -100
-    more = {"z_loss": settings.get("z_loss", 0.0)}
+    more = {"z_loss": settings.get("z_loss", 0.0), "softcap": settings.get("softcap", 0.0)}
     logits = hidden @ weight.T
     exact = results(written_out, hidden, weight, targets, torch.float64, **more)
     if settings.get("scale", 1.0) > 1:

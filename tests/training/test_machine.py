@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -45,16 +46,52 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         machine.find_device(Ranks(3, 4, 2, 4))
 
 
-@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12)])
-def test_gpu_peaks_are_from_data_sheets(name, peak, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-    assert machine.peak_flops(torch.device("cuda"), torch.bfloat16) == (peak, f"data sheet of {name}, dense bf16")
+def seen_gpus(monkeypatch, visible: int, installed: int) -> list[int]:
+    """Pretend that this process sees GPUs of a node; return the list of those that it will have selected."""
+    selected: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", selected.append)
+    monkeypatch.setattr(machine, "installed_gpus", lambda: installed)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    return selected
 
 
-def test_the_peak_of_a_cpu_is_measured():
-    peak, where = machine.peak_flops(torch.device("cpu"), torch.float32)
-    assert 1e8 < peak < 1e15
-    assert where == "measured, float32 matmul of 1024 x 1024"
+@pytest.mark.parametrize(("visible", "index"), [(8, 5), (1, 0)], ids=["every GPU", "its own GPU alone"])
+def test_a_rank_takes_its_own_gpu(monkeypatch, visible, index):
+    """`srun --gpus-per-task=1` shows each task one GPU, which is number 0 to it; DeepSpeed reads LOCAL_RANK."""
+    selected = seen_gpus(monkeypatch, visible, 8)
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "5")
+    assert machine.find_device(Ranks(5, 8, 5, 8)) == torch.device("cuda", index)
+    assert selected == [index]
+    assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == str(index)
+
+
+@pytest.mark.parametrize(("visible", "installed", "seen"), [(1, 4, 1), (2, 8, 2)])
+def test_a_rank_that_does_not_see_its_gpu_is_refused(monkeypatch, visible, installed, seen):
+    seen_gpus(monkeypatch, visible, installed)
+    text = rf"rank 5 has local rank 5, but its node has {installed} GPU\(s\), of which this process sees {seen}"
+    with pytest.raises(UserError, match=text):
+        machine.find_device(Ranks(5, 8, 5, 8))
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["CPU", "GPU"])
+def test_torchrun_does_not_leave_a_rank_with_one_thread(monkeypatch, gpu):
+    """On a GPU the threads step the optimizer that is offloaded to the host."""
+    if gpu:
+        seen_gpus(monkeypatch, 2, 2)
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(machine, "_usable_cores", lambda: 32)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    machine.find_device(Ranks(1, 2, 1, 2))
+    assert threads == []  # without torchrun the user has set it
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    machine.find_device(Ranks(1, 2, 1, 2))
+    assert threads == [16]
 
 
 def test_memory_is_that_of_this_process():
@@ -96,20 +133,3 @@ def test_freed_memory_is_kept():
 def test_a_library_without_these_settings_is_no_error(monkeypatch):
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: object())
     assert machine.keep_freed_memory() is False
-
-
-def test_a_peak_that_was_measured_beside_other_work_is_measured_again(monkeypatch):
-    measured = iter([1e9, 0.5e9, 4e9, 1e9, 1e9])
-    monkeypatch.setattr(machine, "peak_flops", lambda *_: (next(measured), "measured, by a test"))
-    peak = machine.PeakSpeed(torch.device("cpu"), torch.float32)
-    assert peak.mfu(0.5e9) == 0.5
-    assert peak.mfu(2e9) == 0.5  # of the third measurement
-    assert peak.mfu(5e9) is None
-    assert peak.mfu(5e9) is None  # and is not measured for ever
-    assert peak.mfu(1e9) == 0.25
-
-
-def test_a_peak_of_a_data_sheet_is_not_measured_again(monkeypatch):
-    monkeypatch.setattr(machine, "peak_flops", lambda *_: (1e12, "data sheet of a GPU"))
-    peak = machine.PeakSpeed(torch.device("cpu"), torch.bfloat16)
-    assert peak.mfu(2.79e12) is None

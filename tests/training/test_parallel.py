@@ -153,6 +153,7 @@ OPTIONS = {
     "model.mask_documents": "true",
     "model.qk_norm": "true",
     "model.z_loss": 0.01,
+    "model.logit_softcap": 2.0,
     "model.tie_embeddings": "true",
 }
 
@@ -161,7 +162,7 @@ OPTIONS = {
     ("zero", "tensor", "sequence", "context"), [("1", 2, True, 2), slow("3", 2, False, 1), slow("0", 1, False, 2)]
 )
 def test_model_options_under_every_parallelism(ran, zero, tensor, sequence, context):
-    """Document masking, QK-norm, z-loss and a tied head."""
+    """Document masking, QK-norm, z-loss, a soft cap and a tied head."""
     one = ran("gated", "0", **OPTIONS)
     assert one.losses != ran("gated", "0").losses
     assert_same(ran("gated", zero, tensor, 1, sequence, context, **OPTIONS), one)

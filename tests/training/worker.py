@@ -77,7 +77,7 @@ class Trainer:
         self.batch = validate(self.config, RANKS.world_size)
         device = machine.find_device(RANKS)
         dtype = machine.find_dtype(self.config, device)
-        attention = choose(self.config.model.attention, device, dtype, self.config.sequence_length)
+        attention = choose(self.config.model.attention, device, dtype, self.config.sequence_length).backend
         self.dataset = open_dataset(prepare(self.config.data, self.config.tokenizer))
         self.stream = BatchStream(self.dataset, self.config.sequence_length, self.config.data_seed)
         shape = shape_of(self.config, self.dataset.vocab_size)

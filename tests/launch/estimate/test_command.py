@@ -24,7 +24,8 @@ def step_sent(printed: str) -> float:
 
 
 def asked_traffic(words: list[str]) -> float:
-    return traffic(estimate(load(words), H100, 16, 8).layout)["data"]
+    sent = traffic(estimate(load(words), H100, 16, 8).layout)
+    return sent["gradients"] + sent["weights"]
 
 
 def test_the_command_says_it_all_and_draws(tmp_path, capsys):

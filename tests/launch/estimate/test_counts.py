@@ -260,9 +260,24 @@ def test_the_loss_takes_what_its_chunk_takes():
     shape = shape_of(load(["model=llama_1b"]))
     one, two = (activation_bytes(shape, ParallelConfig(tensor=t), 8192, 2) for t in (1, 2))
     states, output = 2 * 8192 * shape.d_model * 2, shape.vocab_size * shape.d_model
-    assert one["loss"] == states + 6 * output + logits_rows(8192, shape.vocab_size) * shape.vocab_size * 2
+    assert one["loss"] == states + 6 * output + logits_rows(8192, shape.vocab_size, False) * shape.vocab_size * 2
     half = shape.vocab_size // 2
-    assert two["loss"] == states + 3 * output + logits_rows(8192, half) * half * (2 + 4)
+    assert two["loss"] == states + 3 * output + logits_rows(8192, half, False) * half * (2 + 4)
+    one, two = (activation_bytes(shape, ParallelConfig(tensor=t), 8192, 2, on_gpu=True) for t in (1, 2))
+    assert one["loss"] == states + 6 * output + logits_rows(8192, shape.vocab_size, True) * shape.vocab_size * 2
+    assert two["loss"] == states + 3 * output + logits_rows(8192, half, True) * half * 2  # by the fused kernel
+    in_fp32 = activation_bytes(shape, ParallelConfig(), 8192, 4)
+    assert (
+        in_fp32["loss"] == 2 * states + 4 * output + logits_rows(8192, shape.vocab_size, False) * shape.vocab_size * 4
+    )
+
+
+@pytest.mark.parametrize(("vocabulary", "rows"), [(4096, 65536), (32000, 8388), (128256, 4096)])
+def test_a_gpu_takes_large_chunks_of_logits(vocabulary, rows):
+    """With few rows, the sum of the weight's gradient would be read and written more often than the product takes."""
+    assert logits_rows(10**6, vocabulary, True) == rows >= 4096
+    assert logits_rows(100, vocabulary, True) == 100
+    assert logits_rows(10**6, vocabulary, False) <= 1024
 
 
 def test_peak_memory_is_of_the_moment_that_needs_most():

@@ -8,8 +8,22 @@ import pytest
 
 from conf.load import load, read_group
 from conf.schema import ClusterConfig, ParallelConfig
-from launch.estimate.counts import flops_per_token, rank_parameters, shape_of, tensor_traffic, zero_traffic
-from launch.estimate.step_time import GEMM_EFFICIENCY, NETWORK_EFFICIENCY, ParallelLayout, step_time
+from launch.estimate.counts import (
+    flops_per_token,
+    logits_rows,
+    rank_parameters,
+    shape_of,
+    tensor_traffic,
+    zero_traffic,
+)
+from launch.estimate.step_time import (
+    GEMM_EFFICIENCY,
+    NETWORK_EFFICIENCY,
+    ParallelLayout,
+    loss_bytes,
+    overlapped,
+    step_time,
+)
 
 H100, _ = read_group("cluster", ClusterConfig, ["cluster=h100"], "cluster")
 LLAMA = load(["model=llama3_8b", "ffn=swiglu"])
@@ -28,9 +42,57 @@ def test_a_step_is_made_of_what_is_counted():
     total = sum(zero_traffic(rank_parameters(shape, 2), 8, 1, 4, 2).values())
     assert step.data == pytest.approx(total / (4 * hardware.network_bandwidth * NETWORK_EFFICIENCY))
     assert layout.tokens == 8 * tokens
-    overlapped = step_time(dataclasses.replace(layout, overlap=1.0), hardware)
-    assert overlapped.data == 0
-    assert overlapped.products == step.products
+    hidden = step_time(dataclasses.replace(layout, overlap=1.0), hardware)
+    weights = zero_traffic(rank_parameters(shape, 2), 8, 1, 4, 2)[
+        "weights"
+    ]  # they are gathered after the optimizer step
+    assert hidden.data == pytest.approx(weights / (4 * hardware.network_bandwidth * NETWORK_EFFICIENCY))
+    assert hidden.products == step.products
+    assert step_time(dataclasses.replace(layout, overlap=1.0, overlap_weights=True), hardware).data == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "bf16", "micro_batches", "expected"),
+    [
+        (0, False, 1, (0.0, False)),
+        (1, True, 1, (2 / 3, False)),
+        (1, True, 4, (0.0, False)),  # DeepSpeed's optimizer for fp32 sums reduces after backward
+        (1, False, 4, (1 / 6, False)),
+        (2, True, 4, (2 / 3, False)),
+        (3, True, 4, (1.0, True)),
+    ],
+)
+def test_overlap_is_credited_where_deepspeed_overlaps(stage, bf16, micro_batches, expected):
+    fraction, weights = overlapped(stage, bf16, micro_batches)
+    assert (pytest.approx(fraction), weights) == expected
+
+
+@pytest.mark.parametrize("arm", ["swiglu", "relu2"])
+def test_what_a_layer_drops_is_computed_again(arm):
+    """`ffn.save=input` repeats the projections into the layer; `everything` spares writing h again."""
+    step = {}
+    for save in ("packed", "input", "everything"):
+        shape = shape_of(load(["model=llama_1b", f"ffn={arm}", f"ffn.save={save}"]))
+        step[save] = step_time(ParallelLayout(shape, 2048, 8, 8), H100.hardware)
+    layer = shape.ffn[0]
+    flops = 2 * (layer.matrices - 1) * shape.d_model * layer.d_ff * shape.n_layers * 2048
+    more = flops / (H100.hardware.bf16_flops * GEMM_EFFICIENCY)
+    assert step["input"].products - step["packed"].products == pytest.approx(more)
+    assert step["input"].memory == step["packed"].memory
+    less = 2 * layer.d_ff * shape.n_layers * 2048 / H100.hardware.memory_bandwidth
+    assert step["packed"].memory - step["everything"].memory == pytest.approx(less)
+
+
+def test_the_loss_costs_what_its_chunks_read_and_write():
+    shape = shape_of(load(["model=llama_60m"]))
+    entries = shape.vocab_size * shape.d_model
+    gpu, cpu = (loss_bytes(shape, 65536, 2, 1, on_gpu) for on_gpu in (True, False))
+    rows = logits_rows(65536, shape.vocab_size, False)
+    logits = 6 * 2 * 65536 * shape.vocab_size
+    assert gpu == logits + (8 * -(-65536 // logits_rows(65536, shape.vocab_size, True)) + 10) * entries
+    assert cpu == logits + (8 * (65536 // rows) + 10) * entries
+    assert cpu > 1.5 * gpu  # small chunks read and write the sum of the weight's gradient once each
+    assert loss_bytes(shape, 65536, 2, 2, True) == pytest.approx(gpu / 2, rel=0.1)
 
 
 def test_more_power_memory_and_network_are_never_slower():
