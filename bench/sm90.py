@@ -93,9 +93,14 @@ class Code:
 
 
 def machine_code(
-    function: Any, kinds: dict[str, str], constants: dict[str, int | bool], warps: int, divisible: Iterable[str] = ()
+    function: Any,
+    kinds: dict[str, str],
+    constants: dict[str, int | bool],
+    warps: int,
+    divisible: Iterable[str] = (),
+    capability: int = 90,
 ) -> Code:
-    """Compile one kernel for sm_90.
+    """Compile one kernel for a GPU, sm_90 by default.
 
     Args:
         function: the kernel.
@@ -118,7 +123,7 @@ def machine_code(
     aligned = [i for i, (name, kind) in enumerate(kinds.items()) if kind[0] == "*" or name in divisible]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=function, signature=kinds, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

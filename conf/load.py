@@ -49,6 +49,7 @@ NOT_IN_NAME = (
     "data.workers",
     "data.max_epochs",
     "watchdog",
+    "profile",
 )
 
 

@@ -32,6 +32,7 @@ PLAIN_TEXT = (
     "data.prepared",
     "resume_from",
     "guard.skip_samples",
+    "profile",
 )  # taken verbatim, not parsed by Hydra
 LARGEST_FORMULA = 10_000  # characters; the formula parser has a far lower limit, this one bounds Hydra's work
 LONGEST_NUMBER = 4000  # digits; Python reads 4,300

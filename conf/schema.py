@@ -192,7 +192,9 @@ class ZeroConfig:
         "elements per reduction or gather; stage 3 keeps up to 20 times as many gathered",
         only="zero.stage!=0",
     )
-    overlap: bool = key(False, "overlap gradient reduction with backward", only="zero.stage!=0")
+    overlap: Optional[bool] = key(
+        None, "overlap gradient reduction with backward; null: at stage 3 on GPUs", only="zero.stage!=0"
+    )
 
 
 @dataclass
@@ -303,6 +305,7 @@ class Config:
     log_seconds: float = key(
         5.0, "seconds between steps' lines of the console where that is no terminal; 0: a line per log_every steps"
     )
+    profile: Optional[str] = key(None, "profile these steps, FIRST:LAST, into the run's folder profile/; null: none")
     telemetry_every: int = key(
         50, "steps between activation telemetry samples (telemetry lines of metrics.jsonl); 0: none"
     )

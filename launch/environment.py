@@ -10,6 +10,8 @@ from collections.abc import MutableMapping
 
 
 def configure_libraries(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set what PyTorch's GPU allocator is to do unless the user has: grow its segments instead of leaving gaps between them."""
+    """Set how libraries are to behave, where the user has not."""
+    # PyTorch's GPU allocator grows its segments, instead of leaving gaps between them.
     if not any(name in environment for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    environment.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler reports its own start and stop on the console

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from conf.schema import Config, OptimConfig, ParallelConfig
 from conf.validate import Batch
 from data.batches import IGNORED
-from launch.estimate.counts import GATHERED_BUCKETS, Shape
+from launch.estimate.counts import GATHERED_BUCKETS, Shape, overlaps
 from model.decoder import Cache, Decoder
 from model.initialise import initialise
 from model.parallel import Mesh, init_mesh, shard_spec
@@ -36,7 +36,7 @@ def mesh_from_config(parallel: ParallelConfig) -> Mesh:
     return init_mesh(parallel.tensor, parallel.context, parallel.sequence)
 
 
-def deepspeed_config(config: Config, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
+def deepspeed_config(config: Config, batch: Batch, dtype: torch.dtype, on_gpu: bool = False) -> dict[str, Any]:
     """Return DeepSpeed's configuration as the dictionary that `deepspeed.initialize` takes.
 
     To DeepSpeed a context rank is another data-parallel rank: its micro-batch consists of parts of sequences, and the gradient
@@ -56,7 +56,9 @@ def deepspeed_config(config: Config, batch: Batch, dtype: torch.dtype) -> dict[s
         "communication_data_type": config.precision.reduce if bf16 else "fp32",
         "steps_per_print": 10**9,
         "zero_force_ds_cpu_optimizer": False,  # offload with torch's AdamW: nothing is compiled
-        "zero_optimization": _zero_config(config, stage),
+        "zero_optimization": _zero_config(config, stage, overlaps(config.zero, on_gpu)),
+        # Nobody reads it, and on a GPU it would wait for the device twice per micro-batch.
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }
     if bf16 and (batch.accumulation > 1 or _nothing_to_partition(config, batch)):
         # Sum micro-batches in fp32: a long bf16 sum loses its small terms. And with nothing to partition, a step of DeepSpeed's
@@ -65,13 +67,13 @@ def deepspeed_config(config: Config, batch: Batch, dtype: torch.dtype) -> dict[s
     return result
 
 
-def _zero_config(config: Config, stage: int) -> dict[str, Any]:
+def _zero_config(config: Config, stage: int, overlap: bool) -> dict[str, Any]:
     zero = config.zero
     result: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": zero.bucket_elements,
         "allgather_bucket_size": zero.bucket_elements,
-        "overlap_comm": zero.overlap,
+        "overlap_comm": overlap,
         "contiguous_gradients": True,
     }
     if zero.offload_optimizer:
@@ -151,7 +153,7 @@ class Engine:
         self.config, self.batch, self.device, self.dtype, self.mesh = config, batch, device, dtype, mesh
         # Without tensor ranks the groups that DeepSpeed creates by itself are right.
         mpu = ModelParallelUnit(mesh) if mesh.tensor.size > 1 else None
-        settings = deepspeed_config(config, batch, dtype)
+        settings = deepspeed_config(config, batch, dtype, device.type == "cuda")
         partitioned = config.zero.stage == 3
         with zero_init_context(deepspeed, settings, partitioned, mesh, mpu):
             self.module = Decoder(shape, config.model, attention, document_start, mesh)
@@ -221,7 +223,8 @@ class Engine:
                 refused = self._refused(total / self.batch.accumulation, refuse)
             if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
                 norm = self._clip_at_stage_0()
-            self.deepspeed.step()
+            with torch.profiler.record_function("part: optimizer"):
+                self.deepspeed.step()
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
             applied = self.deepspeed.skipped_steps == skipped_before

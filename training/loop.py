@@ -33,6 +33,7 @@ from training import machine, watchdog
 from training.evaluation import HeldOut, evaluate
 from training.guard import Guard
 from training.peak_speed import PeakSpeed
+from training.profiler import StepProfiler, copy_bandwidth, floors, part
 from training.prompts import prompts_of
 from training.recorder import RunRecorder
 from training.rewind import course_of
@@ -98,6 +99,7 @@ class TrainingLoop:
         self.inspector = inspector
         self.saver = Saver(engine, folder.checkpoints, CheckpointCollectives(), config.keep_last, inspector)
         self.telemetry = Telemetry(engine, config.telemetry_every, config.telemetry_window)
+        self.profiler = StepProfiler(config.profile, folder.path, engine.device, ranks.rank == 0)
         self.step, self.batches_hash = 0, 0
         self.prompts = prompts_of(config, dataset)
         self.warmup_steps = warmup_steps(config.schedule, batch.steps)
@@ -187,13 +189,21 @@ class TrainingLoop:
             self._sample()
         elif self.evaluation_missed:
             self._evaluate(config.eval_tokens)
+        if config.profile and self.ranks.rank == 0:
+            device, bf16 = self.engine.device, self.engine.dtype == torch.bfloat16
+            on_gpu, dp_cp = device.type == "cuda", self.mesh.data_context.size
+            speeds = (peak.flops, copy_bandwidth(device))
+            self.profiler.floors = floors(config, self.shape, batch, dp_cp, bf16, *speeds, on_gpu)
         throughput, phase = _Throughput(self.step), "first step"
         with StopRequest(launchers) as stop:
             while self.step < batch.steps:
                 watchdog.beat(phase, self.step)
                 phase = "step"
                 scale = lr_scale(config.schedule, self.step, batch.steps, self.warmup_steps)
+                self.profiler.before(self.step + 1)
                 loss, grad_norm = self._train_step(scale)
+                with throughput.paused():
+                    self._end_profile()
                 if self.guard.must_rewind(loss, grad_norm) and self._rewind():
                     throughput.restart(self.step)
                     continue
@@ -220,9 +230,10 @@ class TrainingLoop:
         data = self.mesh.data
         sequences = self.batch.global_batch // data.size
         first = self.step * self.batch.global_batch + data.rank * sequences
-        rows = self.stream.samples(first, sequences)
-        self.batches_hash = (self.batches_hash + sample_hash(first, rows)) % 2**64
-        tokens = torch.from_numpy(rows).to(self.engine.device)  # (sequences, S + 1)
+        with part("data"):
+            rows = self.stream.samples(first, sequences)
+            self.batches_hash = (self.batches_hash + sample_hash(first, rows)) % 2**64
+            tokens = torch.from_numpy(rows).to(self.engine.device)  # (sequences, S + 1)
         arguments = (tokens, scale, self.telemetry.observer(self.step + 1), self.guard.refuse)
         self.last_loss, self.last_norm, applied = self.engine.train_step(*arguments)
         self._record_telemetry()  # of an earlier step: its reduction ran beside this one
@@ -234,6 +245,12 @@ class TrainingLoop:
         self.guard.count(applied, self.last_norm, tokens, numbers)
         self.guard.compare(tokens)
         return self.last_loss, self.last_norm
+
+    def _end_profile(self) -> None:
+        """Print the table of a profile that ends with this step."""
+        if table := self.profiler.after(self.step):
+            for line in table.splitlines():
+                self.console.print(line, wrap=False)
 
     def _rewind(self) -> bool:
         """Go back to the newest healthy checkpoint, and leave out the samples since; return False if none is. Collective."""

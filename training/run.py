@@ -39,6 +39,7 @@ from training.loop import TrainingLoop
 from training.memory import MemoryBudget
 from training.peak_speed import PeakSpeed
 from training.process_group import record_collectives, start_process_group
+from training.profiler import check_steps
 from training.recorder import RunRecorder, held_out_line
 from training.resume import Decision, choose_checkpoint, decide_together, remove_leftovers, unknown_origin, why_unfit
 from training.rewind import named_checkpoint, set_aside
@@ -55,8 +56,8 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
         UserError: bad input, found before any process group exists.
     """
     launched_at = time.monotonic()
-    batch = validate(config, ranks.world_size)
-    skipped = SampleRanges.parse(config.guard.skip_samples)
+    batch, skipped = validate(config, ranks.world_size), SampleRanges.parse(config.guard.skip_samples)
+    check_steps(config.profile, batch.steps)
     console = Console(enabled=ranks.rank == 0)
     device = machine.find_device(ranks)
     dtype = machine.find_dtype(config, device)

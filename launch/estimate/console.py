@@ -71,7 +71,7 @@ def show(requested: Estimate, candidates: list[Estimate], console: SafeConsole) 
     if not candidates:
         console.print(what_would_fit(requested), soft_wrap=True)
         return
-    table = Table("tensor", "ZeRO", "micro", "recompute", "overlap", "GiB", "s per step", "MFU", "time", box=box.SIMPLE)
+    table = Table("tensor", "ZeRO", "micro", "ckpt", "overlap", "GiB", "s/step", "MFU", "time", box=box.SIMPLE)
     for candidate in candidates[:_LISTED]:
         tensor, stage, micro, checkpoints, overlap = candidate.choice
         gib = sum(candidate.memory.values()) / 2**30

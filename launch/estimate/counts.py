@@ -13,7 +13,7 @@ import dataclasses
 import math
 
 from conf.arms import Arm, layer_arms
-from conf.schema import Config, FFNConfig, ModelConfig, ParallelConfig
+from conf.schema import Config, FFNConfig, ModelConfig, ParallelConfig, ZeroConfig
 from kernels.common.errors import UserError
 from kernels.formula import Formula
 
@@ -259,6 +259,11 @@ def zero_traffic(
     }
 
 
+def overlaps(zero: ZeroConfig, on_gpu: bool) -> bool:
+    """Return what `zero.overlap` means: where it is null, as DeepSpeed by itself, at stage 3; on a CPU there is no stream."""
+    return (on_gpu and zero.stage == 3) if zero.overlap is None else zero.overlap
+
+
 def rank_parameters(shape: Shape, tensor: int) -> int:
     """Return the parameters of a tensor rank: its shards, and everything that is replicated."""
     counts = parameters(shape)
@@ -377,7 +382,9 @@ def peak_bytes(
     tokens = micro_batch * config.sequence_length // parallel.context
     needs = activation_bytes(shape, parallel, tokens, width, config.model.activation_checkpointing, on_gpu)
     bucket = min(zero.bucket_elements, own) if zero.stage and dp_cp > 1 else 0
-    reduces = bucket * (width * (2 if zero.overlap else 1) + (4 if bf16 and config.precision.reduce == "fp32" else 0))
+    reduces = bucket * (
+        width * (2 if overlaps(zero, on_gpu) else 1) + (4 if bf16 and config.precision.reduce == "fp32" else 0)
+    )
     gathered = width * min(GATHERED_BUCKETS * bucket, own) if zero.stage == 3 else 0.0
     unpartitioned = zero.stage == 1 and dp_cp == 1 and not offload
     # Kept during forward: the sum over earlier micro-batches, or the fp32 gradient that stage 1 on a single rank keeps.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from conf.schema import ClusterConfig, Config
 from conf.validate import Batch, validate
 from kernels.common.errors import UserError
-from launch.estimate.counts import Shape, check_divisibility, peak_bytes, shape_of
+from launch.estimate.counts import Shape, check_divisibility, overlaps, peak_bytes, shape_of
 from launch.estimate.step_time import ParallelLayout, StepTime, model_flops_utilization, overlapped, step_time
 
 _RESERVED = 0.08  # fraction of a GPU's memory: the CUDA context, NCCL and fragmentation
@@ -61,7 +61,7 @@ class Estimate:
     def choice(self) -> tuple[int, int, int, bool, bool]:
         """The settings that `search` varies: tensor size, ZeRO stage, micro-batch, activation checkpointing, overlap."""
         config = self.config
-        checkpoints, overlap = config.model.activation_checkpointing, config.zero.overlap
+        checkpoints, overlap = config.model.activation_checkpointing, overlaps(config.zero, self.layout.on_gpu)
         return config.parallel.tensor, config.zero.stage, self.batch.micro_batch, checkpoints, overlap
 
 
@@ -76,7 +76,10 @@ def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int, s
     check_divisibility(shape, config.parallel)
     zero, bf16 = config.zero, config.precision.name != "fp32"
     gradient_width = 2 if bf16 and config.precision.reduce == "bf16" else 4
-    overlap, overlap_weights = overlapped(zero.stage, bf16, batch.accumulation) if zero.overlap else (0.0, False)
+    overlap, overlap_weights = (0.0, False)
+    on_gpu = cluster.gpus_per_node > 0
+    if overlaps(zero, on_gpu):
+        overlap, overlap_weights = overlapped(zero.stage, bf16, batch.accumulation)
     layout = ParallelLayout(
         shape=shape,
         sequence_length=config.sequence_length,
@@ -90,7 +93,7 @@ def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int, s
         overlap=overlap,
         overlap_weights=overlap_weights,
         bf16=bf16,
-        on_gpu=cluster.gpus_per_node > 0,
+        on_gpu=on_gpu,
         gradient_width=gradient_width,
         bucket=zero.bucket_elements,
         offload=zero.offload_optimizer,

@@ -247,6 +247,7 @@ FREE = {
         "runs",
         "resume",
         "resume_from",
+        "profile",
         "steps",
         "tokens",
         "eval_every",

@@ -385,6 +385,52 @@ def test_without_a_gpu_it_refuses_by_name_and_auto_takes_another():
     assert activation("relu(x)")(torch.ones(3)).tolist() == [1, 1, 1]
 
 
+OTHER_GPUS = {80: "Ampere", 100: "Blackwell of data centers", 120: "Blackwell of workstations"}
+
+
+@pytest.mark.parametrize("capability", quick(list(OTHER_GPUS), 120), ids=lambda capability: f"sm_{capability}")
+def test_every_kind_of_kernel_compiles_for_other_gpus(capability):
+    """Of a formula, gated and with a learned parameter; of the norm, the rotation and the loss."""
+    from bench.sm90 import _kind, machine_code
+    from kernels.cross_entropy import triton as loss
+    from kernels.norm import triton as norm
+    from kernels.rotary import triton as rotary
+
+    built = []
+    for formula, parameters in (
+        ("silu(gate) * up", None),
+        ("x * sigmoid(b * x)", {"b": {"init": 1.0, "share": "channel"}}),
+    ):
+        module = runtime.load(triton_source.source(compile_formula(parse(formula, parameters))))
+        for kernel in (module.forward, module.backward_with_h):
+            kinds = {argument: _kind(argument, torch.bfloat16) for argument in kernel.arg_names}
+            constants = {"UNIT": 8, "TILE": triton_backend.TILE}
+            built.append(machine_code(kernel, kinds, constants, triton_backend.WARPS, capability=capability))
+    fp32 = {"rstd", "sums", "nats", "lse", "cos", "sin"}
+    scalars = {
+        "eps": "fp32",
+        "direction": "fp32",
+        "z_loss": "fp32",
+        "cap": "fp32",
+        "first": "i64",
+        "ignore": "i64",
+        "targets": "*i64",
+    }
+    tensors = {"x", "residual", "weight", "y", "s", "dy", "ds", "dx", "logits", "out", "q"} | fp32
+    flags = {"MEASURE": True, "DIFFERENTIATE": True, "SHARDED": False, "CAPPED": False, "ADD": True, "ROWS": 2}
+    flags |= {"HEADS": 8, "PAIRS": 64}
+    for kernel in (norm.forward_kernel, norm.backward_kernel, rotary.rotate_kernel, loss.cross_entropy_kernel):
+        kinds = {
+            name: "constexpr" if name.isupper()
+            else scalars.get(name) or (f"*{'fp32' if name in fp32 else 'bf16'}" if name in tensors else "i32")
+            for name in kernel.arg_names
+        }  # fmt: skip
+        constants = {name: flags.get(name, 1024) for name in kernel.arg_names if name.isupper()}
+        built.append(machine_code(kernel, kinds, constants, 4, capability=capability))
+    assert not any(code.spilled for code in built)
+    assert all(code.registers > 8 for code in built)
+
+
 MISSING = {
     "triton": ("the package triton is not installed: pip install triton", {"installed": lambda: False}),
     "a compiler": ("there is no C compiler", {"find_compiler": lambda: None}),

@@ -14,6 +14,8 @@ from deepspeed.launcher import launch
 from deepspeed.runtime.config import get_gradient_clipping
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import timer
+from deepspeed.utils.config import get_timers_config
 from packaging.version import Version
 
 from conf.load import load
@@ -54,6 +56,25 @@ def test_every_default_that_would_change_training_is_overridden(corpus):
         assert settings["zero_force_ds_cpu_optimizer"] is False
     config = load(overrides(corpus, zero="1", precision="bf16", micro_batch_size=2))
     assert deepspeed_config(config, validate(config, 2), torch.bfloat16)["bf16"]["immediate_grad_update"] is True
+
+
+def test_no_timer_waits_for_the_device(corpus, monkeypatch):
+    config = load(overrides(corpus))
+    settings = deepspeed_config(config, validate(config, 2), torch.bfloat16)
+    monkeypatch.setattr(timer, "get_accelerator", lambda: pytest.fail("the host waits for the device"))
+    measures = timer.ThroughputTimer(get_timers_config(settings), batch_size=1, start_step=0)
+    measures.start()
+    measures.stop(global_step=True)
+    assert not measures.started
+
+
+@pytest.mark.parametrize(("zero", "on_gpu", "expected"), [("3", True, True), ("3", False, False), ("2", True, False)])
+def test_stage_3_overlaps_on_gpus_unless_the_user_decides(corpus, zero, on_gpu, expected):
+    for given, result in ((None, expected), ("true", True), ("false", False)):
+        more = {} if given is None else {"zero__overlap": given}
+        config = load(overrides(corpus, zero=zero, **more))
+        settings = deepspeed_config(config, validate(config, 2), torch.bfloat16, on_gpu)
+        assert settings["zero_optimization"]["overlap_comm"] is result
 
 
 def test_the_settings_arrive(corpus, one_rank):
