@@ -1,9 +1,11 @@
-"""Check and time the Triton kernels on a GPU: `bash bench/gpu.sh`.
+"""The first minutes on one GPU: `bash bench/gpu.sh`.
 
 Requires torch with CUDA, Triton, NumPy, SymPy and PyYAML, and no other dependency of this project. Liger-Kernel is timed too
-where it is installed. The checks run first, then the timings. When the minutes are used up, nothing new starts, and the page
-lists what was left out. With TRITON_INTERPRET=1 and --tiny the script runs without a GPU, to show that it works; such times
-mean nothing. `bench/gpu_page.py` makes the page and the list of failed checks.
+where it is installed. What tells most comes first: three formulas checked; ten steps of `llama_1b` with their MFU, memory and
+parts; the choices of attention and of the loss's chunks; eight layers of `llama3_8b`; then every formula checked and timed.
+When the minutes are used up, nothing new starts, and the page lists what was left out. A part that fails is listed, and the
+next one runs. With TRITON_INTERPRET=1 and --tiny the script runs without a GPU, to show that it works; such times mean nothing.
+`bench/gpu_step.py` has the steps, `bench/gpu_page.py` the page and the list of failed checks.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import fused
+from bench import fused, gpu_step
 from bench.formulas import formulas
 from bench.gpu_page import failures, page
 from kernels import activation
@@ -321,6 +323,10 @@ def collect(
     """Yield (section of the record, row) for every check and timing."""
     dtypes = [torch.float32] if options.tiny else [torch.bfloat16, torch.float16, torch.float32]
     rows, width = (2, 48) if options.tiny else (512, 5632)
+    for name in ("swiglu", "relu2", "gelu"):
+        if name in options.formulas and not options.tiny and minutes.allow(f"first check of {name}"):
+            yield "checks", check(make(name, rows, width, dtypes[0], device))
+    yield from whole_steps(options, device, dtypes[0], minutes)
     for name in options.formulas:
         for dtype in dtypes:
             if minutes.allow(f"check of {name}, {dtype}"):
@@ -350,6 +356,25 @@ def collect(
             yield "tiles", measure_tiles(name, device, rounds)
 
 
+def whole_steps(
+    options: argparse.Namespace, device: torch.device, dtype: torch.dtype, minutes: Minutes
+) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Yield training steps, and the choices within them. What fails becomes a row that says so."""
+    rounds = 1 if options.tiny else ROUNDS
+    for model in (gpu_step.TINY,) if options.tiny else gpu_step.MODELS:
+        if minutes.allow(f"steps of {model.name}"):
+            try:
+                yield "steps", gpu_step.train(model, device, dtype)
+            except RuntimeError as error:
+                yield "steps", {"model": model.name, "failed": str(error).splitlines()[0]}
+        for section, choices in (("attention", gpu_step.attention_choices), ("loss", gpu_step.loss_chunks)):
+            if minutes.allow(f"choices of {section}, {model.name}"):
+                for row in choices(model, device, dtype, rounds):
+                    yield section, row
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def main(argv: list[str] | None = None) -> int:
     import triton
 
@@ -359,13 +384,15 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cpu" if runtime.interpreted() else "cuda")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "the interpreter"
     record: dict[str, Any] = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
-    record |= {section: [] for section in ("checks", "extremes", "large", "fused", "times", "tiles")}
+    sections = ("steps", "attention", "loss", "checks", "extremes", "large", "fused", "times", "tiles")
+    record |= {section: [] for section in sections}
     minutes = Minutes(60 * options.minutes)
     record["left_out"] = minutes.left_out
     path = options.results / f"{name.lower().removeprefix('nvidia ').replace(' ', '-')}-elementwise.json"
     for section, row in collect(options, device, minutes):
         record[section].append(row)
-        print(section, row.get("formula") or row["operation"], f"{time.monotonic() - minutes.began:.0f} s", flush=True)
+        what = row.get("formula") or row.get("operation") or f"{row['model']}, {row.get('method', 'training')}"
+        print(section, what, f"{time.monotonic() - minutes.began:.0f} s", flush=True)
         # After every row, so that an interrupted run keeps its results.
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(page(record), encoding="utf-8")

@@ -19,10 +19,11 @@ _LARGEST_ERROR_OF_LARGE_TENSORS = 0.01
 def page(record: dict[str, Any]) -> str:
     """Return a record as Markdown."""
     lines = [
-        f"# The Triton kernels on {record['device']}",
+        f"# First minutes on {record['device']}",
         "",
         f"Made by `bench/gpu.sh` with torch {record['torch']} and Triton {record['triton']}.",
         "",
+        *_steps(record),
         *_errors(record),
         *_times(record["times"]),
         "",
@@ -37,6 +38,46 @@ def page(record: dict[str, Any]) -> str:
         lines += _tiles(record["tiles"])
     lines += ["", "## Left out", "", "; ".join(record["left_out"]) or "Nothing.", ""]
     return "\n".join(lines)
+
+
+def _steps(record: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Training steps",
+        "",
+        "A plain loop with AdamW. MFU is relative to the data sheet; memory is the peak beside weights, gradients and the",
+        "optimizer's state, and its estimate.",
+        "",
+        "| model | parameters | tokens per step | ms per step | tokens/s | MFU | GiB | estimate |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    worked = [row for row in record["steps"] if "failed" not in row]
+    for row in worked:
+        median, least, most = (1e3 * seconds for seconds in row["seconds"])
+        memory = "" if row["activations_gib"] is None else f"{row['activations_gib']:.2f}"
+        lines.append(
+            f"| {row['model']} | {row['parameters']:,} | {row['tokens']:,} | {median:.1f} ({least:.1f} to {most:.1f}) "
+            f"| {row['tokens_per_second']:,.0f} | {row['mfu']:.1%} | {memory} | {row['estimate_gib']:.2f} |"
+        )
+    for row in worked:
+        total = sum(row["parts"].values())
+        parts = sorted(row["parts"].items(), key=lambda part: -part[1])
+        lines += ["", f"{row['model']}: " + ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts) + "."]
+    lines += [
+        "",
+        "| model | attention, or loss | ms forward and backward | TFLOP/s | peak GiB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in (*record["attention"], *record["loss"]):
+        if "failed" in row:
+            lines.append(f"| {row['model']} | {row['method']} | {row['failed']} | | |")
+            continue
+        median, least, most = (1e3 * seconds for seconds in row["seconds"])
+        speed = f"{row['flops_per_second'] / 1e12:.3g}" if "flops_per_second" in row else ""
+        peak = f"{row['peak_gib']:.2f}" if row.get("peak_gib") is not None else ""
+        lines.append(
+            f"| {row['model']} | {row['method']} | {median:.2f} ({least:.2f} to {most:.2f}) | {speed} | {peak} |"
+        )
+    return [*lines, ""]
 
 
 def _errors(record: dict[str, Any]) -> list[str]:
@@ -110,6 +151,13 @@ def failures(record: dict[str, Any]) -> list[str]:
     An error may be 1.1 times that of plain torch, or that of the one rounding at the store; in fp32, that of 8 roundings.
     """
     failed = [sentence for row in record["checks"] for sentence in _failures_of_check(row)]
+    for row in record["steps"]:
+        if "failed" in row:
+            failed.append(f"training {row['model']}: {row['failed']}")
+        elif not row["losses"][-1] < row["losses"][0]:
+            failed.append(
+                f"training {row['model']}: the loss went from {row['losses'][0]:.3f} to {row['losses'][-1]:.3f}"
+            )
     for row in record["extremes"]:
         if not row["nan_kept"]:
             failed.append(f"{row['formula']} in {row['dtype']}: NaN does not propagate")

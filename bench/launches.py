@@ -93,13 +93,14 @@ class Recorder(TorchDispatchMode):
         name = function._schema.name
         if any(name.startswith(each) for each in _SYNCHRONISING):
             self.counts.synchronisations += 1
-        written = {id(each) for each in tree_leaves(out) if isinstance(each, Tensor)}
-        given = [each for each in tree_leaves((args, kwargs or {})) if isinstance(each, Tensor)]
+        given, results = (
+            [each for each in tree_leaves(tree) if isinstance(each, Tensor)] for tree in ((args, kwargs or {}), out)
+        )
         mutates = function._schema.is_mutable
         is_view = not mutates and any(each.alias_info is not None for each in function._schema.returns)
-        fresh = [each for each in tree_leaves(out) if isinstance(each, Tensor) and not is_view and not mutates]
+        fresh = [] if is_view or mutates else results
         self.counts.allocations += len(fresh)
-        if is_view or not written or name.startswith(_FREE) or (name.startswith("aten::_to_copy") and not fresh):
+        if is_view or not results or name.startswith(_FREE):
             return out
         kind = "GEMM" if name in _GEMMS else self._within[-1] if self._within else "other"
         self.counts.add(kind, name.removeprefix("aten::"), _bytes([*given, *fresh]))

@@ -5,8 +5,8 @@
     flex    torch's flex_attention, compiled (GPU; it has no backward on a CPU)
     blocks  matrix products over causal blocks, for CPUs (`attention_blocks.py`)
 
-Every backend is causal, supports grouped-query heads, and can mask attention across packed documents. On a GPU in bf16 no
-backend but flex and none of SDPA's slow paths ever holds the S x S matrix: `_kernels` has the rules.
+Every backend is causal, supports grouped-query heads, and can mask attention across packed documents. On a GPU none of them
+ever holds the S x S probabilities of all heads: `_kernels` and `_repeats_heads` have the rules.
 
 Shapes: B batch, S sequence, H query heads, K key/value heads, E head_dim, N = B x S tokens.
 """
@@ -32,8 +32,8 @@ BACKENDS = ("auto", "flash", "sdpa", "flex", "blocks")
 
 # On a CPU in fp32, the longest sequence at which blocks were measured faster than SDPA (table in bench/LOG.md).
 _BLOCKS_LONGEST_FP32 = 512
-# Major versions of the GPUs on which cuDNN's kernels are faster than flash-attn 2: Hopper, by published measurements 1.7 to 2.3
-# times, and Blackwell of data centers. On Ampere, Ada and Blackwell of workstations they are slower, or no faster.
+# Major versions of NVIDIA's GPUs on which cuDNN's kernels come first: Hopper, where published measurements have them 1.7 to 2.3
+# times as fast as torch's own, and B200, for which these are not made. On Ampere, Ada and Blackwell workstations they are not.
 _CUDNN_FIRST = (9, 10)
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -174,7 +174,8 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _prefers_cudnn(capability: tuple[int, int] | None) -> bool:
     """Whether SDPA's first choice on this GPU is cuDNN, and that is the fastest backend."""
-    return capability is not None and capability[0] in _CUDNN_FIRST and _torch_version() >= (2, 13)
+    nvidia = torch.version.hip is None  # AMD's capabilities are other numbers
+    return nvidia and capability is not None and capability[0] in _CUDNN_FIRST and _torch_version() >= (2, 13)
 
 
 @functools.cache

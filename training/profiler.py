@@ -23,15 +23,17 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from conf.schema import Config
-from conf.validate import Batch
 from kernels.common.errors import UserError
 from launch.estimate.counts import Shape, flops_per_token, rank_parameters
 from launch.estimate.step_time import loss_bytes
+
+if TYPE_CHECKING:  # bench/gpu.py uses this module where Hydra is not installed
+    from conf.schema import Config
+    from conf.validate import Batch
 
 PARTS = (
     *("GEMM", "attention", "activation", "norm", "rotary", "loss", "optimizer", "communication", "data", "other"),

@@ -48,6 +48,23 @@ RECORD = {
     "checks": [ROW],
     "times": [TIMES],
     "left_out": ["tea"],
+    "steps": [
+        {
+            "model": "llama_1b",
+            "parameters": 1_100_048_384,
+            "tokens": 16384,
+            "seconds": [0.2, 0.1, 0.3],
+            "tokens_per_second": 81920.0,
+            "mfu": 0.45,
+            "peak": "a data sheet",
+            "losses": [10.0, 9.0],
+            "activations_gib": 17.5,
+            "estimate_gib": 18.0,
+            "parts": {"GEMM": 0.15, "idle": 0.05},
+        }
+    ],
+    "attention": [{"model": "llama_1b", "method": "sdpa", "seconds": [2e-3, 1e-3, 3e-3], "flops_per_second": 4e14}],
+    "loss": [{"model": "llama_1b", "method": "chunks of 8192", "failed": "out of memory"}],
     "extremes": [{"formula": "swiglu", "dtype": "bfloat16", "nan_kept": True, "finite_lost": 0}],
     "large": [{"formula": "swiglu", "elements": 2**31, "error": 2e-3}],
     "fused": [
@@ -66,9 +83,20 @@ def test_bandwidth_is_relative_to_the_copy():
     assert text.endswith("## Left out\n\ntea\n")
 
 
+def test_the_page_begins_with_training_steps():
+    text = gpu_page.page(RECORD)
+    step = "| llama_1b | 1,100,048,384 | 16,384 | 200.0 (100.0 to 300.0) | 81,920 | 45.0% | 17.50 | 18.00 |"
+    assert text.index(step) < text.index("## Errors")
+    assert "llama_1b: GEMM 75%, idle 25%." in text
+    assert "| llama_1b | sdpa | 2.00 (1.00 to 3.00) | 400 |  |" in text
+    assert "| llama_1b | chunks of 8192 | out of memory | | |" in text
+
+
 @pytest.mark.parametrize(
     ("section", "change", "expected"),
     [
+        ("steps", {"failed": "no kernel image"}, "training llama_1b: no kernel image"),
+        ("steps", {"losses": [10.0, float("nan")]}, "training llama_1b: the loss went from 10.000 to nan"),
         ("checks", {"h": 5e-3}, "the error of h is 0.005, plain torch's 0.002"),
         ("checks", {"dpre": float("nan")}, "the error of dpre is nan"),
         ("checks", {"not_finite": 3}, "3 numbers are not finite"),
@@ -130,5 +158,9 @@ def test_a_dry_run_in_the_interpreter(tmp_path):
     assert "all checks passed" in done.stdout
     record = json.loads((tmp_path / "the-interpreter-elementwise.json").read_text(encoding="utf-8"))
     assert {row["formula"] for row in record["times"]} == {"swiglu", "xielu"}
+    (step,) = record["steps"]
+    assert step["losses"][-1] < step["losses"][0]
+    assert {"GEMM", "attention", "loss"} <= set(step["parts"])
+    assert not [row for row in (*record["attention"], *record["loss"]) if "failed" in row]
     assert [row["saved_bytes"]["triton"] for row in record["times"]] == [2 * 2 * 48 * 4, 2 * 48 * 4 + 2 * 4]
     assert (tmp_path / "the-interpreter-elementwise.md").read_text(encoding="utf-8") == gpu_page.page(record)

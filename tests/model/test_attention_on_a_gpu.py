@@ -115,6 +115,14 @@ def test_auto_takes_cudnn_through_sdpa_where_it_leads(packages, monkeypatch):
         choose("flash", GPU, torch.float32, 512, HOPPER)
 
 
+def test_amds_numbers_are_not_nvidias(packages, monkeypatch):
+    """An MI300X calls itself (9, 4)."""
+    packages(flash_attn=FUNCTIONS)
+    versions(monkeypatch, (2, 13))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert choose("auto", GPU, torch.bfloat16, 4096, (9, 4)).backend == "flash"
+
+
 class Asked:
     """What SDPA was asked for: `kernels` that it may use, in order, and the shapes and options of the call."""
 
