@@ -48,7 +48,7 @@ _MODEL = [
     "telemetry_every=0",
     "logger=none",
     "steps=3",
-    "zero.bucket_elements=1000000",
+    "++zero.bucket_elements=1000000",  # of no effect at stage 0
 ]
 # Arms, tensor and context sizes, ZeRO stages, checkpointing, one or two micro-batches; two ranks each.
 _MEASURED = """

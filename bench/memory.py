@@ -36,7 +36,7 @@ _MODEL = [
     "telemetry_every=0",
     "logger=none",
     "steps=2",
-    "zero.bucket_elements=1000000",
+    "++zero.bucket_elements=1000000",  # of no effect at stage 0
 ]
 
 

@@ -141,7 +141,7 @@ def chunked_loss(
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `total` + a @ b in `dtype`, in place of `total`; None counts as 0. The product itself adds, wherever it can."""
     if a.dtype == dtype:
-        return torch.mm(a, b) if total is None else total.addmm_(a, b)
+        return torch.mm(a, b) if total is None else torch.addmm(total, a, b, out=total)
     if on_gpu(a):  # there a product of bf16 may have a result of fp32
         if total is None:
             return torch.mm(a, b, out_dtype=dtype)
