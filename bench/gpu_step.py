@@ -112,7 +112,8 @@ def train(model: Model, device: torch.device, dtype: torch.dtype) -> dict[str, A
         "peak": source,
         "losses": [float(loss) for loss in losses],
         "activations_gib": (torch.cuda.max_memory_allocated(device) - before) / 2**30 if on_gpu else None,
-        "estimate_gib": (needs["layers"] + max(needs["loss"], needs["output"] + needs["backward"])) / 2**30,
+        "estimate_gib": (needs["layers"] + max(needs["loss"], needs["head"], needs["output"] + needs["backward"]))
+        / 2**30,
         "parts": profiled(step, device),
     }
 

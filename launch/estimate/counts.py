@@ -328,8 +328,9 @@ def activation_bytes(
         recompute: whether each layer saves its input only.
 
     Returns:
-        "layers" is kept from forward to backward. On top come: "loss" at the end of forward, of which "output" (the
-        gradient of the output's weights, twice) stays until backward has used it; and "backward" within a layer's backward.
+        "layers" is kept from forward to backward. On top come: "loss" at the end of forward; "head" when backward multiplies
+        the gradients that the loss has computed, of which "output" (that of the output's weights) stays until it is reduced;
+        and "backward" within a layer's backward.
     """
     tensor = parallel.tensor
     sequence = tensor if parallel.sequence else 1  # ranks that split the tokens between matmuls
@@ -350,7 +351,8 @@ def activation_bytes(
     return {
         "layers": layers,
         "loss": 2 * states + (4 + rounded) * output + chunk,
-        "output": 2 * width * output,
+        "head": 2 * states + 2 * width * output,
+        "output": width * output,
         "backward": 3 * states + tokens * (working + (max(each) if recompute else 0)),
     }
 
@@ -392,14 +394,11 @@ def peak_bytes(
     copies = (bf16 or zero.stage > 0) and not unpartitioned and not offload
     stepping = (4 + (2 if bf16 and zero.stage < 3 else 0)) * own / partitions if copies else 0.0
     gradients, layers, backward = states["gradients"], needs["layers"], needs["backward"]
+    output = (2 if zero.stage == 3 else 1) * needs["output"]  # stage 3 copies what it reduces
     moments = [
         {"gradients": waiting, "activations": layers, "working": needs["loss"], "buffers": gathered},
-        {
-            "gradients": waiting,
-            "activations": layers,
-            "working": needs["output"] + backward,
-            "buffers": reduces + gathered,
-        },
+        {"gradients": waiting, "activations": layers, "working": needs["head"], "buffers": gathered},
+        {"gradients": waiting, "activations": layers, "working": output + backward, "buffers": reduces + gathered},
         {
             "gradients": gradients,
             "activations": layers / shape.n_layers,

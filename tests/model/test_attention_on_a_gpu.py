@@ -283,37 +283,26 @@ def test_the_bounds_of_documents_are_computed_once_per_batch(fake_flash, monkeyp
     assert len(computed) == 1
 
 
-def test_documents_on_a_gpu_go_through_varlen(monkeypatch):
-    """The path of SDPA with documents, on a CPU that is taken for a GPU, through a stand-in for torch's function."""
+def varlen_of_now(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+    """Stands for torch's function: causal by its window, with grouped heads."""
+    assert window_size == (-1, 0)
+    assert enable_gqa
+    assert (cu_seq_q is cu_seq_k, max_q == max_k) == (True, True)
+    return by_document(q, k, v, cu_seq_q, max_q)
+
+
+def varlen_of_2_10(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+    """The same of an older torch, which takes equal heads only."""
+    assert is_causal
+    assert (cu_seq_q is cu_seq_k, max_q == max_k) == (True, True)
+    assert q.shape == k.shape == v.shape
+    return by_document(q, k, v, cu_seq_q, max_q)
+
+
+@pytest.mark.parametrize("varlen_attn", [varlen_of_now, varlen_of_2_10])
+def test_packed_documents_are_given_to_torch_as_it_takes_them(monkeypatch, varlen_attn):
     q, k, v, _ = inputs((4, 2), 37)
     numbers = documents_of(2, 37)
-
-    def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
-        assert window_size == (-1, 0)
-        assert enable_gqa
-        assert cu_seq_q is cu_seq_k
-        assert max_q == max_k
-        return by_document(q, k, v, cu_seq_q, max_q)
-
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    attention._varlen_attn.cache_clear()
-    packed = attention._varlen_attn()
-    attention._varlen_attn.cache_clear()
-    out = packed(*(x.flatten(0, 1) for x in (q, k, v)), *Documents(numbers).bounds).view_as(q)
-    torch.testing.assert_close(out, written_out(q, k, v, numbers), rtol=0, atol=37 * 8 * torch.finfo(q.dtype).eps)
-
-
-def test_a_torch_whose_varlen_takes_no_groups_is_given_equal_heads(monkeypatch):
-    q, k, v, _ = inputs((4, 2), 37)
-    numbers = documents_of(2, 37)
-
-    def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
-        assert is_causal
-        assert cu_seq_q is cu_seq_k
-        assert max_q == max_k
-        assert q.shape == k.shape == v.shape
-        return by_document(q, k, v, cu_seq_q, max_q)
-
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     attention._varlen_attn.cache_clear()
     packed = attention._varlen_attn()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cross_entropy.linear import LossOptions
 from launch.estimate import counts
+from model import loss
 from model.loss import linear_cross_entropy
+from model.parallel import Axis
 
 TOKENS, WORDS, WIDTH = 37, 101, 16
 
@@ -182,3 +187,42 @@ def test_the_matrix_of_logits_never_exists(monkeypatch):
     with Largest() as largest:
         linear_cross_entropy(leaf, output, targets)[0].backward()
     assert largest.elements == max(WORDS * WIDTH, TOKENS * WIDTH, 4 * WORDS) < TOKENS * WORDS
+
+
+class PlainKernels:
+    """What the Triton kernels of a sharded vocabulary do, in plain PyTorch; the real ones are in tests/kernels."""
+
+    @staticmethod
+    def measure(
+        logits: Tensor, targets: Tensor, first: int, ignore_index: int, softcap: float
+    ) -> tuple[Tensor, Tensor]:
+        ignored, own = targets == ignore_index, (targets - first).clamp(0, logits.shape[1] - 1)
+        here = (targets - first == own) & ~ignored
+        y = softcap * torch.tanh(logits / softcap) if softcap else logits
+        return y.logsumexp(1).where(~ignored, 0), y.gather(1, own[:, None])[:, 0].where(here, 0)
+
+    @staticmethod
+    def differentiate_(
+        logits: Tensor, targets: Tensor, lse: Tensor, first: int, ignore_index: int, z_loss: float, softcap: float
+    ) -> None:
+        x = logits.clone().requires_grad_()
+        y = softcap * torch.tanh(x / softcap) if softcap else x
+        p = (y.detach() - lse[:, None]).exp() * (1 + 2 * z_loss * lse[:, None])
+        own = targets - first
+        here = (own >= 0) & (own < logits.shape[1])
+        p[here.nonzero()[:, 0], own[here]] -= 1
+        (gradient,) = torch.autograd.grad((y * p).sum(), x)
+        logits.copy_(gradient * (targets != ignore_index)[:, None])
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_the_fused_path_over_a_sharded_vocabulary_is_the_plain_one(monkeypatch, softcap):
+    monkeypatch.setattr(loss, "all_gather", lambda x, _: SimpleNamespace(wait=lambda: x))  # of one rank
+    hidden, weight, targets = inputs()
+    targets[3:30:4] = -100
+    options, logits = LossOptions(0.1, -100, softcap), hidden @ weight.T
+    plain, fused = logits.clone(), logits.clone()
+    expected = loss._vocab_parallel_plain_(plain, targets, True, options, torch.empty_like(logits), Axis())
+    actual = loss._vocab_parallel_fused_(fused, targets, True, options, PlainKernels, Axis())
+    for ours, reference in zip((*actual, fused), (*expected, plain), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-14)
