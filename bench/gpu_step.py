@@ -7,6 +7,7 @@ memory is compared with the estimate of its activations, its speed with the peak
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -166,9 +167,10 @@ def attention_choices(model: Model, device: torch.device, dtype: torch.dtype, ro
     on_gpu = device.type == "cuda"
 
     def by_kernel(kernel: SDPBackend) -> Tensor:
-        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+        queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(kernel):
-            return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
+            out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2)
 
     methods: dict[str, Callable[[], Tensor]] = {"sdpa": lambda: attend(q, k, v, "sdpa")}
     methods["sdpa, documents"] = lambda: attend(q, k, v, "sdpa", documents)
@@ -198,10 +200,9 @@ def loss_chunks(model: Model, device: torch.device, dtype: torch.dtype, rounds: 
     )
     targets = torch.randint(model.vocab_size, (count,), device=device)
     chunks = [rows for rows in (512, 2048, 4096, 8192, 16384) if rows < count] or [count]
-    methods = {
-        f"chunks of {rows}": lambda rows=rows: linear_cross_entropy(hidden, weight, targets, chunk=rows)
-        for rows in chunks
-    }
+    methods: dict[str, Callable[[], Tensor]] = {}
+    for rows in chunks:
+        methods[f"chunks of {rows}"] = functools.partial(linear_cross_entropy, hidden, weight, targets, chunk=rows)
     if hasattr(F, "linear_cross_entropy"):
         methods["torch's linear_cross_entropy"] = lambda: F.linear_cross_entropy(hidden, weight, targets)
     methods["plain PyTorch"] = lambda: F.cross_entropy((hidden @ weight.t()).float(), targets)
