@@ -25,7 +25,15 @@ from kernels.common.commands import run_command
 from kernels.common.files import atomic_write
 from kernels.common.options import read_options
 from kernels.formula import parse
-from launch.estimate.counts import CONVENTION, FFNShape, Shape, flops_per_token, peak_bytes, shape_of
+from launch.estimate.counts import (
+    CONVENTION,
+    FFNShape,
+    Shape,
+    flops_per_token,
+    peak_bytes,
+    score_flops_per_token,
+    shape_of,
+)
 from launch.estimate.step_time import (
     GEMM_EFFICIENCY,
     NETWORK_EFFICIENCY,
@@ -109,8 +117,7 @@ def _products(config: Config) -> int:
     """Return the FLOPs per token of all matrix products of a step, recomputed ones included, without attention's."""
     shape = shape_of(config)
     flops = flops_per_token(shape, config.sequence_length)
-    scores = 3 * shape.n_layers * 2 * shape.n_heads * shape.head_dim * (config.sequence_length + 1)
-    layers = flops["attention"] - scores + flops["ffn"]
+    layers = flops["attention"] - score_flops_per_token(shape, config.sequence_length) + flops["ffn"]
     return layers + flops["output"] + (layers // 3 if config.model.activation_checkpointing else 0)
 
 

@@ -154,6 +154,22 @@ def timed(call: Callable[[], object], device: torch.device, rounds: int) -> list
     return [statistics.median(seconds), min(seconds), max(seconds)]
 
 
+def tried(
+    model: Model, methods: dict[str, Callable[[], Tensor]], device: torch.device, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the time of forward and backward of each method and the peak memory, or why it does not run here."""
+    for name, method in methods.items():
+        row = {"model": model.name, "method": name}
+        try:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            seconds = timed(lambda method=method: method().sum().backward(), device, rounds)
+            peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+            yield row | {"seconds": seconds, "peak_gib": peak}
+        except RuntimeError as error:  # no kernel for these sizes, none in this build, or out of memory
+            yield row | {"failed": str(error).splitlines()[0]}
+
+
 def attention_choices(model: Model, device: torch.device, dtype: torch.dtype, rounds: int) -> Iterator[dict[str, Any]]:
     """Yield the time of forward and backward of each attention that runs here, at a model's sizes."""
     width, group = model.d_model // model.n_heads, (model.n_heads, model.n_kv_heads, model.n_kv_heads)
@@ -183,13 +199,8 @@ def attention_choices(model: Model, device: torch.device, dtype: torch.dtype, ro
     else:
         methods["blocks"] = lambda: attend(q, k, v, "blocks")
     scores = 3.5 * 2 * model.sequences * model.length**2 * model.d_model  # causal: 2 products forward, 5 backward
-    for name, method in methods.items():
-        row = {"model": model.name, "method": name}
-        try:
-            seconds = timed(lambda method=method: method().sum().backward(), device, rounds)
-            yield row | {"seconds": seconds, "flops_per_second": scores / seconds[0]}
-        except RuntimeError as error:  # no kernel for these sizes, or none in this build
-            yield row | {"failed": str(error).splitlines()[0]}
+    for row in tried(model, methods, device, rounds):
+        yield row | ({"flops_per_second": scores / row["seconds"][0]} if "seconds" in row else {})
 
 
 def loss_chunks(model: Model, device: torch.device, dtype: torch.dtype, rounds: int) -> Iterator[dict[str, Any]]:
@@ -206,13 +217,4 @@ def loss_chunks(model: Model, device: torch.device, dtype: torch.dtype, rounds: 
     if hasattr(F, "linear_cross_entropy"):
         methods["torch's linear_cross_entropy"] = lambda: F.linear_cross_entropy(hidden, weight, targets)
     methods["plain PyTorch"] = lambda: F.cross_entropy((hidden @ weight.t()).float(), targets)
-    for name, method in methods.items():
-        row = {"model": model.name, "method": name}
-        try:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            seconds = timed(lambda method=method: method().backward(), device, rounds)
-            peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-            yield row | {"seconds": seconds, "peak_gib": peak}
-        except RuntimeError as error:  # out of memory
-            yield row | {"failed": str(error).splitlines()[0]}
+    yield from tried(model, methods, device, rounds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -35,7 +36,12 @@ def capability_of(tensor: Tensor) -> tuple[int, int]:
     """Return the compute capability of the GPU that holds a tensor, as (9, 0) for sm_90."""
     if _traced_gpu is not None and tensor.is_meta:
         return _traced_gpu
-    return torch.cuda.get_device_capability(tensor.device)
+    return _capability(tensor.device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -150,8 +150,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, documents: Documents |
     if documents is None:
         return _sdpa(q, k, v, None, causal=True)
     if on_gpu(q) and q.dtype in _HALF and (varlen := _varlen_attn()) is not None:
-        q_packed, k_packed, v_packed = (x.flatten(0, 1) for x in (q, k, v))
-        return varlen(q_packed, k_packed, v_packed, *documents.bounds).view_as(q)
+        return _packed(varlen, q, k, v, documents)
     return _sdpa(q, k, v, documents.mask, causal=False)
 
 
@@ -252,8 +251,12 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tens
     assert package is not None, "choose has imported it"
     if documents is None:
         return package(q, k, v)
-    q_packed, k_packed, v_packed = (x.flatten(0, 1) for x in (q, k, v))
-    return package.packed(q_packed, k_packed, v_packed, *documents.bounds).view_as(q)
+    return _packed(package.packed, q, k, v, documents)
+
+
+def _packed(compute: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Compute attention within documents by a function of packed sequences, as `FlashAttention.packed`; (B, S, H, E)."""
+    return compute(*(x.flatten(0, 1) for x in (q, k, v)), *documents.bounds).view_as(q)
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from model.parallel import Mesh, init_mesh, shard_spec
 from model.scaling import Scaling, scaling_of
 from training.culprit import DroppedGradient
 from training.mpu import ModelParallelUnit
+from training.profiler import part
 from training.zero import fragment_mapping, index_in_group, partition_range, spoil_gradient, stage_3_parameter
 
 
@@ -223,7 +224,7 @@ class Engine:
                 refused = self._refused(total / self.batch.accumulation, refuse)
             if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
                 norm = self._clip_at_stage_0()
-            with torch.profiler.record_function("part: optimizer"):
+            with part("optimizer"):
                 self.deepspeed.step()
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()

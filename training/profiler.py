@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kernels.common.errors import UserError
-from launch.estimate.counts import Shape, flops_per_token, rank_parameters
+from launch.estimate.counts import Shape, flops_per_token, rank_parameters, score_flops_per_token
 from launch.estimate.step_time import loss_bytes
 
 if TYPE_CHECKING:  # bench/gpu.py uses this module where Hydra is not installed
@@ -217,7 +217,7 @@ def floors(
     tokens = batch.micro_batch * config.sequence_length // parallel.context
     shards, times = parallel.tensor, batch.accumulation
     by_part = flops_per_token(shape, config.sequence_length)
-    scores = 3 * shape.n_layers * 2 * shape.n_heads * shape.head_dim * (config.sequence_length + 1)
+    scores = score_flops_per_token(shape, config.sequence_length)
 
     def by_bytes(per_token: float) -> float:
         return times * tokens * width * per_token / shards / bandwidth

@@ -155,14 +155,22 @@ def parameters(shape: Shape) -> dict[str, int]:
 def flops_per_token(shape: Shape, sequence_length: int) -> dict[str, int]:
     """Return training FLOPs (forward and backward) per token by part; the values sum to the whole step."""
     by_part = parameters(shape)
-    # Scores and their product with the values: 2 x 2 x head_dim x positions attended to, on average (length + 1) / 2.
-    scores = shape.n_layers * 2 * shape.n_heads * shape.head_dim * (sequence_length + 1)
     forward = {
-        "attention": 2 * by_part["attention"] + scores,
+        "attention": 2 * by_part["attention"],
         "ffn": sum(2 * layer.matrices * shape.d_model * layer.d_ff for layer in shape.ffn),
         "output": 2 * shape.vocab_size * shape.d_model,
     }
-    return {part: 3 * flops for part, flops in forward.items()}
+    result = {part: 3 * flops for part, flops in forward.items()}
+    result["attention"] += score_flops_per_token(shape, sequence_length)
+    return result
+
+
+def score_flops_per_token(shape: Shape, sequence_length: int) -> int:
+    """Return the part of `flops_per_token` that attention spends on scores and their product with the values.
+
+    In forward that is 2 x 2 x head_dim x positions attended to, on average (length + 1) / 2.
+    """
+    return 3 * shape.n_layers * 2 * shape.n_heads * shape.head_dim * (sequence_length + 1)
 
 
 def ffn_saved_bytes(layer: FFNShape, width: int = 2) -> int:
