@@ -29,6 +29,8 @@ from launch.estimate.counts import (
     CONVENTION,
     FFNShape,
     Shape,
+    attention_recomputed_flops,
+    ffn_recomputed_flops,
     flops_per_token,
     peak_bytes,
     score_flops_per_token,
@@ -69,6 +71,8 @@ ffn=swiglu zero=1 precision=bf16 global_batch_size=4 parallel.tensor=2 parallel.
 ffn=relu zero=0 precision=fp32 global_batch_size=8
 ffn=swiglu zero=3 precision=fp32 global_batch_size=8 model.activation_checkpointing=true
 ffn=swiglu zero=2 precision=fp32 global_batch_size=4 parallel.context=2
+ffn=swiglu zero=2 precision=fp32 global_batch_size=8 model.activation_checkpointing=attention
+ffn=swiglu zero=1 precision=fp32 global_batch_size=4 parallel.tensor=2 model.activation_checkpointing=selective
 """
 
 
@@ -118,7 +122,13 @@ def _products(config: Config) -> int:
     shape = shape_of(config)
     flops = flops_per_token(shape, config.sequence_length)
     layers = flops["attention"] - score_flops_per_token(shape, config.sequence_length) + flops["ffn"]
-    return layers + flops["output"] + (layers // 3 if config.model.activation_checkpointing else 0)
+    total = layers + flops["output"] + ffn_recomputed_flops(shape)
+    if config.model.activation_checkpointing is True:
+        return total + layers // 3
+    if config.model.activation_checkpointing:
+        again = attention_recomputed_flops(shape, config.sequence_length)
+        total += again - score_flops_per_token(shape, config.sequence_length) // 3
+    return total
 
 
 def _measured(ranks: Ranks, overrides: list[str]) -> dict[str, float]:

@@ -41,7 +41,9 @@ class FFNConfig:
         "", "the derivative as a formula of the output h, if there is one: for save=output", only="ffn.name=custom"
     )
     save: str = key(
-        "packed", "saved for backward beside the layer's input: packed (pre-activations) | output | everything | input"
+        "packed",
+        "saved for backward beside the layer's input: packed (pre-activations) | output | everything | input",
+        only="model.activation_checkpointing!=selective",
     )
     init_scale: Optional[float] = key(
         None,
@@ -84,8 +86,10 @@ class ModelConfig:
     logit_softcap: float = key(0.0, "c of the logits' c tanh(logits / c), as in Gemma 2; 0: none")
     attention: str = key("auto", "attention backend: auto | flash | sdpa | flex | blocks")
     mask_documents: bool = key(False, "attention does not cross the boundaries of packed documents")
-    activation_checkpointing: bool = key(
-        False, "recompute each layer in backward: less memory, about a third more time"
+    activation_checkpointing: Any = key(
+        False,
+        "recomputed in backward, for less memory: false | attention (and norms) | selective (the up projection too) | "
+        "true (whole layers, about a third more time)",
     )
 
 

@@ -25,6 +25,7 @@ _CHOICES = {
     "ffn.save": ("packed", "output", "everything", "input"),
     "ffn.init_match": ("std", "rms"),
     "ffn.backend": ("auto", "reference", "c", "triton"),
+    "model.activation_checkpointing": ("false", "attention", "selective", "true"),
     "model.attention": ("auto", "flash", "sdpa", "flex", "blocks"),
     "optim.name": ("adamw",),
     "schedule.name": ("cosine", "linear", "wsd"),
@@ -176,8 +177,9 @@ def holds_text_out(data: DataConfig) -> bool:
 
 def _check_values(values: dict[str, Any]) -> None:
     for name, allowed in _CHOICES.items():
-        if values[name] not in allowed:
-            raise unknown(name, str(values[name]), allowed)
+        value = str(values[name]).lower() if isinstance(values[name], bool) else values[name]
+        if value not in allowed:
+            raise unknown(name, str(value), allowed)
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value} is not a finite number")

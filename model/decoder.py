@@ -20,7 +20,9 @@ ranks. H, K, F and V are sharded over tensor ranks, and S over context ranks. Wi
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from conf.schema import ModelConfig
-from launch.estimate.counts import Shape
+from launch.estimate.counts import RECOMPUTE_ATTENTION, Shape
 from model.attention import Documents, attend, attend_cached
 from model.collectives import (
     column_parallel_linear,
@@ -41,6 +43,8 @@ from model.feed_forward import FeedForward
 from model.layers import RMSNorm, Rotary
 from model.loss import gathered_logits, linear_cross_entropy
 from model.parallel import Axis, Mesh, shard_parameter
+
+_NO_RANDOMNESS: dict[str, Any] = {"preserve_rng_state": False}  # a layer draws no random numbers
 
 
 class Cache:
@@ -75,12 +79,14 @@ class ForwardPass:
         batch_size: B, which the shape of a token shard (B x S / T, D) does not show.
         documents: of the sequences, over all context ranks; None: each is one document.
         cache: of keys and values; the pass is given the newest tokens only.
+        recompute: what backward computes again, as `model.activation_checkpointing`.
     """
 
     mesh: Mesh
     batch_size: int
     documents: Documents | None = None
     cache: Cache | None = None
+    recompute: bool | str = False
 
 
 class Attention(nn.Module):
@@ -143,9 +149,37 @@ class Layer(nn.Module):
             The next x and residual.
         """
         x, stream = self.attention_norm(x, residual)
-        x = self.attention(x, forward_pass)
+        if forward_pass.recompute in RECOMPUTE_ATTENTION:
+            with _dropped(x, self.attention_norm, stream):
+                # Recomputing stops short of the output projection's product and of its reduction: nothing needs them again.
+                x = cast("Tensor", checkpoint(self.attention, x, forward_pass, use_reentrant=False, **_NO_RANDOMNESS))
+        else:
+            x = self.attention(x, forward_pass)
         x, stream = self.ffn_norm(x, stream)
-        return self.ffn(x, forward_pass.mesh.tensor), stream
+        with _dropped(x, self.ffn_norm, stream) if forward_pass.recompute in RECOMPUTE_ATTENTION else nullcontext():
+            return self.ffn(x, forward_pass.mesh.tensor), stream
+
+
+@contextmanager
+def _dropped(y: Tensor, norm: RMSNorm, stream: Tensor) -> Iterator[None]:
+    """Keep nothing where autograd would keep y = norm(stream) for backward, which computes it again.
+
+    The stream is kept anyway: the norm's own backward needs it.
+    """
+
+    storage, shape = y.untyped_storage()._cdata, y.shape  # a reference to y would keep it
+
+    def pack(tensor: Tensor) -> Tensor | None:
+        return None if (tensor.untyped_storage()._cdata, tensor.shape) == (storage, shape) else tensor
+
+    def unpack(kept: Tensor | None) -> Tensor:
+        if kept is not None:
+            return kept
+        with torch.no_grad():
+            return norm(stream)[0]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class Embedding(nn.Module):
@@ -235,14 +269,14 @@ class Decoder(nn.Module):
         documents = None
         if self.document_start is not None and cache is None:
             documents = Documents((gather_sequence(tokens, mesh.context) == self.document_start).cumsum(1))
-        forward_pass = ForwardPass(mesh, len(tokens), documents, cache)
-        x, residual = self.embedding(tokens, mesh.tensor), None
         # A recomputed layer would extend a cache twice.
-        recompute = self.recompute and self.training and torch.is_grad_enabled() and cache is None
+        recompute = self.recompute if self.training and torch.is_grad_enabled() and cache is None else False
+        forward_pass = ForwardPass(mesh, len(tokens), documents, cache, recompute)
+        x, residual = self.embedding(tokens, mesh.tensor), None
         for layer in self.layers:
-            if recompute:
+            if recompute is True:
                 x = x if residual is None else x + residual  # so that one tensor per layer is kept, not two
-                outputs = checkpoint(layer, x, None, forward_pass, use_reentrant=False)
+                outputs = checkpoint(layer, x, None, forward_pass, use_reentrant=False, **_NO_RANDOMNESS)
                 x, residual = cast("tuple[Tensor, Tensor]", outputs)
             else:
                 x, residual = layer(x, residual, forward_pass)

@@ -20,7 +20,7 @@ import torch
 from conf.schema import Config
 from conf.validate import Batch
 from kernels.common.errors import UserError
-from launch.estimate.counts import Shape, peak_bytes, state_bytes
+from launch.estimate.counts import CHECKPOINTING, Shape, peak_bytes, shape_of, state_bytes
 from launch.ranks import Ranks
 
 # What a failed allocation says: PyTorch on CPUs and GPUs, the C++ library, cuBLAS, a thread, a library that is loaded.
@@ -108,29 +108,31 @@ class MemoryBudget:
 
     def _peak(self, config: Config, micro_batch: int) -> dict[str, float]:
         accumulation = self.batch.micro_batch * self.batch.accumulation // micro_batch
-        return peak_bytes(config, self.shape, self._dp_cp, micro_batch, accumulation, self.bf16, self.on_gpu)
+        shape = shape_of(config, self.shape.vocab_size)  # what its layers save depends on the checkpointing
+        return peak_bytes(config, shape, self._dp_cp, micro_batch, accumulation, self.bf16, self.on_gpu)
 
     def _remedy(self, there: float) -> str:
         """Return the mildest change after which the run fits into `there` bytes by the estimate."""
-        changed, keys, micro = copy.deepcopy(self.config), [], self.batch.micro_batch
+        changed, keys, micro = copy.deepcopy(self.config), {}, self.batch.micro_batch
         while micro > 1:
             micro = max(n for n in range(1, micro) if self.batch.micro_batch % n == 0)
             if sum(self._peak(changed, micro).values()) <= there:
                 return f"set micro_batch_size={micro}"
         if self.batch.micro_batch > 1:
-            keys.append("micro_batch_size=1")
+            keys["micro_batch_size"] = 1
         model, zero = changed.model, changed.zero
+        further = CHECKPOINTING[CHECKPOINTING.index(model.activation_checkpointing) + 1 :]
         settings = (
-            ("model.activation_checkpointing=true", model, "activation_checkpointing", True, True),
-            ("zero=3", zero, "stage", 3, self._dp_cp > 1),
-            ("zero.offload_optimizer=true", zero, "offload_optimizer", True, self.on_gpu and zero.stage > 0),
+            *(("model.activation_checkpointing", model, "activation_checkpointing", value, True) for value in further),
+            ("zero", zero, "stage", 3, self._dp_cp > 1),
+            ("zero.offload_optimizer", zero, "offload_optimizer", True, self.on_gpu and zero.stage > 0),
         )
-        for text, group, name, value, possible in settings:
+        for key, group, name, value, possible in settings:
             if possible and getattr(group, name) != value:
                 setattr(group, name, value)
-                keys.append(text)
+                keys[key] = str(value).lower()
                 if sum(self._peak(changed, micro).values()) <= there:
-                    return f"set {' '.join(keys)}"
+                    return "set " + " ".join(f"{key}={value}" for key, value in keys.items())
         return "take a smaller model, or more ranks with zero=3 or parallel.tensor (python -m launch.estimate finds a layout)"
 
 

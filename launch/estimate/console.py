@@ -12,6 +12,7 @@ from launch.estimate.search import Estimate, overrides_of, what_would_fit
 from launch.estimate.step_time import traffic
 
 _LISTED = 5  # of the combinations that fit
+_CHECKPOINTING = {False: "off", "attention": "attention", "selective": "selective", True: "whole layers"}
 _PARTS = {
     "products": "matrix products and attention",
     "memory": "norms, rotary embedding, activations",
@@ -36,7 +37,7 @@ def show(requested: Estimate, candidates: list[Estimate], console: SafeConsole) 
         f"{nodes} node(s) of {requested.layout.gpus_per_node} x {hardware.device or cluster.name}; "
         f"tensor {config.parallel.tensor}, context {config.parallel.context}, ZeRO {config.zero.stage}, "
         f"micro-batch {batch.micro_batch} x {batch.accumulation}, "
-        f"checkpointing {'on' if config.model.activation_checkpointing else 'off'}",
+        f"checkpointing {_CHECKPOINTING[config.model.activation_checkpointing]}",
         f"{batch.tokens:,} tokens in {batch.steps:,} steps of {batch.tokens_per_step:,}",
     ]
     for line in lines:
@@ -76,7 +77,7 @@ def show(requested: Estimate, candidates: list[Estimate], console: SafeConsole) 
         tensor, stage, micro, checkpoints, overlap = candidate.choice
         gib = sum(candidate.memory.values()) / 2**30
         table.add_row(
-            f"{tensor}", f"{stage}", f"{micro}", "on" if checkpoints else "off", "on" if overlap else "off", f"{gib:.1f}",
+            f"{tensor}", f"{stage}", f"{micro}", _CHECKPOINTING[checkpoints], "on" if overlap else "off", f"{gib:.1f}",
             f"{candidate.step.total:.4g}", f"{candidate.mfu:.1%}", duration(3600 * candidate.hours),
         )  # fmt: skip
     console.print(f"fastest of the {len(candidates)} combinations that fit:")

@@ -25,6 +25,9 @@ VOCABULARY_MULTIPLE = 64  # of the embedding's rows, so that GEMM tiles and tens
 # time of the product at 500 TFLOP/s.
 _CHUNK_ELEMENTS, _CHUNK_ROWS = 2**22, 256
 _GPU_CHUNK_ELEMENTS, _GPU_CHUNK_ROWS = 2**28, 4096
+# Values of `model.activation_checkpointing`, by what backward computes again; the FFN's up projection under "selective" only.
+CHECKPOINTING = (False, "attention", "selective", True)
+RECOMPUTE_ATTENTION = ("attention", "selective")
 GATHERED_BUCKETS = 20  # times `zero.bucket_elements`: the most elements that stage 3 keeps gathered
 
 
@@ -97,7 +100,9 @@ def shape_of(config: Config, tokenizer_size: int | None = None) -> Shape:
 
 
 def _ffn_shape(arm: Arm, model: ModelConfig) -> FFNShape:
-    return FFNShape(arm.config, arm.formula, model.d_ff or default_d_ff(model.d_ff_gated, arm.formula))
+    selective = model.activation_checkpointing == "selective"
+    config = dataclasses.replace(arm.config, save="input") if selective else arm.config
+    return FFNShape(config, arm.formula, model.d_ff or default_d_ff(model.d_ff_gated, arm.formula))
 
 
 def default_d_ff(d_ff_gated: int, formula: Formula) -> int:
@@ -191,8 +196,15 @@ def ffn_recomputed_flops(shape: Shape) -> int:
     )
 
 
+def attention_recomputed_flops(shape: Shape, sequence_length: int) -> int:
+    """Return the FLOPs per token that backward spends on queries, keys, values and attention, where it recomputes those."""
+    heads = shape.n_heads + 2 * shape.n_kv_heads
+    projections = shape.n_layers * 2 * shape.d_model * heads * shape.head_dim
+    return projections + score_flops_per_token(shape, sequence_length) // 3
+
+
 def tensor_traffic(
-    shape: Shape, parallel: ParallelConfig, tokens: int, width: int, recompute: bool = False
+    shape: Shape, parallel: ParallelConfig, tokens: int, width: int, checkpointing: bool | str = False
 ) -> dict[str, float]:
     """Return the bytes that a tensor rank sends for forward and backward of one micro-batch, by part.
 
@@ -204,7 +216,7 @@ def tensor_traffic(
     Args:
         tokens: of a rank's micro-batch, b s, divided over context ranks.
         width: bytes per element of the activations.
-        recompute: whether backward recomputes each layer's forward.
+        checkpointing: `model.activation_checkpointing`. A whole layer is sent again; of attention, what gathers its input.
     """
     ring = (parallel.tensor - 1) / parallel.tensor
     sequence = parallel.sequence and parallel.tensor > 1
@@ -212,7 +224,8 @@ def tensor_traffic(
     norm = 2 * shape.d_model * width * ring if sequence else 0.0
     heads = 2 * 2 * shape.head_dim * width * ring if shape.qk_norm else 0.0
     learned = [2 * 4 * layer.learned_per_layer * ring for layer in shape.ffn]  # in fp32
-    layer = (10 if sequence else 8) * unit + (4 * unit if recompute else 0.0) + 2 * norm + heads
+    again = 4 if checkpointing is True else int(sequence and checkpointing in RECOMPUTE_ATTENTION)
+    layer = ((10 if sequence else 8) + again) * unit + 2 * norm + heads
     return {
         "embedding": 2 * unit,
         "layers": shape.n_layers * layer + sum(learned),
@@ -220,7 +233,9 @@ def tensor_traffic(
     }
 
 
-def context_traffic(shape: Shape, parallel: ParallelConfig, tokens: int, width: int, recompute: bool = False) -> float:
+def context_traffic(
+    shape: Shape, parallel: ParallelConfig, tokens: int, width: int, checkpointing: bool | str = False
+) -> float:
     """Return the bytes that a context rank sends around attention for one micro-batch, over all layers.
 
     Two all-to-alls each in forward and backward: of queries, keys and values, and of the result
@@ -228,10 +243,11 @@ def context_traffic(shape: Shape, parallel: ParallelConfig, tokens: int, width: 
 
     Args:
         tokens: of this rank's part of the micro-batch.
+        checkpointing: `model.activation_checkpointing`: whichever recomputes attention sends a third time.
     """
     heads = (2 * shape.n_heads + 2 * shape.n_kv_heads) // parallel.tensor
     ring = (parallel.context - 1) / parallel.context
-    return (3 if recompute else 2) * shape.n_layers * heads * shape.head_dim * tokens * width * ring
+    return (3 if checkpointing else 2) * shape.n_layers * heads * shape.head_dim * tokens * width * ring
 
 
 def zero_traffic(
@@ -322,7 +338,12 @@ def logits_rows(tokens: int, vocabulary: int, on_gpu: bool) -> int:
 
 
 def activation_bytes(
-    shape: Shape, parallel: ParallelConfig, tokens: int, width: int, recompute: bool = False, on_gpu: bool = False
+    shape: Shape,
+    parallel: ParallelConfig,
+    tokens: int,
+    width: int,
+    checkpointing: bool | str = False,
+    on_gpu: bool = False,
 ) -> dict[str, float]:
     """Return the bytes that a rank needs for forward and backward of a micro-batch, beside weights and gradients.
 
@@ -333,7 +354,8 @@ def activation_bytes(
     Args:
         tokens: of the micro-batch, divided over context ranks.
         width: bytes per element.
-        recompute: whether each layer saves its input only.
+        checkpointing: `model.activation_checkpointing`: True, and each layer saves its input only; "attention" or
+            "selective", and it saves what its two norms read and what its feed-forward layer saves beside its input.
 
     Returns:
         "layers" is kept from forward to backward. On top come: "loss" at the end of forward; "head" when backward multiplies
@@ -345,24 +367,37 @@ def activation_bytes(
     queries, keys = shape.n_heads * shape.head_dim / tensor, shape.n_kv_heads * shape.head_dim / tensor
     inverse_rms = 4 * (2 / sequence + (shape.n_heads + shape.n_kv_heads) / tensor * shape.qk_norm)
     attention = width * 3 * (queries + keys) + 4 * shape.n_heads / tensor
-    each = [
-        width * 4 * shape.d_model / sequence + attention + inverse_rms + ffn_saved_bytes(layer, width) / tensor
+    if checkpointing in RECOMPUTE_ATTENTION:
+        inputs = width * 2 * shape.d_model / sequence + 4 * 2 / sequence
+    else:
+        inputs = width * 4 * shape.d_model / sequence + attention + inverse_rms
+    each = [inputs + ffn_saved_bytes(layer, width) / tensor for layer in shape.ffn]
+    working = max(
+        width * ((layer.matrices + 1 + _made_again(layer)) * layer.d_ff / tensor + 2 * shape.d_model)
         for layer in shape.ffn
-    ]
-    working = max(width * ((layer.matrices + 1) * layer.d_ff / tensor + 2 * shape.d_model) for layer in shape.ffn)
+    )
+    if checkpointing in RECOMPUTE_ATTENTION:  # and then its gradients, while the norm's output is there again
+        attending = attention + width * (queries + 2 * keys + 2 * shape.d_model)
+        working = max(working + width * shape.d_model / sequence, attending)
     vocabulary = shape.vocab_size // tensor
     states, output = tokens * shape.d_model * width, vocabulary * shape.d_model
     # Over tensor ranks a CPU has no fused kernel, and takes the softmax in a buffer of its own.
     chunk = logits_rows(tokens, vocabulary, on_gpu) * vocabulary * (width + (4 if tensor > 1 and not on_gpu else 0))
     rounded = width if width < 4 else 0  # the gradient of the output's weights is summed in fp32
-    layers = tokens * (shape.n_layers * width * shape.d_model / sequence if recompute else sum(each))
+    whole = checkpointing is True
+    layers = tokens * (shape.n_layers * width * shape.d_model / sequence if whole else sum(each))
     return {
         "layers": layers,
         "loss": 2 * states + (4 + rounded) * output + chunk,
         "head": 2 * states + 2 * width * output,
         "output": width * output,
-        "backward": 3 * states + tokens * (working + (max(each) if recompute else 0)),
+        "backward": 3 * states + tokens * (working + (max(each) if whole else 0)),
     }
+
+
+def _made_again(layer: FFNShape) -> int:
+    """Return how many tensors of d_ff backward makes again before their gradients: pre-activations that were not saved."""
+    return layer.matrices - 1 if layer.arm.save == "input" else 0
 
 
 def peak_bytes(
@@ -402,13 +437,16 @@ def peak_bytes(
     copies = (bf16 or zero.stage > 0) and not unpartitioned and not offload
     stepping = (4 + (2 if bf16 and zero.stage < 3 else 0)) * own / partitions if copies else 0.0
     gradients, layers, backward = states["gradients"], needs["layers"], needs["backward"]
+    by_part = parameters(shape)
+    last = (0 if shape.tied else by_part["embedding"]) + (by_part["attention"] + by_part["ffn"]) / shape.n_layers
+    so_far = max(waiting, gradients * (1 - last / sum(by_part.values())))  # without those of the first layer and below
     output = (2 if zero.stage == 3 else 1) * needs["output"]  # stage 3 copies what it reduces
     moments = [
         {"gradients": waiting, "activations": layers, "working": needs["loss"], "buffers": gathered},
         {"gradients": waiting, "activations": layers, "working": needs["head"], "buffers": gathered},
         {"gradients": waiting, "activations": layers, "working": output + backward, "buffers": reduces + gathered},
         {
-            "gradients": gradients,
+            "gradients": so_far,
             "activations": layers / shape.n_layers,
             "working": backward,
             "buffers": reduces + gathered,

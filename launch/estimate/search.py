@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from conf.schema import ClusterConfig, Config
 from conf.validate import Batch, validate
 from kernels.common.errors import UserError
-from launch.estimate.counts import Shape, check_divisibility, overlaps, peak_bytes, shape_of
+from launch.estimate.counts import CHECKPOINTING, Shape, check_divisibility, overlaps, peak_bytes, shape_of
 from launch.estimate.step_time import ParallelLayout, StepTime, model_flops_utilization, overlapped, step_time
 
 _RESERVED = 0.08  # fraction of a GPU's memory: the CUDA context, NCCL and fragmentation
@@ -58,25 +58,26 @@ class Estimate:
         return self.hours * self.gpus * self.cluster.hardware.dollars_per_gpu_hour
 
     @property
-    def choice(self) -> tuple[int, int, int, bool, bool]:
+    def choice(self) -> tuple[int, int, int, bool | str, bool]:
         """The settings that `search` varies: tensor size, ZeRO stage, micro-batch, activation checkpointing, overlap."""
         config = self.config
         checkpoints, overlap = config.model.activation_checkpointing, overlaps(config.zero, self.layout.on_gpu)
         return config.parallel.tensor, config.zero.stage, self.batch.micro_batch, checkpoints, overlap
 
 
-def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int, shape: Shape | None = None) -> Estimate:
+def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int) -> Estimate:
     """Return the memory, time and cost of a configuration.
 
     Raises:
         UserError: it cannot train on that many ranks.
     """
     batch = validate(config, gpus)
-    shape = shape or shape_of(config)
+    shape = shape_of(config)
     check_divisibility(shape, config.parallel)
     zero, bf16 = config.zero, config.precision.name != "fp32"
     gradient_width = 2 if bf16 and config.precision.reduce == "bf16" else 4
     overlap, overlap_weights = (0.0, False)
+    checkpointing = config.model.activation_checkpointing
     on_gpu = cluster.gpus_per_node > 0
     if overlaps(zero, on_gpu):
         overlap, overlap_weights = overlapped(zero.stage, bf16, batch.accumulation)
@@ -89,7 +90,8 @@ def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int, s
         stage=zero.stage,
         micro_batch=batch.micro_batch,
         micro_batches=batch.accumulation,
-        recompute=float(config.model.activation_checkpointing),
+        recompute=float(checkpointing is True),
+        checkpointing=checkpointing if isinstance(checkpointing, str) else "",
         overlap=overlap,
         overlap_weights=overlap_weights,
         bf16=bf16,
@@ -103,14 +105,13 @@ def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int, s
 
 
 def search(config: Config, cluster: ClusterConfig, gpus: int, per_node: int) -> Iterator[Estimate]:
-    """Yield what fits among all tensor sizes within a node, ZeRO stages, micro-batches, checkpointing on or off, and overlap.
+    """Yield what fits among all tensor sizes within a node, ZeRO stages, micro-batches, kinds of checkpointing, and overlap.
 
     Overlap is left out where DeepSpeed ignores it: the same would come twice.
     """
-    shape = shape_of(config)
     for candidate in _combinations(config, gpus, per_node):
         try:
-            estimated = estimate(candidate, cluster, gpus, per_node, shape)
+            estimated = estimate(candidate, cluster, gpus, per_node)
         except UserError:
             continue
         if estimated.fits:
@@ -131,7 +132,7 @@ def _combinations(config: Config, gpus: int, per_node: int) -> Iterator[Config]:
             can_overlap = (
                 overlapped(stage, config.precision.name != "fp32", accumulation)[0] > 0 and per_rank < sequences
             )
-            for checkpoints, overlap in itertools.product((False, True), (False, True) if can_overlap else (False,)):
+            for checkpoints, overlap in itertools.product(CHECKPOINTING, (False, True) if can_overlap else (False,)):
                 yield dataclasses.replace(
                     config,
                     micro_batch_size=micro,
@@ -163,7 +164,7 @@ def what_would_fit(requested: Estimate) -> str:
     sizes = []
     for candidate in _combinations(config, requested.gpus, per_node):
         try:
-            sizes.append(estimate(candidate, cluster, requested.gpus, per_node, requested.shape))
+            sizes.append(estimate(candidate, cluster, requested.gpus, per_node))
         except UserError:
             continue
     least = min(sizes, key=lambda e: sum(e.memory.values()), default=requested)

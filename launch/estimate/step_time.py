@@ -4,8 +4,8 @@ Two constants are fitted to nine published runs on H100s (`python -m bench.estim
 fraction of its peak that a GPU reaches in matrix products, and the fraction of its data sheet's bandwidth that a collective
 reaches. Everything else is counted (launch/estimate/counts.py) or given by conf/cluster:
 
-    products    FLOPs, recomputation included (of layers, and of what `ffn.save=input` drops), at GEMM_EFFICIENCY of a peak that
-                falls with the cube root of the power limit
+    products    FLOPs, recomputation included (`model.activation_checkpointing`, `ffn.save=input`), at GEMM_EFFICIENCY of a peak
+                that falls with the cube root of the power limit
     memory      reads and writes of all other operations, the loss's chunks of logits among them, at the memory bandwidth
     tensor      traffic of the tensor ranks in every layer, never overlapped; likewise context
     data        ZeRO's traffic, less what overlaps compute (`overlapped`)
@@ -24,6 +24,7 @@ import math
 from conf.schema import HardwareConfig, ParallelConfig
 from launch.estimate.counts import (
     Shape,
+    attention_recomputed_flops,
     context_traffic,
     ffn_recomputed_flops,
     flops_per_token,
@@ -50,6 +51,7 @@ class ParallelLayout:
         micro_batch: sequences per rank at once.
         micro_batches: per step and rank.
         recompute: fraction of the layers' forward that is recomputed in backward.
+        checkpointing: as `model.activation_checkpointing`, if it recomputes attention without the rest of a layer.
         overlap: fraction of a step that the traffic of ZeRO's gradients can overlap.
         overlap_weights: whether that of its weights can too.
         gradient_width: bytes per gradient element in communication.
@@ -66,6 +68,7 @@ class ParallelLayout:
     micro_batch: int = 1
     micro_batches: int = 1
     recompute: float = 0.0
+    checkpointing: str = ""
     overlap: float = 0.0
     overlap_weights: bool = False
     bf16: bool = True
@@ -132,10 +135,12 @@ def step_time(
     # Per micro-batch.
     flops = flops_per_token(shape, layout.sequence_length)
     recomputed = layout.recompute * (flops["attention"] + flops["ffn"]) / 3 + ffn_recomputed_flops(shape)
+    if layout.checkpointing:
+        recomputed += attention_recomputed_flops(shape, layout.sequence_length)
     power = min(1.0, hardware.watts / hardware.full_watts) ** (1 / 3)
     peak = (hardware.bf16_flops if layout.bf16 else hardware.fp32_flops) * power
     products = (sum(flops.values()) + recomputed) * tokens / shards / (peak * efficiency)
-    traffic_bytes = elementwise_bytes(shape, width, layout.recompute) * tokens / shards
+    traffic_bytes = elementwise_bytes(shape, width, layout.recompute, layout.checkpointing) * tokens / shards
     traffic_bytes += loss_bytes(shape, int(tokens), width, parallel.tensor, layout.on_gpu) / layout.pipeline
     memory = traffic_bytes / hardware.memory_bandwidth
     # Per step.
@@ -167,30 +172,33 @@ def traffic(layout: ParallelLayout) -> dict[str, float]:
     """Return the bytes that a rank sends per step to tensor ranks, to context ranks, and for ZeRO's gradients and weights."""
     shape, parallel, width = layout.shape, layout.parallel, 2 if layout.bf16 else 4
     tokens = int(layout.micro_batch * layout.sequence_length / parallel.context)
-    recompute, times = layout.recompute == 1, layout.micro_batches
+    times = layout.micro_batches
+    checkpointing = True if layout.recompute == 1 else layout.checkpointing
     sent = {"tensor": 0.0, "context": 0.0, "gradients": 0.0, "weights": 0.0}
     if parallel.tensor > 1:
-        per_micro_batch = sum(tensor_traffic(shape, parallel, tokens, width, recompute).values())
+        per_micro_batch = sum(tensor_traffic(shape, parallel, tokens, width, checkpointing).values())
         sent["tensor"] = times * per_micro_batch / layout.pipeline
     if parallel.context > 1:
-        sent["context"] = times * context_traffic(shape, parallel, tokens, width, recompute)
+        sent["context"] = times * context_traffic(shape, parallel, tokens, width, checkpointing)
     if layout.dp_cp > 1:
         own = int(rank_parameters(shape, parallel.tensor) / layout.pipeline)
         sent |= zero_traffic(own, layout.dp_cp, layout.stage, times, width, layout.gradient_width)
     return sent
 
 
-def elementwise_bytes(shape: Shape, width: int, recompute: float = 0.0) -> float:
+def elementwise_bytes(shape: Shape, width: int, recompute: float = 0.0, checkpointing: str = "") -> float:
     """Return the bytes per token read and written in the layers outside of matrix products, forward and backward.
 
     Per layer in forward: two norms and two residual additions (10 d_model), rotary embedding and attention (4 times the
     queries, 4 times keys and values), and the fused activation: its inputs and its output. Backward is twice that; where h was
-    saved, backward need not write it again.
+    saved, backward need not write it again. Where attention is recomputed, its part of forward comes a third time, and the
+    norms (4 d_model).
     """
     queries, keys = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     layers = sum(10 * shape.d_model + 4 * (queries + keys) + layer.matrices * layer.d_ff for layer in shape.ffn)
     saved = sum(layer.d_ff for layer in shape.ffn if layer.arm.save in ("everything", "output"))
-    return width * ((3 + recompute) * layers - saved)
+    again = shape.n_layers * 4 * (shape.d_model + queries + keys) if checkpointing else 0
+    return width * ((3 + recompute) * layers + again - saved)
 
 
 def loss_bytes(shape: Shape, tokens: int, width: int, tensor: int, on_gpu: bool) -> float:

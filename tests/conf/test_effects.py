@@ -16,6 +16,7 @@ IGNORED = {
     "ffn.formula": ("gate*up", "ffn=swiglu"),
     "ffn.from_output": ("h", "ffn=relu"),
     "ffn.init_match": ("rms", "ffn.init_scale=0.5"),
+    "ffn.save": ("everything", "model.activation_checkpointing=selective"),
     "model.d_ff_gated": ("64", "model.d_ff=96"),
     "data.path": ("notes/", "data=stdlib"),
     "data.field": ("content", "data=stdlib"),

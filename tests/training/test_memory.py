@@ -44,7 +44,9 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_built(monkeypatc
     ("gib", "world", "remedy"),
     [
         (180, 1, "set micro_batch_size=16$"),
-        (53, 1, "set micro_batch_size=1 model.activation_checkpointing=true$"),
+        (53, 1, "set micro_batch_size=1 model.activation_checkpointing=attention$"),
+        (51.5, 1, "set micro_batch_size=1 model.activation_checkpointing=selective$"),
+        (51, 1, "set micro_batch_size=1 model.activation_checkpointing=true$"),
         (25, 4, "set micro_batch_size=1 model.activation_checkpointing=true zero=3$"),
         (5, 1, "take a smaller model"),
     ],

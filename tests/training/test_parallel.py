@@ -168,9 +168,12 @@ def test_model_options_under_every_parallelism(ran, zero, tensor, sequence, cont
     assert_same(ran("gated", zero, tensor, 1, sequence, context, **OPTIONS), one)
 
 
-@pytest.mark.parametrize("zero", [slow("1"), "3"])
-def test_recomputed_layers_draw_no_random_numbers(ran, zero):
-    again = {"model.activation_checkpointing": "true", "micro_batch_size": 2}
+@pytest.mark.parametrize(
+    ("zero", "kind"),
+    [slow("1", "true"), ("3", "true"), slow("1", "attention"), slow("2", "selective"), ("3", "selective")],
+)
+def test_recomputed_layers_draw_no_random_numbers(ran, zero, kind):
+    again = {"model.activation_checkpointing": kind, "micro_batch_size": 2}
     assert_same(ran("gated", zero, 2, 1, True, **again), ran("gated"))
 
 

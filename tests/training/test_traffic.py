@@ -39,12 +39,17 @@ def slow_unless(default: set[tuple[Any, ...]], *values: Any) -> list[Any]:
     return [pytest.param(*way, marks=() if way in default else pytest.mark.slow) for way in itertools.product(*values)]
 
 
-TENSOR = {(2, "false", "false", "fp32"), (2, "true", "true", "bf16"), (4, "true", "false", "fp32")}
+TENSOR = {
+    (2, "false", "false", "fp32"),
+    (2, "true", "true", "bf16"),
+    (2, "true", "selective", "fp32"),
+    (4, "true", "false", "fp32"),
+}
 
 
 @pytest.mark.parametrize(
     ("tensor", "sequence", "recompute", "precision"),
-    slow_unless(TENSOR, (2, 4), ("false", "true"), ("false", "true"), ("fp32", "bf16")),
+    slow_unless(TENSOR, (2, 4), ("false", "true"), ("false", "attention", "selective", "true"), ("fp32", "bf16")),
 )
 def test_tensor_ranks(counted, tensor, sequence, recompute, precision):
     again = {"model.activation_checkpointing": recompute, "model.qk_norm": "true", "micro_batch_size": 4}
@@ -52,25 +57,29 @@ def test_tensor_ranks(counted, tensor, sequence, recompute, precision):
         tensor, zero="1", precision=precision, **{"parallel.tensor": tensor, "parallel.sequence": sequence} | again
     )
     tokens, width = 4 * config.sequence_length, 4 if precision == "fp32" else 2
-    expected = tensor_traffic(shape, config.parallel, tokens, width, recompute == "true")
+    expected = tensor_traffic(shape, config.parallel, tokens, width, config.model.activation_checkpointing)
     # Two micro-batches, then the norm: ZeRO all-reduces 4 bytes over tensor ranks, twice for the overflow check.
     assert sums["tensor"] == pytest.approx(2 * sum(expected.values()), rel=0, abs=3 * 2 * 8)
     unit = tokens * shape.d_model * width * (tensor - 1) / tensor
-    a_layer = 14 if recompute == "true" else 10
+    a_layer = 8 + (4 if recompute == "true" else 0)
     if sequence == "true":  # all traffic of activations are all-gathers and reduce-scatters (Korthikanti 2022)
         assert results["tensor reduce_scatter_base"] == 2 * (LAYERS * (6 if recompute == "true" else 4) + 2) * unit
-        assert expected["layers"] == pytest.approx(LAYERS * a_layer * unit, rel=0.1)
+        gathered_again = 2 + (recompute in ("attention", "selective"))
+        assert expected["layers"] == pytest.approx(LAYERS * (a_layer + gathered_again) * unit, rel=0.1)
     else:
-        assert expected["layers"] == pytest.approx(LAYERS * (a_layer - 2) * unit, rel=0.01)
+        assert expected["layers"] == pytest.approx(LAYERS * a_layer * unit, rel=0.01)
     assert "tensor alltoall_base" not in results
 
 
-@pytest.mark.parametrize(("world", "tensor"), [(2, 1), (4, 2)])
-def test_context_ranks(counted, world, tensor):
-    _, results, config, shape = counted(world, zero="1", **{"parallel.context": 2, "parallel.tensor": tensor})
+@pytest.mark.parametrize(
+    ("world", "tensor", "recompute"), [(2, 1, "false"), (4, 2, "false"), (2, 1, "attention"), (2, 1, "true")]
+)
+def test_context_ranks(counted, world, tensor, recompute):
+    changes = {"parallel.context": 2, "parallel.tensor": tensor, "model.activation_checkpointing": recompute}
+    _, results, config, shape = counted(world, zero="1", **changes)
     tokens = 8 * config.sequence_length // 2
     assert sum(sent for name, sent in results.items() if name.endswith("alltoall_base")) == context_traffic(
-        shape, config.parallel, tokens, 4
+        shape, config.parallel, tokens, 4, config.model.activation_checkpointing
     )
 
 

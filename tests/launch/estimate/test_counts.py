@@ -11,15 +11,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.estimate import live_tensors
 from conf.keys import choices
 from conf.load import load
 from conf.schema import Config, ParallelConfig
 from kernels import parse
 from kernels.common.errors import UserError
 from launch.estimate.counts import (
+    CHECKPOINTING,
     activation_bytes,
+    attention_recomputed_flops,
     check_divisibility,
     default_d_ff,
+    ffn_recomputed_flops,
     flops_per_token,
     logits_rows,
     parameters,
@@ -227,33 +231,41 @@ def test_an_offloaded_optimizer_takes_nothing_on_the_device():
 
 
 def kept_bytes(decoder: Decoder, tokens: torch.Tensor) -> int:
-    """Return the bytes that autograd keeps of a forward pass: each storage once, without parameters and rotary tables."""
-    parameters_of = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
-    held, sizes = [], {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        held.append(tensor)  # or its address could be another's
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters_of and tensor.shape[1:] != (decoder.shape.head_dim // 2,):
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        decoder(tokens, tokens)
-    return sum(sizes.values())
+    """Return the bytes that autograd keeps of a forward pass, each storage once."""
+    tables = decoder.layers[0].attention.rotary.tables(tokens.shape[1], tokens.device, torch.float32)
+    known = {tensor.untyped_storage().data_ptr() for tensor in (tokens, *decoder.parameters(), *tables)}
+    with live_tensors()(known) as live:
+        returned = decoder(tokens, tokens)
+        return live.live - sum(tensor.untyped_storage().nbytes() for tensor in returned)
 
 
 @pytest.mark.parametrize("shape", quick(["grouped", "qk-norm", "wide heads"], "grouped", "qk-norm"))
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", CHECKPOINTING)
 @pytest.mark.parametrize("dtype", quick([torch.float32, torch.bfloat16], torch.bfloat16), ids=str)
 def test_activations_are_those_that_autograd_keeps(build, arm, shape, recompute, dtype):
     decoder = build(arm, dtype=dtype, activation_checkpointing=recompute, **SHAPES[shape]).train()
     tokens, of = torch.randint(64, (2, 24)), decoder.shape
     count = tokens.numel()
     needs = activation_bytes(of, ParallelConfig(), count, dtype.itemsize, recompute)
-    # Hidden states and their gradient, the gradient of the output's weights; token numbers, the last norm's deviations.
-    loss = dtype.itemsize * (2 * count * of.d_model + of.vocab_size * of.d_model) + (8 + 4) * count
+    # Hidden states and their gradient, the gradient of the output's weights; the last norm's deviations.
+    loss = dtype.itemsize * (2 * count * of.d_model + of.vocab_size * of.d_model) + 4 * count
     assert kept_bytes(decoder, tokens) == needs["layers"] + loss
+
+
+def test_checkpointing_is_ordered_by_bytes_per_flop():
+    """The figures of docs/training.md: of one layer of `llama3_8b`, bytes kept per token and FLOPs that come again."""
+    kept, again = [], []
+    for checkpointing in CHECKPOINTING:
+        shape = shape_of(load(["model=llama3_8b", "ffn=swiglu", f"model.activation_checkpointing={checkpointing}"]))
+        flops = flops_per_token(shape, 8192)
+        kept.append(activation_bytes(shape, ParallelConfig(), 1, 2, checkpointing)["layers"] / 32)
+        once_more = attention_recomputed_flops(shape, 8192) if checkpointing else 0
+        whole = (flops["attention"] + flops["ffn"]) / 3
+        again.append((whole if checkpointing is True else once_more + ffn_recomputed_flops(shape)) / 32)
+    assert kept == pytest.approx([120.8e3, 73.7e3, 16.4e3, 8.2e3], rel=0.01)
+    assert again == pytest.approx([0, 117e6, 352e6, 503e6], rel=0.01)
+    saved = [(kept[i] - kept[i + 1]) / (again[i + 1] - again[i]) * 1000 for i in range(3)]
+    assert saved == pytest.approx([0.40, 0.24, 0.05], abs=0.005)
 
 
 def test_the_loss_takes_what_its_chunk_takes():
