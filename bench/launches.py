@@ -42,6 +42,7 @@ from kernels.common.options import split_options
 from kernels.tensors import meta_as_gpu
 from launch.estimate.counts import shape_of
 from model.decoder import Decoder
+from model.products import products_of
 
 RESULTS = Path(__file__).parent / "results"
 PRESETS = ("llama_60m", "llama_1b", "llama3_8b")
@@ -52,7 +53,7 @@ _GEMMS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_group
 _FREE = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::detach", "aten::lift", "prim::")
 # Operations whose result the host needs at once.
 _SYNCHRONISING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::unique")
-_OF_FILES = {"activations": "activation", "norm": "norm", "rotary": "rotary", "cross_entropy": "loss"}
+_OF_FILES = {"norm": "norm", "rotary": "rotary", "cross_entropy": "loss", "rounding": "rounding"}
 
 
 @dataclasses.dataclass
@@ -164,10 +165,11 @@ def traced_gpu(capability: tuple[int, int] = HOPPER) -> Iterator[Recorder]:
 
 
 def count_micro_batch(config: Config) -> Counts:
-    """Return what forward and backward of one micro-batch launch in bf16."""
+    """Return what forward and backward of one micro-batch launch in bf16, or with `precision=fp8`."""
     batch, shape = validate(config, 8), shape_of(config)
+    products, _ = products_of(config.precision, torch.device("cuda"), HOPPER)
     with torch.device("meta"):
-        decoder = Decoder(shape, config.model, "sdpa").to(torch.bfloat16).train()
+        decoder = Decoder(shape, config.model, "sdpa", products=products).to(torch.bfloat16).train()
         tokens = torch.empty(batch.micro_batch, config.sequence_length + 1, dtype=torch.int64)
         decoder(tokens[:, :-1], tokens[:, 1:])  # makes what all steps share, as the rotary table
         with traced_gpu() as recorder, _loss_apart(recorder):

@@ -38,8 +38,8 @@ def refuse_ignored(
     for override in overrides:
         key = next((name for name in FREE_FORM if within(override.key, (name,))), override.key)
         condition = conditions.get(key, "")
-        decides = _parts(condition)[0] if condition else ""
-        if forced & {override.key, decides, decides.partition(".")[0]}:
+        deciding = {_parts(part)[0] for part in condition.split(" or ")} if condition else set()
+        if forced & {override.key, *deciding, *(decides.partition(".")[0] for decides in deciding)}:
             continue
         value = values.get(override.key, override.value)  # a dictionary is flat in `values`
         if condition and not _is_off(value) and not _holds(condition, values):
@@ -84,6 +84,10 @@ def refuse_mislabelled(overrides: Iterable[Override], chosen: Mapping[str, str])
 
 
 def _holds(condition: str, values: Mapping[str, Any]) -> bool:
+    return any(_part_holds(part, values) for part in condition.split(" or "))
+
+
+def _part_holds(condition: str, values: Mapping[str, Any]) -> bool:
     key, relation, right = _parts(condition)
     value = values.get(key)
     if relation == ">":
@@ -96,6 +100,14 @@ def _holds(condition: str, values: Mapping[str, Any]) -> bool:
 
 
 def _without_effect(key: str, value: str, condition: str, values: Mapping[str, Any]) -> UserError:
+    parts = [_needed(part, values) for part in condition.split(" or ")]
+    typed = f"{key}={value}" if len(value) <= _LONGEST else f"{key}={value[:_LONGEST]}..."
+    now = " and ".join(present for present, _ in parts)
+    return UserError(f"{typed} has no effect with {now}: it belongs to {' or '.join(needed for _, needed in parts)}")
+
+
+def _needed(condition: str, values: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what a condition depends on as it is, and as it would have to be."""
     left, relation, right = _parts(condition)
     name = _group_of(left) or left
     *others, last = right.split("|")
@@ -105,8 +117,7 @@ def _without_effect(key: str, value: str, condition: str, values: Mapping[str, A
         needed = f"any {name} but {right}"
     else:
         needed = f"more than {right} {name}" if isinstance(values.get(left), list) else f"{name} above {right}"
-    typed = f"{key}={value}" if len(value) <= _LONGEST else f"{key}={value[:_LONGEST]}..."
-    return UserError(f"{typed} has no effect with {name}={as_typed(values.get(left))}: it belongs to {needed}")
+    return f"{name}={as_typed(values.get(left))}", needed
 
 
 def _parts(condition: str) -> tuple[str, str, str]:

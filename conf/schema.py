@@ -15,8 +15,8 @@ def key(default: Any, help: str, only: str = "") -> Any:
 
     Args:
         only: the condition under which the key has an effect: "schedule.name=wsd", "data.source=jsonl|parquet",
-            "zero.stage!=0", or "parallel.tensor>1" (of a list: its length). Typed where it does not hold, the key is refused
-            (conf/effects.py).
+            "zero.stage!=0", or "parallel.tensor>1" (of a list: its length); or two with " or " between them. Typed where it
+            does not hold, the key is refused (conf/effects.py).
     """
     metadata = {"help": help, "only": only}
     if isinstance(default, (list, dict)):
@@ -219,8 +219,18 @@ class ParallelConfig:
 class PrecisionConfig:
     """`precision=`: dtypes."""
 
-    name: str = key("auto", "auto: bf16 where the machine has bf16 instructions, else fp32")
+    name: str = key("auto", "auto (bf16 where the machine has bf16 instructions, else fp32) | bf16 | fp32 | fp8")
     reduce: str = key("fp32", "dtype of gradient reductions: fp32 | bf16", only="precision.name!=fp32")
+    emulate: str = key(
+        "none",
+        "round the operands of attention's and the FFN's projections, on any device: none | fp8 | mxfp8 | nvfp4",
+        only="precision.name!=fp8",
+    )
+    scaling: str = key(
+        "rowwise",
+        "scales of FP8 operands: rowwise | tensorwise",
+        only="precision.name=fp8 or precision.emulate=fp8",
+    )
 
 
 @dataclass
@@ -409,6 +419,7 @@ class HardwareConfig:
     memory_gib: float = key(80.0, "memory per GPU, GiB")
     bf16_flops: float = key(1e15, "peak FLOP/s per GPU in bf16")
     fp32_flops: float = key(6.7e13, "peak FLOP/s per GPU in fp32")
+    fp8_flops: float = key(0.0, "peak FLOP/s per GPU in FP8; 0: it has no FP8 units")
     memory_bandwidth: float = key(3.35e12, "bytes/s between a GPU and its memory")
     node_bandwidth: float = key(4.5e11, "bytes/s from a GPU to others of its node")
     network_bandwidth: float = key(5e10, "bytes/s from a GPU to other nodes")

@@ -29,7 +29,9 @@ _CHOICES = {
     "model.attention": ("auto", "flash", "sdpa", "flex", "blocks"),
     "optim.name": ("adamw",),
     "schedule.name": ("cosine", "linear", "wsd"),
-    "precision.name": ("auto", "bf16", "fp32"),
+    "precision.name": ("auto", "bf16", "fp32", "fp8"),
+    "precision.emulate": ("none", "fp8", "mxfp8", "nvfp4"),
+    "precision.scaling": ("rowwise", "tensorwise"),
     "precision.reduce": ("fp32", "bf16"),
     "guard.spike": ("report", "skip", "rewind"),
     "tokenizer.kind": ("sentencepiece", "huggingface"),
@@ -126,6 +128,8 @@ _ADDED = {
     "tokenizer.bos": None,
     "ffn.init_match": "rms",
     "model.logit_softcap": 0.0,
+    "precision.emulate": "none",
+    "precision.scaling": "rowwise",
     "data.held_out_files": 0,
     "data.held_out_kib": 2,
     "data.held_out_by": "document",
@@ -277,10 +281,10 @@ def _check_optimizer(config: Config) -> None:
     zero, schedule = config.zero, config.schedule
     if zero.stage not in (0, 1, 2, 3):
         raise UserError(f"zero.stage={zero.stage}: ZeRO has the stages 0, 1, 2 and 3")
-    if zero.stage == 0 and config.precision.name == "bf16":
+    if zero.stage == 0 and config.precision.name in ("bf16", "fp8"):
         raise UserError(
-            "zero=0 with precision=bf16 is incorrect in DeepSpeed (a step on zero gradients at startup applies weight decay "
-            "once): use zero=1, which is exact, or precision=fp32"
+            f"zero=0 with precision={config.precision.name} is incorrect in DeepSpeed (a step on zero gradients at startup "
+            "applies weight decay once): use zero=1, which is exact, or precision=fp32"
         )
     if zero.offload_parameters and zero.stage != 3:
         raise UserError("zero.offload_parameters=true needs zero=3: only stage 3 partitions parameters")

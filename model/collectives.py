@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.parallel import Axis
+from model.products import PLAIN, Products
 
 
 class Pending(NamedTuple):
@@ -69,33 +70,36 @@ def reduce_partial(x: Tensor, axis: Axis) -> Pending:
     return reduce_scatter(x.flatten(0, -2), axis) if axis.sequence_parallel else all_reduce(x, axis)
 
 
-def column_parallel_linear(x: Tensor, weight: Tensor, axis: Axis) -> Tensor:
-    """Multiply by a weight (rows, D) that is sharded along its rows.
+def column_parallel_linear(x: Tensor, weight: Tensor, axis: Axis, products: Products = PLAIN) -> Tensor:
+    """Multiply by a weight (rows, D) that is sharded along its rows; over an axis of one rank, by any weight.
 
     Args:
         x: (N / T, D), or without sequence parallelism (..., D).
+        products: which compute it, and its backward.
 
     Returns:
         (N, rows / T), or (..., rows / T).
     """
-    return F.linear(x, weight) if axis.size == 1 else _ColumnParallelLinear.apply(x, weight, axis)
+    if axis.size == 1 and products is PLAIN:
+        return F.linear(x, weight)
+    return _ColumnParallelLinear.apply(x, weight, axis, products)
 
 
 class _ColumnParallelLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, axis: Axis, products: Products) -> Tensor:
         ctx.save_for_backward(x, weight)  # the token shard; gathered again in backward
-        ctx.axis = axis
-        return F.linear(gather_tokens(x, axis).wait(), weight)
+        ctx.axis, ctx.products = axis, products
+        return products.forward(gather_tokens(x, axis).wait(), weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         x, weight = ctx.saved_tensors
         gathered = gather_tokens(x, ctx.axis)
-        dx = reduce_partial(dy @ weight, ctx.axis)  # (N, D) -> (N / T, D)
-        dweight = dy.flatten(0, -2).T @ gathered.wait().flatten(0, -2)  # (rows / T, D)
-        return dx.wait(), dweight, None
+        dx = reduce_partial(ctx.products.input_gradient(dy, weight), ctx.axis)  # (N, D) -> (N / T, D)
+        dweight = ctx.products.weight_gradient(dy.flatten(0, -2), gathered.wait().flatten(0, -2))  # (rows / T, D)
+        return dx.wait(), dweight, None, None
 
 
 def reduce_output(x: Tensor, axis: Axis) -> Tensor:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ from model.feed_forward import FeedForward
 from model.layers import RMSNorm, Rotary
 from model.loss import gathered_logits, linear_cross_entropy
 from model.parallel import Axis, Mesh, shard_parameter
+from model.products import PLAIN, Products
 
 _NO_RANDOMNESS: dict[str, Any] = {"preserve_rng_state": False}  # a layer draws no random numbers
 
@@ -89,13 +90,23 @@ class ForwardPass:
     recompute: bool | str = False
 
 
+class LayerOptions(NamedTuple):
+    """What the layers of a decoder share."""
+
+    model: ModelConfig
+    rotary: Rotary
+    backend: str
+    products: Products
+
+
 class Attention(nn.Module):
     """Causal grouped-query self-attention."""
 
-    def __init__(self, shape: Shape, index: int, model: ModelConfig, rotary: Rotary, backend: str, mesh: Mesh) -> None:
+    def __init__(self, shape: Shape, index: int, options: LayerOptions, mesh: Mesh) -> None:
         super().__init__()
         self.index = index  # of the layer, in the cache
-        self.rotary, self.backend, self.head_dim = rotary, backend, shape.head_dim
+        model, self.rotary, self.backend, self.products = options
+        self.head_dim = shape.head_dim
         full_counts = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)  # of q, k and v
         rows = [heads * shape.head_dim for heads in full_counts]
         self.head_counts = tuple(heads // mesh.tensor.size for heads in full_counts)  # on this rank
@@ -107,7 +118,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, forward_pass: ForwardPass) -> Tensor:
         """Attend: x (B, S, D) -> (B, S, D)."""
         tensor, context, cache = forward_pass.mesh.tensor, forward_pass.mesh.context, forward_pass.cache
-        packed = column_parallel_linear(x, self.qkv, tensor)
+        packed = column_parallel_linear(x, self.qkv, tensor, self.products)
         heads = packed.view(
             forward_pass.batch_size, -1, sum(self.head_counts), self.head_dim
         )  # (B, S / C, (H + 2K) / T, E)
@@ -121,7 +132,7 @@ class Attention(nn.Module):
         else:
             mixed = attend_cached(q, *cache.extend(self.index, k, v))
         mixed = heads_to_sequence(mixed, context)  # (B, S / C, H / T, E)
-        return reduce_output(F.linear(mixed.flatten(2), self.out), tensor)
+        return reduce_output(column_parallel_linear(mixed.flatten(2), self.out, Axis(), self.products), tensor)
 
 
 class Layer(nn.Module):
@@ -130,13 +141,13 @@ class Layer(nn.Module):
     A branch's output is added to the stream by the norm that follows, in one pass, so a layer takes and returns both.
     """
 
-    def __init__(self, shape: Shape, index: int, model: ModelConfig, rotary: Rotary, backend: str, mesh: Mesh) -> None:
+    def __init__(self, shape: Shape, index: int, options: LayerOptions, mesh: Mesh) -> None:
         super().__init__()
-        gradient_axis = _norm_gradient_axis(mesh)
-        self.attention_norm = RMSNorm(shape.d_model, model.norm_eps, gradient_axis)
-        self.attention = Attention(shape, index, model, rotary, backend, mesh)
-        self.ffn_norm = RMSNorm(shape.d_model, model.norm_eps, gradient_axis)
-        self.ffn = FeedForward(shape.ffn[index], shape.d_model, mesh)
+        gradient_axis, eps = _norm_gradient_axis(mesh), options.model.norm_eps
+        self.attention_norm = RMSNorm(shape.d_model, eps, gradient_axis)
+        self.attention = Attention(shape, index, options, mesh)
+        self.ffn_norm = RMSNorm(shape.d_model, eps, gradient_axis)
+        self.ffn = FeedForward(shape.ffn[index], shape.d_model, mesh, options.products)
 
     def forward(self, x: Tensor, residual: Tensor | None, forward_pass: ForwardPass) -> tuple[Tensor, Tensor]:
         """Apply the layer to the residual stream, whose value is x + residual.
@@ -228,6 +239,7 @@ class Decoder(nn.Module):
         backend: of attention, as `attention.choose` returned it.
         document_start: the token that begins a document in packed sequences; None: attention crosses documents.
         mesh: the ranks that share this model.
+        products: of the projections in attention and in the feed-forward layers.
     """
 
     def __init__(
@@ -237,13 +249,15 @@ class Decoder(nn.Module):
         backend: str,
         document_start: int | None = None,
         mesh: Mesh = Mesh(),
+        products: Products = PLAIN,
     ) -> None:
         super().__init__()
         self.shape, self.document_start, self.mesh = shape, document_start, mesh
         self.recompute = model.activation_checkpointing
         rotary = Rotary(shape.head_dim, model.rope_theta)
         self.embedding = Embedding(shape, mesh)
-        self.layers = nn.ModuleList(Layer(shape, i, model, rotary, backend, mesh) for i in range(shape.n_layers))
+        options = LayerOptions(model, rotary, backend, products)
+        self.layers = nn.ModuleList(Layer(shape, i, options, mesh) for i in range(shape.n_layers))
         self.norm = RMSNorm(shape.d_model, model.norm_eps, _norm_gradient_axis(mesh))
         untied = None if shape.tied else shard_parameter(mesh, (shape.vocab_size, shape.d_model), 0)
         head_weight = self.embedding.weight if untied is None else untied

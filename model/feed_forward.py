@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import FFNConfig
@@ -36,6 +35,7 @@ from kernels.formula.gaussian import gaussian_rms, gaussian_std
 from launch.estimate.counts import FFNShape
 from model.collectives import Pending, all_reduce, gather_tokens, reduce_partial
 from model.parallel import Axis, Mesh, shard_parameter
+from model.products import PLAIN, Products
 
 
 def _initial_size(ffn: FFNConfig, formula: Formula) -> tuple[float, str]:
@@ -85,12 +85,12 @@ def check_arms(
 class FeedForward(nn.Module):
     """The arm under study: D -> F (once, or twice if gated) -> the formula -> D."""
 
-    def __init__(self, ffn: FFNShape, d_model: int, mesh: Mesh = Mesh()) -> None:
+    def __init__(self, ffn: FFNShape, d_model: int, mesh: Mesh = Mesh(), products: Products = PLAIN) -> None:
         super().__init__()
         arm, formula, width = ffn.arm, ffn.formula, ffn.d_ff
         self.activation = activation(formula, backend=arm.backend)
         self.gated, self.save, self.arm = formula.gated, arm.save, arm
-        self.d_ff, self.tensor = width, mesh.tensor
+        self.d_ff, self.tensor, self.products = width, mesh.tensor, products
         self.statistics: ActivationStats | None = None  # if set, forward adds this layer's telemetry to it
         shape = (2, width, d_model) if self.gated else (width, d_model)  # gate, then up
         self.up = shard_parameter(mesh, shape, len(shape) - 2)
@@ -109,7 +109,8 @@ class FeedForward(nn.Module):
             tensor: the tensor axis of this forward pass; None: that of the mesh.
         """
         learned = [self.learned[name] for name in self.activation.formula.learned]
-        options = _Options(self.activation, self.save, self.statistics, self.tensor if tensor is None else tensor)
+        tensor = self.tensor if tensor is None else tensor
+        options = _Options(self.activation, self.save, self.statistics, tensor, self.products)
         return _FeedForward.apply(options, x, self.up, self.down, *learned)
 
     @property
@@ -135,21 +136,25 @@ class _Options(NamedTuple):
     save: str
     statistics: ActivationStats | None
     tensor: Axis
+    products: Products
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: _Options, x: Tensor, up: Tensor, down: Tensor, *learned: Tensor) -> Tensor:
-        pre = _project(gather_tokens(x, options.tensor).wait(), up)  # (..., F) or (..., 2, F)
-        if options.statistics is None:
-            h = options.activation.forward(pre, learned)  # (..., F)
-        else:
+        products = options.products
+        pre = _project(products, gather_tokens(x, options.tensor).wait(), up)  # (..., F) or (..., 2, F)
+        h = None
+        if options.statistics is not None:
             h, sample = options.activation.forward_with_stats(pre, learned)
             options.statistics.add(sample)
+        elif options.save in ("output", "everything"):
+            h = options.activation.forward(pre, learned)  # (..., F)
+        y = products.of_activation(options.activation, pre, learned, down) if h is None else products.forward(h, down)
         saved = {"packed": (pre,), "output": (h,), "everything": (pre, h), "input": ()}[options.save]
         ctx.save_for_backward(x, up, down, *learned, *saved)
         ctx.options, ctx.n_learned = options, len(learned)
-        return reduce_partial(F.linear(h, down), options.tensor).wait()
+        return reduce_partial(y, options.tensor).wait()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -157,16 +162,16 @@ class _FeedForward(torch.autograd.Function):
         x, up, down, *rest = ctx.saved_tensors
         learned, saved = rest[: ctx.n_learned], rest[ctx.n_learned :]
         _, need_x, need_up, need_down, *_ = ctx.needs_input_grad
-        activation, save, _, tensor = ctx.options
+        activation, save, _, tensor, products = ctx.options
         dy = gather_tokens(dy, tensor).wait()  # (..., D)
         gathered = gather_tokens(x, tensor)  # overlaps the product below
         dy_rows = dy.reshape(-1, dy.shape[-1])  # (N, D)
-        dh = (dy_rows @ down).view(*dy.shape[:-1], down.shape[1])  # (..., F)
+        dh = products.input_gradient(dy_rows, down).view(*dy.shape[:-1], down.shape[1])  # (..., F)
         if save == "output":
             (h,) = saved
             dpre, dlearned = activation.backward_from_output(h, dh), []
         else:
-            pre = saved[0] if saved else _project(gathered.wait(), up)
+            pre = saved[0] if saved else _project(products, gathered.wait(), up)
             h = saved[1] if save == "everything" else None
             dpre, recomputed, dlearned = activation.backward(pre, dh, learned, with_h=h is None and need_down)
             h = recomputed if h is None else h
@@ -178,13 +183,15 @@ class _FeedForward(torch.autograd.Function):
         ]
         dpre_rows = dpre.reshape(len(dy_rows), -1)  # (N, F) or (N, 2F)
         # The input's gradient first: its reduction overlaps the products of the weights' gradients.
-        dx = reduce_partial((dpre_rows @ up.flatten(0, -2)).view(dy.shape), tensor) if need_x else None
+        flat = up.flatten(0, -2)  # (F, D) or (2F, D)
+        dx = reduce_partial(products.input_gradient(dpre_rows, flat).view(dy.shape), tensor) if need_x else None
         ddown = dup = None
         if need_down:
             assert h is not None  # saved, or recomputed by `with_h`
-            ddown = dy_rows.T @ h.reshape(len(dy_rows), -1)  # (D, F)
+            ddown = products.weight_gradient(dy_rows, h.reshape(len(dy_rows), -1))  # (D, F)
         if need_up:
-            dup = (dpre_rows.T @ gathered.wait().reshape(len(dy_rows), -1)).view(up.shape)  # (F, D) or (2, F, D)
+            x_rows = gathered.wait().reshape(len(dy_rows), -1)  # (N, D)
+            dup = products.weight_gradient(dpre_rows, x_rows).view(up.shape)  # (F, D) or (2, F, D)
         return (
             None,
             None if dx is None else dx.wait(),
@@ -194,7 +201,7 @@ class _FeedForward(torch.autograd.Function):
         )
 
 
-def _project(x: Tensor, up: Tensor) -> Tensor:
+def _project(products: Products, x: Tensor, up: Tensor) -> Tensor:
     """Compute pre-activations: x (..., D) -> (..., F), or (..., 2, F) if gated."""
-    pre = F.linear(x, up.flatten(0, -2))
+    pre = products.forward(x, up.flatten(0, -2))
     return pre.unflatten(-1, (2, -1)) if up.ndim == 3 else pre

@@ -25,6 +25,7 @@ from launch.estimate.counts import GATHERED_BUCKETS, Shape, overlaps
 from model.decoder import Cache, Decoder
 from model.initialise import initialise
 from model.parallel import Mesh, init_mesh, shard_spec
+from model.products import products_of
 from model.scaling import Scaling, scaling_of
 from training.culprit import DroppedGradient
 from training.mpu import ModelParallelUnit
@@ -157,7 +158,8 @@ class Engine:
         settings = deepspeed_config(config, batch, dtype, device.type == "cuda")
         partitioned = config.zero.stage == 3
         with zero_init_context(deepspeed, settings, partitioned, mesh, mpu):
-            self.module = Decoder(shape, config.model, attention, document_start, mesh)
+            products, _ = products_of(config.precision, device)
+            self.module = Decoder(shape, config.model, attention, document_start, mesh, products)
 
         def gather(parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
             """Return a context in which rank 0 may write the whole parameter."""

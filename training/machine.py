@@ -73,7 +73,7 @@ def find_device(ranks: Ranks) -> torch.device:
 def find_dtype(config: Config, device: torch.device) -> torch.dtype:
     """Resolve `precision=auto`: bf16 if the hardware multiplies bf16 and the ZeRO stage is not 0, else fp32."""
     if config.precision.name != "auto":
-        return torch.bfloat16 if config.precision.name == "bf16" else torch.float32
+        return torch.float32 if config.precision.name == "fp32" else torch.bfloat16
     if config.zero.stage == 0:
         return torch.float32
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()

@@ -31,6 +31,7 @@ from model.attention import choose
 from model.feed_forward import check_arms
 from model.health import Inspector
 from model.manifest import run_of
+from model.products import products_of
 from model.weights import CheckpointReader, step_of
 from training import machine, watchdog
 from training.console import Console
@@ -62,6 +63,7 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
     device = machine.find_device(ranks)
     dtype = machine.find_dtype(config, device)
     attention = choose(config.model.attention, device, dtype, config.sequence_length)
+    _, rounds = products_of(config.precision, device)
     _set_determinism(config)
     folder = RunFolder(config)
     watch = watchdog.Watchdog(config.watchdog, ranks, folder.path, launchers.gone)
@@ -71,7 +73,7 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
         watch.start()  # a corpus may take hours to prepare, and its processes are forks
         shape = _shape(config, dataset)
         arms = check_arms(shape.ffn, device, dtype, statistics=bool(config.telemetry_every))
-        for warning in (*warnings, *attention.warnings, *arms):
+        for warning in (*warnings, *attention.warnings, *filter(None, [rounds]), *arms):
             console.warn(warning)
         if ranks.world_size > 1:  # rank 0 tells the others what it decides
             _start_group(config, ranks, device, folder.path)

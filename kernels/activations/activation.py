@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..formula import Formula
 from ..formula.symbolic import Compiled, compile_formula
+from ..rounding import E4M3, round_fp8
 from ..tensors import is_plain, on_gpu
 from . import reference
 from .telemetry import BatchStats
@@ -113,6 +114,26 @@ class Activation:
             raise TypeError("statistics are taken in eager mode, of plain tensors")
         self._check_forward(pre, learned)
         return self._backend(pre).forward_with_stats(self.compiled, pre.contiguous(), learned)
+
+    def forward_fp8(self, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute h in FP8 (E4M3), scaled by the largest magnitude of its row; on a GPU in the pass that computes h.
+
+        Returns:
+            h / scale (..., d_ff) in FP8, rounded once from fp32, and the scale (..., 1) in fp32.
+
+        Raises:
+            TypeError: tensors that torch.compile traces, or that have no data of their own.
+        """
+        if not is_plain(pre):
+            raise TypeError("h is written in FP8 in eager mode, of plain tensors")
+        self._check_forward(pre, learned)
+        fused = getattr(self._backend(pre), "forward_fp8", None)
+        if fused is not None:
+            return fused(pre.contiguous(), learned)
+        h = self.compute(pre.float(), learned)
+        values, scale = round_fp8(h.flatten(0, -2), E4M3, rowwise=True)
+        assert scale is not None  # FP8 has one
+        return values.view(h.shape), scale.view(*h.shape[:-1], 1)
 
     def backward(
         self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool = False

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..formula.symbolic import Compiled
+from ..rounding import E4M3
 from ..tensors import on_device_of
 from ..triton.runtime import load
 from .telemetry import BatchStats, sums_of
-from .triton_source import source, source_with_stats
+from .triton_source import source, source_fp8, source_with_stats
 
 TILE = 1024  # columns per program: 8 for each of 128 threads, one load of 128 bits in 16-bit dtypes
 WARPS = 4
@@ -38,6 +39,11 @@ class TritonKernels:
     def module_with_stats(self) -> ModuleType:
         """The forward kernel with statistics, generated on first use."""
         return load(source_with_stats(self.compiled))
+
+    @functools.cached_property
+    def module_fp8(self) -> ModuleType:
+        """The forward kernel that writes FP8, generated on first use."""
+        return load(source_fp8(self.compiled))
 
     def forward(self, _: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """See `reference.forward`."""
@@ -63,6 +69,20 @@ class TritonKernels:
         tensors = [pre, h, *_detached(learned), totals, active]
         self._launch(self.module_with_stats.statistics, blocks, width, tensors, rows, rows_per_program)
         return h, BatchStats(totals[:-1].sum((1, 2)), totals[-1].amax(), active.sum(0), h.numel())
+
+    def forward_fp8(self, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """See `Activation.forward_fp8`."""
+        like = self._empty_h(pre)
+        width = like.shape[-1]
+        h = torch.empty_like(like, dtype=E4M3)
+        scale = torch.empty((*like.shape[:-1], 1), dtype=torch.float32, device=pre.device)
+        if h.numel():
+            unit, kernel = unit_of(width), self.module_fp8.forward_fp8
+            with on_device_of(pre):
+                kernel[(h.numel() // width,)](
+                    pre, h, *_detached(learned), scale, width // unit, UNIT=unit, TILE=_tile(width), num_warps=WARPS
+                )
+        return h, scale
 
     def backward(
         self, _: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool

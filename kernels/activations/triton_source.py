@@ -149,6 +149,47 @@ _ROW_LOOP = (
 )
 
 
+def source_fp8(compiled: Compiled) -> str:
+    """Return the Python source of `forward_fp8`: the forward kernel that writes h in FP8, with a scale per row.
+
+    A Triton program computes a row twice: for its largest magnitude, then to write it. The second time its pre-activations come
+    from a cache, so memory is read once.
+    """
+    program, learned = compiled.forward, compiled.formula.learned
+    value = f"tl.where(inside, {_argument(program.outputs['h'], program)}, 0.0)"
+    column = ["column = start + tl.arange(0, TILE)", "inside = column < width"]
+    compute = [*column, *_load_learned(compiled, program), *_load_pre(compiled, program), *_lines(program)]
+    head = _ROW_HEAD.format(pointers=", ".join(["pre", "h", *(f"at_{name}" for name in learned), "scales"]))
+    largest = [*compute, f"largest = fn.maximum(largest, tl.abs({value}))", "start += TILE"]
+    between = [
+        # The sum is NaN where a number is not finite, which `tl.max` would ignore, and so is all of the row's product.
+        f"scale = tl.maximum(tl.max(largest), {_TINY!r}) / {_LARGEST!r} + tl.sum(largest * 0.0)",
+        "tl.store(scales + row, scale)",
+        "start = 0",
+        "while start < width:",
+    ]
+    write = [
+        *compute,
+        f"scaled = fn.minimum(fn.maximum({value} / scale, -{_LARGEST!r}), {_LARGEST!r})",
+        "tl.store(h + row * width + column, scaled.to(h.dtype.element_ty), mask=inside)",
+        "start += TILE",
+    ]
+    body = _indented(largest, 2) + _indented(between, 1) + _indented(write, 2)
+    return f"{_imports(compiled)}\n\n{head}{body}"
+
+
+_LARGEST, _TINY = 448.0, 1e-30  # of E4M3, as in `kernels/rounding.py`
+_ROW_HEAD = """@triton.jit(do_not_specialize=["width"])
+def forward_fp8({pointers}, width, UNIT: tl.constexpr, TILE: tl.constexpr):
+    PRECISE: tl.constexpr = True
+    width = width * UNIT
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((TILE,), tl.float32)
+    start = 0
+    while start < width:
+"""
+
+
 def _backward(compiled: Compiled, with_h: bool) -> str:
     """Print a backward kernel. With learned parameters a Triton program iterates over rows, with its sums in registers."""
     program = compiled.backward_with_h if with_h else compiled.backward

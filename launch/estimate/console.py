@@ -64,7 +64,7 @@ def show(requested: Estimate, candidates: list[Estimate], console: SafeConsole) 
     console.print(step)
     console.print(
         f"{requested.tokens_per_second:,.0f} tokens/s, {requested.tokens_per_second / requested.gpus:,.0f} per {device}; "
-        f"MFU {requested.mfu:.1%} ({CONVENTION}); "
+        f"MFU {requested.mfu:.1%} ({CONVENTION}{', of the peak in bf16' if requested.layout.fp8 else ''}); "
         f"{duration(3600 * requested.hours)}, {requested.hours * requested.gpus:,.0f} {device} hours, "
         f"{requested.megawatt_hours:,.3g} MWh, ${requested.dollars:,.0f} at ${hardware.dollars_per_gpu_hour:g} per GPU hour",
         soft_wrap=True,

@@ -79,6 +79,12 @@ def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int) -
     overlap, overlap_weights = (0.0, False)
     checkpointing = config.model.activation_checkpointing
     on_gpu = cluster.gpus_per_node > 0
+    fp8 = config.precision.name == "fp8" and on_gpu
+    if fp8 and not cluster.hardware.fp8_flops:
+        raise UserError(
+            f"precision=fp8: {cluster.hardware.device or cluster.name} has no FP8 units; choose bf16 (or set "
+            "cluster.hardware.fp8_flops)"
+        )
     if overlaps(zero, on_gpu):
         overlap, overlap_weights = overlapped(zero.stage, bf16, batch.accumulation)
     layout = ParallelLayout(
@@ -95,6 +101,7 @@ def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int) -
         overlap=overlap,
         overlap_weights=overlap_weights,
         bf16=bf16,
+        fp8=fp8,
         on_gpu=on_gpu,
         gradient_width=gradient_width,
         bucket=zero.bucket_elements,

@@ -31,6 +31,7 @@ from launch.estimate.counts import (
     logits_rows,
     parameters,
     rank_parameters,
+    score_flops_per_token,
     tensor_traffic,
     zero_traffic,
 )
@@ -54,6 +55,7 @@ class ParallelLayout:
         checkpointing: as `model.activation_checkpointing`, if it recomputes attention without the rest of a layer.
         overlap: fraction of a step that the traffic of ZeRO's gradients can overlap.
         overlap_weights: whether that of its weights can too.
+        fp8: whether the projections of attention and FFN multiply in FP8.
         gradient_width: bytes per gradient element in communication.
         bucket: elements that ZeRO sends at once.
         pipeline, interleaved: pipeline stages, and virtual stages per rank.
@@ -72,6 +74,7 @@ class ParallelLayout:
     overlap: float = 0.0
     overlap_weights: bool = False
     bf16: bool = True
+    fp8: bool = False
     on_gpu: bool = True
     gradient_width: int = 4
     bucket: int = 50_000_000
@@ -139,9 +142,15 @@ def step_time(
         recomputed += attention_recomputed_flops(shape, layout.sequence_length)
     power = min(1.0, hardware.watts / hardware.full_watts) ** (1 / 3)
     peak = (hardware.bf16_flops if layout.bf16 else hardware.fp32_flops) * power
-    products = (sum(flops.values()) + recomputed) * tokens / shards / (peak * efficiency)
+    total = sum(flops.values()) + recomputed
+    if layout.fp8:  # what is in FP8 takes its peak's share of the time
+        projections = total - flops["output"] - score_flops_per_token(shape, layout.sequence_length)
+        total -= projections * (1 - hardware.bf16_flops / hardware.fp8_flops)
+    products = total * tokens / shards / (peak * efficiency)
     traffic_bytes = elementwise_bytes(shape, width, layout.recompute, layout.checkpointing) * tokens / shards
     traffic_bytes += loss_bytes(shape, int(tokens), width, parallel.tensor, layout.on_gpu) / layout.pipeline
+    if layout.fp8:
+        traffic_bytes += rounding_bytes(shape, tokens) / shards
     memory = traffic_bytes / hardware.memory_bandwidth
     # Per step.
     sent = traffic(layout)
@@ -199,6 +208,19 @@ def elementwise_bytes(shape: Shape, width: int, recompute: float = 0.0, checkpoi
     saved = sum(layer.d_ff for layer in shape.ffn if layer.arm.save in ("everything", "output"))
     again = shape.n_layers * 4 * (shape.d_model + queries + keys) if checkpointing else 0
     return width * ((3 + recompute) * layers + again - saved)
+
+
+def rounding_bytes(shape: Shape, tokens: float) -> float:
+    """Return the bytes that rounding the operands of all projections to FP8, a scale per row, moves in a micro-batch.
+
+    Each operand is rounded along its rows, 3 bytes per element (2 read, 1 written), and for another product along its columns,
+    5 bytes, since their maxima take a pass of their own. The activation's kernel writes the rows of h.
+    """
+    queries, keys = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    attention = 2 * (shape.d_model + queries + keys)  # inputs and outputs of its two products
+    ffn = sum(8 * (2 * shape.d_model + layer.matrices * layer.d_ff) - 3 * layer.d_ff for layer in shape.ffn)
+    by_part = parameters(shape)
+    return tokens * (8 * shape.n_layers * attention + ffn) + 8 * (by_part["attention"] + by_part["ffn"])
 
 
 def loss_bytes(shape: Shape, tokens: int, width: int, tensor: int, on_gpu: bool) -> float:
