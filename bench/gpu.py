@@ -2,9 +2,11 @@
 
 Requires torch with CUDA, Triton, NumPy, SymPy and PyYAML, and no other dependency of this project. Liger-Kernel is timed too
 where it is installed. What tells most comes first: three formulas checked; ten steps of `llama_1b` with their MFU, memory and
-parts; the choices of attention and of the loss's chunks; eight layers of `llama3_8b`; then every formula checked and timed.
-When the minutes are used up, nothing new starts, and the page lists what was left out. A part that fails is listed, and the
-next one runs. With TRITON_INTERPRET=1 and --tiny the script runs without a GPU, to show that it works; such times mean nothing.
+parts; the choices of attention and of the loss's chunks, and products in FP8; eight layers of `llama3_8b`; a run that is
+stopped and goes on, where DeepSpeed and the rest are installed; then every formula checked and timed. When the minutes are
+used up, nothing new starts, and the page lists what was left out. A part that fails is listed, and the next one runs. With
+TRITON_INTERPRET=1 and --tiny the script runs without a GPU, to show that it works; such times mean nothing.
+
 `bench/gpu_step.py` has the steps, `bench/gpu_page.py` the page and the list of failed checks.
 """
 
@@ -25,9 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import fused, gpu_step
+from bench import fused, gpu_resume, gpu_step
 from bench.formulas import formulas
 from bench.gpu_page import failures, page
+from bench.gpu_precision import fp8_products
 from kernels import activation
 from kernels.activations import Activation, reference, triton_backend
 from kernels.activations.eager import plain
@@ -367,12 +370,17 @@ def whole_steps(
                 yield "steps", gpu_step.train(model, device, dtype)
             except RuntimeError as error:
                 yield "steps", {"model": model.name, "failed": str(error).splitlines()[0]}
-        for section, choices in (("attention", gpu_step.attention_choices), ("loss", gpu_step.loss_chunks)):
+        parts = (("attention", gpu_step.attention_choices), ("loss", gpu_step.loss_chunks), ("products", fp8_products))
+        for section, choices in parts:
             if minutes.allow(f"choices of {section}, {model.name}"):
                 for row in choices(model, device, dtype, rounds):
                     yield section, row
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    if options.tiny or gpu_resume.missing():
+        minutes.left_out.append(f"stop and resume (not installed: {', '.join(gpu_resume.missing()) or 'nothing'})")
+    elif minutes.allow("stop and resume"):
+        yield "resume", gpu_resume.resumed()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -384,7 +392,19 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cpu" if runtime.interpreted() else "cuda")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "the interpreter"
     record: dict[str, Any] = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
-    sections = ("steps", "attention", "loss", "checks", "extremes", "large", "fused", "times", "tiles")
+    sections = (
+        "steps",
+        "attention",
+        "loss",
+        "products",
+        "resume",
+        "checks",
+        "extremes",
+        "large",
+        "fused",
+        "times",
+        "tiles",
+    )
     record |= {section: [] for section in sections}
     minutes = Minutes(60 * options.minutes)
     record["left_out"] = minutes.left_out

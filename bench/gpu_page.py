@@ -14,6 +14,8 @@ _ROUNDING = {"bfloat16": 1.01 * 2.0**-8, "float16": 1.01 * 2.0**-11, "float32": 
 _ERROR_RATIO = 1.1  # allowed against plain torch in the same dtype
 _LARGEST_TELEMETRY_ERROR = 0.02  # roundings of a sum and slopes at a threshold stay below it; a wrong kernel does not
 _LARGEST_ERROR_OF_LARGE_TENSORS = 0.01
+# Of FP8 products against the same roundings multiplied in fp32: a rounding to bf16, and the sums of FP8 units, of 14 bits.
+_FP8_ERROR = 2.0**-8 + 2.0**-10
 
 
 def page(record: dict[str, Any]) -> str:
@@ -64,10 +66,10 @@ def _steps(record: dict[str, Any]) -> list[str]:
         lines += ["", f"{row['model']}: " + ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts) + "."]
     lines += [
         "",
-        "| model | attention, or loss | ms forward and backward | TFLOP/s | peak GiB |",
+        "| model | attention, loss, or products of the up projection | ms forward and backward | TFLOP/s | peak GiB |",
         "|---|---|---|---|---|",
     ]
-    for row in (*record["attention"], *record["loss"]):
+    for row in (*record["attention"], *record["loss"], *record["products"]):
         if "failed" in row:
             lines.append(f"| {row['model']} | {row['method']} | {row['failed']} | | |")
             continue
@@ -77,6 +79,13 @@ def _steps(record: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {row['model']} | {row['method']} | {median:.2f} ({least:.2f} to {most:.2f}) | {speed} | {peak} |"
         )
+    for row in record["resume"]:
+        if "failed" not in row:
+            ends = "the same to the last bit" if row["equal"] else "other ones"
+            lines += [
+                "",
+                f"A run of {row['model']} that was stopped after step {row['stopped_after']} ends with weights: {ends}.",
+            ]
     return [*lines, ""]
 
 
@@ -158,6 +167,13 @@ def failures(record: dict[str, Any]) -> list[str]:
             failed.append(
                 f"training {row['model']}: the loss went from {row['losses'][0]:.3f} to {row['losses'][-1]:.3f}"
             )
+    for row in record["products"]:  # a GPU without FP8 units is no failure
+        if not row.get("error", 0.0) <= _FP8_ERROR:
+            failed.append(f"{row['model']}, products in {row['method']}: error {row['error']:.2g}")
+    for row in record["resume"]:
+        if not row.get("equal", False):
+            what = row.get("failed", "its weights differ from those of a run that was not stopped")
+            failed.append(f"{row['model']}, {row['method']}: {what}")
     for row in record["extremes"]:
         if not row["nan_kept"]:
             failed.append(f"{row['formula']} in {row['dtype']}: NaN does not propagate")

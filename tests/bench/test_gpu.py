@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_page
+from bench import gpu, gpu_page, gpu_resume
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -65,6 +65,16 @@ RECORD = {
     ],
     "attention": [{"model": "llama_1b", "method": "sdpa", "seconds": [2e-3, 1e-3, 3e-3], "flops_per_second": 4e14}],
     "loss": [{"model": "llama_1b", "method": "chunks of 8192", "failed": "out of memory"}],
+    "products": [
+        {
+            "model": "llama_1b",
+            "method": "fp8 rowwise",
+            "seconds": [2e-3, 1e-3, 3e-3],
+            "flops_per_second": 9e14,
+            "error": 2e-3,
+        }
+    ],
+    "resume": [{"model": "nano", "method": "stop and resume", "stopped_after": 11, "equal": True, "seconds": 30.0}],
     "extremes": [{"formula": "swiglu", "dtype": "bfloat16", "nan_kept": True, "finite_lost": 0}],
     "large": [{"formula": "swiglu", "elements": 2**31, "error": 2e-3}],
     "fused": [
@@ -90,6 +100,8 @@ def test_the_page_begins_with_training_steps():
     assert "llama_1b: GEMM 75%, idle 25%." in text
     assert "| llama_1b | sdpa | 2.00 (1.00 to 3.00) | 400 |  |" in text
     assert "| llama_1b | chunks of 8192 | out of memory | | |" in text
+    assert "| llama_1b | fp8 rowwise | 2.00 (1.00 to 3.00) | 900 |  |" in text
+    assert "stopped after step 11 ends with weights: the same to the last bit." in text
 
 
 @pytest.mark.parametrize(
@@ -97,6 +109,10 @@ def test_the_page_begins_with_training_steps():
     [
         ("steps", {"failed": "no kernel image"}, "training llama_1b: no kernel image"),
         ("steps", {"losses": [10.0, float("nan")]}, "training llama_1b: the loss went from 10.000 to nan"),
+        ("products", {"error": 0.1}, "llama_1b, products in fp8 rowwise: error 0.1"),
+        ("products", {"error": float("nan")}, "error nan"),
+        ("resume", {"equal": False}, "its weights differ"),
+        ("resume", {"failed": "out of memory", "equal": False}, "nano, stop and resume: out of memory"),
         ("checks", {"h": 5e-3}, "the error of h is 0.005, plain torch's 0.002"),
         ("checks", {"dpre": float("nan")}, "the error of dpre is nan"),
         ("checks", {"not_finite": 3}, "3 numbers are not finite"),
@@ -164,3 +180,11 @@ def test_a_dry_run_in_the_interpreter(tmp_path):
     assert not [row for row in (*record["attention"], *record["loss"]) if "failed" in row]
     assert [row["saved_bytes"]["triton"] for row in record["times"]] == [2 * 2 * 48 * 4, 2 * 48 * 4 + 2 * 4]
     assert (tmp_path / "the-interpreter-elementwise.md").read_text(encoding="utf-8") == gpu_page.page(record)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_ends_as_one_that_is_not():
+    tiny = ("model.d_model=64", "model.n_heads=2", "model.d_ff_gated=96", "sequence_length=64", "++global_batch_size=2")
+    row = gpu_resume.resumed(*tiny)
+    assert row["equal"], row
+    assert 0 < row["stopped_after"] < 60
