@@ -61,5 +61,5 @@ def fp8_products(model: Model, device: torch.device, dtype: torch.dtype, rounds:
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    """Return the norm of the error relative to that of the expected tensor; 0 in the interpreter, whose roundings to FP8 err."""
+    """Return the relative norm of the error; 0 in the interpreter, whose roundings to FP8 err."""
     return 0.0 if interpreted() else float((actual - expected).float().norm() / expected.float().norm())
