@@ -37,6 +37,7 @@ from launch.estimate.counts import (
     shape_of,
 )
 from launch.estimate.step_time import (
+    FP8_EFFICIENCY,
     GEMM_EFFICIENCY,
     NETWORK_EFFICIENCY,
     ParallelLayout,
@@ -226,7 +227,7 @@ class Published:
 
 def published() -> list[Published]:
     """Return the published runs as their sources describe them; `_SOURCES` lists what is assumed."""
-    h100 = HardwareConfig(device="H100 SXM", bf16_flops=989.4e12)
+    h100 = HardwareConfig(device="H100 SXM", bf16_flops=989.4e12, fp8_flops=1979e12)
     # 96 GB of HBM2e, and a limit of 500 W.
     torchtitan = dataclasses.replace(h100, memory_bandwidth=2.4e12, watts=500)
     fsdp = {"gpus_per_node": 8, "stage": 3, "overlap": 1.0, "overlap_weights": True}
@@ -252,6 +253,11 @@ def published() -> list[Published]:
     for gpus, value in ((8, 6667.0), (128, 6514.0)):
         layout = ParallelLayout(llama, 8192, gpus, micro_batch=2, recompute=0.5, **fsdp)
         runs.append(Published(f"torchtitan Llama 3.1 8B, {gpus} GPUs, tokens/s per GPU", layout, torchtitan, value))
+    for gpus, value in ((8, 8532.0), (128, 8380.0)):
+        layout = ParallelLayout(llama, 8192, gpus, micro_batch=2, recompute=0.5, fp8=True, **fsdp)
+        runs.append(
+            Published(f"torchtitan Llama 3.1 8B in FP8, {gpus} GPUs, tokens/s per GPU", layout, torchtitan, value)
+        )
     gpt = ParallelLayout(
         _gpt(12288, 96, 96, 131072),
         4096,
@@ -278,8 +284,8 @@ def _gpt(d_model: int, layers: int, heads: int, vocabulary: int) -> Shape:
 def _time_table() -> str:
     lines = [
         "\n## Step times on H100s\n",
-        f"Fitted to these rows: matrix products at {GEMM_EFFICIENCY:g} of peak, collectives at {NETWORK_EFFICIENCY:g} of the",
-        "data sheet's rate. MFU counts attention's full square and the embedding, as the sources do; beside it, what",
+        f"Fitted to these rows: matrix products at {GEMM_EFFICIENCY:g} of peak, in FP8 at {FP8_EFFICIENCY:g} of its own, and",
+        f"collectives at {NETWORK_EFFICIENCY:g} of the data sheet's rate. MFU counts attention's full square and the embedding, as the sources do; beside it, what",
         f"the published figure is by the convention of this project ({CONVENTION}). `without latency`: how",
         "far off the model would be if a hop in a ring took no time; it takes 2 µs, a common value, not fitted.\n",
         "| run | published | MFU as counted here | model | off by | without latency |",

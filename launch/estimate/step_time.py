@@ -1,8 +1,8 @@
 """The time of a step on a cluster: its FLOPs, memory traffic and communication over the hardware's rates.
 
-Two constants are fitted to nine published runs on H100s (`python -m bench.estimate` compares them; all are within 10%): the
-fraction of its peak that a GPU reaches in matrix products, and the fraction of its data sheet's bandwidth that a collective
-reaches. Everything else is counted (launch/estimate/counts.py) or given by conf/cluster:
+Three constants are fitted to eleven published runs on H100s (`python -m bench.estimate` compares them; all are within 10%): the
+fraction of its peak that a GPU reaches in matrix products, in bf16 and in FP8, and the fraction of its data sheet's bandwidth
+that a collective reaches. Everything else is counted (launch/estimate/counts.py) or given by conf/cluster:
 
     products    FLOPs, recomputation included (`model.activation_checkpointing`, `ffn.save=input`), at GEMM_EFFICIENCY of a peak
                 that falls with the cube root of the power limit
@@ -37,6 +37,8 @@ from launch.estimate.counts import (
 )
 
 GEMM_EFFICIENCY = 0.52
+# Of the peak in FP8, roundings apart: the gain of two published runs with FP8 over the same in bf16.
+FP8_EFFICIENCY = 0.40
 NETWORK_EFFICIENCY = 0.5
 # Read and written per parameter by a step of AdamW: three fp32 numbers both ways, gradient, weight.
 _OPTIMIZER_BYTES = 30
@@ -143,9 +145,10 @@ def step_time(
     power = min(1.0, hardware.watts / hardware.full_watts) ** (1 / 3)
     peak = (hardware.bf16_flops if layout.bf16 else hardware.fp32_flops) * power
     total = sum(flops.values()) + recomputed
-    if layout.fp8:  # what is in FP8 takes its peak's share of the time
+    if layout.fp8:  # the projections, as so many FLOPs in bf16 as take their time
         projections = total - flops["output"] - score_flops_per_token(shape, layout.sequence_length)
-        total -= projections * (1 - hardware.bf16_flops / hardware.fp8_flops)
+        faster = hardware.fp8_flops * FP8_EFFICIENCY / (hardware.bf16_flops * GEMM_EFFICIENCY)
+        total -= projections * (1 - 1 / faster)
     products = total * tokens / shards / (peak * efficiency)
     traffic_bytes = elementwise_bytes(shape, width, layout.recompute, layout.checkpointing) * tokens / shards
     traffic_bytes += loss_bytes(shape, int(tokens), width, parallel.tensor, layout.on_gpu) / layout.pipeline
