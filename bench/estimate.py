@@ -285,7 +285,8 @@ def _time_table() -> str:
     lines = [
         "\n## Step times on H100s\n",
         f"Fitted to these rows: matrix products at {GEMM_EFFICIENCY:g} of peak, in FP8 at {FP8_EFFICIENCY:g} of its own, and",
-        f"collectives at {NETWORK_EFFICIENCY:g} of the data sheet's rate. MFU counts attention's full square and the embedding, as the sources do; beside it, what",
+        f"collectives at {NETWORK_EFFICIENCY:g} of the data sheet's rate. MFU counts attention's full square and the",
+        "embedding, as the sources do; beside it, what",
         f"the published figure is by the convention of this project ({CONVENTION}). `without latency`: how",
         "far off the model would be if a hop in a ring took no time; it takes 2 µs, a common value, not fitted.\n",
         "| run | published | MFU as counted here | model | off by | without latency |",
