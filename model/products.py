@@ -141,6 +141,13 @@ def products_of(
     return LowPrecision(lambda x, _: to_format(x), _multiply_values), ""
 
 
+def describe_products(precision: PrecisionConfig) -> str:
+    """Return what the console says of products in low precision: "" where there are none."""
+    if precision.name == "fp8":
+        return f" and FP8 products ({precision.scaling})"
+    return "" if precision.emulate == "none" else f" and operands rounded to {precision.emulate}"
+
+
 def _fp8_rounding(rowwise: bool) -> Callable[[Tensor, bool], Rounded]:
     return lambda x, gradient: round_fp8(x, E5M2 if gradient else E4M3, rowwise)
 

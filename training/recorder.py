@@ -21,6 +21,7 @@ from kernels.common.files import problem_of, status_of
 from kernels.common.json_files import DOCUMENTS
 from kernels.common.units import duration
 from launch.estimate.counts import CONVENTION, Shape, flops_per_token
+from model.products import describe_products
 from training import machine
 from training.console import Console
 from training.evaluation import HeldOut
@@ -227,7 +228,8 @@ class RunRecorder:
         held_out = f"{dataset.held_out.tokens:,} held out" if dataset.held_out.tokens else "none held out"
         corpus = f"{tokens:,} training tokens ({', '.join(repeated)}), {held_out}"
         masters = " with fp32 master weights" if dtype == torch.bfloat16 else ""
-        numbers = f"{str(dtype).removeprefix('torch.')}{masters}, ZeRO stage {config.zero.stage}"
+        products = describe_products(config.precision)
+        numbers = f"{str(dtype).removeprefix('torch.')}{masters}{products}, ZeRO stage {config.zero.stage}"
         rows = [
             ("data", f"{config.data.name}: {corpus}, {self.bytes_per_token:.2f} bytes per token"),
             ("machine", f"{machine.describe(device)} x {ranks}, {numbers}"),
