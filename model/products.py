@@ -13,7 +13,7 @@ embedding, output projection, norms and attention itself keep the dtype of the m
     nvfp4   E2M1, also for gradients, rounded to nearest: without the random rotations and the stochastic rounding that recipes
             for it add
 
-`kernels/rounding.py` has the formats. Scales are computed from the operand at hand. Scales of earlier steps would save a pass
+`kernels/rounding/` has the formats. Scales are computed from the operand at hand. Scales of earlier steps would save a pass
 over it, and be a state that a resumed run has to carry and that a sudden outlier exceeds. Each tensor rank scales its own
 shard, so the losses of tensor ranks differ from those of one rank by roundings to the format.
 
@@ -127,7 +127,9 @@ def products_of(
         if device.type != "cuda":
             warning = "precision=fp8 on a CPU computes what a GPU would, and is slower than bf16"
             return LowPrecision(_fp8_rounding(rowwise), _multiply_values), warning
-        if torch.version.hip is None and (capability or torch.cuda.get_device_capability(device)) < _FP8_SINCE:
+        if torch.version.hip is not None:  # MI300's FP8 is another one, with a zero of its own
+            raise UserError("precision=fp8 is made for GPUs of NVIDIA; on this one use precision=bf16")
+        if (capability or torch.cuda.get_device_capability(device)) < _FP8_SINCE:
             raise UserError(
                 "precision=fp8 needs a GPU with FP8 units (sm_89 or later), and this one has none: use precision=bf16, with "
                 "precision.emulate=fp8 for the same roundings"

@@ -178,7 +178,7 @@ def source_fp8(compiled: Compiled) -> str:
     return f"{_imports(compiled)}\n\n{head}{body}"
 
 
-_LARGEST, _TINY = 448.0, 1e-30  # of E4M3, as in `kernels/rounding.py`
+_LARGEST, _TINY = 448.0, 1e-30  # of E4M3, as in `kernels/rounding`
 _ROW_HEAD = """@triton.jit(do_not_specialize=["width"])
 def forward_fp8({pointers}, width, UNIT: tl.constexpr, TILE: tl.constexpr):
     PRECISE: tl.constexpr = True
