@@ -20,6 +20,7 @@ import data.documents
 import data.remote
 from conf.schema import DataConfig, TokenizerConfig
 from data.documents import documents, fingerprint, most_bytes, stamps
+from data.files import find_files, read_chunks
 from data.prepare import prepare
 from kernels.common.errors import TryAgain, UserError
 
@@ -298,6 +299,15 @@ def test_what_is_missing_empty_or_refused_is_a_sentence_with_the_url(site, memor
     assert "needs the package s3fs: pip install s3fs" in refusal("text", "s3://bucket/a.txt")
     monkeypatch.setitem(sys.modules, "fsspec", None)
     assert "needs the package fsspec: pip install fsspec" in refusal("text", "s3://bucket/a.txt")
+
+
+def test_a_file_that_became_shorter_than_it_was_listed_is_noticed(site, monkeypatch):
+    monkeypatch.setattr(data.remote, "READ_AHEAD", 1 << 16)
+    site.files["/a.txt"] = b"words\n" * 400_000
+    (file,) = find_files(f"{site.url}/a.txt", None)
+    site.files["/a.txt"] = b"words\n" * 200_000
+    with pytest.raises(TryAgain, match="ended after 1,200,000 of 2,400,000 bytes"):
+        list(read_chunks(file))
 
 
 @pytest.mark.parametrize("ranges", [True, False])
