@@ -9,6 +9,7 @@ overhead.py     a step under ZeRO, against a plain loop
 guards.py       what the default guards add to a step
 memory.py       bytes per rank under ZeRO and tensor parallelism, against the formula
 estimate.py     `launch.estimate`, against measured memory and published step times
+index.py        opening a corpus of 10 billion tokens, in time and memory
 telemetry.py    the cost of an activation telemetry sample
 verdicts.py     false verdicts of simulated plans, and what they find
 faults/         campaigns of faults: runs that are killed, damaged, poisoned, that hang, and whose disks fail

@@ -15,6 +15,7 @@ from typing import Any
 from conf.arms import unknown_arm
 from conf.keys import choices, keys
 from conf.schema import GROUPS
+from conf.urls import refuse_secrets
 from kernels.common.errors import UserError, unknown
 from kernels.common.options import whole_number
 
@@ -37,11 +38,6 @@ PLAIN_TEXT = (
 LARGEST_FORMULA = 10_000  # characters; the formula parser has a far lower limit, this one bounds Hydra's work
 LONGEST_NUMBER = 4000  # digits; Python reads 4,300
 _PLACES = ("data.path", "tokenizer.path", "runs", "data.prepared")  # of files and folders
-_DOWNLOAD = {  # how a file reaches this machine, by the scheme of its address
-    "s3": "aws s3 sync {0} FOLDER",
-    "gs": "gcloud storage rsync -r {0} FOLDER",
-    "hf": "hf download NAME --local-dir FOLDER; a data set of the hub is data=hf data.path=NAME",
-}
 _INSTEAD = {  # of a choice that is a path or a name on the hub
     "data": "text in files is data=text data.path={0}",
     "tokenizer": "a tokenizer in a file is tokenizer=huggingface tokenizer.path=tokenizer.json",
@@ -96,6 +92,7 @@ def read_override(argument: str) -> Override:
     if parsed and (digits := re.search(rf"[0-9_]{{{LONGEST_NUMBER},}}", typed)):
         raise UserError(f"{key} has a number of {len(digits[0]):,} digits; fewer than {LONGEST_NUMBER:,} are read")
     if key in GROUPS:
+        refuse_secrets(key, typed)
         return Override(key, f"'{_choice(key, typed)}'", typed, forced)  # quoted: a bare `zero=1` would be a number
     if key in _PLACES or (key.startswith("data.parts.") and key.endswith(".path")):
         _refuse_address(key, typed)
@@ -134,14 +131,13 @@ def _choice(group: str, value: str) -> str:
 
 
 def _refuse_address(key: str, text: str) -> None:
-    """Refuse an address such as s3://bucket/text, also inside of a list."""
-    if address := re.search(r"\b([a-z][a-z0-9+.-]*)://[^\s,'\"\]]*", text):
-        if key in ("runs", "data.prepared"):
-            raise UserError(
-                f"{key}={text} is not on this machine, and files are only written to its own or mounted folders"
-            )
-        how = _DOWNLOAD.get(address[1], "a mounted folder will do").format(address[0])
-        raise UserError(f"{key}={text} is not on this machine, and only local files are read: copy it first ({how})")
+    """Refuse a URL where only a place on this machine will do, and one that holds a secret everywhere."""
+    refuse_secrets(key, text)
+    if not re.search(r"\b[a-z][a-z0-9+.-]*://", text) or key == "data.path" or key.startswith("data.parts."):
+        return
+    if key == "tokenizer.path":
+        raise UserError(f"{key}={text} is not on this machine, and only a local tokenizer is read: download it first")
+    raise UserError(f"{key}={text} is not on this machine, and files are only written to its own or mounted folders")
 
 
 def _unknown_key(key: str, known: list[str]) -> UserError:

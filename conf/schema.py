@@ -101,7 +101,7 @@ class DataConfig:
     source: str = key("stdlib", "reader: stdlib | installed | text | jsonl | parquet | hf | blend")
     path: Any = key(
         None,
-        "file, glob, folder, or a list of them; .gz, .zst, .bz2 and .xz are decompressed",
+        "file, glob, folder or URL (s3://, gs://, https://, hf://, ...), or a list; .gz, .zst, .bz2, .xz are decompressed",
         only="data.source=text|jsonl|parquet|hf",
     )
     field: str = key("text", "jsonl, parquet, hf: the field with the text", only="data.source=jsonl|parquet|hf|blend")

@@ -17,6 +17,7 @@ from conf.arms import Arm, layer_arms
 from conf.load import NOT_IN_NAME, flatten, to_dict
 from conf.overrides import TEXT_LISTS
 from conf.schema import Config, DataConfig
+from conf.urls import refuse_secrets_in
 from kernels.common.errors import UserError, unknown
 from kernels.formula import FormulaError
 from kernels.formula.domains import check_domains
@@ -221,6 +222,7 @@ def _check_values(values: dict[str, Any]) -> None:
             continue
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{name}={texts} must be a list of texts, such as \"{name}=['one','two']\"")
+    refuse_secrets_in((name, value) for name, value in values.items() if _PLACE_OF_TEXT.fullmatch(name))
     if values["data.source"] not in ("stdlib", "installed", "blend") and not values["data.path"]:
         raise UserError(
             f"data={values['data.source']} needs the location of the text: add data.path=FILE, FOLDER or GLOB"

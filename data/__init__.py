@@ -1,7 +1,7 @@
 """From text to tokens to shards to batches. This package knows no model and never imports torch.
 
     documents.py    the readers of every source: stdlib, text, jsonl, parquet, hf; the fingerprint of a corpus
-    files.py        finding and reading the files behind it: globs, folders, .gz, .zst
+    files.py        finding and reading the files behind it: globs, folders, .gz, .zst; remote.py those behind URLs
     held_out.py     which documents are held out, what of each counts, and what nearly repeats one
     tokenizer.py    training and loading a tokenizer; encode and decode
     shards.py       the format on disk: writing a shard, reading tokens across shards

@@ -6,6 +6,7 @@ This module also has the fingerprint of a corpus and the parts of a blend. Findi
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -20,7 +21,10 @@ from typing import Any, NamedTuple
 
 from conf.load import typed
 from conf.schema import DataConfig
-from data.files import BOM, PACKED, content_hash, find_files, need, not_utf8, read_chunks, read_lines, stamp
+from conf.urls import entries_of, is_url
+from data.files import BOM, PACKED, File, content_hash, find_files, not_utf8, read_chunks, read_lines, stamp
+from data.packages import need
+from data.remote import RemoteFile
 from kernels.common.errors import UserError, unknown
 
 SOURCES = ("stdlib", "installed", "text", "jsonl", "parquet", "hf", "blend")
@@ -101,7 +105,8 @@ def fingerprint(config: DataConfig) -> str:
     """Return what identifies a corpus wherever it lies: equal when its documents are, without reading large files.
 
     stdlib, installed: a hash of the content. Files: a hash of the content up to HASHED bytes in all; beyond, of both ends of
-    each, with its size and time of change. hf: names, and the data set's own fingerprint.
+    each, with its size and time of change. Remote files: `RemoteFile.stamp`, URL included. hf: names, and the data set's own
+    fingerprint.
     Raises UserError as `documents` does for what is missing.
     """
     return _identity(config, _identities)
@@ -112,14 +117,18 @@ def stamps(config: DataConfig) -> str:
     return _identity(config, lambda files: [stamp(path) for path in files])
 
 
-def _identities(files: list[Path]) -> list[Any]:
-    known = [stamp(path)[1:] for path in files]
-    whole = sum(size for size, _ in known) <= HASHED
-    hashes = [content_hash(path, whole) for path in files]
-    return hashes if whole else [[*of_file, digest] for of_file, digest in zip(known, hashes, strict=True)]
+def _identities(files: list[File]) -> list[Any]:
+    known = [stamp(file) for file in files]
+    local = [(file, mark) for file, mark in zip(files, known, strict=True) if isinstance(file, Path)]
+    whole = sum(size for _, (_, size, _) in local) <= HASHED
+    hashes = {file: content_hash(file, whole) for file, _ in local}
+    return [
+        mark if isinstance(file, RemoteFile) else hashes[file] if whole else [*mark[1:], hashes[file]]
+        for file, mark in zip(files, known, strict=True)
+    ]
 
 
-def _identity(config: DataConfig, identify: Callable[[list[Path]], list[Any]]) -> str:
+def _identity(config: DataConfig, identify: Callable[[list[File]], list[Any]]) -> str:
     if config.source == "blend":
         known: Any = {name: [weight, _identity(part, identify)] for name, (weight, part) in parts(config).items()}
     elif config.source in PYTHON:
@@ -148,7 +157,8 @@ def most_bytes(config: DataConfig) -> int | None:
     if config.source not in ("text", "jsonl"):
         return None
     files = _files(config)
-    return None if any(path.suffix.lower() in PACKED for path in files) else sum(stamp(path)[1] for path in files)
+    sizes = [stamp(path)[1] for path in files]
+    return None if None in sizes or any(path.suffix.lower() in PACKED for path in files) else sum(sizes)
 
 
 def parts(config: DataConfig) -> dict[str, tuple[float, DataConfig]]:
@@ -188,23 +198,33 @@ def parts(config: DataConfig) -> dict[str, tuple[float, DataConfig]]:
     return {name: (weight / total, part) for name, (weight, part) in found.items()}
 
 
-def _files(config: DataConfig) -> list[Path]:
+def _files(config: DataConfig) -> list[File]:
     if not config.path or config.path == "???":
         raise UserError(f"data={config.name} needs data.path: a file, a glob, a folder, or a list of them")
     return find_files(config.path, SUFFIXES[config.source])
 
 
-def _sized(config: DataConfig) -> Iterator[tuple[Path, float, float]]:
-    """Yield every file with the fraction of the corpus before it, and its own."""
+class _Sized(NamedTuple):
+    """A file of a corpus."""
+
+    path: File
+    size: int  # bytes, at least 1
+    before: float  # fraction of the corpus before it
+    own: float  # and in it
+    group: str
+
+
+def _sized(config: DataConfig) -> Iterator[_Sized]:
     files = _files(config)
     sizes = [stamp(path)[1] for path in files]
-    total, before = max(1, sum(sizes)), 0
-    named = {str(entry) for entry in (config.path if isinstance(config.path, (list, tuple)) else [config.path])}
+    total, before = max(1, sum(size or 0 for size in sizes)), 0
+    named = set(entries_of(config.path))
     for path, size in zip(files, sizes, strict=True):
         # A text file in a folder may well be empty (an __init__.py); not one that was named or should hold records.
-        if not size and (config.source != "text" or str(path) in named):
+        if size == 0 and (config.source != "text" or str(path) in named):
             raise UserError(f"{path} is empty")
-        yield path, before / total, size / total
+        size = size or 0  # a server may not say it
+        yield _Sized(path, max(1, size), before / total, size / total, _group_of(path, config))
         before += size
 
 
@@ -239,10 +259,11 @@ def _python(config: DataConfig) -> Iterator[Document]:
             yield Document(name, text, (i + 1) / len(files), name.partition("/")[0])
 
 
-def _group_of(path: Path, config: DataConfig) -> str:
+def _group_of(path: File, config: DataConfig) -> str:
     """Return the folder that a file belongs to: the first one below the entry of data.path that it was found by, or itself."""
-    entries = config.path if isinstance(config.path, (list, tuple)) else [config.path]
-    for entry in map(str, entries):
+    if isinstance(path, RemoteFile):
+        return path.group
+    for entry in entries_of(config.path):
         parts = Path(entry).expanduser().parts
         fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
         if path != fixed and path.is_relative_to(fixed):
@@ -251,8 +272,7 @@ def _group_of(path: Path, config: DataConfig) -> str:
 
 
 def _text(config: DataConfig) -> Iterator[Document]:
-    for path, before, own in _sized(config):
-        size, group = max(1, path.stat().st_size), _group_of(path, config)
+    for path, size, before, own, group in _sized(config):
         buffer, offset, splitting = b"", 0, False
         for chunk, read in read_chunks(path):
             buffer += chunk
@@ -277,7 +297,7 @@ def _line_end(buffer: bytes) -> int:
     return end
 
 
-def _decode(path: Path, raw: bytes, offset: int) -> str:
+def _decode(path: File, raw: bytes, offset: int) -> str:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -286,8 +306,8 @@ def _decode(path: Path, raw: bytes, offset: int) -> str:
 
 
 def _jsonl(config: DataConfig) -> Iterator[Document]:
-    for path, before, own in _sized(config):
-        size, offset, group = max(1, path.stat().st_size), 0, _group_of(path, config)
+    for path, size, before, own, group in _sized(config):
+        offset = 0
         for number, (line, read) in enumerate(read_lines(path), start=1):
             text = _decode(path, line, offset)
             offset += len(line) + 1
@@ -343,10 +363,12 @@ def _no_field(name: str, where: str, available: Any) -> UserError:
 def _parquet(config: DataConfig) -> Iterator[Document]:
     pyarrow = need("pyarrow", "data=parquet")
     parquet = need("pyarrow.parquet", "data=parquet")
-    for path, before, own in _sized(config):
-        row, group = 0, _group_of(path, config)
+    for path, _, before, own, group in _sized(config):
+        row = 0
+        # Of a remote file only the footer and the column are asked for.
+        remote = path.open(ranges=True) if isinstance(path, RemoteFile) else None
         try:
-            with parquet.ParquetFile(path) as file:
+            with remote or contextlib.nullcontext(), parquet.ParquetFile(remote or path) as file:
                 if config.field not in file.schema_arrow.names:
                     raise _no_field(config.field, str(path), file.schema_arrow.names)
                 total = max(1, file.metadata.num_rows)
@@ -369,6 +391,10 @@ def _load_hf(config: DataConfig) -> Any:
     datasets = need("datasets", "data=hf")
     if not config.path or config.path == "???":
         raise UserError(f"data={config.name} needs data.path: the name of a data set, or a folder that holds one")
+    if is_url(config.path):
+        raise UserError(
+            "data=hf takes the name of a data set, or a folder; the files behind a URL are read by data=parquet, jsonl or text"
+        )
     datasets.disable_progress_bars()
     folder = Path(str(config.path)).expanduser()
     try:

@@ -1,7 +1,7 @@
 """Find the files that a path means, and read them in chunks, compressed or not.
 
-A path is a file, a glob, a folder, or a list of them. `.gz`, `.zst`, `.bz2` and `.xz` are unpacked on the way. Every refusal
-is one sentence that names the file. Parsing their content is in `documents.py`.
+A path is a file, a glob, a folder, or a list of them, on this machine or behind a URL (`remote.py`). `.gz`, `.zst`, `.bz2` and
+`.xz` are unpacked on the way. Every refusal is one sentence that names the file. Parsing their content is in `documents.py`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ import bz2
 import glob
 import gzip
 import hashlib
-import importlib
 import lzma
 import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from conf.urls import entries_of, is_url
+from data.packages import need
+from data.remote import RemoteFile, find_remote
 from kernels.common.errors import UserError, suggest
+
+File = Path | RemoteFile
 
 CHUNK = 1 << 20  # bytes read at once
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}  # in capitals too
@@ -39,52 +42,53 @@ BINARY = (
 )
 
 
-def need(package: str, why: str) -> ModuleType:
-    """Import an optional package.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        top = package.partition(".")[0]
-        raise UserError(f"{why} needs the package {top}: pip install {top}") from error
-
-
-def find_files(paths: Any, suffixes: tuple[str, ...] | None) -> list[Path]:
+def find_files(paths: Any, suffixes: tuple[str, ...] | None) -> list[File]:
     """List the files that `paths` means: sorted within a folder or glob, each file once.
 
     Args:
-        paths: a file, a glob (`**` descends), a folder (searched to the bottom, links followed, hidden names left out), or
-            a list of them.
+        paths: a file, a glob (`**` descends), a folder (searched to the bottom, links followed, hidden names left out), the
+            URL of any of these, or a list of them.
         suffixes: what a folder is searched for, before `.gz` and the like; None: every file.
 
     Raises:
         UserError: one of them means no file, or a folder cannot be read.
     """
-    entries = [str(entry) for entry in (paths if isinstance(paths, (list, tuple)) else [paths])]
-    found: dict[str, Path] = {}  # by the file that a path leads to
-    for entry in entries:
-        path = Path(entry).expanduser()
-        if path.is_dir():
-            files = list(_walk(path, suffixes))
-            if not files:
-                kinds = "files" if suffixes is None else " or ".join(suffixes) + " files"
-                raise UserError(f"the folder {path} holds no {kinds}")
-        elif path.exists():
-            files = [path]
-        elif glob.has_magic(entry):
-            files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
-            if not files:
-                raise UserError(f"no file matches {entry}")
+    kinds = "files" if suffixes is None else " or ".join(suffixes) + " files"
+    found: dict[str, File] = {}  # by the file that a path leads to
+    for entry in entries_of(paths):
+        if is_url(entry):
+            for file in find_remote(entry, lambda name: _wanted(name, suffixes), kinds):
+                found.setdefault(file.url, file)
         else:
-            siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-            near = suggest(path.name, siblings).strip()
-            raise UserError(f"there is no file or folder {path}" + (f": {near}" if near else ""))
-        for file in files:
-            found.setdefault(os.path.realpath(file), file)
+            for path in _find_local(entry, suffixes, kinds):
+                found.setdefault(os.path.realpath(path), path)
     return list(found.values())
+
+
+def _find_local(entry: str, suffixes: tuple[str, ...] | None, kinds: str) -> list[Path]:
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        files = list(_walk(path, suffixes))
+        if not files:
+            raise UserError(f"the folder {path} holds no {kinds}")
+        return files
+    if path.exists():
+        return [path]
+    if glob.has_magic(entry):
+        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+        if not files:
+            raise UserError(f"no file matches {entry}")
+        return files
+    siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+    near = suggest(path.name, siblings).strip()
+    raise UserError(f"there is no file or folder {path}" + (f": {near}" if near else ""))
+
+
+def _wanted(name: str, suffixes: tuple[str, ...] | None) -> bool:
+    """Return whether a file of a folder is read, by its name."""
+    plain = Path(name)
+    plain = plain.with_suffix("") if plain.suffix.lower() in PACKED else plain
+    return not name.startswith(".") and (suffixes is None or plain.suffix.lower() in suffixes)
 
 
 def _walk(folder: Path, suffixes: tuple[str, ...] | None) -> Iterator[Path]:
@@ -100,19 +104,27 @@ def _walk(folder: Path, suffixes: tuple[str, ...] | None) -> Iterator[Path]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            plain = Path(name)
-            plain = plain.with_suffix("") if plain.suffix.lower() in PACKED else plain
-            if not name.startswith(".") and (suffixes is None or plain.suffix.lower() in suffixes):
+            if _wanted(name, suffixes):
                 yield Path(where, name)
 
 
-def stamp(path: Path) -> list[Any]:
-    """Return what changes when a file is written: absolute path, size in bytes, modification time in ns."""
+def stamp(path: File) -> list[Any]:
+    """Return what changes when a file is written: absolute path, size in bytes, modification time in ns.
+
+    Of a remote one: URL, size in bytes or None, and what its store says of its content.
+    """
+    if isinstance(path, RemoteFile):
+        return path.stamp()
     try:
         status = path.stat()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
+
+
+def open_file(path: File) -> Any:
+    """Open a file to read its bytes from end to end."""
+    return path.open() if isinstance(path, RemoteFile) else open(path, "rb")
 
 
 def content_hash(path: Path, whole: bool) -> str:
@@ -132,7 +144,7 @@ def content_hash(path: Path, whole: bool) -> str:
     return digest.hexdigest()
 
 
-def read_chunks(path: Path) -> Iterator[tuple[bytes, int]]:
+def read_chunks(path: File) -> Iterator[tuple[bytes, int]]:
     """Yield the unpacked content of a file in chunks, each with the count of bytes read from the file itself so far.
 
     Raises:
@@ -141,7 +153,7 @@ def read_chunks(path: Path) -> Iterator[tuple[bytes, int]]:
     kind = PACKED.get(path.suffix.lower(), "")
     first = True
     try:
-        with open(path, "rb") as raw:
+        with open_file(path) as raw:
             for chunk in _unpack(raw, path, kind):
                 if first and chunk[257:262] == b"ustar":
                     raise UserError(f"{path} is a tar archive: unpack it, and set data.path to the folder")
@@ -157,7 +169,7 @@ def read_chunks(path: Path) -> Iterator[tuple[bytes, int]]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _unpack(raw: Any, path: Path, kind: str) -> Iterator[bytes]:
+def _unpack(raw: Any, path: File, kind: str) -> Iterator[bytes]:
     if kind == "zstd":
         yield from _unpack_zst(raw, path)
         return
@@ -171,7 +183,7 @@ def _unpack(raw: Any, path: Path, kind: str) -> Iterator[bytes]:
         yield chunk
 
 
-def _unpack_zst(raw: Any, path: Path) -> Iterator[bytes]:
+def _unpack_zst(raw: Any, path: File) -> Iterator[bytes]:
     # Frame by frame: a stream reader takes a truncated file for a complete one.
     zstandard = need("zstandard", f"reading {path}")
     unpacker = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
@@ -190,7 +202,7 @@ def _unpack_zst(raw: Any, path: Path) -> Iterator[bytes]:
         raise EOFError
 
 
-def read_lines(path: Path) -> Iterator[tuple[bytes, int]]:
+def read_lines(path: File) -> Iterator[tuple[bytes, int]]:
     """Yield the lines of a file, without line feeds, each with the count of bytes read from the file so far."""
     begun: list[bytes] = []  # of a line that no chunk has ended yet
     read = 0
@@ -206,7 +218,7 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, int]]:
         yield rest, read
 
 
-def not_utf8(path: Path, error: UnicodeDecodeError, before: int = 0) -> UserError:
+def not_utf8(path: File, error: UnicodeDecodeError, before: int = 0) -> UserError:
     """Build the error for bytes that are no UTF-8; `before` is the offset at which the decoded stretch starts."""
     where = before + error.start
     content = "unpacked content" if path.suffix.lower() in PACKED else "file"

@@ -52,13 +52,13 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, show: bool = False) ->
         UserError: bad input, a full disk, a folder that cannot be written.
     """
     folder = folder_of(data, tokenizer)
-    if _complete(folder):
+    if is_complete(folder):
         return folder
     progress = ProgressReporter(show)
     with explain_os_errors("create the folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder, progress):
-        if not _complete(folder):
+        if not is_complete(folder):
             with explain_os_errors("prepare", folder), progress:
                 remove_leftovers(folder)
                 prepare_source = _prepare_blend if data.source == "blend" else _prepare_corpus
@@ -70,9 +70,9 @@ def folder_of(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
     """Return the folder of a prepared corpus; its name holds a hash of everything that determines its content."""
     _check(data, tokenizer)
     folder = _folder(data, tokenizer, fingerprint(data))
-    if not _complete(folder) and data.source not in (*PYTHON, "hf"):
+    if not is_complete(folder) and data.source not in (*PYTHON, "hf"):
         earlier = _folder(data, tokenizer, stamps(data))  # version 0.1 named it by the place of the files
-        if _complete(earlier):
+        if is_complete(earlier):
             return earlier
     return folder
 
@@ -119,7 +119,7 @@ def _check(data: DataConfig, tokenizer: TokenizerConfig) -> None:
         raise UserError(f"{tokenizer.path} does not fit tokenizer.kind={tokenizer.kind}; set tokenizer={right}")
 
 
-def _complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether the folder, and each part of a blend, has its index."""
     if not (folder / INDEX).is_file():
         return False

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -314,10 +314,16 @@ class ShardSet:
 
     def document_ends(self) -> np.ndarray:
         """Return where the documents end in the sequence, end-of-text included: int64, (documents,)."""
-        ends = [np.empty(0, np.int64)]
+        ends, filled = np.empty(self.documents, np.int64), 0
+        for of_shard in self.iter_document_ends():
+            ends[filled : filled + len(of_shard)] = of_shard
+            filled += len(of_shard)
+        return ends
+
+    def iter_document_ends(self) -> Iterator[np.ndarray]:
+        """Yield `document_ends` shard by shard, for a reader of the first few: each int64, (documents of the shard,)."""
         for (folder, shard), end in zip(self.shards, self._ends.tolist(), strict=True):
-            ends.append(np.fromfile(folder / f"{shard.name}.idx", "<i8") + end - shard.tokens)
-        return np.concatenate(ends)
+            yield np.fromfile(folder / f"{shard.name}.idx", "<i8") + end - shard.tokens
 
     @property
     def hash(self) -> str:

@@ -23,7 +23,7 @@ def prompts_of(config: Config, dataset: Dataset) -> list[str]:
 def _beginnings(dataset: Dataset) -> list[str]:
     """Return the first words of the first held-out documents: at most half of a document, cut between words."""
     held_out, prompts, start = dataset.held_out, [], 0
-    for end in held_out.document_ends().tolist():
+    for end in (end for of_shard in held_out.iter_document_ends() for end in of_shard.tolist()):
         tokens = held_out.read(start, min(_TOKENS, (end - start) // 2)).tolist()
         text = dataset.tokenizer.decode(tokens).split("\n\n")[0]
         words, _, _ = text.rpartition(" ")

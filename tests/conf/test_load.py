@@ -411,6 +411,33 @@ def test_a_run_goes_on_from_its_own_configuration(started, words, expected):
     assert changes(started, *words) == expected
 
 
+@pytest.mark.parametrize(
+    ("typed", "url"),
+    [
+        ("s3://bucket/web/**/*.jsonl.gz", "s3://bucket/web/**/*.jsonl.gz"),
+        ("https://a.org/t?x=1&token=$MY_TOKEN", "https://a.org/t?x=1&token=$MY_TOKEN"),
+        ("[hf://datasets/a/b@main,more/]", ["hf://datasets/a/b@main", "more/"]),
+    ],
+)
+def test_a_url_stays_as_it_was_typed_also_in_a_run_that_goes_on(tmp_path, typed, url):
+    words = ["run=first", f"runs={tmp_path}"]
+    config = load([*words, "data=text", f"data.path={typed}"])
+    validate(config, 1)
+    assert config.data.path == url
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "first" / "metrics.jsonl").touch()
+    assert load(words).data.path == url
+
+
+def test_a_secret_in_a_list_of_urls_is_refused_where_values_are_checked():
+    config = load(["data=text", "data.path=x"])
+    config.data.path = ["a", "https://me:hunter2@a.org/t"]
+    with pytest.raises(UserError, match="write \\$NAME") as error:
+        validate(config, 1)
+    assert "hunter2" not in str(error.value)
+
+
 def test_another_choice_replaces_what_it_sets(started):
     assert changes(started, "ffn=relu") == {
         "ffn.formula": "relu(x)", "ffn.from_output": "where(h > 0, 1, 0)", "ffn.name": "relu",
@@ -459,13 +486,10 @@ def test_a_layer_may_be_typed_as_a_number(tmp_path):
             "ffn.per_layer={0: gate*up}",
             "'gate*up' is a formula, not the name of an arm: write ffn.per_layer.0.formula=",
         ),
-        (
-            "data.path=s3://bucket/text",
-            "is not on this machine, and only local files are read: copy it first (aws s3 sync s3://",
-        ),
-        ("data.path=[a,gs://bucket/text]", "copy it first (gcloud storage rsync -r gs://bucket/text FOLDER)"),
-        ("data.parts.a.path=hf://datasets/a/b", "a data set of the hub is data=hf data.path=NAME"),
-        ("tokenizer.path=https://a.org/t.json", "is not on this machine, and only local files are read"),
+        ("data.path=https://me:abc@a.org/t", "data.path has a URL with a password or token before the host"),
+        ("data.path=[a,'https://a.org/t?X-Goog-Signature=abc']", "with the secret parameter X-Goog-Signature"),
+        ("data.parts.a.path=s3://key:abc@bucket/text", "data.parts.a.path has a URL with a password"),
+        ("tokenizer.path=https://a.org/t.json", "is not on this machine, and only a local tokenizer is read"),
         ("runs=s3://bucket/runs", "runs=s3://bucket/runs is not on this machine, and files are only written to"),
         (
             "tokenizer=meta-llama/Llama-2-7b",

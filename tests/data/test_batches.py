@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from data.batches import (
     BLOCK,
     IGNORED,
     BatchStream,
+    Dataset,
+    Part,
     _block_counts,
     _keys,
     held_out_count,
@@ -19,6 +22,7 @@ from data.batches import (
     permute,
     sample_hash,
 )
+from data.shards import ShardSet, token_dtype, write_shard
 from kernels.common.errors import UserError
 
 
@@ -69,6 +73,15 @@ def test_the_same_samples_for_any_number_of_ranks_and_after_a_resume(dataset):
             parts = [sample_hash(step * batch + rank * share, rows[rank]) for rank in range(ranks)]
             assert sum(parts) % 2**64 == sample_hash(step * batch, whole[step * batch : (step + 1) * batch])
     assert not np.array_equal(whole, BatchStream(dataset, 16, seed=4).samples(0, batch * steps))
+
+
+def test_the_samples_of_a_corpus_never_change(tmp_path):
+    documents = [[[(31 * n + 7 * d + i) % 999 for i in range(40 + d)] for d in range(30)] for n in range(4)]
+    shards = [write_shard(tmp_path, "train", n, some, 1, 999, 1000) for n, some in enumerate(documents)]
+    train = ShardSet([(tmp_path, shard) for shard in shards], token_dtype(1000))
+    part = Part("made", tmp_path, 1.0, train, "fixed")
+    made = Dataset(tmp_path, mock.Mock(), [part], ShardSet([], train.dtype), None, None, "fixed")
+    assert sample_hash(0, BatchStream(made, 64, seed=5).samples(0, 300)) == 2683852234053298377
 
 
 def test_an_epoch_takes_every_window_once_and_the_next_cuts_elsewhere(dataset):
