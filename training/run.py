@@ -60,10 +60,7 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
     batch, skipped = validate(config, ranks.world_size), SampleRanges.parse(config.guard.skip_samples)
     check_steps(config.profile, batch.steps)
     console = Console(enabled=ranks.rank == 0)
-    device = machine.find_device(ranks)
-    dtype = machine.find_dtype(config, device)
-    attention = choose(config.model.attention, device, dtype, config.sequence_length)
-    _, rounds = products_of(config.precision, device)
+    device, dtype, attention, doubts = _find_hardware(config, ranks)
     _set_determinism(config)
     folder = RunFolder(config)
     watch = watchdog.Watchdog(config.watchdog, ranks, folder.path, launchers.gone)
@@ -73,7 +70,7 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
         watch.start()  # a corpus may take hours to prepare, and its processes are forks
         shape = _shape(config, dataset)
         arms = check_arms(shape.ffn, device, dtype, statistics=bool(config.telemetry_every))
-        for warning in (*warnings, *attention.warnings, *filter(None, [rounds]), *arms):
+        for warning in (*warnings, *doubts, *arms):
             console.warn(warning)
         if ranks.world_size > 1:  # rank 0 tells the others what it decides
             _start_group(config, ranks, device, folder.path)
@@ -90,7 +87,7 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
         with memory.explained():
             if ranks.world_size == 1:
                 _start_group(config, ranks, device, folder.path)
-            engine = _build_engine(config, batch, folder, dataset, shape, device, dtype, attention.backend)
+            engine = _build_engine(config, batch, folder, dataset, shape, device, dtype, attention)
             loop = TrainingLoop(
                 config, batch, ranks, folder, dataset, stream, shape, recorder, engine, decision.run_id, inspector
             )
@@ -101,7 +98,7 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
             recorder.open(f"{machine.describe(device)} x {ranks.world_size}")
             peak = PeakSpeed(device, dtype)
             if not decision.checkpoint:
-                rows = recorder.summary_rows(device, dtype, attention.backend, peak, ranks.world_size)
+                rows = recorder.summary_rows(device, dtype, attention, peak, ranks.world_size)
                 console.summary(config, shape, batch, rows)
             recorder.session("resumed" if decision.checkpoint else "started", loop.earlier_seconds, decision.run_id)
             return loop.run(peak, launchers, launched_at)
@@ -111,6 +108,19 @@ def train(config: Config, ranks: Ranks, launchers: Launchers) -> int:
         watch.stop()
         console.stop()
         folder.close()
+
+
+def _find_hardware(config: Config, ranks: Ranks) -> tuple[torch.device, torch.dtype, str, list[str]]:
+    """Return the device, the dtype, the backend of attention, and what to warn about these choices.
+
+    Raises:
+        UserError: what the configuration names does not run here.
+    """
+    device = machine.find_device(ranks)
+    dtype = machine.find_dtype(config, device)
+    attention = choose(config.model.attention, device, dtype, config.sequence_length)
+    _, warning = products_of(config.precision, device)
+    return device, dtype, attention.backend, [*attention.warnings, *([warning] if warning else [])]
 
 
 def _set_determinism(config: Config) -> None:
