@@ -11,7 +11,8 @@ round.
 The expected speed is that of the sweep's first point, divided by how many times as many FLOPs a token costs
 (`launch.estimate.counts.flops_per_token`: attention and output projection included), and multiplied by the ranks. Measured over
 expected is above 1 where a point uses the machine better than the first point does, and below 1 where something grows that the
-FLOPs do not count: memory traffic, the optimizer, communication.
+FLOPs do not count: memory traffic, the optimizer, communication. The same ratio of tokens per second of processor time hardly
+depends on what else runs, but leaves out how long ranks wait for each other.
 """
 
 from __future__ import annotations
@@ -42,8 +43,12 @@ _TINY = {
 _EXPLANATION = """\
 Training steps of `nano` but for what a sweep changes, one thread per rank. Expected: the speed of the first row, divided by how
 many times as many FLOPs a token costs and multiplied by the ranks. Measured: the median over the rounds, with their range.
-Others: cores that other processes kept busy meanwhile; where they are many, the row says little."""
-_HEAD = "| {} | parameters | tokens per step | MFLOPs per token | tokens/s | expected | measured / expected | others |"
+By CPU time: the same ratio with the processor time of a rank instead of the time that passed, so without waiting, for a core or
+for the other rank. Others: cores that other processes kept busy meanwhile; where they are many, only the CPU time counts."""
+_HEAD = (
+    "| {} | parameters | tokens per step | MFLOPs per token | tokens/s | expected "
+    "| measured / expected | by CPU time | others |"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +62,14 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """A measured point: tokens/s of each round, and the cores that other processes kept busy, on average."""
+    """A measured point: tokens/s of each round, by the clock and by a rank's CPU time; what kept cores busy elsewhere."""
 
     point: Point
     parameters: int
     tokens_per_step: int
     flops_per_token: int
     tokens_per_second: list[float]
+    tokens_per_cpu_second: list[float]
     cores_busy_elsewhere: float
 
 
@@ -129,6 +135,7 @@ def _shape(width: int, layers: int, d_ff: int) -> dict[str, int]:
 def measure(points: list[Point], overrides: list[str], rounds: int, steps: int) -> list[Speeds]:
     """Run every point `rounds` times, in turn, `steps` steps each; return their speeds in the order of `points`."""
     speeds: list[list[float]] = [[] for _ in points]
+    cpu_speeds: list[list[float]] = [[] for _ in points]
     busy: list[list[float]] = [[] for _ in points]
     results = []
     settings = [_overrides(point, overrides) for point in points]
@@ -137,9 +144,13 @@ def measure(points: list[Point], overrides: list[str], rounds: int, steps: int) 
             config = load(settings[number])
             others = BusyElsewhere()
             of_ranks = on_ranks(point.ranks, "bench.scaling", [str(steps), *settings[number]])
-            # A step ends when its last rank has.
-            seconds = [max(step) for step in zip(*of_ranks, strict=True)]
-            speeds[number].append(config.global_batch_size * config.sequence_length / statistics.median(seconds))
+            # A step ends when its last rank has: the longest of each step, by the clock and in CPU time.
+            seconds, cpu_seconds = (
+                [max(step) for step in zip(*kind, strict=True)] for kind in zip(*of_ranks, strict=True)
+            )
+            tokens = config.global_batch_size * config.sequence_length
+            speeds[number].append(tokens / statistics.median(seconds))
+            cpu_speeds[number].append(tokens / statistics.median(cpu_seconds))
             busy[number].append(others.cores())
             line = f"{point.label:<20}{speeds[number][-1]:>12,.0f} tokens/s   others: {busy[number][-1]:.2f} core(s)"
             print(line, file=sys.stderr, flush=True)
@@ -148,25 +159,27 @@ def measure(points: list[Point], overrides: list[str], rounds: int, steps: int) 
         shape, tokens = shape_of(config), config.global_batch_size * config.sequence_length
         flops = sum(flops_per_token(shape, config.sequence_length).values())
         counted = (sum(parameters(shape).values()), tokens, flops)
-        results.append(Speeds(point, *counted, speeds[number], statistics.mean(busy[number])))
+        results.append(Speeds(point, *counted, speeds[number], cpu_speeds[number], statistics.mean(busy[number])))
     return results
 
 
-def expected(row: Speeds, first: Speeds) -> float:
-    """Return the tokens/s of a point at the FLOP/s per rank of the first point."""
-    flops_per_second = first.flops_per_token * statistics.median(first.tokens_per_second) / first.point.ranks
+def expected(row: Speeds, first: Speeds, by_cpu_time: bool = False) -> float:
+    """Return the tokens/s of a point at the FLOP/s per rank of the first point, or the tokens per second of CPU time."""
+    speeds = first.tokens_per_cpu_second if by_cpu_time else first.tokens_per_second
+    flops_per_second = first.flops_per_token * statistics.median(speeds) / first.point.ranks
     return row.point.ranks * flops_per_second / row.flops_per_token
 
 
 def table(name: str, rows: list[Speeds]) -> list[str]:
     """Return the lines of a sweep's table, whose first row is what the others are expected from; print them, too."""
-    lines = [_HEAD.format(name), "|---" * 8 + "|"]
+    lines = [_HEAD.format(name), "|---" * 9 + "|"]
     for row in rows:
         speed, predicted = statistics.median(row.tokens_per_second), expected(row, rows[0])
+        by_cpu_time = statistics.median(row.tokens_per_cpu_second) / expected(row, rows[0], by_cpu_time=True)
         lines.append(
             f"| {row.point.label} | {row.parameters:,} | {row.tokens_per_step:,} | {row.flops_per_token / 1e6:.1f} | "
             f"{speed:,.0f} ({min(row.tokens_per_second):,.0f} to {max(row.tokens_per_second):,.0f}) | {predicted:,.0f} | "
-            f"{speed / predicted:.2f} | {row.cores_busy_elsewhere:.1f} |"
+            f"{speed / predicted:.2f} | {by_cpu_time:.2f} | {row.cores_busy_elsewhere:.1f} |"
         )
     print("\n".join(lines), flush=True)
     return lines
@@ -176,16 +189,17 @@ def _overrides(point: Point, overrides: list[str]) -> list[str]:
     return [*_COMMON, *(f"{key}={value}" for key, value in point.overrides.items()), *overrides]
 
 
-def _seconds(ranks: Ranks, steps: int, overrides: list[str]) -> list[float]:
-    """Return the seconds of `steps` steps on this rank, after one that is not counted."""
+def _seconds(ranks: Ranks, steps: int, overrides: list[str]) -> tuple[list[float], list[float]]:
+    """Return the seconds of `steps` steps on this rank, after one that is not counted, and their seconds of CPU time."""
     engine, batch, shape = engine_of(overrides, ranks)
     tokens = random_tokens(batch, shape, engine.config.sequence_length, ranks.rank)
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(steps + 1):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         engine.train_step(tokens, 1.0)
         seconds.append(time.perf_counter() - start)
-    return seconds[1:]
+        cpu_seconds.append(time.process_time() - cpu_start)
+    return seconds[1:], cpu_seconds[1:]
 
 
 if __name__ == "__main__":

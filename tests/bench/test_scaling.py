@@ -19,13 +19,14 @@ SWEEPS = scaling.sweeps(quick=True)
 
 @pytest.fixture
 def ideal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that does 1e9 FLOP/s per rank, whatever it is given; of two ranks, the first waits for no other."""
+    """A machine that does 1e9 FLOP/s per rank, half of them in other processes; the second of two ranks has less to do."""
 
-    def on_ranks(world: int, _: str, arguments: list[str]) -> list[list[float]]:
+    def on_ranks(world: int, _: str, arguments: list[str]) -> list[tuple[list[float], list[float]]]:
         config = load(arguments[1:])
         flops = sum(flops_per_token(shape_of(config), config.sequence_length).values())
         seconds = config.global_batch_size * config.sequence_length * flops / 1e9 / world
-        return [[seconds / (2 if rank else 1)] * int(arguments[0]) for rank in range(world)]
+        steps = int(arguments[0])
+        return [([seconds / (rank + 1)] * steps, [seconds / (rank + 1) / 2] * steps) for rank in range(world)]
 
     monkeypatch.setattr(scaling, "on_ranks", on_ranks)
 
@@ -37,7 +38,8 @@ def test_a_machine_of_constant_speed_is_as_expected(name: str) -> None:
     assert all(len(row.tokens_per_second) == 2 for row in rows)
     for row in rows:
         assert scaling.expected(row, rows[0]) == pytest.approx(row.tokens_per_second[0])
-    assert [line.split(" | ")[-2] for line in scaling.table(name, rows)[2:]] == ["1.00"] * len(rows)
+        assert row.tokens_per_cpu_second == pytest.approx([2 * speed for speed in row.tokens_per_second])
+    assert [line.split(" | ")[-3:-1] for line in scaling.table(name, rows)[2:]] == [["1.00", "1.00"]] * len(rows)
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -73,4 +75,6 @@ def test_the_quick_sweeps_run(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "bench.scaling", *arguments], cwd=ROOT, check=True, timeout=600)
     rows = [line.split(" | ") for line in out.read_text().splitlines() if line.startswith("| ")]
     assert len(rows) == 4 + 4 * 2  # heads, and two points per sweep
-    assert all(float(row[6]) > 0 for row in rows if row[6] != "measured / expected")
+    figures = [float(ratio) for row in rows if row[6] != "measured / expected" for ratio in row[6:8]]
+    assert len(figures) == 4 * 2 * 2
+    assert min(figures) > 0
