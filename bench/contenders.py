@@ -1,8 +1,9 @@
-"""Other libraries' training loops over a model of a run's shape: what `bench.train` compares `train.py` with.
+"""What `bench.train` compares `train.py` with, in one process each: other libraries' models in a plain loop, and two bounds.
 
-Each contender is the library's own decoder with SwiGLU, RMSNorm, rotary embeddings, and QK-norm where ours has it, so that all
+Each library's contender is its own decoder with SwiGLU, RMSNorm, rotary embeddings, and QK-norm where ours has it, so that all
 have the same parameters and multiply the same matrices. Its loss is computed as the library's own training recipe does it. The
 loop around it is the same for all: forward, backward, clipping by the norm, fused AdamW, in the dtype that `train.py` chooses.
+The bounds are the engine of `train.py` without the loop around it, and a step's matrix products without anything else.
 
 A builder takes (shape, sequence length) and returns the model and its loss: a function of the inputs and the targets, int64
 (B, S) each. It raises ImportError where the library is not installed.
@@ -10,25 +11,28 @@ A builder takes (shape, sequence length) and returns the model and its loss: a f
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bench.huggingface import widths
+from bench.ranks import engine_of
 from conf.load import load
+from conf.schema import Config
 from data.batches import BatchStream, open_dataset
 from data.prepare import prepare
 from kernels.common.errors import UserError
 from launch.estimate.counts import Shape, parameters, shape_of
 from launch.ranks import find_ranks
 from training.machine import find_device, find_dtype
+from training.process_group import start_process_group
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[Tensor], Any]
 
 
 def transformers_model(shape: Shape, sequence_length: int) -> tuple[nn.Module, Loss]:
@@ -104,13 +108,11 @@ def torchtune_model(shape: Shape, sequence_length: int) -> tuple[nn.Module, Loss
     return model, lambda inputs, targets: loss(model(inputs), targets)
 
 
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """A library's model in the common loop, and whether the allocator is set as `train.py` sets it."""
+class Contender(NamedTuple):
+    """The package that a contender needs, and the builder of its model."""
 
     package: str
     build: Callable[[Shape, int], tuple[nn.Module, Loss]]
-    keep_freed_memory: bool = True
 
 
 CONTENDERS = {
@@ -118,7 +120,7 @@ CONTENDERS = {
     "transformers compiled": Contender("transformers", transformers_compiled),
     "litgpt compiled": Contender("litgpt", litgpt_compiled),
     "torchtune": Contender("torchtune", torchtune_model),
-    "transformers, default allocator": Contender("transformers", transformers_model, keep_freed_memory=False),
+    "transformers, default allocator": Contender("transformers", transformers_model),
 }
 
 
@@ -126,45 +128,89 @@ def measure(name: str, overrides: list[str], steps: int) -> dict[str, Any]:
     """Train a contender on the corpus of a run, in this process.
 
     Returns:
-        `seconds` of each step, `dtype`, `threads`, `parameters`, and the library's `version`; or `left_out`, the reason why the
-        contender cannot run here.
+        `seconds` and `cpu_seconds` of each step, `dtype`, `threads`, and of a library its `version`; or `left_out`, the reason
+        why the contender cannot run here.
 
     Raises:
         UserError: the contender's model does not have as many parameters as ours.
     """
-    contender = CONTENDERS[name]
     config = load(overrides)
     dataset = open_dataset(prepare(config.data, config.tokenizer))
     stream = BatchStream(dataset, config.sequence_length, config.data_seed)
     shape = shape_of(config, dataset.vocab_size)
     device = find_device(find_ranks())  # also sets threads, and flushes denormal numbers to zero, as in train.py
     dtype = find_dtype(config, device)
-    try:
-        model, loss = contender.build(shape, config.sequence_length)
-    except ImportError as error:
-        return {"left_out": f"{contender.package} cannot be imported: {error}"}
-    count = sum(parameter.numel() for parameter in model.parameters())
-    if count != sum(parameters(shape).values()):
-        raise UserError(f"the model of {name} has {count:,} parameters, ours {sum(parameters(shape).values()):,}")
+    facts: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    if name == "engine alone":
+        step = _engine_step(overrides, device)
+    elif name == "matrix products alone":
+        step = products_step(config, shape, device, dtype)
+    else:
+        package = CONTENDERS[name].package
+        try:
+            step = _library_step(name, config, shape, device, dtype)
+        except ImportError as error:
+            return {"left_out": f"{package} cannot be imported: {error}"}
+        facts["version"] = version(package)
+    seconds, cpu_seconds = [], []
+    for number in range(steps):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        step(torch.from_numpy(stream.samples(number * config.global_batch_size, config.global_batch_size)).to(device))
+        seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, **facts}
+
+
+def _library_step(name: str, config: Config, shape: Shape, device: torch.device, dtype: torch.dtype) -> Step:
+    """Return a step of a library's model in the common loop: a function of tokens (B, S + 1)."""
+    model, loss = CONTENDERS[name].build(shape, config.sequence_length)
+    count, ours = sum(parameter.numel() for parameter in model.parameters()), sum(parameters(shape).values())
+    if count != ours:
+        raise UserError(f"the model of {name} has {count:,} parameters, ours has {ours:,}")
     model.to(device, dtype).train()
     optim = config.optim
     settings = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "weight_decay": optim.weight_decay}
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **settings)
-    seconds = []
-    for step in range(steps):
-        start = time.perf_counter()
-        rows = torch.from_numpy(stream.samples(step * config.global_batch_size, config.global_batch_size)).to(device)
-        objective = loss(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+
+    def step(tokens: Tensor) -> None:
+        objective = loss(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         objective.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         objective.item()
-        seconds.append(time.perf_counter() - start)
-    return {
-        "seconds": seconds,
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "parameters": count,
-        "version": version(contender.package),
-    }
+
+    return step
+
+
+def _engine_step(overrides: list[str], device: torch.device) -> Step:
+    ranks = find_ranks()
+    start_process_group(ranks, device, 10.0)
+    engine, _, _ = engine_of(overrides, ranks)
+    return lambda tokens: engine.train_step(tokens, 1.0)
+
+
+def products_step(config: Config, shape: Shape, device: torch.device, dtype: torch.dtype) -> Step:
+    """Return the matrix products of a step's projections, forward and backward; it does not look at the tokens.
+
+    Those of attention's scores are left out. Every layer's products read the same matrices, in our fused shapes.
+    """
+    rows, width, d_ff = config.global_batch_size * config.sequence_length, shape.d_model, shape.ffn[0].d_ff
+    queries, keys_values = shape.n_heads * shape.head_dim, 2 * shape.n_kv_heads * shape.head_dim
+    layers = shape.n_layers
+    sizes = [(width, queries + keys_values, layers), (queries, width, layers)]  # (in, out, times)
+    sizes += [(width, 2 * d_ff, layers), (d_ff, width, layers), (width, shape.vocab_size, 1)]
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, dtype=dtype)
+
+    operands = [(normal(rows, n), normal(m, n), normal(rows, m), times) for n, m, times in sizes]
+
+    def step(_: Tensor) -> None:
+        for x, weight, gradient, times in operands:
+            for _repeat in range(times):
+                torch.mm(x, weight.T)
+                torch.mm(gradient, weight)
+                torch.mm(gradient.T, x)
+
+    return step

@@ -11,6 +11,8 @@ Contenders run one at a time, each in its own process, round after round, so tha
     litgpt compiled                  LitGPT's GPT and loss, compiled, as `litgpt pretrain` trains it
     torchtune                        torchtune's Llama 3.2 and chunked loss, not compiled: the default of its recipes
     transformers, default allocator  the first again, with the memory allocator as it comes
+    engine alone                     the engine of `train.py` without its loop: no metrics, guards or saves
+    matrix products alone            a step's projections, forward and backward, and nothing else: what no step can undercut
 
 All others have the allocator, the threads and the treatment of denormal numbers that `train.py` sets (training/machine.py), and
 all train in the dtype that `precision` gives on this machine. Compiling happens in the first step, so no figure includes it. A
@@ -19,11 +21,13 @@ jsonargparse torchmetrics`, and `pip install --no-deps torchtune torchao==0.13.0
 that is installed.
 
 The speed of a run is the median over its steps. The report has the median over the rounds, with the range, and how many cores
-other processes kept busy meanwhile: figures of a machine that does other work say little.
+other processes kept busy meanwhile. Where they are many, speeds say little. With OMP_NUM_THREADS=1 the processor time of a step
+still does: the report compares the engine's with the others', too. With more threads, that of waiting threads is part of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -52,6 +56,8 @@ OTHERS = (
     "litgpt compiled",
     "torchtune",
     "transformers, default allocator",
+    "engine alone",
+    "matrix products alone",
 )
 _FIXED = ["++logger=none", "++eval_every=0", "save_every=0", "++prompts=[]", "log_every=1"]
 
@@ -67,36 +73,27 @@ def main(argv: list[str]) -> None:
     validate(config, 1)
     if {layer.arm.name for layer in shape_of(config).ffn} != {"swiglu"}:
         raise UserError("the other libraries' models are Llamas: compare them with ffn=swiglu")
-    tokens = config.global_batch_size * config.sequence_length
-    runs: dict[str, list[float]] = {}
-    busy: dict[str, list[float]] = {}
-    facts: dict[str, dict[str, Any]] = {}
+    measured = Measured(config.global_batch_size * config.sequence_length)
     for number in range(options["rounds"]):
         for name in ("ours", *OTHERS):
-            if "left_out" in facts.get(name, {}):
-                continue
-            others = BusyElsewhere()
-            run = {"seconds": seconds_of_steps(overrides, steps)} if name == "ours" else _other(name, overrides, steps)
-            facts[name] = {fact: value for fact, value in run.items() if fact != "seconds"}
-            if "left_out" in run:
-                print(f"{name} is left out: {run['left_out']}", flush=True)
-                continue
-            speed = tokens / statistics.median(run["seconds"][steps // 4 :])
-            runs.setdefault(name, []).append(speed)
-            busy.setdefault(name, []).append(others.cores())
-            line = f"round {number + 1}  {name:<32}{speed:>9,.0f} tokens/s   others: {busy[name][-1]:.2f} core(s)"
-            print(line, flush=True)
+            if "left_out" not in measured.contenders.get(name, {}):
+                others = BusyElsewhere()
+                run = (
+                    {"seconds": seconds_of_steps(overrides, steps)}
+                    if name == "ours"
+                    else _other(name, overrides, steps)
+                )
+                print(f"round {number + 1}  {measured.add(name, run, others.cores())}", flush=True)
     result = {
         "machine": machine(),
         "torch": importlib.metadata.version("torch"),
         "overrides": overrides,
         "steps": steps,
-        "tokens_per_step": tokens,
-        "contenders": facts,
-        "tokens_per_second": runs,
-        "cores_busy_elsewhere": busy,
-        "ratios": _report(runs),
+        **dataclasses.asdict(measured),
+        "ratios": ratios(measured.tokens_per_second, "ours"),
+        "ratios_by_cpu_time": ratios(measured.tokens_per_cpu_second, "engine alone"),
     }
+    _print_report(measured, result["ratios"], result["ratios_by_cpu_time"])
     Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(options["out"]) as file:
         json.dump(result, file, indent=2)
@@ -104,19 +101,47 @@ def main(argv: list[str]) -> None:
     print(f"written to {options['out']}")
 
 
-def _report(runs: dict[str, list[float]]) -> dict[str, Any]:
-    """Print each contender's speed; return how many times faster ours is, from the ratio of each round."""
+@dataclasses.dataclass
+class Measured:
+    """The runs of all contenders: figures per round, by contender, and facts about each."""
+
+    tokens_per_step: int
+    contenders: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    tokens_per_second: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    tokens_per_cpu_second: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    cores_busy_elsewhere: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    def add(self, name: str, run: dict[str, Any], busy: float) -> str:
+        """Add a run: its seconds per step, of which the first quarter warms up, or why it is left out. Return a line on it."""
+        self.contenders[name] = {fact: value for fact, value in run.items() if not fact.endswith("seconds")}
+        if "left_out" in run:
+            return f"{name} is left out: {run['left_out']}"
+        for kind, figures in (("seconds", self.tokens_per_second), ("cpu_seconds", self.tokens_per_cpu_second)):
+            if kind in run:
+                median = statistics.median(run[kind][len(run[kind]) // 4 :])
+                figures.setdefault(name, []).append(self.tokens_per_step / median)
+        self.cores_busy_elsewhere.setdefault(name, []).append(busy)
+        return f"{name:<32}{self.tokens_per_second[name][-1]:>9,.0f} tokens/s   others: {busy:.2f} core(s)"
+
+
+def ratios(runs: dict[str, list[float]], base: str) -> dict[str, Any]:
+    """Return how many times faster `base` is than each other contender, from the ratio of each round."""
     figures = {}
+    for name in runs.keys() - {base}:
+        rounds = [own / theirs for own, theirs in zip(runs[base], runs[name], strict=True)]
+        figures[name] = {"median": statistics.median(rounds), "range": [min(rounds), max(rounds)], "rounds": rounds}
+    return {name: figures[name] for name in runs if name in figures}
+
+
+def _print_report(measured: Measured, by_time: dict[str, Any], by_cpu_time: dict[str, Any]) -> None:
     print()
-    for name, speeds in runs.items():
+    for name, speeds in measured.tokens_per_second.items():
         line = f"{name:<32}{statistics.median(speeds):>9,.0f} tokens/s  ({min(speeds):,.0f} to {max(speeds):,.0f})"
-        if name != "ours":
-            ratios = [ours / theirs for ours, theirs in zip(runs["ours"], speeds, strict=True)]
-            median = statistics.median(ratios)
-            figures[name] = {"median": median, "range": [min(ratios), max(ratios)], "rounds": ratios}
-            line += f"   ours is {median:.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})"
+        for what, figures in (("ours is", by_time), ("by CPU time the engine is", by_cpu_time)):
+            if name in figures:
+                low, high = figures[name]["range"]
+                line += f"   {what} {figures[name]['median']:.2f}x  ({low:.2f} to {high:.2f})"
         print(line)
-    return figures
 
 
 def seconds_of_steps(overrides: list[str], steps: int) -> list[float]:

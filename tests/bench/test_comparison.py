@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import contenders, telemetry, train
-from bench.train import OTHERS, BusyElsewhere, _report, main
+from bench.train import OTHERS, BusyElsewhere, main, ratios
 from conf.load import load
 from kernels.common.errors import UserError
-from launch.estimate.counts import parameters, shape_of
+from launch.estimate.counts import flops_per_token, parameters, score_flops_per_token, shape_of
 
 ROOT = Path(__file__).parents[2]
 TINY_MODEL = ["tokenizer.vocab_size=320", "model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.d_ff=64"]
@@ -27,7 +28,8 @@ TINY_MODEL += ["model.head_dim=16", "sequence_length=32", "global_batch_size=2"]
 
 def test_ratios_are_taken_round_by_round() -> None:
     runs = {"ours": [100.0, 300.0, 200.0], "transformers": [50.0, 100.0, 200.0], "torchtune": [100.0, 100.0, 100.0]}
-    figures = _report(runs)
+    figures = ratios(runs, "ours")
+    assert list(figures) == ["transformers", "torchtune"]
     assert figures["transformers"] == {"median": 2.0, "range": [1.0, 3.0], "rounds": [2.0, 3.0, 1.0]}
     assert figures["torchtune"] == {"median": 2.0, "range": [1.0, 3.0], "rounds": [1.0, 3.0, 2.0]}
 
@@ -36,23 +38,38 @@ def test_the_speed_of_a_run_is_the_median_of_its_steps_after_a_quarter(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(name: str, *_: Any) -> dict[str, Any]:
-        return (
-            {"left_out": "no such package"}
-            if name == "torchtune"
-            else {"seconds": [90.0, 9.0] + [1.0] * 3 + [5.0, 8.0, 2.0]}
-        )
+        seconds = [90.0, 9.0] + [1.0] * 3 + [5.0, 8.0, 2.0]
+        of_library = {"seconds": seconds, "cpu_seconds": [2 * second for second in seconds]}
+        return {"left_out": "no such package"} if name == "torchtune" else of_library
 
     monkeypatch.setattr(train, "seconds_of_steps", lambda *_: run("ours")["seconds"])
     monkeypatch.setattr(train, "_other", run)
     main(["rounds=2", "steps=8", f"out={tmp_path / 'figures.json'}", *TINY_MODEL])
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["tokens_per_second"] == {name: [64 / 1.5] * 2 for name in ("ours", *OTHERS) if name != "torchtune"}
+    assert figures["tokens_per_cpu_second"]["engine alone"] == [64 / 3.0] * 2
+    assert (
+        figures["ratios"]["litgpt compiled"]["median"]
+        == figures["ratios_by_cpu_time"]["litgpt compiled"]["median"]
+        == 1.0
+    )
     assert figures["contenders"]["torchtune"] == {"left_out": "no such package"}
     assert capsys.readouterr().out.count("torchtune is left out: no such package") == 1
 
 
-def test_every_contender_of_the_report_has_a_builder() -> None:
-    assert tuple(contenders.CONTENDERS) == OTHERS
+def test_every_library_of_the_report_has_a_builder() -> None:
+    assert (*contenders.CONTENDERS, "engine alone", "matrix products alone") == OTHERS
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.n_kv_heads=1", "model.n_layers=3"]])
+def test_the_matrix_products_are_those_of_a_step(overrides: list[str]) -> None:
+    config = load([*TINY_MODEL, *overrides])
+    shape, tokens = shape_of(config), config.global_batch_size * config.sequence_length
+    step = contenders.products_step(config, shape, torch.device("cpu"), torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        step(torch.empty(0))
+    per_token = sum(flops_per_token(shape, config.sequence_length).values())
+    assert counter.get_total_flops() == tokens * (per_token - score_flops_per_token(shape, config.sequence_length))
 
 
 @pytest.mark.parametrize(
