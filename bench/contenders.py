@@ -11,6 +11,7 @@ A builder takes (shape, sequence length) and returns the model and its loss: a f
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -185,6 +186,7 @@ def _library_step(name: str, config: Config, shape: Shape, device: torch.device,
 
 def _engine_step(overrides: list[str], device: torch.device) -> Step:
     ranks = find_ranks()
+    os.environ["LOCAL_RANK"] = str(ranks.local_rank)  # DeepSpeed insists on it, even where one rank has no launcher
     start_process_group(ranks, device, 10.0)
     engine, _, _ = engine_of(overrides, ranks)
     return lambda tokens: engine.train_step(tokens, 1.0)
