@@ -8,7 +8,7 @@ Each point is `nano` but for what its sweep changes: training steps of the engin
 of its own. A rank has one thread, so that two ranks have twice the means of one. The points of a sweep take turns, round after
 round.
 
-The expected speed is that of the sweep's first point, divided by how many times as many FLOPs a token costs
+The expected speed is that of the sweep's first point, divided by the growth of FLOPs per token
 (`launch.estimate.counts.flops_per_token`: attention and output projection included), and multiplied by the ranks. Measured over
 expected is above 1 where a point uses the machine better than the first point does, and below 1 where something grows that the
 FLOPs do not count: memory traffic, the optimizer, communication. The same ratio of tokens per second of processor time hardly
@@ -41,8 +41,8 @@ _TINY = {
     "tokenizer.vocab_size": 512,
 }
 _EXPLANATION = """\
-Training steps of `nano` but for what a sweep changes, one thread per rank. Expected: the speed of the first row, divided by how
-many times as many FLOPs a token costs and multiplied by the ranks. Measured: the median over the rounds, with their range.
+Training steps of `nano` but for what a sweep changes, one thread per rank. Expected: the speed of the first row, divided by the
+growth of FLOPs per token and multiplied by the ranks. Measured: the median over the rounds, with their range.
 By CPU time: the same ratio with the processor time of a rank instead of the time that passed, so without waiting, for a core or
 for the other rank. Others: cores that other processes kept busy meanwhile; where they are many, only the CPU time counts."""
 _HEAD = (
