@@ -1,6 +1,7 @@
 """Measurements, a command each: `python -m bench.train`. Their output is in `results/`, what was learned in `LOG.md`.
 
-train.py        tokens per second of training, against Transformers' Llama
+train.py        tokens per second of training, against other libraries' models (contenders.py)
+scaling.py      tokens per second over length, vocabulary, parameters and ranks, against what the FLOPs predict
 activations.py  the activation kernels on a CPU, against eager PyTorch and torch.compile
 fused.py        RMSNorm and rotary embedding, against plain PyTorch
 conformance.py  errors of the kernels against float64 (edge_cases.py: NaN, inf, odd widths, strides)
