@@ -69,7 +69,7 @@ class _Collector:
     def __init__(self, file: int, before: int) -> None:
         self.file, self.before, self.documents = file, before, 0
         self.texts: dict[str, list[str]] = {split: [] for split in SPLITS}
-        self.text_bytes: dict[str, int] = {split: 0 for split in SPLITS}  # noqa: C420
+        self.text_bytes = dict.fromkeys(SPLITS, 0)
         self.fraction = 0.0
         self._hash = hashlib.blake2b(digest_size=16)
 

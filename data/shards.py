@@ -27,7 +27,7 @@ from kernels.common.json_files import is_count, read_object
 FORMAT = 1  # of the folder; a folder of another format is prepared again beside it
 INDEX = "index.json"
 PLAN = "plan.json"  # of a preparation in parts; gone once it is complete
-SPLITS = ("train", "held_out")
+SPLITS: tuple[str, ...] = ("train", "held_out")
 VERIFY_AT_OPEN = 256 << 20  # bytes of a set whose checksums every open verifies: a quarter of a second
 _INDEX_BYTES = 1 << 30  # of the longest index that is read: of millions of shards
 _SHARD_NAME = re.compile(r"(train|held_out)-[0-9]{5,9}")

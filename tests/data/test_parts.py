@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,10 +173,8 @@ def test_a_killed_part_goes_on_and_what_it_left_is_removed_at_the_end(corpus, tm
             count.append(1)
             write(*arguments)
         data.pool.write_group = write_and_die
-        from data.plan import Part
-        data.prepare.prepare = lambda *_, show: data.prepare.prepare_part(config, tokenizer, Part(0, 2))
     """
-    process = python(script(corpus, kill))
+    process = python(script(corpus, textwrap.dedent(kill) + textwrap.dedent(PART.format(part="0, 2"))))
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     folder = folder_of(config, tokenizer)
@@ -190,6 +189,11 @@ def test_a_killed_part_goes_on_and_what_it_left_is_removed_at_the_end(corpus, tm
     )
 
 
+# Instead of all of the corpus.
+PART = """
+    from data.plan import Part
+    data.prepare.prepare = lambda *_, show: data.prepare.prepare_part(config, tokenizer, Part({part}), show)
+"""
 # Waits in the middle of a group, with a temporary file open, until it is told to go on.
 HOLD = """
     replace = os.replace
@@ -201,15 +205,14 @@ HOLD = """
         replace(source, target)
     held = []
     os.replace = hold
-    from data.plan import Part
-    data.prepare.prepare = lambda *_, show: data.prepare.prepare_part(config, tokenizer, Part({number}, 2), show=True)
 """
 
 
 def start_and_hold(corpus, number: int) -> tuple[subprocess.Popen, Path]:
     """Start a part that stops in the middle of writing; return it and its temporary file."""
+    code = script(corpus, textwrap.dedent(HOLD) + textwrap.dedent(PART.format(part=f"{number}, 2")))
     process = subprocess.Popen(
-        [sys.executable, "-c", script(corpus, HOLD.format(number=number))], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+        [sys.executable, "-c", code], cwd=ROOT, text=True, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert process.stdout is not None
@@ -221,7 +224,9 @@ def start_and_hold(corpus, number: int) -> tuple[subprocess.Popen, Path]:
 def test_parts_do_not_wait_for_each_other_and_a_whole_preparation_waits_for_them(corpus, tmp_path, python):
     config, tokenizer = corpus
     first, temporary = start_and_hold(corpus, 0)
-    prepare_part(config, tokenizer, Part(1, 2))  # returns while the first one holds
+    second = python(script(corpus, PART.format(part="1, 2"), show=True))
+    _, said = second.communicate(timeout=60)  # it ends while the first one holds
+    assert (second.returncode, "waiting" in said) == (0, False), said
     assert temporary.exists()
     whole = python(script(corpus, show=True))
     assert whole.stderr.readline() == f"waiting for the process that prepares {folder_of(config, tokenizer)}\n"
@@ -235,12 +240,7 @@ def test_parts_do_not_wait_for_each_other_and_a_whole_preparation_waits_for_them
 
 
 def test_parts_that_start_together_plan_once(corpus, python):
-    part = """
-        from data.plan import Part
-        prepare_part = data.prepare.prepare_part
-        data.prepare.prepare = lambda *_, show: prepare_part(config, tokenizer, Part({number}, 3), show=True)
-    """
-    started = [python(script(corpus, part.format(number=number))) for number in range(3)]
+    started = [python(script(corpus, PART.format(part=f"{number}, 3"), show=True)) for number in range(3)]
     done = [process.communicate(timeout=60) for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], done
     assert sum("planning the parts" in err for _, err in done) == 1
