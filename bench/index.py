@@ -35,7 +35,7 @@ import numpy as np
 from bench.train import machine
 from conf.schema import Config
 from data.batches import BatchStream, open_dataset
-from data.prepare import is_complete
+from data.folder import is_complete
 from data.shards import FORMAT, SPLITS, VERIFY_AT_OPEN, Shard, shard_checksum, token_dtype, write_index
 from data.tokenizer import load_tokenizer, train_sentencepiece
 from kernels.common.commands import run_command

@@ -5,8 +5,9 @@
     held_out.py     which documents are held out, what of each counts, and what nearly repeats one
     tokenizer.py    training and loading a tokenizer; encode and decode
     shards.py       the format on disk: writing a shard, reading tokens across shards
-    prepare.py      the command that turns a corpus into a prepared folder
-    pool.py         its worker processes; progress.py reports progress on standard error
+    prepare.py      the command that turns a corpus into a prepared folder, whose name folder.py gives
+    groups.py       which documents become a shard; plan.py keeps that for parts on several machines
+    pool.py         its worker processes; progress.py reports progress on standard error, lock.py is the folder's lock
     verify.py       the command that checks every byte of a prepared folder; usage.py lists the keys of both commands
     baselines.py    the command that predicts the held-out text by token frequencies, a bigram model and xz
     ready.py        the command that `launch` calls before it submits a job: are the corpora there, and long enough?
@@ -21,6 +22,7 @@ everything that determines its content (the corpus, the tokenizer, the held-out 
     train-00000.idx             int64, one per document: where it ends in the .bin, in tokens, the end-of-text included
     held_out-00000.bin, .idx    the held-out documents of the same group, if there are any
     group-00000.json            record of a group, written after its shards: a resumed preparation skips what it lists
+    plan.json                   what the parts of a preparation on several machines have in common; removed at its end
     index.json                  written last: it exists exactly when the folder is complete
 
 A blend has parts, each a prepared folder of its own; the blend's folder holds the shared tokenizer and an index that

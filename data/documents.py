@@ -41,6 +41,7 @@ SPLIT = 64 << 10
 PIECES = 32
 PIECES_PER_FILE = 8
 SHORTEST = 64  # characters of such a piece
+_BATCH = 256  # rows that are read at once
 HASHED = 256 << 20  # bytes of a corpus whose files are hashed whole to recognise it: a quarter of a second
 
 
@@ -51,15 +52,17 @@ class Document(NamedTuple):
     text: str  # not empty, valid Unicode
     fraction: float  # of the source read up to its end, 0 to 1, for a progress bar
     group: str = ""  # the folder or package that it belongs to; "" where a source has none
+    file: int = 0  # number of its file among those of the source; of hf: of its batch of rows
 
 
-def documents(config: DataConfig, skipped: Callable[[], None] | None = None) -> Iterator[Document]:
+def documents(config: DataConfig, skipped: Callable[[], None] | None = None, first_file: int = 0) -> Iterator[Document]:
     """Iterate over the documents of a source (not of a blend: see `parts`); empty ones are left out.
 
     A single document is cut into several if a fraction of them is to be held out.
 
     Args:
         skipped: called for every record whose text is null or empty.
+        first_file: begin with the documents of this file (`Document.file`); those before it are not opened.
 
     Raises:
         UserError: a file is missing, empty, unreadable, damaged, not UTF-8 (with the byte offset), or has not the
@@ -68,7 +71,10 @@ def documents(config: DataConfig, skipped: Callable[[], None] | None = None) -> 
     readers = {"stdlib": _python, "installed": _python, "text": _text, "jsonl": _jsonl, "parquet": _parquet, "hf": _hf}
     if config.source not in readers:
         raise unknown("data source", config.source, readers)
-    found = _not_empty(readers[config.source](config), skipped)
+    found = _not_empty(readers[config.source](config, first_file), skipped)
+    if first_file:  # of a corpus of several documents: pieces of a single one are all of file 0
+        yield from found
+        return
     first = next(found, None)
     if first is None:
         raise UserError(f"there is no text in data={config.name}" + (f" ({config.path})" if config.path else ""))
@@ -207,6 +213,7 @@ def _files(config: DataConfig) -> list[File]:
 class _Sized(NamedTuple):
     """A file of a corpus."""
 
+    number: int  # of the file, from 0
     path: File
     size: int  # bytes, at least 1
     before: float  # fraction of the corpus before it
@@ -214,17 +221,19 @@ class _Sized(NamedTuple):
     group: str
 
 
-def _sized(config: DataConfig) -> Iterator[_Sized]:
+def _sized(config: DataConfig, first: int) -> Iterator[_Sized]:
+    """Yield every file from number `first` on."""
     files = _files(config)
     sizes = [stamp(path)[1] for path in files]
     total, before = max(1, sum(size or 0 for size in sizes)), 0
     named = set(entries_of(config.path))
-    for path, size in zip(files, sizes, strict=True):
+    for number, (path, size) in enumerate(zip(files, sizes, strict=True)):
         # A text file in a folder may well be empty (an __init__.py); not one that was named or should hold records.
         if size == 0 and (config.source != "text" or str(path) in named):
             raise UserError(f"{path} is empty")
         size = size or 0  # a server may not say it
-        yield _Sized(path, max(1, size), before / total, size / total, _group_of(path, config))
+        if number >= first:
+            yield _Sized(number, path, max(1, size), before / total, size / total, _group_of(path, config))
         before += size
 
 
@@ -248,15 +257,15 @@ def _python_files(source: str) -> list[tuple[str, Path]]:
     return sorted(found.items())
 
 
-def _python(config: DataConfig) -> Iterator[Document]:
+def _python(config: DataConfig, first: int) -> Iterator[Document]:
     files = _python_files(config.source)
-    for i, (name, path) in enumerate(files):
+    for i, (name, path) in enumerate(files[first:], start=first):
         try:
             text = path.read_bytes().removeprefix(BOM).decode("utf-8")
         except UnicodeDecodeError:
             continue  # only tests of codecs are not UTF-8, and the default corpus must not stop a run
         if text:
-            yield Document(name, text, (i + 1) / len(files), name.partition("/")[0])
+            yield Document(name, text, (i + 1) / len(files), name.partition("/")[0], i)
 
 
 def _group_of(path: File, config: DataConfig) -> str:
@@ -271,8 +280,8 @@ def _group_of(path: File, config: DataConfig) -> str:
     return path.name
 
 
-def _text(config: DataConfig) -> Iterator[Document]:
-    for path, size, before, own, group in _sized(config):
+def _text(config: DataConfig, first: int) -> Iterator[Document]:
+    for i, path, size, before, own, group in _sized(config, first):
         buffer, offset, splitting = b"", 0, False
         for chunk, read in read_chunks(path):
             buffer += chunk
@@ -280,11 +289,11 @@ def _text(config: DataConfig) -> Iterator[Document]:
             while splitting and len(buffer) > 2 * SPLIT:
                 end = _line_end(buffer)
                 fraction = before + own * read / size
-                yield Document(f"{path} at byte {offset}", _decode(path, buffer[:end], offset), fraction, group)
+                yield Document(f"{path} at byte {offset}", _decode(path, buffer[:end], offset), fraction, group, i)
                 buffer, offset = buffer[end:], offset + end
         if buffer:
             name = f"{path} at byte {offset}" if offset else str(path)
-            yield Document(name, _decode(path, buffer, offset), before + own, group)
+            yield Document(name, _decode(path, buffer, offset), before + own, group, i)
 
 
 def _line_end(buffer: bytes) -> int:
@@ -305,8 +314,8 @@ def _decode(path: File, raw: bytes, offset: int) -> str:
     return text if offset else text.removeprefix("\ufeff")  # a byte-order mark
 
 
-def _jsonl(config: DataConfig) -> Iterator[Document]:
-    for path, size, before, own, group in _sized(config):
+def _jsonl(config: DataConfig, first: int) -> Iterator[Document]:
+    for i, path, size, before, own, group in _sized(config, first):
         offset = 0
         for number, (line, read) in enumerate(read_lines(path), start=1):
             text = _decode(path, line, offset)
@@ -323,7 +332,7 @@ def _jsonl(config: DataConfig) -> Iterator[Document]:
                 except UnicodeEncodeError as error:
                     half = f"\\u{ord(value[error.start]):04x}"
                     raise UserError(f"{path} line {number} holds half of a surrogate pair ({half}), no text") from error
-            yield Document(f"{path} line {number}", value, before + own * read / size, group)
+            yield Document(f"{path} line {number}", value, before + own * read / size, group, i)
 
 
 def _record(line: str, where: str) -> dict[str, Any]:
@@ -360,10 +369,10 @@ def _no_field(name: str, where: str, available: Any) -> UserError:
     return UserError(f"{where} has no field {name!r}; its fields are {listed}: set data.field")
 
 
-def _parquet(config: DataConfig) -> Iterator[Document]:
+def _parquet(config: DataConfig, first: int) -> Iterator[Document]:
     pyarrow = need("pyarrow", "data=parquet")
     parquet = need("pyarrow.parquet", "data=parquet")
-    for path, _, before, own, group in _sized(config):
+    for i, path, _, before, own, group in _sized(config, first):
         row = 0
         # Of a remote file only the footer and the column are asked for.
         remote = path.open(ranges=True) if isinstance(path, RemoteFile) else None
@@ -372,11 +381,11 @@ def _parquet(config: DataConfig) -> Iterator[Document]:
                 if config.field not in file.schema_arrow.names:
                     raise _no_field(config.field, str(path), file.schema_arrow.names)
                 total = max(1, file.metadata.num_rows)
-                for batch in file.iter_batches(batch_size=256, columns=[config.field]):
+                for batch in file.iter_batches(batch_size=_BATCH, columns=[config.field]):
                     for value in batch.column(0):
                         row += 1
                         text = _text_of(value.as_py(), config.field, f"{path} row {row}")
-                        yield Document(f"{path} row {row}", text, before + own * row / total, group)
+                        yield Document(f"{path} row {row}", text, before + own * row / total, group, i)
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{path} row {row} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} of it"
@@ -420,11 +429,13 @@ def _load_hf(config: DataConfig) -> Any:
     return loaded
 
 
-def _hf(config: DataConfig) -> Iterator[Document]:
+def _hf(config: DataConfig, first: int) -> Iterator[Document]:
     rows = _load_hf(config).select_columns([config.field]).with_format(None)
-    number = 0
-    for batch in rows.iter(batch_size=256):
+    number = min(first * _BATCH, len(rows))
+    left = rows.select(range(number, len(rows))) if number else rows
+    for batch in left.iter(batch_size=_BATCH):
+        file = number // _BATCH
         for text in batch[config.field]:
             number += 1
             name = f"{config.path} row {number}"
-            yield Document(name, _text_of(text, config.field, name), number / len(rows))
+            yield Document(name, _text_of(text, config.field, name), number / len(rows), file=file)

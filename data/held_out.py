@@ -16,6 +16,7 @@ import heapq
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -47,23 +48,40 @@ class SplitText:
 class Selection:
     """The choice of held-out documents in one corpus."""
 
-    def __init__(self, data: DataConfig) -> None:
+    def __init__(self, data: DataConfig, known: dict[str, Any] | None = None) -> None:
         """Read the corpus as often as that takes.
+
+        Args:
+            known: the `record` of an earlier choice in the same corpus, which is then not read.
 
         Raises:
             UserError: all documents have the same text, or are of one folder where folders are held out.
         """
         self.groups: frozenset[str] | None = None  # those that are held out; None: documents are chosen one by one
         self.threshold = 0
+        self.piece_bytes = data.held_out_kib << 10 if data.held_out_files else 0  # 0: all of a document counts
+        if known is None:
+            self._choose(data)
+        else:
+            self.groups = None if known["groups"] is None else frozenset(known["groups"])
+            self.threshold, self._pieces = known["threshold"], known["pieces"]
+        self._near = _NearDuplicates(piece.encode() for piece in self._pieces) if self._pieces else None
+
+    def _choose(self, data: DataConfig) -> None:
+        self._pieces: list[str] = []  # held-out text that training documents must not repeat
+        self._near: _NearDuplicates | None = None
         if data.held_out and data.held_out_by == "folder":
             self.groups = _groups(data)
         elif data.held_out:
             self.threshold = _threshold_of_files(data) if data.held_out_files else _threshold(data)
-        self.piece_bytes = data.held_out_kib << 10 if data.held_out_files else 0  # 0: all of a document counts
-        self._near: _NearDuplicates | None = None
         if data.held_out and data.held_out_files:
             parts = (self.part(d.text, d.text.encode(), d.group) for d in documents(data))
-            self._near = _NearDuplicates(part.text.encode() for part in parts if part.split == "held_out")
+            self._pieces = [part.text for part in parts if part.split == "held_out"]
+
+    def record(self) -> dict[str, Any]:
+        """Return the choice as JSON takes it."""
+        groups = None if self.groups is None else sorted(self.groups)
+        return {"groups": groups, "threshold": self.threshold, "pieces": self._pieces}
 
     def part(self, text: str, raw: bytes, group: str = "") -> SplitText:
         """Return what becomes of a document, given as text and as UTF-8, and the folder or package that it belongs to."""

@@ -1,7 +1,9 @@
 """Turn a corpus into a prepared folder of tokens, in parallel; resume where it stopped.
 
-This module selects the tokenizer's training text and groups documents into shards. Reading documents is in `documents.py`,
-which of them are held out in `held_out.py`, writing a shard in `shards.py`, the worker processes in `pool.py`.
+This module selects the tokenizer's training text and brings the steps together, for a whole corpus or for a part of it. Reading
+documents is in `documents.py`, which of them are held out in `held_out.py`, grouping them in `groups.py`, writing a shard in
+`shards.py`, the worker processes in `pool.py`. The command takes `part=I/N` for one part, or `cluster=NAME jobs=N`: then
+`launch/prepare.py` submits all parts to SLURM.
 """
 
 from __future__ import annotations
@@ -9,34 +11,33 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import heapq
-import json
 import lzma
 import os
-import re
+import subprocess
+import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from conf.load import load
 from conf.schema import DataConfig, TokenizerConfig
 from data.batches import open_dataset
-from data.documents import PYTHON, documents, fingerprint, parts, stamps
+from data.documents import documents, fingerprint, parts, stamps
+from data.folder import folder_of, is_complete
+from data.groups import MEGABYTE, Facts, Span, groups, read_groups
 from data.held_out import Selection
+from data.lock import locked
+from data.plan import CorpusPlan, Share, read_part, read_plan, write_plan
 from data.pool import Group, encode_groups, run_in_subprocess
 from data.progress import ProgressReporter
-from data.shards import FORMAT, INDEX, SPLITS, finished_group, read_index, remove_leftovers, token_dtype, write_index
-from data.tokenizer import FILE_NAMES, TRAINER, Tokenizer, load_tokenizer, train_sentencepiece
+from data.shards import FORMAT, Shard, finished_group, read_index, remove_leftovers, token_dtype, write_index
+from data.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer, train_sentencepiece
 from data.usage import with_keys
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import explain_os_errors
-
-MEGABYTE = 1 << 20
-GROUPS = 32  # in which a corpus is tokenized at least, unless they would be of less than a megabyte
-XZ_LIMIT = 32 << 20  # bytes of held-out text that xz is tried on: xz -9 takes about a second for 2 MB
+from kernels.common.options import split_options
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, show: bool = False) -> Path:
@@ -57,7 +58,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, show: bool = False) ->
     progress = ProgressReporter(show)
     with explain_os_errors("create the folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder, progress):
+    with locked(folder, progress):
         if not is_complete(folder):
             with explain_os_errors("prepare", folder), progress:
                 remove_leftovers(folder)
@@ -66,166 +67,208 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, show: bool = False) ->
     return folder
 
 
-def folder_of(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
-    """Return the folder of a prepared corpus; its name holds a hash of everything that determines its content."""
-    _check(data, tokenizer)
-    folder = _folder(data, tokenizer, fingerprint(data))
-    if not is_complete(folder) and data.source not in (*PYTHON, "hf"):
-        earlier = _folder(data, tokenizer, stamps(data))  # version 0.1 named it by the place of the files
-        if is_complete(earlier):
-            return earlier
+def prepare_part(data: DataConfig, tokenizer: TokenizerConfig, part: Share, show: bool = False) -> Path:
+    """Tokenize a part of a corpus into its folder, which is returned; `prepare` then finishes it with what parts have left.
+
+    Parts may run at once, on machines that share the folder. The first one makes the plan that all follow, while the others
+    wait: it chooses the held-out documents, trains the tokenizer, and finds where groups begin. What an interrupted part has
+    finished is not done again. Of a blend, each part is that part of all of its corpora.
+
+    Raises:
+        UserError: as `prepare`, or the corpus was changed since its plan was made.
+    """
+    folder = folder_of(data, tokenizer)
+    if is_complete(folder):
+        return folder
+    progress = ProgressReporter(show)
+    with explain_os_errors("create the folder", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with explain_os_errors("prepare", folder), progress:
+        if data.source == "blend":
+            found = _existing_tokenizer(folder)
+            if found is None:
+                with locked(folder, progress):
+                    found = _tokenizer_of_blend(data, tokenizer, folder, progress)
+            _, path = found
+            progress.close()  # every corpus reports its own
+            for name, _, corpus, shared in _corpora(data, tokenizer, path):
+                progress.print(f"part {name} of the blend")
+                prepare_part(corpus, shared, part, show)
+        else:
+            _prepare_part_of_corpus(data, tokenizer, part, folder, progress)
     return folder
 
 
-def _folder(data: DataConfig, tokenizer: TokenizerConfig, corpus: str) -> Path:
-    if tokenizer.path:
-        settings: Any = load_tokenizer(tokenizer.path, tokenizer.eos, tokenizer.bos).hash
-    else:
-        settings = [TRAINER, tokenizer.vocab_size, tokenizer.train_megabytes]
-    held_out: Any = _held_out_settings(data)
-    if data.source == "blend":
-        held_out = {name: _held_out_settings(part) for name, (_, part) in parts(data).items()}
-    known = json.dumps([FORMAT, corpus, settings, held_out], sort_keys=True)
-    name = re.sub(r"[^\w.-]+", "-", data.name) or "corpus"
-    return Path(data.prepared).expanduser() / f"{name}-{hashlib.blake2b(known.encode(), digest_size=4).hexdigest()}"
+def _prepare_part_of_corpus(
+    data: DataConfig, config: TokenizerConfig, part: Share, folder: Path, progress: ProgressReporter
+) -> None:
+    known = fingerprint(data)
+    if _planned(data, folder, known) is None:
+        with locked(folder, progress):  # excludes other parts too, none of which has a temporary file then
+            if not is_complete(folder) and _planned(data, folder, known) is None:
+                remove_leftovers(folder)
+                _make_plan(data, config, folder, known, progress)
+    if part.number < 0:
+        return
+    with locked(folder, progress, shared=True):
+        if is_complete(folder):
+            return
+        found = _planned(data, folder, known)
+        if found is None:  # a part with another data.shard_megabytes has made its own
+            raise UserError(f"the plan in {folder} was replaced; run all parts with the same overrides")
+        plan, tokenizer = found
+        spans = part.of(plan.spans)
+        progress.start(f"tokenizing {len(spans)} of {len(plan.spans)} groups of {data.name}")
+        _follow(plan, spans, data, tokenizer, folder, progress)
 
 
-def _held_out_settings(data: DataConfig) -> Any:
-    """Return the settings that decide what is held out; those of 0.2 as they were then, so that folders keep their names."""
-    if data.held_out and data.held_out_files:
-        own: list[Any] = [data.held_out_files, data.held_out_kib]
-        return own if data.held_out_by == "document" else [*own, data.held_out_by]
-    return [data.held_out, data.held_out_by] if data.held_out and data.held_out_by != "document" else data.held_out
-
-
-def _check(data: DataConfig, tokenizer: TokenizerConfig) -> None:
-    if not 0 <= data.held_out < 1:
-        raise UserError(f"data.held_out is a fraction of the documents, from 0 to below 1, not {data.held_out}")
-    if data.held_out_files < 0 or data.held_out_kib < 1:
-        raise UserError("data.held_out_files is a number of documents from 0 on, and data.held_out_kib at least 1")
-    if data.shard_megabytes < 1 or tokenizer.train_megabytes < 1:
-        raise UserError("data.shard_megabytes and tokenizer.train_megabytes must be at least 1")
-    if data.workers < 0:
-        raise UserError(f"data.workers is a number of processes, or 0 for one per core, not {data.workers}")
-    if tokenizer.kind not in ("sentencepiece", "huggingface"):
-        raise UserError(f"tokenizer.kind is sentencepiece or huggingface, not {tokenizer.kind!r}")
-    foreign = tokenizer.kind == "huggingface"
-    if foreign and not tokenizer.path:
-        raise UserError(
-            "tokenizer=huggingface needs tokenizer.path, a tokenizer.json; only SentencePiece is trained here"
-        )
-    if tokenizer.path and Path(tokenizer.path).is_file() and foreign != str(tokenizer.path).endswith(".json"):
-        right = "sentencepiece" if foreign else "huggingface"
-        raise UserError(f"{tokenizer.path} does not fit tokenizer.kind={tokenizer.kind}; set tokenizer={right}")
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether the folder, and each part of a blend, has its index."""
-    if not (folder / INDEX).is_file():
-        return False
-    return all((folder / part["folder"] / INDEX).is_file() for part in read_index(folder).get("parts", []))
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, progress: ProgressReporter) -> Iterator[None]:
-    path = folder.with_name(f".{folder.name}.lock")
-    # Without the fallback to a lock file that outlives a killed process: the kernel releases this one with its process.
-    lock = FileLock(path, fallback_to_soft=False)
-    try:
-        with explain_os_errors("lock", path):
-            try:
-                lock.acquire(blocking=False)
-            except Timeout:
-                progress.print(f"waiting for the process that prepares {folder}")
-                lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"cannot lock {path} ({error.strerror}); set data.prepared to a folder on another file system"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
+def _planned(data: DataConfig, folder: Path, known: str) -> tuple[CorpusPlan, tuple[Tokenizer, Path]] | None:
+    """Return the plan in a folder, and the tokenizer, given the fingerprint of the corpus; None if it is not planned."""
+    tokenizer = _existing_tokenizer(folder)
+    plan = read_plan(folder, data, known, tokenizer[0].hash) if tokenizer else None
+    return (plan, tokenizer) if tokenizer and plan else None
 
 
 def _prepare_blend(data: DataConfig, config: TokenizerConfig, folder: Path, progress: ProgressReporter) -> None:
     """Prepare every part with one tokenizer, and write the index that names them."""
-    blend_parts = parts(data)
-
-    def sample(budget: int) -> list[str]:
-        """Sample every part in proportion to its weight, without its held-out documents."""
-        texts = []
-        for weight, part in blend_parts.values():
-            texts += _sample(part, Selection(part), int(budget * weight), progress)
-        return texts
-
-    tokenizer, path = _tokenizer(config, folder, sample, progress)
-    shared = replace(config, kind="sentencepiece" if path.suffix == ".model" else "huggingface", path=str(path))
+    tokenizer, path = _tokenizer_of_blend(data, config, folder, progress)
     progress.close()  # every part reports its own
     records, known = [], hashlib.blake2b(digest_size=16)
-    for name, (weight, part) in blend_parts.items():
+    for name, weight, part, shared in _corpora(data, config, path):
         progress.print(f"part {name}, {weight:.1%} of the samples")
-        prepared = prepare(replace(part, prepared=data.prepared, workers=data.workers), shared, progress.show)
+        prepared = prepare(part, shared, progress.show)
         records.append({"name": name, "weight": weight, "folder": os.path.relpath(prepared, folder)})
         known.update(f"{name}\0{weight!r}\0{read_index(prepared)['corpus_hash']}\0".encode())
     index = {"format": FORMAT, "name": data.name, "source": "blend", "corpus_hash": known.hexdigest(), "parts": records}
     write_index(folder, index | _about(tokenizer))
 
 
-@dataclass
-class _Facts:
-    """Facts collected while a corpus is read, complete after its last group."""
+def _corpora(
+    data: DataConfig, config: TokenizerConfig, path: Path
+) -> Iterator[tuple[str, float, DataConfig, TokenizerConfig]]:
+    """Yield what a blend consists of: name, fraction of the samples, and configurations, given the file of its tokenizer."""
+    shared = replace(config, kind="sentencepiece" if path.suffix == ".model" else "huggingface", path=str(path))
+    for name, (weight, part) in parts(data).items():
+        yield name, weight, replace(part, prepared=data.prepared, workers=data.workers), shared
 
-    corpus: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))  # of the text and of what is held out
-    held_out_text: bytearray | None = field(default_factory=bytearray)  # None: more than XZ_LIMIT
-    skipped: int = 0  # records whose text is null or empty
-    near_duplicates: int = 0  # documents that nearly repeat held-out text
-    # Held-out documents of each folder, one folder after the other.
-    held_out_groups: list[int] = field(default_factory=list)
-    last_group: str | None = None  # of the held-out documents
 
-    def skip(self) -> None:
-        self.skipped += 1
+def _tokenizer_of_blend(
+    data: DataConfig, config: TokenizerConfig, folder: Path, progress: ProgressReporter
+) -> tuple[Tokenizer, Path]:
+    def sample(budget: int) -> list[str]:
+        """Sample every part in proportion to its weight, without its held-out documents."""
+        texts = []
+        for weight, part in parts(data).values():
+            texts += _sample(part, Selection(part), int(budget * weight), progress)
+        return texts
 
-    def hold_out(self, group: str) -> None:
-        """Count a held-out document."""
-        if group != self.last_group:
-            self.held_out_groups.append(0)
-        self.held_out_groups[-1] += 1
-        self.last_group = group
+    return _tokenizer(config, folder, sample, progress)
 
 
 def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, progress: ProgressReporter) -> None:
-    known, before = fingerprint(data), stamps(data)
+    """Write all shards of a corpus and its index: those of a plan that parts of it have followed, or all in one reading."""
+    known = fingerprint(data)
+    if planned := _planned(data, folder, known):
+        plan, tokenizer = planned
+        progress.start(f"tokenizing {data.name}")
+        done, index = _follow(plan, plan.spans, data, tokenizer, folder, progress), plan.index
+    else:
+        done, index = _prepare_at_once(data, config, folder, known, progress)
+    if index["skipped"]:
+        progress.print(f"{index['skipped']:,} records of {data.name} have no text (null or empty) and were left out")
+    if index["near_duplicates"]:
+        progress.print(
+            f"{index['near_duplicates']:,} documents of {data.name} nearly repeat held-out ones and were left out"
+        )
+    shards = [shard for number in sorted(done) for shard in done[number]]
+    keep = {shard.name for shard in shards} | {f"group-{number:05d}" for number in done}
+    remove_leftovers(folder, keep)
+    write_index(folder, index | {"shards": [asdict(shard) for shard in shards]})
+
+
+def _prepare_at_once(
+    data: DataConfig, config: TokenizerConfig, folder: Path, known: str, progress: ProgressReporter
+) -> tuple[dict[int, list[Shard]], dict[str, Any]]:
+    """Tokenize the groups of a corpus as they are read; return their shards, and the index without shards."""
+    before = stamps(data)
     progress.start(f"choosing the held-out documents of {data.name}")
     selection = Selection(data)
     tokenizer, path = _tokenizer(config, folder, lambda budget: _sample(data, selection, budget, progress), progress)
-    dtype = token_dtype(tokenizer.vocab_size)
-    facts, done = _Facts(), {}
-    workers = data.workers or len(os.sched_getaffinity(0))
+    facts, done = Facts(), {}
 
     def unfinished() -> Iterator[Group]:
-        for group in _groups(data, selection, facts):
-            shards = finished_group(folder, group.number, group.text_hash, tokenizer.hash, dtype)
+        for group in groups(data, selection, facts):
+            shards = _finished(folder, group, tokenizer)
             if shards is None:
                 yield group
             else:
                 done[group.number] = shards
 
     progress.start(f"tokenizing {data.name}")
-    with contextlib.closing(encode_groups(unfinished(), folder, path, workers)) as encoded:
+    with contextlib.closing(encode_groups(unfinished(), folder, path, _workers(data))) as encoded:
         for group, shards in encoded:
             done[group.number] = shards
             progress.update(group.fraction)
+    _refuse_changed(data, before)
+    return done, _index(data, facts, tokenizer, known, progress)
+
+
+def _make_plan(data: DataConfig, config: TokenizerConfig, folder: Path, known: str, progress: ProgressReporter) -> None:
+    """Read a corpus without tokenizing it, train its tokenizer, and write its plan."""
+    before = stamps(data)
+    progress.start(f"choosing the held-out documents of {data.name}")
+    selection = Selection(data)
+    tokenizer, _ = _tokenizer(config, folder, lambda budget: _sample(data, selection, budget, progress), progress)
+    progress.start(f"planning the parts of {data.name}")
+    facts = Facts()
+    for group in groups(data, selection, facts):
+        progress.update(group.fraction)
+    _refuse_changed(data, before)
+    plan = CorpusPlan(selection.record(), _index(data, facts, tokenizer, known, progress), facts.spans)
+    write_plan(folder, plan, data, known)
+
+
+def _follow(
+    plan: CorpusPlan,
+    spans: list[Span],
+    data: DataConfig,
+    tokenizer: tuple[Tokenizer, Path],
+    folder: Path,
+    progress: ProgressReporter,
+) -> dict[int, list[Shard]]:
+    """Tokenize those of some groups of a plan that are not finished, and return the shards of all of them."""
+    done, left = {}, []
+    for span in spans:
+        shards = _finished(folder, span, tokenizer[0])
+        if shards is None:
+            left.append(span)
+        else:
+            done[span.number] = shards
+    found = read_groups(data, Selection(data, plan.held_out), left)
+    with contextlib.closing(encode_groups(found, folder, tokenizer[1], _workers(data))) as encoded:
+        for group, shards in encoded:
+            done[group.number] = shards
+            progress.update(len(done) / len(spans))
+    return done
+
+
+def _finished(folder: Path, group: Group | Span, tokenizer: Tokenizer) -> list[Shard] | None:
+    return finished_group(folder, group.number, group.text_hash, tokenizer.hash, token_dtype(tokenizer.vocab_size))
+
+
+def _workers(data: DataConfig) -> int:
+    return data.workers or len(os.sched_getaffinity(0))
+
+
+def _refuse_changed(data: DataConfig, before: str) -> None:
     if stamps(data) != before:
         raise UserError(f"the corpus data={data.name} was changed while it was read; run the same command again")
-    if facts.skipped:
-        progress.print(f"{facts.skipped:,} records of {data.name} have no text (null or empty) and were left out")
-    if facts.near_duplicates:
-        progress.print(
-            f"{facts.near_duplicates:,} documents of {data.name} nearly repeat held-out ones and were left out"
-        )
-    shards = [shard for number in sorted(done) for shard in done[number]]
+
+
+def _index(
+    data: DataConfig, facts: Facts, tokenizer: Tokenizer, known: str, progress: ProgressReporter
+) -> dict[str, Any]:
+    """Return the index of a corpus that was read, without its shards."""
     facts.corpus.update(tokenizer.hash.encode())
     progress.start("compressing the held-out text with xz, for comparison")
     held_out = facts.held_out_text
@@ -240,13 +283,11 @@ def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, pro
         "skipped": facts.skipped,
         "near_duplicates": facts.near_duplicates,
         "xz_bits_per_byte": xz,
-        "shards": [asdict(shard) for shard in shards],
+        "shards": [],
     }
     if data.held_out_by == "folder":
         index["held_out_groups"] = facts.held_out_groups
-    keep = {shard.name for shard in shards} | {f"group-{number:05d}" for number in done}
-    remove_leftovers(folder, keep)
-    write_index(folder, index | _about(tokenizer))
+    return index | _about(tokenizer)
 
 
 def _xz(text: bytearray, progress: ProgressReporter) -> int:
@@ -282,6 +323,13 @@ def _sample(data: DataConfig, selection: Selection, budget: int, progress: Progr
     return [text[:budget] for _, _, _, text in sorted(kept, key=lambda entry: entry[1])]
 
 
+def _existing_tokenizer(folder: Path) -> tuple[Tokenizer, Path] | None:
+    for path in (folder / name for name in FILE_NAMES):
+        if path.is_file():
+            return load_tokenizer(path), path
+    return None
+
+
 def _tokenizer(
     config: TokenizerConfig, folder: Path, sample: Any, progress: ProgressReporter
 ) -> tuple[Tokenizer, Path]:
@@ -289,9 +337,8 @@ def _tokenizer(
 
     `sample(bytes)` gives the documents to train on; it is called only if one is trained.
     """
-    for path in (folder / name for name in FILE_NAMES):
-        if path.is_file():
-            return load_tokenizer(path), path
+    if existing := _existing_tokenizer(folder):
+        return existing
     if config.path:
         tokenizer = load_tokenizer(config.path, config.eos, config.bos)
     else:
@@ -302,47 +349,6 @@ def _tokenizer(
     return tokenizer, tokenizer.save(folder)
 
 
-def _groups(data: DataConfig, selection: Selection, facts: _Facts) -> Iterator[Group]:
-    """Split the corpus between documents into groups of about `data.shard_megabytes` of text.
-
-    A corpus of less than GROUPS times that has smaller ones, of at least a megabyte: there should be work for every core.
-    Groups do not depend on the number of workers, so neither do the shards.
-    """
-
-    def empty() -> tuple[dict[str, list[str]], dict[str, int], Any]:
-        return {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0), hashlib.blake2b(digest_size=16)
-
-    number, begun, fraction = 0, 0.0, 0.0
-    texts, sizes, text_hash = empty()
-    for document in documents(data, facts.skip):
-        raw = document.text.encode()
-        part = selection.part(document.text, raw, document.group)
-        fraction = document.fraction
-        if not part.split:
-            facts.near_duplicates += 1
-            continue
-        held_out = part.split == "held_out"
-        if held_out:
-            facts.hold_out(document.group)
-        raw = part.text.encode() if held_out else raw
-        texts[part.split].append(part.text)
-        sizes[part.split] += len(raw)
-        mark = hashlib.blake2b(raw, digest_size=16).digest() + bytes([held_out])
-        text_hash.update(mark)
-        facts.corpus.update(mark)
-        if held_out and facts.held_out_text is not None:
-            facts.held_out_text += raw
-            if len(facts.held_out_text) > XZ_LIMIT:
-                facts.held_out_text = None
-        size = sum(sizes.values())
-        if size >= data.shard_megabytes * MEGABYTE or (size >= MEGABYTE and fraction - begun >= 1 / GROUPS):
-            yield Group(number, texts, sizes, text_hash.hexdigest(), fraction)
-            number, begun = number + 1, fraction
-            texts, sizes, text_hash = empty()
-    if any(texts.values()):
-        yield Group(number, texts, sizes, text_hash.hexdigest(), fraction)
-
-
 USAGE = """
 usage: python -m data.prepare data=NAME data.KEY=VALUE ... tokenizer=NAME tokenizer.KEY=VALUE ...
 
@@ -351,13 +357,45 @@ same overrides, which otherwise does this first. The same command again goes on 
 
   python -m data.prepare data=text data.path=notes/
   python -m data.prepare data=jsonl data.path='web/*.jsonl.gz' data.field=content tokenizer.vocab_size=32000
+
+Several machines that share the folder divide the work, with the same result:
+
+  cluster=NAME jobs=N   submits SLURM jobs: one that plans the parts, an array of N that tokenize them, and one for the index;
+                        cluster.KEY=VALUE overrides a key of conf/cluster/NAME.yaml
+  part=I/N              tokenizes part I of N (0 to N-1) here; without part= the command does what is left, and writes the index
+  part=plan             does what all parts need first, else the first part does it while the others wait
+
+  python -m data.prepare data=jsonl data.path='web/*.jsonl.gz' cluster=slurm jobs=64
 """
+_RUN_MODULE = Path(__file__).resolve().parents[1] / "launch" / "run_module.py"
 
 
 def main(argv: list[str]) -> int:
-    """Prepare the corpus that the overrides select, and print its statistics."""
-    config = load(argv, program="python -m data.prepare")
-    dataset = open_dataset(prepare(config.data, config.tokenizer, show=True))
+    """Prepare the corpus that the overrides select, or a part of it, or submit jobs that do; print its statistics."""
+    options, words = split_options(argv, {"part": "", "jobs": 0}, {"jobs": 1})
+    overrides = [word for word in words if not word.startswith(("cluster=", "cluster."))]
+    on_cluster = options["jobs"] or len(overrides) < len(words)
+    if options["part"] and on_cluster:
+        raise UserError(
+            "part= tokenizes a part on this machine, and cluster=NAME jobs=N submits all of them: leave one out"
+        )
+    part = read_part(options["part"]) if options["part"] else None
+    config = load(overrides, program="python -m data.prepare")
+    if on_cluster and not is_complete(folder := folder_of(config.data, config.tokenizer)):
+        # In a process of its own, because `data` and `launch` do not import each other.
+        command = [sys.executable, str(_RUN_MODULE), "launch.prepare", f"folder={folder}.jobs", *argv]
+        return subprocess.run(command).returncode
+    if part is not None:
+        folder = prepare_part(config.data, config.tokenizer, part, show=True)
+        if not is_complete(folder):
+            print(f"part={options['part']} is done: {folder}")
+            return 0
+    _print_statistics(prepare(config.data, config.tokenizer, show=True))
+    return 0
+
+
+def _print_statistics(folder: Path) -> None:
+    dataset = open_dataset(folder)
     train = [part.train for part in dataset.parts]
     held_out = dataset.held_out
     tokens, count = sum(t.tokens for t in train) + held_out.tokens, sum(t.documents for t in train) + held_out.documents
@@ -379,7 +417,6 @@ def main(argv: list[str]) -> int:
         print(f"  left out   {repeated:,} documents that nearly repeat held-out ones")
     if dataset.xz_bits_per_byte is not None:
         print(f"  xz -9      {dataset.xz_bits_per_byte:.3f} bits per byte of the held-out text")
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from conf.schema import Config, DataConfig
 from conf.validate import total_steps
 from data.batches import open_dataset, refuse_repetition
 from data.documents import most_bytes
-from data.prepare import INDEX, folder_of, prepare
+from data.folder import folder_of
+from data.prepare import prepare
+from data.shards import INDEX
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import split_options

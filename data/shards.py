@@ -26,7 +26,8 @@ from kernels.common.json_files import is_count, read_object
 
 FORMAT = 1  # of the folder; a folder of another format is prepared again beside it
 INDEX = "index.json"
-SPLITS = ("train", "held_out")
+PLAN = "plan.json"  # of a preparation in parts; gone once it is complete
+SPLITS: tuple[str, ...] = ("train", "held_out")
 VERIFY_AT_OPEN = 256 << 20  # bytes of a set whose checksums every open verifies: a quarter of a second
 _INDEX_BYTES = 1 << 30  # of the longest index that is read: of millions of shards
 _SHARD_NAME = re.compile(r"(train|held_out)-[0-9]{5,9}")
@@ -372,9 +373,9 @@ def finished_group(
 
 
 def remove_leftovers(folder: Path, keep: set[str] | None = None) -> None:
-    """Remove temporary files of killed processes and, if `keep` is given, shards and records not named in it."""
+    """Remove temporary files of killed processes and, if `keep` is given, the plan, and shards and records not named in it."""
     for path in folder.iterdir():
         temporary = path.name.startswith(".") and path.suffix == ".tmp"
-        stale = keep is not None and path.suffix in (".bin", ".idx") and path.stem not in keep
-        if temporary or stale or (keep is not None and path.name.startswith("group-") and path.stem not in keep):
+        named = path.suffix in (".bin", ".idx") or path.name.startswith("group-")
+        if temporary or (keep is not None and (path.name == PLAN or (named and path.stem not in keep))):
             os.unlink(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from conf.load import load
-from data.prepare import folder_of
+from data.folder import folder_of
 from data.shards import Shard, read_index, read_part, shard_of, shard_problem, token_dtype
 from data.tokenizer import load_tokenizer
 from data.usage import with_keys

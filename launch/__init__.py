@@ -5,7 +5,7 @@ launchers.py    whether the launcher is still alive, whether it told the run to 
                 calm_launchers.py lets `deepspeed` and `torchrun` wait for their ranks after Ctrl-C
 multirun.py     several runs from one command, in sequence
 slurm.py        a SLURM job that trains; job_script.py writes scripts of jobs, and sbatch.py submits them, for ablations too;
-                corpus.py checks the corpus before
+                corpus.py checks the corpus before, prepare.py submits its preparation by several nodes
 estimate/       memory, time and cost of a run before it starts
 doctor.py       problems of a machine and how to fix them; collective.py benchmarks its network,
                 installed.py lists versions of packages,

@@ -83,9 +83,8 @@ def render(job: Job, cluster: ClusterConfig) -> str:
 def _script(job: Job, cluster: ClusterConfig) -> str:
     seconds = cluster.signal_seconds
     if not job.doctor:  # a job that only prepares
-        return (
-            "\n".join([*_head(job, cluster), _srun(["--nodes=1 --ntasks=1", *_CPUS], job.command, job, cluster)]) + "\n"
-        )
+        prepare = _srun(["--nodes=1 --ntasks=1", *_CPUS], job.command, job, cluster)
+        return "\n".join([*_head(job, cluster), *_names(job), prepare]) + "\n"
     lines = [
         *_head(job, cluster),
         *_preflight(job, cluster),

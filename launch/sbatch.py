@@ -118,11 +118,16 @@ def prepare_job(job: Job, cluster: ClusterConfig, runs: Sequence[list[str]]) -> 
     code = job.folder / "slurm" / "code"
     module = str(code / "launch" / "run_module.py")
     command = [python_of(cluster), "-u", module, *arguments_of(runs, "prepare=true")]
-    partition = cluster.cpu_partition or cluster.partition
     return Job(
         name=f"{job.name}-prepare", folder=job.folder, command=" ".join(map(quote, command)), doctor="",
         typed=job.typed, saved="", script="prepare.sh",
-    ), dataclasses.replace(cluster, gpus_per_node=0, gpu_request="none", partition=partition)  # fmt: skip
+    ), cpu_nodes(cluster)  # fmt: skip
+
+
+def cpu_nodes(cluster: ClusterConfig) -> ClusterConfig:
+    """Return a cluster's nodes without GPUs, which prepare corpora."""
+    partition = cluster.cpu_partition or cluster.partition
+    return dataclasses.replace(cluster, gpus_per_node=0, gpu_request="none", partition=partition)
 
 
 def _sbatch(arguments: list[str], secrets: Mapping[str, str] | None = None) -> str:

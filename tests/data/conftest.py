@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import data.groups
 import data.prepare
 from conf.schema import DataConfig, TokenizerConfig
 
@@ -34,7 +35,7 @@ def write_corpus(folder: Path, files: int = 60, seed: int = 0) -> Path:
 @pytest.fixture
 def small_shards(monkeypatch):
     """Shards of 8 kB instead of 1 MB, so that a small corpus has many."""
-    monkeypatch.setattr(data.prepare, "MEGABYTE", 8 << 10)
+    monkeypatch.setattr(data.groups, "MEGABYTE", 8 << 10)
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def prepared(tmp_path_factory):
     config = DataConfig(name="shared", source="text", path=str(path), prepared=str(folder / "p"), workers=1)
     config.held_out, config.shard_megabytes = 0.2, 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.prepare, "MEGABYTE", 8 << 10)
+        patch.setattr(data.groups, "MEGABYTE", 8 << 10)
         return data.prepare.prepare(config, TokenizerConfig(vocab_size=400, train_megabytes=1000))
 
 

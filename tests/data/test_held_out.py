@@ -12,8 +12,9 @@ import pytest
 from conf.schema import DataConfig
 from data.batches import open_dataset
 from data.documents import documents
+from data.folder import folder_of
 from data.held_out import NEAR, WINDOW, Selection, window_hashes
-from data.prepare import folder_of, prepare
+from data.prepare import prepare
 from data.shards import read_index
 from kernels.common.errors import UserError
 from tests.data.test_prepare import decoded

@@ -17,8 +17,9 @@ from conf.load import load
 from conf.schema import DataConfig
 from data.batches import open_dataset
 from data.documents import documents
+from data.folder import folder_of
 from data.held_out import Selection
-from data.prepare import folder_of, prepare
+from data.prepare import prepare
 from kernels.common.errors import UserError
 from kernels.common.json_files import read_document_losses
 from tests.data.test_held_out import text

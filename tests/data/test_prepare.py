@@ -13,11 +13,15 @@ from pathlib import Path
 
 import pytest
 
+import data.folder
+import data.groups
 import data.pool
 import data.prepare
 from conf.schema import DataConfig, TokenizerConfig
 from data.batches import open_dataset
-from data.prepare import folder_of, prepare
+from data.documents import stamps
+from data.folder import folder_of
+from data.prepare import prepare
 from data.shards import INDEX, read_index
 from data.tokenizer import train_sentencepiece
 from data.verify import verify
@@ -34,9 +38,9 @@ def script(corpus, before: str = "", show: bool = False) -> str:
     """Python that prepares `corpus` in small shards, after the statements `before`."""
     config, tokenizer = corpus
     lines = f"""
-        import os, signal, data.prepare, data.pool, data.progress
+        import os, signal, data.groups, data.prepare, data.pool, data.progress
         from conf.schema import DataConfig, TokenizerConfig
-        data.prepare.MEGABYTE = 8 << 10
+        data.groups.MEGABYTE = 8 << 10
         config, tokenizer = {config!r}, {tokenizer!r}
     """
     run = f"print(data.prepare.prepare(config, tokenizer, show={show}))"
@@ -133,7 +137,7 @@ def test_a_corpus_that_moved_is_not_prepared_again(corpus, tmp_path, monkeypatch
     monkeypatch.setattr(data.prepare, "_prepare_corpus", None)  # would fail if it were called
     assert prepare(replace(config, path=f"{tmp_path / 'moved'}/"), tokenizer) == folder
     # Folders of version 0.1 are named by the place of the files.
-    named = data.prepare._folder(replace(config, path=str(tmp_path / "moved")), tokenizer, data.prepare.stamps(
+    named = data.folder._folder(replace(config, path=str(tmp_path / "moved")), tokenizer, stamps(
         replace(config, path=str(tmp_path / "moved"))
     ))  # fmt: skip
     folder.rename(named)
@@ -242,7 +246,7 @@ def test_killed_and_resumed_is_the_same_as_uninterrupted(corpus, tmp_path, pytho
         "train-00001.bin", "train-00001.idx", "held_out-00001.bin", "held_out-00001.idx", "group-00001.json"
     }  # fmt: skip
     monkeypatch.undo()
-    monkeypatch.setattr(data.prepare, "MEGABYTE", 8 << 10)
+    monkeypatch.setattr(data.groups, "MEGABYTE", 8 << 10)
     assert content(prepare(replace(config, prepared=str(tmp_path / "whole")), tokenizer)) == content(folder)
 
 

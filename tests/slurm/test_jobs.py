@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import signal
 import sys
@@ -18,7 +19,7 @@ from launch.endings import read_ending
 from launch.job_script import Job, render
 from tests.slurm.cluster import until
 from tests.slurm.conftest import SETTINGS, log
-from tests.training.tiny import PATIENCE, command, overrides, shared_corpus
+from tests.training.tiny import PATIENCE, command, contents, overrides, shared_corpus
 
 STEPS = 100  # most of them follow the one after which a job is disturbed
 
@@ -255,6 +256,43 @@ def test_a_plan_is_an_array_of_which_a_task_can_be_run_again(slurm, words, tmp_p
     number = slurm.run("sbatch", "--parsable", f"--array={task}", str(folder / "slurm" / "seeds.sh")).strip()
     until(lambda: not slurm.queued(number), "the task to end", PATIENCE)
     assert "4 runs: 4 finished" in command(*status, **slurm.environment).out
+
+
+@pytest.mark.slow
+def test_a_corpus_prepared_by_an_array_is_what_one_machine_prepares(slurm, tmp_path):
+    """A task fails first: then there is no index, until it is run again by the command that was printed."""
+    chance = random.Random(0)
+    (tmp_path / "corpus").mkdir()
+    for number in range(20):
+        lines = [" ".join(chance.choices(("one", "two", "three", "four"), k=9)) for _ in range(6000)]
+        (tmp_path / "corpus" / f"{number:02d}.txt").write_text("\n".join(lines) + "\n")
+    shared = ["data=text", f"data.path={tmp_path}/corpus", "tokenizer.vocab_size=300", "tokenizer.train_megabytes=1"]
+    submit = [sys.executable, "-m", "data.prepare", *shared, f"data.prepared={tmp_path}/array"]
+    here = [sys.executable, "-m", "data.prepare", *shared, f"data.prepared={tmp_path}/here"]
+    assert command(*here).status == 0
+    planned = command(*submit, "part=plan")
+    folder = Path(planned.out.partition(" is done: ")[2].strip())
+    in_the_way = folder / "group-00003.json"
+    in_the_way.mkdir()
+    result = command(*submit, "jobs=3", *SETTINGS, **slurm.environment)
+    assert result.status == 0, result.err
+    array = re.search(r"^job array (\d+) tokenizes them, 3 task\(s\)", result.out, re.MULTILINE)[1]
+    index = re.search(r"^job (\d+) writes the index", result.out, re.MULTILINE)[1]
+    again = command(*submit, "jobs=3", *SETTINGS, **slurm.environment)
+    assert again.status == 2
+    assert "has been submitted already" in again.err
+    until(lambda: not slurm.queued(array) and not slurm.queued(index), "the jobs to end", PATIENCE)
+    states = [slurm.state(f"{array}_{task}") for task in range(3)]
+    [failed] = [task for task, state in enumerate(states) if state == "FAILED"]
+    assert "group-00003.json: that is a folder" in log(Path(f"{folder}.jobs"), f"{array}_{failed}")
+    assert slurm.state(index) == "CANCELLED"
+    assert not (folder / "index.json").exists()
+    in_the_way.rmdir()
+    line = result.out.splitlines()[-1].replace("TASK", str(failed)).replace("sbatch", "sbatch --parsable", 1)
+    index = slurm.run("bash", "-c", line).strip()
+    slurm.wait(index, "COMPLETED")
+    assert contents(folder) == contents(tmp_path / "here" / folder.name)
+    assert len(list(folder.glob("group-*"))) == 4  # which three tasks cannot share evenly
 
 
 def test_a_job_goes_on_without_a_bad_node_and_is_logged_whatever_its_name(slurm, tmp_path):
