@@ -4,7 +4,8 @@ Notable here:
 - a tokenizer trained here is lossless: decode(encode(text)) == text for every text that UTF-8 can encode;
 - a special token spelled out in a text ("</s>") is text, never the end of a document; a vocabulary in which it cannot be
   text is refused;
-- long texts are encoded in pieces, so that time and memory grow linearly.
+- long texts are encoded in pieces, so that time and memory grow linearly;
+- models as they are trained here are encoded in C (`bpe.py`), with SentencePiece's ids.
 
 `prepare.py` selects the training text.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -21,8 +23,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from data import bpe
 from data.ends import EOS_NAMES, SAVED, Ends, named_in_configs, save_ends, saved_ends
 from data.files import need
+from data.shards import token_dtype
 from kernels.common.errors import UserError, suggest
 from kernels.common.files import atomic_write, explain_os_errors
 
@@ -85,9 +91,17 @@ class Tokenizer(abc.ABC):
         """Return the ids of a text, without any begin or end token."""
         return self.encode_batch([text])[0]
 
-    def encode_document(self, text: str) -> list[int]:
-        """Return the ids of a document as it is stored: after the begin token, if there is one, and before its end."""
-        return self.encode(text) if self.bos_id is None else [self.bos_id, *self.encode(text)]
+    def encode_document(self, text: str) -> np.ndarray:
+        """Return the ids of a document as it is stored: after the begin token, if there is one, and before its end.
+
+        Their dtype is that of the disk. UserError as `encode_batch`.
+        """
+        ids = self._encode_texts([text])[0]
+        begin = [] if self.bos_id is None else [self.bos_id]
+        stored = np.empty(len(begin) + len(ids), token_dtype(self.vocab_size))
+        stored[: len(begin)] = begin
+        stored[len(begin) :] = ids
+        return stored
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode several texts.
@@ -95,6 +109,9 @@ class Tokenizer(abc.ABC):
         Raises:
             UserError: the vocabulary turns a part of a text into the end-of-text token.
         """
+        return [ids.tolist() if isinstance(ids, np.ndarray) else ids for ids in self._encode_texts(texts)]
+
+    def _encode_texts(self, texts: Sequence[str]) -> Sequence[list[int] | np.ndarray]:
         encoded = self._encode_batch(texts)
         for text, ids in zip(texts, encoded, strict=True):
             if self.eos_id in ids:
@@ -105,7 +122,7 @@ class Tokenizer(abc.ABC):
         return encoded
 
     @abc.abstractmethod
-    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def _encode_batch(self, texts: Sequence[str]) -> Sequence[list[int] | np.ndarray]: ...
 
     @abc.abstractmethod
     def token(self, number: int) -> str:
@@ -247,7 +264,29 @@ class _SentencePiece(Tokenizer):
     def _prepare_ends(self) -> None:
         """Do nothing: control pieces are never matched, and nothing keeps other ones from it."""
 
-    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    @functools.cached_property
+    def _bpe(self) -> bpe.BpeEncoder | None:
+        """The encoder in C; None where SentencePiece must serve. Made at the first text: many who load one encode none."""
+        encoder = bpe.of_model(self.raw) if self.exact else None
+        if encoder is None:
+            return None
+        # A version of SentencePiece may encode otherwise than the one that bpe.c follows, and folders must not differ.
+        text = PROBE + ODD + b"".join(sorted(self._bytes, key=len)[-100:]).decode("utf-8", "replace").replace(SPACE, "")
+        ids = encoder.encode(text, len(text))
+        return encoder if ids is not None and ids.tolist() == self._model.encode(text) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_bpe"}  # it holds addresses
+
+    def _encode_batch(self, texts: Sequence[str]) -> Sequence[list[int] | np.ndarray]:
+        if self._bpe is not None:
+            encoded = [self._bpe.encode(text, STRETCH) for text in texts]
+            return [
+                self._by_library([text])[0] if ids is None else ids for text, ids in zip(texts, encoded, strict=True)
+            ]
+        return self._by_library(texts)
+
+    def _by_library(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.exact:
             return self._model.encode(list(texts), num_threads=1)
         # One flat call for all stretches; None stands for a U+2581 between two of them.
@@ -332,7 +371,7 @@ class _HuggingFace(Tokenizer):
                 token.special = True
                 self._model.add_special_tokens([token])
 
-    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode_batch(self, texts: Sequence[str]) -> Sequence[list[int] | np.ndarray]:
         with _refused(f"{self.name} cannot encode a text"):
             return [e.ids for e in self._model.encode_batch(list(texts), add_special_tokens=False)]
 
