@@ -16,7 +16,7 @@
 #define NONE (-1)        // no piece
 #define CHARACTER (-1)   // born before any merge
 #define NEVER INT32_MAX  // born: SentencePiece encodes the text of the piece as others
-#define VERDICTS 16      // log2 of the pairs that are remembered, 8 bytes each: they should stay in a core's cache
+#define VERDICTS 16      // log2 of the pairs that are remembered, 4 bytes each: they should stay in a core's cache
 
 // A hash table. An entry is key << bits | value, and 0 is none; `size` is a power of two, at least twice `count`.
 typedef struct {
@@ -24,21 +24,34 @@ typedef struct {
     int bits;
 } Table;
 
+// A node of the trie, in a double array: its child by a byte is node `base ^ byte` if the parent of that is this node.
 typedef struct {
-    uint8_t *text;      // of all pieces, one after the other; control and byte pieces have none. A space is 0x20
-    int32_t *start;     // [pieces + 1], in `text`
-    int32_t *rank;      // [pieces]: the lower is merged first
-    int32_t *byte_id;   // [256]: pieces for the bytes of characters that are no piece
-    int32_t *piece_at;  // [nodes] of the trie: the piece that ends there, or NONE
-    int32_t *shorter;   // [pieces]: the longest piece that one begins with, or NONE
-    int32_t *born;      // [pieces]: the rank; of a character CHARACTER, of a piece that is never made NEVER
-    int32_t *left;      // [pieces]: the two that SentencePiece makes it of
-    int32_t *right;
-    uint64_t *verdicts;  // pairs of pieces, and whether they stay apart
-    Table edges;         // of the trie, whose root is node 1: node << 8 | byte -> child
+    uint32_t base, parent;
+    int32_t piece;  // that ends here, or NONE
+} Node;
+
+typedef struct {
+    int32_t born;         // its rank: the lower is merged first. Of a character CHARACTER, of a piece that is never made NEVER
+    int32_t left, right;  // what SentencePiece makes it of
+    int32_t shorter;      // the longest piece that it begins with, or NONE
+    int32_t length;       // bytes; 0 of control and byte pieces
+} Piece;
+
+typedef struct {
+    Piece *pieces;
+    Node *nodes;         // the root is node 1
+    uint32_t *verdicts;  // pairs of pieces, and whether they stay apart
     Table pairs;         // two pieces -> their concatenation, of those that are pieces
-    int32_t pieces, nodes;
+    uint32_t node_count, search_from[2];
+    int32_t byte_id[256];  // pieces for the bytes of characters that are no piece
 } Bpe;
+
+// What a model is made from, of the caller: the pieces' text one after the other, a space as 0x20, and where each begins.
+typedef struct {
+    const uint8_t *text;
+    const int32_t *start, *rank, *order;  // [count + 1], [count], [count]: sorted by text
+    int32_t count;
+} Vocabulary;
 
 static inline uint64_t hash_of(uint64_t key) { return key * 0x9E3779B97F4A7C15u >> 32; }
 
@@ -71,25 +84,26 @@ static int put(Table *table, uint64_t key, uint64_t value) {
     return 1;
 }
 
-static inline uint32_t child_of(const Bpe *m, uint32_t node, uint8_t byte) {
-    return (uint32_t)get(&m->edges, (uint64_t)node << 8 | byte);
-}
+static inline uint64_t key_of(int32_t left, int32_t right) { return (uint64_t)left << 20 | (uint64_t)right; }
 
-static inline uint64_t key_of(int32_t left, int32_t right) { return (uint64_t)(left + 1) << 21 | (uint64_t)(right + 1); }
-
+// The piece that is the text of two, or NONE.
 static inline int32_t joint_of(const Bpe *m, int32_t left, int32_t right) {
-    return (int32_t)get(&m->pairs, key_of(left, right)) - 1;
+    return (int32_t)get(&m->pairs, key_of(left, right) + 1) - 1;
 }
-
-static inline int32_t length_of(const Bpe *m, int32_t piece) { return m->start[piece + 1] - m->start[piece]; }
 
 static inline int continues(uint8_t byte) { return (byte & 0xC0) == 0x80; }  // a character of UTF-8 that began before
+
+// The child of a node by a byte, or 0.
+static inline uint32_t child_of(const Bpe *m, uint32_t node, uint8_t byte) {
+    uint32_t child = m->nodes[node].base ^ byte;
+    return m->nodes[child].parent == node ? child : 0;
+}
 
 // The longest piece that a text begins with, or NONE: its first character is none.
 static inline int32_t longest(const Bpe *m, const uint8_t *text, const uint8_t *end) {
     int32_t found = NONE;
     for (uint32_t node = 1; text < end && (node = child_of(m, node, *text)) != 0; text++)
-        if (m->piece_at[node] != NONE) found = m->piece_at[node];
+        if (m->nodes[node].piece != NONE) found = m->nodes[node].piece;
     return found;
 }
 
@@ -98,41 +112,78 @@ static int32_t piece_of(const Bpe *m, const uint8_t *text, const uint8_t *end) {
     uint32_t node = 1;
     for (; text < end; text++)
         if ((node = child_of(m, node, *text)) == 0) return NONE;
-    return m->piece_at[node];
+    return m->nodes[node].piece;
 }
 
-static int grow_trie(Bpe *m) {
-    m->nodes = 2;
-    for (int32_t piece = 0; piece < m->pieces; piece++) {
-        uint32_t node = 1, child;
-        for (int32_t i = m->start[piece]; i < m->start[piece + 1]; i++, node = child) {
-            if ((child = child_of(m, node, m->text[i])) != 0) continue;
-            child = (uint32_t)m->nodes++;
-            if (!put(&m->edges, (uint64_t)node << 8 | m->text[i], child)) return 0;
-        }
-        if (length_of(m, piece)) m->piece_at[node] = piece;
+// Have nodes up to the 256 of `base`. Return 0 where there is no memory.
+static int reach(Bpe *m, uint32_t base) {
+    if ((base | 255) < m->node_count) return 1;
+    uint32_t count = 2 * (base | 255) + 2;
+    Node *nodes = realloc(m->nodes, count * sizeof *nodes);
+    if (nodes == NULL) return 0;
+    for (uint32_t i = m->node_count; i < count; i++) nodes[i] = (Node){0, 0, NONE};
+    m->nodes = nodes, m->node_count = count;
+    return 1;
+}
+
+// Find a base for which the nodes of all bytes are free; 0 where there is no memory. Single children fill what others leave.
+static uint32_t free_base(Bpe *m, const uint8_t *bytes, int count) {
+    uint32_t *from = &m->search_from[count > 1];
+    for (uint32_t slot = *from;; slot++) {
+        uint32_t base = slot ^ bytes[0];
+        if (!reach(m, slot)) return 0;
+        int found = 0;
+        while (found < count && m->nodes[base ^ bytes[found]].parent == 0) found++;
+        if (found < count) continue;
+        if (count == 1) *from = slot;
+        if (count > 1 && slot > *from + 256) *from = slot - 256;
+        return base;
+    }
+}
+
+// Add the pieces order[low] to order[high - 1], whose first `depth` bytes lead to `node`. Return 0 where there is no memory.
+static int grow(Bpe *m, const Vocabulary *v, uint32_t node, int32_t low, int32_t high, int32_t depth) {
+    for (; low < high && m->pieces[v->order[low]].length == depth; low++)
+        if (depth) m->nodes[node].piece = v->order[low];
+    uint8_t bytes[256];
+    int count = 0;
+    for (int32_t i = low; i < high; i++) {
+        uint8_t byte = v->text[v->start[v->order[i]] + depth];
+        if (count == 0 || byte != bytes[count - 1]) bytes[count++] = byte;
+    }
+    if (count == 0) return 1;
+    uint32_t base = free_base(m, bytes, count);
+    if (base == 0) return 0;
+    m->nodes[node].base = base;
+    for (int i = 0; i < count; i++) m->nodes[base ^ bytes[i]].parent = node;
+    for (int i = 0; i < count; i++) {
+        int32_t next = low;
+        while (next < high && v->text[v->start[v->order[next]] + depth] == bytes[i]) next++;
+        if (!grow(m, v, base ^ bytes[i], low, next, depth + 1)) return 0;
+        low = next;
     }
     return 1;
 }
 
 // Merge the text of a piece as SentencePiece does: set `born`, `left` and `right`.
-static void make(Bpe *m, int32_t piece) {
-    const uint8_t *text = m->text + m->start[piece];
+static void make(const Bpe *m, const Vocabulary *v, int32_t number) {
+    Piece *piece = m->pieces + number;
+    const uint8_t *text = v->text + v->start[number];
     int32_t at[LONGEST + 1], joint[LONGEST], symbols = 0;  // where symbols begin; the piece of one and the next
-    for (int32_t i = 0; i < length_of(m, piece); i++)
+    for (int32_t i = 0; i < piece->length; i++)
         if (!continues(text[i])) at[symbols++] = i;
-    at[symbols] = length_of(m, piece);
-    m->born[piece] = symbols == 1 ? CHARACTER : NEVER;
+    at[symbols] = piece->length;
+    piece->born = symbols == 1 ? CHARACTER : NEVER;
     for (int32_t i = 0; i + 1 < symbols; i++) joint[i] = piece_of(m, text + at[i], text + at[i + 2]);
     while (symbols > 1) {
         int32_t best = NONE;
         for (int32_t i = 0; i + 1 < symbols; i++)
-            if (joint[i] != NONE && (best == NONE || m->rank[joint[i]] < m->rank[joint[best]])) best = i;
+            if (joint[i] != NONE && (best == NONE || v->rank[joint[i]] < v->rank[joint[best]])) best = i;
         if (best == NONE) return;
         if (symbols == 2) {
-            m->born[piece] = m->rank[piece];
-            m->left[piece] = piece_of(m, text, text + at[1]);
-            m->right[piece] = piece_of(m, text + at[1], text + at[2]);
+            piece->born = v->rank[number];
+            piece->left = piece_of(m, text, text + at[1]);
+            piece->right = piece_of(m, text + at[1], text + at[2]);
         }
         symbols--;
         memmove(at + best + 1, at + best + 2, sizeof *at * (size_t)(symbols - best));
@@ -144,30 +195,28 @@ static void make(Bpe *m, int32_t piece) {
 
 // Make all pieces, and leave those out of the trie that are never made. Return 0 unless every piece is made of pieces that are
 // born before it, as in a trained model: `stay_apart` relies on it.
-static int make_all(Bpe *m) {
-    for (int32_t piece = 0; piece < m->pieces; piece++) make(m, piece);
-    for (int32_t piece = 0; piece < m->pieces; piece++) {
-        int32_t born = m->born[piece];
-        if (born == CHARACTER || born == NEVER) continue;
-        if (m->born[m->left[piece]] >= born || m->born[m->right[piece]] >= born) return 0;
+static int make_all(const Bpe *m, const Vocabulary *v) {
+    for (int32_t i = 0; i < v->count; i++) make(m, v, i);
+    for (const Piece *piece = m->pieces; piece < m->pieces + v->count; piece++) {
+        if (piece->born == CHARACTER || piece->born == NEVER) continue;
+        if (m->pieces[piece->left].born >= piece->born || m->pieces[piece->right].born >= piece->born) return 0;
     }
-    for (int32_t node = 0; node < m->nodes; node++)
-        if (m->piece_at[node] != NONE && m->born[m->piece_at[node]] == NEVER) m->piece_at[node] = NONE;
+    for (Node *node = m->nodes; node < m->nodes + m->node_count; node++)
+        if (node->piece != NONE && m->pieces[node->piece].born == NEVER) node->piece = NONE;
     return 1;
 }
 
 // Fill `shorter` and `pairs`. Return 0 where there is no memory.
-static int join_all(Bpe *m) {
-    for (int32_t piece = 0; piece < m->pieces; piece++) {
-        m->shorter[piece] = NONE;
-        uint32_t node = 1;
-        for (int32_t i = m->start[piece]; i < m->start[piece + 1] - 1; i++) {
-            node = child_of(m, node, m->text[i]);
-            int32_t left = m->piece_at[node];
-            if (left == NONE) continue;
-            m->shorter[piece] = left;
-            int32_t right = piece_of(m, m->text + i + 1, m->text + m->start[piece + 1]);
-            if (right != NONE && m->born[piece] != NEVER && !put(&m->pairs, key_of(left, right), (uint64_t)piece + 1)) return 0;
+static int join_all(Bpe *m, const Vocabulary *v) {
+    for (int32_t i = 0; i < v->count; i++) {
+        const uint8_t *text = v->text + v->start[i], *end = text + m->pieces[i].length;
+        m->pieces[i].shorter = NONE;
+        for (uint32_t node = 1; text + 1 < end;) {
+            node = child_of(m, node, *text++);
+            int32_t left = m->nodes[node].piece, right = left == NONE ? NONE : piece_of(m, text, end);
+            if (left != NONE) m->pieces[i].shorter = left;
+            if (right == NONE || m->pieces[i].born == NEVER) continue;
+            if (!put(&m->pairs, key_of(left, right) + 1, (uint64_t)i + 1)) return 0;
         }
     }
     return 1;
@@ -175,37 +224,26 @@ static int join_all(Bpe *m) {
 
 void bpe_free(Bpe *m) {
     if (m == NULL) return;
-    void *arrays[] = {m->text, m->start, m->rank,     m->byte_id,       m->piece_at,      m->shorter,
-                      m->born, m->left,  m->right,    m->verdicts,      m->edges.entries, m->pairs.entries};
-    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) free(arrays[i]);
+    free(m->pieces), free(m->nodes), free(m->verdicts), free(m->pairs.entries);
     free(m);
 }
 
-static void *copy_of(const void *from, size_t bytes) {
-    void *copy = malloc(bytes ? bytes : 1);
-    if (copy) memcpy(copy, from, bytes);
-    return copy;
-}
-
-// Return an encoder; NULL where there is no memory, or where the search would not give SentencePiece's ids. The arrays are
-// those of `Bpe`; fewer than 2^20 pieces of fewer than 2^23 bytes.
-Bpe *bpe_new(const uint8_t *text, const int32_t *start, const int32_t *rank, const int32_t *byte_id, int32_t pieces) {
+// Return an encoder; NULL where there is no memory, or where the search would not give SentencePiece's ids. The text of a piece
+// has at most LONGEST bytes, and each character of it is a piece. There are fewer than 2^20 pieces.
+Bpe *bpe_new(const uint8_t *text, const int32_t *start, const int32_t *rank, const int32_t *order, const int32_t *byte_id,
+             int32_t count) {
+    Vocabulary v = {text, start, rank, order, count};
     Bpe *m = calloc(1, sizeof *m);
     if (m == NULL) return NULL;
-    size_t size = (size_t)start[pieces], column = (size_t)pieces * sizeof(int32_t);
-    m->pieces = pieces, m->edges.bits = 24, m->pairs.bits = 21;
-    m->text = copy_of(text, size);
-    m->start = copy_of(start, column + sizeof *start);
-    m->rank = copy_of(rank, column);
-    m->byte_id = copy_of(byte_id, 256 * sizeof *byte_id);
-    m->piece_at = malloc((size + 2) * sizeof *m->piece_at);
-    m->shorter = malloc(column), m->born = malloc(column), m->left = malloc(column), m->right = malloc(column);
+    memcpy(m->byte_id, byte_id, sizeof m->byte_id);
+    m->search_from[0] = m->search_from[1] = 256;
+    m->pairs.bits = 21;
+    m->pieces = calloc((size_t)count, sizeof *m->pieces);
     m->verdicts = calloc((size_t)1 << VERDICTS, sizeof *m->verdicts);
-    int there = m->text && m->start && m->rank && m->byte_id && m->piece_at && m->shorter && m->born && m->left && m->right;
-    if (there) memset(m->piece_at, 0xFF, (size + 2) * sizeof *m->piece_at);
-    // Key 0 is nothing's: it makes the tables, which every search reads.
-    there = there && m->verdicts && put(&m->edges, 0, 0) && put(&m->pairs, 0, 0);
-    if (there && grow_trie(m) && make_all(m) && join_all(m)) return m;
+    if (m->pieces && m->verdicts && reach(m, 256) && put(&m->pairs, 0, 0)) {  // nothing has key 0: it makes the table
+        for (int32_t i = 0; i < count; i++) m->pieces[i].length = start[i + 1] - start[i];
+        if (grow(m, &v, 1, 0, count, 0) && make_all(m, &v) && join_all(m, &v)) return m;
+    }
     bpe_free(m);
     return NULL;
 }
@@ -214,30 +252,35 @@ Bpe *bpe_new(const uint8_t *text, const int32_t *start, const int32_t *rank, con
 // ranks, until it joins the symbols on both sides of the border. So go back in time: unmake the piece that was born last, and see
 // whether the two then at the border are joined before it is born. Of equal ranks the left one is merged first.
 static int stay_apart(const Bpe *m, int32_t left, int32_t right) {
+    const Piece *pieces = m->pieces;
     for (int64_t until = INT64_MAX;;) {
-        int32_t joint = joint_of(m, left, right);
-        if (joint != NONE && m->rank[joint] < until) return 0;
-        if (m->born[left] > m->born[right]) {
-            until = m->born[left];
-            left = m->right[left];
-        } else if (m->born[right] != CHARACTER) {
-            until = (int64_t)m->born[right] + 1;
-            right = m->left[right];
+        int32_t joint = joint_of(m, left, right), left_born = pieces[left].born, right_born = pieces[right].born;
+        if (joint != NONE && pieces[joint].born < until) return 0;
+        if (left_born > right_born) {
+            until = left_born;
+            left = pieces[left].right;
+        } else if (right_born != CHARACTER) {
+            until = (int64_t)right_born + 1;
+            right = pieces[right].left;
         } else {
             return 1;
         }
     }
 }
 
-// The same, remembered. Threads may share the table: an entry is read and written at once.
+// The same, remembered. A pair of 40 bits is multiplied by an odd number modulo 2^40, which no two pairs share: the upper bits
+// of the product are the entry's number, and the lower ones stand in it. Threads may share the table: an entry is read and
+// written at once.
 static inline int apart(const Bpe *m, int32_t left, int32_t right) {
     if (left == NONE) return 1;
-    uint64_t key = key_of(left, right), *entry = m->verdicts + (hash_of(key) & ((1 << VERDICTS) - 1));
-    uint64_t known = __atomic_load_n(entry, __ATOMIC_RELAXED);
-    if (known >> 1 == key) return known & 1;
-    int verdict = stay_apart(m, left, right);
-    __atomic_store_n(entry, key << 1 | (uint64_t)verdict, __ATOMIC_RELAXED);
-    return verdict;
+    uint64_t product = key_of(left, right) * 0x9E3779B97F4A7C15u & (((uint64_t)1 << 40) - 1);
+    uint32_t *entry = m->verdicts + (product >> (40 - VERDICTS));
+    uint32_t mine = (uint32_t)(product << 2) & (((uint32_t)1 << (42 - VERDICTS)) - 1);
+    uint32_t known = __atomic_load_n(entry, __ATOMIC_RELAXED);
+    if ((known & ~(uint32_t)1) == (mine | 2)) return known & 1;
+    uint32_t verdict = (uint32_t)stay_apart(m, left, right);
+    __atomic_store_n(entry, mine | 2 | verdict, __ATOMIC_RELAXED);
+    return (int)verdict;
 }
 
 static int64_t write_bytes(const Bpe *m, const uint8_t *text, int64_t size, int32_t *ids) {
@@ -260,17 +303,17 @@ static int64_t encode_stretch(const Bpe *m, const uint8_t *text, int64_t size, u
         }
         int64_t end;
         do {
-            end = at + length_of(m, piece);
+            end = at + m->pieces[piece].length;
             if (!(dead[end >> 6] >> (end & 63) & 1) && apart(m, last, piece)) break;
-        } while ((piece = m->shorter[piece]) != NONE);
+        } while ((piece = m->pieces[piece].shorter) != NONE);
         if (piece != NONE) {
             ids[count++] = last = piece;
             at = end, piece = longest(m, text + at, text + size);
         } else {  // take back the last one, and try a shorter one
             if (last == NONE) return -1;
             dead[at >> 6] |= (uint64_t)1 << (at & 63);
-            piece = last, at -= length_of(m, last), count--;
-            last = count && length_of(m, ids[count - 1]) ? ids[count - 1] : NONE;  // byte pieces have no text
+            piece = last, at -= m->pieces[last].length, count--;
+            last = count && m->pieces[ids[count - 1]].length ? ids[count - 1] : NONE;  // byte pieces have no text
         }
     }
     return count;

@@ -19,7 +19,8 @@ from kernels.c.toolchain import build
 
 SOURCE = Path(__file__).with_name("bpe.c")
 LONGEST = 256  # bytes of a piece, as in bpe.c
-MOST_BYTES, MOST_PIECES = 1 << 23, 1 << 20  # that bpe_new takes
+PIECES = 1 << 20  # of a model, at most
+SPACE = "\u2581".encode()  # what the model writes for a space
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE, _BPE = 1, 2, 3, 6, 2  # in sentencepiece_model.proto
 
 
@@ -49,7 +50,7 @@ def of_model(raw: bytes) -> BpeEncoder | None:
         raw: the model file, which SentencePiece has read.
     """
     vocabulary = None
-    with contextlib.suppress(IndexError, TypeError, ValueError):  # a damaged file, of which SentencePiece read enough
+    with contextlib.suppress(LookupError, TypeError, ValueError):  # a damaged file, of which SentencePiece read enough
         vocabulary = _vocabulary(raw)
     library = _library() if vocabulary is not None else None
     if vocabulary is None or library is None:
@@ -57,8 +58,9 @@ def of_model(raw: bytes) -> BpeEncoder | None:
     pieces, scores, byte_ids = vocabulary
     start = np.cumsum([0, *map(len, pieces)], dtype=np.int32)
     rank = np.unique(-scores, return_inverse=True)[1].astype(np.int32)
+    order = np.array(sorted(range(len(pieces)), key=pieces.__getitem__), np.int32)
     ids = np.array(byte_ids, np.int32)
-    addresses = [array.ctypes.data for array in (start, rank, ids)]
+    addresses = [array.ctypes.data for array in (start, rank, order, ids)]
     address = library.bpe_new(b"".join(pieces), *addresses, len(pieces))
     return BpeEncoder(library, address) if address else None
 
@@ -70,7 +72,7 @@ def _library() -> ctypes.CDLL | None:
     except OSError:
         return None
     size, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.bpe_new.argtypes = [ctypes.c_char_p, pointer, pointer, pointer, ctypes.c_int32]
+    library.bpe_new.argtypes = [ctypes.c_char_p, *[pointer] * 4, ctypes.c_int32]
     library.bpe_new.restype = pointer
     library.bpe_encode.argtypes = [pointer, ctypes.c_char_p, size, size, pointer]
     library.bpe_encode.restype = size
@@ -80,51 +82,44 @@ def _library() -> ctypes.CDLL | None:
 
 def _vocabulary(raw: bytes) -> tuple[list[bytes], np.ndarray, list[int]] | None:
     """Return the text of every id, the scores, and the ids of bytes; None if `bpe.c` would not encode as SentencePiece does."""
-    texts, scores, kinds = [], [], []
-    trainer: dict[int, int | bytes] = {}
-    normalizer: dict[int, int | bytes] = {}
-    for number, value in _fields(raw):
-        if number == 1 and isinstance(value, bytes):
-            piece = dict(_fields(value))
-            texts.append(piece.get(1, b""))
-            scores.append(piece.get(2, bytes(4)))
-            kinds.append(piece.get(3, _NORMAL))
-        elif number == 2 and isinstance(value, bytes):
-            trainer = dict(_fields(value))
-        elif number == 3 and isinstance(value, bytes):
-            normalizer = dict(_fields(value))
+    messages = [(number, value) for number, value in _fields(raw) if isinstance(value, bytes)]
+    pieces = [dict(_fields(value)) for number, value in messages if number == 1]
+    trainer, normalizer = (dict(_fields(b"".join(v for n, v in messages if n == number))) for number in (2, 3))
     # A normalizer's fields: a map of characters, a space before the text, fewer spaces, U+2581 for each. What a later
-    # version may add is not known here.
+    # version adds is not known here.
     unchanged = normalizer.get(2, b"") == b"" and [normalizer.get(i, 1) for i in (3, 4, 5)] == [0, 0, 1]
     if trainer.get(3) != _BPE or not unchanged or not normalizer.keys() <= {1, 2, 3, 4, 5, 6}:
         return None
+    texts = [_bytes(piece[1]) for piece in pieces]
+    kinds = [piece.get(3, _NORMAL) for piece in pieces]
     if not set(kinds) <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE}:
         return None  # user-defined pieces come before merges, and unused ones are split again
     normal = [text if kind == _NORMAL else b"" for text, kind in zip(texts, kinds, strict=True)]
-    reserved = {text for text, kind in zip(texts, kinds, strict=True) if kind != _NORMAL}
-    if not _plain(normal, reserved):
-        return None
     byte_ids = {int(texts[i][3:5], 16): i for i, kind in enumerate(kinds) if kind == _BYTE}
-    values = np.frombuffer(b"".join(scores), "<f4")
-    if len(byte_ids) != 256 or not np.isfinite(values).all():
+    scores = np.frombuffer(b"".join(_bytes(piece.get(2, bytes(4))) for piece in pieces), "<f4")
+    if len(byte_ids) != 256 or len(scores) != len(pieces) or not np.isfinite(scores).all():
         return None
-    return [text.replace("\u2581".encode(), b" ") for text in normal], values, [byte_ids[i] for i in range(256)]
+    if len(pieces) >= PIECES or not _plain(set(normal), set(texts).difference(normal)):
+        return None
+    return [text.replace(SPACE, b" ") for text in normal], scores, [byte_ids[i] for i in range(256)]
 
 
-def _plain(normal: list[bytes], reserved: set[bytes]) -> bool:
-    """Return whether every text has one id, and merges only join characters that are pieces."""
-    if sum(map(len, normal)) >= MOST_BYTES or len(normal) >= MOST_PIECES or not any(normal):
-        return False
-    pieces = set(normal)
-    characters = {character for text in pieces for character in text.decode()}
-    known = {text.decode() for text in pieces}
+def _plain(normal: set[bytes], reserved: set[bytes]) -> bool:
+    """Return whether merges join only characters that are pieces, and none makes the name of a piece of another kind."""
+    characters = {character.encode() for text in normal for character in text.decode()}
     return (
-        max(map(len, pieces)) <= LONGEST
-        and not pieces & reserved
+        max(map(len, normal)) <= LONGEST
+        and characters <= normal
+        and SPACE in characters
+        and b" " not in characters  # a text's spaces are SPACE to SentencePiece
         and all(len(text.decode()) > 1 for text in reserved)
-        and characters <= known
-        and " " not in characters  # SentencePiece writes it as U+2581
     )
+
+
+def _bytes(value: int | bytes) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    raise TypeError("a field of the model is a number")
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -5,7 +5,7 @@ Notable here:
 - a special token spelled out in a text ("</s>") is text, never the end of a document; a vocabulary in which it cannot be
   text is refused;
 - long texts are encoded in pieces, so that time and memory grow linearly;
-- models as they are trained here are encoded in C (`bpe.py`), with SentencePiece's ids.
+- documents are encoded in C by models as they are trained here (`bpe.py`), with SentencePiece's ids.
 
 `prepare.py` selects the training text.
 """
@@ -94,9 +94,13 @@ class Tokenizer(abc.ABC):
     def encode_document(self, text: str) -> np.ndarray:
         """Return the ids of a document as it is stored: after the begin token, if there is one, and before its end.
 
-        Their dtype is that of the disk. UserError as `encode_batch`.
+        Their dtype is that of the disk.
+
+        Raises:
+            UserError: the vocabulary turns a part of the text into the end-of-text token.
         """
-        ids = self._encode_texts([text])[0]
+        ids = self._encode_long(text)
+        self._refuse_end_in(text, ids)
         begin = [] if self.bos_id is None else [self.bos_id]
         stored = np.empty(len(begin) + len(ids), token_dtype(self.vocab_size))
         stored[: len(begin)] = begin
@@ -109,20 +113,24 @@ class Tokenizer(abc.ABC):
         Raises:
             UserError: the vocabulary turns a part of a text into the end-of-text token.
         """
-        return [ids.tolist() if isinstance(ids, np.ndarray) else ids for ids in self._encode_texts(texts)]
-
-    def _encode_texts(self, texts: Sequence[str]) -> Sequence[list[int] | np.ndarray]:
         encoded = self._encode_batch(texts)
         for text, ids in zip(texts, encoded, strict=True):
-            if self.eos_id in ids:
-                raise UserError(
-                    f"{self.name} turns a part of a text that begins {text[:40]!r} into its end-of-text token "
-                    f"{self.token(self.eos_id)!r}: name a token that no text becomes (tokenizer.eos=TOKEN)"
-                )
+            self._refuse_end_in(text, ids)
         return encoded
 
+    def _refuse_end_in(self, text: str, ids: list[int] | np.ndarray) -> None:
+        if self.eos_id in ids:
+            raise UserError(
+                f"{self.name} turns a part of a text that begins {text[:40]!r} into its end-of-text token "
+                f"{self.token(self.eos_id)!r}: name a token that no text becomes (tokenizer.eos=TOKEN)"
+            )
+
     @abc.abstractmethod
-    def _encode_batch(self, texts: Sequence[str]) -> Sequence[list[int] | np.ndarray]: ...
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def _encode_long(self, text: str) -> list[int] | np.ndarray:
+        """Return the ids of `_encode_batch`, for texts that are worth what it takes to be fast."""
+        return self._encode_batch([text])[0]
 
     @abc.abstractmethod
     def token(self, number: int) -> str:
@@ -266,27 +274,24 @@ class _SentencePiece(Tokenizer):
 
     @functools.cached_property
     def _bpe(self) -> bpe.BpeEncoder | None:
-        """The encoder in C; None where SentencePiece must serve. Made at the first text: many who load one encode none."""
+        """The encoder in C; None where SentencePiece must serve. Most who load a tokenizer encode little, and need none."""
         encoder = bpe.of_model(self.raw) if self.exact else None
         if encoder is None:
             return None
         # A version of SentencePiece may encode otherwise than the one that bpe.c follows, and folders must not differ.
-        text = PROBE + ODD + b"".join(sorted(self._bytes, key=len)[-100:]).decode("utf-8", "replace").replace(SPACE, "")
-        ids = encoder.encode(text, len(text))
-        return encoder if ids is not None and ids.tolist() == self._model.encode(text) else None
+        longest = b"".join(sorted(self._bytes, key=len)[-100:]).decode("utf-8", "replace")
+        probe = (PROBE + ODD + longest).replace(SPACE, "")
+        ids = encoder.encode(probe, len(probe))
+        return encoder if ids is not None and ids.tolist() == self._model.encode(probe) else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_bpe"}  # it holds addresses
+        return {key: value for key, value in self.__dict__.items() if key != "_bpe"}  # it is of this process
 
-    def _encode_batch(self, texts: Sequence[str]) -> Sequence[list[int] | np.ndarray]:
-        if self._bpe is not None:
-            encoded = [self._bpe.encode(text, STRETCH) for text in texts]
-            return [
-                self._by_library([text])[0] if ids is None else ids for text, ids in zip(texts, encoded, strict=True)
-            ]
-        return self._by_library(texts)
+    def _encode_long(self, text: str) -> list[int] | np.ndarray:
+        ids = None if self._bpe is None else self._bpe.encode(text, STRETCH)
+        return super()._encode_long(text) if ids is None else ids
 
-    def _by_library(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.exact:
             return self._model.encode(list(texts), num_threads=1)
         # One flat call for all stretches; None stands for a U+2581 between two of them.
@@ -371,7 +376,7 @@ class _HuggingFace(Tokenizer):
                 token.special = True
                 self._model.add_special_tokens([token])
 
-    def _encode_batch(self, texts: Sequence[str]) -> Sequence[list[int] | np.ndarray]:
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         with _refused(f"{self.name} cannot encode a text"):
             return [e.ids for e in self._model.encode_batch(list(texts), add_special_tokens=False)]
 
