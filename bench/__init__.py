@@ -12,6 +12,7 @@ memory.py       bytes per rank under ZeRO and tensor parallelism, against the fo
 estimate.py     `launch.estimate`, against measured memory and published step times
 index.py        opening a corpus of 10 billion tokens, in time and memory
 telemetry.py    the cost of an activation telemetry sample
+tokenize.py     megabytes per second that a core tokenizes, against SentencePiece and Hugging Face's `tokenizers`
 verdicts.py     false verdicts of simulated plans, and what they find
 faults/         campaigns of faults: runs that are killed, damaged, poisoned, that hang, and whose disks fail
 fuzz/           random text and damaged files for whatever reads them, each read or refused in a sentence

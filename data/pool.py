@@ -24,9 +24,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from data.shards import Shard, token_dtype, write_group, write_shard
+from data.shards import Shard, write_group, write_shard
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.common.errors import UserError
 
@@ -47,8 +45,7 @@ def encode_group(folder: Path, tokenizer: Tokenizer, group: Group) -> list[Shard
     shards = []
     for split, texts in group.texts.items():
         if texts:
-            # Each document is packed at once: Python integers take 16 times the memory of the tokens on disk.
-            ids = [np.array(tokenizer.encode_document(text), token_dtype(tokenizer.vocab_size)) for text in texts]
+            ids = [tokenizer.encode_document(text) for text in texts]
             size = group.text_bytes[split]
             shard = write_shard(folder, split, group.number, ids, size, tokenizer.eos_id, tokenizer.vocab_size)
             if split == "held_out":

@@ -4,7 +4,8 @@ Notable here:
 - a tokenizer trained here is lossless: decode(encode(text)) == text for every text that UTF-8 can encode;
 - a special token spelled out in a text ("</s>") is text, never the end of a document; a vocabulary in which it cannot be
   text is refused;
-- long texts are encoded in pieces, so that time and memory grow linearly.
+- long texts are encoded in pieces, so that time and memory grow linearly;
+- documents are encoded in C by models as they are trained here (`bpe.py`), with SentencePiece's ids.
 
 `prepare.py` selects the training text.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -21,8 +23,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from data import bpe
 from data.ends import EOS_NAMES, SAVED, Ends, named_in_configs, save_ends, saved_ends
 from data.files import need
+from data.shards import token_dtype
 from kernels.common.errors import UserError, suggest
 from kernels.common.files import atomic_write, explain_os_errors
 
@@ -85,9 +91,21 @@ class Tokenizer(abc.ABC):
         """Return the ids of a text, without any begin or end token."""
         return self.encode_batch([text])[0]
 
-    def encode_document(self, text: str) -> list[int]:
-        """Return the ids of a document as it is stored: after the begin token, if there is one, and before its end."""
-        return self.encode(text) if self.bos_id is None else [self.bos_id, *self.encode(text)]
+    def encode_document(self, text: str) -> np.ndarray:
+        """Return the ids of a document as it is stored: after the begin token, if there is one, and before its end.
+
+        Their dtype is that of the disk.
+
+        Raises:
+            UserError: the vocabulary turns a part of the text into the end-of-text token.
+        """
+        ids = self._encode_long(text)
+        self._refuse_end_in(text, ids)
+        begin = [] if self.bos_id is None else [self.bos_id]
+        stored = np.empty(len(begin) + len(ids), token_dtype(self.vocab_size))
+        stored[: len(begin)] = begin
+        stored[len(begin) :] = ids
+        return stored
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode several texts.
@@ -97,15 +115,22 @@ class Tokenizer(abc.ABC):
         """
         encoded = self._encode_batch(texts)
         for text, ids in zip(texts, encoded, strict=True):
-            if self.eos_id in ids:
-                raise UserError(
-                    f"{self.name} turns a part of a text that begins {text[:40]!r} into its end-of-text token "
-                    f"{self.token(self.eos_id)!r}: name a token that no text becomes (tokenizer.eos=TOKEN)"
-                )
+            self._refuse_end_in(text, ids)
         return encoded
+
+    def _refuse_end_in(self, text: str, ids: list[int] | np.ndarray) -> None:
+        if self.eos_id in ids:
+            raise UserError(
+                f"{self.name} turns a part of a text that begins {text[:40]!r} into its end-of-text token "
+                f"{self.token(self.eos_id)!r}: name a token that no text becomes (tokenizer.eos=TOKEN)"
+            )
 
     @abc.abstractmethod
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def _encode_long(self, text: str) -> list[int] | np.ndarray:
+        """Return the ids of `_encode_batch`, for texts that are worth what it takes to be fast."""
+        return self._encode_batch([text])[0]
 
     @abc.abstractmethod
     def token(self, number: int) -> str:
@@ -246,6 +271,25 @@ class _SentencePiece(Tokenizer):
 
     def _prepare_ends(self) -> None:
         """Do nothing: control pieces are never matched, and nothing keeps other ones from it."""
+
+    @functools.cached_property
+    def _bpe(self) -> bpe.BpeEncoder | None:
+        """The encoder in C; None where SentencePiece must serve. Most who load a tokenizer encode little, and need none."""
+        encoder = bpe.of_model(self.raw) if self.exact else None
+        if encoder is None:
+            return None
+        # A version of SentencePiece may encode otherwise than the one that bpe.c follows, and folders must not differ.
+        longest = b"".join(sorted(self._bytes, key=len)[-100:]).decode("utf-8", "replace")
+        probe = (PROBE + ODD + longest).replace(SPACE, "")
+        ids = encoder.encode(probe, len(probe))
+        return encoder if ids is not None and ids.tolist() == self._model.encode(probe) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_bpe"}  # it is of this process
+
+    def _encode_long(self, text: str) -> list[int] | np.ndarray:
+        ids = None if self._bpe is None else self._bpe.encode(text, STRETCH)
+        return super()._encode_long(text) if ids is None else ids
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.exact:
