@@ -9,7 +9,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -121,6 +121,16 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def print_and_write(lines: Iterable[str], path: str | os.PathLike[str]) -> None:
+    """Print lines as they come, then write them to a file."""
+    kept = []
+    for line in lines:
+        print(line, flush=True)
+        kept.append(line)
+    with atomic_write(path) as file:
+        file.write("\n".join(kept) + "\n")
 
 
 @contextlib.contextmanager
