@@ -15,7 +15,7 @@ from kernels.common.files import explain_os_errors
 
 @contextlib.contextmanager
 def locked(folder: Path, progress: ProgressReporter, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock of a folder; wait for the processes that exclude this one.
+    """Hold the lock of a folder, which is made if it is missing; wait for the processes that exclude this one.
 
     The kernel releases it with its process, however that ends.
 
@@ -23,8 +23,10 @@ def locked(folder: Path, progress: ProgressReporter, *, shared: bool = False) ->
         shared: others may hold it as well, if they share it too.
 
     Raises:
-        UserError: the file system has no locks, or the lock's file cannot be written.
+        UserError: the folder or the lock's file cannot be written, or the file system has no locks.
     """
+    with explain_os_errors("create the folder", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
     with contextlib.ExitStack() as held:
         try:

@@ -56,8 +56,6 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, show: bool = False) ->
     if is_complete(folder):
         return folder
     progress = ProgressReporter(show)
-    with explain_os_errors("create the folder", folder):
-        folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, progress):
         if not is_complete(folder):
             with explain_os_errors("prepare", folder), progress:
@@ -81,8 +79,6 @@ def prepare_part(data: DataConfig, tokenizer: TokenizerConfig, part: Share, show
     if is_complete(folder):
         return folder
     progress = ProgressReporter(show)
-    with explain_os_errors("create the folder", folder):
-        folder.mkdir(parents=True, exist_ok=True)
     with explain_os_errors("prepare", folder), progress:
         if data.source == "blend":
             found = _existing_tokenizer(folder)

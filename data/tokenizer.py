@@ -27,7 +27,7 @@ import numpy as np
 
 from data import bpe
 from data.ends import EOS_NAMES, SAVED, Ends, named_in_configs, save_ends, saved_ends
-from data.files import need
+from data.packages import need
 from data.shards import token_dtype
 from kernels.common.errors import UserError, suggest
 from kernels.common.files import atomic_write, explain_os_errors

@@ -159,15 +159,16 @@ class Layer(nn.Module):
         Returns:
             The next x and residual.
         """
+        again = forward_pass.recompute in RECOMPUTE_ATTENTION
         x, stream = self.attention_norm(x, residual)
-        if forward_pass.recompute in RECOMPUTE_ATTENTION:
+        if again:
             with _dropped(x, self.attention_norm, stream):
                 # Recomputing stops short of the output projection's product and of its reduction: nothing needs them again.
                 x = cast("Tensor", checkpoint(self.attention, x, forward_pass, use_reentrant=False, **_NO_RANDOMNESS))
         else:
             x = self.attention(x, forward_pass)
         x, stream = self.ffn_norm(x, stream)
-        with _dropped(x, self.ffn_norm, stream) if forward_pass.recompute in RECOMPUTE_ATTENTION else nullcontext():
+        with _dropped(x, self.ffn_norm, stream) if again else nullcontext():
             return self.ffn(x, forward_pass.mesh.tensor), stream
 
 

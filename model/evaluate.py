@@ -28,7 +28,7 @@ from rich.table import Table
 
 from conf.load import find_run
 from conf.terminal import SafeConsole
-from data.files import need
+from data.packages import need
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError, suggest
 from kernels.common.files import atomic_write, explain_os_errors

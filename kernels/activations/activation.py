@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..formula import Formula
 from ..formula.symbolic import Compiled, compile_formula
-from ..rounding import E4M3, round_fp8
 from ..tensors import is_plain, on_gpu
 from . import reference
 from .telemetry import BatchStats
@@ -33,6 +32,8 @@ class ActivationBackend(Protocol):
     def forward_with_stats(
         self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], /
     ) -> tuple[Tensor, BatchStats]: ...
+
+    def forward_fp8(self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], /) -> tuple[Tensor, Tensor]: ...
 
     def backward(
         self, compiled: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool, /
@@ -127,13 +128,7 @@ class Activation:
         if not is_plain(pre):
             raise TypeError("h is written in FP8 in eager mode, of plain tensors")
         self._check_forward(pre, learned)
-        fused = getattr(self._backend(pre), "forward_fp8", None)
-        if fused is not None:
-            return fused(pre.contiguous(), learned)
-        h = self.compute(pre.float(), learned)
-        values, scale = round_fp8(h.flatten(0, -2), E4M3, rowwise=True)
-        assert scale is not None  # FP8 has one
-        return values.view(h.shape), scale.view(*h.shape[:-1], 1)
+        return self._backend(pre).forward_fp8(self.compiled, pre.contiguous(), learned)
 
     def backward(
         self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool = False

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..c.library import NAMES, load
 from ..formula.symbolic import Compiled
+from ..rounding import fp8_rows
 from . import reference
 from .c_source import source, source_with_stats
 from .telemetry import BatchStats, sums_of
@@ -45,6 +46,10 @@ class CKernels:
         h = self._empty_h(pre)
         self._call("forward", (pre, h, *_values(learned)), h)
         return h
+
+    def forward_fp8(self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """See `reference.forward_fp8`."""
+        return fp8_rows(self.forward(compiled, pre.float(), learned))
 
     @functools.cached_property
     def built_with_stats(self) -> ctypes.CDLL | None:

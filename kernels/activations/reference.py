@@ -15,6 +15,7 @@ from torch import Tensor
 from ..formula.functions import REGISTRY, implementation
 from ..formula.program import Program, run
 from ..formula.symbolic import OUTPUT, Compiled
+from ..rounding import fp8_rows
 from .telemetry import STORED, BatchStats, stats_program
 
 _BLOCK = 1 << 16  # elements; the intermediate results of a block fit a core's cache
@@ -37,6 +38,11 @@ def forward_with_stats(compiled: Compiled, pre: Tensor, learned: Sequence[Tensor
     """Return h, and the statistics of it and of the slopes (`telemetry.py`)."""
     h = forward(compiled, pre, learned)
     return h, stats_of(compiled, pre, h, learned)
+
+
+def forward_fp8(compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return h in FP8, rounded once from fp32, and its scales: see `Activation.forward_fp8`."""
+    return fp8_rows(forward(compiled, pre.float(), learned))
 
 
 def stats_of(compiled: Compiled, pre: Tensor, h: Tensor, learned: Sequence[Tensor]) -> BatchStats:

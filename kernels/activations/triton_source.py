@@ -13,10 +13,12 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 
 from ..formula.functions import REGISTRY
 from ..formula.program import INFIX, Argument, Line, Program
 from ..formula.symbolic import OUTPUT, Compiled
+from ..rounding import E4M3, TINY
 from .telemetry import STORED, stats_program
 
 _PACKAGE = __name__.rpartition(".activations.")[0]  # "kernels" or "formula_ffn", whichever this was imported as
@@ -163,7 +165,7 @@ def source_fp8(compiled: Compiled) -> str:
     largest = [*compute, f"largest = fn.maximum(largest, tl.abs({value}))", "start += TILE"]
     between = [
         # The sum is NaN where a number is not finite, which `tl.max` would ignore, and so is all of the row's product.
-        f"scale = tl.maximum(tl.max(largest), {_TINY!r}) / {_LARGEST!r} + tl.sum(largest * 0.0)",
+        f"scale = tl.maximum(tl.max(largest), {TINY!r}) / {_LARGEST!r} + tl.sum(largest * 0.0)",
         "tl.store(scales + row, scale)",
         "start = 0",
         "while start < width:",
@@ -178,7 +180,7 @@ def source_fp8(compiled: Compiled) -> str:
     return f"{_imports(compiled)}\n\n{head}{body}"
 
 
-_LARGEST, _TINY = 448.0, 1e-30  # of E4M3, as in `kernels/rounding`
+_LARGEST = torch.finfo(E4M3).max
 _ROW_HEAD = """@triton.jit(do_not_specialize=["width"])
 def forward_fp8({pointers}, width, UNIT: tl.constexpr, TILE: tl.constexpr):
     PRECISE: tl.constexpr = True

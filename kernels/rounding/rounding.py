@@ -21,7 +21,7 @@ from ..tensors import is_plain, on_gpu
 from ..triton.runtime import interpreted, serves
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-_TINY = 1e-30  # keeps the scale of zeros finite
+TINY = 1e-30  # keeps the scale of zeros finite
 _MX_BLOCK, _NV_BLOCK = 32, 16
 _E2M1_MAX = 6.0
 
@@ -42,16 +42,23 @@ def round_fp8(x: Tensor, dtype: torch.dtype, rowwise: bool) -> Rounded:
     kernels = _kernels(x)
     if kernels is not None and rowwise and x.stride(1) == 1:
         values, scale = torch.empty(x.shape, dtype=dtype, device=x.device), x.new_empty(len(x), 1, dtype=torch.float32)
-        kernels.round_rows(x, values, scale, largest, _TINY)
+        kernels.round_rows(x, values, scale, largest, TINY)
         return Rounded(values, scale)
     # One pass, which writes no magnitudes.
     amax = torch.linalg.vector_norm(x, math.inf, dim=1 if rowwise else None, keepdim=True)
-    scale = amax.float().clamp_(min=_TINY).div_(largest)
+    scale = amax.float().clamp_(min=TINY).div_(largest)
     if kernels is not None:
         values = torch.empty(x.shape, dtype=dtype, device=x.device)
         kernels.round_scaled(x, values, scale, largest)
         return Rounded(values, scale)
     return Rounded((x / scale).clamp_(-largest, largest).to(dtype).contiguous(), scale)
+
+
+def fp8_rows(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Round (..., d_ff) to E4M3 with a scale per row: the values, of the same shape, and the scales (..., 1)."""
+    values, scale = round_fp8(h.flatten(0, -2), E4M3, rowwise=True)
+    assert scale is not None  # FP8 has one
+    return values.view(h.shape), scale.view(*h.shape[:-1], 1)
 
 
 def _kernels(x: Tensor) -> ModuleType | None:
@@ -78,7 +85,7 @@ def round_nvfp4(x: Tensor) -> Rounded:
     """Round (R, K) to NVFP4: the result holds values times their blocks' scales, and the tensor's scale apart."""
     blocks, width = _blocks(x, _NV_BLOCK)
     amax = blocks.abs().amax(-1, keepdim=True)
-    whole = amax.amax().clamp_(min=_TINY) / (torch.finfo(E4M3).max * _E2M1_MAX)
+    whole = amax.amax().clamp_(min=TINY) / (torch.finfo(E4M3).max * _E2M1_MAX)
     scale = (amax / (_E2M1_MAX * whole)).to(E4M3).float()  # of a block, relative to the tensor's
     scaled = torch.where(scale > 0, blocks / (scale * whole), 0.0)
     return Rounded((round_e2m1(scaled) * scale).flatten(1)[:, :width], whole.view(1, 1))

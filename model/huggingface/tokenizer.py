@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.files import need
+from data.packages import need
 from data.tokenizer import PROBE, SPACE, Tokenizer
 from kernels.common.errors import UserError
 
