@@ -98,7 +98,9 @@ def _measured(ranks: Ranks, overrides: list[str]) -> dict[str, float]:
         measured.clear()
         engine.train_step(tokens, 1.0)
     tensor, dp_cp, stage = engine.mesh.tensor.size, engine.mesh.data_context.size, config.zero.stage
-    formula = state_bytes(shape, tensor, dp_cp, stage, config.precision.name == "bf16", batch.accumulation)
+    formula = state_bytes(
+        shape, tensor, dp_cp, stage, config.precision.name == "bf16", batch.accumulation, optimizer=config.optim.name
+    )
     own, width = rank_parameters(shape, tensor), 2 if config.precision.name == "bf16" else 4
     states = [width * own, width * own, (16 - 2 * width) * own]  # weights, gradients, optimizer
     paper = sum(size / (dp_cp if stage >= sharded else 1) for size, sharded in zip(states, (3, 2, 1), strict=True))

@@ -92,7 +92,8 @@ def _plain_loop(engine: Any) -> Callable[[torch.Tensor], Any]:
     from model.decoder import Decoder
     from model.initialise import initialise
     from model.scaling import scaling_of
-    from training.engine import parameter_groups
+    from training.optimizers import UPDATES
+    from training.optimizers.groups import parameter_groups
 
     config: Config = engine.config
     model = Decoder(engine.module.shape, config.model, engine.module.layers[0].attention.backend)
@@ -105,7 +106,7 @@ def _plain_loop(engine: Any) -> Callable[[torch.Tensor], Any]:
     groups = parameter_groups(model, config.optim, scaling_of(config.optim, engine.module.shape))
     for group in groups:
         group["params"] = [master_of[weight] for weight in group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    optimizer = UPDATES[config.optim.name](groups, config.optim)
 
     def step(tokens: torch.Tensor) -> None:
         objective, *_ = model(tokens[:, :-1], tokens[:, 1:])

@@ -21,7 +21,7 @@ from launch.ranks import Ranks, find_ranks, leave
 from model.attention import choose
 
 
-def on_ranks(world: int, module: str, arguments: list[str], timeout: float = 600.0) -> list[Any]:
+def on_ranks(world: int, module: str, arguments: list[str], timeout: float = 600.0, threads: int = 1) -> list[Any]:
     """Run `python -m MODULE --rank ARGUMENTS` as ranks of one group; return the last line of each, parsed as JSON.
 
     Raises:
@@ -33,7 +33,9 @@ def on_ranks(world: int, module: str, arguments: list[str], timeout: float = 600
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     processes = []
     for rank in range(world):
-        environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        environment = (
+            os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(threads)}
+        )
         command = [sys.executable, "-m", module, "--rank", *arguments]
         pipe = subprocess.PIPE
         processes.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))

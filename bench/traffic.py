@@ -30,7 +30,7 @@ class Traffic(TorchDispatchMode):
     """Inside this context, `sent` sums the bytes that this rank sends: {(ranks of the group, collective): bytes}.
 
     It assumes a ring of p ranks, in which each rank sends 2 n (p - 1) / p bytes for an all-reduce of n bytes, and
-    n (p - 1) / p for every other collective.
+    n (p - 1) / p for every other collective; an all-to-all of unequal parts sends all but a rank's own.
 
     Raises:
         KeyError: an unknown collective.
@@ -54,7 +54,12 @@ class Traffic(TorchDispatchMode):
         # Of a gather or scatter, one of the two arguments is the full tensor, the other a shard of it.
         full = max(_bytes(argument) for argument in arguments[:2])
         key = tuple(dist.get_process_group_ranks(group)), name
-        self.sent[key] += _RING[name] * full * (size - 1) / size
+        splits = [argument for argument in arguments if isinstance(argument, list) and len(argument) == size]
+        if name == "alltoall_base_" and splits:  # output, then input
+            numbers = [int(number) for number in splits[-1]]
+            self.sent[key] += (sum(numbers) - numbers[group.rank()]) * arguments[1].element_size()
+        else:
+            self.sent[key] += _RING[name] * full * (size - 1) / size
         self.calls[key] += 1
 
 

@@ -40,6 +40,7 @@ NOT_IN_NAME = (
     "runs",
     "resume",
     "resume_from",
+    "resume_optimizer",
     "guard",
     "logger",
     "zero",
@@ -132,7 +133,8 @@ def _over(stored: Config, overrides: list[Override]) -> Config:
         for part in path:
             target, source = target.setdefault(part, {}), source[part]
         target[name] = source[name]
-    values["runs"], values["run"] = composed.runs, composed.run
+    # Those of the command, not of the run.
+    values |= {"runs": composed.runs, "run": composed.run, "resume_optimizer": composed.resume_optimizer}
     return _from_dict(values)
 
 

@@ -158,12 +158,44 @@ class TokenizerConfig:
 class OptimConfig:
     """`optim=`: the optimizer."""
 
-    name: str = key("adamw", "adamw")
+    name: str = key("adamw", "adamw | muon, normuon: hidden matrices by these, everything else by AdamW")
     lr: float = key(3e-4, "peak learning rate")
-    beta1: float = key(0.9, "decay of the first moment")
-    beta2: float = key(0.95, "decay of the second moment")
-    eps: float = key(1e-8, "epsilon of AdamW")
+    beta1: float = key(0.9, "AdamW: decay of the first moment")
+    beta2: float = key(0.95, "AdamW: decay of the second moment; NorMuon: of rows' sizes")
+    eps: float = key(1e-8, "AdamW: epsilon")
     weight_decay: float = key(0.1, "decoupled weight decay, applied to matrices only (not to norms)")
+    momentum: float = key(0.95, "Muon: decay of the momentum", only="optim.name=muon|normuon")
+    nesterov: bool = key(True, "Muon: Nesterov's momentum", only="optim.name=muon|normuon")
+    update_scale: str = key(
+        "rms",
+        "Muon: size of an update of an m x n matrix: rms, 0.2 sqrt(max(m, n)), as large as AdamW's | spectral, "
+        "sqrt(max(1, m / n))",
+        only="optim.name=muon|normuon",
+    )
+    ns_steps: int = key(5, "Muon: Newton-Schulz steps that make an update orthogonal", only="optim.name=muon|normuon")
+    ns_coefficients: str = key(
+        "quintic", "Muon: of these steps: quintic | polar_express", only="optim.name=muon|normuon"
+    )
+    ns_dtype: str = key(
+        "auto", "Muon: dtype of these steps: auto (that of precision) | bf16 | fp32", only="optim.name=muon|normuon"
+    )
+    split_heads: bool = key(
+        False,
+        "Muon: q, k and v of each head are matrices of their own, not of all heads together",
+        only="optim.name=muon|normuon",
+    )
+    qk_clip: float = key(
+        0.0,
+        "Muon: largest attention logit that a head keeps: its rows of q and k are scaled down after a step with a larger one; "
+        "0: none",
+        only="optim.name=muon|normuon",
+    )
+    adamw_lr: Optional[float] = key(
+        None, "Muon: peak learning rate of what AdamW updates; null: optim.lr", only="optim.name=muon|normuon"
+    )
+    adamw_weight_decay: Optional[float] = key(
+        None, "Muon: weight decay of what AdamW updates; null: optim.weight_decay", only="optim.name=muon|normuon"
+    )
     clip: float = key(1.0, "maximum norm of the gradient; 0: no clipping")
     scaling: str = key(
         "none",
@@ -294,6 +326,10 @@ class Config:
     run: Optional[str] = key(None, "name of the run folder; null: derived from the model, the arm and the overrides")
     runs: str = key("runs", "folder of the run folders")
     resume: bool = key(True, "resume the run of that name; false: refuse a run that exists")
+    resume_optimizer: str = key(
+        "keep",
+        "on resuming: keep the optimizer's state, and refuse another optim | fresh: start a state anew where optim was changed",
+    )
     resume_from: Optional[str] = key(
         None, "go back to this checkpoint of the run, step_N, and set later ones aside; null: go on from the newest"
     )

@@ -10,11 +10,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conf.arms import Arm, layer_arms
 from conf.load import NOT_IN_NAME, flatten, to_dict
+from conf.optimizers import OPTIMIZERS
 from conf.overrides import TEXT_LISTS
 from conf.schema import Config, DataConfig
 from conf.urls import refuse_secrets_in
@@ -28,7 +29,11 @@ _CHOICES = {
     "ffn.backend": ("auto", "reference", "c", "triton"),
     "model.activation_checkpointing": ("false", "attention", "selective", "true"),
     "model.attention": ("auto", "flash", "sdpa", "flex", "blocks"),
-    "optim.name": ("adamw",),
+    "optim.name": OPTIMIZERS,
+    "optim.update_scale": ("rms", "spectral"),
+    "optim.ns_coefficients": ("quintic", "polar_express"),
+    "optim.ns_dtype": ("auto", "bf16", "fp32"),
+    "resume_optimizer": ("keep", "fresh"),
     "schedule.name": ("cosine", "linear", "wsd"),
     "precision.name": ("auto", "bf16", "fp32", "fp8"),
     "precision.emulate": ("none", "fp8", "mxfp8", "nvfp4"),
@@ -55,6 +60,7 @@ _POSITIVE = (
     "model.norm_eps",
     "optim.lr",
     "optim.eps",
+    "optim.ns_steps",
     "guard.skip_limit",
     "guard.spike_sigmas",
     "guard.spike_window",
@@ -79,6 +85,7 @@ _POSITIVE_OR_NULL = (
     "model.d_ff",
     "model.vocab_size",
     "model.init_std",
+    "optim.adamw_lr",
 )
 _NOT_NEGATIVE = (
     "eval_every",
@@ -94,10 +101,13 @@ _NOT_NEGATIVE = (
     "data.held_out_files",
     "guard.replicas",
     "guard.repeat",
+    "optim.adamw_weight_decay",
+    "optim.qk_clip",
+    "watchdog.minutes",
 )
 _LARGEST = 2**63 - 1
 LONGEST_NAME = 200  # bytes of a run's name; file systems take 255
-_FRACTIONS = ("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2")
+_FRACTIONS = ("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2", "optim.momentum")
 # A run may resume with other values of these: they change what is written or where it is computed, not what is learned.
 NOT_LEARNED = (
     *NOT_IN_NAME,
@@ -137,6 +147,16 @@ _ADDED = {
     "optim.scaling": "none",
     "optim.base_width": 192,
     "optim.base_layers": 4,
+    "optim.momentum": 0.95,
+    "optim.nesterov": True,
+    "optim.update_scale": "rms",
+    "optim.ns_steps": 5,
+    "optim.ns_coefficients": "quintic",
+    "optim.ns_dtype": "auto",
+    "optim.split_heads": False,
+    "optim.qk_clip": 0.0,
+    "optim.adamw_lr": None,
+    "optim.adamw_weight_decay": None,
 }
 
 
@@ -197,10 +217,8 @@ def _check_values(values: dict[str, Any]) -> None:
         if values[name] is not None and not values[name] > 0:
             raise UserError(f"{name}={values[name]} must be positive, or null")
     for name in _NOT_NEGATIVE:
-        if values[name] < 0:
+        if values[name] is not None and values[name] < 0:
             raise UserError(f"{name}={values[name]} must not be negative")
-    if (minutes := values["watchdog.minutes"]) is not None and minutes < 0:
-        raise UserError(f"watchdog.minutes={minutes} must not be negative")
     for name in _FRACTIONS:
         if not 0 <= values[name] <= 1:
             raise UserError(f"{name}={values[name]} must lie between 0 and 1")
@@ -281,6 +299,7 @@ def _check_model(config: Config) -> None:
 
 def _check_optimizer(config: Config) -> None:
     zero, schedule = config.zero, config.schedule
+    OPTIMIZERS[config.optim.name].check(config)
     if zero.stage not in (0, 1, 2, 3):
         raise UserError(f"zero.stage={zero.stage}: ZeRO has the stages 0, 1, 2 and 3")
     if zero.stage == 0 and config.precision.name in ("bf16", "fp8"):
@@ -402,8 +421,20 @@ def changed_settings(before: Mapping[str, Any] | None, config: Config) -> list[s
         return []
     defaults, now = (_ADDED | settings_of(each) for each in (Config(), config))
     old = {key: before.get(key, defaults.get(key)) for key in before.keys() | now.keys()}
-    changed = [key for key in sorted(old) if old[key] != now.get(key) and key not in _AT_START]
+    changed = [key for key in sorted(old) if old[key] != now.get(key) and not _may_change(key, config)]
     return [f"{key}: {old[key]} -> {now.get(key)}" for key in changed]
+
+
+def how_to_go_on(changed: Sequence[str]) -> str:
+    """Return what to do about changes from `differences` or `changed_settings`."""
+    only_optimizer = all(each.startswith("optim.") for each in changed)
+    fresh = ", or let its optimizer start anew (resume_optimizer=fresh)" if only_optimizer else ""
+    return f"give this run another name (run=NAME){fresh}"
+
+
+def _may_change(key: str, config: Config) -> bool:
+    """Return whether a run that goes on may have another value of a setting."""
+    return key in _AT_START or (key.startswith("optim.") and config.resume_optimizer == "fresh")
 
 
 def differences(before: Config, now: Config) -> list[str]:
@@ -414,5 +445,7 @@ def differences(before: Config, now: Config) -> list[str]:
     old, new = (_ADDED | what_is_learned(config) for config in (before, now))
     if old.get("tokenizer.path") and new.get("tokenizer.path"):  # the file may have moved; checkpoints know its hash
         new["tokenizer.path"] = old["tokenizer.path"]
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in _AT_START]
+    changed = [
+        key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _may_change(key, now)
+    ]
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed if not _PLACE_OF_TEXT.fullmatch(key)]

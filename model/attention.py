@@ -35,6 +35,7 @@ _BLOCKS_LONGEST_FP32 = 512
 # Major versions of NVIDIA's GPUs on which cuDNN's kernels come first: Hopper, where published measurements have them 1.7 to 2.3
 # times as fast as torch's own, and B200, for which these are not made. On Ampere, Ada and Blackwell workstations they are not.
 _CUDNN_FIRST = (9, 10)
+_LOGIT_ROWS = 256  # query rows whose logits `largest_logits` holds at once
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -152,6 +153,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, documents: Documents |
     if on_gpu(q) and q.dtype in _HALF and (varlen := _varlen_attn()) is not None:
         return _packed(varlen, q, k, v, documents)
     return _sdpa(q, k, v, documents.mask, causal=False)
+
+
+@torch.no_grad()
+def largest_logits(q: Tensor, k: Tensor, documents: Documents | None = None) -> Tensor:
+    """Return the largest score that the softmax of each query head sees: (H,), fp32.
+
+    It multiplies all queries and keys once more, a block of query rows at a time.
+
+    Args:
+        q: (B, S, H, E).
+        k: (B, S, K, E), where K divides H.
+        documents: as in `attend`.
+    """
+    length, dim = q.shape[1], q.shape[3]
+    largest = torch.full((q.shape[2],), -torch.inf, device=q.device)
+    grouped = q.unflatten(2, (k.shape[2], -1))  # (B, S, K, G, E)
+    place = torch.arange(length, device=q.device)
+    for first in range(0, length, _LOGIT_ROWS):
+        last = min(first + _LOGIT_ROWS, length)
+        scores = torch.einsum("brkge,bske->bkgrs", grouped[:, first:last], k[:, :last])
+        unseen = place[None, None, :last] > place[None, first:last, None]  # (1, r, s)
+        if documents is not None:
+            unseen = unseen | (documents.numbers[:, first:last, None] != documents.numbers[:, None, :last])
+        scores.masked_fill_(unseen[:, None, None], -torch.inf)
+        largest = torch.maximum(largest, scores.amax((0, 3, 4)).flatten().float())
+    return largest * dim**-0.5
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

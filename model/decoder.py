@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from conf.schema import ModelConfig
 from launch.estimate.counts import RECOMPUTE_ATTENTION, Shape
-from model.attention import Documents, attend, attend_cached
+from model.attention import Documents, attend, attend_cached, largest_logits
 from model.collectives import (
     column_parallel_linear,
     gather_sequence,
@@ -112,6 +112,7 @@ class Attention(nn.Module):
         self.head_counts = tuple(heads // mesh.tensor.size for heads in full_counts)  # on this rank
         self.qkv = shard_parameter(mesh, (sum(rows), shape.d_model), 0, rows)
         self.out = shard_parameter(mesh, (shape.d_model, rows[0]), 1)
+        self.largest_logits: Tensor | None = None  # if set, (H / TC,): training passes raise it to their largest ones
         self.q_norm = RMSNorm(shape.head_dim, model.norm_eps, mesh.tensor) if shape.qk_norm else None
         self.k_norm = RMSNorm(shape.head_dim, model.norm_eps, mesh.tensor) if shape.qk_norm else None
 
@@ -127,6 +128,9 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             (q, _), (k, _) = self.q_norm(q), self.k_norm(k)
         q, k = self.rotary(q, k, 0 if cache is None else cache.length(self.index))
+        if self.largest_logits is not None and self.training:
+            largest = largest_logits(q, k, forward_pass.documents)
+            torch.maximum(self.largest_logits, largest, out=self.largest_logits)
         if cache is None:
             mixed = attend(q, k, v, self.backend, forward_pass.documents)
         else:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.weights import MOMENTS
+from conf.optimizers import all_states
 
 
 def kind_of(values: Tensor) -> str:
@@ -43,10 +43,10 @@ def find(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def readable(stored: str) -> str:
-    """Return the stored name of a tensor as a sentence has it: "layers.0.ffn.down (exp_avg)" for a moment."""
-    for moment in MOMENTS:
-        if stored.endswith(f".{moment}"):
-            return f"{stored.removesuffix(f'.{moment}')} ({moment})"
+    """Return the stored name of a tensor as a sentence has it: "layers.0.ffn.down (exp_avg)" for a state of the optimizer."""
+    for state in all_states():
+        if stored.endswith(f".{state}"):
+            return f"{stored.removesuffix(f'.{state}')} ({state})"
     return stored
 
 

@@ -168,7 +168,7 @@ def _pieces_problem(folder: Path, index: dict[str, Any], manifest: CheckpointMan
         return "index.json is no index"
     with_state = None
     for rank in range(manifest.world):
-        problem, has_state = _file_problem(folder, rank, of_rank.pop(rank, []), manifest, state)
+        problem, has_state = _file_problem(folder, rank, of_rank.pop(rank, []), index, manifest, state)
         if problem:
             return problem
         with_state = has_state if with_state is None else with_state
@@ -180,6 +180,9 @@ def _pieces_problem(folder: Path, index: dict[str, Any], manifest: CheckpointMan
 def _entry_problem(name: str, entry: Any) -> str:
     """Return what is wrong with a parameter of the index: its pieces must cover each of its shards once."""
     shape, tensor, cut = list(entry["shape"]), entry["tensor"], entry["cut"]
+    for states in (entry.get("states", []), entry.get("row_states", [])):
+        if not isinstance(states, list) or any(type(each) is not str for each in states):
+            return f"index.json: {name} has states that are none"
     numbers = [*shape, tensor, *(number for piece in entry["pieces"] for number in piece)]
     if any(type(number) is not int or not 0 <= number < 1 << 53 for number in numbers) or tensor < 1:
         return f"index.json: {name} has a size that is none"
@@ -200,7 +203,12 @@ def _entry_problem(name: str, entry: Any) -> str:
 
 
 def _file_problem(
-    folder: Path, rank: int, pieces: list[tuple[str, list[int]]], manifest: CheckpointManifest, state: dict[str, Any]
+    folder: Path,
+    rank: int,
+    pieces: list[tuple[str, list[int]]],
+    index: dict[str, Any],
+    manifest: CheckpointManifest,
+    state: dict[str, Any],
 ) -> tuple[str, bool | None]:
     """Return how a rank's file contradicts the index or the manifest, and whether it holds state of the optimizer."""
     name = file_of(rank)
@@ -217,11 +225,17 @@ def _file_problem(
             if header.get(key) != value:
                 return f"{name} is of another {'checkpoint' if key == 'pieces' else key}", None
     has_state = any(key.endswith(f".{moment}") for moment in MOMENTS for key in stored)
-    wanted = {
-        stored_name(parameter, key): ("F32", size)
-        for parameter, (_, _, size, _) in pieces
-        for key in (("", *MOMENTS) if has_state else ("",))
-    }
+    wanted = {}
+    for parameter, (_, _, size, _) in pieces:
+        listed = index[parameter].get(
+            "states", MOMENTS if has_state else ()
+        )  # version 0.2 had one optimizer, and no list
+        wanted |= {stored_name(parameter, key): ("F32", size) for key in ("", *listed)}
+    for parameter, entry in index.items() if rank == 0 else ():
+        rows = math.prod(entry["shape"][:-1])
+        wanted |= {stored_name(parameter, key): ("F32", rows) for key in entry.get("row_states", [])}
+    if all("states" in entry for entry in index.values()):
+        has_state = None  # nothing is to be compared with other files
     if stored != wanted:
         strange = min(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
         return f"{name} and index.json differ in {strange}", None

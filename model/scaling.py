@@ -36,11 +36,16 @@ class Scaling:
     width: float = 1.0  # d_model over that of the base
     depth: float = 1.0  # layers over those of the base
 
-    def rate(self, name: str) -> float:
-        """Return the factor of a parameter's learning rate. That of its weight decay is the inverse."""
+    def rate(self, name: str, exponent: float = 1.0) -> float:
+        """Return the factor of a parameter's learning rate. That of its weight decay is the inverse.
+
+        Args:
+            exponent: e of a rate that falls with width ** e; see `Optimizer.width_exponent` of conf/optimizers.
+        """
         if name.startswith("embedding") or name.endswith("norm.weight") or ".learned." in name:
             return 1.0
-        return 1 / (self.width * self.depth) if name.endswith(OUTPUTS) else 1 / self.width
+        rate = self.width**-exponent
+        return rate / self.depth if name.endswith(OUTPUTS) else rate
 
     def deviation(self, name: str, init_std: float | None = None) -> float:
         """Return a matrix's initial standard deviation, an arm's `down_scale` aside.

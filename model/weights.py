@@ -30,6 +30,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from conf.optimizers.optimizer import ADAMW_RULE
 from conf.validate import digest
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_folder, naming
@@ -40,7 +41,8 @@ from model.parallel import ShardSpec, full_shape, shard_spec
 FORMAT = 2
 _FILE_BYTES = 2 << 30  # `save_weights` starts a new file at this size
 _INDEX_BYTES = 1 << 31  # of the longest index.json that is read
-MOMENTS = ("exp_avg", "exp_avg_sq")
+# The states of AdamW. Checkpoints whose index lists no states, of before there were other optimizers, hold these or none.
+MOMENTS = ADAMW_RULE.states
 
 
 class Piece(NamedTuple):
@@ -53,17 +55,26 @@ class Piece(NamedTuple):
 
 
 def stored_name(name: str, key: str = "") -> str:
-    """Return the name of a parameter's piece in a rank's file, or of its optimizer state `key`."""
+    """Return the name of a parameter's piece in a rank's file, or of the state `key` that the optimizer keeps of it."""
     return f"{name}.{key}" if key else name
 
 
-def index_entry(parameter: nn.Parameter, tensor: int) -> dict[str, Any]:
-    """Return the index entry, still without pieces, of a parameter of a model on `tensor` tensor ranks."""
+def index_entry(
+    parameter: nn.Parameter, tensor: int, states: Iterable[str], row_states: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return the index entry, still without pieces, of a parameter of a model on `tensor` tensor ranks.
+
+    Args:
+        states: that the optimizer keeps of it, and that every piece has beside it.
+        row_states: with one number per row of the full tensor; the file of rank 0 holds them whole.
+    """
     spec = shard_spec(parameter)
     return {
         "shape": list(full_shape(parameter, tensor)),
         "tensor": tensor if spec else 1,
         "cut": {"dim": spec.dim, "sections": list(spec.sections)} if spec else None,
+        "states": list(states),
+        "row_states": list(row_states),
         "pieces": [],
     }
 
@@ -144,7 +155,7 @@ def save_weights(path: Path, tensors: Iterable[tuple[str, Tensor]], state: dict[
         for name, tensor in tensors:
             buffered[name] = tensor.detach().to("cpu", torch.float32)
             pieces = [Piece(0, 0, tensor.numel(), len(files))]
-            index[name] = {"shape": list(tensor.shape), "tensor": 1, "cut": None, "pieces": pieces}
+            index[name] = {"shape": list(tensor.shape), "tensor": 1, "cut": None, "states": [], "pieces": pieces}
             if sum(4 * each.numel() for each in buffered.values()) >= _FILE_BYTES:
                 write()
         write()
@@ -169,11 +180,18 @@ class CheckpointReader:
         self._index: dict[str, Any] = read_object(folder / "index.json", _INDEX_BYTES)
         self._files: dict[int, Any] = {}
 
-    @property
-    def has_optimizer_state(self) -> bool:
-        """Whether the checkpoint holds the optimizer's moments; without them a run starts from zeros."""
-        name, entry = next(iter(self._index.items()))
-        return stored_name(name, MOMENTS[0]) in self._file(entry["pieces"][0][3]).keys()  # noqa: SIM118 (not a mapping)
+    def states(self, name: str) -> tuple[str, ...]:
+        """Return the names of the states that the checkpoint holds of a parameter; without any a run starts from zeros."""
+        entry = self._entry(name)
+        if "states" in entry:
+            return tuple(entry["states"])
+        names = self._file(entry["pieces"][0][3]).keys()  # of version 0.2
+        return MOMENTS if stored_name(name, MOMENTS[0]) in names else ()
+
+    def row_states(self, name: str) -> dict[str, Tensor]:
+        """Return the states of a parameter with one number per row of its full tensor, flat."""
+        keys = self._entry(name).get("row_states", [])
+        return {key: self._file(0).get_tensor(stored_name(name, key)).flatten() for key in keys}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the full shape of every parameter by name, without reading any."""

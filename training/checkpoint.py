@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from conf.validate import changed_settings
 from kernels.common.errors import ExitStatus, UserError
 from kernels.common.files import problem_of, publish, status_of
 from kernels.common.json_files import read_object
@@ -35,7 +36,6 @@ from model.health import Inspector
 from model.manifest import file_of, read_manifest
 from model.parallel import shard_spec
 from model.weights import (
-    MOMENTS,
     CheckpointReader,
     Piece,
     checkpoints,
@@ -48,7 +48,15 @@ from model.weights import (
 )
 from training import watchdog
 from training.engine import Engine
-from training.fragments import create_optimizer_state, fragments, inner_optimizer, link_optimizer_state, optimizer_steps
+from training.fragments import (
+    Fragment,
+    create_optimizer_state,
+    fragments,
+    inner_optimizer,
+    link_optimizer_state,
+    optimizer_steps,
+    row_states,
+)
 from training.resume import remove_leftovers
 from training.runfolder import periodic_losses
 
@@ -121,7 +129,7 @@ class Saver:
         if not inner_optimizer(self.engine).state:  # no step has been applied yet
             create_optimizer_state(self.engine, 0)
         link_optimizer_state(self.engine)
-        pieces, tensors = self._copy_to_host()
+        pieces, tensors = self._copy_to_host(row_states(self.engine))
         state = {**state, "optimizer_steps": optimizer_steps(self.engine)}
         self._run_id = state.get("run_id")
         blocked_seconds = time.perf_counter() - started
@@ -148,8 +156,12 @@ class Saver:
             lambda: prune(self.folder, keep_last, self._inspector.problem, self._run_id), self.folder
         ).text
 
-    def _copy_to_host(self) -> tuple[NamedPieces, dict[str, Tensor]]:
-        """Return the pieces that this rank stores, and their tensors in host buffers that the next save overwrites."""
+    def _copy_to_host(self, by_rows: dict[str, dict[str, Tensor]]) -> tuple[NamedPieces, dict[str, Tensor]]:
+        """Return the pieces that this rank stores, and their tensors in host buffers that the next save overwrites.
+
+        Args:
+            by_rows: {parameter: {state: one number per row}}, which rank 0 stores.
+        """
         tensor, data_context_rank, rank = self.engine.mesh.tensor, self.engine.mesh.data_context.rank, dist.get_rank()
         pieces, tensors = [], {}
         on_gpu = self.engine.device.type == "cuda"
@@ -159,7 +171,7 @@ class Saver:
             if not fragment.size or stored_elsewhere:
                 continue
             pieces.append((fragment.name, Piece(tensor.rank, fragment.start, fragment.size, rank)))
-            for key in ("", *MOMENTS):
+            for key in ("", *fragment.states):
                 name, values = stored_name(fragment.name, key), fragment.read(key)
                 if name not in self._host_buffers:
                     complete = fragment.size == fragment.shape.numel()
@@ -167,6 +179,8 @@ class Saver:
                     self._host_buffers[name] = torch.empty(shape, dtype=torch.float32, pin_memory=on_gpu)
                 buffer = self._host_buffers[name]
                 tensors[name] = buffer.copy_(values.view(buffer.shape), non_blocking=on_gpu)
+        for name, states in by_rows.items() if rank == 0 else ():
+            tensors |= {stored_name(name, key): values.to("cpu", copy=True) for key, values in states.items()}
         if on_gpu:
             torch.cuda.synchronize(self.engine.device)
         return pieces, tensors
@@ -223,7 +237,10 @@ class Saver:
 
         def commit() -> None:
             tensor_ranks = self.engine.mesh.tensor.size
-            index = {name: index_entry(p, tensor_ranks) for name, p in self.engine.module.named_parameters()}
+            index = {
+                each.name: index_entry(each.parameter, tensor_ranks, each.states, each.row_states)
+                for each in fragments(self.engine)
+            }
             for _, rank_pieces in gathered:
                 for name, piece in rank_pieces:
                     index[name]["pieces"].append(piece)
@@ -286,19 +303,27 @@ def _failure_of(action: Callable[[], None], path: Path) -> WriteFailure:
 def load(engine: Engine, folder: Path) -> dict[str, Any]:
     """Load a checkpoint's weights and optimizer state into the engine; return the state it was saved with. Collective.
 
-    Each rank reads what it needs from the shared files.
+    Each rank reads what it needs from the shared files. The optimizer starts anew where `resume_optimizer=fresh` lets it.
 
     Raises:
-        UserError: the checkpoint is of another model or format.
+        UserError: the checkpoint is of another model or format, or of another optimizer.
     """
     reader = CheckpointReader(folder)
-    create_optimizer_state(engine, reader.state["optimizer_steps"])
-    keys = ("", *MOMENTS) if reader.has_optimizer_state else ("",)
-    tensor = engine.mesh.tensor
+    fresh = engine.config.resume_optimizer == "fresh" and _of_another_optimizer(reader, engine)
+    create_optimizer_state(engine, 0 if fresh else reader.state["optimizer_steps"])
+    tensor, by_rows = engine.mesh.tensor, row_states(engine)
     with torch.no_grad():
         for fragment in fragments(engine):
             name, parameter, numel = fragment.name, fragment.parameter, fragment.shape.numel()
             shard = shard_spec(parameter), tensor.rank, tensor.size
+            if not fresh and (other := _other_states(reader, fragment)):
+                raise UserError(
+                    f"{folder} holds the state of another optimizer ({other}) of {name}: "
+                    "resume_optimizer=fresh starts one anew"
+                )
+            keys = ("", *(() if fresh else reader.states(name)))
+            for key, values in reader.row_states(name).items() if len(keys) > 1 else ():
+                by_rows[name][key].copy_(values)
             if fragment.size:
                 for key in keys:
                     fragment.write(
@@ -309,6 +334,22 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
                 weight = reader.shard_range(name, "", *shard, 0, numel)
                 parameter.data.copy_(weight.view(fragment.shape))
     return reader.state
+
+
+def _of_another_optimizer(reader: CheckpointReader, engine: Engine) -> bool:
+    """Return whether a checkpoint was trained with another `optim`, or holds other states than the run keeps."""
+    kept = dataclasses.replace(engine.config, resume_optimizer="keep")
+    changed = changed_settings(reader.state.get("settings"), kept)
+    return any(each.startswith("optim.") for each in changed) or any(
+        _other_states(reader, fragment) for fragment in fragments(engine)
+    )
+
+
+def _other_states(reader: CheckpointReader, fragment: Fragment) -> str:
+    """Return the states that a checkpoint holds of a parameter where they are not those that the run keeps; "": they are."""
+    stored, by_row = reader.states(fragment.name), reader.row_states(fragment.name).keys()
+    same = not stored or ({*stored}, {*by_row}) == ({*fragment.states}, {*fragment.row_states})
+    return "" if same else ", ".join((*stored, *by_row))
 
 
 def prune(folder: Path, keep_last: int, problem: Callable[[Path], str], run_id: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 arms=a,b       arms of conf/ffn                     lr=1e-4    learning rate at the smallest width
 widths=a,b     values of d_model, multiples of 16    steps=8    on one batch of random tokens
+optim=adamw    or muon, normuon
 
 The coordinate check of Yang et al. 2022 (arXiv 2203.03466): how far a few steps move the last layer's output, before the head,
 as a root mean square per coordinate. Under `optim.scaling=mup` it should not depend on the width; without, it grows until the
@@ -28,18 +29,22 @@ from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.initialise import initialise
 from model.scaling import scaling_of
-from training.engine import parameter_groups
+from training.optimizers import UPDATES, MatrixOptimizer
+from training.optimizers.groups import parameter_groups
+from training.optimizers.layout import layout_of_module
 
 _VOCABULARY, _LAYERS, _HEAD_DIM, _SEQUENCES, _LENGTH = 256, 2, 16, 8, 32
 
 
 def movement(config: Config, steps: int, seed: int = 0) -> float:
-    """Return how far some steps of AdamW on one batch of random tokens move the output before the head, per coordinate."""
+    """Return how far some steps on one batch of random tokens move the output before the head, per coordinate."""
     shape = shape_of(config, _VOCABULARY)
     scaling = scaling_of(config.optim, shape)
     decoder = Decoder(shape, config.model, "sdpa")
     initialise(decoder, shape, seed, config.model.init_std, scaling)
-    optimizer = torch.optim.AdamW(parameter_groups(decoder, config.optim, scaling), betas=(0.9, 0.95))
+    optimizer = UPDATES[config.optim.name](parameter_groups(decoder, config.optim, scaling), config.optim)
+    if isinstance(optimizer, MatrixOptimizer):
+        optimizer.attach(layout_of_module(decoder, config.optim, shape.head_dim))
     generator = torch.Generator().manual_seed(seed + 1)
     tokens = torch.randint(0, _VOCABULARY, (_SEQUENCES, _LENGTH + 1), generator=generator)
     outputs: list[torch.Tensor] = []
@@ -54,12 +59,15 @@ def movement(config: Config, steps: int, seed: int = 0) -> float:
     return float((outputs[-1] - outputs[0]).square().mean().sqrt())
 
 
-def config_of(arm: str, width: int, scaling: str, lr: float, base_width: int, layers: int = _LAYERS) -> Config:
+def config_of(
+    arm: str, width: int, scaling: str, lr: float, base_width: int, layers: int = _LAYERS, optim: str = "adamw"
+) -> Config:
     """Return a small model's configuration; the ratio of d_ff to d_model and the width of a head are always the same."""
     base = [f"optim.base_width={base_width}", f"optim.base_layers={_LAYERS}"] if scaling == "mup" else []
     model = {"d_model": width, "n_layers": layers, "n_heads": width // _HEAD_DIM, "d_ff_gated": 2 * width}
     words = [f"model.{key}={value}" for key, value in model.items()]
-    return load([f"ffn={arm}", "model=nano", *words, f"optim.lr={lr!r}", f"optim.scaling={scaling}", *base])
+    words += [f"optim={optim}", f"optim.lr={lr!r}", f"optim.scaling={scaling}", *base]
+    return load([f"ffn={arm}", "model=nano", *words])
 
 
 def exponent(widths: Sequence[int], movements: Sequence[float]) -> float:
@@ -68,7 +76,7 @@ def exponent(widths: Sequence[int], movements: Sequence[float]) -> float:
 
 
 def main(argv: list[str]) -> int:
-    defaults = {"arms": "swiglu,relu", "widths": "32,64,128,256", "lr": 1e-4, "steps": 8}
+    defaults = {"arms": "swiglu,relu", "widths": "32,64,128,256", "lr": 1e-4, "steps": 8, "optim": "adamw"}
     options = read_options(argv, defaults, {"steps": 1})
     try:
         widths = sorted({int(width) for width in options["widths"].split(",")})
@@ -79,7 +87,8 @@ def main(argv: list[str]) -> int:
     table = Table("arm", "scaling", *map(str, widths), "exponent", box=None)
     for arm in options["arms"].split(","):
         for scaling in ("none", "mup"):
-            configs = [config_of(arm, width, scaling, options["lr"], widths[0]) for width in widths]
+            chosen = {"scaling": scaling, "lr": options["lr"], "base_width": widths[0], "optim": options["optim"]}
+            configs = [config_of(arm, width, **chosen) for width in widths]
             found = [movement(config, options["steps"]) for config in configs]
             table.add_row(arm, scaling, *(f"{value:.3f}" for value in found), f"{exponent(widths, found):+.2f}")
     SafeConsole(file=sys.stdout, highlight=False, markup=False).print(table)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.ranges import SampleRanges
 from model.finite import find, kind_of, readable
-from model.weights import MOMENTS, stored_name
+from model.weights import stored_name
 from training.zero import partition_range, stage_3_parameter
 
 if TYPE_CHECKING:
@@ -105,11 +105,11 @@ def _used(engine: Engine, *_: object) -> str:
 
 def _state(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """Yield this rank's masters and moments by their stored names."""
-    from training.fragments import fragments, has_moments  # imports DeepSpeed
+    from training.fragments import fragments, has_states  # imports DeepSpeed
 
-    keys = ("", *MOMENTS) if has_moments(engine) else ("",)
+    with_states = has_states(engine)
     for fragment in fragments(engine):
-        for key in keys if fragment.size else ():
+        for key in ("", *(fragment.states if with_states else ())) if fragment.size else ():
             yield stored_name(fragment.name, key), fragment.read(key)
 
 

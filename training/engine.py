@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conf.schema import Config, OptimConfig, ParallelConfig
+from conf.schema import Config, ParallelConfig
 from conf.validate import Batch
 from data.batches import IGNORED
 from launch.estimate.counts import GATHERED_BUCKETS, Shape, overlaps
@@ -26,9 +26,12 @@ from model.decoder import Cache, Decoder
 from model.initialise import initialise
 from model.parallel import Mesh, init_mesh, shard_spec
 from model.products import products_of
-from model.scaling import Scaling, scaling_of
+from model.scaling import scaling_of
 from training.culprit import DroppedGradient
 from training.mpu import ModelParallelUnit
+from training.optimizers import UPDATES, MatrixOptimizer
+from training.optimizers.groups import parameter_groups
+from training.optimizers.qk_clip import QKClip
 from training.profiler import part
 from training.zero import fragment_mapping, index_in_group, partition_range, spoil_gradient, stage_3_parameter
 
@@ -58,6 +61,7 @@ def deepspeed_config(config: Config, batch: Batch, dtype: torch.dtype, on_gpu: b
         "communication_data_type": config.precision.reduce if bf16 else "fp32",
         "steps_per_print": 10**9,
         "zero_force_ds_cpu_optimizer": False,  # offload with torch's AdamW: nothing is compiled
+        "zero_allow_untested_optimizer": config.optim.name != "adamw",
         "zero_optimization": _zero_config(config, stage, overlaps(config.zero, on_gpu)),
         # Nobody reads it, and on a GPU it would wait for the device twice per micro-batch.
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
@@ -97,22 +101,6 @@ def _nothing_to_partition(config: Config, batch: Batch) -> bool:
     """Whether stage 1 has a single data x context rank, and so nothing to partition."""
     zero, data_context_ranks = config.zero, batch.data_parallel * config.parallel.context
     return zero.stage == 1 and not zero.offload_optimizer and data_context_ranks == 1
-
-
-def parameter_groups(model: nn.Module, optim: OptimConfig, scaling: Scaling) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups: matrices have weight decay, vectors (norms) have none.
-
-    Where rates follow width and depth, each factor has a group of its own, with a decay that moves weights as before.
-    """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        # Under ZeRO-3 a parameter's own shape is that of a placeholder.
-        is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
-        groups.setdefault((is_matrix, scaling.rate(name)), []).append(parameter)
-    return [
-        {"params": parameters, "lr": optim.lr * rate, "weight_decay": optim.weight_decay / rate if is_matrix else 0.0}
-        for (is_matrix, rate), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +159,7 @@ class Engine:
         initialise(self.module, shape, config.seed, config.model.init_std, scaling, gather)
         if not partitioned:
             self.module.to(device)
-        optim = config.optim
-        groups, betas = parameter_groups(self.module, optim, scaling), (optim.beta1, optim.beta2)
-        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+        optimizer = UPDATES[config.optim.name](parameter_groups(self.module, config.optim, scaling), config.optim)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module,
             optimizer=optimizer,
@@ -186,6 +172,13 @@ class Engine:
             self.deepspeed.enable_backward_allreduce = False
         self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.stage = settings["zero_optimization"]["stage"]
+        self.matrix_optimizer = optimizer if isinstance(optimizer, MatrixOptimizer) else None
+        if self.matrix_optimizer:
+            from training.fragments import layout_of  # imports DeepSpeed
+
+            self.matrix_optimizer.attach(layout_of(self))
+        limit = config.optim.qk_clip
+        self.qk_clip = QKClip(self.module, limit, mesh, device) if self.matrix_optimizer and limit else None
         self.dropped = DroppedGradient(self)  # the gradient of the last step that was skipped
 
     def train_step(
@@ -210,6 +203,8 @@ class Engine:
             NaN where the gradient holds one, else infinite.
         """
         self.dropped.found = None
+        if self.qk_clip:
+            self.qk_clip.reset()
         for group, peak_lr in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak_lr * lr_scale
         refused: float | None = None  # the norm of a gradient that was left out
@@ -226,6 +221,8 @@ class Engine:
                 refused = self._refused(total / self.batch.accumulation, refuse)
             if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
                 norm = self._clip_at_stage_0()
+            if self.qk_clip and self.matrix_optimizer and self.deepspeed.is_gradient_accumulation_boundary():
+                self.matrix_optimizer.row_factors = self.qk_clip.row_factors()
             with part("optimizer"):
                 self.deepspeed.step()
         if norm is None:

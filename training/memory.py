@@ -58,7 +58,7 @@ class MemoryBudget:
         """
         zero, offload = self.config.zero, self.config.zero.offload_optimizer and self.on_gpu
         arguments = (self.config.parallel.tensor, self._dp_cp, zero.stage, self.bf16, self.batch.accumulation, offload)
-        states = state_bytes(self.shape, *arguments)
+        states = state_bytes(self.shape, *arguments, optimizer=self.config.optim.name)
         if zero.offload_parameters and self.on_gpu:
             states["weights"] = 0.0
         there, what = self.available()

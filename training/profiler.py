@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kernels.common.errors import UserError
-from launch.estimate.counts import Shape, flops_per_token, rank_parameters, score_flops_per_token
+from launch.estimate.counts import Shape, by_rule, flops_per_token, score_flops_per_token
+from launch.estimate.optimizer import optimizer_flops
 from launch.estimate.step_time import loss_bytes
 
 if TYPE_CHECKING:  # bench/gpu.py uses this module where Hydra is not installed
@@ -223,7 +224,8 @@ def floors(
         return times * tokens * width * per_token / shards / bandwidth
 
     queries, keys = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
-    own = rank_parameters(shape, parallel.tensor) / (dp_cp if config.zero.stage else 1)
+    partitions, name = dp_cp if config.zero.stage else 1, config.optim.name
+    moved = by_rule(shape, parallel.tensor, name, lambda rule: rule.bytes_moved - (0 if bf16 else 2))
     return {
         "GEMM": times * tokens * (sum(by_part.values()) - scores) / shards / flops,
         "attention": times * tokens * scores / shards / flops,
@@ -231,7 +233,8 @@ def floors(
         "norm": by_bytes(3 * 10 * shape.d_model * shape.n_layers),
         "rotary": by_bytes(2 * 2 * (queries + keys) * shape.n_layers),
         "loss": times * loss_bytes(shape, tokens, width, parallel.tensor, on_gpu) / bandwidth,
-        "optimizer": (30 if bf16 else 28) * own / bandwidth,
+        "optimizer": moved / partitions / bandwidth
+        + optimizer_flops(shape, config.optim, parallel.tensor * dp_cp) / flops,
     }
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from conf.schema import Config
-from conf.validate import changed_settings
+from conf.validate import changed_settings, how_to_go_on
 from data.batches import Dataset
 from data.ranges import SampleRanges
 from kernels.common.errors import UserError
@@ -203,7 +203,7 @@ def why_unfit(path: Path, dataset: Dataset, shape: Shape, config: Config) -> str
     if reader.state["corpus_hash"] not in (None, dataset.corpus_hash):  # None: an imported model
         return f"{path} was trained on other text than what is in {dataset.folder}: {another}"
     changed = changed_settings(reader.state.get("settings"), config)
-    return f"{path} was trained with other settings ({'; '.join(changed)}): {another}" if changed else ""
+    return f"{path} was trained with other settings ({'; '.join(changed)}): {how_to_go_on(changed)}" if changed else ""
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 
 from conf.load import from_yaml, has_trained, to_yaml
 from conf.schema import Config
-from conf.validate import differences, total_steps
+from conf.validate import differences, how_to_go_on, total_steps
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors, naming
 from kernels.common.json_files import (
@@ -148,7 +148,7 @@ class RunFolder:
         changed = differences(previous, config)
         if changed:
             raise UserError(
-                f"{self.path} holds a run with other settings ({'; '.join(changed)}): give this run another name (run=NAME)"
+                f"{self.path} holds a run with other settings ({'; '.join(changed)}): {how_to_go_on(changed)}"
             )
         self.previous_steps = total_steps(previous)
         return []

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.common.errors import Failure
 from model.finite import readable
-from model.weights import MOMENTS, stored_name
+from model.weights import stored_name
 
 if TYPE_CHECKING:
     from training.engine import Engine
@@ -67,7 +67,7 @@ def _replicated(engine: Engine) -> Iterator[tuple[str, Tensor]]:
         yield name, parameter.data
         if engine.stage == 0:
             state = engine.optimizer.state.get(parameter, {})
-            yield from ((stored_name(name, moment), state[moment]) for moment in MOMENTS if moment in state)
+            yield from ((stored_name(name, key), values) for key, values in state.items() if key != "step")
 
 
 def _rows(named: list[tuple[str, Tensor]]) -> list[Tensor]:

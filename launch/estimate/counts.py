@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from conf.arms import Arm, layer_arms
+from conf.optimizers import OPTIMIZERS, Rule
 from conf.schema import Config, FFNConfig, ModelConfig, ParallelConfig, ZeroConfig
 from kernels.common.errors import UserError
 from kernels.formula import Formula
+from launch.estimate.optimizer import hidden_parameters, optimizer_working_bytes
 
 # What `flops_per_token` counts, beside every MFU that is shown.
 CONVENTION = "attention counted causal, the embedding not"
@@ -295,6 +298,12 @@ def rank_parameters(shape: Shape, tensor: int) -> int:
     return replicated + (sum(counts.values()) - replicated) // tensor
 
 
+def by_rule(shape: Shape, tensor: int, optimizer: str, value: Callable[[Rule], float]) -> float:
+    """Return the sum over a tensor rank's parameters of a value that depends on the rule which the optimizer has for them."""
+    hidden, chosen = hidden_parameters(shape, tensor), OPTIMIZERS[optimizer]
+    return value(chosen.hidden) * hidden + value(chosen.others) * (rank_parameters(shape, tensor) - hidden)
+
+
 def state_bytes(
     shape: Shape,
     tensor: int,
@@ -303,6 +312,7 @@ def state_bytes(
     bf16: bool = True,
     micro_batches: int = 1,
     offload: bool = False,
+    optimizer: str = "adamw",
 ) -> dict[str, float]:
     """Return the bytes of a rank's weights, gradients and optimizer state, without buffers of fixed size.
 
@@ -315,6 +325,7 @@ def state_bytes(
         dp_cp: ranks that ZeRO partitions over, data-parallel x context-parallel.
         micro_batches: per step and rank.
         offload: whether the optimizer state is on the host, not on the device.
+        optimizer: `optim.name`, which decides how many fp32 numbers are kept per parameter.
     """
     own, width = rank_parameters(shape, tensor), 2 if bf16 else 4
     unpartitioned = stage == 1 and dp_cp == 1 and not offload
@@ -324,10 +335,11 @@ def state_bytes(
         gradient = 4 if micro_batches > 1 else 6
     copies = bf16 or not (stage == 0 or unpartitioned)
     keeps_all = stage == 0 or (stage == 1 and micro_batches > 1)
+    kept = by_rule(shape, tensor, optimizer, lambda rule: len(rule.states))
     return {
         "weights": width * own / (dp_cp if stage >= 3 else 1),
         "gradients": gradient * own / (1 if keeps_all else dp_cp),
-        "optimizer": 0.0 if offload else (12 if copies else 8) * own / (dp_cp if stage >= 1 else 1),
+        "optimizer": 0.0 if offload else 4 * (kept + (own if copies else 0)) / (dp_cp if stage >= 1 else 1),
     }
 
 
@@ -422,7 +434,7 @@ def peak_bytes(
     """
     zero, parallel, width = config.zero, config.parallel, 2 if bf16 else 4
     offload = zero.offload_optimizer
-    states = state_bytes(shape, parallel.tensor, dp_cp, zero.stage, bf16, micro_batches, offload)
+    states = state_bytes(shape, parallel.tensor, dp_cp, zero.stage, bf16, micro_batches, offload, config.optim.name)
     own, partitions = rank_parameters(shape, parallel.tensor), dp_cp if zero.stage >= 1 else 1
     tokens = micro_batch * config.sequence_length // parallel.context
     needs = activation_bytes(shape, parallel, tokens, width, config.model.activation_checkpointing, on_gpu)
@@ -436,6 +448,7 @@ def peak_bytes(
     waiting = states["gradients"] if micro_batches > 1 else 4.0 * own if unpartitioned and bf16 else 0.0
     copies = (bf16 or zero.stage > 0) and not unpartitioned and not offload
     stepping = (4 + (2 if bf16 and zero.stage < 3 else 0)) * own / partitions if copies else 0.0
+    stepping += optimizer_working_bytes(shape, config.optim, parallel.tensor, dp_cp, zero.stage, width)
     gradients, layers, backward = states["gradients"], needs["layers"], needs["backward"]
     by_part = parameters(shape)
     last = (0 if shape.tied else by_part["embedding"]) + (by_part["attention"] + by_part["ffn"]) / shape.n_layers

@@ -106,6 +106,7 @@ def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int) -
         gradient_width=gradient_width,
         bucket=zero.bucket_elements,
         offload=zero.offload_optimizer,
+        optim=config.optim,
     )
     memory = peak_bytes(config, shape, layout.dp_cp, batch.micro_batch, batch.accumulation, bf16, layout.on_gpu)
     return Estimate(config, cluster, gpus, batch, shape, memory, layout, step_time(layout, cluster.hardware))

@@ -11,7 +11,7 @@ that a collective reaches. Everything else is counted (launch/estimate/counts.py
     data        ZeRO's traffic, less what overlaps compute (`overlapped`)
     latency     of ZeRO's rings, never overlapped: one hop per rank
     bubble      idle time of a pipeline (published runs only: pipeline parallelism is not offered here)
-    optimizer   reads and writes of the optimizer step
+    optimizer   reads and writes of the optimizer step, its matrix products, and the traffic that brings matrices together
 
 Not included: stragglers, failures, evaluation, checkpoints, input, and expert or pipeline parallelism.
 """
@@ -21,10 +21,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from conf.schema import HardwareConfig, ParallelConfig
+from conf.schema import HardwareConfig, OptimConfig, ParallelConfig
 from launch.estimate.counts import (
     Shape,
     attention_recomputed_flops,
+    by_rule,
     context_traffic,
     ffn_recomputed_flops,
     flops_per_token,
@@ -35,13 +36,12 @@ from launch.estimate.counts import (
     tensor_traffic,
     zero_traffic,
 )
+from launch.estimate.optimizer import optimizer_flops, optimizer_traffic
 
 GEMM_EFFICIENCY = 0.52
 # Of the peak in FP8, roundings apart: the gain of two published runs with FP8 over the same in bf16.
 FP8_EFFICIENCY = 0.40
 NETWORK_EFFICIENCY = 0.5
-# Read and written per parameter by a step of AdamW: three fp32 numbers both ways, gradient, weight.
-_OPTIMIZER_BYTES = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,7 @@ class ParallelLayout:
     offload: bool = False
     pipeline: int = 1
     interleaved: int = 1
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
 
     @property
     def dp_cp(self) -> int:
@@ -176,12 +177,17 @@ def step_time(
         latency = _collectives(layout, own) * (layout.dp_cp - 1) * hardware.network_latency
     partitions = layout.dp_cp if layout.stage else 1
     state_bandwidth = hardware.host_bandwidth if layout.offload else hardware.memory_bandwidth
-    optimizer = _OPTIMIZER_BYTES * own / partitions / state_bandwidth
+    moved = by_rule(shape, parallel.tensor, layout.optim.name, lambda rule: rule.bytes_moved) / layout.pipeline
+    optimizer = moved / partitions / state_bandwidth
+    optimizer += optimizer_flops(shape, layout.optim, layout.gpus) / (peak * efficiency)
+    optimizer += sent["optimizer"] / (_ring_bandwidth(layout.gpus, 1, layout, hardware) * network_efficiency)
     return StepTime(products, memory, tensor, context, data, latency, bubble, optimizer)
 
 
 def traffic(layout: ParallelLayout) -> dict[str, float]:
-    """Return the bytes that a rank sends per step to tensor ranks, to context ranks, and for ZeRO's gradients and weights."""
+    """Return the bytes that a rank sends per step to tensor ranks, to context ranks, for ZeRO's gradients and weights, and in
+    the optimizer's step.
+    """
     shape, parallel, width = layout.shape, layout.parallel, 2 if layout.bf16 else 4
     tokens = int(layout.micro_batch * layout.sequence_length / parallel.context)
     times = layout.micro_batches
@@ -195,6 +201,7 @@ def traffic(layout: ParallelLayout) -> dict[str, float]:
     if layout.dp_cp > 1:
         own = int(rank_parameters(shape, parallel.tensor) / layout.pipeline)
         sent |= zero_traffic(own, layout.dp_cp, layout.stage, times, width, layout.gradient_width)
+    sent["optimizer"] = optimizer_traffic(shape, layout.optim, parallel.tensor, layout.dp_cp, layout.stage, width)
     return sent
 
 

@@ -411,6 +411,13 @@ def test_a_run_goes_on_from_its_own_configuration(started, words, expected):
     assert changes(started, *words) == expected
 
 
+def test_that_its_optimizer_starts_anew_is_said_each_time(started):
+    path = started / "first" / "config.yaml"
+    path.write_text(path.read_text().replace("resume_optimizer: keep", "resume_optimizer: fresh"))
+    assert from_yaml(path).resume_optimizer == "fresh"
+    assert load(["run=first", f"runs={started}"]).resume_optimizer == "keep"
+
+
 @pytest.mark.parametrize(
     ("typed", "url"),
     [

@@ -13,7 +13,7 @@ import pytest
 from conf.keys import keys
 from conf.load import load
 from conf.schema import Config
-from conf.validate import NOT_LEARNED, Batch, differences, validate
+from conf.validate import NOT_LEARNED, Batch, changed_settings, differences, how_to_go_on, settings_of, validate
 from kernels import BACKENDS as KERNEL_BACKENDS
 from kernels.common.errors import UserError
 from model.attention import BACKENDS as ATTENTION_BACKENDS
@@ -53,6 +53,8 @@ MAY_BE_ZERO = {
         "model.logit_softcap",
         "optim.weight_decay",
         "optim.clip",
+        "optim.adamw_weight_decay",
+        "optim.qk_clip",
         "data.workers",
         "guard.replicas",
         "guard.repeat",
@@ -60,10 +62,10 @@ MAY_BE_ZERO = {
         "data.held_out",
         "data.held_out_files",
     ),
-    *("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2"),
+    *("schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2", "optim.momentum"),
     "zero.stage",
 }
-AT_MOST_ONE = {"schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2"}
+AT_MOST_ONE = {"schedule.warmup", "schedule.final", "schedule.decay", "optim.beta1", "optim.beta2", "optim.momentum"}
 
 
 @pytest.mark.parametrize("name", sorted(NUMBERS))
@@ -86,7 +88,7 @@ NAMES = {
     "ffn.backend": KERNEL_BACKENDS,
     "ffn.save": ("packed", "output", "everything", "input"),
     "model.attention": ATTENTION_BACKENDS,
-    "optim.name": ("adamw",),
+    "optim.name": ("adamw", "muon", "normuon"),
     "schedule.name": ("cosine", "linear", "wsd"),
     "precision.name": ("auto", "bf16", "fp32"),
     "precision.reduce": ("fp32", "bf16"),
@@ -247,6 +249,7 @@ FREE = {
         "runs",
         "resume",
         "resume_from",
+        "resume_optimizer",
         "profile",
         "steps",
         "tokens",
@@ -273,6 +276,17 @@ def test_a_run_goes_on_only_with_what_does_not_change_what_is_learned(name, kind
     found = differences(before, changed({name: new}, before))
     free = name in FREE or groups[:1] in (["logger"], ["zero"], ["parallel"], ["guard"], ["watchdog"])
     assert found == ([] if free else [f"{name}: {old} -> {new}"])
+
+
+def test_the_optimizer_may_be_another_one_only_when_its_state_starts_anew():
+    muon = changed({"optim.name": "muon", "optim.lr": 0.5})
+    found = differences(changed(), muon)
+    assert [each.partition(":")[0] for each in found] == ["optim.lr", "optim.name"]
+    assert how_to_go_on(found).endswith("or let its optimizer start anew (resume_optimizer=fresh)")
+    assert how_to_go_on([*found, "seed: 0 -> 1"]) == "give this run another name (run=NAME)"
+    fresh = dataclasses.replace(muon, resume_optimizer="fresh")
+    assert differences(changed(), fresh) == changed_settings(settings_of(changed()), fresh) == []
+    assert differences(changed(), dataclasses.replace(fresh, seed=1)) == ["seed: 0 -> 1"]
 
 
 def test_the_free_keys_exist():

@@ -263,8 +263,9 @@ class Trainer:
         self.results["values"].append(eval(expression, names | {"inner": inner_optimizer(self.engine)}))
 
 
-def script(config: str, steps: list[list[Any]]) -> dict[str, Any]:
-    """Build an engine, and run the steps with it."""
+def script(config: str, steps: list[list[Any]], prelude: str = "") -> dict[str, Any]:
+    """Run some code, build an engine, and run the steps with it."""
+    exec(prelude, {})
     trainer = Trainer(config)
     for step in steps:
         trainer.do(*step)

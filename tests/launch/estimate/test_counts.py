@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.estimate import live_tensors
 from conf.keys import choices
 from conf.load import load
+from conf.optimizers import OPTIMIZERS
 from conf.schema import Config, ParallelConfig
 from kernels import parse
 from kernels.common.errors import UserError
@@ -224,6 +225,20 @@ def test_bytes_of_weights_gradients_and_optimizer(dp_cp, stage, bf16, micro_batc
     for tensor in (1, 2):
         found = state_bytes(shape, tensor, dp_cp, stage, bf16, micro_batches)
         assert sum(found.values()) == bytes_per_parameter * rank_parameters(shape, tensor)
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_muon_keeps_one_number_per_parameter_of_a_matrix_and_adamw_two_of_the_rest(name):
+    config = config_of()
+    shape = shape_of(config)
+    for tensor, dp_cp, stage in ((1, 1, 0), (2, 1, 0), (1, 2, 1), (2, 2, 3)):
+        with torch.device("meta"):
+            named = Decoder(shape, config.model, "sdpa", mesh=Mesh(tensor=Axis(0, tensor))).named_parameters()
+            kept = sum(p.numel() * (1 if OPTIMIZERS[name].rule(n, p.ndim).name == name else 2) for n, p in named)
+        found = state_bytes(shape, tensor, dp_cp, stage, False, optimizer=name)
+        own = rank_parameters(shape, tensor)
+        assert found["optimizer"] == 4 * (kept + (own if stage else 0)) / (dp_cp if stage else 1)
+        assert found["optimizer"] < state_bytes(shape, tensor, dp_cp, stage, False)["optimizer"]
 
 
 def test_an_offloaded_optimizer_takes_nothing_on_the_device():

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from conf.load import load, read_group
-from conf.schema import ClusterConfig, ParallelConfig
+from conf.schema import ClusterConfig, OptimConfig, ParallelConfig
 from launch.estimate.counts import (
     flops_per_token,
     logits_rows,
@@ -16,6 +16,7 @@ from launch.estimate.counts import (
     tensor_traffic,
     zero_traffic,
 )
+from launch.estimate.optimizer import optimizer_flops
 from launch.estimate.step_time import (
     GEMM_EFFICIENCY,
     NETWORK_EFFICIENCY,
@@ -23,6 +24,7 @@ from launch.estimate.step_time import (
     loss_bytes,
     overlapped,
     step_time,
+    traffic,
 )
 
 H100, _ = read_group("cluster", ClusterConfig, ["cluster=h100"], "cluster")
@@ -103,3 +105,35 @@ def test_more_power_memory_and_network_are_never_slower():
         assert step_time(layout, faster).total < slow, key
     limited = step_time(layout, dataclasses.replace(H100.hardware, watts=350.0))
     assert limited.products == pytest.approx(step_time(layout, H100.hardware).products * 2 ** (1 / 3))
+
+
+def test_muon_multiplies_matrices_and_brings_them_together():
+    shape, hardware = shape_of(LLAMA), H100.hardware
+    adamw, muon = (
+        ParallelLayout(shape, 8192, 16, 8, ParallelConfig(tensor=2), stage=1, optim=OptimConfig(name=name))
+        for name in ("adamw", "muon")
+    )
+    # q and out, k and v, gate, up and down of 32 layers: five steps of X X^T, its square, and a product with X.
+    flops = (
+        32
+        * 5
+        * sum(
+            number * (4 * short**2 * long + 2 * short**3)
+            for number, short, long in ((2, 4096, 4096), (2, 1024, 4096), (3, 4096, 14336))
+        )
+    )
+    assert optimizer_flops(shape, muon.optim, 16) == flops / 16
+    assert optimizer_flops(shape, adamw.optim, 16) == 0
+    # More ranks than matrices: some rank has a whole one.
+    assert optimizer_flops(shape, muon.optim, 10**6) == 5 * (4 * 4096**2 * 14336 + 2 * 4096**3)
+    # There and back, in bf16, but for what a rank has itself.
+    hidden = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336)
+    sent = traffic(muon)["optimizer"]
+    assert sent == pytest.approx(2 * 2 * hidden / 16 * 15 / 16)
+    assert traffic(adamw)["optimizer"] == 0
+    longer = step_time(muon, hardware).optimizer - step_time(adamw, hardware).optimizer
+    computing = flops / 16 / (hardware.bf16_flops * GEMM_EFFICIENCY)
+    travelling = sent / (8 * hardware.network_bandwidth * NETWORK_EFFICIENCY)
+    less = 4 * hidden / 2 / 8 / hardware.memory_bandwidth  # bytes of the second moment, read and written in part
+    assert longer == pytest.approx(computing + travelling - less, rel=0.01)
+    assert step_time(muon, hardware).products == step_time(adamw, hardware).products
