@@ -125,12 +125,14 @@ def places(engine: Engine) -> dict[str, tuple[int, int]]:
             name: tuple(optimizer.grad_position[optimizer.get_param_id(parameter)][:2])
             for name, parameter in engine.module.named_parameters()
         }
-    flats = {flat.untyped_storage().data_ptr(): index for index, (flat, _) in enumerate(flat_parameters(engine))}
+    flats = [flat for flat, _ in flat_parameters(engine)]
+    by_storage = {flat.untyped_storage().data_ptr(): index for index, flat in enumerate(flats)}
     found = {}
     for fragment in fragments(engine):
         if fragment.size:
             master = fragment.read("")
-            found[fragment.name] = flats[master.untyped_storage().data_ptr()], master.storage_offset()
+            index = by_storage[master.untyped_storage().data_ptr()]
+            found[fragment.name] = index, master.storage_offset() - flats[index].storage_offset()
     return found
 
 

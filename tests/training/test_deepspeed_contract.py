@@ -193,6 +193,19 @@ def test_stage_0_in_fp32_neither_skips_nor_reports(corpus, one_rank):
     assert values == [0, None]  # otherwise the engine need not do both itself
 
 
+@pytest.mark.parametrize(
+    ("zero", "precision"), [("0", "fp32"), ("1", "bf16"), ("2", "fp32"), ("3", "fp32"), ("offload", "fp32")]
+)
+def test_every_fragment_is_found_in_what_the_optimizer_updates(corpus, two_ranks, zero, precision):
+    """Muon takes its matrices from there."""
+    same = "torch.equal(f.read('').flatten(), room.flat_parameters(engine)[i][0].view(-1)[o : o + f.size])"
+    each = f"[{same} for f in room.fragments(engine) if f.size for i, o in [room.places(engine)[f.name]]]"
+    expression = f"(lambda room: {each})(__import__('training.fragments').fragments)"
+    found = inspect_engine(two_ranks, corpus, [expression], before=(["train", 2],), zero=zero, precision=precision)[0]
+    assert found
+    assert all(found)
+
+
 def test_the_documented_accessors_exist():
     names = ("get_local_fp32_param", "get_local_optimizer_state", "get_local_grad")
     names += ("set_local_fp32_param", "set_local_optimizer_state")

@@ -226,6 +226,10 @@ def test_accumulation_and_offload(ran, zero):
     assert_same(ran(zero, 2, 2, True, micro_batch_size=2), ran())
 
 
+def test_an_offloaded_state_of_whole_weights(ran):
+    assert_same(ran("2", 1, 2, **{"zero.offload_optimizer": "true"}), ran())
+
+
 OPTIONS = [
     {"optim.split_heads": "true", "optim.nesterov": "false"},
     {"optim.ns_coefficients": "polar_express", "optim.ns_steps": 7, "optim.update_scale": "spectral"},

@@ -204,8 +204,7 @@ class Exchange:
         return buffer
 
     def _all_to_all(self, buffer: Tensor, sent: list[int], received: list[int]) -> Callable[[], Tensor]:
-        if len(self._holdings) == 1:
-            return lambda: buffer
+        """Start to send parts of a buffer to all ranks; return what waits for theirs."""
         target = buffer.new_empty(sum(received))
         work = dist.all_to_all_single(target, buffer, received, sent, async_op=True)
 
