@@ -21,7 +21,7 @@ class OrthogonalOptimizer(Optimizer):
     """`optim=muon`, and others whose hidden matrices are moved by nearly orthogonal updates."""
 
     @property
-    def dense(self) -> bool:
+    def whole_matrices(self) -> bool:
         return True
 
     def lr(self, optim: OptimConfig, rule: Rule) -> float:

@@ -51,7 +51,7 @@ class Optimizer:
         return tuple(dict.fromkeys((self.hidden, self.others)))
 
     @property
-    def dense(self) -> bool:
+    def whole_matrices(self) -> bool:
         """Whether an update mixes the elements of a matrix, so that it needs the whole of it."""
         return False
 

@@ -51,7 +51,7 @@ def optimizer_traffic(shape: Shape, optim: OptimConfig, tensor: int, dp_cp: int,
 
     At stage 0 every data-parallel rank holds everything: an owner gathers over tensor ranks alone, and sends to all.
     """
-    if not OPTIMIZERS[optim.name].dense:
+    if not OPTIMIZERS[optim.name].whole_matrices:
         return 0.0
     hidden, ranks = hidden_parameters(shape, 1), tensor * dp_cp
     share = hidden / ranks
@@ -66,7 +66,7 @@ def optimizer_working_bytes(shape: Shape, optim: OptimConfig, tensor: int, dp_cp
     Of a round there are the results, and these packed and received. Where there are several, one more is going out and coming
     in while another one is coming back.
     """
-    if not OPTIMIZERS[optim.name].dense:
+    if not OPTIMIZERS[optim.name].whole_matrices:
         return 0.0
     largest = max(rows * columns for rows, columns in logical_matrices(shape, optim.split_heads))
     share = max(hidden_parameters(shape, 1) / (tensor * dp_cp), largest)
