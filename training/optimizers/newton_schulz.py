@@ -46,7 +46,7 @@ def orthogonalise(matrices: Tensor, polynomials: list[tuple[float, float, float]
     precise = torch.promote_types(wide.dtype, torch.float32)
     norms = torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True, dtype=precise)
     x = wide * (1 / (norms * _SAFETY + 1e-7)).to(wide.dtype)
-    if wide.dtype in _PRECISE and _by_gram_is_less(*wide.shape[1:], len(polynomials)):
+    if wide.dtype in _PRECISE and _by_gram_is_less(wide.shape[1], wide.shape[2], len(polynomials)):
         x = _by_gram(x, polynomials)
         return x if wide is matrices else x.mT
     for a, b, c in polynomials:
