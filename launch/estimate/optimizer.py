@@ -13,7 +13,7 @@ from conf.schema import OptimConfig
 if TYPE_CHECKING:
     from launch.estimate.counts import Shape
 
-_ROUND_ELEMENTS = 2**24  # of an owner's matrices in one round, as in training/optimizers/exchange.py
+ROUND_ELEMENTS = 2**24  # of a rank's matrices that are brought together at once, unless a single one has more
 
 
 def logical_matrices(shape: Shape, split_heads: bool = False) -> dict[tuple[int, int], int]:
@@ -70,7 +70,7 @@ def optimizer_working_bytes(shape: Shape, optim: OptimConfig, tensor: int, dp_cp
         return 0.0
     largest = max(rows * columns for rows, columns in logical_matrices(shape, optim.split_heads))
     share = max(hidden_parameters(shape, 1) / (tensor * dp_cp), largest)
-    size = min(share, max(_ROUND_ELEMENTS, largest))
+    size = min(share, max(ROUND_ELEMENTS, largest))
     if tensor * dp_cp == 1:
         return 2.0 * width * size
     received = size if stage else size * dp_cp  # at stage 0 every rank receives the results of all

@@ -30,7 +30,7 @@ STEPS = 10
 # Sums of fp32 numbers in another order, as in test_parallel.py.
 FP32 = 1e-5
 MUON = {"optim": "muon", "optim.lr": 0.02, "optim.weight_decay": 0.2, "optim.adamw_lr": 0.01}
-ROUNDS = "setattr(__import__('sys').modules['training.optimizers.exchange'], '_ROUND_ELEMENTS', {})"
+ROUNDS = "setattr(__import__('sys').modules['training.optimizers.exchange'], 'ROUND_ELEMENTS', {})"
 
 
 @pytest.fixture(scope="session")

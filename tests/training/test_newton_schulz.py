@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from training.optimizers import exchange
 from training.optimizers.exchange import Holding, MatrixPiece, deal
 from training.optimizers.matrices import Matrix
 from training.optimizers.muon import update_scale
@@ -98,3 +99,10 @@ def test_pieces_are_the_overlap_of_a_rank_s_elements_with_each_matrix():
         MatrixPiece(1, 0, 5),
     ]
     assert Holding(1, 0, {"w": (0, 0), "v": (5, 3)}).pieces(matrices) == [MatrixPiece(2, 5, 3)]
+
+
+def test_a_round_holds_no_more_than_its_elements_unless_one_matrix_does(monkeypatch):
+    monkeypatch.setattr(exchange, "ROUND_ELEMENTS", 100)
+    small, large = (Matrix("w", rows, 10, 0, 0, 0, (0,)) for rows in (5, 20))
+    owners = [0, 0, 0, 1, 1]
+    assert exchange._rounds_of([small, small, small, large, small], owners, 2) == [0, 0, 1, 1, 0]

@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launch.estimate.optimizer import ROUND_ELEMENTS
 from training.optimizers.matrices import Matrix
-
-_ROUND_ELEMENTS = 2**24  # of an owner's matrices in one round, unless a single one has more
 
 
 class MatrixPiece(NamedTuple):
@@ -268,7 +267,7 @@ def _rounds_of(matrices: Sequence[Matrix], owners: Sequence[int], ranks: int) ->
     rounds, filled = [0] * len(matrices), [[0, 0] for _ in range(ranks)]  # the round of each owner, and its elements
     for number in sorted(range(len(matrices)), key=lambda number: (matrices[number].rows, matrices[number].columns)):
         elements, own = matrices[number].rows * matrices[number].columns, filled[owners[number]]
-        if own[1] and own[1] + elements > _ROUND_ELEMENTS:
+        if own[1] and own[1] + elements > ROUND_ELEMENTS:
             own[:] = [own[0] + 1, 0]
         own[1] += elements
         rounds[number] = own[0]
