@@ -14,6 +14,9 @@ l = n_layers / base_layers, relative to a model of the base's shape:
 
 The factors 1/w on logits and 1/l on branches are part of the weights, which AdamW moves in proportion to its rate alone; so
 nothing is multiplied in a forward pass. Widths of heads and the ratio of d_ff to d_model are meant to stay as they are.
+
+For orthogonal updates (Muon), 1/w in the rates of hidden matrices is 1/sqrt(w) where the elements of an update keep their size,
+and 1 where its largest singular value has: all of them are alike, while the largest of Adam's update grows with the width.
 """
 
 from __future__ import annotations
