@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from bench.overhead import ratios_of_medians
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
 from bench.train import machine
 from kernels.common.commands import run_command
@@ -84,11 +85,7 @@ def _rows(name: str, world: int, steps: int, overrides: list[str]) -> list[str]:
     lines = []
     for optimizer in OPTIMIZERS:
         own = statistics.median(seconds[optimizer])
-        third = max(1, steps // 3)
-        ratios = [
-            statistics.median(seconds[optimizer][span]) / statistics.median(seconds["adamw"][span])
-            for span in (slice(None), *(slice(start, start + third) for start in range(0, 3 * third, third)))
-        ]
+        ratios = ratios_of_medians(seconds[optimizer], seconds["adamw"])
         share = max(rank["computing"][optimizer] for rank in ranks) / sum(seconds[optimizer])
         beside = f"{ratios[0]:.2f} ({min(ratios[1:]):.2f} to {max(ratios[1:]):.2f}) | {share:.1%}"
         lines.append(

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         seconds = on_ranks(world, "bench.overhead", arguments)[0]
         baseline, *others = seconds
         for name in others:
-            ratios = _ratios(seconds[name], seconds[baseline])
+            ratios = ratios_of_medians(seconds[name], seconds[baseline])
             comparison = f"{name} / {baseline}, {world} rank(s), {precision}"
             result["ratios"][comparison] = ratios
             print(f"{comparison}: {ratios[0]:.3f} ({min(ratios[1:]):.3f} to {max(ratios[1:]):.3f})", flush=True)
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
         file.write("\n")
 
 
-def _ratios(a: list[float], b: list[float]) -> list[float]:
+def ratios_of_medians(a: list[float], b: list[float]) -> list[float]:
     """Return the ratio of the medians, over all steps and over each third of them."""
     third = len(a) // 3
     spans = [slice(None), *(slice(n * third, (n + 1) * third) for n in range(3))]

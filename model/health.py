@@ -227,9 +227,8 @@ def _file_problem(
     has_state = any(key.endswith(f".{moment}") for moment in MOMENTS for key in stored)
     wanted = {}
     for parameter, (_, _, size, _) in pieces:
-        listed = index[parameter].get(
-            "states", MOMENTS if has_state else ()
-        )  # version 0.2 had one optimizer, and no list
+        # Version 0.2 had one optimizer, and no list.
+        listed = index[parameter].get("states", MOMENTS if has_state else ())
         wanted |= {stored_name(parameter, key): ("F32", size) for key in ("", *listed)}
     for parameter, entry in index.items() if rank == 0 else ():
         rows = math.prod(entry["shape"][:-1])

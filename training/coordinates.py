@@ -66,7 +66,7 @@ def config_of(
     base = [f"optim.base_width={base_width}", f"optim.base_layers={_LAYERS}"] if scaling == "mup" else []
     model = {"d_model": width, "n_layers": layers, "n_heads": width // _HEAD_DIM, "d_ff_gated": 2 * width}
     words = [f"model.{key}={value}" for key, value in model.items()]
-    words += [f"optim={optim}", f"optim.lr={lr!r}", f"optim.scaling={scaling}", *base]
+    words += [f"optim={optim}", "optim.beta2=0.95", f"optim.lr={lr!r}", f"optim.scaling={scaling}", *base]
     return load([f"ffn={arm}", "model=nano", *words])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from conf.optimizers import OPTIMIZERS
-from model.parallel import full_shape
 from training.optimizers import MatrixOptimizer
 from training.optimizers.exchange import Holding
 from training.optimizers.layout import MatrixLayout, dtype_of, is_hidden
@@ -149,7 +147,6 @@ def layout_of(engine: Engine) -> MatrixLayout:
     return MatrixLayout(
         optim,
         [m for name, each in parameters.items() for m in logical_matrices(name, each, mesh.tensor.size, head_dim)],
-        {name: math.prod(full_shape(each, mesh.tensor.size)[:-1]) for name, each in parameters.items()},
         [flat for flat, _ in flat_parameters(engine)],
         found,
         {name: index for _, theirs in everyone for name, index in theirs.items()},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ class MatrixLayout:
 
     Args:
         matrices: the same on every rank.
-        rows: {parameter: its rows}, those of all leading dimensions counted.
         tensors: that the optimizer is given, on every rank in the same order.
         places: {parameter: (index of the tensor, first element there)} of what this rank holds.
         index_of: {parameter: index of the tensor}, of those that only other ranks hold, too.
@@ -32,7 +30,6 @@ class MatrixLayout:
 
     optim: OptimConfig
     matrices: list[Matrix]
-    rows: dict[str, int]
     tensors: list[Tensor]
     places: dict[str, tuple[int, int]]
     index_of: dict[str, int]
@@ -71,7 +68,6 @@ def layout_of_module(module: nn.Module, optim: OptimConfig, head_dim: int | None
     return MatrixLayout(
         optim,
         [matrix for name, each in named.items() for matrix in logical_matrices(name, each, 1, heads)],
-        {name: math.prod(each.shape[:-1]) for name, each in named.items()},
         list(named.values()),
         {name: (index, 0) for name, index in indices.items()},
         indices,

@@ -43,9 +43,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": optim.lr, "weight_decay": 0.0})
         self.optim, self._polynomials = optim, coefficients(optim.ns_coefficients, optim.ns_steps)
         self.layout: MatrixLayout | None = None
-        self.row_factors: dict[
-            str, Tensor
-        ] = {}  # {parameter: (rows,)}: what multiplies those of a shard after an update
+        # {parameter: (rows,)}: what multiplies the rows of a shard after an update.
+        self.row_factors: dict[str, Tensor] = {}
         self.matrix_groups: dict[tuple[int, ...], MatrixGroup] = {}  # by the tensors of a step
 
     def attach(self, layout: MatrixLayout) -> None:

@@ -24,10 +24,15 @@ class NorMuon(Muon):
 
     def attach(self, layout: MatrixLayout) -> None:
         super().attach(layout)
-        self._variances = torch.zeros(sum(layout.rows.values()), device=layout.device)
-        self._of_parameter = dict(
-            zip(layout.rows, self._variances.split(list(layout.rows.values())), strict=True)
-        )  # views
+        rows: dict[str, int] = {}
+        for matrix in layout.matrices:
+            rows[matrix.parameter] = rows.get(matrix.parameter, 0) + matrix.rows
+        self._rows, self._variances = rows, torch.zeros(sum(rows.values()), device=layout.device)
+        self._of_parameter = self._by_parameter(self._variances)
+
+    def _by_parameter(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return the views {parameter: (rows,)} of a number per row of all of them."""
+        return dict(zip(self._rows, flat.split(list(self._rows.values())), strict=True))
 
     def compute(self, group: MatrixGroup, numbers: list[int], matrices: Tensor) -> Tensor:
         updates = super().compute(group, numbers, matrices).float()
@@ -44,7 +49,7 @@ class NorMuon(Muon):
         """Return {parameter: {"row_variance": (rows,)}}, brought together from the owners of the matrices. Collective."""
         if self.matrix_groups and dist.get_world_size() > 1:
             own = torch.zeros_like(self._variances)
-            parts = dict(zip(self._of_parameter, own.split([*map(len, self._of_parameter.values())]), strict=True))
+            parts = self._by_parameter(own)
             for group in self.matrix_groups.values():
                 for matrix, owner in zip(group.exchange.matrices, group.exchange.owners, strict=True):
                     if owner == dist.get_rank():
