@@ -55,16 +55,20 @@ def parameters_of(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _drawn(formula: Formula) -> Sketch:
+    from kernels.formula.compiled import compile_formula
+    from kernels.formula.gaussian import gaussian_reductions
     from kernels.formula.program import run
     from kernels.formula.safety import NUMPY
-    from kernels.formula.symbolic import compile_formula
 
     x = np.linspace(-REACH, REACH, _POINTS)
     argument = formula.pre_activations[0]
     values: dict[str, Any] = {name: np.float64(1) for name in (*formula.pre_activations, "dh")}
     values |= {name: np.float64(p.init) for name, p in formula.learned.items()} | {argument: x}
+    compiled = compile_formula(formula)
+    # A channel of many standard normal ones, whose reductions it does not move.
+    values |= dict.fromkeys(compiled.backward.inputs, np.float64(0)) | gaussian_reductions(compiled) | values
     with np.errstate(all="ignore"):
-        results = run(compile_formula(formula).backward_with_h, NUMPY, values)
+        results = run(compiled.backward_with_h, NUMPY, values)
     h, slope = (_points(x, np.broadcast_to(results[name], x.shape)) for name in ("h", f"d{argument}"))
     return Sketch(f"h and its slope over {argument} from -{REACH:g} to {REACH:g}", h, slope, _y(0.0))
 

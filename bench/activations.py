@@ -187,7 +187,7 @@ def _build_times() -> dict[str, Any]:
     from bench.formulas import formulas
     from kernels import parse
     from kernels.activations import c_source
-    from kernels.formula.symbolic import compile_formula
+    from kernels.formula.compiled import compile_formula
 
     sources = [c_source.source(compile_formula(parse(*arm))) for arm in formulas().values()]
     workers = len(os.sched_getaffinity(0))

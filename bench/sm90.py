@@ -20,11 +20,11 @@ import torch
 
 from bench.formulas import formulas
 from kernels import parse
-from kernels.activations import triton_backend, triton_source
+from kernels.activations import triton_backend, triton_rows, triton_source
 from kernels.common.commands import run_command
 from kernels.common.errors import unknown
 from kernels.common.options import read_positional
-from kernels.formula.symbolic import Compiled, compile_formula
+from kernels.formula.compiled import Compiled, compile_formula
 from kernels.triton import runtime
 
 RESULT = Path(__file__).parent / "results" / "sm90.md"
@@ -39,7 +39,7 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 class Kernel:
     """One kernel in machine code."""
 
-    name: str  # forward, backward, backward_with_h or statistics
+    name: str  # forward, backward, backward_with_h or statistics; forward_row and so on of a formula with reductions
     registers: int  # per thread
     spilled: int  # bytes of local memory per thread
     loads: int  # bits of the narrowest load from global memory, except of layer-wide parameters; 128 is the widest; 0: no load
@@ -67,15 +67,25 @@ def offline(
         ImportError: Triton is not installed.
         RuntimeError: kernels are interpreted in this process (TRITON_INTERPRET).
     """
-    module = runtime.load(triton_source.source(compiled))
-    constants = {"UNIT": 8 if width_is_multiple_of_8 else 1, "TILE": triton_backend.TILE}
-    functions = [getattr(module, name) for name in ("forward", "backward", "backward_with_h")]
-    functions.append(runtime.load(triton_source.source_with_stats(compiled)).statistics)
+    unit = 8 if width_is_multiple_of_8 else 1
+    if compiled.reductions.all:  # the longest rows that a program holds
+        rows = runtime.load(triton_rows.source_of_rows(compiled))
+        longest = {
+            "forward_row": triton_backend.LONGEST_FORWARD,
+            "backward_row": triton_backend.LONGEST_BACKWARD,
+            "backward_row_with_h": triton_backend.LONGEST_BACKWARD,
+        }
+        functions = [(getattr(rows, name), tile, triton_backend.warps_of_row(tile)) for name, tile in longest.items()]
+    else:
+        module = runtime.load(triton_source.source(compiled))
+        kernels = [getattr(module, name) for name in ("forward", "backward", "backward_with_h")]
+        kernels.append(runtime.load(triton_source.source_with_stats(compiled)).statistics)
+        functions = [(kernel, triton_backend.TILE, triton_backend.WARPS) for kernel in kernels]
     result = []
-    for function in functions:
+    for function, tile, warps in functions:
         kinds = {argument: _kind(argument, dtype) for argument in function.arg_names}
-        code = machine_code(function, kinds, constants, triton_backend.WARPS)
-        result.append(_read(function.__name__, code, compiled, dtype))
+        code = machine_code(function, kinds, {"UNIT": unit, "TILE": tile}, warps)
+        result.append(_read(function.__name__, code, compiled, dtype, tile // (32 * warps)))
     return result
 
 
@@ -133,27 +143,32 @@ def machine_code(
     return Code(resources["REG"], resources["STACK"] + resources["LOCAL"], text)
 
 
+_IN_FP32 = ("at_", "sums_", "totals", "active", "reduced", "adjoints", "partial")
+
+
 def _kind(argument: str, dtype: torch.dtype) -> str:
     if argument.isupper():
         return "constexpr"
     if argument in ("pre", "h", "dh", "dpre"):
         return f"*{_NAMES[dtype]}"
-    return "*fp32" if argument.startswith(("at_", "sums_", "totals", "active")) else "i32"
+    return "*fp32" if argument.startswith(_IN_FP32) else "i32"
 
 
-def _read(name: str, code: Code, compiled: Compiled, dtype: torch.dtype) -> Kernel:
+def _read(name: str, code: Code, compiled: Compiled, dtype: torch.dtype, elements: int) -> Kernel:
+    """Read the machine code of a kernel with so many elements per thread."""
     body = _hot(instructions(code.text))
     pre = len(compiled.formula.pre_activations)
     # Tensors read and written. The kernel with telemetry runs every `telemetry_every` steps and has no budget.
-    moved = {"forward": pre + 1, "backward": 2 * pre + 1, "backward_with_h": 2 * pre + 2}.get(name, math.inf)
-    scalars = sum(learned.share == "layer" for learned in compiled.formula.learned.values()) if name == "forward" else 0
-    elements = triton_backend.TILE // (32 * triton_backend.WARPS)
+    kind = name.replace("_row", "")
+    moved = {"forward": pre + 1, "backward": 2 * pre + 1, "backward_with_h": 2 * pre + 2}.get(kind, math.inf)
+    scalars = sum(learned.share == "layer" for learned in compiled.formula.learned.values()) if kind == "forward" else 0
+    numbers = len(compiled.reductions.names) if kind == "forward" else 0  # per row, stored one by one
     return Kernel(
         name,
         registers=code.registers,
         spilled=code.spilled,
         loads=next(iter(code.bits("LDG")[scalars:]), 0),
-        stores=code.bits("STG")[0],
+        stores=code.bits("STG")[numbers],
         budget=moved * dtype.itemsize * BUDGET,
         instructions=len(body) / elements,
         function_unit=sum("MUFU" in line for line in body) / elements,
@@ -217,7 +232,14 @@ def main(argv: list[str]) -> None:
     text = table(chosen or list(formulas()))
     if not chosen:
         RESULT.write_text(
-            _PAGE.format(version=triton.__version__, tile=triton_backend.TILE, table=text), encoding="utf-8"
+            _PAGE.format(
+                version=triton.__version__,
+                tile=triton_backend.TILE,
+                forward=triton_backend.LONGEST_FORWARD,
+                backward=triton_backend.LONGEST_BACKWARD,
+                table=text,
+            ),
+            encoding="utf-8",
         )
     print(text, end="")
 
@@ -227,7 +249,8 @@ _PAGE = """# The Triton kernels in machine code for Hopper
 Made by `python -m bench.sm90` with Triton {version}, without a GPU: bf16, d_ff % 8 == 0, tiles of {tile} columns.
 The budget is the number of instructions that an H200 can issue while the element's bytes move, at 4.3 TB/s. An instruction of
 the function unit (exp2, log2, 1/x) takes the issue slots of 8 others. `statistics` is the forward kernel with telemetry, which
-runs every `telemetry_every` steps and has no budget. No time was measured.
+runs every `telemetry_every` steps and has no budget. A formula that reduces over d_ff has kernels whose programs hold a whole
+row: these are of the longest that they take, {forward:,} channels forward and {backward:,} backward. No time was measured.
 
 {table}"""
 

@@ -20,6 +20,9 @@ A formula that is refused is one sentence with a caret under the place, and exit
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +37,9 @@ if TYPE_CHECKING:
     import sympy
 
     from .activations.properties import Curve, Properties
+    from .formula.compiled import Compiled
     from .formula.program import Program
-    from .formula.symbolic import Compiled
+    from .formula.reductions import Reductions
 
 _NOTATION = {  # of functions in derivatives that the registry does not have
     "where_gt": "where({0} > {1}, {2}, {3})",
@@ -55,8 +59,8 @@ def main(argv: list[str]) -> None:
         FormulaError: the formula or a parameter is refused; nothing has been compiled.
     """
     formula, options = _read(argv)
+    from .formula.compiled import compile_formula
     from .formula.domains import check_domains
-    from .formula.symbolic import compile_formula
 
     check_domains(formula)
     compiled = compile_formula(formula)  # all refusals come before torch is imported, which takes a second or two
@@ -145,7 +149,23 @@ def _formula(compiled: Compiled) -> list[str]:
     lines += [f"  parameters: {', '.join(filter(None, (learned, fixed)))}"] if learned or fixed else []
     lines += ["", f"  {'h':<12} = {notation(compiled.expression)}"]
     lines += [f"  {f'dh/d{name}':<12} = {notation(slope)}" for name, slope in compiled.slopes.items()]
-    return lines
+    for r in compiled.reductions.all:
+        epsilon = f", {r.epsilon:g}" if r.epsilon else ""
+        value = f"{r.kind}({notation(r.argument)}{epsilon})"
+        lines.append(f"  {r.labels[r.value]:<12} = {value}, per token; constant in the slopes above")
+    labels = _labels(compiled.reductions)
+    return [_labelled(line, labels) for line in lines]
+
+
+def _labels(reductions: Reductions) -> dict[str, str]:
+    from .formula.reductions import COLUMN
+
+    return {name: label for r in reductions.all for name, label in r.labels.items()} | {COLUMN: "channel"}
+
+
+def _labelled(text: str, labels: Mapping[str, str]) -> str:
+    """Return a text in which reductions have the names that a person reads."""
+    return re.sub(r"\b0[a-z][0-9]*\b", lambda match: labels.get(match[0], match[0]), text)
 
 
 def notation(expression: sympy.Expr) -> str:
@@ -171,18 +191,19 @@ def notation(expression: sympy.Expr) -> str:
 
 
 def _cost(compiled: Compiled) -> list[str]:
-    from .activations.properties import bytes_moved, cost, saved_by_eager
+    from .activations.properties import bytes_moved, costs, saved_by_eager
 
-    def line(program: Program) -> str:
-        return ", ".join(f"{count} {name}" for name, count in sorted(cost(program).items())) or "none"
+    def line(counts: Counter[str]) -> str:
+        return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
 
+    operations = costs(compiled)
     moved = bytes_moved(compiled.formula)
     saved = 2 * len(compiled.formula.pre_activations)
     without_h, with_h = saved_by_eager(compiled.formula)
     return [
         "operations per element",
-        f"  forward                  {line(compiled.forward)}",
-        f"  backward                 {line(compiled.backward)}",
+        f"  forward                  {line(operations['forward'])}",
+        f"  backward                 {line(operations['backward'])}",
         "bytes per element of h, in bf16",
         f"  moved                    forward {moved['forward']}, backward {moved['backward']}"
         f" ({moved['backward with h']} where h is recomputed)",
@@ -222,22 +243,31 @@ def _curve(curve: Curve) -> list[str]:
 
 
 def _code(compiled: Compiled, options: dict[str, Any]) -> list[str]:
-    from .activations import c_source, triton_source
+    from .activations import c_rows, c_source, triton_rows, triton_source
 
+    reductions = compiled.reductions
     if options["c"]:
-        lines = ["C", c_source.source(compiled)]
+        lines = ["C", c_rows.source_of_rows(compiled) if reductions.all else c_source.source(compiled)]
     else:
-        lines = ["C, inside the loop of the forward kernel (fp32; --c prints everything)", *_body(compiled.forward)]
-        lines += ["inside the loop of the backward kernel", *_body(compiled.backward)]
+        lines = ["C, inside the loop of the forward kernel (fp32; --c prints everything)"]
+        lines += _bodies([each.program for each in reductions.forward], compiled.forward, reductions)
+        lines += ["inside the loop of the backward kernel"]
+        lines += _bodies([each.program for each in reductions.backward], compiled.backward, reductions)
     if options["triton"]:
         lines += ["", "Triton", triton_source.source(compiled)]
+        lines += [triton_rows.source_of_rows(compiled)] if reductions.all else []
     return lines
 
 
-def _body(program: Program) -> list[str]:
+def _bodies(passes: Sequence[Program], last: Program, reductions: Reductions) -> list[str]:
+    """Print the loops over a row: those of its passes that reduce, then that which writes."""
     from .activations.c_source import body
 
-    return [f"    {line}" for line in body(program).splitlines()]
+    labels = _labels(reductions)
+    parts = [
+        f"    {_labelled(line, labels)}" for program in (*passes, last) for line in [*body(program).splitlines(), ""]
+    ]
+    return parts[:-1]
 
 
 # ------------------------------------------------------------------------------------------------------------ plotting

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,21 +28,22 @@ from torch import Tensor, nn
 from conf.schema import FFNConfig
 from kernels import FormulaError, activation
 from kernels.activations.activation import Activation
+from kernels.activations.reductions import Ranks
 from kernels.activations.telemetry import ActivationStats
 from kernels.common.errors import UserError
 from kernels.formula import Formula
 from kernels.formula.gaussian import gaussian_rms, gaussian_std
 from launch.estimate.counts import FFNShape
-from model.collectives import Pending, all_reduce, gather_tokens, reduce_partial
+from model.collectives import Pending, all_gather, all_reduce, gather_tokens, reduce_partial
 from model.parallel import Axis, Mesh, shard_parameter
 from model.products import PLAIN, Products
 
 
-def _initial_size(ffn: FFNConfig, formula: Formula) -> tuple[float, str]:
+def _initial_size(ffn: FFNConfig, formula: Formula, width: int) -> tuple[float, str]:
     """Return what the initial down projections of all arms make equal, of h for normal pre-activations, and its name."""
     if ffn.init_match == "std":
-        return gaussian_std(formula), "standard deviation"
-    return gaussian_rms(formula), "root mean square"
+        return gaussian_std(formula, width), "standard deviation"
+    return gaussian_rms(formula, width), "root mean square"
 
 
 def check_arms(
@@ -62,7 +63,8 @@ def check_arms(
     messages: list[str] = []
     for arm, layers in itertools.groupby(shapes, key=lambda shape: shape.arm):  # once per run of equal layers
         try:
-            function = activation(next(layers).formula, backend=arm.backend)
+            shape = next(layers)
+            function = activation(shape.formula, backend=arm.backend)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 function.prepare(device, dtype, statistics)
@@ -71,7 +73,7 @@ def check_arms(
         except (ValueError, ImportError) as error:  # the backend does not compute this, or is not installed
             raise UserError(f"ffn.backend={arm.backend}: {error}") from error
         messages += [str(warning.message) for warning in caught]
-        size, name = _initial_size(arm, function.formula)
+        size, name = _initial_size(arm, function.formula, shape.d_ff)
         if arm.init_scale is None and not 0 < size < math.inf:
             raise UserError(
                 f"ffn={arm.name}: for normal pre-activations the {name} of {arm.formula} is {size:g}, so the "
@@ -124,7 +126,7 @@ class FeedForward(nn.Module):
             return self.arm.init_scale
         formula = self.activation.formula
         (of_swiglu, _), (own, _) = (
-            _initial_size(self.arm, f) for f in (activation("silu(gate) * up").formula, formula)
+            _initial_size(self.arm, f, self.d_ff) for f in (activation("silu(gate) * up").formula, formula)
         )
         return of_swiglu / own * (formula.matrices / 3) ** 0.5
 
@@ -144,22 +146,26 @@ class _FeedForward(torch.autograd.Function):
     def forward(ctx: Any, options: _Options, x: Tensor, up: Tensor, down: Tensor, *learned: Tensor) -> Tensor:
         products = options.products
         pre = _project(products, gather_tokens(x, options.tensor).wait(), up)  # (..., F) or (..., 2, F)
+        reduced = options.activation.reduce(pre, learned, _ranks(options.tensor))  # a few numbers per token, or None
         h = None
         if options.statistics is not None:
-            h, sample = options.activation.forward_with_stats(pre, learned)
+            h, sample = options.activation.forward_with_stats(pre, learned, reduced)
             options.statistics.add(sample)
         elif options.save in ("output", "everything"):
-            h = options.activation.forward(pre, learned)  # (..., F)
-        y = products.of_activation(options.activation, pre, learned, down) if h is None else products.forward(h, down)
+            h = options.activation.forward(pre, learned, reduced)  # (..., F)
+        if h is None:
+            y = products.of_activation(options.activation, pre, learned, down, reduced)
+        else:
+            y = products.forward(h, down)
         saved = {"packed": (pre,), "output": (h,), "everything": (pre, h), "input": ()}[options.save]
-        ctx.save_for_backward(x, up, down, *learned, *saved)
+        ctx.save_for_backward(x, up, down, reduced, *learned, *saved)
         ctx.options, ctx.n_learned = options, len(learned)
         return reduce_partial(y, options.tensor).wait()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
-        x, up, down, *rest = ctx.saved_tensors
+        x, up, down, reduced, *rest = ctx.saved_tensors
         learned, saved = rest[: ctx.n_learned], rest[ctx.n_learned :]
         _, need_x, need_up, need_down, *_ = ctx.needs_input_grad
         activation, save, _, tensor, products = ctx.options
@@ -167,13 +173,24 @@ class _FeedForward(torch.autograd.Function):
         gathered = gather_tokens(x, tensor)  # overlaps the product below
         dy_rows = dy.reshape(-1, dy.shape[-1])  # (N, D)
         dh = products.input_gradient(dy_rows, down).view(*dy.shape[:-1], down.shape[1])  # (..., F)
+        ddown = dup = None
+
+        def down_gradient(h: Tensor | None) -> Tensor:
+            assert h is not None  # saved, or recomputed by `with_h`
+            return products.weight_gradient(dy_rows, h.reshape(len(dy_rows), -1))  # (D, F)
+
+        h = saved[-1] if save in ("output", "everything") else None
         if save == "output":
-            (h,) = saved
             dpre, dlearned = activation.backward_from_output(h, dh), []
         else:
             pre = saved[0] if saved else _project(products, gathered.wait(), up)
-            h = saved[1] if save == "everything" else None
-            dpre, recomputed, dlearned = activation.backward(pre, dh, learned, with_h=h is None and need_down)
+            adjoints, with_h = None, h is None and need_down
+            if reduced is not None:
+                recomputed, finish = activation.begin_backward(pre, dh, learned, reduced, with_h, _ranks(tensor))
+                h = recomputed if h is None else h
+                ddown = down_gradient(h) if need_down else None  # while the ranks exchange the adjoints
+                adjoints, with_h = finish(), False
+            dpre, recomputed, dlearned = activation.backward(pre, dh, learned, with_h, reduced, adjoints)
             h = recomputed if h is None else h
         shared_by = (parameter.share for parameter in activation.formula.learned.values())
         # A parameter of the whole layer gets a gradient from the channels of every tensor rank.
@@ -185,10 +202,8 @@ class _FeedForward(torch.autograd.Function):
         # The input's gradient first: its reduction overlaps the products of the weights' gradients.
         flat = up.flatten(0, -2)  # (F, D) or (2F, D)
         dx = reduce_partial(products.input_gradient(dpre_rows, flat).view(dy.shape), tensor) if need_x else None
-        ddown = dup = None
-        if need_down:
-            assert h is not None  # saved, or recomputed by `with_h`
-            ddown = products.weight_gradient(dy_rows, h.reshape(len(dy_rows), -1))  # (D, F)
+        if need_down and ddown is None:
+            ddown = down_gradient(h)
         if need_up:
             x_rows = gathered.wait().reshape(len(dy_rows), -1)  # (N, D)
             dup = products.weight_gradient(dpre_rows, x_rows).view(up.shape)  # (F, D) or (2, F, D)
@@ -199,6 +214,16 @@ class _FeedForward(torch.autograd.Function):
             ddown,
             *(d.wait().to(parameter.dtype) for d, parameter in zip(summed, learned, strict=True)),
         )
+
+
+def _ranks(tensor: Axis) -> Ranks:
+    """Return the tensor ranks as the activation's reductions over d_ff see them."""
+
+    def gather(partial: Tensor) -> Callable[[], Tensor]:
+        pending = all_gather(partial, tensor)  # (T N, k)
+        return lambda: pending.wait().view(tensor.size, *partial.shape)
+
+    return Ranks(tensor.rank, tensor.size, gather)
 
 
 def _project(products: Products, x: Tensor, up: Tensor) -> Tensor:

@@ -52,9 +52,15 @@ class Products:
         """Return dy^T x: (N, B), (N, A) -> (B, A)."""
         return dy.T @ x
 
-    def of_activation(self, activation: Activation, pre: Tensor, learned: Sequence[Tensor], weight: Tensor) -> Tensor:
-        """Return h weight^T of the activation h of pre-activations, which nothing else reads; `forward` for the shapes."""
-        return self.forward(activation.forward(pre, learned), weight)
+    def of_activation(
+        self, activation: Activation, pre: Tensor, learned: Sequence[Tensor], weight: Tensor, reduced: Tensor | None
+    ) -> Tensor:
+        """Return h weight^T of the activation h of pre-activations, which nothing else reads; `forward` for the shapes.
+
+        Args:
+            reduced: what the activation reduces over d_ff of all tensor ranks, if it does (`Activation.reduce`).
+        """
+        return self.forward(activation.forward(pre, learned, reduced), weight)
 
 
 PLAIN = Products()
@@ -93,10 +99,12 @@ class LowPrecision(Products):
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         return self._product(dy.T, x.T, True, lambda dy_t, x_t: dy_t @ x_t.T)
 
-    def of_activation(self, activation: Activation, pre: Tensor, learned: Sequence[Tensor], weight: Tensor) -> Tensor:
+    def of_activation(
+        self, activation: Activation, pre: Tensor, learned: Sequence[Tensor], weight: Tensor, reduced: Tensor | None
+    ) -> Tensor:
         if not self._fused or not self._fits(weight):
-            return super().of_activation(activation, pre, learned, weight)
-        h, scale = activation.forward_fp8(pre, learned)  # (..., F), (..., 1)
+            return super().of_activation(activation, pre, learned, weight, reduced)
+        h, scale = activation.forward_fp8(pre, learned, reduced)  # (..., F), (..., 1)
         rows = Rounded(h.view(-1, h.shape[-1]), scale.view(-1, 1))
         return self._multiply(rows, self._rounded(weight.detach(), False), pre.dtype).view(*h.shape[:-1], len(weight))
 

@@ -16,9 +16,9 @@ from conf.validate import validate
 from kernels.activations.telemetry import stats_program
 from kernels.common.errors import UserError
 from kernels.formula import FormulaError, parse
+from kernels.formula.compiled import compile_formula
 from kernels.formula.domains import check_domains
 from kernels.formula.grammar import FUNCTIONS
-from kernels.formula.symbolic import compile_formula
 
 # ----------------------------------------------------------------------------------------------------------- formulas
 

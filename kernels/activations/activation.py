@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ..formula import Formula
-from ..formula.symbolic import Compiled, compile_formula
+from ..formula.compiled import Compiled, compile_formula
 from ..tensors import is_plain, on_gpu
 from . import reference
+from .reductions import Ranks, Reducer, begin_adjoints, reduce_over
 from .telemetry import BatchStats
 
 # Namespace of the operators in `ops.py`. The package may be imported under two names, and each registers its own operators.
@@ -25,25 +26,34 @@ def _operators() -> Any:
 
 
 class ActivationBackend(Protocol):
-    """The functions of a backend; `reference.py` documents them."""
+    """The functions of a backend; `reference.py` documents them. For a formula with reductions it is a `Reducer` as well."""
 
-    def forward(self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], /) -> Tensor: ...
+    def forward(
+        self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None, /
+    ) -> Tensor: ...
 
     def forward_with_stats(
-        self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], /
+        self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None, /
     ) -> tuple[Tensor, BatchStats]: ...
 
-    def forward_fp8(self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], /) -> tuple[Tensor, Tensor]: ...
+    def forward_fp8(
+        self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None, /
+    ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
-        self, compiled: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool, /
-    ) -> tuple[Tensor, Tensor | None, list[Tensor]]: ...
+        self, compiled: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool,
+        reduced: Tensor | None, adjoints: Tensor | None, /,
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]: ...  # fmt: skip
 
     def backward_from_output(self, compiled: Compiled, h: Tensor, dh: Tensor, /) -> Tensor: ...
 
 
 class Activation:
-    """`h = f(pre, **learned)`; see `kernels.activation`."""
+    """`h = f(pre, **learned)`; see `kernels.activation`.
+
+    Where tensor ranks share d_ff, a formula with reductions takes three calls: `reduce` before `forward`, and `begin_backward`
+    before `backward`. On one rank the kernels reduce by themselves.
+    """
 
     def __init__(self, formula: Formula, backend: str) -> None:
         self.formula, self.backend = formula, backend
@@ -99,13 +109,26 @@ class Activation:
             learned = [torch.zeros(size, device=device) for size in sizes]
             backend.forward_with_stats(self.compiled, empty, learned)
 
-    def forward(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
-        """Compute h without recording a gradient; `learned` in the formula's order."""
-        if is_plain(pre):
-            return self.compute(pre, learned)
+    def reduce(self, pre: Tensor, learned: Sequence[Tensor], ranks: Ranks) -> Tensor | None:
+        """Return what the formula reduces over d_ff of all ranks, a few numbers per token; None if `forward` does it.
+
+        Collective over the ranks; see `reductions.py` for the shape.
+        """
+        if not self.formula.reduces or ranks.size == 1:
+            return None
+        self._check_forward(pre, learned)
+        reducer = cast("Reducer", self._backend(pre))
+        return reduce_over(reducer, self.compiled, pre.contiguous(), learned, ranks)
+
+    def forward(self, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None = None) -> Tensor:
+        """Compute h without recording a gradient; `learned` in the formula's order, `reduced` as `reduce` returns it."""
+        if is_plain(pre) or reduced is not None:
+            return self.compute(pre, learned, reduced)
         return _operators().forward(pre, list(learned), self.key)
 
-    def forward_with_stats(self, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, BatchStats]:
+    def forward_with_stats(
+        self, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None = None
+    ) -> tuple[Tensor, BatchStats]:
         """Return h, equal to that of `forward` to the last bit, and its statistics (`telemetry.py`).
 
         Raises:
@@ -114,9 +137,11 @@ class Activation:
         if not is_plain(pre):
             raise TypeError("statistics are taken in eager mode, of plain tensors")
         self._check_forward(pre, learned)
-        return self._backend(pre).forward_with_stats(self.compiled, pre.contiguous(), learned)
+        return self._backend(pre).forward_with_stats(self.compiled, pre.contiguous(), learned, reduced)
 
-    def forward_fp8(self, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward_fp8(
+        self, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Compute h in FP8 (E4M3), scaled by the largest magnitude of its row; on a GPU in the pass that computes h.
 
         Returns:
@@ -128,18 +153,34 @@ class Activation:
         if not is_plain(pre):
             raise TypeError("h is written in FP8 in eager mode, of plain tensors")
         self._check_forward(pre, learned)
-        return self._backend(pre).forward_fp8(self.compiled, pre.contiguous(), learned)
+        return self._backend(pre).forward_fp8(self.compiled, pre.contiguous(), learned, reduced)
+
+    def begin_backward(
+        self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], reduced: Tensor, with_h: bool, ranks: Ranks
+    ) -> tuple[Tensor | None, Callable[[], Tensor]]:
+        """Return h if `with_h`, and a function that waits for the adjoints of the reductions, over d_ff of all ranks.
+
+        Collective over the ranks. The first exchange is in flight until the function is called.
+        """
+        self._check_backward(pre, dh, learned)
+        reducer = cast("Reducer", self._backend(pre))
+        pre, dh = pre.contiguous(), dh.contiguous()
+        return begin_adjoints(reducer, self.compiled, pre, dh, learned, reduced, with_h, ranks)
 
     def backward(
-        self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool = False
-    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool = False, reduced: Tensor | None = None,
+        adjoints: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
         """Compute the gradients of `pre` and of `learned` from that of h, all in one pass.
+
+        Args:
+            reduced, adjoints: those of `reduce` and `begin_backward`, where tensor ranks share d_ff.
 
         Returns:
             The gradient of `pre`, of its shape; h if `with_h`; and the gradient of each learned parameter.
         """
-        if is_plain(pre):
-            return self.compute_backward(pre, dh, learned, with_h)
+        if is_plain(pre) or reduced is not None:
+            return self.compute_backward(pre, dh, learned, with_h, reduced, adjoints)
         dpre, *rest = _operators().backward(pre, dh, list(learned), self.key, with_h)
         return dpre, rest.pop(0) if with_h else None, rest
 
@@ -148,18 +189,23 @@ class Activation:
         self._check_memory(h, dh, ())
         return self._backend(h).backward_from_output(self.compiled, h.contiguous(), dh.contiguous())
 
-    def compute(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
+    def compute(self, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None = None) -> Tensor:
         """Compute `forward` of plain tensors, without the operator."""
         self._check_forward(pre, learned)
-        return self._backend(pre).forward(self.compiled, pre.contiguous(), learned)
+        return self._backend(pre).forward(self.compiled, pre.contiguous(), learned, reduced)
 
     def compute_backward(
-        self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool
-    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool, reduced: Tensor | None = None,
+        adjoints: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
         """Compute `backward` of plain tensors, without the operator."""
+        self._check_backward(pre, dh, learned)
+        pre, dh = pre.contiguous(), dh.contiguous()
+        return self._backend(pre).backward(self.compiled, pre, dh, learned, with_h, reduced, adjoints)
+
+    def _check_backward(self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor]) -> None:
         self.check(pre)
         self._check_memory(pre[..., 0, :] if self.formula.gated else pre, dh, learned)
-        return self._backend(pre).backward(self.compiled, pre.contiguous(), dh.contiguous(), learned, with_h)
 
     def _check_forward(self, pre: Tensor, learned: Sequence[Tensor]) -> None:
         self.check(pre)

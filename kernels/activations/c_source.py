@@ -12,15 +12,16 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ..c.library import DTYPES, PRIMITIVES
+from ..formula.compiled import OUTPUT, Compiled
 from ..formula.functions import REGISTRY
 from ..formula.program import INFIX, Argument, Line, Program
-from ..formula.symbolic import OUTPUT, Compiled
+from ..formula.reductions import COLUMN
 from .telemetry import ACTIVE, PEAK, STORED, stats_program
 
-_BLOCKS = 64  # of rows
+BLOCKS = 64  # of rows
 _ROUNDS_TO_INFINITY = 2.0**128 - 2.0**103
 _OPERATORS = INFIX | {"neg": "-{}"}
 # These have a shorter form that is exact enough for bf16.
@@ -33,15 +34,17 @@ def source(compiled: Compiled) -> str:
     Each returns 0, or 1 if it cannot allocate memory. Arguments: pointers to pre, [dh, dpre], [h], each learned parameter
     (float), [its gradient (float)]; then rows and width (int64).
     """
-    parts = _head(compiled)
+    parts = head_of(compiled)
     for dtype in DTYPES:
         parts += [
-            _Kernel(compiled, compiled.forward, dtype, f"forward_{dtype}").text(),
-            _Kernel(compiled, compiled.backward, dtype, f"backward_{dtype}").text(),
-            _Kernel(compiled, compiled.backward_with_h, dtype, f"backward_h_{dtype}").text(),
+            TileKernel(compiled, compiled.forward, dtype, f"forward_{dtype}").text(),
+            TileKernel(compiled, compiled.backward, dtype, f"backward_{dtype}").text(),
+            TileKernel(compiled, compiled.backward_with_h, dtype, f"backward_h_{dtype}").text(),
         ]
         if compiled.from_output is not None:
-            parts.append(_Kernel(compiled, compiled.from_output, dtype, f"from_output_{dtype}", pre=(OUTPUT,)).text())
+            parts.append(
+                TileKernel(compiled, compiled.from_output, dtype, f"from_output_{dtype}", pre=(OUTPUT,)).text()
+            )
     return "\n".join(parts)
 
 
@@ -52,22 +55,23 @@ def source_with_stats(compiled: Compiled) -> str:
     the loop of the statistics. Arguments: pointers to pre, h, each learned parameter, each output of `stats_program` (float);
     then rows and width.
     """
-    parts = _head(compiled)
+    parts = head_of(compiled)
     for dtype in DTYPES:
-        forward = _Kernel(compiled, compiled.forward, dtype, f"forward_{dtype}")
+        forward = TileKernel(compiled, compiled.forward, dtype, f"forward_{dtype}")
         program = stats_program(compiled)
-        parts += [forward.loop(), _Kernel(compiled, program, dtype, f"statistics_{dtype}", before=forward).text()]
+        parts += [forward.loop(), TileKernel(compiled, program, dtype, f"statistics_{dtype}", before=forward).text()]
     return "\n".join(parts)
 
 
-def _head(compiled: Compiled) -> list[str]:
+def head_of(compiled: Compiled) -> list[str]:
+    """Return the beginning of a formula's source."""
     return [f"// {' '.join(compiled.formula.text.split())}", PRIMITIVES.read_text(encoding="utf-8")]
 
 
 def body(program: Program, dtype: str = "f32") -> str:
     """Return the lines of a program for one vector of elements, and its outputs by name."""
     results = (f"{name} = {_argument(value, '')};" for name, value in program.outputs.items())
-    return _lines([*(_line(line, dtype, "") for line in program.lines), *results])
+    return lines_of([*(_line(line, dtype, "") for line in program.lines), *results])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +89,14 @@ class _Stream:
     address: str
 
 
-class _Kernel:
+class TileKernel:
     """One kernel of a formula.
 
     Args:
         pre: names of the pre-activations, if not the formula's.
         before: the kernel that processes every tile first, and whose h this one reads.
+        row_totals: of a pass over a row, how each output but h is reduced: "sum", "square", "deviation" (the sum of squares
+            about a centre) or "top".
     """
 
     def __init__(
@@ -100,32 +106,42 @@ class _Kernel:
         dtype: str,
         name: str,
         pre: tuple[str, ...] | None = None,
-        before: _Kernel | None = None,
+        before: TileKernel | None = None,
+        row_totals: Mapping[str, str] | None = None,
     ) -> None:
         self.program, self.dtype, self.name, self.before = program, dtype, name, before
-        self.backward = "dh" in program.inputs
+        self.backward = "dh" in program.used if row_totals else "dh" in program.inputs
+        self.reduces = bool(compiled.reductions.all)
         pre, learned = pre or compiled.formula.pre_activations, compiled.formula.learned
         self.reads = [_Stream(n, dtype, _row("pre", i, len(pre))) for i, n in enumerate(pre)]
         self.writes: list[_Stream] = []
         if self.backward:
             self.reads.append(_Stream("dh", dtype, _row("dh")))
+        if self.backward and not row_totals:
             self.writes = [_Stream(f"d{n}", dtype, _row("dpre", i, len(pre))) for i, n in enumerate(pre)]
         if before:
             self.reads.append(_Stream(STORED, dtype, _row("h")))
         if "h" in program.outputs:
             self.writes.append(_Stream("h", dtype, _row("h")))
         self.learned = list(learned)
-        self.scalars = [n for n, p in learned.items() if p.share == "layer"]
-        self.reads += [_Stream(n, "f32", f"p_{n} + first") for n in learned if n not in self.scalars]
+        of_layer = [n for n, p in learned.items() if p.share == "layer"]
+        self.reads += [_Stream(n, "f32", f"p_{n} + first") for n in learned if n not in of_layer]
+        # What is the same in a tile, by name, with its address.
+        self.scalars = {n: f"p_{n}[0]" for n in of_layer}
+        self.scalars |= {n: at for n, at in row_addresses(compiled).items() if n in program.used}
         # Outputs that are summed over the rows of a block, with their number of elements: 1, or one per column. They follow
         # each other in the block's partial sums, `mine`.
-        self.sizes = {f"d{n}": "1" if n in self.scalars else "width" for n in learned} if self.backward else {}
+        self.sizes = {f"d{n}": "1" if n in of_layer else "width" for n in learned} if self.backward else {}
+        if row_totals is not None:
+            self.sizes = dict.fromkeys(row_totals, "1")
         if before:
             self.sizes = {n: "width" if n == ACTIVE else "1" for n in program.outputs}
         sizes = list(self.sizes.values())
-        self.offsets = {n: _sum(sizes[:i]) for i, n in enumerate(self.sizes)}
+        self.offsets = {n: sum_of_sizes(sizes[:i]) for i, n in enumerate(self.sizes)}
         self.sum_of = "bf16" if before else dtype  # precise enough for statistics
-        self.totals = [n for n, size in self.sizes.items() if size == "1"]
+        self.totals = {n: "peak" if n == PEAK else "sum" for n, size in self.sizes.items() if size == "1"}
+        self.totals |= row_totals or {}
+        self.numbered = COLUMN in program.used or "top" in self.totals.values()
         self.sums = [_Stream(n, "f32", f"mine + {self.offsets[n]} + first") for n in self.sizes if n not in self.totals]
 
     def text(self) -> str:
@@ -140,42 +156,54 @@ class _Kernel:
         """Return the function that processes `n` elements: a multiple of LANES, or fewer than LANES in padded memory."""
         arguments = [f"const {s.dtype} *restrict r_{s.name}" for s in self.reads]
         arguments += [f"{s.dtype} *restrict w_{s.name}" for s in (*self.writes, *self.sums)]
-        arguments += [f"const float p_{n}" for n in self.scalars] + [f"double *restrict s_{n}" for n in self.totals]
+        arguments += [f"const float p_{n}" for n in self.scalars]
+        arguments += [f"{'Top' if how == 'top' else 'double'} *restrict s_{n}" for n, how in self.totals.items()]
+        arguments += [f"const float m_{n}" for n, how in self.totals.items() if how == "deviation"]
+        arguments += ["int64_t column"] if self.numbered else []
         used = self.program.used
+        once, each = self.program.split(self.scalars.keys())
+        before = [f"const V v_{n} = number(p_{n});" for n in self.scalars if n in used]
+        before += [_line(line, self.dtype) for line in once]
         inside = [f"const V v_{s.name} = load_{s.dtype}(r_{s.name} + c);" for s in self.reads if s.name in used]
-        inside += [f"const V v_{n} = number(p_{n});" for n in self.scalars if n in used]
-        inside += [_line(line, self.dtype) for line in self.program.lines]
+        inside += [f"const V v_{COLUMN} = numbers_from(column + c);"] if self.numbered else []
+        inside += [_line(line, self.dtype) for line in each]
         inside += [f"store_{s.dtype}(w_{s.name} + c, {self.value(s.name)});" for s in self.writes]
         inside += [f"add_f32(w_{s.name} + c, {self.value(s.name)});" for s in self.sums]
         # Padding must not count, whatever the formula's value at 0.
         inside += ["const I counts = lanes_below(n - c);"] if self.totals else []
-        for n in self.totals:
-            value = f"k_select(counts, {self.value(n)}, number(0))"
-            largest = f"sum_{n}.high = k_max(sum_{n}.high, {value});"
-            inside.append(largest if n == PEAK else f"accumulate_{self.sum_of}(&sum_{n}, {value});")
+        inside += [self._accumulate(n, how) for n, how in self.totals.items()]
+        ends = {"peak": "*s_{0} = larger(*s_{0}, largest(sum_{0}.high));", "top": "merge_top(s_{0}, sum_{0});"}
         return (
             f"static void {self.name}_tile({', '.join(arguments)}, int64_t n) {{\n"
-            + _lines((f"Sum sum_{n} = {{}};" for n in self.totals), 1)
+            + lines_of(before, 1)
+            + lines_of((f"{_START.get(how, 'Sum sum_{0} = {{}};').format(n)}" for n, how in self.totals.items()), 1)
             + "    for (int64_t c = 0; c < n; c += LANES) {\n"
-            + _lines(inside, 2)
+            + lines_of(inside, 2)
             + "    }\n"
-            + _lines(
-                (
-                    f"*s_{n} = larger(*s_{n}, largest(sum_{n}.high));" if n == PEAK else f"*s_{n} += whole_of(sum_{n});"
-                    for n in self.totals
-                ),
-                1,
-            )
+            + lines_of((ends.get(how, "*s_{0} += whole_of(sum_{0});").format(n) for n, how in self.totals.items()), 1)
             + "}\n"
         )
+
+    def _accumulate(self, n: str, how: str) -> str:
+        """Return the statement that adds an output to its total."""
+        value = self.value(n)
+        if how == "top":
+            return f"keep_top(&sum_{n}, k_select(counts, {value}, number(-__builtin_inff())), v_{COLUMN});"
+        if how in ("square", "deviation"):
+            value = f"square({value}{f' - number(m_{n})' if how == 'deviation' else ''})"
+        value = f"k_select(counts, {value}, number(0))"
+        if how == "peak":
+            return f"sum_{n}.high = k_max(sum_{n}.high, {value});"
+        return f"accumulate_{self.sum_of}(&sum_{n}, {value});"
 
     def tile(self) -> list[str]:
         """Return the lines that process one tile, from column `first` of row `row`: full vectors, then the remainder."""
         outputs = (*self.writes, *self.sums)
         buffers = [*((f"b_r_{s.name}", s) for s in self.reads), *((f"b_w_{s.name}", s) for s in outputs)]
-        scalars = [f"p_{n}[0]" for n in self.scalars] + [f"&total_{n}" for n in self.totals]
-        in_place = ", ".join([s.address for _, s in buffers] + scalars)
-        padded = ", ".join([buffer for buffer, _ in buffers] + scalars)
+        scalars = [*self.scalars.values(), *(f"&total_{n}" for n in self.totals)]
+        scalars += [f"centre_{n}" for n, how in self.totals.items() if how == "deviation"]
+        in_place = ", ".join([s.address for _, s in buffers] + scalars + ["first"] * self.numbered)
+        padded = ", ".join([buffer for buffer, _ in buffers] + scalars + ["first + whole"] * self.numbered)
         copies_in = [(buffer, s) for buffer, s in buffers if s not in self.writes]
         copies_out = [(buffer, s) for buffer, s in buffers if s in outputs]
         lines = [
@@ -194,26 +222,23 @@ class _Kernel:
         arguments = [f"const {self.dtype} *restrict pre"]
         arguments += [f"const {self.dtype} *restrict dh", f"{self.dtype} *restrict dpre"] if self.backward else []
         arguments += [f"{self.dtype} *restrict h"] if self.before or "h" in self.program.outputs else []
+        arguments += ["const float *restrict reduced"] if self.reduces else []
         arguments += [f"const float *restrict p_{n}" for n in self.learned]
         arguments += [f"float *restrict d_{n}" for n in self.sizes]
         head = f"int {self.name}({', '.join(arguments)}, int64_t rows, int64_t width) {{\n"
         head += "    const int64_t across = (width + TILE_WIDTH - 1) / TILE_WIDTH;\n"
-        tile = [
-            "const int64_t first = tile * TILE_WIDTH, size = width - first < TILE_WIDTH ? width - first : TILE_WIDTH;",
-            "const int64_t whole = size / LANES * LANES, rest = size - whole;",
-            *self.tile(),
-        ]
+        tile = [*TILE, *self.tile()]
         if not self.sizes:
             return (
                 head
                 + "    PARALLEL_FOR(rows * width)\n"
                 + "    for (int64_t work = 0; work < rows * across; work++) {\n"
                 + "        const int64_t row = work / across, tile = work % across;\n"
-                + _lines(tile, 2)
+                + lines_of(tile, 2)
                 + "    }\n    return 0;\n}\n"
             )
         block = [
-            f"const int64_t blocks = rows < {_BLOCKS} ? rows : {_BLOCKS}, space = {_sum(self.sizes.values())};",
+            f"const int64_t blocks = rows < {BLOCKS} ? rows : {BLOCKS}, space = {sum_of_sizes(self.sizes.values())};",
             "float *const partial = calloc(blocks * space, sizeof(float));",
             "if (!partial) return 1;",
             "PARALLEL_FOR(rows * width)",
@@ -228,8 +253,23 @@ class _Kernel:
             for n, size in self.sizes.items()
         ]
         block_end = [f"    mine[{self.offsets[n]}] = total_{n};" for n in self.totals]
-        end = _lines(["    }", *block_end, "}", *add_up, "free(partial);", "return 0;"], 1)
-        return head + _lines(block, 1) + _lines(tile, 2) + end + "}\n"
+        end = lines_of(["    }", *block_end, "}", *add_up, "free(partial);", "return 0;"], 1)
+        return head + lines_of(block, 1) + lines_of(tile, 2) + end + "}\n"
+
+
+# The columns of tile number `tile` of a row.
+TILE = (
+    "const int64_t first = tile * TILE_WIDTH, size = width - first < TILE_WIDTH ? width - first : TILE_WIDTH;",
+    "const int64_t whole = size / LANES * LANES, rest = size - whole;",
+)
+_START = {"top": "Lanes sum_{0} = lowest();"}
+
+
+def row_addresses(compiled: Compiled) -> dict[str, str]:
+    """Return the C expressions of the reductions and adjoints of row `row`, by name."""
+    reductions = compiled.reductions
+    arrays = {"reduced": reductions.names, "adjoints": reductions.adjoints}
+    return {name: f"{at}[row * {len(names)} + {i}]" for at, names in arrays.items() for i, name in enumerate(names)}
 
 
 def _row(array: str, i: int = 0, count: int = 1) -> str:
@@ -237,7 +277,7 @@ def _row(array: str, i: int = 0, count: int = 1) -> str:
     return f"{array} + (row * {count} + {i}) * width + first"
 
 
-def _sum(sizes: Iterable[str]) -> str:
+def sum_of_sizes(sizes: Iterable[str]) -> str:
     """Return the sum of sizes, which are "1" or "width", as a C expression."""
     counts = Counter(sizes)
     return f"{counts['width']} * width + {counts['1']}"
@@ -268,5 +308,5 @@ def _literal(value: float) -> str:
     return f"{value.hex()}f" if abs(value) < _ROUNDS_TO_INFINITY else f"{'-' if value < 0 else ''}__builtin_inff()"
 
 
-def _lines(lines: Iterable[str], depth: int = 0) -> str:
+def lines_of(lines: Iterable[str], depth: int = 0) -> str:
     return "".join(f"{'    ' * depth}{line}\n" for line in lines)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..formula import Formula, Node
 from ..formula.functions import REGISTRY, implementation
+from ..formula.grammar import EPSILON
 
 Value = Any  # a Tensor, or a number
 
@@ -27,7 +28,8 @@ def plain(formula: Formula) -> Callable[..., Tensor]:
             values |= {"gate": pre[..., 0, :], "up": pre[..., 1, :]}
         else:
             values["x"] = pre
-        return _value(formula.tree, values, pre.dtype)
+        result = _value(formula.tree, values, pre.dtype)
+        return result.expand(pre.select(-2, 0).shape if formula.gated else pre.shape) if formula.reduces else result
 
     return h
 
@@ -38,6 +40,8 @@ def _value(node: Node, values: Mapping[str, Value], dtype: torch.dtype) -> Value
     if node.kind == "symbol":
         return values[str(node.value)]
     arguments = [_value(argument, values, dtype) for argument in node.arguments]
+    if node.kind == "reduce":
+        return _REDUCTIONS[str(node.value)](*arguments)
     if node.value == "where":
         return _where(dtype, *arguments)
     function = _FUNCTIONS[str(node.value)] if node.kind == "call" else _OPERATORS[node.kind]
@@ -66,6 +70,27 @@ _OPERATORS: dict[str, Callable[..., Value]] = {
     "<=": operator.le,
     ">": operator.gt,
     ">=": operator.ge,
+}
+
+
+def _rms(e: Tensor, epsilon: float = 0.0) -> Tensor:
+    return torch.sqrt(e.square().mean(-1, keepdim=True) + epsilon)
+
+
+def _std(e: Tensor, epsilon: float = 0.0) -> Tensor:
+    if not epsilon:
+        return e.std(-1, correction=0, keepdim=True)
+    return torch.sqrt(e.var(-1, correction=0, keepdim=True) + epsilon)
+
+
+_REDUCTIONS: dict[str, Callable[..., Tensor]] = {
+    "mean": lambda e: e.mean(-1, keepdim=True),
+    "sum": lambda e: e.sum(-1, keepdim=True),
+    "max": lambda e: e.max(-1, keepdim=True).values,
+    "min": lambda e: e.min(-1, keepdim=True).values,
+    "rms": _rms,
+    "std": _std,
+    "norm": lambda e, epsilon=EPSILON: e / _rms(e, epsilon),
 }
 _FUNCTIONS: dict[str, Callable[..., Value]] = {
     name: implementation(eager, torch)

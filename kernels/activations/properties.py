@@ -1,7 +1,8 @@
 """Static properties of an activation: cost, memory, the shape of its curve, and moments under normal pre-activations.
 
 All values are computed in float64 on a grid of |pre-activation| <= 10 with a step of 1/1024 (1/16 for pairs of gate and up),
-with learned parameters at their initial values. `show.py` prints them.
+with learned parameters at their initial values, and reductions over d_ff at those of standard normal channels. `show.py` prints
+them.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import torch
 from torch import Tensor
 
 from ..formula import Formula
+from ..formula.compiled import Compiled
 from ..formula.functions import REGISTRY
+from ..formula.gaussian import gaussian_reductions
 from ..formula.program import Program
-from ..formula.symbolic import Compiled
 from . import reference
 from .eager import plain
 from .telemetry import SATURATED
@@ -38,12 +40,35 @@ _COST = {
 }
 
 
-def cost(program: Program) -> Counter[str]:
-    """Return the number of operations per element by class of cost."""
-    classes: Counter[str] = Counter()
-    for operation, count in program.count().items():
-        classes[_COST[operation]] += count
-    return classes
+def cost(program: Program, per_row: Set[str] = frozenset()) -> Counter[str]:
+    """Return the number of operations per element by class of cost, without those on inputs `per_row` alone."""
+    return Counter(_COST[line.operation] for line in program.split(per_row)[1])
+
+
+def costs(compiled: Compiled) -> dict[str, Counter[str]]:
+    """Return the operations per element of "forward" and "backward" by class of cost, those of reductions among them.
+
+    What depends only on parameters of the layer and on reductions is computed once per row, and not counted.
+    """
+    reductions, formula = compiled.reductions, compiled.formula
+    per_row = {*reductions.names, *reductions.adjoints, *(n for n, p in formula.learned.items() if p.share == "layer")}
+    reduced: Counter[str] = Counter()
+    for each in reductions.forward:
+        reduced += cost(each.program, per_row)
+        for (
+            reduction
+        ) in each.reductions:  # std is the mean, then a difference, a square and a sum; max keeps the channel
+            reduced["compare or select" if reduction.kind == "max" else "add or multiply"] += _OF_REDUCTION[
+                reduction.kind
+            ]
+    backward = reduced + cost(compiled.backward, per_row)
+    for each in reductions.backward:
+        backward += cost(each.program, per_row)
+        backward["add or multiply"] += len(each.reductions)
+    return {"forward": reduced + cost(compiled.forward, per_row), "backward": backward}
+
+
+_OF_REDUCTION = {"mean": 1, "sum": 1, "rms": 2, "std": 4, "max": 3}
 
 
 def bytes_moved(formula: Formula, itemsize: int = 2) -> dict[str, int]:
@@ -133,10 +158,15 @@ class Properties:
 
 
 class Sampler:
-    """Evaluate h and its slopes at given points, in float64."""
+    """Evaluate h and its slopes at given points, in float64.
+
+    Reductions over d_ff have the values of standard normal channels, whatever the points: a point is one channel of many.
+    """
 
     def __init__(self, compiled: Compiled) -> None:
         self.compiled = compiled
+        self.reduced = torch.tensor([*gaussian_reductions(compiled).values()], dtype=torch.float64)[None]
+        self.adjoints = torch.zeros((1, len(compiled.reductions.all)), dtype=torch.float64)
         self.names = compiled.formula.pre_activations
         self.learned = [torch.tensor([p.init], dtype=torch.float64) for p in compiled.formula.learned.values()]
 
@@ -144,7 +174,8 @@ class Sampler:
         parts = torch.broadcast_tensors(*(points[name] for name in self.names))
         shape, parts = parts[0].shape, [part.reshape(1, -1) for part in parts]
         pre = torch.stack(parts, 1) if len(parts) == 2 else parts[0]
-        dpre, h, _ = reference.backward(self.compiled, pre, torch.ones_like(parts[0]), self.learned, with_h=True)
+        numbers = self.reduced, self.adjoints
+        dpre, h, _ = reference.backward(self.compiled, pre, torch.ones_like(parts[0]), self.learned, True, *numbers)
         assert h is not None
         slopes = [dpre[:, i] for i in range(2)] if len(parts) == 2 else [dpre]
         return h.reshape(shape), {n: s.reshape(shape) for n, s in zip(self.names, slopes, strict=True)}

@@ -5,7 +5,8 @@ defines. `BatchStats` holds the sums of one call, `ActivationStats` accumulates 
 several ranks may be added; `figures` converts them to fractions, means and moments. The caller decides when to sample.
 
 Slopes are derivatives of the formula, so every figure is defined for every formula: the *gate* of a gated formula is what
-multiplies `up`, dh/dup, which is silu(gate) for silu(gate) * up; its slope is the derivative of that by `gate`.
+multiplies `up`, dh/dup, which is silu(gate) for silu(gate) * up; its slope is the derivative of that by `gate`. Reductions
+over d_ff count as constants in them: a slope says what a channel does to its own h.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import sympy
 import torch
 from torch import Tensor
 
+from ..formula.compiled import Compiled
 from ..formula.derivative import Derivative, TooMuchWork, Work
 from ..formula.grammar import FormulaError
 from ..formula.program import Argument, Line, Lowering, Program
-from ..formula.symbolic import Compiled, abs, max, plain_algebra, where_ge, where_gt
+from ..formula.symbolic import abs, max, plain_algebra, where_ge, where_gt
 
 SATURATED = 0.01  # |slope| below which a pre-activation counts as saturated
 STORED = "0h"  # h as an input; "h" could be the name of a parameter, which cannot begin with a digit
@@ -33,9 +35,9 @@ PEAK, ACTIVE = "peak", "active"
 def stats_program(compiled: Compiled) -> Program:
     """Return the program that computes the contribution of one element to the statistics.
 
-    Inputs: the pre-activations, the learned parameters, and `STORED`, the rounded h. Outputs: all but the last two are summed
-    over all elements; `PEAK` is |h|, reduced by maximum; `ACTIVE` is 0 where h and all its slopes are exactly 0, else 1, and is
-    summed over the tokens of each unit. The names of its lines differ from those of `compiled.forward`.
+    Inputs: the pre-activations, the learned parameters, the reductions, and `STORED`, the rounded h. Outputs: all but the last
+    two are summed over all elements; `PEAK` is |h|, reduced by maximum; `ACTIVE` is 0 where h and all its slopes are exactly 0,
+    else 1, and is summed over the tokens of each unit. The names of its lines differ from those of `compiled.forward`.
 
     Raises:
         FormulaError: the second derivative is too long.
@@ -64,7 +66,8 @@ def _lowered(compiled: Compiled) -> Program:
         outputs |= {"gate": gate, "gate2": gate**2, "up": up, "up2": up**2, "gate_up": gate * up}
     largest = functools.reduce(max, (abs(slope) for slope in slopes), abs(h))
     outputs |= {PEAK: abs(h), ACTIVE: where_ge(0, largest, 0, 1)}
-    return Lowering((*formula.pre_activations, *formula.learned, STORED), outputs).program()
+    inputs = (*formula.pre_activations, *formula.learned, *compiled.reductions.names, STORED)
+    return Lowering(inputs, outputs).program()
 
 
 def sums_of(compiled: Compiled) -> tuple[str, ...]:

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from ..formula.compiled import OUTPUT, Compiled
 from ..formula.functions import REGISTRY
 from ..formula.program import INFIX, Argument, Line, Program
-from ..formula.symbolic import OUTPUT, Compiled
+from ..formula.reductions import COLUMN
 from ..rounding import E4M3, TINY
 from .telemetry import STORED, stats_program
 
@@ -30,8 +31,11 @@ _TWO_FORMS = {name for name, function in REGISTRY.items() if function.short_in_t
 
 
 def source(compiled: Compiled) -> str:
-    """Return the Python source of a formula's kernels: `forward`, `backward`, `backward_with_h` [, `from_output`]."""
-    return f"""{_imports(compiled)}
+    """Return the Python source of a formula's kernels: `forward`, `backward`, `backward_with_h` [, `from_output`].
+
+    Those of a formula with reductions take the numbers per row as arguments: `triton_rows.py` computes them.
+    """
+    return f"""{imports(compiled)}
 
 {_forward(compiled)}
 
@@ -43,10 +47,11 @@ def source(compiled: Compiled) -> str:
 
 def source_with_stats(compiled: Compiled) -> str:
     """Return the Python source of `statistics`: the forward kernel with statistics of h and the slopes."""
-    return f"{_imports(compiled)}\n\n{_statistics(compiled)}"
+    return f"{imports(compiled)}\n\n{_statistics(compiled)}"
 
 
-def _imports(compiled: Compiled) -> str:
+def imports(compiled: Compiled) -> str:
+    """Print the head of a module."""
     return f"""# {" ".join(compiled.formula.text.split())}
 import triton
 import triton.language as tl
@@ -69,7 +74,24 @@ def _head(name: str, pointers: Iterable[str], numbers: Sequence[str]) -> str:
     return _HEAD.format(name=name, pointers=", ".join(pointers), numbers=quoted, numbers_bare=", ".join(numbers))
 
 
-def _load_learned(compiled: Compiled, *programs: Program) -> list[str]:
+def numbers_of(compiled: Compiled, backward: bool) -> list[str]:
+    """Return the pointers to the numbers per row, which kernels of a formula with reductions take after pre, dh, dpre and h."""
+    return [
+        *(["reduced"] if compiled.reductions.all else []),
+        *(["adjoints"] if compiled.reductions.all and backward else []),
+    ]
+
+
+def load_numbers(compiled: Compiled, *programs: Program) -> list[str]:
+    """Print the loads of the numbers of row `row` that programs use."""
+    lines, used = [], frozenset().union(*(program.used for program in programs))
+    for array, names in (("reduced", compiled.reductions.names), ("adjoints", compiled.reductions.adjoints)):
+        lines += [f"v_{n} = tl.load({array} + row * {len(names)} + {i})" for i, n in enumerate(names) if n in used]
+    return lines + ([f"v_{COLUMN} = column.to(tl.float32)"] if COLUMN in used else [])
+
+
+def load_learned(compiled: Compiled, *programs: Program) -> list[str]:
+    """Print the loads of the learned parameters that programs use."""
     lines, used = [], frozenset().union(*(program.used for program in programs))
     for name, parameter in compiled.formula.learned.items():
         if name in used:
@@ -78,54 +100,58 @@ def _load_learned(compiled: Compiled, *programs: Program) -> list[str]:
     return lines
 
 
-def _load_pre(compiled: Compiled, *programs: Program) -> list[str]:
+def load_pre(compiled: Compiled, *programs: Program) -> list[str]:
+    """Print the loads of the pre-activations that programs use, of row `row`."""
     names, used = compiled.formula.pre_activations, frozenset().union(*(program.used for program in programs))
     return [
-        f"v_{name} = tl.load({_pre_at('pre', len(names), i)}, mask=inside).to(tl.float32)"
+        f"v_{name} = tl.load({pre_at('pre', len(names), i)}, mask=inside).to(tl.float32)"
         for i, name in enumerate(names)
         if name in used
     ]
 
 
-def _pre_at(tensor: str, count: int, index: int) -> str:
+def pre_at(tensor: str, count: int, index: int) -> str:
+    """Print the address of pre-activation `index` of `count`, of row `row`."""
     return f"{tensor} + row * width + column" if count == 1 else f"{tensor} + (row * 2 + {index}) * width + column"
 
 
 def _store(place: str, value: Argument, program: Program) -> str:
-    return f"tl.store({place}, {_argument(value, program)}, mask=inside)"
+    return f"tl.store({place}, {argument_of(value, program)}, mask=inside)"
 
 
 def _forward(compiled: Compiled) -> str:
-    pointers = ["pre", "h", *(f"at_{name}" for name in compiled.formula.learned)]
+    pointers = ["pre", "h", *numbers_of(compiled, False), *(f"at_{name}" for name in compiled.formula.learned)]
     body = [
         "row = tl.program_id(0).to(tl.int64)",
-        *_load_learned(compiled, compiled.forward),
-        *_load_pre(compiled, compiled.forward),
-        *_lines(compiled.forward),
+        *load_numbers(compiled, compiled.forward),
+        *load_learned(compiled, compiled.forward),
+        *load_pre(compiled, compiled.forward),
+        *lines_of(compiled.forward),
         _store("h + row * width + column", compiled.forward.outputs["h"], compiled.forward),
     ]
-    return _head("forward", pointers, ["width"]) + _indented(body, 1)
+    return _head("forward", pointers, ["width"]) + indented(body, 1)
 
 
 def _statistics(compiled: Compiled) -> str:
     """Print the forward kernel in which a Triton program iterates over a block of rows and reduces `stats_program`."""
     program, learned = stats_program(compiled), compiled.formula.learned
     *sums, peak, active = program.outputs
-    pointers = ["pre", "h", *(f"at_{name}" for name in learned), "totals", "active"]
+    pointers = ["pre", "h", *numbers_of(compiled, False), *(f"at_{name}" for name in learned), "totals", "active"]
     before = [
-        *_load_learned(compiled, program, compiled.forward),
+        *load_learned(compiled, program, compiled.forward),
         *(f"sum_{name} = tl.full((), 0.0, tl.float32)" for name in (*sums, peak)),
         "units = tl.zeros((TILE,), tl.float32)",
-        *_ROW_LOOP,
+        *ROW_LOOP,
     ]
-    values = {name: f"tl.where(inside, {_argument(value, program)}, 0.0)" for name, value in program.outputs.items()}
+    values = {name: f"tl.where(inside, {argument_of(value, program)}, 0.0)" for name, value in program.outputs.items()}
     row = [
-        *_load_pre(compiled, program, compiled.forward),
-        *_lines(compiled.forward),
+        *load_numbers(compiled, program, compiled.forward),
+        *load_pre(compiled, program, compiled.forward),
+        *lines_of(compiled.forward),
         f"stored = {_rounded(compiled)}",
         "tl.store(h + row * width + column, stored, mask=inside)",
         f"v_{STORED} = stored.to(tl.float32)",
-        *_lines(program),
+        *lines_of(program),
         *(f"sum_{name} += tl.sum({values[name]})" for name in sums),
         f"sum_{peak} = tl.maximum(sum_{peak}, tl.max({values[peak]}))",
         f"units += {values[active]}",
@@ -135,16 +161,18 @@ def _statistics(compiled: Compiled) -> str:
     after = [f"tl.store(totals + {place.format(i)}, sum_{name})" for i, name in enumerate((*sums, peak))]
     after.append("tl.store(active + tl.program_id(0).to(tl.int64) * width + column, units, mask=inside)")
     head = _head("statistics", pointers, ["rows", "rows_per_program", "width"])
-    return head + _indented(before, 1) + _indented(row, 2) + _indented(after, 1)
+    return head + indented(before, 1) + indented(row, 2) + indented(after, 1)
 
 
 def _rounded(compiled: Compiled) -> str:
     """Print h as a vector of the output's type; a formula may be a number."""
-    return f"tl.where(inside, {_argument(compiled.forward.outputs['h'], compiled.forward)}, 0.0).to(h.dtype.element_ty)"
+    return (
+        f"tl.where(inside, {argument_of(compiled.forward.outputs['h'], compiled.forward)}, 0.0).to(h.dtype.element_ty)"
+    )
 
 
 # A Triton program that iterates over a block of rows.
-_ROW_LOOP = (
+ROW_LOOP = (
     "row = tl.program_id(0).to(tl.int64) * rows_per_program",
     "last = tl.minimum(row + rows_per_program, rows)",
     "while row < last:",  # the interpreter has no `range` over runtime values
@@ -158,10 +186,12 @@ def source_fp8(compiled: Compiled) -> str:
     from a cache, so memory is read once.
     """
     program, learned = compiled.forward, compiled.formula.learned
-    value = f"tl.where(inside, {_argument(program.outputs['h'], program)}, 0.0)"
+    value = f"tl.where(inside, {argument_of(program.outputs['h'], program)}, 0.0)"
     column = ["column = start + tl.arange(0, TILE)", "inside = column < width"]
-    compute = [*column, *_load_learned(compiled, program), *_load_pre(compiled, program), *_lines(program)]
-    head = _ROW_HEAD.format(pointers=", ".join(["pre", "h", *(f"at_{name}" for name in learned), "scales"]))
+    compute = [*column, *load_numbers(compiled, program), *load_learned(compiled, program)]
+    compute += [*load_pre(compiled, program), *lines_of(program)]
+    pointers = ["pre", "h", *numbers_of(compiled, False), *(f"at_{name}" for name in learned), "scales"]
+    head = _ROW_HEAD.format(pointers=", ".join(pointers))
     largest = [*compute, f"largest = fn.maximum(largest, tl.abs({value}))", "start += TILE"]
     between = [
         # The sum is NaN where a number is not finite, which `tl.max` would ignore, and so is all of the row's product.
@@ -176,8 +206,8 @@ def source_fp8(compiled: Compiled) -> str:
         "tl.store(h + row * width + column, scaled.to(h.dtype.element_ty), mask=inside)",
         "start += TILE",
     ]
-    body = _indented(largest, 2) + _indented(between, 1) + _indented(write, 2)
-    return f"{_imports(compiled)}\n\n{head}{body}"
+    body = indented(largest, 2) + indented(between, 1) + indented(write, 2)
+    return f"{imports(compiled)}\n\n{head}{body}"
 
 
 _LARGEST = torch.finfo(E4M3).max
@@ -196,30 +226,29 @@ def _backward(compiled: Compiled, with_h: bool) -> str:
     """Print a backward kernel. With learned parameters a Triton program iterates over rows, with its sums in registers."""
     program = compiled.backward_with_h if with_h else compiled.backward
     names, learned = compiled.formula.pre_activations, compiled.formula.learned
-    pointers = ["pre", "dh", "dpre", *(["h"] if with_h else []), *(f"at_{name}" for name in learned)]
-    row = _load_pre(compiled, program)
+    pointers = ["pre", "dh", "dpre", *(["h"] if with_h else []), *numbers_of(compiled, True)]
+    pointers += [f"at_{name}" for name in learned]
+    row = [*load_numbers(compiled, program), *load_pre(compiled, program)]
     if "dh" in program.used:
         row.append("v_dh = tl.load(dh + row * width + column, mask=inside).to(tl.float32)")
-    row += _lines(program)
-    row += [
-        _store(_pre_at("dpre", len(names), i), program.outputs[f"d{name}"], program) for i, name in enumerate(names)
-    ]
+    row += lines_of(program)
+    row += [_store(pre_at("dpre", len(names), i), program.outputs[f"d{name}"], program) for i, name in enumerate(names)]
     if with_h:
         row.append(_store("h + row * width + column", program.outputs["h"], program))
     # Masked lanes hold arbitrary values, NaN included, so `where` replaces them; a product with 0 would not.
     row += [
-        f"sum_{name} += tl.where(inside, {_argument(program.outputs[f'd{name}'], program)}, 0.0)" for name in learned
+        f"sum_{name} += tl.where(inside, {argument_of(program.outputs[f'd{name}'], program)}, 0.0)" for name in learned
     ]
     name = "backward_with_h" if with_h else "backward"
     if learned:
         row.append("row += 1")
     else:
-        return _head(name, pointers, ["width"]) + _indented(["row = tl.program_id(0).to(tl.int64)", *row], 1)
+        return _head(name, pointers, ["width"]) + indented(["row = tl.program_id(0).to(tl.int64)", *row], 1)
     pointers += [f"sums_{name}" for name in learned]
     before = [
-        *_load_learned(compiled, program),
+        *load_learned(compiled, program),
         *(f"sum_{name} = tl.zeros((TILE,), tl.float32)" for name in learned),
-        *_ROW_LOOP,
+        *ROW_LOOP,
     ]
     after = [
         f"tl.store(sums_{name} + tl.program_id(0).to(tl.int64) * width + column, sum_{name}, mask=inside)"
@@ -228,7 +257,7 @@ def _backward(compiled: Compiled, with_h: bool) -> str:
         for name, parameter in learned.items()
     ]
     head = _head(name, pointers, ["rows", "rows_per_program", "width"])
-    return head + _indented(before, 1) + _indented(row, 2) + _indented(after, 1)
+    return head + indented(before, 1) + indented(row, 2) + indented(after, 1)
 
 
 def _from_output(compiled: Compiled) -> str:
@@ -240,22 +269,24 @@ def _from_output(compiled: Compiled) -> str:
         "row = tl.program_id(0).to(tl.int64)",
         f"v_{OUTPUT} = tl.load(pre + row * width + column, mask=inside).to(tl.float32)",
         "v_dh = tl.load(dh + row * width + column, mask=inside).to(tl.float32)",
-        *_lines(program),
+        *lines_of(program),
         _store("dpre + row * width + column", program.outputs[f"d{OUTPUT}"], program),
     ]
-    return "\n" + _head("from_output", ["pre", "dh", "dpre"], ["width"]) + _indented(body, 1)
+    return "\n" + _head("from_output", ["pre", "dh", "dpre"], ["width"]) + indented(body, 1)
 
 
-def _indented(lines: Iterable[str], levels: int) -> str:
+def indented(lines: Iterable[str], levels: int) -> str:
+    """Print lines at a level of indentation."""
     return "".join(f"{'    ' * levels}{line}\n" for line in lines)
 
 
-def _lines(program: Program) -> list[str]:
+def lines_of(program: Program) -> list[str]:
+    """Print the lines of a program."""
     return [f"{line.name} = {_operation(line, program)}" for line in program.lines]
 
 
 def _operation(line: Line, program: Program) -> str:
-    printed = [_argument(argument, program) for argument in line.arguments]
+    printed = [argument_of(argument, program) for argument in line.arguments]
     if not any(isinstance(argument, str) for argument in line.arguments):  # Triton's functions require a tensor
         printed = [f"tl.full((), {number}, tl.float32)" for number in printed]
     if line.operation in _OPERATORS:
@@ -263,7 +294,7 @@ def _operation(line: Line, program: Program) -> str:
     return f"fn.{line.operation}({', '.join(printed)}{', PRECISE' if line.operation in _TWO_FORMS else ''})"
 
 
-def _argument(argument: Argument, program: Program) -> str:
+def argument_of(argument: Argument, program: Program) -> str:
     """Print a name, or a number rounded to fp32."""
     if isinstance(
         argument, str

@@ -119,6 +119,32 @@ INLINE double whole_of(Sum s) {
     return total;
 }
 
+// The largest element and the first column that has it, by lanes and of all: a NaN is larger than any number.
+typedef struct {
+    V value, column;
+} Lanes;
+typedef struct {
+    float value, column;
+} Top;
+INLINE V numbers_from(int64_t first) {
+    V lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    return number(first) + lane;
+}
+INLINE V square(V x) { return x * x; }
+INLINE Lanes lowest(void) { return (Lanes){number(-__builtin_inff()), number(0)}; }
+INLINE void keep_top(Lanes *top, V value, V column) {
+    const I better = ~(value <= top->value) & (top->value == top->value);
+    *top = (Lanes){k_select(better, value, top->value), k_select(better, column, top->column)};
+}
+static inline void merge_top(Top *top, Lanes lanes) {
+    for (int i = 0; i < LANES; i++) {
+        const float value = lanes.value[i], column = lanes.column[i];
+        const int better = !(value <= top->value) && top->value == top->value;
+        if (better || (value == top->value && column < top->column)) *top = (Top){value, column};
+    }
+}
+
 static inline void add_up(float *total, const float *partial, int64_t size, int64_t blocks, int64_t space) {
     for (int64_t i = 0; i < size; i++) {
         double s = 0;

@@ -5,7 +5,9 @@ hints.py      what a near miss was meant to be
 functions.py  the elementary functions, one entry each
 domains.py    refuses division by zero and arguments outside of a domain
 derivative.py derivatives of SymPy expressions, shared and bounded
-symbolic.py   tree -> SymPy -> derivatives -> programs (`compile_formula`)
+reductions.py  numbers per token that a formula takes from all channels, and the passes that compute them
+symbolic.py   tree -> SymPy
+compiled.py   derivatives -> programs (`compile_formula`)
 program.py    straight-line programs, and the lowering of expressions to them
 safety.py     refuses programs that overflow where the true value is moderate
 gaussian.py   RMS of h under standard normal pre-activations

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from . import intervals
 from .functions import REGISTRY
-from .grammar import Formula, FormulaError, Node
+from .grammar import EPSILON, REDUCTIONS, Formula, FormulaError, Node
 from .intervals import Interval
 
 REACH = 1e4  # largest |pre-activation| that is checked
@@ -72,13 +72,15 @@ class Domains:
             return Interval(float(number), float(number))
         if node.kind == "symbol":
             return ranges[str(node.value)]
+        if node.kind == "reduce":
+            return self.reduction(node, self.of(node.arguments[0], ranges))
         if node.value == "where":
             return self.where(node, ranges)
         parts = [self.of(argument, ranges) for argument in node.arguments]
         if node.kind == "**":
             return self.power(node, *parts)
         if node.kind == "/" and not intervals.excludes_zero(parts[1]):
-            raise self.refuse("the division can hit zero: keep the denominator away from 0", node.arguments[1])
+            raise self.refuse(f"the division can hit zero: {_away_from_zero(node.arguments[1])}", node.arguments[1])
         if node.kind == "*" and _same(*node.arguments):
             return intervals.power(parts[0], 2)
         if node.kind == "call":
@@ -141,7 +143,7 @@ class Domains:
         if node.kind == "symbol":
             fixed = self.fixed.get(str(node.value))
             return None if fixed is None else Fraction(repr(fixed))
-        if node.kind == "call" or node.is_condition:
+        if node.kind in ("call", "reduce") or node.is_condition:
             return None
         parts = [self.number(argument) for argument in node.arguments]
         known = [part for part in parts if part is not None]
@@ -163,6 +165,16 @@ class Domains:
             raise self.refuse(f"this number is too {bound} for floating-point arithmetic", node)
         return exact
 
+    def reduction(self, node: Node, inside: Interval) -> Interval:
+        """Return an interval of a reduction over at most `intervals.WIDEST` channels, of an argument in `inside`."""
+        name, epsilon = str(node.value), EPSILON if node.value == "norm" else 0.0
+        if node.arguments[1:]:
+            given = self.number(node.arguments[1])
+            if given is None or not given > 0:
+                raise self.refuse(f"the epsilon of {name} must be a number above 0", node.arguments[1])
+            epsilon = float(given)
+        return intervals.reduction(name, inside, epsilon)
+
     def check_exponent(self, exponent: Fraction, node: Node) -> None:
         if abs(exponent) > LARGEST_EXPONENT:
             raise self.refuse(EXPONENT_TOO_LARGE, node.arguments[1])
@@ -174,6 +186,12 @@ class Domains:
             raise self.refuse(f"{node.value} requires an argument above {bound:g}{function.above_reason}", argument)
         assert function.interval is not None, f"{node.value} is in the grammar but has no interval"
         return function.interval(*parts)
+
+
+def _away_from_zero(denominator: Node) -> str:
+    if denominator.kind == "reduce" and REDUCTIONS[str(denominator.value)]:
+        return f"give {denominator.value} an epsilon, as in {denominator.value}(x, {EPSILON:g})"
+    return "keep the denominator away from 0"
 
 
 def bits_of(number: Fraction) -> int:

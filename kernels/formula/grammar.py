@@ -7,6 +7,9 @@
     power      := atom ["**" unary]
     atom       := number | name | name "(" expression ("," expression)* ")" | "(" expression ")"
 
+A name that is called is a function of its arguments, or a reduction: mean(e) is one number per token, the mean of e over the
+d_ff channels. `max` and `min` are reductions with one argument, and functions with two.
+
 Formulas are untrusted input: nothing is ever evaluated, and everything outside of the grammar is refused, with a caret under
 the place.
 """
@@ -14,10 +17,11 @@ the place.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 from . import hints
@@ -27,13 +31,25 @@ FUNCTIONS = {  # name: number of arguments
     **{name: function.arity for name, function in REGISTRY.items() if function.in_grammar},
     "where": 3,
 }
+REDUCTIONS = {  # over the d_ff channels of a token; name: whether it takes an epsilon as a second argument
+    "mean": False,
+    "sum": False,
+    "max": False,
+    "min": False,
+    "rms": True,  # sqrt(mean(e**2) + epsilon)
+    "std": True,  # sqrt(mean((e - mean(e))**2) + epsilon)
+    "norm": True,  # e / rms(e, epsilon), a number per channel
+}
+EPSILON = 1e-6  # of norm, unless it is given; rms and std have none by default
 CONSTANTS = {"pi": 3.141592653589793}
 PRE_ACTIVATIONS = ("x", "gate", "up")
 COMPARISONS = ("<", "<=", ">", ">=")
+CALLABLE = (*FUNCTIONS, *(name for name in REDUCTIONS if name not in FUNCTIONS))
 LARGEST, LARGEST_IN_FP32 = sys.float_info.max, 3.4e38
 LONGEST = 1000  # characters; the longest known arm has 70
 MOST_OPERATIONS = 200  # binary ones; a sum of so many is a tree of that depth, which the compiler traverses recursively
 DEEPEST = 50  # nested brackets, which bounds the recursion of the parser
+MOST_LEVELS = 2  # of reductions inside each other; each is a pass over the row
 
 _DOTTED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)+")
 _TOKEN = re.compile(
@@ -61,8 +77,8 @@ class Node:
     """A node of the expression tree.
 
     Attributes:
-        kind: "number", "symbol", "call", "negate", or the sign of a binary operator.
-        value: the number, or the name of the symbol or function.
+        kind: "number", "symbol", "call", "reduce", "negate", or the sign of a binary operator.
+        value: the number, or the name of the symbol, function or reduction.
         arguments: the operands.
         place: index of the character in the formula where it begins.
     """
@@ -76,6 +92,21 @@ class Node:
     def is_condition(self) -> bool:
         """Whether it is a comparison, which only `where` takes."""
         return self.kind in COMPARISONS
+
+    def walk(self) -> Iterator[Node]:
+        """Return the node and everything in it."""
+        yield self
+        for argument in self.arguments:
+            yield from argument.walk()
+
+    def __str__(self) -> str:
+        """Return a text that is equal for equal trees, wherever they stand."""
+        return f"{self.kind}:{self.value}({', '.join(map(str, self.arguments))})" if self.arguments else str(self.value)
+
+    @functools.cached_property
+    def levels(self) -> int:
+        """Return how many reductions are nested inside each other in it."""
+        return max((argument.levels for argument in self.arguments), default=0) + (self.kind == "reduce")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +157,23 @@ class Formula:
         """Matrices of d_model x d_ff in a layer with this formula."""
         return 3 if self.gated else 2
 
+    @property
+    def reduces(self) -> bool:
+        """Whether h of a channel depends on the other channels of its token."""
+        return self.tree.levels > 0
+
+    @functools.cached_property
+    def reductions(self) -> dict[str, int]:
+        """The reductions, and how many numbers per token are kept of each: std has its mean beside it, max the channel."""
+        found: dict[str, int] = {}
+        for node in self.tree.walk():
+            if node.kind == "reduce":
+                name = "rms" if node.value == "norm" else str(node.value)
+                epsilon = [EPSILON] if node.value == "norm" and not node.arguments[1:] else []
+                key = ", ".join(map(str, (node.arguments[0], *node.arguments[1:], *epsilon)))
+                found[f"{name}({key})"] = 1 + (name in ("std", "max", "min"))
+        return found
+
 
 def parse(text: str, parameters: Mapping[str, Any] | None = None, from_output: str = "") -> Formula:
     """Return the checked formula of `text`.
@@ -166,12 +214,12 @@ def parse(text: str, parameters: Mapping[str, Any] | None = None, from_output: s
             raise FormulaError(f"the formula does not use the parameter {name!r}", text, 0)
     learned = {name: value for name, value in given.items() if isinstance(value, Learned)}
     fixed = {name: value for name, value in given.items() if isinstance(value, float)}
+    _check_reductions(text, tree, {name for name, value in learned.items() if value.share == "layer"} | fixed.keys())
     derivative = None
     if from_output:
-        if "x" not in symbols or learned:
-            reason = (
-                "from_output requires an ungated formula that learns nothing: others need pre-activations in backward"
-            )
+        if "x" not in symbols or learned or tree.levels:
+            reason = "from_output requires an ungated formula that learns nothing, without reductions: others need "
+            reason += "pre-activations in backward"
             raise FormulaError(reason, from_output, 0)
         derivative = from_output, _parse_from_output(from_output, tuple(fixed))
     return Formula(text, tree, symbols, learned, fixed, derivative)
@@ -180,9 +228,36 @@ def parse(text: str, parameters: Mapping[str, Any] | None = None, from_output: s
 def _parse_from_output(text: str, fixed: tuple[str, ...]) -> Node:
     parser = _Parser(text, ("h", *fixed))
     tree = parser.expression()
-    if parser.kind != "end" or tree.is_condition or set(PRE_ACTIVATIONS) & set(parser.symbols):
+    if parser.kind != "end" or tree.is_condition or tree.levels or set(PRE_ACTIVATIONS) & set(parser.symbols):
         raise FormulaError("from_output may use only h and fixed parameters", text, parser.place)
     return tree
+
+
+def _check_reductions(text: str, node: Node, constant: Set[str]) -> None:
+    """Refuse reductions of what is equal in all channels, and nesting that is too deep.
+
+    Args:
+        constant: the parameters that have one value for all channels.
+    """
+    for argument in node.arguments:
+        _check_reductions(text, argument, constant)
+    if node.kind != "reduce":
+        return
+    argument = node.arguments[0]
+    if node.levels > MOST_LEVELS:
+        reason = f"reductions are nested at most once: this {node.value} is the outermost of {node.levels}"
+        raise FormulaError(reason, text, node.place)
+    if not _varies(argument, constant):
+        raise FormulaError(f"{node.value} of what is the same in every channel: write it without", text, argument.place)
+
+
+def _varies(node: Node, constant: Set[str]) -> bool:
+    """Whether a node may differ between the channels of a token: a reduction does not, whatever is in it, but for norm."""
+    if node.kind == "reduce" and node.value != "norm":
+        return False
+    if node.kind == "symbol":
+        return node.value not in constant
+    return any(_varies(argument, constant) for argument in node.arguments)
 
 
 def _parameter(text: str, name: str, value: Any) -> float | Learned:
@@ -191,7 +266,7 @@ def _parameter(text: str, name: str, value: Any) -> float | Learned:
     place = match.start() if match else 0
     if not isinstance(name, str) or not (name.isascii() and name.isidentifier()):
         raise FormulaError(f"a parameter cannot be named {name!r}: that is not an identifier", text, place)
-    if name in PRE_ACTIVATIONS or name in FUNCTIONS or name in CONSTANTS or re.fullmatch(r"dh|t[0-9]+", name):
+    if name in {*PRE_ACTIVATIONS, *FUNCTIONS, *REDUCTIONS, *CONSTANTS} or re.fullmatch(r"dh|t[0-9]+", name):
         raise FormulaError(f"a parameter cannot be named {name!r}: that name is taken", text, place)
     settings = {"init": value, "share": None} if not isinstance(value, Mapping) else {"share": "layer", **value}
     if settings.keys() != {"init", "share"}:
@@ -325,14 +400,14 @@ class _Parser:
         if self.kind != "name":
             raise self.error(f"expected a number, a name or a bracket, found {token!r}")
         if dotted := _DOTTED.match(self.text, place):
-            raise self.error(f"{dotted[0]!r} is not part of a formula{hints.of_dotted(dotted[0], FUNCTIONS)}", place)
+            raise self.error(f"{dotted[0]!r} is not part of a formula{hints.of_dotted(dotted[0], CALLABLE)}", place)
         self.advance()
-        if token in FUNCTIONS:
+        if token in CALLABLE:
             return self.call(token, place)
         if self.kind == "sign" and self.token == "(":
             if token in (*PRE_ACTIVATIONS, *CONSTANTS, *self.parameters):
                 raise self.error(f"{token} is a number, not a function: a product is written {token}*(...)", place)
-            raise self.error(f"unknown function {token!r}: {hints.of_name(token, FUNCTIONS)}", place)
+            raise self.error(f"unknown function {token!r}: {hints.of_name(token, CALLABLE)}", place)
         if token in CONSTANTS:
             return Node("number", CONSTANTS[token], (), place)
         if token not in PRE_ACTIVATIONS and token not in self.parameters:
@@ -350,8 +425,10 @@ class _Parser:
         while self.take(","):
             arguments.append(self.expression())
         self.expect(")", f"to close {name}(")
-        if len(arguments) != FUNCTIONS[name]:
-            raise self.error(f"{name} takes {FUNCTIONS[name]} argument(s), not {len(arguments)}", place)
+        if name in REDUCTIONS and len(arguments) in (1, 1 + REDUCTIONS[name]):
+            return Node("reduce", name, tuple(map(self.value, arguments)), place)
+        if len(arguments) != FUNCTIONS.get(name):
+            raise self.error(f"{name} takes {_arity(name)}, not {len(arguments)}", place)
         if name == "where":
             if not arguments[0].is_condition:
                 raise self.error("the first argument of where must be a comparison such as x > 0", arguments[0].place)
@@ -359,3 +436,12 @@ class _Parser:
         else:
             arguments = [self.value(argument) for argument in arguments]
         return Node("call", name, tuple(arguments), place)
+
+
+def _arity(name: str) -> str:
+    """Say how many arguments a function or reduction takes."""
+    if name not in REDUCTIONS:
+        return f"{FUNCTIONS[name]} argument(s)"
+    if name in FUNCTIONS:
+        return "1 argument, as a reduction over d_ff, or 2"
+    return "1 argument, or a second one, its epsilon" if REDUCTIONS[name] else "1 argument"

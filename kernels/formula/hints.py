@@ -37,6 +37,9 @@ _WORDS = {  # names that the grammar does not know: what to write
     "geglu": "gelu(gate)*up", "reglu": "relu(gate)*up", "bilinear": "gate*up", "heaviside": "where(x > 0, 1, 0)",
     "if": "where(condition, a, b)", "else": "where(condition, a, b)", "lambda": "the expression alone, in x",
     "return": "the expression alone, in x", "value": "gate and up",
+    "average": "mean", "avg": "mean", "amax": "max", "amin": "min", "stdev": "std", "rms_norm": "norm", "rmsnorm": "norm",
+    "var": "std(x)**2", "layer_norm": "(x - mean(x))/std(x, 1e-6)", "layernorm": "(x - mean(x))/std(x, 1e-6)",
+    "softmax": "exp(x - max(x))/sum(exp(x - max(x)))", "l2norm": "x/sqrt(sum(x**2) + 1e-6)",
 }  # fmt: skip
 _MODULES = ("torch", "nn", "functional", "F", "np", "numpy", "math", "jax", "jnp", "lax", "special", "tf", "scipy")
 

@@ -27,6 +27,7 @@ class Interval(Ends):
 
 
 EVERYTHING = Interval(-math.inf, math.inf)
+WIDEST = float(1 << 24)  # d_ff over all tensor ranks: channels are numbered in 32-bit arithmetic
 _ULPS = 8  # bound on the error of a function of Python's `math`, and of the few operations around it
 
 
@@ -182,6 +183,32 @@ def real_power(base: Ends, exponent: float) -> Interval:
 def varying_power(base: Ends, exponent: Ends) -> Interval:
     """Return an interval of base**exponent for a base above 0."""
     return EXP(multiply(rising(log, through=(1.0, 0.0))(base), exponent))
+
+
+def reduction(name: str, a: Interval, epsilon: float) -> Interval:
+    """Return an interval of a reduction (`grammar.REDUCTIONS`) over 1 to `WIDEST` channels."""
+    size = absolute(a)
+    if name == "sum":
+        nonzero = a[0] >= 0 or a[1] <= 0  # terms of one sign do not cancel
+        return Interval(min(a[0], a[0] * WIDEST), max(a[1], a[1] * WIDEST), nonzero and excludes_zero(a))
+    if name == "mean":
+        return Interval(a[0], a[1], (a[0] >= 0 or a[1] <= 0) and excludes_zero(a))
+    if name in ("max", "min"):
+        return a
+    if name == "std":
+        spread = multiply((0.5, 0.5), subtract((a[1], a[1]), (a[0], a[0])))
+        return _root_mean_square(Interval(0.0, spread[1]), epsilon)
+    if name == "rms":
+        return _root_mean_square(size, epsilon)
+    assert name == "norm"
+    # |e| is at most rms(e) times the root of the width, which all other channels at 0 reach.
+    largest = math.sqrt(WIDEST)
+    quotient = divide(a, (_root_mean_square(Interval(0.0, 0.0), epsilon)[0], math.inf))
+    return Interval(max(quotient[0], -largest), min(quotient[1], largest), a.nonzero)
+
+
+def _root_mean_square(size: Interval, epsilon: float) -> Interval:
+    return real_power(add(power(size, 2), Interval(epsilon, epsilon)), 0.5)
 
 
 EXP = rising(exp, (0.0, math.inf), (0.0, 1.0), lambda _: True)

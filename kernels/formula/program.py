@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, cast
 
 import sympy
@@ -64,6 +64,15 @@ class Program:
         """The inputs that the program reads."""
         read = {argument for line in self.lines for argument in line.arguments} | set(self.outputs.values())
         return frozenset(name for name in self.inputs if name in read)
+
+    def split(self, same: Set[str]) -> tuple[list[Line], list[Line]]:
+        """Return the lines that depend on no inputs but `same`, which a loop over the others computes once, and all others."""
+        known, before, inside = set(same), [], []
+        for line in self.lines:
+            once = all(argument in known for argument in line.arguments if isinstance(argument, str))
+            (before if once else inside).append(line)
+            known |= {line.name} if once else set()
+        return before, inside
 
 
 def arguments_of(expression: sympy.Basic) -> tuple[sympy.Expr, ...]:

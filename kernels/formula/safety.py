@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from .domains import LEARNED_REACH, REACH
 from .functions import REGISTRY, implementation
-from .grammar import Formula, FormulaError, Node
+from .grammar import EPSILON, Formula, FormulaError, Node
 from .program import Program, run
 
-_COARSE = (0.0, *(s * m for m in (1e-3, 0.7, 5.0, 20.0, 100.0, 1e3, REACH) for s in (1, -1)))
-_OVERFLOWS = 3e38  # about the largest number of 32-bit arithmetic
+COARSE = (0.0, *(s * m for m in (1e-3, 0.7, 5.0, 20.0, 100.0, 1e3, REACH) for s in (1, -1)))
+OVERFLOWS = 3e38  # about the largest number of 32-bit arithmetic
 _LARGEST_EXPONENT = 2 * REACH  # of exp with 30 digits; what is larger is infinite
 _MODERATE = 1e30  # on the fine grid, which also meets the bands next to the largest number
 
@@ -35,7 +35,7 @@ def check_overflow(formula: Formula, programs: Mapping[str, Program]) -> None:
     Raises:
         FormulaError: with the point and the first operation that overflows.
     """
-    for axes, moderate in ((_coarse, _OVERFLOWS), (_fine, _MODERATE)):
+    for axes, moderate in ((_coarse, OVERFLOWS), (fine_points, _MODERATE)):
         points = axes(len(formula.pre_activations))
         inputs = dict(zip(formula.pre_activations, points, strict=True))
         for offset in (0.0, LEARNED_REACH / 5, -LEARNED_REACH / 5) if formula.learned else (0.0,):
@@ -52,7 +52,7 @@ def _check_points(
     with np.errstate(all="ignore"):
         results = run(program, NUMPY, values)
         lost = {name: np.flatnonzero(~np.isfinite(result)) for name, result in results.items()}
-        if moderate < _OVERFLOWS and any(index.size for index in lost.values()):
+        if moderate < OVERFLOWS and any(index.size for index in lost.values()):
             wide = {key: np.asarray(value, np.float64) for key, value in values.items()}
             truths = run(program, NUMPY | {"number": np.float64}, wide)
             lost = {name: index[np.abs(_at(truths[name], index)) < moderate][:8] for name, index in lost.items()}
@@ -61,15 +61,15 @@ def _check_points(
         for index in map(int, indices):
             at = {key: float(_at(value, index)) for key, value in values.items()}
             if index not in exact:
-                exact[index] = run(program, _mpmath(), at)
+                exact[index] = run(program, exact_operations(), at)
             truth = exact[index][name]
             if abs(truth) < moderate:
                 where = ", ".join(f"{key} = {at[key]:g}" for key in (*formula.pre_activations, *formula.learned))
                 raise FormulaError(
                     f"{description} gives {_at(results[name], index)} in 32-bit arithmetic at {where}, where it is "
-                    f"{float(truth):g}: {_advice(program)}",
+                    f"{float(truth):g}: {advice([program])}",
                     formula.text,
-                    _first_overflow(formula, at),
+                    first_overflow(formula, at),
                 )
 
 
@@ -78,9 +78,11 @@ def _at(values: Any, index: Any) -> Any:
     return values[index] if np.ndim(values) else np.broadcast_to(values, np.shape(index))
 
 
-def _advice(program: Program) -> str:
-    numbers = [abs(argument) for line in program.lines for argument in line.arguments if not isinstance(argument, str)]
-    if numbers and max(numbers) > _OVERFLOWS:
+def advice(programs: Iterable[Program]) -> str:
+    """Return what to write instead of a formula that overflows."""
+    lines = [line for program in programs for line in program.lines]
+    numbers = [abs(argument) for line in lines for argument in line.arguments if not isinstance(argument, str)]
+    if numbers and max(numbers) > OVERFLOWS:
         return f"the number {max(numbers):g} is beyond it, for its largest is 3.4e38"
     return "write it without numbers that overflow on the way, for instance with sigmoid, tanh or softplus"
 
@@ -88,17 +90,17 @@ def _advice(program: Program) -> str:
 @functools.cache
 def _coarse(dimensions: int) -> np.ndarray:
     """Return points (dimensions, n): every combination of a few values."""
-    return np.array(list(itertools.product(_COARSE, repeat=dimensions)), dtype=np.float32).T
+    return np.array(list(itertools.product(COARSE, repeat=dimensions)), dtype=np.float32).T
 
 
 @functools.cache
-def _fine(dimensions: int) -> np.ndarray:
+def fine_points(dimensions: int) -> np.ndarray:
     """Return points (dimensions, n): 3,000 values of one pre-activation, with a few values of the other one."""
     size = np.geomspace(1e-3, REACH, 1500)
     dense = np.concatenate([-size, size]).astype(np.float32)
     if dimensions == 1:
         return dense[None]
-    others = np.array([*_COARSE, 1.0, -1.0, 50.0, -50.0], dtype=np.float32)
+    others = np.array([*COARSE, 1.0, -1.0, 50.0, -50.0], dtype=np.float32)
     lines = np.stack([np.tile(dense, len(others)), np.repeat(others, len(dense))])
     return np.concatenate([lines, lines[::-1]], axis=1)
 
@@ -109,7 +111,7 @@ def check_from_output(formula: Formula, forward: Program, backward: Program, fro
     Raises:
         FormulaError: with the point where it differs.
     """
-    x = np.concatenate([np.linspace(-10, 10, 401), np.array(_COARSE)])
+    x = np.concatenate([np.linspace(-10, 10, 401), np.array(COARSE)])
     with np.errstate(all="ignore"):
         (h,) = run(forward, NUMPY, {"x": x}).values()
         (slope,) = run(backward, NUMPY, {"x": x, "dh": np.float64(1)}).values()
@@ -126,12 +128,16 @@ def check_from_output(formula: Formula, forward: Program, backward: Program, fro
 
 
 def loses_nan(formula: Formula, forward: Program) -> list[str]:
-    """Return the pre-activations whose NaN the program would lose, as where(x > 0, 1, 0) does."""
+    """Return the pre-activations whose NaN the program would lose, as where(x > 0, 1, 0) does.
+
+    Reductions have the value 1: a NaN of another channel arrives through them, but that of the own one may be lost.
+    """
     lost = []
     for name in formula.pre_activations:
         for other in (1.0, -1.0):
             values: dict[str, Any] = {each: np.float32(other) for each in formula.pre_activations}
             values |= {each: np.float32(p.init) for each, p in formula.learned.items()} | {name: np.float32("nan")}
+            values = dict.fromkeys(forward.inputs, np.float32(1)) | values
             with np.errstate(all="ignore"):
                 if not np.isnan(run(forward, NUMPY, values)["h"]):
                     lost.append(name)
@@ -139,8 +145,12 @@ def loses_nan(formula: Formula, forward: Program) -> list[str]:
     return lost
 
 
-def _first_overflow(formula: Formula, at: Mapping[str, float]) -> int:
-    """Return the place of the first operation that is not finite at a point; 0 if only the derivative overflows."""
+def first_overflow(formula: Formula, at: Mapping[str, Any]) -> int:
+    """Return the place of the first operation that is not finite at a point; 0 if only the derivative overflows.
+
+    Args:
+        at: a number for each symbol, or one for each channel of a row.
+    """
 
     def value(node: Node) -> tuple[Any, int | None]:
         if node.kind == "number":
@@ -149,8 +159,10 @@ def _first_overflow(formula: Formula, at: Mapping[str, float]) -> int:
             return np.float32({**formula.fixed, **at}[str(node.value)]), None
         parts = [value(argument) for argument in node.arguments]
         place = next((place for _, place in parts if place is not None), None)
-        result = _TREE[str(node.value) if node.kind == "call" else node.kind](*(part for part, _ in parts))
-        return result, node.place if place is None and not np.isfinite(result) else place
+        functions = _REDUCTIONS if node.kind == "reduce" else _TREE
+        name = str(node.value) if node.kind in ("call", "reduce") else node.kind
+        result = functions[name](*(part for part, _ in parts))
+        return result, node.place if place is None and not np.isfinite(result).all() else place
 
     with np.errstate(all="ignore"):
         return value(formula.tree)[1] or 0
@@ -184,7 +196,19 @@ _TREE = NUMPY | {  # by the names of the grammar
 }
 
 
-def _mpmath() -> dict[str, Callable[..., Any]]:
+_REDUCTIONS: dict[str, Callable[..., Any]] = {  # by the names of the grammar
+    "mean": np.mean,
+    "sum": np.sum,
+    "max": np.max,
+    "min": np.min,
+    "rms": lambda e, epsilon=0.0: np.sqrt(np.mean(e * e) + epsilon),
+    "std": lambda e, epsilon=0.0: np.sqrt(np.var(e) + epsilon),
+    "norm": lambda e, epsilon=EPSILON: e / np.sqrt(np.mean(e * e) + epsilon),
+}
+
+
+def exact_operations() -> dict[str, Callable[..., Any]]:
+    """Return the operations of a program on numbers with 30 digits."""
     import mpmath
 
     mpmath.mp.dps = 30

@@ -1,4 +1,4 @@
-"""Compilation of a formula: tree -> SymPy expression -> derivatives -> the programs that the backends print.
+"""Formulas as SymPy expressions, and the functions of the registry in them.
 
 Every function of the registry (`functions.py`) becomes an opaque SymPy function: SymPy differentiates and collects terms, but
 never rewrites one function into another. Derivatives have a form that is stable in 32-bit arithmetic and reuses the value of
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import dataclasses
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -20,14 +19,13 @@ import sympy
 from sympy.core import exprtools
 from sympy.core.parameters import distribute
 
-from .derivative import MOST_WORK, Derivative, TooMuchWork, Work
+from .derivative import Derivative
 from .domains import EXPONENT_TOO_LARGE, LARGEST, LARGEST_EXPONENT, MOST_BITS, SMALLEST
 from .functions import REGISTRY, Function
-from .grammar import Formula, FormulaError, Node
-from .program import Lowering, Program, arguments_of, keep_nan
-from .safety import check_from_output, check_overflow, loses_nan
+from .grammar import EPSILON, Formula, FormulaError, Node
+from .program import arguments_of
+from .reductions import Collector
 
-MOST_LINES = 400  # of forward and backward together; the arms of conf/ffn take up to 26
 _one_at_a_time = threading.RLock()
 
 
@@ -139,7 +137,7 @@ class where_gt(Choice):
 
     def slope_by(self, derivative: Derivative) -> sympy.Expr:
         left, right, then, otherwise = self.args
-        return _where(type(self), left, right, derivative.of(then), derivative.of(otherwise))
+        return where(type(self), left, right, derivative.of(then), derivative.of(otherwise))
 
 
 class where_ge(where_gt):
@@ -151,7 +149,7 @@ class max(Choice):
 
     def slope_by(self, derivative: Derivative) -> sympy.Expr:
         first, second = self.args
-        return _where(where_ge, first, second, derivative.of(first), derivative.of(second))
+        return where(where_ge, first, second, derivative.of(first), derivative.of(second))
 
 
 class min(Choice):
@@ -159,10 +157,10 @@ class min(Choice):
 
     def slope_by(self, derivative: Derivative) -> sympy.Expr:
         first, second = self.args
-        return _where(where_ge, second, first, derivative.of(first), derivative.of(second))
+        return where(where_ge, second, first, derivative.of(first), derivative.of(second))
 
 
-def _where(
+def where(
     kind: type[where_gt], left: sympy.Expr, right: sympy.Expr, then: sympy.Expr, otherwise: sympy.Expr
 ) -> sympy.Expr:
     return then if then == otherwise else kind(left, right, then, otherwise)
@@ -192,14 +190,17 @@ softplus, tanh_softplus = _PRIMITIVES["softplus"], _PRIMITIVES["tanh_softplus"]
 relu, step, abs = _PRIMITIVES["relu"], _PRIMITIVES["step"], _PRIMITIVES["abs"]
 
 
-def to_sympy(node: Node, formula: Formula) -> sympy.Expr:
+def to_sympy(node: Node, formula: Formula, reductions: Collector) -> sympy.Expr:
     """Translate a tree of the formula, its own or that of `from_output`; fixed parameters become their numbers.
+
+    Args:
+        reductions: collects the reductions, which become symbols.
 
     Raises:
         FormulaError: a division by 0, an exponent beyond `LARGEST_EXPONENT`, or the numbers of a product or a sum, taken
             together, are beyond 64-bit arithmetic or have too many digits.
     """
-    expression = _translated(node, formula)
+    expression = _translated(node, formula, reductions)
     for number_ in (expression.as_coeff_Mul()[0], expression.as_coeff_Add()[0]):
         if number_ and not _SMALLEST <= builtins.abs(number_) <= _LARGEST:
             raise FormulaError(
@@ -217,7 +218,7 @@ def _bits_of(number_: sympy.Expr) -> int:
     return builtins.max(part.bit_length() for part in map(int, number_.as_numer_denom()))
 
 
-def _translated(node: Node, formula: Formula) -> sympy.Expr:
+def _translated(node: Node, formula: Formula, reductions: Collector) -> sympy.Expr:
     if node.kind == "number":
         return number(float(node.value))
     if node.kind == "symbol":
@@ -225,13 +226,16 @@ def _translated(node: Node, formula: Formula) -> sympy.Expr:
         return sympy.Symbol(str(node.value), real=True) if fixed is None else number(fixed)
     if node.value == "where":
         condition = node.arguments[0]
-        left, right, then, otherwise = (to_sympy(n, formula) for n in (*condition.arguments, *node.arguments[1:]))
+        parts = (*condition.arguments, *node.arguments[1:])
+        left, right, then, otherwise = (to_sympy(part, formula, reductions) for part in parts)
         if condition.kind in ("<", "<="):
             left, right = right, left
-        return _where(where_ge if "=" in condition.kind else where_gt, left, right, then, otherwise)
-    arguments = [to_sympy(argument, formula) for argument in node.arguments]
+        return where(where_ge if "=" in condition.kind else where_gt, left, right, then, otherwise)
+    arguments = [to_sympy(argument, formula, reductions) for argument in node.arguments]
     if node.kind == "call":
         return _call(str(node.value), arguments)
+    if node.kind == "reduce":
+        return _reduce(str(node.value), arguments, reductions)
     if _divides_by_zero(node.kind, *arguments):
         raise FormulaError("this divides by zero", formula.text, node.place)
     if node.kind == "**":
@@ -252,6 +256,17 @@ def _call(name: str, arguments: list[sympy.Expr]) -> sympy.Expr:
     if name in _MACROS:
         return _MACROS[name](_f, *arguments)
     return _PRIMITIVES[name](*arguments)
+
+
+def _reduce(name: str, arguments: list[sympy.Expr], reductions: Collector) -> sympy.Expr:
+    e = arguments[0]
+    epsilon = float(arguments[1]) if arguments[1:] else 0.0
+    if name == "norm":
+        return e / reductions.symbol("rms", e, epsilon or EPSILON)
+    if name == "min":
+        return -reductions.symbol("max", -e)
+    assert name in ("mean", "sum", "rms", "std", "max"), name
+    return reductions.symbol(name, e, epsilon)
 
 
 def _divides_by_zero(sign_: str, left: sympy.Expr, right: sympy.Expr | None = None) -> bool:
@@ -298,7 +313,7 @@ def _one_plus_exp(expression: sympy.Expr) -> sympy.Expr | None:
     return None
 
 
-def _without_double_steps(expression: sympy.Expr) -> sympy.Expr:
+def without_double_steps(expression: sympy.Expr) -> sympy.Expr:
     """relu(u) * step(u) is relu(u)."""
 
     def once(product: sympy.Mul) -> sympy.Expr:
@@ -316,95 +331,3 @@ def _without_double_steps(expression: sympy.Expr) -> sympy.Expr:
         return known.get(node, node)
 
     return replaced(expression)
-
-
-OUTPUT = "y"  # name of the formula's output as an input of `Compiled.from_output`
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Compiled:
-    """A formula's programs and the expressions behind them. `compile_formula` makes one per formula, so it can be a key.
-
-    Attributes:
-        expression: h.
-        slopes: the derivative of h by each pre-activation and each learned parameter.
-        forward: inputs: pre-activations, then learned parameters. Output: "h".
-        backward: inputs: those of `forward` and "dh". Outputs: "d" + name for each input of `forward`.
-        backward_with_h: `backward` with the additional output "h".
-        from_output: inputs: `OUTPUT` and "dh". Output: "d" + `OUTPUT`, the gradient of the pre-activation. None unless the
-            formula has a `from_output`.
-    """
-
-    formula: Formula
-    expression: sympy.Expr
-    slopes: dict[str, sympy.Expr]
-    forward: Program
-    backward: Program
-    backward_with_h: Program
-    from_output: Program | None
-
-
-def compile_formula(formula: Formula) -> Compiled:
-    """Differentiate a formula and lower it to programs; the result is cached per process.
-
-    Raises:
-        FormulaError: a program overflows where its true value is moderate, or `from_output` is not the derivative.
-    """
-    from_output = formula.from_output and formula.from_output[0]
-    key = (formula.text, *map(tuple, (formula.fixed.items(), formula.learned.items())), from_output)
-    if key not in _compiled:
-        _compiled[key] = _compile(formula)
-    return _compiled[key]
-
-
-_compiled: dict[tuple, Compiled] = {}
-
-
-def _slopes(formula: Formula, expression: sympy.Expr, names: tuple[str, ...]) -> dict[str, sympy.Expr]:
-    """Return the derivative by each of the names."""
-    work = Work()
-    try:
-        derivatives = {name: Derivative(sympy.Symbol(name, real=True), work).of(expression) for name in names}
-    except TooMuchWork:
-        raise FormulaError(
-            f"the derivative of this formula is too long to compile: it has more than {MOST_WORK:,} operands, and nested "
-            "functions and long products multiply them",
-            formula.text,
-            0,
-        ) from None
-    return {name: _without_double_steps(slope) for name, slope in derivatives.items()}
-
-
-def _refuse_long(formula: Formula, program: Program) -> None:
-    if len(program.lines) > MOST_LINES:
-        raise FormulaError(
-            f"the formula and its derivative take {len(program.lines):,} operations; at most {MOST_LINES:,} are compiled",
-            formula.text,
-            0,
-        )
-
-
-def _compile(formula: Formula) -> Compiled:
-    with plain_algebra():
-        expression = to_sympy(formula.tree, formula)
-        names = (*formula.pre_activations, *formula.learned)
-        slopes = _slopes(formula, expression, names)
-        dh = sympy.Symbol("dh", real=True)
-        gradients = {f"d{name}": dh * slope for name, slope in slopes.items()}
-        inputs = (*names, "dh")
-        both = Lowering(inputs, gradients | {"h": expression}).program()
-        _refuse_long(formula, both)
-        forward = Lowering(names, {"h": expression}).program()
-        backward = Lowering(inputs, gradients).program()
-        check_overflow(formula, {"the formula": forward, "its derivative": backward})
-        keep = loses_nan(formula, forward)
-        from_output = None
-        if formula.from_output is not None:
-            h, y = sympy.Symbol("h", real=True), sympy.Symbol(OUTPUT, real=True)
-            slope = to_sympy(formula.from_output[1], dataclasses.replace(formula, text=formula.from_output[0])).subs(
-                h, y
-            )
-            from_output = Lowering((OUTPUT, "dh"), {f"d{OUTPUT}": dh * slope}).program()
-            check_from_output(formula, forward, backward, from_output)
-        programs = keep_nan(forward, keep), backward, keep_nan(both, keep), from_output
-        return Compiled(formula, expression, slopes, *programs)

@@ -48,6 +48,16 @@ class FFNShape:
         return self.formula.matrices
 
     @property
+    def reduced(self) -> int:
+        """Numbers per token that the formula's reductions over d_ff keep for backward, where tensor ranks share d_ff."""
+        return sum(self.formula.reductions.values())
+
+    @property
+    def adjoints(self) -> int:
+        """Numbers per token that backward of the reductions needs from all tensor ranks."""
+        return len(self.formula.reductions)
+
+    @property
     def learned_per_layer(self) -> int:
         """Numbers that the formula learns once for the whole layer."""
         return sum(parameter.share == "layer" for parameter in self.formula.learned.values())
@@ -213,8 +223,8 @@ def tensor_traffic(
 
     Per layer that is 4 all-reduces of the activations, 8 b s h (t - 1) / t elements: Narayanan 2021, arXiv 2104.04473, section
     3.2. Sequence parallelism makes them 4 reduce-scatters and 4 all-gathers, of the same volume, and gathers the input of two
-    matmuls again in backward, 2 more: Korthikanti 2022, arXiv 2205.05198, section 4.2.2. The rest is small: the loss
-    needs a few numbers per token from other ranks, and gradients of replicated parameters are reduced.
+    matmuls again in backward, 2 more: Korthikanti 2022, arXiv 2205.05198, section 4.2.2. The rest is small: the loss, and a
+    formula with reductions, need a few numbers per token from other ranks, and gradients of replicated parameters are reduced.
 
     Args:
         tokens: of a rank's micro-batch, b s, divided over context ranks.
@@ -227,11 +237,14 @@ def tensor_traffic(
     norm = 2 * shape.d_model * width * ring if sequence else 0.0
     heads = 2 * 2 * shape.head_dim * width * ring if shape.qk_norm else 0.0
     learned = [2 * 4 * layer.learned_per_layer * ring for layer in shape.ffn]  # in fp32
+    gathered = 4 * tokens * (parallel.tensor - 1)  # of one number per token from every rank, in fp32
+    forwards = 2 if checkpointing is True else 1
+    reduced = [gathered * (forwards * layer.reduced + layer.adjoints) for layer in shape.ffn]
     again = 4 if checkpointing is True else int(sequence and checkpointing in RECOMPUTE_ATTENTION)
     layer = ((10 if sequence else 8) + again) * unit + 2 * norm + heads
     return {
         "embedding": 2 * unit,
-        "layers": shape.n_layers * layer + sum(learned),
+        "layers": shape.n_layers * layer + sum(learned) + sum(reduced),
         "head": 2 * unit + tokens * 2 * 4 * (parallel.tensor - 1) + norm,
     }
 
@@ -383,7 +396,10 @@ def activation_bytes(
         inputs = width * 2 * shape.d_model / sequence + 4 * 2 / sequence
     else:
         inputs = width * 4 * shape.d_model / sequence + attention + inverse_rms
-    each = [inputs + ffn_saved_bytes(layer, width) / tensor for layer in shape.ffn]
+    each = [
+        inputs + ffn_saved_bytes(layer, width) / tensor + (4 * layer.reduced if tensor > 1 else 0)
+        for layer in shape.ffn
+    ]
     working = max(
         width * ((layer.matrices + 1 + _made_again(layer)) * layer.d_ff / tensor + 2 * shape.d_model)
         for layer in shape.ffn

@@ -209,7 +209,7 @@ def canonical(node: Node, names: Mapping[str, float | str] | None = None) -> tup
     if node.kind in ("<", "<="):
         return (node.kind.replace("<", ">"), inside[1], inside[0])
     if node.kind != "call":
-        return (node.kind, *inside)
+        return (node.kind, node.value, *inside) if node.kind == "reduce" else (node.kind, *inside)
     if node.value == "silu":
         return _product([inside[0], ("sigmoid", inside[0])])
     if node.value == "relu":

@@ -47,6 +47,23 @@ FUNCTIONS = {
     "where": torch.where,
     "clip": lambda x, low, high: torch.minimum(torch.maximum(x, low), high),
 }
+
+
+def rms(e: Tensor, epsilon: Tensor | float = 0.0) -> Tensor:
+    """Return the root mean square over d_ff, per token."""
+    return torch.sqrt(e.square().mean(-1, keepdim=True) + epsilon)
+
+
+# Over the d_ff channels of a token. `max` and `min` of two arguments are functions.
+REDUCTIONS = {
+    "mean": lambda e: e.mean(-1, keepdim=True),
+    "sum": lambda e: e.sum(-1, keepdim=True),
+    "max": lambda e: e.max(-1, keepdim=True).values,
+    "min": lambda e: e.min(-1, keepdim=True).values,
+    "rms": rms,
+    "std": lambda e, epsilon=0.0: torch.sqrt(e.var(-1, correction=0, keepdim=True) + epsilon),
+    "norm": lambda e, epsilon=1e-6: e / rms(e, epsilon),
+}
 OPERATORS = {
     ast.Add: torch.add,
     ast.Sub: torch.sub,
@@ -93,8 +110,11 @@ def evaluate(tree: ast.expr, values: dict[str, Tensor]) -> Tensor:
             return OPERATORS[type(node.op)](value(node.left), value(node.right))
         if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in OPERATORS:
             return OPERATORS[type(node.ops[0])](value(node.left), value(node.comparators[0]))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id[1:] in FUNCTIONS:
-            return FUNCTIONS[node.func.id[1:]](*map(value, node.args))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+            name, arguments = node.func.id[1:], [value(argument) for argument in node.args]
+            reduces = name in REDUCTIONS and (name not in FUNCTIONS or len(arguments) == 1)
+            if reduces or name in FUNCTIONS:
+                return (REDUCTIONS if reduces else FUNCTIONS)[name](*arguments)
         raise ValueError(f"not allowed in a formula: {ast.unparse(node)}")
 
     return value(tree)

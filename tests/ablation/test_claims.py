@@ -25,7 +25,7 @@ from kernels.activations.telemetry import figures as telemetry_figures
 from kernels.activations.telemetry import sums_of
 from kernels.common.errors import UserError
 from kernels.formula import parse
-from kernels.formula.symbolic import compile_formula
+from kernels.formula.compiled import compile_formula
 from tests.ablation.made import losses, make, plan_of
 from training import telemetry
 

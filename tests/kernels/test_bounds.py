@@ -11,9 +11,11 @@ from sympy.core.cache import clear_cache
 from kernels.activations.telemetry import stats_program
 from kernels.formula import FormulaError, parse
 from kernels.formula import derivative as bounds
+from kernels.formula.compiled import MOST_LINES, Compiled, compile_formula
 from kernels.formula.derivative import Derivative, TooMuchWork, Work
 from kernels.formula.domains import Domains, check_domains, ranges_of
-from kernels.formula.symbolic import MOST_LINES, Compiled, compile_formula, to_sympy
+from kernels.formula.reductions import Collector
+from kernels.formula.symbolic import to_sympy
 
 
 def nested(outside: str, depth: int, inside: str = "x") -> str:
@@ -81,7 +83,7 @@ def test_nested_functions_are_differentiated_once(function, monkeypatch):
 
     def work(depth: int) -> int:
         counted, formula = Work(), parse(nested(f"{function}(@)", depth))
-        Derivative(sympy.Symbol("x", real=True), counted).of(to_sympy(formula.tree, formula))
+        Derivative(sympy.Symbol("x", real=True), counted).of(to_sympy(formula.tree, formula, Collector()))
         return counted.done
 
     assert work(16) < 2**3 * work(8) < 2**6 * work(4)

@@ -91,7 +91,7 @@ def test_a_parameter_of_a_layer_and_one_of_each_channel_are_different_kernels():
 
 def test_any_name_is_a_parameters():
     """Words of C and names of the template among them."""
-    names = ("c", "n", "int", "V", "width", "row", "h", "sum", "mine", "number", "first", "dx")
+    names = ("c", "n", "int", "V", "width", "row", "h", "total", "mine", "number", "first", "dx")
     text = "x" + "".join(f" + {name}*x" for name in names)
     shares = dict.fromkeys(names, "layer") | dict.fromkeys(("n", "row", "h", "dx"), "channel")
     function = activation(text, {name: {"init": 0.5, "share": share} for name, share in shares.items()}, backend="c")

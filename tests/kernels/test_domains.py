@@ -12,8 +12,8 @@ from random_formulas import check_every_node, points, random_formula
 
 from kernels import FormulaError, activation, parse
 from kernels.formula import Formula
+from kernels.formula.compiled import compile_formula
 from kernels.formula.domains import Domains, check_domains, ranges_of
-from kernels.formula.symbolic import compile_formula
 
 
 def accepted(seeds: range) -> list[tuple[Formula, random.Random]]:

@@ -8,11 +8,13 @@ import pytest
 
 from kernels.formula import hints
 from kernels.formula.grammar import (
+    CALLABLE,
     CONSTANTS,
     DEEPEST,
     FUNCTIONS,
     LONGEST,
     MOST_OPERATIONS,
+    REDUCTIONS,
     FormulaError,
     Learned,
     Node,
@@ -139,7 +141,7 @@ def test_what_is_no_parameter_is_refused(text, parameters, reason, place):
         ("silu x", "expected '(' after silu, found 'x'", "x"),
         ("silu()", "expected a number, a name or a bracket, found ')'", ")"),
         ("x + silu(x, x)", "silu takes 1 argument(s), not 2", "silu(x, x)"),
-        ("max(x)", "max takes 2 argument(s), not 1", "max(x)"),
+        ("max(x, x, x)", "max takes 1 argument, as a reduction over d_ff, or 2, not 3", "max(x, x, x)"),
         ("where(x > 0, x)", "where takes 3 argument(s), not 2", "where"),
         ("clip(x, 0)", "clip takes 3 argument(s), not 2", "clip"),
         ("x * sigmiod(x)", "unknown function 'sigmiod': did you mean 'sigmoid'?", "sigmiod(x)"),
@@ -212,8 +214,8 @@ def test_a_near_miss_is_told_what_to_write(text, reason):
 @pytest.mark.parametrize("word", sorted(hints._WORDS))
 def test_what_a_hint_says_to_write_is_a_formula(word):
     advice = hints._WORDS[word]
-    if advice in FUNCTIONS:
-        advice = f"{advice}({', '.join('x' * FUNCTIONS[advice])})"
+    if advice in CALLABLE:
+        advice = f"{advice}({', '.join('x' * FUNCTIONS.get(advice, 1))})"
     if not advice.startswith(("gate and", "the expression")):
         parse(advice.replace("condition, a, b", "x > 0, x, 0").replace("exp(1)", "exp(1)*x"))
 
@@ -270,10 +272,13 @@ def test_every_function_takes_its_number_of_arguments(name):
     first = "x > 0" if name == "where" else "x"
     for given in range(1, 5):
         call = f"{name}({', '.join([first, *['x'] * (given - 1)])})"
-        if given == FUNCTIONS[name]:
+        if given == FUNCTIONS[name] or (given == 1 and name in REDUCTIONS):
             assert len(parse(call).tree.arguments) == given
+            assert parse(call).reduces == (given == 1 and name in REDUCTIONS)
         else:
-            with pytest.raises(FormulaError, match=f"{name} takes {FUNCTIONS[name]} argument"):
+            with pytest.raises(
+                FormulaError, match=rf"{name} takes {FUNCTIONS[name]} argument|{name} takes 1 argument, as"
+            ):
                 parse(call)
     with pytest.raises(FormulaError, match=rf"expected '\(' after {name}"):
         parse(f"{name} * x")

@@ -15,8 +15,8 @@ from torch import Tensor
 from kernels import activation, parse
 from kernels.activations import c_backend as c
 from kernels.c.toolchain import build
+from kernels.formula.compiled import Compiled, compile_formula
 from kernels.formula.program import Line, Program
-from kernels.formula.symbolic import Compiled, compile_formula
 
 try:
     build("int one(void) { return 1; }")

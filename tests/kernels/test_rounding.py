@@ -96,6 +96,7 @@ ARMS = {
     "x * sigmoid(b * x)": {"b": {"init": 1.3, "share": "channel"}},
     "a * relu(x)": {"a": {"init": 2.0, "share": "layer"}},
     "where(x > 0, 1, 0)": {},
+    "norm(relu(gate - mean(gate))*up)": {},
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 from kernels.activations.properties import Properties, bytes_moved, cost, properties, saved_by_eager
 from kernels.common.errors import UserError
 from kernels.formula import FormulaError, parse
-from kernels.formula.symbolic import compile_formula
+from kernels.formula.compiled import compile_formula
 from kernels.show import main, notation
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kernels import activation
 from kernels.common.errors import UserError
-from kernels.formula.grammar import FUNCTIONS
+from kernels.formula.grammar import FUNCTIONS, REDUCTIONS
 from model import export as command
 from model.export import export, main
 from model.generate import generate, load_run
@@ -238,6 +238,16 @@ def test_every_function_of_the_grammar_is_ours(modeling):
         text = f"{text}) / 3 - -x**2 * 1e-1"
         expected = activation(text, backend="reference")(x)
         torch.testing.assert_close(modeling.evaluate(modeling.parse(text), {"x": x}), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_every_reduction_of_the_grammar_is_ours(modeling):
+    assert modeling.REDUCTIONS.keys() == REDUCTIONS.keys()
+    x = torch.randn(3, 40, dtype=torch.float64)
+    for name, with_epsilon in REDUCTIONS.items():
+        for text in (f"{name}(x**2 + x) - x", *([f"{name}(x, 0.5)*tanh(x)"] if with_epsilon else [])):
+            expected = activation(text, backend="reference")(x)
+            mine = modeling.evaluate(modeling.parse(text), {"x": x})
+            torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,18 @@ LEARNED = {
     "ffn.formula": "gate*sigmoid(b*gate)*up + a*up",
     "ffn.parameters": "{b: {init: 1.0, share: channel}, a: {init: 0.1, share: layer}}",
 }
-ARMS: dict[str, dict[str, Any]] = {"ungated": {"ffn": "relu2"}, "gated": {"ffn": "swiglu"}, "learned": LEARNED}
+# Every kind of reduction over d_ff, one inside another.
+REDUCING = {
+    "ffn": "custom",
+    "ffn.formula": "b*norm(silu(gate - mean(gate) - std(gate))*up) + a*up*max(up)/(1 + sum(gate**2))",
+    "ffn.parameters": LEARNED["ffn.parameters"],
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "ungated": {"ffn": "relu2"},
+    "gated": {"ffn": "swiglu"},
+    "learned": LEARNED,
+    "reducing": REDUCING,
+}
 # Sizes that divide over four tensor ranks, but whose shards do not divide further over ZeRO's partitions.
 SIZES = {"model.n_heads": 8, "model.n_kv_heads": 4, "model.head_dim": 6, "model.d_ff": 44, "optim.clip": 0.5}
 # If a gradient is almost 0, AdamW divides noise by noise. With this epsilon its step is a smooth function of the gradient.
@@ -116,6 +127,8 @@ DEFAULT = {
     ("learned", 2, 2, True, "3"),
     ("learned", 4, 1, False, "1"),
     ("learned", 4, 1, True, "2"),
+    ("reducing", 2, 2, True, "3"),
+    ("reducing", 4, 1, False, "1"),
 }
 WAYS = [
     pytest.param(arm, *ranks, zero, marks=() if (arm, *ranks, zero) in DEFAULT else pytest.mark.slow)
