@@ -29,20 +29,20 @@ class ActivationBackend(Protocol):
     """The functions of a backend; `reference.py` documents them. For a formula with reductions it is a `Reducer` as well."""
 
     def forward(
-        self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None, /
+        self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None = None, /
     ) -> Tensor: ...
 
     def forward_with_stats(
-        self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None, /
+        self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None = None, /
     ) -> tuple[Tensor, BatchStats]: ...
 
     def forward_fp8(
-        self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None, /
+        self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None = None, /
     ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
         self, compiled: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool,
-        reduced: Tensor | None, adjoints: Tensor | None, /,
+        reduced: Tensor | None = None, adjoints: Tensor | None = None, /,
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]: ...  # fmt: skip
 
     def backward_from_output(self, compiled: Compiled, h: Tensor, dh: Tensor, /) -> Tensor: ...

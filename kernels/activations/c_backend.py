@@ -45,7 +45,7 @@ class CKernels:
 
     def forward(
         self,
-        _: Compiled,
+        compiled: Compiled,  # noqa: ARG002
         pre: Tensor,
         learned: Sequence[Tensor],
         reduced: Tensor | None = None,  # noqa: ARG002
@@ -82,7 +82,7 @@ class CKernels:
         return h, BatchStats(sums[:-1], sums[-1], active, h.numel())
 
     def backward(
-        self, _: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool,
+        self, compiled: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool,  # noqa: ARG002
         reduced: Tensor | None = None, adjoints: Tensor | None = None,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
         """See `reference.backward`."""

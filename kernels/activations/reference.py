@@ -128,8 +128,8 @@ def reduce(compiled: Compiled, step: int, pre: Tensor, learned: Sequence[Tensor]
     for block in _blocks(rows):
         results = _run(each.program, compiled, rows[block], learned, reduced[block])
         shape = rows[block].shape[::2]
-        arguments = [(r.kind, torch.broadcast_to(results[r.value], shape).to(widest)) for r in each.reductions]
-        partial[block] = torch.cat([_partial(kind, e) for kind, e in arguments], -1)
+        arguments = [torch.broadcast_to(results[r.value], shape).to(widest) for r in each.reductions]
+        partial[block] = torch.cat([_partial(r.kind, e) for r, e in zip(each.reductions, arguments, strict=True)], -1)
     return partial
 
 

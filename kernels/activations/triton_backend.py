@@ -49,7 +49,13 @@ class TritonKernels:
         """The forward kernel that writes FP8, generated on first use."""
         return load(source_fp8(self.compiled))
 
-    def forward(self, _: Compiled, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        compiled: Compiled,  # noqa: ARG002
+        pre: Tensor,
+        learned: Sequence[Tensor],
+        reduced: Tensor | None = None,
+    ) -> Tensor:
         """See `reference.forward`."""
         width = pre.shape[-1]
         h = self._empty_h(pre)
@@ -76,7 +82,11 @@ class TritonKernels:
         return h, BatchStats(totals[:-1].sum((1, 2)), totals[-1].amax(), active.sum(0), h.numel())
 
     def forward_fp8(
-        self, _: Compiled, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None = None
+        self,
+        compiled: Compiled,  # noqa: ARG002
+        pre: Tensor,
+        learned: Sequence[Tensor],
+        reduced: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `reference.forward_fp8`."""
         like = self._empty_h(pre)
@@ -89,7 +99,7 @@ class TritonKernels:
         return h, scale
 
     def backward(
-        self, _: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool,
+        self, compiled: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool,  # noqa: ARG002
         reduced: Tensor | None = None, adjoints: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
         """See `reference.backward`."""
