@@ -188,12 +188,18 @@ def instructions(code: str) -> list[tuple[int, str]]:
     return [(at, line) for at, line in pairs if line != "NOP" and line != f"BRA {at:#x}"]
 
 
+_JUMP = r"BRA[^,]* (0x[0-9a-f]+)"  # and where to
+
+
 def _hot(code: list[tuple[int, str]]) -> list[str]:
-    """Return the code that runs for every tile: the longest loop, or everything if there is no loop."""
-    loops = [
-        (at - int(to, 16), int(to, 16), at) for at, line in code for to in re.findall(r"BRA[^,]* (0x[0-9a-f]+)", line)
-    ]
-    _, first, last = max((loop for loop in loops if loop[0] > 0), default=(0, 0, code[-1][0]))
+    """Return the code that runs for every tile: the longest loop that stores, or everything if there is none.
+
+    A loop that stores nothing is in the slow path of sin and cos, which hardly ever runs.
+    """
+    loops = [(at - int(to, 16), int(to, 16), at) for at, line in code for to in re.findall(_JUMP, line)]
+    stores = [at for at, line in code if re.search(r"\bSTG\b", line)]
+    whole = (0, 0, code[-1][0])
+    _, first, last = max((loop for loop in loops if any(loop[1] <= at < loop[2] for at in stores)), default=whole)
     return [line for at, line in code if first <= at <= last]
 
 

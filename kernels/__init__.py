@@ -12,6 +12,7 @@ This folder is imported as `kernels` from the repository, and installed as the p
     c/ triton/        toolchains and primitives of the two kernel languages
     mlp.py            `FormulaMLP`, a feed-forward layer for one rank
     huggingface/      `patch`: the fused layer in a Transformers model
+    catalogue/        the published arms: `python -m formula_ffn.catalogue`; which of them a formula is
     show.py           properties of a formula: `python -m formula_ffn.show 'silu(gate) * up'`
     common/           errors, files, options, commands; the other rooms of the repository use them too
 

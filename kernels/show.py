@@ -13,7 +13,8 @@
     --c                         print all of the generated C, not only the bodies of the two loops
     --triton                    print the generated Triton
 
-Prints h and its derivatives, cost and memory, and the shape of the curve; `activations/properties.py` defines the figures.
+Prints h and its derivatives, which published arm it is and which differ from it only by constants (`catalogue/likeness.py`),
+cost and memory, and the shape of the curve; `activations/properties.py` defines the figures.
 A formula that is refused is one sentence with a caret under the place, and exit status 2.
 """
 
@@ -21,11 +22,13 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .catalogue import arms
 from .common.commands import run_command
 from .common.errors import UserError, unknown
 from .common.options import split_options
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     import sympy
 
     from .activations.properties import Curve, Properties
+    from .catalogue.arms import PublishedArm
     from .formula.compiled import Compiled
     from .formula.program import Program
     from .formula.reductions import Reductions
@@ -46,7 +50,6 @@ _NOTATION = {  # of functions in derivatives that the registry does not have
     "where_ge": "where({0} >= {1}, {2}, {3})",
     "power": "({0})**{1}",
 }
-_ARMS = Path(__file__).parents[1] / "conf" / "ffn"
 _OPTIONS = {"plot": "", "c": False, "triton": False}
 _PLOT_FORMATS = (".png", ".pdf", ".svg")
 
@@ -68,8 +71,14 @@ def main(argv: list[str]) -> None:
         _check_plot(options["plot"])
     from .activations.properties import properties
 
-    sections = [_formula(compiled), _cost(compiled), _shape(properties(compiled)), _code(compiled, options)]
-    print("\n\n".join("\n".join(section) for section in sections))
+    sections = [
+        _formula(compiled),
+        _published(formula),
+        _cost(compiled),
+        _shape(properties(compiled)),
+        _code(compiled, options),
+    ]
+    print("\n\n".join("\n".join(section) for section in sections if section))
     if options["plot"]:
         _plot(compiled, options["plot"])
         print(f"\nwritten to {options['plot']}")
@@ -98,15 +107,10 @@ def _read(argv: list[str]) -> tuple[Formula, dict[str, Any]]:
 
 
 def _arm(text: str) -> dict[str, Any]:
-    """Return the keys of an arm of conf/ffn by its name; {} of a formula, or where only this package is installed."""
-    if not _ARMS.is_dir() or text in PRE_ACTIVATIONS or not text.isidentifier():
+    """Return the keys of an arm of conf/ffn by its name; {} of a formula, or where the arms are missing."""
+    if not arms.names() or text in PRE_ACTIVATIONS or not text.isidentifier():
         return {}
-    names = {path.stem for path in _ARMS.glob("*.yaml")} - {"custom"}
-    if text.lower() not in names:
-        raise unknown("arm", text, sorted(names))
-    import yaml
-
-    return yaml.safe_load((_ARMS / f"{text.lower()}.yaml").read_text(encoding="utf-8"))
+    return arms.arm(text).keys
 
 
 def _options(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -188,6 +192,36 @@ def notation(expression: sympy.Expr) -> str:
     with plain_algebra():
         short = {n: sympy.sign(n) * sympy.Symbol(f"{abs(float(n)):.6g}", positive=True) for n in long}
         return Printer().doprint(expression.xreplace(short))
+
+
+def _published(formula: Formula) -> list[str]:
+    """Return which published arms the formula is, and which are like it; nothing where the arms cannot be read."""
+    if not arms.can_be_read():
+        return []
+    from .catalogue.likeness import likeness
+
+    try:
+        found = likeness(formula, arms.arms())
+    except UserError as error:  # of another formula
+        return ["published arms", f"  not compared: {str(error).splitlines()[0]}"]
+    lists = {
+        "the same": [f"{arm.name}: {arm.source}" for arm in found.same],
+        "the same at the start": [_names(found.at_start)],
+        "gate and up exchanged": [_names(found.exchanged)],
+        "only constants differ": [_names(found.by_constants)],
+    }
+    lines = [
+        line for label, entries in lists.items() for entry in filter(None, entries) for line in _entry(label, entry)
+    ]
+    return ["published arms", *(lines or ["  none is the same, or differs only by constants"])]
+
+
+def _names(found: list[PublishedArm]) -> str:
+    return ", ".join(arm.name for arm in found)
+
+
+def _entry(label: str, text: str) -> list[str]:
+    return textwrap.wrap(text, 80, initial_indent=f"  {label:<25}", subsequent_indent=" " * 27, break_on_hyphens=False)
 
 
 def _cost(compiled: Compiled) -> list[str]:

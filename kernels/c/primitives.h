@@ -411,18 +411,22 @@ INLINE V k_atan(V x) {
     return copysign_(k_select(a > 1.0f, 0x1.921fb6p+0f - y, y), x);
 }
 
-// x = n pi / 2 + r, accurate for |x| up to `FAR`.
+// x = n pi / 2 + r + low, accurate for |x| up to `FAR`; `low` is what rounding r has lost.
 #define FAR 100000.0f
-INLINE V reduce_circle(V x, I *n) {
+INLINE V reduce_circle(V x, I *n, V *low) {
     const V t = x * 0x1.45f306p-1f + ROUND, whole = t - ROUND;
     *n = (I)t;
-    const V r = ((x - whole * 0x1.92p+0f) - whole * 0x1.fb4p-12f) - whole * 0x1.4442d2p-24f;
-    return r + whole * 0x1.ee59dap-50f;
+    const V rest = (x - whole * 0x1.92p+0f) - whole * 0x1.fb4p-12f, r = rest - whole * 0x1.4442d2p-24f;
+    // rest - r is exact where r is not small; where it is, its own rounding is small.
+    const V lost = k_select(k_abs(r) > 0.01f, (rest - r) - whole * 0x1.4442d2p-24f, number(0.0f));
+    *low = lost + whole * 0x1.ee59dap-50f;
+    return r;
 }
-INLINE V circle(V r, I n) {
-    const V s = r * r;
-    const V sine = s * r * ((s * -0.00019515217f + 0.0083321603f) * s - 0.166666552f) + r;
-    const V cosine = s * s * ((s * 2.44383773e-05f - 0.00138873665f) * s + 0.0416666456f) + (1.0f - 0.5f * s);
+INLINE V circle(V r, V low, I n) {
+    const V s = r * r, near_1 = 1.0f - 0.5f * s;
+    const V sine = (s * r * ((s * -0.00019515217f + 0.0083321603f) * s - 0.166666552f) + low) + r;
+    const V lost = (1.0f - near_1) - 0.5f * s;
+    const V cosine = ((s * s * ((s * 2.44383773e-05f - 0.00138873665f) * s + 0.0416666456f) - r * low) + lost) + near_1;
     const V y = k_select((n & 1) != 0, cosine, sine);
     return k_select((n & 2) != 0, -y, y);
 }
@@ -436,15 +440,17 @@ BEYOND(sin)
 BEYOND(cos)
 INLINE V k_sin(V x) {
     I n;
-    const V r = reduce_circle(x, &n);
-    V y = circle(r, n);
+    V low;
+    const V r = reduce_circle(x, &n, &low);
+    V y = circle(r, low, n);
     if (__builtin_expect(any_lane(k_abs(x) > FAR), 0)) sin_beyond(&x, &y);
     return y;
 }
 INLINE V k_cos(V x) {
     I n;
-    const V r = reduce_circle(x, &n);
-    V y = circle(r, n + 1);
+    V low;
+    const V r = reduce_circle(x, &n, &low);
+    V y = circle(r, low, n + 1);
     if (__builtin_expect(any_lane(k_abs(x) > FAR), 0)) cos_beyond(&x, &y);
     return y;
 }

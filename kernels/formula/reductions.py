@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import sympy
@@ -159,23 +159,29 @@ class Row(Protocol):
 
     Attributes:
         width: the number of channels.
-        run: program, values by name -> its outputs by name, a number per channel.
     """
 
-    width: float
-    run: Callable[[Program, Mapping[str, Any]], dict[str, Any]]
+    width: int
+
+    def run(self, program: Program, values: Mapping[str, Any], /) -> dict[str, Any]:
+        """Return the outputs of a program by name, a number per channel each."""
+        ...
 
     def total(self, values: Any) -> Any:
         """Return the sum over channels."""
+        ...
 
     def top(self, values: Any) -> tuple[Any, Any]:
         """Return the largest value and the first channel that has it."""
+        ...
 
     def sqrt(self, value: Any) -> Any:
         """Return the root of a number per row."""
+        ...
 
     def quotient_or_zero(self, above: Any, below: Any) -> Any:
         """Return above / below, or 0 where below is 0, of numbers per row."""
+        ...
 
 
 def reduce_row(reductions: Reductions, values: Mapping[str, Any], row: Row) -> dict[str, Any]:

@@ -314,10 +314,14 @@ def circle(x, quarters):
     t = x * 0.6366197466850281 + 12582912.0
     whole = t - 12582912.0
     n = t.to(tl.int32, bitcast=True) + quarters
-    r = ((x - whole * 1.5703125) - whole * 0.0004837512969970703) - whole * 7.549790126404332e-08
+    rest = (x - whole * 1.5703125) - whole * 0.0004837512969970703
+    r = rest - whole * 7.549790126404332e-08
+    low = tl.where(tl.abs(r) > 0.01, (rest - r) - whole * 7.549790126404332e-08, 0.0)  # what rounding r has lost
     s = r * r
-    sine = s * r * ((s * -0.00019515217 + 0.0083321603) * s - 0.166666552) + r
-    cosine = s * s * ((s * 2.44383773e-05 - 0.00138873665) * s + 0.0416666456) + (1.0 - 0.5 * s)
+    sine = (s * r * ((s * -0.00019515217 + 0.0083321603) * s - 0.166666552) + low) + r
+    near_1 = 1.0 - 0.5 * s
+    lost = (1.0 - near_1) - 0.5 * s
+    cosine = ((s * s * ((s * 2.44383773e-05 - 0.00138873665) * s + 0.0416666456) - r * low) + lost) + near_1
     y = tl.where((n & 1) != 0, cosine, sine)
     return tl.where((n & 2) != 0, y * -1.0, y)
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from kernels import FormulaError, activation
+from kernels import FormulaError, activation, parse
 from kernels.formula.grammar import FUNCTIONS
 
 FFN = Path(__file__).parents[2] / "conf" / "ffn"
@@ -70,8 +70,22 @@ ARMS = {
     "situ_glu": lambda gate, up: 4 * np.tanh(gate / 4) * sigmoid(gate) * 25 * np.tanh(up / 25),
     "maxout": np.maximum,
     "silu_plus_relu": lambda x: x * sigmoid(x) + (x > 0) * x,
+    "powglu": lambda gate, up: (
+        sigmoid(gate) * up * np.where(gate > 0, np.abs(gate) ** (3 / (np.abs(gate) ** 0.5 + 1)), gate)
+    ),
+    "swiglu_clamped_silu": lambda gate, up: np.minimum(gate, 10) * sigmoid(np.minimum(gate, 10)) * np.clip(up, -10, 10),
+    "swiglu_clamped_output": lambda gate, up: np.minimum(gate * sigmoid(gate), 16) * np.clip(up, -16, 16),
+    "xiprelu": lambda x: softplus(0.20343) * x * x + 0.5 * x,  # while both alphas are equal
+    "double_swiglu": lambda gate, up: gate * sigmoid(gate) * up * sigmoid(up),
+    "sigmoid_tanh": lambda gate, up: sigmoid(gate) * np.tanh(up),
+    "drelu": lambda gate, up: np.maximum(gate, 0) * np.maximum(up, 0),
+    "mixture_glu": lambda gate, up: (gate * sigmoid(gate) + gate * normal_cdf(gate) + np.maximum(gate, 0)) / 3 * up,
+    "polyrelu": lambda x: (x > 0) * (x + x**2 + x**3) / 3,
+    "xswiglu": lambda gate, up: gate * sigmoid(gate) * up,  # while the range of the gate is (0, 1)
+    "singlu": lambda gate, up: np.sin(gate) * up,
+    "golu": lambda x: x * np.exp(-np.exp(-x)),
+    "telu": lambda x: x * np.tanh(np.exp(x)),
 }
-GATED = {"glu", "bilinear", "reglu", "geglu", "swiglu", "reglu2", "swiglu_clamped", "situ_glu", "maxout"}
 
 # Each function of the grammar as (formula, the same by hand); its points are `POINTS`, or their absolute values.
 FUNCTIONS_BY_HAND = {
@@ -123,6 +137,9 @@ def arm_of(name: str) -> tuple[str, dict]:
     """Return formula and parameters of an arm of conf/ffn."""
     stored = yaml.safe_load((FFN / f"{name}.yaml").read_text(encoding="utf-8"))
     return stored["formula"], stored.get("parameters", {})
+
+
+GATED = {arm for arm in ARMS if parse(*arm_of(arm)).gated}
 
 
 def compute(name: str, pre: Tensor) -> Tensor:

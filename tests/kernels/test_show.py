@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kernels.activations.properties import Properties, bytes_moved, cost, properties, saved_by_eager
+from kernels.catalogue import arms
 from kernels.common.errors import UserError
 from kernels.formula import FormulaError, parse
 from kernels.formula.compiled import compile_formula
@@ -128,6 +129,55 @@ def test_an_arm_has_its_parameters_and_others_may_be_given(capsys):
     assert "parameters: slope = 0.5" in capsys.readouterr().out
     with pytest.raises(UserError, match="unknown arm 'swiglo': did you mean 'swiglu'"):
         main(["swiglo"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "lines"),
+    [
+        (
+            ["up*silu(gate)"],
+            [
+                "  the same                 swiglu: Shazeer 2020 (arXiv 2002.05202)",
+                "  the same at the start    xswiglu",
+            ],
+        ),
+        (
+            ["swish"],
+            [
+                "  the same                 swish: Ramachandran 2017 (arXiv 1710.05941)",
+                "  the same at the start    silu",
+            ],
+        ),
+        (["swish", "beta=1.702"], ["  only constants differ    silu, swish"]),
+        (["silu(up)*gate"], ["  gate and up exchanged    swiglu, xswiglu"]),
+        (["x*atan(x)"], ["  none is the same, or differs only by constants"]),
+    ],
+)
+def test_it_says_which_published_arm_a_formula_is(argv, lines, capsys):
+    main(argv)
+    section = capsys.readouterr().out.partition("\n\npublished arms\n")[2].partition("\n\n")[0]
+    assert section.splitlines() == lines
+
+
+def test_without_the_arms_it_says_nothing_of_them(monkeypatch, capsys):
+    monkeypatch.setattr(arms, "_FOLDERS", ())
+    main(["x*sigmoid(x)"])
+    assert "published arms" not in capsys.readouterr().out
+
+
+def test_a_file_of_an_arm_that_is_refused_keeps_no_other_formula_from_being_shown(monkeypatch, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("# Mine 2026\nname: mine\nformula: sulu(x)\n")
+    monkeypatch.setattr(arms, "_FOLDERS", (tmp_path,))
+    arms.arms.cache_clear()
+    try:
+        main(["x*sigmoid(x)"])
+        assert (
+            "  not compared: the formula of the arm mine is refused: unknown function 'sulu'" in capsys.readouterr().out
+        )
+        with pytest.raises(UserError, match="the formula of the arm mine is refused"):
+            main(["mine"])
+    finally:
+        arms.arms.cache_clear()
 
 
 def test_parameters_may_be_named_like_options(capsys):

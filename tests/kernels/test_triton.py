@@ -476,8 +476,9 @@ def check_machine_code(name: str) -> None:
     from bench.sm90 import offline
 
     for kernel in offline(compile_formula(parse(*FORMULAS[name]))):
-        assert not kernel.spilled, kernel
-        assert kernel.loads in (128, 0), kernel  # 0: nothing is read for a gradient that is 0 everywhere
+        if name not in WITH_SLOW_PATH:
+            assert not kernel.spilled, kernel
+            assert kernel.loads in (128, 0), kernel  # 0: nothing is read for a gradient that is 0 everywhere
         assert kernel.stores == 128, kernel
         if of_the_page():
             assert kernel.fits == ((name, kernel.name) not in OVER_BUDGET), kernel
@@ -491,7 +492,13 @@ def of_the_page() -> bool:
 
 
 # By how much: bench/results/sm90.md.
-OVER_BUDGET = {("situ_glu", "forward"), ("smooth_relu2", "backward"), ("tanh_log", "forward"), ("x_atan", "forward")}
+OVER_BUDGET = {
+    *(("situ_glu", "forward"), ("smooth_relu2", "backward"), ("tanh_log", "forward"), ("x_atan", "forward")),
+    *((name, kernel) for name in ("powglu", "singlu") for kernel in ("forward", "backward", "backward_with_h")),
+}
+# Triton's own sine of large arguments keeps 32 bytes in local memory and reads a table; almost no tile runs it, and its
+# instructions are counted all the same.
+WITH_SLOW_PATH = ("singlu",)
 
 
 @pytest.mark.parametrize("name", quick(FORMULAS, "swiglu"))
@@ -523,12 +530,18 @@ def test_machine_code_is_counted_without_padding_and_in_the_loop():
         /*0000*/                   S2R R0, SR_TID.X ;   /* 0x0 */
         /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
         /*0020*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
-        /*0030*/               @P1 BRA 0x10 ;
-        /*0040*/                   EXIT ;
-        /*0050*/                   BRA 0x50;
-        /*0060*/                   NOP;
+        /*0030*/                   STG.E.128 desc[UR4][R6.64], R4 ;
+        /*0040*/               @P1 BRA 0x10 ;
+        /*0050*/                   FADD R4, R4, R5 ;
+        /*0060*/                   FADD R4, R4, R5 ;
+        /*0070*/                   FADD R4, R4, R5 ;
+        /*0080*/                   FADD R4, R4, R5 ;
+        /*0090*/               @P1 BRA 0x50 ;
+        /*00a0*/                   EXIT ;
+        /*00b0*/                   BRA 0xb0;
+        /*00c0*/                   NOP;
     """
-    assert [at for at, _ in instructions(code)] == [0, 0x10, 0x20, 0x30, 0x40]
-    assert len(_hot(instructions(code))) == 3
+    assert [at for at, _ in instructions(code)] == list(range(0, 0xB0, 0x10))
+    assert len(_hot(instructions(code))) == 4  # the loop that stores; the longer one is a slow path
     assert _bits(_hot(instructions(code)), "LDG") == [16, 128]
     assert re.search("PRECISE", triton_source.source(compile_formula(parse("x"))))
