@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..activations import reference
 from ..activations.properties import Sampler, bytes_moved, cost
+from ..formula.compiled import Compiled, compile_formula
 from ..formula.domains import check_domains
 from ..formula.program import Program
-from ..formula.symbolic import Compiled, compile_formula
 from .arms import PublishedArm
 
 _REACH, _STEP = 32.0, 1 / 16
