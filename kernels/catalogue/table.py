@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..activations import reference
 from ..activations.properties import Sampler, bytes_moved, cost
+from ..formula import Node
 from ..formula.domains import check_domains
 from ..formula.program import Program
 from ..formula.symbolic import Compiled, compile_formula
@@ -23,12 +24,13 @@ from .arms import PublishedArm
 _REACH, _STEP = 32.0, 1 / 16
 _HALVINGS = 36  # of a step, to 1e-12
 _SMALLEST_JUMP = 1e-6
+_OVER_A_ROW = ("mean", "rms", "std", "sum", "norm")
 _WIDTH = 80
 _NO_BREAK = "\N{NO-BREAK SPACE}"  # between a library and its operator
 _LEGEND = (
     "operations  per element of h, forward and backward; in brackets those that are transcendental",
     "bytes       per element of h that a fused kernel moves, forward and backward, in bf16",
-    "curve       smooth: the slope has no jump; kink: the slope has one; jump: h has one",
+    "curve       smooth: the slope has no jump; kink: the slope has one; jump: h has one; -: over d_ff",
     "monotone    in x; or in gate, with up = 1, and in up, with gate = 1",
     "zeros       share of h that is exactly 0 for standard normal pre-activations",
     "also in     an operator of another library that computes the same function; none: this project only",
@@ -42,8 +44,8 @@ class ArmFigures:
     Attributes:
         operations: forward and backward, each (all, the transcendental ones), per element of h.
         moved: bytes forward and backward that a fused kernel moves, per element of h in bf16.
-        curve: "smooth", "kink" or "jump".
-        monotone: for each pre-activation "rising", "falling" or "no".
+        curve: "smooth", "kink" or "jump"; "-" of a formula over d_ff.
+        monotone: for each pre-activation "rising", "falling" or "no"; "-" of a formula over d_ff.
         zeros: the fraction of h that is exactly 0 for standard normal pre-activations.
     """
 
@@ -67,14 +69,21 @@ def row(arm: PublishedArm) -> ArmFigures:
     points = torch.arange(-_REACH, _REACH + _STEP / 2, _STEP, dtype=torch.float64)
     along = {name: sample.along(name) for name in sample.names}
     moved = bytes_moved(arm.formula)
+    elementwise = not _is_over_a_row(arm.formula.tree)
     return ArmFigures(
         arm=arm,
         operations=(_operations(compiled.forward), _operations(compiled.backward)),
         moved=(moved["forward"], moved["backward"]),
-        curve=_curve(along.values(), points),
-        monotone=tuple(_monotone(curve(points)[0]) for curve in along.values()),
+        curve=_curve(along.values(), points) if elementwise else "-",
+        monotone=tuple(_monotone(curve(points)[0]) for curve in along.values()) if elementwise else ("-",),
         zeros=_zeros(compiled, sample.learned),
     )
+
+
+def _is_over_a_row(node: Node) -> bool:
+    """Return whether h depends on other elements of a row of d_ff: it is no curve, and the row of `_zeros` is one of many."""
+    over = node.kind == "call" and (node.value in _OVER_A_ROW or (node.value == "max" and len(node.arguments) == 1))
+    return over or any(map(_is_over_a_row, node.arguments))
 
 
 def _operations(program: Program) -> tuple[int, int]:
