@@ -1,7 +1,7 @@
 """The table of the arms: what each costs per element, the shape of its curve, its source, and who else has it.
 
 Figures are computed in float64 with learned parameters at their initial values. Curves are followed along one pre-activation
-for |pre-activation| <= 32, with the other one at 1.
+for |pre-activation| <= 32, with the other one at 1 and reductions over d_ff at the values of many standard normal channels.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from ..activations import reference
-from ..activations.properties import Sampler, bytes_moved, cost
+from ..activations.properties import Sampler, bytes_moved, costs
 from ..formula.compiled import Compiled, compile_formula
 from ..formula.domains import check_domains
-from ..formula.program import Program
 from .arms import PublishedArm
 
 _REACH, _STEP = 32.0, 1 / 16
@@ -48,7 +47,7 @@ class ArmFigures:
     """
 
     arm: PublishedArm
-    operations: tuple[tuple[int, int], tuple[int, int]]
+    operations: tuple[tuple[int, int], ...]
     moved: tuple[int, int]
     curve: str
     monotone: tuple[str, ...]
@@ -69,17 +68,12 @@ def row(arm: PublishedArm) -> ArmFigures:
     moved = bytes_moved(arm.formula)
     return ArmFigures(
         arm=arm,
-        operations=(_operations(compiled.forward), _operations(compiled.backward)),
+        operations=tuple((sum(counts.values()), counts["transcendental"]) for counts in costs(compiled).values()),
         moved=(moved["forward"], moved["backward"]),
         curve=_curve(along.values(), points),
         monotone=tuple(_monotone(curve(points)[0]) for curve in along.values()),
         zeros=_zeros(compiled, sample.learned),
     )
-
-
-def _operations(program: Program) -> tuple[int, int]:
-    counts = cost(program)
-    return sum(counts.values()), counts["transcendental"]
 
 
 def _curve(curves: Iterable[Callable[[Tensor], tuple[Tensor, Tensor]]], points: Tensor) -> str:

@@ -36,6 +36,23 @@ def xielu(x: np.ndarray, alpha_p: float, alpha_n: float) -> np.ndarray:
     return np.where(x > 0, alpha_p * x * x, alpha_n * (np.expm1(np.minimum(x, 0)) - x)) + 0.5 * x
 
 
+# Over d_ff, the last axis; the epsilon is that of PolyCom.
+def mean(x: np.ndarray) -> np.ndarray:
+    return x.mean(-1, keepdims=True)
+
+
+def std(x: np.ndarray) -> np.ndarray:
+    return x.std(-1, keepdims=True)
+
+
+def norm(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt(mean(x * x) + 1e-6)
+
+
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
 # Each arm from its paper, by hand.
 ARMS = {
     "relu": lambda x: np.maximum(x, 0),
@@ -57,7 +74,7 @@ ARMS = {
     "softplus": lambda x: np.logaddexp(x, 0),
     "mish": lambda x: x * np.tanh(np.logaddexp(x, 0)),
     "swish": lambda x: x * sigmoid(x),
-    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu_tanh": gelu_tanh,
     "leaky_relu2": lambda x: np.where(x > 0, x, 0.5 * x) ** 2,
     "smooth_relu2": lambda x: x * (x + np.sqrt(x * x + 0.04)) / 2,
     "tanh_relu2": lambda x: (16 * np.tanh(np.maximum(x, 0) / 16)) ** 2,
@@ -85,7 +102,11 @@ ARMS = {
     "singlu": lambda gate, up: np.sin(gate) * up,
     "golu": lambda x: x * np.exp(-np.exp(-x)),
     "telu": lambda x: x * np.tanh(np.exp(x)),
+    "polynorm": lambda x: (norm(x**3) + norm(x**2) + norm(x)) / 3,
+    "gaussian_topk": lambda gate, up: gelu_tanh(np.maximum(gate - mean(gate) - 1.6448536269514722 * std(gate), 0)) * up,
+    "subnorm_glu": lambda gate, up: norm(np.maximum(gate, 0) ** 2 * up),
 }
+
 
 # Each function of the grammar as (formula, the same by hand); its points are `POINTS`, or their absolute values.
 FUNCTIONS_BY_HAND = {

@@ -34,6 +34,7 @@ CLASSES = {
         ("softplus", "swiglu_clamped", "swish", "tanh_relu2", "threshold", "xielu", "xielu_positive"), FORMULA
     ),
     **dict.fromkeys(("double_swiglu", "drelu", "golu", "mixture_glu", "polyrelu", "powglu", "sigmoid_tanh"), FORMULA),
+    **dict.fromkeys(("gaussian_topk", "polynorm", "subnorm_glu"), FORMULA),
     **dict.fromkeys(("singlu", "swiglu_clamped_output", "swiglu_clamped_silu", "telu", "xiprelu", "xswiglu"), FORMULA),
 }
 XIELU = "where(x > 0, softplus(a) * x * x + 0.5 * x, 0.5 * x + (0.5 + softplus(b)) * (expm1(min(x, -1e-6)) - x))"
