@@ -27,7 +27,7 @@ _NO_BREAK = "\N{NO-BREAK SPACE}"  # between a library and its operator
 _LEGEND = (
     "operations  per element of h, forward and backward; in brackets those that are transcendental",
     "bytes       per element of h that a fused kernel moves, forward and backward, in bf16",
-    "curve       smooth: the slope has no jump; kink: the slope has one; jump: h has one",
+    "curve       smooth: the slope has no jump; kink: the slope has one; jump: h has one; reductions over d_ff are constants",
     "monotone    in x; or in gate, with up = 1, and in up, with gate = 1",
     "zeros       share of h that is exactly 0 for standard normal pre-activations",
     "also in     an operator of another library that computes the same function; none: this project only",

@@ -166,8 +166,8 @@ def test_the_bound_of_powglu_keeps_its_gradient_finite_at_the_smallest_numbers()
         ("swiglu_clamped_silu", "kink", ("no", "rising"), 0.0),  # at 10
         ("swiglu_clamped_output", "kink", ("no", "rising"), 0.0),  # at 16
         ("singlu", "smooth", ("no", "rising"), 0.0),
-        ("polynorm", "-", ("-",), 0.0),
-        ("subnorm_glu", "-", ("-",), 0.5),
+        ("polynorm", "smooth", ("rising",), 0.0),
+        ("subnorm_glu", "smooth", ("rising", "rising"), 0.5),
     ],
 )
 def test_the_shape_of_a_curve_is_the_known_one(name, curve, monotone, zeros):
