@@ -35,7 +35,8 @@ class FFNConfig:
         only="ffn.name=custom",
     )
     parameters: Any = key(
-        {}, "parameters of the formula: a number is fixed, {init: 0.25, share: layer | channel} is learned"
+        {},
+        "parameters of the formula: a number is fixed, {init: 0.25, share: layer | channel | group, groups: 8} is learned",
     )
     from_output: str = key(
         "", "the derivative as a formula of the output h, if there is one: for save=output", only="ffn.name=custom"

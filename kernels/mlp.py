@@ -39,15 +39,15 @@ class FormulaMLP(nn.Module):
         d_model: width of the input and of the output.
         d_ff: width of the hidden layer.
         formula: of `gate` and `up` (gated), or of `x`, and of `parameters` by name.
-        parameters: a number for each fixed one, {init: ..., share: layer | channel} for each learned one. Learned ones are
-            `nn.Parameter`s of shape (1,) or (d_ff,) in `learned`.
+        parameters: a number for each fixed one, {init: ..., share: layer | channel | group} for each learned one. Learned
+            ones are `nn.Parameter`s of shape (1,), (d_ff,) or (groups,) in `learned`.
         bias: whether the projections have biases.
         backend: "auto", "reference", "c" or "triton"; see `activation`.
         device, dtype: of the parameters.
 
     Raises:
         FormulaError: the formula is refused; the message points at the place.
-        ValueError: an unknown backend.
+        ValueError: an unknown backend, or groups that do not divide d_ff.
 
     Example:
         >>> import torch
@@ -97,10 +97,17 @@ class FormulaMLP(nn.Module):
 def new_learned(
     function: Activation, d_ff: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.ParameterDict:
-    """Return the learned parameters of a formula at their initial values, in the formula's order."""
+    """Return the learned parameters of a formula at their initial values, in the formula's order.
+
+    Raises:
+        ValueError: the groups of one do not divide d_ff.
+    """
+    for name, p in function.formula.learned.items():
+        if p.share == "group" and d_ff % p.groups:
+            raise ValueError(f"the parameter {name!r} has {p.groups} groups, which do not divide d_ff={d_ff}")
     return nn.ParameterDict(
         {
-            name: nn.Parameter(torch.full((d_ff if p.share == "channel" else 1,), p.init, device=device, dtype=dtype))
+            name: nn.Parameter(torch.full((p.size(d_ff),), p.init, device=device, dtype=dtype))
             for name, p in function.formula.learned.items()
         }
     )

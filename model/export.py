@@ -132,7 +132,7 @@ def _plain_rotary(theta: float) -> dict[str, Any]:
 
 def _plain(formula: Formula, parameters: list[str]) -> dict[str, Any]:
     """Return a formula's parameters, with every default written out."""
-    learned = {name: {"init": given.init, "share": given.share} for name, given in formula.learned.items()}
+    learned = {name: given.settings() for name, given in formula.learned.items()}
     return {name: learned.get(name, formula.fixed.get(name)) for name in parameters}
 
 

@@ -88,7 +88,7 @@ class FeedForward(nn.Module):
     def __init__(self, ffn: FFNShape, d_model: int, mesh: Mesh = Mesh(), products: Products = PLAIN) -> None:
         super().__init__()
         arm, formula, width = ffn.arm, ffn.formula, ffn.d_ff
-        self.activation = activation(formula, backend=arm.backend)
+        self.activation = activation(formula.on_ranks(mesh.tensor.size), backend=arm.backend)
         self.gated, self.save, self.arm = formula.gated, arm.save, arm
         self.d_ff, self.tensor, self.products = width, mesh.tensor, products
         self.statistics: ActivationStats | None = None  # if set, forward adds this layer's telemetry to it
@@ -97,7 +97,7 @@ class FeedForward(nn.Module):
         self.down = shard_parameter(mesh, (d_model, width), 1)
         self.learned = nn.ParameterDict(
             {
-                name: shard_parameter(mesh, (width,), 0) if p.share == "channel" else nn.Parameter(torch.empty(1))
+                name: nn.Parameter(torch.empty(1)) if p.share == "layer" else shard_parameter(mesh, (p.size(width),), 0)
                 for name, p in formula.learned.items()
             }
         )

@@ -47,7 +47,7 @@ class Activation:
 
     def __init__(self, formula: Formula, backend: str) -> None:
         self.formula, self.backend = formula, backend
-        learned = {name: {"init": p.init, "share": p.share} for name, p in formula.learned.items()}
+        learned = {name: parameter.settings() for name, parameter in formula.learned.items()}
         # Identifies this activation among the arguments of an operator.
         self.key = json.dumps([formula.text, {**formula.fixed, **learned}, backend])
 
@@ -95,8 +95,7 @@ class Activation:
         empty = torch.empty((0, 2, 0) if self.formula.gated else (0, 0), dtype=dtype, device=device)
         backend = self._backend(empty)
         if with_stats:
-            sizes = (0 if parameter.share == "channel" else 1 for parameter in self.formula.learned.values())
-            learned = [torch.zeros(size, device=device) for size in sizes]
+            learned = [torch.zeros(p.in_kernels().size(0), device=device) for p in self.formula.learned.values()]
             backend.forward_with_stats(self.compiled, empty, learned)
 
     def forward(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
@@ -114,7 +113,7 @@ class Activation:
         if not is_plain(pre):
             raise TypeError("statistics are taken in eager mode, of plain tensors")
         self._check_forward(pre, learned)
-        return self._backend(pre).forward_with_stats(self.compiled, pre.contiguous(), learned)
+        return self._backend(pre).forward_with_stats(self.compiled, pre.contiguous(), self._by_channel(pre, learned))
 
     def forward_fp8(self, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Compute h in FP8 (E4M3), scaled by the largest magnitude of its row; on a GPU in the pass that computes h.
@@ -128,7 +127,7 @@ class Activation:
         if not is_plain(pre):
             raise TypeError("h is written in FP8 in eager mode, of plain tensors")
         self._check_forward(pre, learned)
-        return self._backend(pre).forward_fp8(self.compiled, pre.contiguous(), learned)
+        return self._backend(pre).forward_fp8(self.compiled, pre.contiguous(), self._by_channel(pre, learned))
 
     def backward(
         self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool = False
@@ -151,7 +150,7 @@ class Activation:
     def compute(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
         """Compute `forward` of plain tensors, without the operator."""
         self._check_forward(pre, learned)
-        return self._backend(pre).forward(self.compiled, pre.contiguous(), learned)
+        return self._backend(pre).forward(self.compiled, pre.contiguous(), self._by_channel(pre, learned))
 
     def compute_backward(
         self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool
@@ -159,7 +158,24 @@ class Activation:
         """Compute `backward` of plain tensors, without the operator."""
         self.check(pre)
         self._check_memory(pre[..., 0, :] if self.formula.gated else pre, dh, learned)
-        return self._backend(pre).backward(self.compiled, pre.contiguous(), dh.contiguous(), learned, with_h)
+        tensors = pre.contiguous(), dh.contiguous(), self._by_channel(pre, learned)
+        dpre, h, dlearned = self._backend(pre).backward(self.compiled, *tensors, with_h)
+        return dpre, h, self._by_group(dlearned)
+
+    def _by_channel(self, pre: Tensor, learned: Sequence[Tensor]) -> list[Tensor]:
+        """Return the learned parameters as kernels read them: those of groups repeated for each of their channels."""
+        width, parameters = pre.shape[-1], self.formula.learned.values()
+        return [
+            tensor[:, None].expand(-1, width // p.groups).flatten() if p.share == "group" else tensor
+            for p, tensor in zip(parameters, learned, strict=True)
+        ]
+
+    def _by_group(self, dlearned: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradients of the learned parameters from those of `_by_channel`."""
+        return [
+            gradient.unflatten(0, (p.groups, gradient.numel() // p.groups)).sum(1) if p.share == "group" else gradient
+            for p, gradient in zip(self.formula.learned.values(), dlearned, strict=True)
+        ]
 
     def _check_forward(self, pre: Tensor, learned: Sequence[Tensor]) -> None:
         self.check(pre)
@@ -182,7 +198,9 @@ class Activation:
         if len(learned) != len(self.formula.learned):
             raise ValueError(f"{self!r} learns {list(self.formula.learned)}, but {len(learned)} tensors were given")
         for (name, parameter), tensor in zip(self.formula.learned.items(), learned, strict=True):
-            size = h.shape[-1] if parameter.share == "channel" else 1
+            size = parameter.size(h.shape[-1])
+            if parameter.share == "group" and h.shape[-1] % size:
+                raise ValueError(f"the parameter {name!r} has {size} groups, which do not divide d_ff={h.shape[-1]}")
             if tuple(tensor.shape) != (size,) or tensor.device != h.device:
                 raise ValueError(
                     f"the parameter {name!r}, one per {parameter.share}, must be ({size},) on {h.device}, "

@@ -1,6 +1,7 @@
 """The compiler of formulas: from text to the programs that backends print.
 
 grammar.py    text -> a checked expression tree (`parse`), with neither torch nor SymPy
+parameters.py what a formula's parameters are: fixed or learned
 hints.py      what a near miss was meant to be
 functions.py  the elementary functions, one entry each
 domains.py    refuses division by zero and arguments outside of a domain
@@ -11,6 +12,7 @@ safety.py     refuses programs that overflow where the true value is moderate
 gaussian.py   RMS of h under standard normal pre-activations
 """
 
-from .grammar import Formula, FormulaError, Learned, Node, parse
+from .grammar import Formula, FormulaError, Node, parse
+from .parameters import Learned
 
 __all__ = ["Formula", "FormulaError", "Learned", "Node", "parse"]

@@ -16,12 +16,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import hints
 from .functions import REGISTRY
+from .parameters import Learned, read_parameter
 
 FUNCTIONS = {  # name: number of arguments
     **{name: function.arity for name, function in REGISTRY.items() if function.in_grammar},
@@ -30,7 +30,6 @@ FUNCTIONS = {  # name: number of arguments
 CONSTANTS = {"pi": 3.141592653589793}
 PRE_ACTIVATIONS = ("x", "gate", "up")
 COMPARISONS = ("<", "<=", ">", ">=")
-LARGEST, LARGEST_IN_FP32 = sys.float_info.max, 3.4e38
 LONGEST = 1000  # characters; the longest known arm has 70
 MOST_OPERATIONS = 200  # binary ones; a sum of so many is a tree of that depth, which the compiler traverses recursively
 DEEPEST = 50  # nested brackets, which bounds the recursion of the parser
@@ -79,19 +78,6 @@ class Node:
 
 
 @dataclasses.dataclass(frozen=True)
-class Learned:
-    """A learned parameter of a formula.
-
-    Attributes:
-        init: initial value.
-        share: "layer" for one per layer, "channel" for one for each of the d_ff channels.
-    """
-
-    init: float
-    share: str = "layer"
-
-
-@dataclasses.dataclass(frozen=True)
 class Formula:
     """A checked formula.
 
@@ -126,6 +112,11 @@ class Formula:
         """Matrices of d_model x d_ff in a layer with this formula."""
         return 3 if self.gated else 2
 
+    def on_ranks(self, tensor: int) -> Formula:
+        """Return the formula of one of `tensor` ranks over which the channels of a layer are sharded."""
+        learned = {name: parameter.on_ranks(tensor) for name, parameter in self.learned.items()}
+        return dataclasses.replace(self, learned=learned)
+
 
 def parse(text: str, parameters: Mapping[str, Any] | None = None, from_output: str = "") -> Formula:
     """Return the checked formula of `text`.
@@ -133,7 +124,8 @@ def parse(text: str, parameters: Mapping[str, Any] | None = None, from_output: s
     Args:
         text: the formula, at most `LONGEST` characters.
         parameters: what it may use in addition to the pre-activations `x`, or `gate` and `up`. A number is a fixed parameter;
-            a mapping {init: 0.25, share: layer} is a learned one, one per layer or (share: channel) per channel of d_ff.
+            a mapping {init: 0.25, share: layer} is a learned one, one per layer or (share: channel) per channel of d_ff, or
+            (share: group, groups: 8) per block of channels.
         from_output: the derivative as a formula of the output `h`, if it is one: "2*sqrt(h)" for relu(x)**2.
 
     Raises:
@@ -193,19 +185,10 @@ def _parameter(text: str, name: str, value: Any) -> float | Learned:
         raise FormulaError(f"a parameter cannot be named {name!r}: that is not an identifier", text, place)
     if name in PRE_ACTIVATIONS or name in FUNCTIONS or name in CONSTANTS or re.fullmatch(r"dh|t[0-9]+", name):
         raise FormulaError(f"a parameter cannot be named {name!r}: that name is taken", text, place)
-    settings = {"init": value, "share": None} if not isinstance(value, Mapping) else {"share": "layer", **value}
-    if settings.keys() != {"init", "share"}:
-        keys = ", ".join(map(str, value)) or "nothing"
-        raise FormulaError(f"the learned parameter {name!r} takes init and share, not {keys}", text, place)
-    number, share = settings["init"], settings["share"]
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= LARGEST:
-        raise FormulaError(f"the parameter {name!r} must be a finite number, not {number!r}", text, place)
-    if share not in (None, "layer", "channel"):
-        raise FormulaError(f"the parameter {name!r} is shared by layer or by channel, not {share!r}", text, place)
-    if share and abs(number) > LARGEST_IN_FP32:
-        reason = f"the learned parameter {name!r} starts at {number:g}, beyond 32-bit arithmetic, which ends at 3.4e38"
-        raise FormulaError(reason, text, place)
-    return Learned(float(number), share) if share else float(number)
+    try:
+        return read_parameter(name, value)
+    except ValueError as error:
+        raise FormulaError(str(error), text, place) from None
 
 
 class _Parser:

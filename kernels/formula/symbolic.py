@@ -347,9 +347,13 @@ class Compiled:
 def compile_formula(formula: Formula) -> Compiled:
     """Differentiate a formula and lower it to programs; the result is cached per process.
 
+    To the programs a learned parameter of a group of channels is one of each channel.
+
     Raises:
         FormulaError: a program overflows where its true value is moderate, or `from_output` is not the derivative.
     """
+    learned = {name: parameter.in_kernels() for name, parameter in formula.learned.items()}
+    formula = dataclasses.replace(formula, learned=learned)
     from_output = formula.from_output and formula.from_output[0]
     key = (formula.text, *map(tuple, (formula.fixed.items(), formula.learned.items())), from_output)
     if key not in _compiled:

@@ -194,8 +194,11 @@ def replaced(module: nn.Module, layout: Layout, function: Activation) -> Source:
     if formula.gated != layout.gated:
         kind, symbols = ("gated", "gate and up") if layout.gated else ("not gated", "x")
         raise PatchError(f"it is {kind}, so a formula for it is of {symbols}, not {formula.text!r}")
-    if any(parameter.share == "channel" for parameter in formula.learned.values()):
-        hidden_width(module, layout)
+    if any(parameter.share != "layer" for parameter in formula.learned.values()):
+        width = hidden_width(module, layout)
+        for name, parameter in formula.learned.items():
+            if parameter.share == "group" and width % parameter.groups:
+                raise PatchError(f"the {parameter.groups} groups of {name!r} do not divide its {width} hidden channels")
     return Source(function, LEARNED if formula.learned else "", tuple(formula.learned))
 
 

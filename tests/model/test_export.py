@@ -66,6 +66,10 @@ OTHERS = {  # what else can differ: (the arm, values of its group, values of mod
     "rope_theta and norm_eps, custom": (("elu", None, {"rope_theta": 30.0, "norm_eps": 0.3, "qk_norm": True}), FORMULA),
     "another slope": (("leaky_relu", {"parameters": {"slope": 0.3}}, {}), FORMULA),
     "a slope a channel": (("prelu", {"parameters": {"slope": {"init": 0.2, "share": "channel"}}}, {}), FORMULA),
+    "a slope a group": (
+        ("prelu", {"parameters": {"slope": {"init": 0.2, "share": "group", "groups": 4}}}, {}),
+        FORMULA,
+    ),
     "a learned gate": (
         ("custom", {"formula": "up * where(gate > 0, gate, k*gate)", "parameters": {"k": SHARED}}, {}),
         LLAMA,
