@@ -147,9 +147,14 @@ def _formula(formula: Formula, compiled: Compiled) -> list[str]:
         f"{n} (learned, starts at {p.init:g}, one per {p.share}{f', {p.groups} groups' if p.groups else ''})"
         for n, p in formula.learned.items()
     )
+    scheduled = ", ".join(
+        f"{n} (scheduled, {p.first:g} to {p.last:g}, {p.schedule})" for n, p in formula.scheduled.items()
+    )
     fixed = ", ".join(f"{name} = {value:g}" for name, value in formula.fixed.items())
     lines = [" ".join(formula.text.split()), f"  {kind}"]
-    lines += [f"  parameters: {', '.join(filter(None, (learned, fixed)))}"] if learned or fixed else []
+    lines += (
+        [f"  parameters: {', '.join(filter(None, (learned, scheduled, fixed)))}"] if formula.tensors or fixed else []
+    )
     lines += ["", f"  {'h':<12} = {notation(compiled.expression)}"]
     lines += [f"  {f'dh/d{name}':<12} = {notation(slope)}" for name, slope in compiled.slopes.items()]
     return lines

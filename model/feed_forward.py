@@ -101,6 +101,10 @@ class FeedForward(nn.Module):
                 for name, p in formula.learned.items()
             }
         )
+        self.scheduled = {name: p.init for name, p in formula.scheduled.items()}  # their values at the current step
+        self._scheduled_tensors: list[
+            Tensor
+        ] = []  # the same as tensors, made by the forward pass that first needs them
 
     def forward(self, x: Tensor, tensor: Axis | None = None) -> Tensor:
         """Apply the layer: x (..., D) -> (..., D).
@@ -108,10 +112,21 @@ class FeedForward(nn.Module):
         Args:
             tensor: the tensor axis of this forward pass; None: that of the mesh.
         """
-        learned = [self.learned[name] for name in self.activation.formula.learned]
+        learned = [*(self.learned[name] for name in self.activation.formula.learned), *self._scheduled_on(x.device)]
         tensor = self.tensor if tensor is None else tensor
         options = _Options(self.activation, self.save, self.statistics, tensor, self.products)
         return _FeedForward.apply(options, x, self.up, self.down, *learned)
+
+    def set_step(self, step: int, of: int) -> None:
+        """Give the formula's scheduled parameters their values after `step` steps of a run of `of` steps."""
+        values = {name: p.value(step, of) for name, p in self.activation.formula.scheduled.items()}
+        if values != self.scheduled:
+            self.scheduled, self._scheduled_tensors = values, []
+
+    def _scheduled_on(self, device: torch.device) -> list[Tensor]:
+        if self.scheduled and (not self._scheduled_tensors or self._scheduled_tensors[0].device != device):
+            self._scheduled_tensors = [torch.full((1,), value, device=device) for value in self.scheduled.values()]
+        return self._scheduled_tensors
 
     @property
     def down_scale(self) -> float:
@@ -197,7 +212,8 @@ class _FeedForward(torch.autograd.Function):
             None if dx is None else dx.wait(),
             dup,
             ddown,
-            *(d.wait().to(parameter.dtype) for d, parameter in zip(summed, learned, strict=True)),
+            *(d.wait().to(parameter.dtype) for d, parameter in zip(summed, learned, strict=False)),
+            *[None] * (len(learned) - len(summed)),  # of scheduled parameters
         )
 
 

@@ -47,9 +47,9 @@ class Activation:
 
     def __init__(self, formula: Formula, backend: str) -> None:
         self.formula, self.backend = formula, backend
-        learned = {name: parameter.settings() for name, parameter in formula.learned.items()}
+        tensors = {name: parameter.settings() for name, parameter in formula.tensors.items()}
         # Identifies this activation among the arguments of an operator.
-        self.key = json.dumps([formula.text, {**formula.fixed, **learned}, backend])
+        self.key = json.dumps([formula.text, {**formula.fixed, **tensors}, backend])
 
     @functools.cached_property
     def compiled(self) -> Compiled:
@@ -63,11 +63,12 @@ class Activation:
             TypeError: a keyword is missing or unknown, or `pre` is not floating-point.
         """
         self.check(pre)
-        if learned.keys() != self.formula.learned.keys():
-            raise TypeError(f"{self!r} takes {list(self.formula.learned)} as keywords, not {list(learned)}")
+        names = self.formula.tensors
+        if learned.keys() != names.keys():
+            raise TypeError(f"{self!r} takes {list(names)} as keywords, not {list(learned)}")
         if not is_plain(pre):
-            return _operators().forward(pre, [learned[name] for name in self.formula.learned], self.key)
-        return _Elementwise.apply(self, pre, *(learned[name] for name in self.formula.learned))
+            return _operators().forward(pre, [learned[name] for name in names], self.key)
+        return _Elementwise.apply(self, pre, *(learned[name] for name in names))
 
     def check(self, pre: Tensor) -> None:
         """Refuse pre-activations whose shape or dtype does not fit the formula.
@@ -95,11 +96,11 @@ class Activation:
         empty = torch.empty((0, 2, 0) if self.formula.gated else (0, 0), dtype=dtype, device=device)
         backend = self._backend(empty)
         if with_stats:
-            learned = [torch.zeros(p.in_kernels().size(0), device=device) for p in self.formula.learned.values()]
+            learned = [torch.zeros(p.size(0), device=device) for p in self.compiled.formula.tensors.values()]
             backend.forward_with_stats(self.compiled, empty, learned)
 
     def forward(self, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
-        """Compute h without recording a gradient; `learned` in the formula's order."""
+        """Compute h without recording a gradient; `learned` in the formula's order, then the scheduled parameters in theirs."""
         if is_plain(pre):
             return self.compute(pre, learned)
         return _operators().forward(pre, list(learned), self.key)
@@ -135,7 +136,8 @@ class Activation:
         """Compute the gradients of `pre` and of `learned` from that of h, all in one pass.
 
         Returns:
-            The gradient of `pre`, of its shape; h if `with_h`; and the gradient of each learned parameter.
+            The gradient of `pre`, of its shape; h if `with_h`; and the gradient of each learned parameter. A scheduled one
+            has none.
         """
         if is_plain(pre):
             return self.compute_backward(pre, dh, learned, with_h)
@@ -164,9 +166,9 @@ class Activation:
 
     def _by_channel(self, pre: Tensor, learned: Sequence[Tensor]) -> list[Tensor]:
         """Return the learned parameters as kernels read them: those of groups repeated for each of their channels."""
-        width, parameters = pre.shape[-1], self.formula.learned.values()
+        width, parameters = pre.shape[-1], self.formula.tensors.values()
         return [
-            tensor[:, None].expand(-1, width // p.groups).flatten() if p.share == "group" else tensor
+            tensor[:, None].expand(-1, width // len(tensor)).flatten() if p.share == "group" else tensor
             for p, tensor in zip(parameters, learned, strict=True)
         ]
 
@@ -195,9 +197,9 @@ class Activation:
                 f"the gradient of h is {tuple(dh.shape)} {dh.dtype} on {dh.device}, "
                 f"and h is {tuple(h.shape)} {h.dtype} on {h.device}"
             )
-        if len(learned) != len(self.formula.learned):
-            raise ValueError(f"{self!r} learns {list(self.formula.learned)}, but {len(learned)} tensors were given")
-        for (name, parameter), tensor in zip(self.formula.learned.items(), learned, strict=True):
+        if len(learned) != len(self.formula.tensors):
+            raise ValueError(f"{self!r} takes {list(self.formula.tensors)}, but {len(learned)} tensors were given")
+        for (name, parameter), tensor in zip(self.formula.tensors.items(), learned, strict=True):
             size = parameter.size(h.shape[-1])
             if parameter.share == "group" and h.shape[-1] % size:
                 raise ValueError(f"the parameter {name!r} has {size} groups, which do not divide d_ff={h.shape[-1]}")
@@ -255,4 +257,5 @@ class _Elementwise(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         pre, *learned = ctx.saved_tensors
         dpre, _, dlearned = ctx.activation.backward(pre, dh, learned)
-        return None, dpre, *(d.to(p.dtype) for d, p in zip(dlearned, learned, strict=True))
+        gradients = [d.to(p.dtype) for d, p in zip(dlearned, learned, strict=False)]
+        return None, dpre, *gradients, *[None] * (len(learned) - len(gradients))  # scheduled parameters have none

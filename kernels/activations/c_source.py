@@ -30,8 +30,8 @@ _SHORT = {"div", *(name for name, function in REGISTRY.items() if function.short
 def source(compiled: Compiled) -> str:
     """Return the C source of a formula: forward_T, backward_T, backward_h_T [, from_output_T] for every T of `DTYPES`.
 
-    Each returns 0, or 1 if it cannot allocate memory. Arguments: pointers to pre, [dh, dpre], [h], each learned parameter
-    (float), [its gradient (float)]; then rows and width (int64).
+    Each returns 0, or 1 if it cannot allocate memory. Arguments: pointers to pre, [dh, dpre], [h], each learned or scheduled
+    parameter (float), [the gradient of each learned one (float)]; then rows and width (int64).
     """
     parts = _head(compiled)
     for dtype in DTYPES:
@@ -49,7 +49,7 @@ def source_with_stats(compiled: Compiled) -> str:
     """Return the C source of statistics_T for every T of `DTYPES`: the forward kernel with statistics of h and the slopes.
 
     Each tile goes through the loop of forward_T, with the same h to the last bit, and then, while it is in the cache, through
-    the loop of the statistics. Arguments: pointers to pre, h, each learned parameter, each output of `stats_program` (float);
+    the loop of the statistics. Arguments: pointers to pre, h, each parameter as above, each output of `stats_program` (float);
     then rows and width.
     """
     parts = _head(compiled)
@@ -105,6 +105,7 @@ class _Kernel:
         self.program, self.dtype, self.name, self.before = program, dtype, name, before
         self.backward = "dh" in program.inputs
         pre, learned = pre or compiled.formula.pre_activations, compiled.formula.learned
+        tensors = compiled.formula.tensors
         self.reads = [_Stream(n, dtype, _row("pre", i, len(pre))) for i, n in enumerate(pre)]
         self.writes: list[_Stream] = []
         if self.backward:
@@ -114,9 +115,9 @@ class _Kernel:
             self.reads.append(_Stream(STORED, dtype, _row("h")))
         if "h" in program.outputs:
             self.writes.append(_Stream("h", dtype, _row("h")))
-        self.learned = list(learned)
-        self.scalars = [n for n, p in learned.items() if p.share == "layer"]
-        self.reads += [_Stream(n, "f32", f"p_{n} + first") for n in learned if n not in self.scalars]
+        self.parameters = list(tensors)
+        self.scalars = [n for n, p in tensors.items() if p.share == "layer"]
+        self.reads += [_Stream(n, "f32", f"p_{n} + first") for n in tensors if n not in self.scalars]
         # Outputs that are summed over the rows of a block, with their number of elements: 1, or one per column. They follow
         # each other in the block's partial sums, `mine`.
         self.sizes = {f"d{n}": "1" if n in self.scalars else "width" for n in learned} if self.backward else {}
@@ -194,7 +195,7 @@ class _Kernel:
         arguments = [f"const {self.dtype} *restrict pre"]
         arguments += [f"const {self.dtype} *restrict dh", f"{self.dtype} *restrict dpre"] if self.backward else []
         arguments += [f"{self.dtype} *restrict h"] if self.before or "h" in self.program.outputs else []
-        arguments += [f"const float *restrict p_{n}" for n in self.learned]
+        arguments += [f"const float *restrict p_{n}" for n in self.parameters]
         arguments += [f"float *restrict d_{n}" for n in self.sizes]
         head = f"int {self.name}({', '.join(arguments)}, int64_t rows, int64_t width) {{\n"
         head += "    const int64_t across = (width + TILE_WIDTH - 1) / TILE_WIDTH;\n"

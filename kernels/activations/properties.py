@@ -63,7 +63,7 @@ def saved_by_eager(formula: Formula, itemsize: int = 2) -> tuple[int, int]:
     """
     width, dtype = 4096, {2: torch.bfloat16, 4: torch.float32}[itemsize]
     pre = torch.randn((1, 2, width) if formula.gated else (1, width), dtype=dtype).requires_grad_()
-    learned = {name: torch.full((1,), p.init, requires_grad=True) for name, p in formula.learned.items()}
+    learned = {name: torch.full((1,), p.init, requires_grad=True) for name, p in formula.tensors.items()}
     nbytes: dict[int, int] = {}  # by address of the storage
     alive: list[Tensor] = []  # the address of a freed storage could be used again
 
@@ -138,7 +138,7 @@ class Sampler:
     def __init__(self, compiled: Compiled) -> None:
         self.compiled = compiled
         self.names = compiled.formula.pre_activations
-        self.learned = [torch.tensor([p.init], dtype=torch.float64) for p in compiled.formula.learned.values()]
+        self.learned = [torch.tensor([p.init], dtype=torch.float64) for p in compiled.formula.tensors.values()]
 
     def __call__(self, **points: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         parts = torch.broadcast_tensors(*(points[name] for name in self.names))

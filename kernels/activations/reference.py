@@ -24,7 +24,7 @@ _BLOCK = 1 << 16  # elements; the intermediate results of a block fit a core's c
 def forward(compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> Tensor:
     """Return h (..., d_ff) of pre (..., d_ff), or (..., 2, d_ff) if gated.
 
-    `learned` holds the learned parameters in the formula's order, (1,) or (d_ff,) each.
+    `learned` holds the parameters that are tensors in the formula's order (`Formula.tensors`), (1,) or (d_ff,) each.
     """
     names = compiled.formula.pre_activations
     rows = _rows(pre, len(names))
@@ -72,7 +72,8 @@ def backward(
     h = torch.empty_like(dh) if with_h else None
     wide = _wide(pre.dtype)
     widest = wide if pre.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    dlearned = [torch.zeros(tensor.shape, dtype=widest, device=pre.device) for tensor in learned]
+    trained = learned[: len(compiled.formula.learned)]  # without the scheduled ones
+    dlearned = [torch.zeros(tensor.shape, dtype=widest, device=pre.device) for tensor in trained]
     program = compiled.backward_with_h if with_h else compiled.backward
     for block in _blocks(rows):
         results = _run(program, compiled, rows[block], learned, dh=dh[block].to(wide))
@@ -106,7 +107,7 @@ def _run(
     values: dict[str, Any] = {
         name: rows.select(1, i).to(wide) for i, name in enumerate(compiled.formula.pre_activations)
     }
-    values |= {name: tensor.to(wide) for name, tensor in zip(compiled.formula.learned, learned, strict=True)} | more
+    values |= {name: tensor.to(wide) for name, tensor in zip(compiled.formula.tensors, learned, strict=True)} | more
     return run(program, _operations(rows), values)
 
 

@@ -71,7 +71,7 @@ def _head(name: str, pointers: Iterable[str], numbers: Sequence[str]) -> str:
 
 def _load_learned(compiled: Compiled, *programs: Program) -> list[str]:
     lines, used = [], frozenset().union(*(program.used for program in programs))
-    for name, parameter in compiled.formula.learned.items():
+    for name, parameter in compiled.formula.tensors.items():
         if name in used:
             place = f"at_{name} + column, mask=inside" if parameter.share == "channel" else f"at_{name}"
             lines.append(f"v_{name} = tl.load({place}).to(tl.float32)")
@@ -96,7 +96,7 @@ def _store(place: str, value: Argument, program: Program) -> str:
 
 
 def _forward(compiled: Compiled) -> str:
-    pointers = ["pre", "h", *(f"at_{name}" for name in compiled.formula.learned)]
+    pointers = ["pre", "h", *(f"at_{name}" for name in compiled.formula.tensors)]
     body = [
         "row = tl.program_id(0).to(tl.int64)",
         *_load_learned(compiled, compiled.forward),
@@ -109,9 +109,9 @@ def _forward(compiled: Compiled) -> str:
 
 def _statistics(compiled: Compiled) -> str:
     """Print the forward kernel in which a Triton program iterates over a block of rows and reduces `stats_program`."""
-    program, learned = stats_program(compiled), compiled.formula.learned
+    program = stats_program(compiled)
     *sums, peak, active = program.outputs
-    pointers = ["pre", "h", *(f"at_{name}" for name in learned), "totals", "active"]
+    pointers = ["pre", "h", *(f"at_{name}" for name in compiled.formula.tensors), "totals", "active"]
     before = [
         *_load_learned(compiled, program, compiled.forward),
         *(f"sum_{name} = tl.full((), 0.0, tl.float32)" for name in (*sums, peak)),
@@ -157,11 +157,12 @@ def source_fp8(compiled: Compiled) -> str:
     A Triton program computes a row twice: for its largest magnitude, then to write it. The second time its pre-activations come
     from a cache, so memory is read once.
     """
-    program, learned = compiled.forward, compiled.formula.learned
+    program = compiled.forward
     value = f"tl.where(inside, {_argument(program.outputs['h'], program)}, 0.0)"
     column = ["column = start + tl.arange(0, TILE)", "inside = column < width"]
     compute = [*column, *_load_learned(compiled, program), *_load_pre(compiled, program), *_lines(program)]
-    head = _ROW_HEAD.format(pointers=", ".join(["pre", "h", *(f"at_{name}" for name in learned), "scales"]))
+    pointers = ["pre", "h", *(f"at_{name}" for name in compiled.formula.tensors), "scales"]
+    head = _ROW_HEAD.format(pointers=", ".join(pointers))
     largest = [*compute, f"largest = fn.maximum(largest, tl.abs({value}))", "start += TILE"]
     between = [
         # The sum is NaN where a number is not finite, which `tl.max` would ignore, and so is all of the row's product.
@@ -196,7 +197,7 @@ def _backward(compiled: Compiled, with_h: bool) -> str:
     """Print a backward kernel. With learned parameters a Triton program iterates over rows, with its sums in registers."""
     program = compiled.backward_with_h if with_h else compiled.backward
     names, learned = compiled.formula.pre_activations, compiled.formula.learned
-    pointers = ["pre", "dh", "dpre", *(["h"] if with_h else []), *(f"at_{name}" for name in learned)]
+    pointers = ["pre", "dh", "dpre", *(["h"] if with_h else []), *(f"at_{name}" for name in compiled.formula.tensors)]
     row = _load_pre(compiled, program)
     if "dh" in program.used:
         row.append("v_dh = tl.load(dh + row * width + column, mask=inside).to(tl.float32)")
@@ -214,7 +215,8 @@ def _backward(compiled: Compiled, with_h: bool) -> str:
     if learned:
         row.append("row += 1")
     else:
-        return _head(name, pointers, ["width"]) + _indented(["row = tl.program_id(0).to(tl.int64)", *row], 1)
+        first = ["row = tl.program_id(0).to(tl.int64)", *_load_learned(compiled, program)]
+        return _head(name, pointers, ["width"]) + _indented([*first, *row], 1)
     pointers += [f"sums_{name}" for name in learned]
     before = [
         *_load_learned(compiled, program),

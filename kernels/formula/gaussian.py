@@ -32,7 +32,7 @@ def _moments(compiled: Compiled) -> tuple[float, float]:
     formula = compiled.formula
     nodes, weights = _quadrature(len(formula.pre_activations))
     values = dict(zip(formula.pre_activations, nodes, strict=True))
-    values |= {name: np.float64(p.init) for name, p in formula.learned.items()}
+    values |= {name: np.float64(p.init) for name, p in formula.tensors.items()}
     with np.errstate(all="ignore"):
         h = run(compiled.forward, NUMPY, values)["h"]
         mean = np.sum(weights * h)

@@ -21,7 +21,7 @@ from typing import Any
 
 from . import hints
 from .functions import REGISTRY
-from .parameters import Learned, read_parameter
+from .parameters import Learned, Scheduled, read_parameter
 
 FUNCTIONS = {  # name: number of arguments
     **{name: function.arity for name, function in REGISTRY.items() if function.in_grammar},
@@ -88,6 +88,7 @@ class Formula:
         learned: the learned parameters by name, in the order in which they were given.
         fixed: the numbers of the fixed parameters by name.
         from_output: text and tree of the derivative as a formula of the output h; None if not given.
+        scheduled: the parameters that follow a schedule, by name.
     """
 
     text: str
@@ -96,6 +97,7 @@ class Formula:
     learned: dict[str, Learned] = dataclasses.field(default_factory=dict)
     fixed: dict[str, float] = dataclasses.field(default_factory=dict)
     from_output: tuple[str, Node] | None = None
+    scheduled: dict[str, Scheduled] = dataclasses.field(default_factory=dict)
 
     @property
     def gated(self) -> bool:
@@ -112,6 +114,11 @@ class Formula:
         """Matrices of d_model x d_ff in a layer with this formula."""
         return 3 if self.gated else 2
 
+    @property
+    def tensors(self) -> dict[str, Learned | Scheduled]:
+        """The parameters that are passed to kernels as tensors, in this order: the learned ones, then the scheduled ones."""
+        return {**self.learned, **self.scheduled}
+
     def on_ranks(self, tensor: int) -> Formula:
         """Return the formula of one of `tensor` ranks over which the channels of a layer are sharded."""
         learned = {name: parameter.on_ranks(tensor) for name, parameter in self.learned.items()}
@@ -125,7 +132,7 @@ def parse(text: str, parameters: Mapping[str, Any] | None = None, from_output: s
         text: the formula, at most `LONGEST` characters.
         parameters: what it may use in addition to the pre-activations `x`, or `gate` and `up`. A number is a fixed parameter;
             a mapping {init: 0.25, share: layer} is a learned one, one per layer or (share: channel) per channel of d_ff, or
-            (share: group, groups: 8) per block of channels.
+            (share: group, groups: 8) per block of channels; {schedule: linear, from: 0, to: 1} is a scheduled one.
         from_output: the derivative as a formula of the output `h`, if it is one: "2*sqrt(h)" for relu(x)**2.
 
     Raises:
@@ -158,15 +165,16 @@ def parse(text: str, parameters: Mapping[str, Any] | None = None, from_output: s
             raise FormulaError(f"the formula does not use the parameter {name!r}", text, 0)
     learned = {name: value for name, value in given.items() if isinstance(value, Learned)}
     fixed = {name: value for name, value in given.items() if isinstance(value, float)}
+    scheduled = {name: value for name, value in given.items() if isinstance(value, Scheduled)}
     derivative = None
     if from_output:
-        if "x" not in symbols or learned:
+        if "x" not in symbols or learned or scheduled:
             reason = (
                 "from_output requires an ungated formula that learns nothing: others need pre-activations in backward"
             )
             raise FormulaError(reason, from_output, 0)
         derivative = from_output, _parse_from_output(from_output, tuple(fixed))
-    return Formula(text, tree, symbols, learned, fixed, derivative)
+    return Formula(text, tree, symbols, learned, fixed, derivative, scheduled)
 
 
 def _parse_from_output(text: str, fixed: tuple[str, ...]) -> Node:
@@ -177,7 +185,7 @@ def _parse_from_output(text: str, fixed: tuple[str, ...]) -> Node:
     return tree
 
 
-def _parameter(text: str, name: str, value: Any) -> float | Learned:
+def _parameter(text: str, name: str, value: Any) -> float | Learned | Scheduled:
     """Return a checked entry of `parameters`."""
     match = re.search(rf"\b{re.escape(str(name))}\b", text)
     place = match.start() if match else 0

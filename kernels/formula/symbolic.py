@@ -328,8 +328,8 @@ class Compiled:
     Attributes:
         expression: h.
         slopes: the derivative of h by each pre-activation and each learned parameter.
-        forward: inputs: pre-activations, then learned parameters. Output: "h".
-        backward: inputs: those of `forward` and "dh". Outputs: "d" + name for each input of `forward`.
+        forward: inputs: pre-activations, then learned parameters, then scheduled ones. Output: "h".
+        backward: inputs: those of `forward` and "dh". Outputs: "d" + name for each pre-activation and learned parameter.
         backward_with_h: `backward` with the additional output "h".
         from_output: inputs: `OUTPUT` and "dh". Output: "d" + `OUTPUT`, the gradient of the pre-activation. None unless the
             formula has a `from_output`.
@@ -355,7 +355,7 @@ def compile_formula(formula: Formula) -> Compiled:
     learned = {name: parameter.in_kernels() for name, parameter in formula.learned.items()}
     formula = dataclasses.replace(formula, learned=learned)
     from_output = formula.from_output and formula.from_output[0]
-    key = (formula.text, *map(tuple, (formula.fixed.items(), formula.learned.items())), from_output)
+    key = (formula.text, *map(tuple, (formula.fixed.items(), formula.tensors.items())), from_output)
     if key not in _compiled:
         _compiled[key] = _compile(formula)
     return _compiled[key]
@@ -395,10 +395,11 @@ def _compile(formula: Formula) -> Compiled:
         slopes = _slopes(formula, expression, names)
         dh = sympy.Symbol("dh", real=True)
         gradients = {f"d{name}": dh * slope for name, slope in slopes.items()}
-        inputs = (*names, "dh")
+        given = (*formula.pre_activations, *formula.tensors)
+        inputs = (*given, "dh")
         both = Lowering(inputs, gradients | {"h": expression}).program()
         _refuse_long(formula, both)
-        forward = Lowering(names, {"h": expression}).program()
+        forward = Lowering(given, {"h": expression}).program()
         backward = Lowering(inputs, gradients).program()
         check_overflow(formula, {"the formula": forward, "its derivative": backward})
         keep = loses_nan(formula, forward)

@@ -159,12 +159,12 @@ class FormulaMLP(nn.Module):
         self.fixed = {name: float(given) for name, given in parameters.items() if not isinstance(given, dict)}
         learned = {name: given for name, given in parameters.items() if isinstance(given, dict)}
         self.init = {name: float(given["init"]) for name, given in learned.items()}
-        sizes = {
-            name: {"channel": d_ff, "group": given.get("groups")}.get(given.get("share"), 1)
-            for name, given in learned.items()
-        }
+        sizes = {"layer": lambda _: 1, "channel": lambda _: d_ff, "group": lambda given: given["groups"]}
         self.learned = nn.ParameterDict(
-            {name: nn.Parameter(torch.full((size,), self.init[name])) for name, size in sizes.items()}
+            {
+                name: nn.Parameter(torch.full((sizes[given.get("share", "layer")](given),), self.init[name]))
+                for name, given in learned.items()
+            }
         )
 
     def forward(self, x: Tensor) -> Tensor:

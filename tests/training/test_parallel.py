@@ -18,9 +18,9 @@ STEPS = 10
 FP32 = 1e-5
 LEARNED = {
     "ffn": "custom",
-    "ffn.formula": "gate*sigmoid(b*gate)*up + a*up + c*gate",
+    "ffn.formula": "gate*sigmoid(b*gate)*up + a*up + c*gate + t*up",
     "ffn.parameters": "{b: {init: 1.0, share: channel}, a: {init: 0.1, share: layer}, "
-    "c: {init: 0.2, share: group, groups: 4}}",
+    "c: {init: 0.2, share: group, groups: 4}, t: {schedule: linear, from: 0, to: 0.5}}",
 }
 ARMS: dict[str, dict[str, Any]] = {"ungated": {"ffn": "relu2"}, "gated": {"ffn": "swiglu"}, "learned": LEARNED}
 # Sizes that divide over four tensor ranks, but whose shards do not divide further over ZeRO's partitions.
