@@ -61,7 +61,7 @@ _FREE = ("model.activation_checkpointing", "model.attention", "data.max_epochs",
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class SwapSource:
     """The run to go on from, at one of its checkpoints."""
 
     run: Path
@@ -81,17 +81,17 @@ class Source:
         return [settled(f, ffn.scheduled) if f.scheduled else f for ffn in layers for f in (ffn.activation.formula,)]
 
 
-def read_source(run: Path, step: int) -> Source:
+def read_source(run: Path, step: int) -> SwapSource:
     """Return a run at its newest checkpoint, or at that of a step.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
     model, tokenizer, state = load_run(run, step)
-    return Source(run, from_yaml(run / "config.yaml"), model, tokenizer, state)
+    return SwapSource(run, from_yaml(run / "config.yaml"), model, tokenizer, state)
 
 
-def paths_of(source: Source, config: Config, steps: int) -> list[Homotopy]:
+def paths_of(source: SwapSource, config: Config, steps: int) -> list[Homotopy]:
     """Return each layer's path from its formula in the run to that of the configuration with the new arm.
 
     Raises:
@@ -142,7 +142,7 @@ def with_arms(config: Config, paths: list[Homotopy], name: str) -> Config:
     return dataclasses.replace(config, ffn=ffn)
 
 
-def write_run(source: Source, config: Config, paths: list[Homotopy]) -> None:
+def write_run(source: SwapSource, config: Config, paths: list[Homotopy]) -> None:
     """Write the folder of a run that goes on with these formulas, or leave it alone if it is there.
 
     Raises:
@@ -171,7 +171,7 @@ def write_run(source: Source, config: Config, paths: list[Homotopy]) -> None:
     )
 
 
-def _tensors(source: Source, config: Config, paths: list[Homotopy]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(source: SwapSource, config: Config, paths: list[Homotopy]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of the new run: those of the old one, and what the new arm learns at its initial values."""
     with torch.device("meta"):
         decoder = Decoder(shape_of(config, source.tokenizer.vocab_size), config.model, "sdpa")
@@ -194,7 +194,7 @@ def _origin(name: str, paths: list[Homotopy]) -> str | None:
     return f"{layer}.learned.{origins[symbol]}" if symbol in origins else None
 
 
-def _optimizer(source: Source, config: Config, paths: list[Homotopy]) -> OptimizerState:
+def _optimizer(source: SwapSource, config: Config, paths: list[Homotopy]) -> OptimizerState:
     """Return the state of the old run's optimizer; none if the new run has another one."""
     if source.config.optim.name != config.optim.name:
         return NO_STATE
@@ -211,7 +211,7 @@ def _optimizer(source: Source, config: Config, paths: list[Homotopy]) -> Optimiz
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def read_configs(source: Source, options: Mapping[str, Any], overrides: list[str]) -> tuple[Config, Config]:
+def read_configs(source: SwapSource, options: Mapping[str, Any], overrides: list[str]) -> tuple[Config, Config]:
     """Return the configurations of the run with the new arm and of the one without, still with the arms as they were named.
 
     Raises:
