@@ -62,7 +62,7 @@ def _drawn(formula: Formula) -> Sketch:
     x = np.linspace(-REACH, REACH, _POINTS)
     argument = formula.pre_activations[0]
     values: dict[str, Any] = {name: np.float64(1) for name in (*formula.pre_activations, "dh")}
-    values |= {name: np.float64(p.init) for name, p in formula.learned.items()} | {argument: x}
+    values |= {name: np.float64(p.init) for name, p in formula.tensors.items()} | {argument: x}
     with np.errstate(all="ignore"):
         results = run(compile_formula(formula).backward_with_h, NUMPY, values)
     h, slope = (_points(x, np.broadcast_to(results[name], x.shape)) for name in ("h", f"d{argument}"))
