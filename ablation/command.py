@@ -1,4 +1,4 @@
-"""Build the command that trains a run on this machine, and its environment."""
+"""Build the command that measures baselines on this machine, and the environment of a run."""
 
 from __future__ import annotations
 
@@ -6,33 +6,13 @@ import os
 import sys
 from pathlib import Path
 
-from conf.schema import Config
 from launch.corpus import RUN_MODULE
 from launch.ranks import installed_gpus, without_launcher
-
-_TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-
-
-def ranks_of(config: Config) -> int:
-    """Return the smallest number of ranks that can train a configuration."""
-    return config.parallel.tensor * config.parallel.context
-
-
-def train_command(overrides: list[str], ranks: int) -> list[str]:
-    """Return the command line that trains on that many ranks of this machine."""
-    return [*launcher(ranks), str(_TRAIN), *overrides]
 
 
 def baselines_command(overrides: list[str], to: Path) -> list[str]:
     """Return the command line that measures the models that are no neural networks for a run, and writes them to a file."""
     return [sys.executable, str(RUN_MODULE), "data.baselines", f"to={to.absolute()}", *overrides]
-
-
-def launcher(ranks: int) -> list[str]:
-    """Return the part of the command before train.py: the interpreter, or torchrun for several ranks of this machine."""
-    if ranks == 1:
-        return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
 
 
 def environment_of(slot: int, jobs: int, ranks: int) -> dict[str, str]:

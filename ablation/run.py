@@ -34,7 +34,7 @@ from rich import box
 from rich.table import Table
 
 from ablation import slurm
-from ablation.command import baselines_command, environment_of, ranks_of, train_command
+from ablation.command import baselines_command, environment_of
 from ablation.growth import continue_plan
 from ablation.manifest import keep_earlier_rules, write_manifest
 from ablation.outcomes import (
@@ -65,6 +65,7 @@ from kernels.common.streams import outlive_console
 from kernels.common.text import command_text
 from kernels.common.units import duration
 from launch.launchers import stop_signals
+from launch.local import ranks_of, train_command
 from launch.ranks import without_launcher
 from launch.sbatch import read_cluster
 

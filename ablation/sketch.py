@@ -63,7 +63,7 @@ def _drawn(formula: Formula) -> Sketch:
     x = np.linspace(-REACH, REACH, _POINTS)
     argument = formula.pre_activations[0]
     values: dict[str, Any] = {name: np.float64(1) for name in (*formula.pre_activations, "dh")}
-    values |= {name: np.float64(p.init) for name, p in formula.learned.items()} | {argument: x}
+    values |= {name: np.float64(p.init) for name, p in formula.tensors.items()} | {argument: x}
     compiled = compile_formula(formula)
     # A channel of many standard normal ones, whose reductions it does not move.
     values |= dict.fromkeys(compiled.backward.inputs, np.float64(0)) | gaussian_reductions(compiled) | values

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ablation import speed
-from ablation.command import ranks_of
 from ablation.manifest import NAME
 from ablation.outcomes import ENDED, QUEUED, RUNNING
 from ablation.plan import Plan, swept_at
@@ -27,6 +26,7 @@ from conf.validate import digest, total_steps
 from kernels.common.errors import UserError
 from launch.corpus import unprepared
 from launch.job_script import Job, doctor_of, python_of, quote
+from launch.local import ranks_of
 from launch.sbatch import RUNS, check, queued, refuse_queued, submit
 
 

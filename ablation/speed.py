@@ -15,13 +15,14 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ablation.command import environment_of, ranks_of, train_command
+from ablation.command import environment_of
 from ablation.outcomes import read_metrics
 from ablation.plan import Plan
 from ablation.resolve import StepSeconds, resolve
 from conf.schema import AblationConfig
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
+from launch.local import ranks_of, train_command
 
 NAME = "step_times.json"
 RUNS = "step_times"  # folder of the short runs, removed once the times are written

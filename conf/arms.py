@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from conf.keys import FOLDER, choices
-from conf.schema import Config, FFNConfig
+from conf.schema import Config, FFNConfig, ModelConfig
 from conf.yaml_files import read_yaml
 from kernels.common.errors import UserError, unknown
 from kernels.formula import Formula, FormulaError, parse
@@ -48,6 +48,35 @@ def layer_arms(config: Config) -> list[Arm]:
             arms[key] = Arm(ffn, _parsed(ffn, "ffn.formula" if ffn == base else f"the arm of layer {index}"))
         by_layer.append(arms[key])
     return by_layer
+
+
+def width_of(formula: Formula, model: ModelConfig) -> int:
+    """Return d_ff of a layer with this formula."""
+    return model.d_ff or default_d_ff(model.d_ff_gated, formula)
+
+
+def default_d_ff(d_ff_gated: int, formula: Formula) -> int:
+    """Return the width at which an arm has the FFN parameters of a gated one: 3/2 of it with 2 matrices instead of 3."""
+    return d_ff_gated if formula.gated else d_ff_gated * 3 // 2
+
+
+def check_groups(formula: Formula, d_ff: int, tensor: int, name: str) -> None:
+    """Refuse groups of channels that do not divide a layer's width, or that its tensor ranks do not share evenly.
+
+    Args:
+        name: of the arm, for the error.
+
+    Raises:
+        UserError: it names the parameter, and the numbers of groups that would do.
+    """
+    for symbol, parameter in formula.learned.items():
+        if parameter.share == "group" and (parameter.groups % tensor or d_ff % parameter.groups):
+            fitting = [groups for groups in range(tensor, d_ff + 1, tensor) if d_ff % groups == 0]
+            over = f" over parallel.tensor={tensor} ranks" if tensor > 1 else ""
+            raise UserError(
+                f"ffn.parameters.{symbol}.groups={parameter.groups} does not divide the d_ff={d_ff} of ffn={name} into equal "
+                f"blocks{over}: {', '.join(map(str, fitting)) or 'no number'} would do"
+            )
 
 
 def _changed_layers(config: Config, base: FFNConfig) -> dict[int, tuple[str, FFNConfig]]:

@@ -35,7 +35,9 @@ class FFNConfig:
         only="ffn.name=custom",
     )
     parameters: Any = key(
-        {}, "parameters of the formula: a number is fixed, {init: 0.25, share: layer | channel} is learned"
+        {},
+        "parameters of the formula: a number is fixed, {init: 0.25, share: layer | channel | group, groups: 8} is learned, "
+        "{schedule: linear | cosine, from: 0, to: 1, start: 0, steps: 500} follows the step",
     )
     from_output: str = key(
         "", "the derivative as a formula of the output h, if there is one: for save=output", only="ffn.name=custom"

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from conf.arms import Arm, layer_arms
+from conf.arms import Arm, check_groups, layer_arms, width_of
 from conf.load import NOT_IN_NAME, flatten, to_dict
 from conf.optimizers import OPTIMIZERS
 from conf.overrides import TEXT_LISTS
@@ -268,6 +268,7 @@ def _check_formulas(config: Config) -> None:
             changed = ffn != dataclasses.replace(config.ffn, per_layer={})
             key = f"the arm of layer {index}" if changed else "ffn.formula"
             raise UserError(f"{key} is refused: {error}") from error
+        check_groups(arm.formula, width_of(arm.formula, config.model), config.parallel.tensor, ffn.name)
         if ffn.save == "output" and not ffn.from_output:
             raise UserError(
                 f"ffn.save=output needs the derivative of ffn={ffn.name} as a formula of the output h (ffn.from_output), "

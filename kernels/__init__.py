@@ -81,14 +81,16 @@ def activation(
     Args:
         formula: in `x` (ungated), or in `gate` and `up` (gated), and in `parameters` by name. A parsed `Formula` has its own
             parameters and `from_output`.
-        parameters: a number for each fixed one, {init: ..., share: layer | channel} for each learned one.
+        parameters: a number for each fixed one, {init: ..., share: layer | channel} for each learned one, or
+            {init: ..., share: group, groups: 8} for one value per block of channels;
+            {schedule: linear | cosine, from: ..., to: ...} for each scheduled one.
         backend: one of `BACKENDS`; "auto" is the fastest that supports the tensor's device and dtype.
         from_output: the derivative as a formula of the output `h`, if it is one; checked against the derivative.
 
     Returns:
         A callable: `f(pre, **learned) -> h`, with `pre` (..., d_ff), or (..., 2, d_ff) for a gated formula (gate first),
-        a keyword for each learned parameter, of shape (1,) or (d_ff,), and `h` (..., d_ff) of the dtype of `pre`.
-        Differentiable in `pre` and in the learned parameters.
+        a keyword for each learned parameter, of shape (1,), (d_ff,) or (groups,), and for each scheduled one, of shape (1,);
+        `h` is (..., d_ff) of the dtype of `pre`. Differentiable in `pre` and in the learned parameters.
 
     Raises:
         FormulaError: the formula is refused; the message points at the place.

@@ -16,7 +16,7 @@ Shapes: N tokens (all leading dimensions of x together), D d_model, F d_ff.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -39,15 +39,16 @@ class FormulaMLP(nn.Module):
         d_model: width of the input and of the output.
         d_ff: width of the hidden layer.
         formula: of `gate` and `up` (gated), or of `x`, and of `parameters` by name.
-        parameters: a number for each fixed one, {init: ..., share: layer | channel} for each learned one. Learned ones are
-            `nn.Parameter`s of shape (1,) or (d_ff,) in `learned`.
+        parameters: a number for each fixed one, {init: ..., share: layer | channel | group} for each learned one. Learned
+            ones are `nn.Parameter`s of shape (1,), (d_ff,) or (groups,) in `learned`. {schedule: linear, from: 0, to: 1} is a
+            scheduled one: it starts at `from`, and `set_step` moves it.
         bias: whether the projections have biases.
         backend: "auto", "reference", "c" or "triton"; see `activation`.
         device, dtype: of the parameters.
 
     Raises:
         FormulaError: the formula is refused; the message points at the place.
-        ValueError: an unknown backend.
+        ValueError: an unknown backend, or groups that do not divide d_ff.
 
     Example:
         >>> import torch
@@ -78,9 +79,26 @@ class FormulaMLP(nn.Module):
         self.up_proj = nn.Linear(d_model, d_ff, bias, device, dtype)
         self.down_proj = nn.Linear(d_ff, d_model, bias, device, dtype)
         self.learned = new_learned(self.activation, d_ff, device, dtype)
+        self._scheduled = {name: p.init for name, p in self.activation.formula.scheduled.items()}
+        for name, value in self._scheduled.items():  # in no state dict: they follow from the step
+            self.register_buffer(f"scheduled_{name}", torch.full((1,), value, device=device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return run_mlp(self.activation, x, self.gate_proj, self.up_proj, self.down_proj, list(self.learned.values()))
+        tensors = [*self.learned.values(), *(self.get_buffer(f"scheduled_{name}") for name in self._scheduled)]
+        return run_mlp(self.activation, x, self.gate_proj, self.up_proj, self.down_proj, tensors)
+
+    def set_step(self, step: int, of: int) -> None:
+        """Give the scheduled parameters their values after `step` steps of a training of `of` steps."""
+        for name, parameter in self.activation.formula.scheduled.items():
+            self._scheduled[name] = parameter.value(step, of)
+            self.get_buffer(f"scheduled_{name}").fill_(self._scheduled[name])
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FormulaMLP:
+        super()._apply(fn, recurse)
+        for name, value in self._scheduled.items():  # they stay in fp32 where the weights become bf16
+            buffer = self.get_buffer(f"scheduled_{name}")
+            setattr(self, f"scheduled_{name}", torch.full((1,), value, device=buffer.device))
+        return self
 
     def reset_parameters(self) -> None:
         """Initialize all parameters again, for example after `to_empty`."""
@@ -97,10 +115,17 @@ class FormulaMLP(nn.Module):
 def new_learned(
     function: Activation, d_ff: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.ParameterDict:
-    """Return the learned parameters of a formula at their initial values, in the formula's order."""
+    """Return the learned parameters of a formula at their initial values, in the formula's order.
+
+    Raises:
+        ValueError: the groups of one do not divide d_ff.
+    """
+    for name, p in function.formula.learned.items():
+        if p.share == "group" and d_ff % p.groups:
+            raise ValueError(f"the parameter {name!r} has {p.groups} groups, which do not divide d_ff={d_ff}")
     return nn.ParameterDict(
         {
-            name: nn.Parameter(torch.full((d_ff if p.share == "channel" else 1,), p.init, device=device, dtype=dtype))
+            name: nn.Parameter(torch.full((p.size(d_ff),), p.init, device=device, dtype=dtype))
             for name, p in function.formula.learned.items()
         }
     )
@@ -122,7 +147,7 @@ def run_mlp(
         gate: D -> F, for a gated formula; None if ungated, or if `up` computes both.
         up: D -> F, or D -> 2F for both pre-activations, gate first.
         down: F -> D.
-        learned: the formula's learned parameters, in its order.
+        learned: the formula's learned parameters in its order, then the scheduled ones.
 
     Returns:
         (..., D), of the dtype that `down` returns.
@@ -133,7 +158,7 @@ def run_mlp(
     pre = up(x) if gate is None else torch.stack((gate(x), up(x)), -2)
     if gate is None and function.formula.gated:
         pre = pre.unflatten(-1, (2, -1))
-    return down(function(pre, **dict(zip(function.formula.learned, learned, strict=True))))
+    return down(function(pre, **dict(zip(function.formula.tensors, learned, strict=True))))
 
 
 def is_direct(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -320,7 +345,7 @@ def _backward(
             dpre, h, sums = function.backward(pre, dh, learned, need.down)
             d_down = None if h is None else _weight_gradient(rows, h, like.down)
             del dh, h
-            d_learned = [d.to(tensor.dtype) for d, tensor in zip(sums, learned, strict=True)]
+            d_learned[: len(sums)] = [d.to(tensor.dtype) for d, tensor in zip(sums, learned, strict=False)]
             # What each projection wrote: (N, F), or (N, 2F) if one wrote both.
             dgate, dup = (dpre.flatten(1),) * 2 if like.one_input_projection else dpre.unbind(1)
             if x is not None:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from .catalogue import arms
 from .common.commands import run_command
 from .common.errors import UserError, unknown
-from .common.options import split_options
+from .common.options import split_options, whole_number
 from .formula import Formula, FormulaError, parse
 from .formula.functions import REGISTRY
 from .formula.grammar import PRE_ACTIVATIONS
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     from .activations.properties import properties
 
     sections = [
-        _formula(compiled),
+        _formula(formula, compiled),
         _published(formula),
         _cost(compiled),
         _shape(properties(compiled)),
@@ -131,26 +131,38 @@ def _options(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 def _parameter(name: str, value: str) -> float | dict[str, Any]:
     kind, _, rest = value.partition(":")
-    number, colon, share = rest.partition(":") if kind == "learned" else (value, "", "")
+    number, *shared_by = rest.split(":") if kind == "learned" else (value,)
     try:
         start = float(number)
     except ValueError:
         raise UserError(
             f"invalid parameter {name}={value}: write {name}=1.702, {name}=learned:0.25 or {name}=learned:0.25:channel"
         ) from None
-    return start if kind != "learned" else {"init": start, "share": share if colon else "layer"}
+    if kind != "learned":
+        return start
+    parameter: dict[str, Any] = {"init": start, "share": shared_by[0] if shared_by else "layer"}
+    if groups := ":".join(shared_by[1:]):
+        parameter["groups"] = groups if whole_number(groups) is None else whole_number(groups)
+    return parameter
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
-def _formula(compiled: Compiled) -> list[str]:
-    formula = compiled.formula
+def _formula(formula: Formula, compiled: Compiled) -> list[str]:
     kind = "gated: 3 matrices (gate, up, down)" if formula.gated else "ungated: 2 matrices (up, down)"
-    learned = ", ".join(f"{n} (learned, starts at {p.init:g}, one per {p.share})" for n, p in formula.learned.items())
+    learned = ", ".join(
+        f"{n} (learned, starts at {p.init:g}, one per {p.share}{f', {p.groups} groups' if p.groups else ''})"
+        for n, p in formula.learned.items()
+    )
+    scheduled = ", ".join(
+        f"{n} (scheduled, {p.first:g} to {p.last:g}, {p.schedule})" for n, p in formula.scheduled.items()
+    )
     fixed = ", ".join(f"{name} = {value:g}" for name, value in formula.fixed.items())
     lines = [" ".join(formula.text.split()), f"  {kind}"]
-    lines += [f"  parameters: {', '.join(filter(None, (learned, fixed)))}"] if learned or fixed else []
+    lines += (
+        [f"  parameters: {', '.join(filter(None, (learned, scheduled, fixed)))}"] if formula.tensors or fixed else []
+    )
     lines += ["", f"  {'h':<12} = {notation(compiled.expression)}"]
     lines += [f"  {f'dh/d{name}':<12} = {notation(slope)}" for name, slope in compiled.slopes.items()]
     for r in compiled.reductions.all:

@@ -302,6 +302,17 @@ class Decoder(nn.Module):
         x, _ = self.norm(x, residual)
         return self.head(x, targets, mesh.tensor)
 
+    def set_step(self, step: int, of: int) -> None:
+        """Give the scheduled parameters of every layer's formula their values after `step` steps of a run of `of` steps."""
+        for layer in self.layers:
+            cast("Layer", layer).ffn.set_step(step, of)
+
+    def scheduled(self) -> dict[str, float | list[float | None]]:
+        """Return the current values of scheduled parameters by name: a list has one per layer, None where it has no such."""
+        values = [cast("Layer", layer).ffn.scheduled for layer in self.layers]
+        named = {name: [each.get(name) for each in values] for each in values for name in each}
+        return {name: each[0] if each[0] is not None and len({*each}) == 1 else each for name, each in named.items()}
+
 
 def _norm_gradient_axis(mesh: Mesh) -> Axis:
     """Return the ranks over which the gradient of a norm of the residual stream is summed: those that shard its tokens."""

@@ -12,12 +12,13 @@ from_pretrained(FOLDER, trust_remote_code=True). What else loads the folder is p
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -31,8 +32,9 @@ from kernels.common.errors import UserError, unknown
 from kernels.common.files import atomic_folder, explain_os_errors
 from kernels.common.options import read_options
 from kernels.formula import Formula
-from launch.estimate.counts import Shape, shape_of
-from model.decoder import Decoder
+from kernels.formula.settled import settled
+from launch.estimate.counts import Shape
+from model.decoder import Decoder, Layer
 from model.generate import load_run
 from model.huggingface.layout import APERTUS, CLASSES, FORMULA, TransformersLayout, tensor_names, transformers_layout
 from model.huggingface.loaders import loaders, notes
@@ -56,24 +58,42 @@ def export(run: Path, to: Path, step: int = -1, dtype: str = "fp32") -> str:
     Raises:
         UserError: `to` is not empty, there is no such checkpoint, the tokenizer cannot be converted, or the disk is full.
     """
+    return CLASSES[_export(run, to, step, dtype).model_type]
+
+
+def _export(run: Path, to: Path, step: int, dtype: str) -> TransformersLayout:
     if dtype not in _DTYPES:
         raise unknown("dtype", dtype, _DTYPES)
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise UserError(f"{to} exists and is not an empty folder: choose another one (to=FOLDER)")
     config = from_yaml(run / "config.yaml")
     model, tokenizer, _ = load_run(run, step)
-    layout = transformers_layout(model.shape)
+    shape = _settled_shape(model)
+    layout = transformers_layout(shape)
     with explain_os_errors("write", to):
         if to.exists():
             to.rmdir()
         with atomic_folder(to) as folder:
             pad = write_tokenizer(tokenizer, folder, config.sequence_length)
-            _write_json(folder / "config.json", _model_config(config, model.shape, layout, tokenizer, pad, dtype))
-            _write_json(folder / "generation_config.json", _generation_config(model.shape, tokenizer, pad))
+            _write_json(folder / "config.json", _model_config(config, shape, layout, tokenizer, pad, dtype))
+            _write_json(folder / "generation_config.json", _generation_config(shape, tokenizer, pad))
             if layout.model_type == FORMULA:
                 shutil.copyfile(Path(__file__).with_name("huggingface") / "modeling.py", folder / _CODE)
-            _write_weights(model, layout, folder, _DTYPES[dtype])
-    return CLASSES[layout.model_type]
+            _write_weights(model, shape, layout, folder, _DTYPES[dtype])
+    return layout
+
+
+def _settled_shape(model: Decoder) -> Shape:
+    """Return a model's shape with formulas in which scheduled parameters are numbers: their values at the checkpoint's step."""
+    layers = []
+    for ffn, layer in zip(model.shape.ffn, model.layers, strict=True):
+        if ffn.formula.scheduled:
+            formula = settled(ffn.formula, cast("Layer", layer).ffn.scheduled)
+            parameters = formula.fixed | {name: given.settings() for name, given in formula.learned.items()}
+            arm = dataclasses.replace(ffn.arm, name="custom", formula=formula.text, parameters=parameters)
+            ffn = dataclasses.replace(ffn, arm=arm, formula=formula)
+        layers.append(ffn)
+    return dataclasses.replace(model.shape, ffn=tuple(layers))
 
 
 def _model_config(
@@ -132,7 +152,7 @@ def _plain_rotary(theta: float) -> dict[str, Any]:
 
 def _plain(formula: Formula, parameters: list[str]) -> dict[str, Any]:
     """Return a formula's parameters, with every default written out."""
-    learned = {name: {"init": given.init, "share": given.share} for name, given in formula.learned.items()}
+    learned = {name: given.settings() for name, given in formula.learned.items()}
     return {name: learned.get(name, formula.fixed.get(name)) for name in parameters}
 
 
@@ -152,24 +172,27 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _tensors(model: Decoder, layout: TransformersLayout) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: Decoder, shape: Shape, layout: TransformersLayout) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors by their names in Transformers: views of our parameters, and constants of the activation."""
     for name, parameter in model.named_parameters():
+        layer, _, symbol = name.partition(".ffn.learned.")
+        if symbol and symbol not in shape.ffn[int(layer.rpartition(".")[2])].formula.learned:
+            continue  # of a term that a schedule has faded out
         rows = parameter.detach()
         rows = rows.flatten(0, 1) if rows.ndim == 3 else rows  # gate, then up
-        names = tensor_names(name, model.shape, layout)
+        names = tensor_names(name, shape, layout)
         for (theirs, _), block in zip(names, rows.split([size[0] for _, size in names]), strict=True):
             yield theirs, block
-    for index in range(model.shape.n_layers):
+    for index in range(shape.n_layers):
         for buffer, value in layout.buffers.items():
             yield f"model.layers.{index}.mlp.act_fn.{buffer}", torch.tensor(value)
 
 
-def _write_weights(model: Decoder, layout: TransformersLayout, folder: Path, dtype: torch.dtype) -> None:
+def _write_weights(model: Decoder, shape: Shape, layout: TransformersLayout, folder: Path, dtype: torch.dtype) -> None:
     """Write model.safetensors, or its shards and their index."""
     shards: list[dict[str, Tensor]] = [{}]
     total = size = 0
-    for name, tensor in _tensors(model, layout):
+    for name, tensor in _tensors(model, shape, layout):
         tensor_bytes = tensor.numel() * dtype.itemsize
         if shards[-1] and size + tensor_bytes > _SHARD_BYTES:
             shards.append({})
@@ -196,11 +219,11 @@ def _write_weights(model: Decoder, layout: TransformersLayout, folder: Path, dty
 def main(argv: list[str]) -> None:
     options = read_options(argv, _DEFAULTS, required=_REQUIRED)
     run, to = find_run(options["run"], options["runs"]), Path(options["to"])
-    class_name = export(run, to, options["step"], options["dtype"])
+    layout = _export(run, to, options["step"], options["dtype"])
+    class_name = CLASSES[layout.model_type]
     trust = ", trust_remote_code=True" if class_name == CLASSES[FORMULA] else ""
     print(f"wrote {to}: a {class_name}")
     print(f"AutoModelForCausalLM.from_pretrained({str(to)!r}{trust})")
-    layout = transformers_layout(shape_of(from_yaml(run / "config.yaml")))
     print(f"loads in {', '.join(loaders(layout))}")
     for note in notes(layout, (to / ORIGINAL["tokenizer.model"]).is_file()):
         print(note)

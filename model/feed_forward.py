@@ -90,7 +90,7 @@ class FeedForward(nn.Module):
     def __init__(self, ffn: FFNShape, d_model: int, mesh: Mesh = Mesh(), products: Products = PLAIN) -> None:
         super().__init__()
         arm, formula, width = ffn.arm, ffn.formula, ffn.d_ff
-        self.activation = activation(formula, backend=arm.backend)
+        self.activation = activation(formula.on_ranks(mesh.tensor.size), backend=arm.backend)
         self.gated, self.save, self.arm = formula.gated, arm.save, arm
         self.d_ff, self.tensor, self.products = width, mesh.tensor, products
         self.statistics: ActivationStats | None = None  # if set, forward adds this layer's telemetry to it
@@ -99,10 +99,14 @@ class FeedForward(nn.Module):
         self.down = shard_parameter(mesh, (d_model, width), 1)
         self.learned = nn.ParameterDict(
             {
-                name: shard_parameter(mesh, (width,), 0) if p.share == "channel" else nn.Parameter(torch.empty(1))
+                name: nn.Parameter(torch.empty(1)) if p.share == "layer" else shard_parameter(mesh, (p.size(width),), 0)
                 for name, p in formula.learned.items()
             }
         )
+        self.scheduled = {name: p.init for name, p in formula.scheduled.items()}  # their values at the current step
+        self._scheduled_tensors: list[
+            Tensor
+        ] = []  # the same as tensors, made by the forward pass that first needs them
 
     def forward(self, x: Tensor, tensor: Axis | None = None) -> Tensor:
         """Apply the layer: x (..., D) -> (..., D).
@@ -110,10 +114,21 @@ class FeedForward(nn.Module):
         Args:
             tensor: the tensor axis of this forward pass; None: that of the mesh.
         """
-        learned = [self.learned[name] for name in self.activation.formula.learned]
+        learned = [*(self.learned[name] for name in self.activation.formula.learned), *self._scheduled_on(x.device)]
         tensor = self.tensor if tensor is None else tensor
         options = _Options(self.activation, self.save, self.statistics, tensor, self.products)
         return _FeedForward.apply(options, x, self.up, self.down, *learned)
+
+    def set_step(self, step: int, of: int) -> None:
+        """Give the formula's scheduled parameters their values after `step` steps of a run of `of` steps."""
+        values = {name: p.value(step, of) for name, p in self.activation.formula.scheduled.items()}
+        if values != self.scheduled:
+            self.scheduled, self._scheduled_tensors = values, []
+
+    def _scheduled_on(self, device: torch.device) -> list[Tensor]:
+        if self.scheduled and (not self._scheduled_tensors or self._scheduled_tensors[0].device != device):
+            self._scheduled_tensors = [torch.full((1,), value, device=device) for value in self.scheduled.values()]
+        return self._scheduled_tensors
 
     @property
     def down_scale(self) -> float:
@@ -212,7 +227,8 @@ class _FeedForward(torch.autograd.Function):
             None if dx is None else dx.wait(),
             dup,
             ddown,
-            *(d.wait().to(parameter.dtype) for d, parameter in zip(summed, learned, strict=True)),
+            *(d.wait().to(parameter.dtype) for d, parameter in zip(summed, learned, strict=False)),
+            *[None] * (len(learned) - len(summed)),  # of scheduled parameters
         )
 
 

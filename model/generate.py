@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from conf.load import find_run, from_yaml
-from conf.validate import changed_settings
+from conf.validate import changed_settings, total_steps
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
@@ -76,6 +76,8 @@ def generate(
 def load_run(run: Path, step: int = -1) -> tuple[Decoder, Tokenizer, dict[str, Any]]:
     """Return a run's model in fp32 on the CPU, its tokenizer, and the state of the checkpoint.
 
+    Scheduled parameters of its formulas have their values at the step of the checkpoint.
+
     Args:
         step: of the checkpoint; -1: the newest.
 
@@ -104,7 +106,9 @@ def load_run(run: Path, step: int = -1) -> tuple[Decoder, Tokenizer, dict[str, A
     document_start = tokenizer.eos_id if config.model.mask_documents else None
     # Decoding with a cache does not use the backend; "sdpa" runs on any device.
     model = Decoder(shape, config.model, "sdpa", document_start)
-    return model.eval(), tokenizer, load_weights(model, folder)
+    state = load_weights(model, folder)
+    model.set_step(state["step"], state.get("steps") or total_steps(config) or 0)
+    return model.eval(), tokenizer, state
 
 
 def main(argv: list[str]) -> None:

@@ -14,8 +14,7 @@ import json
 import os
 import shlex
 import sys
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from conf.load import load, to_yaml
+from conf.load import load
 from conf.schema import Config
-from conf.validate import settings_of, validate
+from conf.validate import validate
 from data.tokenizer import Tokenizer, load_tokenizer, named_by_config
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_folder, explain_os_errors
 from kernels.common.options import split_options
 from launch.estimate.counts import Shape, shape_of
 from model.decoder import Decoder
 from model.huggingface.config import ImportedConfig, choice_of, key_of, read_config
 from model.huggingface.layout import tensor_names
 from model.huggingface.tokenizer import ORIGINAL
-from model.weights import save_weights
+from model.new_run import write_new_run
 
 _ALLOWED = (  # keys of `model`, `ffn` and `tokenizer` that a Hugging Face folder does not determine
     "ffn.backend",
@@ -137,7 +135,8 @@ def import_folder(source: Path, overrides: list[str]) -> tuple[Config, list[str]
     shape = shape_of(config, tokenizer.vocab_size)
     for ffn, arm, width in zip(shape.ffn, imported.arms, imported.widths, strict=True):
         assert (key_of(ffn.arm.formula, ffn.arm.parameters), ffn.d_ff) == (key_of(*arm), width), arm
-    _write_run(run, config, tokenizer, _tensors(stored, config, shape, imported), source)
+    event = {"event": "imported", "from": os.path.abspath(source)}
+    write_new_run(run, config, tokenizer, _tensors(stored, config, shape, imported), event)
     return config, arguments
 
 
@@ -152,35 +151,6 @@ def _new_run(source: Path, overrides: list[str]) -> Path:
     if not source.is_dir():
         raise UserError(f"there is no folder {source}")
     return Path(given.get("runs", "runs"), given["run"])
-
-
-def _write_run(
-    run: Path, config: Config, tokenizer: Tokenizer, tensors: Iterable[tuple[str, Tensor]], source: Path
-) -> None:
-    """Write the folder of a run that has trained for 0 steps."""
-    state = {
-        "step": 0,
-        "samples": 0,
-        "tokens": 0,
-        "batches_hash": 0,
-        "optimizer_steps": 0,
-        "corpus_hash": None,
-        "tokenizer_hash": tokenizer.hash,
-        "eval_loss": None,
-        "evaluation_missed": False,
-        "wall_seconds": 0.0,
-        "run_id": uuid.uuid4().hex,
-        "settings": settings_of(config),
-    }
-    event = {"kind": "event", "step": 0, "tokens": 0, "event": "imported", "from": os.path.abspath(source)}
-    with explain_os_errors("write the run", run), atomic_folder(run) as folder:
-        (folder / "tokenizer").mkdir()
-        tokenizer.save(folder / "tokenizer")
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        (folder / "metrics.jsonl").write_text(json.dumps(event) + "\n", encoding="utf-8")
-        (folder / "run_id").write_text(f"{state['run_id']}\n", encoding="utf-8")
-        (folder / "checkpoints").mkdir()
-        save_weights(folder / "checkpoints" / "step_00000000", tensors, state)
 
 
 def _tokenizer(source: Path) -> Tokenizer:

@@ -22,7 +22,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,8 +135,24 @@ def write_rest(folder: Path, index: dict[str, Any], state: dict[str, Any], files
     write_manifest(folder, state, files)
 
 
-def save_weights(path: Path, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
-    """Write full tensors, by the names of `Decoder.named_parameters`, as a checkpoint without optimizer state.
+class OptimizerState(NamedTuple):
+    """What an optimizer keeps of parameters, for `save_weights`."""
+
+    steps: int = 0  # that it has taken
+    of: Callable[[str], Mapping[str, Tensor]] = lambda _: {}  # a parameter's name -> its states, of its full shape
+    by_rows: Mapping[str, Mapping[str, Tensor]] = {}  # {parameter: {state: one number per row}}
+
+
+NO_STATE = OptimizerState()
+
+
+def save_weights(
+    path: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    state: dict[str, Any],
+    optimizer: OptimizerState = NO_STATE,
+) -> None:
+    """Write full tensors, by the names of `Decoder.named_parameters`, as a checkpoint; without `optimizer`, of weights alone.
 
     Args:
         path: the checkpoint's folder, `step_N` for N = state["step"]. It must not exist.
@@ -144,22 +160,27 @@ def save_weights(path: Path, tensors: Iterable[tuple[str, Tensor]], state: dict[
     """
     index: dict[str, Any] = {}
     files: dict[str, Any] = {}
-    buffered: dict[str, Tensor] = {}
+    buffered: dict[str, Tensor] = {
+        stored_name(name, key): values for name, states in optimizer.by_rows.items() for key, values in states.items()
+    }
     with atomic_folder(path) as folder:
 
         def write() -> None:
-            name, pieces = file_of(len(files)), [(name, index[name]["pieces"][0]) for name in buffered]
+            name, pieces = file_of(len(files)), [(n, index[n]["pieces"][0]) for n in buffered if n in index]
             files[name] = write_tensors(folder / name, buffered, header_of(state, len(files), pieces))
             buffered.clear()
 
         for name, tensor in tensors:
             buffered[name] = tensor.detach().to("cpu", torch.float32)
             pieces = [Piece(0, 0, tensor.numel(), len(files))]
-            index[name] = {"shape": list(tensor.shape), "tensor": 1, "cut": None, "states": [], "pieces": pieces}
+            states = {key: values.to("cpu", torch.float32) for key, values in optimizer.of(name).items()}
+            buffered |= {stored_name(name, key): values for key, values in states.items()}
+            index[name] = {"shape": list(tensor.shape), "tensor": 1, "cut": None, "states": [*states], "pieces": pieces}
+            index[name] |= {"row_states": [*rows]} if (rows := optimizer.by_rows.get(name)) else {}
             if sum(4 * each.numel() for each in buffered.values()) >= _FILE_BYTES:
                 write()
         write()
-        write_rest(folder, index, {**state, "optimizer_steps": 0}, files)
+        write_rest(folder, index, {**state, "optimizer_steps": optimizer.steps}, files)
 
 
 class CheckpointReader:

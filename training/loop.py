@@ -159,6 +159,13 @@ class TrainingLoop:
             f"the length was changed from {before} to {steps} steps: the learning rate was {self.config.optim.lr * last:.3g} "
             f"at step {self.step} and is {self.config.optim.lr * following:.3g} at step {self.step + 1}"
         )
+        for name, p in {n: p for layer in self.shape.ffn for n, p in layer.formula.scheduled.items()}.items():
+            was, now = p.value(self.step, before), p.value(self.step, steps)
+            if was != now:
+                self.console.warn(
+                    f"the scheduled parameter {name} was {was:.3g} after step {self.step} and is {now:.3g} now: its schedule "
+                    "follows the length of the run unless its start and steps are whole numbers"
+                )
 
     def run(self, peak: PeakSpeed, launchers: Launchers, launched_at: float) -> int:
         """Train to the last step or to a signal, and write the summary; return the exit status.
@@ -230,6 +237,7 @@ class TrainingLoop:
         data = self.mesh.data
         sequences = self.batch.global_batch // data.size
         first = self.step * self.batch.global_batch + data.rank * sequences
+        self._schedule()
         with part("data"):
             rows = self.stream.samples(first, sequences)
             self.batches_hash = (self.batches_hash + sample_hash(first, rows)) % 2**64
@@ -245,6 +253,10 @@ class TrainingLoop:
         self.guard.count(applied, self.last_norm, tokens, numbers)
         self.guard.compare(tokens)
         return self.last_loss, self.last_norm
+
+    def _schedule(self) -> None:
+        """Give the scheduled parameters of formulas their values after the steps that are done."""
+        self.engine.module.set_step(self.step, self.batch.steps)
 
     def _end_profile(self) -> None:
         """Print the table of a profile that ends with this step."""
@@ -295,6 +307,7 @@ class TrainingLoop:
             tokens_per_second=tokens_per_second,
             mfu=peak.mfu(tokens_per_second * self.recorder.flops_per_token / ranks) if self.ranks.rank == 0 else None,
             memory_gib=machine.memory_gib(self.engine.device),
+            scheduled=self.engine.module.scheduled(),
         )
 
     def _due(self, every: int) -> bool:
@@ -334,10 +347,11 @@ class TrainingLoop:
         if not self.dataset.held_out.tokens:
             return None
         watchdog.beat("evaluate", self.step)
+        self._schedule()
         # Only the whole held-out set is enough text to call a unit dead.
         with self.telemetry.dead_units() if tokens is None else contextlib.nullcontext([]) as dead:
             held_out = self.last_eval = evaluate(self.engine, self.dataset, self.config.sequence_length, tokens)
-        self.recorder.evaluation(held_out, dead)
+        self.recorder.evaluation(held_out, dead, self.engine.module.scheduled())
         return held_out
 
     def _record_telemetry(self) -> None:
@@ -348,6 +362,7 @@ class TrainingLoop:
     def _sample(self) -> None:
         """Generate a text for each prompt."""
         config, texts = self.config, []
+        self._schedule()
         for prompt in self.prompts:
             watchdog.beat("sample", self.step)
             arguments = (self.dataset.tokenizer, self.shape.n_layers, prompt, config.sample_tokens)

@@ -7,6 +7,7 @@ written is kept in memory, with one warning, and written when there is space aga
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -101,7 +102,14 @@ class RunRecorder:
                 self.console.warn(f"the file run_id could not be written: {problem_of(error, self.folder.path)}")
 
     def training(
-        self, loss: float, grad_norm: float, lr: float, tokens_per_second: float, mfu: float | None, memory_gib: float
+        self,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens_per_second: float,
+        mfu: float | None,
+        memory_gib: float,
+        scheduled: Mapping[str, Any],
     ) -> None:
         """Record the steps since the last such line, and print the line of the step.
 
@@ -112,6 +120,7 @@ class RunRecorder:
             tokens_per_second: over all ranks.
             mfu: model FLOPs utilization; None: unknown.
             memory_gib: peak memory of this rank.
+            scheduled: the values of formulas' scheduled parameters that were applied, as `Decoder.scheduled` returns them.
         """
         figures: dict[str, float | None] = {
             "loss": loss,
@@ -121,14 +130,15 @@ class RunRecorder:
             "mfu": mfu,
             "memory_gib": memory_gib,
         }
-        self._write_line("train", figures)
+        self._write_line("train", figures | _named(scheduled))
         self.console.step(self.step, figures)
 
-    def evaluation(self, held_out: HeldOut, dead: list[float | None]) -> None:
+    def evaluation(self, held_out: HeldOut, dead: list[float | None], scheduled: Mapping[str, Any]) -> None:
         """Record and print an evaluation.
 
         Args:
             dead: each layer's fraction of units that were active for none of its tokens; empty if that was not measured.
+            scheduled: the values of formulas' scheduled parameters, as `Decoder.scheduled` returns them.
         """
         if (
             self.enabled and held_out.documents is not None
@@ -147,7 +157,7 @@ class RunRecorder:
             figures["bits_per_byte"] = bits
         if dead:
             figures["dead"] = dead
-        self._write_line("eval", figures)
+        self._write_line("eval", figures | _named(scheduled))
         partial = "" if held_out.tokens == self.dataset.held_out.tokens else f" (on {held_out.tokens} tokens)"
         per_byte = "" if bits is None else f", {bits:.4f} bits per byte"
         self.console.print(
@@ -266,6 +276,10 @@ class RunRecorder:
             self._write_failed = True
         if self._loggers is not None:
             self._loggers.log(record)
+
+
+def _named(scheduled: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"scheduled.{name}": value for name, value in scheduled.items()}
 
 
 def held_out_line(summary: dict[str, Any]) -> str:

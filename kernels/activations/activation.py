@@ -57,9 +57,9 @@ class Activation:
 
     def __init__(self, formula: Formula, backend: str) -> None:
         self.formula, self.backend = formula, backend
-        learned = {name: {"init": p.init, "share": p.share} for name, p in formula.learned.items()}
+        tensors = {name: parameter.settings() for name, parameter in formula.tensors.items()}
         # Identifies this activation among the arguments of an operator.
-        self.key = json.dumps([formula.text, {**formula.fixed, **learned}, backend])
+        self.key = json.dumps([formula.text, {**formula.fixed, **tensors}, backend])
 
     @functools.cached_property
     def compiled(self) -> Compiled:
@@ -73,11 +73,12 @@ class Activation:
             TypeError: a keyword is missing or unknown, or `pre` is not floating-point.
         """
         self.check(pre)
-        if learned.keys() != self.formula.learned.keys():
-            raise TypeError(f"{self!r} takes {list(self.formula.learned)} as keywords, not {list(learned)}")
+        names = self.formula.tensors
+        if learned.keys() != names.keys():
+            raise TypeError(f"{self!r} takes {list(names)} as keywords, not {list(learned)}")
         if not is_plain(pre):
-            return _operators().forward(pre, [learned[name] for name in self.formula.learned], self.key)
-        return _Elementwise.apply(self, pre, *(learned[name] for name in self.formula.learned))
+            return _operators().forward(pre, [learned[name] for name in names], self.key)
+        return _Elementwise.apply(self, pre, *(learned[name] for name in names))
 
     def check(self, pre: Tensor) -> None:
         """Refuse pre-activations whose shape or dtype does not fit the formula.
@@ -105,8 +106,7 @@ class Activation:
         empty = torch.empty((0, 2, 0) if self.formula.gated else (0, 0), dtype=dtype, device=device)
         backend = self._backend(empty)
         if with_stats:
-            sizes = (0 if parameter.share == "channel" else 1 for parameter in self.formula.learned.values())
-            learned = [torch.zeros(size, device=device) for size in sizes]
+            learned = [torch.zeros(p.size(0), device=device) for p in self.compiled.formula.tensors.values()]
             backend.forward_with_stats(self.compiled, empty, learned)
 
     def reduce(self, pre: Tensor, learned: Sequence[Tensor], ranks: Ranks) -> Tensor | None:
@@ -118,10 +118,15 @@ class Activation:
             return None
         self._check_forward(pre, learned)
         reducer = cast("Reducer", self._backend(pre))
-        return reduce_over(reducer, self.compiled, pre.contiguous(), learned, ranks)
+        return reduce_over(reducer, self.compiled, pre.contiguous(), self._by_channel(pre, learned), ranks)
 
     def forward(self, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None = None) -> Tensor:
-        """Compute h without recording a gradient; `learned` in the formula's order, `reduced` as `reduce` returns it."""
+        """Compute h without recording a gradient.
+
+        Args:
+            learned: in the formula's order, then the scheduled parameters in theirs.
+            reduced: as `reduce` returns it.
+        """
         if is_plain(pre) or reduced is not None:
             return self.compute(pre, learned, reduced)
         return _operators().forward(pre, list(learned), self.key)
@@ -137,7 +142,9 @@ class Activation:
         if not is_plain(pre):
             raise TypeError("statistics are taken in eager mode, of plain tensors")
         self._check_forward(pre, learned)
-        return self._backend(pre).forward_with_stats(self.compiled, pre.contiguous(), learned, reduced)
+        return self._backend(pre).forward_with_stats(
+            self.compiled, pre.contiguous(), self._by_channel(pre, learned), reduced
+        )
 
     def forward_fp8(
         self, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None = None
@@ -153,7 +160,7 @@ class Activation:
         if not is_plain(pre):
             raise TypeError("h is written in FP8 in eager mode, of plain tensors")
         self._check_forward(pre, learned)
-        return self._backend(pre).forward_fp8(self.compiled, pre.contiguous(), learned, reduced)
+        return self._backend(pre).forward_fp8(self.compiled, pre.contiguous(), self._by_channel(pre, learned), reduced)
 
     def begin_backward(
         self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], reduced: Tensor, with_h: bool, ranks: Ranks
@@ -165,7 +172,7 @@ class Activation:
         self._check_backward(pre, dh, learned)
         reducer = cast("Reducer", self._backend(pre))
         pre, dh = pre.contiguous(), dh.contiguous()
-        return begin_adjoints(reducer, self.compiled, pre, dh, learned, reduced, with_h, ranks)
+        return begin_adjoints(reducer, self.compiled, pre, dh, self._by_channel(pre, learned), reduced, with_h, ranks)
 
     def backward(
         self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool = False, reduced: Tensor | None = None,
@@ -177,7 +184,8 @@ class Activation:
             reduced, adjoints: those of `reduce` and `begin_backward`, where tensor ranks share d_ff.
 
         Returns:
-            The gradient of `pre`, of its shape; h if `with_h`; and the gradient of each learned parameter.
+            The gradient of `pre`, of its shape; h if `with_h`; and the gradient of each learned parameter. A scheduled one
+            has none.
         """
         if is_plain(pre) or reduced is not None:
             return self.compute_backward(pre, dh, learned, with_h, reduced, adjoints)
@@ -192,7 +200,7 @@ class Activation:
     def compute(self, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None = None) -> Tensor:
         """Compute `forward` of plain tensors, without the operator."""
         self._check_forward(pre, learned)
-        return self._backend(pre).forward(self.compiled, pre.contiguous(), learned, reduced)
+        return self._backend(pre).forward(self.compiled, pre.contiguous(), self._by_channel(pre, learned), reduced)
 
     def compute_backward(
         self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], with_h: bool, reduced: Tensor | None = None,
@@ -201,11 +209,28 @@ class Activation:
         """Compute `backward` of plain tensors, without the operator."""
         self._check_backward(pre, dh, learned)
         pre, dh = pre.contiguous(), dh.contiguous()
-        return self._backend(pre).backward(self.compiled, pre, dh, learned, with_h, reduced, adjoints)
+        tensors = self._by_channel(pre, learned)
+        dpre, h, dlearned = self._backend(pre).backward(self.compiled, pre, dh, tensors, with_h, reduced, adjoints)
+        return dpre, h, self._by_group(dlearned)
 
     def _check_backward(self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor]) -> None:
         self.check(pre)
         self._check_memory(pre[..., 0, :] if self.formula.gated else pre, dh, learned)
+
+    def _by_channel(self, pre: Tensor, learned: Sequence[Tensor]) -> list[Tensor]:
+        """Return the learned parameters as kernels read them: those of groups repeated for each of their channels."""
+        width, parameters = pre.shape[-1], self.formula.tensors.values()
+        return [
+            tensor[:, None].expand(-1, width // len(tensor)).flatten() if p.share == "group" else tensor
+            for p, tensor in zip(parameters, learned, strict=True)
+        ]
+
+    def _by_group(self, dlearned: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradients of the learned parameters from those of `_by_channel`."""
+        return [
+            gradient.unflatten(0, (p.groups, gradient.numel() // p.groups)).sum(1) if p.share == "group" else gradient
+            for p, gradient in zip(self.formula.learned.values(), dlearned, strict=True)
+        ]
 
     def _check_forward(self, pre: Tensor, learned: Sequence[Tensor]) -> None:
         self.check(pre)
@@ -225,10 +250,12 @@ class Activation:
                 f"the gradient of h is {tuple(dh.shape)} {dh.dtype} on {dh.device}, "
                 f"and h is {tuple(h.shape)} {h.dtype} on {h.device}"
             )
-        if len(learned) != len(self.formula.learned):
-            raise ValueError(f"{self!r} learns {list(self.formula.learned)}, but {len(learned)} tensors were given")
-        for (name, parameter), tensor in zip(self.formula.learned.items(), learned, strict=True):
-            size = h.shape[-1] if parameter.share == "channel" else 1
+        if len(learned) != len(self.formula.tensors):
+            raise ValueError(f"{self!r} takes {list(self.formula.tensors)}, but {len(learned)} tensors were given")
+        for (name, parameter), tensor in zip(self.formula.tensors.items(), learned, strict=True):
+            size = parameter.size(h.shape[-1])
+            if parameter.share == "group" and h.shape[-1] % size:
+                raise ValueError(f"the parameter {name!r} has {size} groups, which do not divide d_ff={h.shape[-1]}")
             if tuple(tensor.shape) != (size,) or tensor.device != h.device:
                 raise ValueError(
                     f"the parameter {name!r}, one per {parameter.share}, must be ({size},) on {h.device}, "
@@ -283,4 +310,5 @@ class _Elementwise(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         pre, *learned = ctx.saved_tensors
         dpre, _, dlearned = ctx.activation.backward(pre, dh, learned)
-        return None, dpre, *(d.to(p.dtype) for d, p in zip(dlearned, learned, strict=True))
+        gradients = [d.to(p.dtype) for d, p in zip(dlearned, learned, strict=False)]
+        return None, dpre, *gradients, *[None] * (len(learned) - len(gradients))  # scheduled parameters have none

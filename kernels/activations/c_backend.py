@@ -87,7 +87,8 @@ class CKernels:
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
         """See `reference.backward`."""
         dpre, h = torch.empty_like(pre), torch.empty_like(dh) if with_h else None
-        dlearned = [torch.zeros(tensor.shape, dtype=torch.float32) for tensor in learned]
+        trained = learned[: len(self.compiled.formula.learned)]  # without the scheduled ones
+        dlearned = [torch.zeros(tensor.shape, dtype=torch.float32) for tensor in trained]
         outputs = [dpre] if h is None else [dpre, h]
         tensors = (pre, dh, *outputs, *_values(learned), *dlearned)
         self._call("backward_h" if with_h else "backward", tensors, dh)
@@ -132,7 +133,9 @@ class CRowKernels(CKernels):
         reduced: Tensor | None = None, adjoints: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
         dpre, h = torch.empty_like(pre), torch.empty_like(dh) if with_h else None
-        dlearned = [torch.zeros(tensor.shape, dtype=torch.float32) for tensor in learned]
+        dlearned = [
+            torch.zeros(tensor.shape, dtype=torch.float32) for tensor in learned[: len(compiled.formula.learned)]
+        ]
         outputs = [dpre] if h is None else [dpre, h]
         last = self.passes + len(compiled.reductions.backward)
         first = 0 if adjoints is None else last

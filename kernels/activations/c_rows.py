@@ -104,7 +104,7 @@ class _RowKernel:
         self, compiled: Compiled, name: str, dtype: str, forward: Sequence[Pass], backward: Sequence[Pass],
         last: Program | None,
     ) -> None:  # fmt: skip
-        self.name, self.dtype, self.learned = name, dtype, list(compiled.formula.learned)
+        self.name, self.dtype, self.parameters = name, dtype, list(compiled.formula.tensors)
         self.sweeps = [
             *(_Sweep(compiled, each, dtype, f"{name}_{i}", backward=False) for i, each in enumerate(forward)),
             *(_Sweep(compiled, each, dtype, f"{name}_d{i}", backward=True) for i, each in enumerate(backward)),
@@ -126,7 +126,7 @@ class _RowKernel:
         arguments += [f"{self.dtype} *restrict dpre"] if self.gradients and self.last else []
         arguments += [f"{self.dtype} *restrict h"] if self.writes_h else []
         arguments += ["float *restrict reduced"] + (["float *restrict adjoints"] if self.gradients else [])
-        arguments += [f"const float *restrict p_{n}" for n in self.learned]
+        arguments += [f"const float *restrict p_{n}" for n in self.parameters]
         arguments += [f"float *restrict d_{n}" for n in self.sizes]
         arguments += ["int64_t rows", "int64_t width", "int64_t from", "int64_t to"]
         count = len(self.sweeps) + bool(self.last)

@@ -31,8 +31,8 @@ _SHORT = {"div", *(name for name, function in REGISTRY.items() if function.short
 def source(compiled: Compiled) -> str:
     """Return the C source of a formula: forward_T, backward_T, backward_h_T [, from_output_T] for every T of `DTYPES`.
 
-    Each returns 0, or 1 if it cannot allocate memory. Arguments: pointers to pre, [dh, dpre], [h], each learned parameter
-    (float), [its gradient (float)]; then rows and width (int64).
+    Each returns 0, or 1 if it cannot allocate memory. Arguments: pointers to pre, [dh, dpre], [h], each learned or scheduled
+    parameter (float), [the gradient of each learned one (float)]; then rows and width (int64).
     """
     parts = head_of(compiled)
     for dtype in DTYPES:
@@ -52,7 +52,7 @@ def source_with_stats(compiled: Compiled) -> str:
     """Return the C source of statistics_T for every T of `DTYPES`: the forward kernel with statistics of h and the slopes.
 
     Each tile goes through the loop of forward_T, with the same h to the last bit, and then, while it is in the cache, through
-    the loop of the statistics. Arguments: pointers to pre, h, each learned parameter, each output of `stats_program` (float);
+    the loop of the statistics. Arguments: pointers to pre, h, each parameter as above, each output of `stats_program` (float);
     then rows and width.
     """
     parts = head_of(compiled)
@@ -113,6 +113,7 @@ class TileKernel:
         self.backward = "dh" in program.used if row_totals else "dh" in program.inputs
         self.reduces = bool(compiled.reductions.all)
         pre, learned = pre or compiled.formula.pre_activations, compiled.formula.learned
+        tensors = compiled.formula.tensors
         self.reads = [_Stream(n, dtype, _row("pre", i, len(pre))) for i, n in enumerate(pre)]
         self.writes: list[_Stream] = []
         if self.backward:
@@ -123,9 +124,9 @@ class TileKernel:
             self.reads.append(_Stream(STORED, dtype, _row("h")))
         if "h" in program.outputs:
             self.writes.append(_Stream("h", dtype, _row("h")))
-        self.learned = list(learned)
-        of_layer = [n for n, p in learned.items() if p.share == "layer"]
-        self.reads += [_Stream(n, "f32", f"p_{n} + first") for n in learned if n not in of_layer]
+        self.parameters = list(tensors)
+        of_layer = [n for n, p in tensors.items() if p.share == "layer"]
+        self.reads += [_Stream(n, "f32", f"p_{n} + first") for n in tensors if n not in of_layer]
         # What is the same in a tile, by name, with its address.
         self.scalars = {n: f"p_{n}[0]" for n in of_layer}
         self.scalars |= {n: at for n, at in row_addresses(compiled).items() if n in program.used}
@@ -223,7 +224,7 @@ class TileKernel:
         arguments += [f"const {self.dtype} *restrict dh", f"{self.dtype} *restrict dpre"] if self.backward else []
         arguments += [f"{self.dtype} *restrict h"] if self.before or "h" in self.program.outputs else []
         arguments += ["const float *restrict reduced"] if self.reduces else []
-        arguments += [f"const float *restrict p_{n}" for n in self.learned]
+        arguments += [f"const float *restrict p_{n}" for n in self.parameters]
         arguments += [f"float *restrict d_{n}" for n in self.sizes]
         head = f"int {self.name}({', '.join(arguments)}, int64_t rows, int64_t width) {{\n"
         head += "    const int64_t across = (width + TILE_WIDTH - 1) / TILE_WIDTH;\n"

@@ -45,7 +45,8 @@ def backward(pre: Tensor, dh: Tensor, learned: list[Tensor], key: str, with_h: b
 def _(pre: Tensor, dh: Tensor, learned: list[Tensor], key: str, with_h: bool) -> list[Tensor]:
     wide = torch.promote_types(pre.dtype, torch.float32)
     h = [dh.new_empty(_h_shape(pre, key))] if with_h else []
-    return [pre.new_empty(pre.shape), *h, *(tensor.new_empty(tensor.shape, dtype=wide) for tensor in learned)]
+    trained = learned[: len(activation_of(key).formula.learned)]
+    return [pre.new_empty(pre.shape), *h, *(tensor.new_empty(tensor.shape, dtype=wide) for tensor in trained)]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: ARG001
@@ -56,7 +57,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: AR
 def _backward(ctx: Any, dh: Tensor) -> tuple:
     pre, *learned = ctx.saved_tensors
     dpre, *dlearned = backward(pre, dh, learned, ctx.key, False)
-    return dpre, [d.to(p.dtype) for d, p in zip(dlearned, learned, strict=True)], None
+    gradients = [d.to(p.dtype) for d, p in zip(dlearned, learned, strict=False)]
+    return dpre, [*gradients, *[None] * (len(learned) - len(gradients))], None  # scheduled parameters have none
 
 
 forward.register_autograd(_backward, setup_context=_setup_context)

@@ -51,7 +51,7 @@ def costs(compiled: Compiled) -> dict[str, Counter[str]]:
     What depends only on parameters of the layer and on reductions is computed once per row, and not counted.
     """
     reductions, formula = compiled.reductions, compiled.formula
-    per_row = {*reductions.names, *reductions.adjoints, *(n for n, p in formula.learned.items() if p.share == "layer")}
+    per_row = {*reductions.names, *reductions.adjoints, *(n for n, p in formula.tensors.items() if p.share == "layer")}
     reduced: Counter[str] = Counter()
     for each in reductions.forward:
         reduced += cost(each.program, per_row)
@@ -88,7 +88,7 @@ def saved_by_eager(formula: Formula, itemsize: int = 2) -> tuple[int, int]:
     """
     width, dtype = 4096, {2: torch.bfloat16, 4: torch.float32}[itemsize]
     pre = torch.randn((1, 2, width) if formula.gated else (1, width), dtype=dtype).requires_grad_()
-    learned = {name: torch.full((1,), p.init, requires_grad=True) for name, p in formula.learned.items()}
+    learned = {name: torch.full((1,), p.init, requires_grad=True) for name, p in formula.tensors.items()}
     nbytes: dict[int, int] = {}  # by address of the storage
     alive: list[Tensor] = []  # the address of a freed storage could be used again
 
@@ -168,7 +168,7 @@ class Sampler:
         self.reduced = torch.tensor([*gaussian_reductions(compiled).values()], dtype=torch.float64)[None]
         self.adjoints = torch.zeros((1, len(compiled.reductions.all)), dtype=torch.float64)
         self.names = compiled.formula.pre_activations
-        self.learned = [torch.tensor([p.init], dtype=torch.float64) for p in compiled.formula.learned.values()]
+        self.learned = [torch.tensor([p.init], dtype=torch.float64) for p in compiled.formula.tensors.values()]
 
     def __call__(self, **points: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         parts = torch.broadcast_tensors(*(points[name] for name in self.names))

@@ -28,7 +28,7 @@ def forward(compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], reduced:
     """Return h (..., d_ff) of pre (..., d_ff), or (..., 2, d_ff) if gated.
 
     Args:
-        learned: the learned parameters in the formula's order, (1,) or (d_ff,) each.
+        learned: the parameters that are tensors in the formula's order (`Formula.tensors`), (1,) or (d_ff,) each.
         reduced: the reductions (`reductions.py`); None: over the channels at hand.
     """
     names = compiled.formula.pre_activations
@@ -92,7 +92,8 @@ def backward(
     dpre = torch.empty(rows.shape, dtype=pre.dtype, device=pre.device)
     h = torch.empty_like(dh) if with_h else None
     wide, widest = _wide(pre.dtype), _widest(pre)
-    dlearned = [torch.zeros(tensor.shape, dtype=widest, device=pre.device) for tensor in learned]
+    trained = learned[: len(compiled.formula.learned)]  # without the scheduled ones
+    dlearned = [torch.zeros(tensor.shape, dtype=widest, device=pre.device) for tensor in trained]
     program = compiled.backward_with_h if with_h else compiled.backward
     for block in _blocks(rows):
         results = _run(program, compiled, rows[block], learned, reduced[block], adjoints[block], dh=dh[block])
@@ -188,7 +189,7 @@ def _run(
     values: dict[str, Any] = {
         name: rows.select(1, i).to(wide) for i, name in enumerate(compiled.formula.pre_activations)
     }
-    values |= {name: tensor.to(wide) for name, tensor in zip(compiled.formula.learned, learned, strict=True)}
+    values |= {name: tensor.to(wide) for name, tensor in zip(compiled.formula.tensors, learned, strict=True)}
     values |= {name: value.to(wide) for name, value in more.items()}
     values |= {name: reduced[:, i, None].to(wide) for i, name in enumerate(reductions.names)}
     if adjoints is not None:

@@ -35,7 +35,7 @@ PEAK, ACTIVE = "peak", "active"
 def stats_program(compiled: Compiled) -> Program:
     """Return the program that computes the contribution of one element to the statistics.
 
-    Inputs: the pre-activations, the learned parameters, the reductions, and `STORED`, the rounded h. Outputs: all but the last
+    Inputs: the pre-activations, the parameters, the reductions, and `STORED`, the rounded h. Outputs: all but the last
     two are summed over all elements; `PEAK` is |h|, reduced by maximum; `ACTIVE` is 0 where h and all its slopes are exactly 0,
     else 1, and is summed over the tokens of each unit. The names of its lines differ from those of `compiled.forward`.
 
@@ -66,7 +66,7 @@ def _lowered(compiled: Compiled) -> Program:
         outputs |= {"gate": gate, "gate2": gate**2, "up": up, "up2": up**2, "gate_up": gate * up}
     largest = functools.reduce(max, (abs(slope) for slope in slopes), abs(h))
     outputs |= {PEAK: abs(h), ACTIVE: where_ge(0, largest, 0, 1)}
-    inputs = (*formula.pre_activations, *formula.learned, *compiled.reductions.names, STORED)
+    inputs = (*formula.pre_activations, *formula.tensors, *compiled.reductions.names, STORED)
     return Lowering(inputs, outputs).program()
 
 

@@ -105,12 +105,13 @@ class TritonKernels:
         """See `reference.backward`."""
         width, dpre = pre.shape[-1], torch.empty_like(pre)
         h = torch.empty_like(dh) if with_h else None
+        trained = learned[: len(self.per_channel)]  # without the scheduled ones
         if not dh.numel():
-            return dpre, h, [torch.zeros(p.shape, dtype=torch.float32, device=pre.device) for p in learned]
+            return dpre, h, [torch.zeros(p.shape, dtype=torch.float32, device=pre.device) for p in trained]
         rows, kernel = dh.numel() // width, self.module.backward_with_h if with_h else self.module.backward
         outputs = [dpre] if h is None else [dpre, h]
         tensors = [pre, dh, *outputs, *_given(reduced, adjoints), *_detached(learned)]
-        if not learned:
+        if not trained:
             self._launch(kernel, rows, width, tensors)
             return dpre, h, []
         rows_per_program, blocks = _blocks(rows)
@@ -119,7 +120,7 @@ class TritonKernels:
             for per_channel in self.per_channel
         ]
         self._launch(kernel, blocks, width, [*tensors, *sums], rows, rows_per_program)
-        return dpre, h, [_total(s, p) for s, p in zip(sums, learned, strict=True)]
+        return dpre, h, [_total(s, p) for s, p in zip(sums, trained, strict=True)]
 
     def backward_from_output(self, _: Compiled, h: Tensor, dh: Tensor) -> Tensor:
         """See `reference.backward_from_output`."""
@@ -189,7 +190,8 @@ class TritonRowKernels(TritonKernels):
         rows = dh.numel() // width
         kernel = getattr(self.rows, f"backward_{'row' if fits else 'tiles'}{'_with_h' if with_h else ''}")
         tensors = [pre, dh, dpre, *([] if h is None else [h]), *_detached(learned)]
-        if not learned:
+        trained = learned[: len(self.per_channel)]  # without the scheduled ones
+        if not trained:
             self._launch_row(kernel, rows, width, tensors, fits=fits)
             return dpre, h, []
         rows_per_program, blocks = _blocks(rows)
@@ -198,7 +200,7 @@ class TritonRowKernels(TritonKernels):
             for per_channel in self.per_channel
         ]
         self._launch_row(kernel, blocks, width, [*tensors, *sums], rows, rows_per_program, fits=fits)
-        return dpre, h, [_total(s, p) for s, p in zip(sums, learned, strict=True)]
+        return dpre, h, [_total(s, p) for s, p in zip(sums, trained, strict=True)]
 
     def reduce(self, compiled: Compiled, step: int, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor) -> Tensor:
         """See `reductions.Reducer`."""

@@ -23,6 +23,7 @@ from .triton_source import (
     load_numbers,
     load_pre,
     numbers_of,
+    pointers_of,
     pre_at,
 )
 
@@ -64,10 +65,6 @@ def _head(name: str, pointers: Iterable[str], numbers: Sequence[str] = ("width",
     return _HEAD.format(name=name, pointers=", ".join(pointers), numbers=quoted, numbers_bare=", ".join(numbers))
 
 
-def _learned(compiled: Compiled) -> list[str]:
-    return [f"at_{name}" for name in compiled.formula.learned]
-
-
 def _value(program: Program, name: str, outside: str = "0.0") -> str:
     """Print an output as a vector, which is `outside` beyond the row: masked lanes hold arbitrary values."""
     return f"tl.where(inside, {argument_of(program.outputs[name], program)}, {outside})"
@@ -78,7 +75,7 @@ def _value(program: Program, name: str, outside: str = "0.0") -> str:
 
 def _forward_row(compiled: Compiled) -> str:
     reductions, program = compiled.reductions, compiled.forward
-    pointers = ["pre", "h", *numbers_of(compiled, False), *_learned(compiled)]
+    pointers = ["pre", "h", *numbers_of(compiled, False), *pointers_of(compiled)]
     programs = [program, *(each.program for each in reductions.forward)]
     count = len(reductions.names)
     body = [
@@ -119,7 +116,7 @@ def _backward_row(compiled: Compiled, with_h: bool) -> str:
         for name, p in learned.items()
     ]
     name = "backward_row_with_h" if with_h else "backward_row"
-    pointers = ["pre", "dh", "dpre", *(["h"] if with_h else []), *_learned(compiled)]
+    pointers = ["pre", "dh", "dpre", *(["h"] if with_h else []), *pointers_of(compiled)]
     before = ["start = 0", *_TILE, *_columns(compiled, *programs), *load_learned(compiled, *programs)]
     if not learned:
         return _head(name, pointers) + indented([*before, "row = tl.program_id(0).to(tl.int64)", *row], 1)
@@ -206,7 +203,7 @@ def _shared_adjoint(r: Reduction, total: str) -> str:
 
 def _forward_tiles(compiled: Compiled) -> str:
     reductions, program = compiled.reductions, compiled.forward
-    pointers = ["pre", "h", *numbers_of(compiled, False), *_learned(compiled)]
+    pointers = ["pre", "h", *numbers_of(compiled, False), *pointers_of(compiled)]
     count = len(reductions.names)
     body = [
         "row = tl.program_id(0).to(tl.int64)",
@@ -233,7 +230,7 @@ def _backward_tiles(compiled: Compiled, with_h: bool) -> str:
         *_over_tiles(write),
     ]
     name = "backward_tiles_with_h" if with_h else "backward_tiles"
-    pointers = ["pre", "dh", "dpre", *(["h"] if with_h else []), *_learned(compiled)]
+    pointers = ["pre", "dh", "dpre", *(["h"] if with_h else []), *pointers_of(compiled)]
     if not learned:
         return _head(name, pointers) + indented(["row = tl.program_id(0).to(tl.int64)", *row], 1)
     before = [*(f"sum_{name} = tl.zeros((TILE,), tl.float32)" for name in learned), *ROW_LOOP]
@@ -314,14 +311,14 @@ def _reduce(compiled: Compiled, each: Pass, name: str) -> str:
             stored += [f"v_{r.value}", f"v_{r.second}"]
         else:
             stored += [*([f"v_{r.second}"] if r.second else []), f"total_{r.value}"]
-    pointers = ["pre", "reduced", *_learned(compiled), "partial"]
+    pointers = ["pre", "reduced", *pointers_of(compiled), "partial"]
     return _head(name, pointers) + indented(_one_pass(compiled, each, _totals_in_tiles(compiled, each), stored), 1)
 
 
 def _gradients(compiled: Compiled, each: Pass, name: str) -> str:
     """Print a pass of backward whose sums go to `partial`."""
     h = ["h"] if "h" in each.program.outputs else []
-    pointers = ["pre", "dh", *h, "reduced", "adjoints", *_learned(compiled), "partial"]
+    pointers = ["pre", "dh", *h, "reduced", "adjoints", *pointers_of(compiled), "partial"]
     sums = [f"total_{r.adjoint}" for r in each.reductions]
     return _head(name, pointers) + indented(_one_pass(compiled, each, _sums_in_tiles(compiled, each), sums), 1)
 

@@ -82,6 +82,11 @@ def numbers_of(compiled: Compiled, backward: bool) -> list[str]:
     ]
 
 
+def pointers_of(compiled: Compiled) -> list[str]:
+    """Return the pointers to the parameters."""
+    return [f"at_{name}" for name in compiled.formula.tensors]
+
+
 def load_numbers(compiled: Compiled, *programs: Program) -> list[str]:
     """Print the loads of the numbers of row `row` that programs use."""
     lines, used = [], frozenset().union(*(program.used for program in programs))
@@ -93,7 +98,7 @@ def load_numbers(compiled: Compiled, *programs: Program) -> list[str]:
 def load_learned(compiled: Compiled, *programs: Program) -> list[str]:
     """Print the loads of the learned parameters that programs use."""
     lines, used = [], frozenset().union(*(program.used for program in programs))
-    for name, parameter in compiled.formula.learned.items():
+    for name, parameter in compiled.formula.tensors.items():
         if name in used:
             place = f"at_{name} + column, mask=inside" if parameter.share == "channel" else f"at_{name}"
             lines.append(f"v_{name} = tl.load({place}).to(tl.float32)")
@@ -120,7 +125,7 @@ def _store(place: str, value: Argument, program: Program) -> str:
 
 
 def _forward(compiled: Compiled) -> str:
-    pointers = ["pre", "h", *numbers_of(compiled, False), *(f"at_{name}" for name in compiled.formula.learned)]
+    pointers = ["pre", "h", *numbers_of(compiled, False), *pointers_of(compiled)]
     body = [
         "row = tl.program_id(0).to(tl.int64)",
         *load_numbers(compiled, compiled.forward),
@@ -134,9 +139,9 @@ def _forward(compiled: Compiled) -> str:
 
 def _statistics(compiled: Compiled) -> str:
     """Print the forward kernel in which a Triton program iterates over a block of rows and reduces `stats_program`."""
-    program, learned = stats_program(compiled), compiled.formula.learned
+    program = stats_program(compiled)
     *sums, peak, active = program.outputs
-    pointers = ["pre", "h", *numbers_of(compiled, False), *(f"at_{name}" for name in learned), "totals", "active"]
+    pointers = ["pre", "h", *numbers_of(compiled, False), *pointers_of(compiled), "totals", "active"]
     before = [
         *load_learned(compiled, program, compiled.forward),
         *(f"sum_{name} = tl.full((), 0.0, tl.float32)" for name in (*sums, peak)),
@@ -185,12 +190,12 @@ def source_fp8(compiled: Compiled) -> str:
     A Triton program computes a row twice: for its largest magnitude, then to write it. The second time its pre-activations come
     from a cache, so memory is read once.
     """
-    program, learned = compiled.forward, compiled.formula.learned
+    program = compiled.forward
     value = f"tl.where(inside, {argument_of(program.outputs['h'], program)}, 0.0)"
     column = ["column = start + tl.arange(0, TILE)", "inside = column < width"]
     compute = [*column, *load_numbers(compiled, program), *load_learned(compiled, program)]
     compute += [*load_pre(compiled, program), *lines_of(program)]
-    pointers = ["pre", "h", *numbers_of(compiled, False), *(f"at_{name}" for name in learned), "scales"]
+    pointers = ["pre", "h", *numbers_of(compiled, False), *pointers_of(compiled), "scales"]
     head = _ROW_HEAD.format(pointers=", ".join(pointers))
     largest = [*compute, f"largest = fn.maximum(largest, tl.abs({value}))", "start += TILE"]
     between = [
@@ -227,7 +232,7 @@ def _backward(compiled: Compiled, with_h: bool) -> str:
     program = compiled.backward_with_h if with_h else compiled.backward
     names, learned = compiled.formula.pre_activations, compiled.formula.learned
     pointers = ["pre", "dh", "dpre", *(["h"] if with_h else []), *numbers_of(compiled, True)]
-    pointers += [f"at_{name}" for name in learned]
+    pointers += pointers_of(compiled)
     row = [*load_numbers(compiled, program), *load_pre(compiled, program)]
     if "dh" in program.used:
         row.append("v_dh = tl.load(dh + row * width + column, mask=inside).to(tl.float32)")
@@ -243,7 +248,8 @@ def _backward(compiled: Compiled, with_h: bool) -> str:
     if learned:
         row.append("row += 1")
     else:
-        return _head(name, pointers, ["width"]) + indented(["row = tl.program_id(0).to(tl.int64)", *row], 1)
+        first = ["row = tl.program_id(0).to(tl.int64)", *load_learned(compiled, program)]
+        return _head(name, pointers, ["width"]) + indented([*first, *row], 1)
     pointers += [f"sums_{name}" for name in learned]
     before = [
         *load_learned(compiled, program),

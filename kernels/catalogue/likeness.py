@@ -24,6 +24,7 @@ from ..activations.eager import plain
 from ..formula import Formula, Learned
 from ..formula.domains import REACH
 from ..formula.grammar import PRE_ACTIVATIONS
+from ..formula.reductions import Collector, Reduction
 from ..formula.symbolic import plain_algebra, to_sympy
 from .arms import PublishedArm
 
@@ -103,7 +104,7 @@ def _values(formula: Formula, shift: Mapping[str, float] | None = None, exchange
     pre, _ = _points(formula.gated)
     learned = {
         name: torch.tensor([p.init + (shift or {}).get(name, 0.0)], dtype=torch.float64)
-        for name, p in formula.learned.items()
+        for name, p in formula.tensors.items()
     }
     return plain(formula)(pre.flip(0) if exchanged else pre, **learned).expand(pre.shape[-1])
 
@@ -152,20 +153,28 @@ def _same_starts(formula: Formula, other: Formula, names: Mapping[str, str]) -> 
 
 def skeleton(formula: Formula) -> Skeleton:
     """Return the structure of a formula without its numbers and parameters."""
+    collected = Collector()
     with plain_algebra():
-        return _skeleton(to_sympy(formula.tree, formula))
+        expression = to_sympy(formula.tree, formula, collected)
+        return _skeleton(expression, {reduction.value: reduction for reduction in collected.all})
 
 
-def _skeleton(expression: sympy.Basic) -> Skeleton:
+def _skeleton(expression: sympy.Basic, reductions: Mapping[str, Reduction]) -> Skeleton:
     name = str(expression) if expression.is_Symbol else type(expression).__name__
+    if name in reductions:
+        return (reductions[name].kind, _skeleton(reductions[name].argument, reductions))
     if expression.is_Symbol and name in PRE_ACTIVATIONS:
         return (name,)
     if not expression.args:
         return _CONSTANT
     if expression.is_Pow:
         base, exponent = expression.args
-        return ("power", _skeleton(base), str(exponent) if exponent.is_Number else _skeleton(exponent))
-    parts = [_skeleton(part) for part in expression.args]
+        return (
+            "power",
+            _skeleton(base, reductions),
+            str(exponent) if exponent.is_Number else _skeleton(exponent, reductions),
+        )
+    parts = [_skeleton(part, reductions) for part in expression.args]
     if all(part == _CONSTANT for part in parts):
         return _CONSTANT
     if expression.is_Mul:

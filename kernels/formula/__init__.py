@@ -1,6 +1,7 @@
 """The compiler of formulas: from text to the programs that backends print.
 
 grammar.py    text -> a checked expression tree (`parse`), with neither torch nor SymPy
+parameters.py what a formula's parameters are: fixed, learned or scheduled
 hints.py      what a near miss was meant to be
 functions.py  the elementary functions, one entry each
 domains.py    refuses division by zero and arguments outside of a domain
@@ -10,9 +11,11 @@ symbolic.py   tree -> SymPy
 compiled.py   derivatives -> programs (`compile_formula`)
 program.py    straight-line programs, and the lowering of expressions to them
 safety.py     refuses programs that overflow where the true value is moderate
+settled.py    a formula at given values of its scheduled parameters
 gaussian.py   RMS of h under standard normal pre-activations
 """
 
-from .grammar import Formula, FormulaError, Learned, Node, parse
+from .grammar import Formula, FormulaError, Node, parse
+from .parameters import Learned, Scheduled
 
-__all__ = ["Formula", "FormulaError", "Learned", "Node", "parse"]
+__all__ = ["Formula", "FormulaError", "Learned", "Node", "Scheduled", "parse"]

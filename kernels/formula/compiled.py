@@ -26,7 +26,7 @@ class Compiled:
     Attributes:
         expression: h.
         slopes: the derivative of h by each pre-activation and each learned parameter, with the values of reductions held.
-        forward: inputs: pre-activations, learned parameters, then the values of reductions. Output: "h".
+        forward: inputs: pre-activations, parameters (`Formula.tensors`), then the values of reductions. Output: "h".
         backward: inputs: those of `forward`, "dh", the adjoints of reductions, and `COLUMN`. Outputs: "d" + name for each
             pre-activation and learned parameter.
         backward_with_h: `backward` with the additional output "h".
@@ -48,11 +48,15 @@ class Compiled:
 def compile_formula(formula: Formula) -> Compiled:
     """Differentiate a formula and lower it to programs; the result is cached per process.
 
+    To the programs a learned parameter of a group of channels is one of each channel.
+
     Raises:
         FormulaError: a program overflows where its true value is moderate, or `from_output` is not the derivative.
     """
+    learned = {name: parameter.in_kernels() for name, parameter in formula.learned.items()}
+    formula = dataclasses.replace(formula, learned=learned)
     from_output = formula.from_output and formula.from_output[0]
-    key = (formula.text, *map(tuple, (formula.fixed.items(), formula.learned.items())), from_output)
+    key = (formula.text, *map(tuple, (formula.fixed.items(), formula.tensors.items())), from_output)
     if key not in _compiled:
         _compiled[key] = _compile(formula)
     return _compiled[key]
@@ -149,14 +153,15 @@ def _compile(formula: Formula) -> Compiled:
         names = (*formula.pre_activations, *formula.learned)
         gradients = _Gradients(formula, expression, collected.all)
         values = tuple(name for reduction in collected.all for name in reduction.names)
-        inputs = (*names, "dh")
+        given = (*formula.pre_activations, *formula.tensors)
+        inputs = (*given, "dh")
         if collected.all:
             inputs = (*inputs, *values, *(reduction.adjoint for reduction in collected.all), COLUMN)
         reductions = _reductions(formula, collected, gradients, inputs)
         outputs = {f"d{name}": gradients.of(name) for name in names}
         both = Lowering(inputs, outputs | {"h": expression}).program()
         _refuse_long(formula, both)
-        forward = Lowering((*names, *values), {"h": expression}).program()
+        forward = Lowering((*given, *values), {"h": expression}).program()
         backward = Lowering(inputs, outputs).program()
         programs = {"the formula": forward, "its derivative": backward}
         if collected.all:

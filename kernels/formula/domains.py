@@ -34,9 +34,10 @@ def check_domains(formula: Formula) -> None:
 
 
 def ranges_of(formula: Formula) -> dict[str, Interval]:
-    """Return the interval of every symbol: pre-activations, fixed and learned parameters."""
+    """Return the interval of every symbol: pre-activations, fixed, learned and scheduled parameters."""
     ranges = dict.fromkeys(formula.pre_activations, Interval(-REACH, REACH))
     ranges |= {name: Interval(value, value) for name, value in formula.fixed.items()}
+    ranges |= {name: Interval(*p.extremes) for name, p in formula.scheduled.items()}
     return ranges | {
         name: Interval(p.init - LEARNED_REACH, p.init + LEARNED_REACH) for name, p in formula.learned.items()
     }

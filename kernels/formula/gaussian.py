@@ -37,7 +37,7 @@ def gaussian_reductions(compiled: Compiled, width: int = WIDTH) -> dict[str, flo
     """
     nodes, weights = _quadrature(len(compiled.formula.pre_activations))
     values: dict[str, Any] = dict(zip(compiled.formula.pre_activations, nodes, strict=True))
-    values |= {name: np.float64(p.init) for name, p in compiled.formula.learned.items()}
+    values |= {name: np.float64(p.init) for name, p in compiled.formula.tensors.items()}
     with np.errstate(all="ignore"):
         reduced = reduce_row(compiled.reductions, values, _Normal(weights, width))
     return {name: float(value) for name, value in reduced.items()}
@@ -49,7 +49,7 @@ def _moments(compiled: Compiled, width: int) -> tuple[float, float]:
     formula = compiled.formula
     nodes, weights = _quadrature(len(formula.pre_activations))
     values: dict[str, Any] = dict(zip(formula.pre_activations, nodes, strict=True))
-    values |= {name: np.float64(p.init) for name, p in formula.learned.items()}
+    values |= {name: np.float64(p.init) for name, p in formula.tensors.items()}
     values |= gaussian_reductions(compiled, width)
     with np.errstate(all="ignore"):
         h = run(compiled.forward, NUMPY, values)["h"]

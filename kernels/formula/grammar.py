@@ -20,12 +20,12 @@ import dataclasses
 import functools
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 from . import hints
 from .functions import REGISTRY
+from .parameters import Learned, Scheduled, read_parameter
 
 FUNCTIONS = {  # name: number of arguments
     **{name: function.arity for name, function in REGISTRY.items() if function.in_grammar},
@@ -45,7 +45,6 @@ CONSTANTS = {"pi": 3.141592653589793}
 PRE_ACTIVATIONS = ("x", "gate", "up")
 COMPARISONS = ("<", "<=", ">", ">=")
 CALLABLE = (*FUNCTIONS, *(name for name in REDUCTIONS if name not in FUNCTIONS))
-LARGEST, LARGEST_IN_FP32 = sys.float_info.max, 3.4e38
 LONGEST = 1000  # characters; the longest known arm has 70
 MOST_OPERATIONS = 200  # binary ones; a sum of so many is a tree of that depth, which the compiler traverses recursively
 DEEPEST = 50  # nested brackets, which bounds the recursion of the parser
@@ -110,19 +109,6 @@ class Node:
 
 
 @dataclasses.dataclass(frozen=True)
-class Learned:
-    """A learned parameter of a formula.
-
-    Attributes:
-        init: initial value.
-        share: "layer" for one per layer, "channel" for one for each of the d_ff channels.
-    """
-
-    init: float
-    share: str = "layer"
-
-
-@dataclasses.dataclass(frozen=True)
 class Formula:
     """A checked formula.
 
@@ -133,6 +119,7 @@ class Formula:
         learned: the learned parameters by name, in the order in which they were given.
         fixed: the numbers of the fixed parameters by name.
         from_output: text and tree of the derivative as a formula of the output h; None if not given.
+        scheduled: the parameters that follow a schedule, by name.
     """
 
     text: str
@@ -141,6 +128,7 @@ class Formula:
     learned: dict[str, Learned] = dataclasses.field(default_factory=dict)
     fixed: dict[str, float] = dataclasses.field(default_factory=dict)
     from_output: tuple[str, Node] | None = None
+    scheduled: dict[str, Scheduled] = dataclasses.field(default_factory=dict)
 
     @property
     def gated(self) -> bool:
@@ -174,6 +162,16 @@ class Formula:
                 found[f"{name}({key})"] = 1 + (name in ("std", "max", "min"))
         return found
 
+    @property
+    def tensors(self) -> dict[str, Learned | Scheduled]:
+        """The parameters that are passed to kernels as tensors, in this order: the learned ones, then the scheduled ones."""
+        return {**self.learned, **self.scheduled}
+
+    def on_ranks(self, tensor: int) -> Formula:
+        """Return the formula of one of `tensor` ranks over which the channels of a layer are sharded."""
+        learned = {name: parameter.on_ranks(tensor) for name, parameter in self.learned.items()}
+        return dataclasses.replace(self, learned=learned)
+
 
 def parse(text: str, parameters: Mapping[str, Any] | None = None, from_output: str = "") -> Formula:
     """Return the checked formula of `text`.
@@ -181,7 +179,8 @@ def parse(text: str, parameters: Mapping[str, Any] | None = None, from_output: s
     Args:
         text: the formula, at most `LONGEST` characters.
         parameters: what it may use in addition to the pre-activations `x`, or `gate` and `up`. A number is a fixed parameter;
-            a mapping {init: 0.25, share: layer} is a learned one, one per layer or (share: channel) per channel of d_ff.
+            a mapping {init: 0.25, share: layer} is a learned one, one per layer or (share: channel) per channel of d_ff, or
+            (share: group, groups: 8) per block of channels; {schedule: linear, from: 0, to: 1} is a scheduled one.
         from_output: the derivative as a formula of the output `h`, if it is one: "2*sqrt(h)" for relu(x)**2.
 
     Raises:
@@ -214,15 +213,17 @@ def parse(text: str, parameters: Mapping[str, Any] | None = None, from_output: s
             raise FormulaError(f"the formula does not use the parameter {name!r}", text, 0)
     learned = {name: value for name, value in given.items() if isinstance(value, Learned)}
     fixed = {name: value for name, value in given.items() if isinstance(value, float)}
-    _check_reductions(text, tree, {name for name, value in learned.items() if value.share == "layer"} | fixed.keys())
+    scheduled = {name: value for name, value in given.items() if isinstance(value, Scheduled)}
+    of_layer = {name for name, value in learned.items() if value.share == "layer"}
+    _check_reductions(text, tree, of_layer | fixed.keys() | scheduled.keys())
     derivative = None
     if from_output:
-        if "x" not in symbols or learned or tree.levels:
+        if "x" not in symbols or learned or scheduled or tree.levels:
             reason = "from_output requires an ungated formula that learns nothing, without reductions: others need "
             reason += "pre-activations in backward"
             raise FormulaError(reason, from_output, 0)
         derivative = from_output, _parse_from_output(from_output, tuple(fixed))
-    return Formula(text, tree, symbols, learned, fixed, derivative)
+    return Formula(text, tree, symbols, learned, fixed, derivative, scheduled)
 
 
 def _parse_from_output(text: str, fixed: tuple[str, ...]) -> Node:
@@ -260,7 +261,7 @@ def _varies(node: Node, constant: Set[str]) -> bool:
     return any(_varies(argument, constant) for argument in node.arguments)
 
 
-def _parameter(text: str, name: str, value: Any) -> float | Learned:
+def _parameter(text: str, name: str, value: Any) -> float | Learned | Scheduled:
     """Return a checked entry of `parameters`."""
     match = re.search(rf"\b{re.escape(str(name))}\b", text)
     place = match.start() if match else 0
@@ -268,19 +269,10 @@ def _parameter(text: str, name: str, value: Any) -> float | Learned:
         raise FormulaError(f"a parameter cannot be named {name!r}: that is not an identifier", text, place)
     if name in {*PRE_ACTIVATIONS, *FUNCTIONS, *REDUCTIONS, *CONSTANTS} or re.fullmatch(r"dh|t[0-9]+", name):
         raise FormulaError(f"a parameter cannot be named {name!r}: that name is taken", text, place)
-    settings = {"init": value, "share": None} if not isinstance(value, Mapping) else {"share": "layer", **value}
-    if settings.keys() != {"init", "share"}:
-        keys = ", ".join(map(str, value)) or "nothing"
-        raise FormulaError(f"the learned parameter {name!r} takes init and share, not {keys}", text, place)
-    number, share = settings["init"], settings["share"]
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= LARGEST:
-        raise FormulaError(f"the parameter {name!r} must be a finite number, not {number!r}", text, place)
-    if share not in (None, "layer", "channel"):
-        raise FormulaError(f"the parameter {name!r} is shared by layer or by channel, not {share!r}", text, place)
-    if share and abs(number) > LARGEST_IN_FP32:
-        reason = f"the learned parameter {name!r} starts at {number:g}, beyond 32-bit arithmetic, which ends at 3.4e38"
-        raise FormulaError(reason, text, place)
-    return Learned(float(number), share) if share else float(number)
+    try:
+        return read_parameter(name, value)
+    except ValueError as error:
+        raise FormulaError(str(error), text, place) from None
 
 
 class _Parser:

@@ -18,7 +18,7 @@ from .domains import LEARNED_REACH, REACH
 from .grammar import Formula, FormulaError
 from .program import OPERATIONS, Program, run
 from .reductions import COLUMN, Reductions, adjoints_of_row, reduce_row
-from .safety import COARSE, NUMPY, OVERFLOWS, advice, exact_operations, fine_points, first_overflow
+from .safety import COARSE, NUMPY, OVERFLOWS, advice, exact_operations, fine_points, first_overflow, parameters_of
 
 _CHANNELS = 32
 _MOST_EXACT = 16  # rows that are computed with 30 digits
@@ -71,9 +71,8 @@ def check_overflow_in_rows(formula: Formula, programs: Mapping[str, Program], re
         FormulaError: with the row, and the first operation that overflows.
     """
     points = _points(formula.pre_activations)
-    for offset in (0.0, LEARNED_REACH / 5, -LEARNED_REACH / 5) if formula.learned else (0.0,):
-        learned = {name: np.float32(p.init + offset) for name, p in formula.learned.items()}
-        values = {**dict(zip(formula.pre_activations, points.values, strict=True)), **learned}
+    for parameters in parameters_of(formula, (0.0, LEARNED_REACH / 5, -LEARNED_REACH / 5)):
+        values = {**dict(zip(formula.pre_activations, points.values, strict=True)), **parameters}
         lost = _lost(_results(programs, reductions, values, NUMPY))
         if not lost.any():
             continue

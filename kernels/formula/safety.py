@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,11 +38,20 @@ def check_overflow(formula: Formula, programs: Mapping[str, Program]) -> None:
     for axes, moderate in ((_coarse, OVERFLOWS), (fine_points, _MODERATE)):
         points = axes(len(formula.pre_activations))
         inputs = dict(zip(formula.pre_activations, points, strict=True))
-        for offset in (0.0, LEARNED_REACH / 5, -LEARNED_REACH / 5) if formula.learned else (0.0,):
-            learned = {name: np.float32(p.init + offset) for name, p in formula.learned.items()}
-            values: dict[str, Any] = {**inputs, **learned, "dh": np.float32(1.0)}
+        for parameters in parameters_of(formula, (0.0, LEARNED_REACH / 5, -LEARNED_REACH / 5)):
+            values: dict[str, Any] = {**inputs, **parameters, "dh": np.float32(1.0)}
             for description, program in programs.items():
                 _check_points(formula, description, program, values, moderate)
+
+
+def parameters_of(formula: Formula, offsets: Sequence[float] = (0.0,)) -> Iterator[dict[str, np.float32]]:
+    """Yield values of the learned parameters, `offsets` from initial ones, and of scheduled ones, at ends and middles."""
+    for offset, place in itertools.product(
+        offsets if formula.learned else (0.0,), (0.0, 1.0, 0.5) if formula.scheduled else (0.0,)
+    ):
+        values = {name: p.init + offset for name, p in formula.learned.items()}
+        values |= {name: (1 - place) * p.first + place * p.last for name, p in formula.scheduled.items()}
+        yield {name: np.float32(value) for name, value in values.items()}
 
 
 def _check_points(
@@ -64,7 +73,7 @@ def _check_points(
                 exact[index] = run(program, exact_operations(), at)
             truth = exact[index][name]
             if abs(truth) < moderate:
-                where = ", ".join(f"{key} = {at[key]:g}" for key in (*formula.pre_activations, *formula.learned))
+                where = ", ".join(f"{key} = {at[key]:g}" for key in (*formula.pre_activations, *formula.tensors))
                 raise FormulaError(
                     f"{description} gives {_at(results[name], index)} in 32-bit arithmetic at {where}, where it is "
                     f"{float(truth):g}: {advice([program])}",
@@ -134,9 +143,9 @@ def loses_nan(formula: Formula, forward: Program) -> list[str]:
     """
     lost = []
     for name in formula.pre_activations:
-        for other in (1.0, -1.0):
+        for other, parameters in itertools.product((1.0, -1.0), parameters_of(formula)):
             values: dict[str, Any] = {each: np.float32(other) for each in formula.pre_activations}
-            values |= {each: np.float32(p.init) for each, p in formula.learned.items()} | {name: np.float32("nan")}
+            values |= parameters | {name: np.float32("nan")}
             values = dict.fromkeys(forward.inputs, np.float32(1)) | values
             with np.errstate(all="ignore"):
                 if not np.isnan(run(forward, NUMPY, values)["h"]):

@@ -194,8 +194,14 @@ def replaced(module: nn.Module, layout: Layout, function: Activation) -> Source:
     if formula.gated != layout.gated:
         kind, symbols = ("gated", "gate and up") if layout.gated else ("not gated", "x")
         raise PatchError(f"it is {kind}, so a formula for it is of {symbols}, not {formula.text!r}")
-    if any(parameter.share == "channel" for parameter in formula.learned.values()):
-        hidden_width(module, layout)
+    if formula.scheduled:
+        names = ", ".join(map(repr, formula.scheduled))
+        raise PatchError(f"the values of {names} follow the steps of a training, which a patched layer does not know")
+    if any(parameter.share != "layer" for parameter in formula.learned.values()):
+        width = hidden_width(module, layout)
+        for name, parameter in formula.learned.items():
+            if parameter.share == "group" and width % parameter.groups:
+                raise PatchError(f"the {parameter.groups} groups of {name!r} do not divide its {width} hidden channels")
     return Source(function, LEARNED if formula.learned else "", tuple(formula.learned))
 
 

@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from conf.arms import Arm, layer_arms
+from conf.arms import Arm, check_groups, layer_arms, width_of
 from conf.optimizers import OPTIMIZERS, Rule
 from conf.schema import Config, FFNConfig, ModelConfig, ParallelConfig, ZeroConfig
 from kernels.common.errors import UserError
@@ -65,8 +65,7 @@ class FFNShape:
     @property
     def learned(self) -> int:
         """All numbers that the formula learns."""
-        per_channel = len(self.formula.learned) - self.learned_per_layer
-        return self.learned_per_layer + per_channel * self.d_ff
+        return sum(parameter.size(self.d_ff) for parameter in self.formula.learned.values())
 
     def parameters(self, d_model: int) -> int:
         """Return the parameters of the layer."""
@@ -115,12 +114,7 @@ def shape_of(config: Config, tokenizer_size: int | None = None) -> Shape:
 def _ffn_shape(arm: Arm, model: ModelConfig) -> FFNShape:
     selective = model.activation_checkpointing == "selective"
     config = dataclasses.replace(arm.config, save="input") if selective else arm.config
-    return FFNShape(config, arm.formula, model.d_ff or default_d_ff(model.d_ff_gated, arm.formula))
-
-
-def default_d_ff(d_ff_gated: int, formula: Formula) -> int:
-    """Return the width at which an arm has the FFN parameters of a gated one: 3/2 of it with 2 matrices instead of 3."""
-    return d_ff_gated if formula.gated else d_ff_gated * 3 // 2
+    return FFNShape(config, arm.formula, width_of(arm.formula, model))
 
 
 def check_divisibility(shape: Shape, parallel: ParallelConfig) -> None:
@@ -140,6 +134,8 @@ def check_divisibility(shape: Shape, parallel: ParallelConfig) -> None:
                 f"parallel.tensor={tensor} does not divide {what}: this model can be sharded over "
                 f"{_listed(common)} rank(s) (model.n_heads, model.n_kv_heads, model.d_ff and model.vocab_size decide)"
             )
+    for layer in shape.ffn:
+        check_groups(layer.formula, layer.d_ff, tensor, layer.arm.name)
     for what, size in heads.items():
         if size // tensor % context:
             each = "" if tensor == 1 else f", of which a tensor rank has {size // tensor}"

@@ -271,7 +271,7 @@ def tensor_names(name: str, shape: Shape, layout: TransformersLayout) -> list[tu
     if part.startswith("ffn.learned."):
         ours = part.removeprefix("ffn.learned.")
         theirs = f"act_fn.{layout.learned[ours]}" if ours in layout.learned else f"learned.{ours}"
-        return [(f"{prefix}.mlp.{theirs}", (ffn.d_ff if _share(ffn.arm.parameters[ours]) == "channel" else 1,))]
+        return [(f"{prefix}.mlp.{theirs}", (ffn.formula.learned[ours].size(ffn.d_ff),))]
     halves = ("gate", "up") if ffn.matrices == 3 else ("up",)
     norm = "{}_proj.norm" if layout.model_type == FORMULA else "{}_norm"
     apertus = ("attention_layernorm", "feedforward_layernorm")
@@ -290,7 +290,3 @@ def tensor_names(name: str, shape: Shape, layout: TransformersLayout) -> list[tu
         "ffn.down": [("mlp.down_proj.weight", (shape.d_model, ffn.d_ff))],
     }
     return [(f"{prefix}.{each}", size) for each, size in parts[part]]
-
-
-def _share(parameter: Any) -> str:
-    return parameter.get("share", "layer") if isinstance(parameter, Mapping) else ""

@@ -5,7 +5,8 @@ This file is copied into an exported folder as `modeling_formula.py` and needs t
 
 `config.ffn` lists the layers, each {"formula": "silu(gate) * up", "parameters": {...}, "d_ff": N}. A formula is a function of
 `x`, or of `gate` and `up`. A parameter is a fixed number, or {"init": 0.25, "share": "layer" | "channel"}: then it is learned,
-and its value is among the weights. Formulas are read through a whitelist, never by `eval`, and computed in fp32 or wider.
+and its value is among the weights. With {"share": "group", "groups": 8} each of 8 blocks of channels has a value. Formulas are
+read through a whitelist, never by `eval`, and computed in fp32 or wider.
 
 This class is meant for inference. Gradients are autograd's, so if the unused branch of a `where` overflows they are NaN there.
 """
@@ -178,9 +179,10 @@ class FormulaMLP(nn.Module):
         self.fixed = {name: float(given) for name, given in parameters.items() if not isinstance(given, dict)}
         learned = {name: given for name, given in parameters.items() if isinstance(given, dict)}
         self.init = {name: float(given["init"]) for name, given in learned.items()}
+        sizes = {"layer": lambda _: 1, "channel": lambda _: d_ff, "group": lambda given: given["groups"]}
         self.learned = nn.ParameterDict(
             {
-                name: nn.Parameter(torch.full((d_ff if given.get("share") == "channel" else 1,), self.init[name]))
+                name: nn.Parameter(torch.full((sizes[given.get("share", "layer")](given),), self.init[name]))
                 for name, given in learned.items()
             }
         )
@@ -191,7 +193,9 @@ class FormulaMLP(nn.Module):
         up = self.up_proj(x).to(wide)
         values = {"x": up} if self.gate_proj is None else {"gate": self.gate_proj(x).to(wide), "up": up}
         values |= {name: torch.tensor(number, dtype=wide, device=x.device) for name, number in self.fixed.items()}
-        values |= {name: parameter.to(wide) for name, parameter in self.learned.items()}
+        for name, parameter in self.learned.items():  # (1,), or repeated for the channels of each value
+            repeats = up.shape[-1] // len(parameter) if len(parameter) > 1 else 1
+            values[name] = parameter.to(wide).repeat_interleave(repeats)
         h = evaluate(self.tree, values)
         return self.down_proj(h.to(x.dtype).expand(up.shape))
 

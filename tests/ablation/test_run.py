@@ -16,10 +16,11 @@ import pytest
 from rich.console import Console
 
 from ablation import slurm
-from ablation.command import environment_of, launcher
+from ablation.command import environment_of
 from ablation.outcomes import DIVERGED, FAILED, FINISHED, STOPPED, WAITING, read_metrics, read_outcome
 from ablation.run import Runner, main
 from kernels.common.errors import UserError
+from launch.local import launcher
 from tests.ablation.made import plan_of, write_run
 from tests.training.tiny import PATIENCE, ROOT, TINY, Result, command, environment, shared_corpus
 

@@ -233,6 +233,32 @@ def test_ranks_that_cannot_be_shared_out_are_refused(values, world, sentence):
     assert sentence in refusal(values, world)
 
 
+GROUPS = {"b": {"init": 1.0, "share": "group", "groups": 6}}
+
+
+@pytest.mark.parametrize(
+    ("values", "world", "sentence"),
+    [
+        (
+            {"model.d_ff": 44},
+            1,
+            "groups=6 does not divide the d_ff=44 of ffn=mine into equal blocks: 1, 2, 4, 11, 22, 44 would",
+        ),
+        ({"model.d_ff": 36, "parallel.tensor": 4}, 4, "blocks over parallel.tensor=4 ranks: 4, 12, 36 would do"),
+        ({"model.d_ff": 35, "parallel.tensor": 2}, 2, "blocks over parallel.tensor=2 ranks: no number would do"),
+        ({"model.d_ff_gated": 44}, 1, "does not divide the d_ff=66 of"),  # an ungated layer is 3/2 as wide
+    ],
+)
+def test_groups_of_channels_that_do_not_come_out_even_are_refused(values, world, sentence):
+    arm = {"ffn.name": "mine", "ffn.formula": "b * x", "ffn.parameters": GROUPS}
+    if "model.d_ff_gated" in values:
+        validate(changed(arm | values), 1)
+        arm["ffn.parameters"] = {"b": GROUPS["b"] | {"groups": 7}}
+    refused = refusal(arm | values, world)
+    assert refused.startswith("ffn.parameters.b.groups=")
+    assert sentence in refused
+
+
 def test_the_data_parallel_size_is_what_tensor_and_context_leave():
     values = {"parallel.tensor": 2, "parallel.context": 2, "parallel.sequence": True, "micro_batch_size": 1}
     assert validate(changed(values), 16) == Batch(1, 8, 4, 2, 10, 4096)

@@ -105,7 +105,7 @@ def test_parameters_are_known_by_name():
         ("x + b*x", {"b": 10**400}, "must be a finite number, not 1000000", 4),
         ("x + b*x", {"b": {"init": 1e300}}, "starts at 1e+300, beyond 32-bit arithmetic", 4),
         ("x + b*x", {"b": {"init": "one"}}, "must be a finite number, not 'one'", 4),
-        ("x + b*x", {"b": {"init": 1, "share": "row"}}, "is shared by layer or by channel, not 'row'", 4),
+        ("x + b*x", {"b": {"init": 1, "share": "row"}}, "is shared by layer, by channel or by group, not 'row'", 4),
         ("x + b*x", {"b": {"share": "layer"}}, "takes init and share, not share", 4),
         ("x + b*x", {"b": {"init": 1, "decay": 0}}, "takes init and share, not init, decay", 4),
         ("x", {"b": 1}, "the formula does not use the parameter 'b'", 0),

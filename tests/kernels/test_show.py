@@ -101,6 +101,13 @@ def test_expressions_are_written_in_the_grammar():
     assert notation(compiled.slopes["x"]) == "where(x >= 0, where(x > 0, 1, 0), 0.044715)"
 
 
+def test_groups_of_channels_are_named(capsys):
+    main(["b*x", "b=learned:1:group:8"])
+    assert "b (learned, starts at 1, one per group, 8 groups)" in capsys.readouterr().out
+    with pytest.raises(FormulaError, match="has groups: 'x'"):
+        main(["b*x", "b=learned:1:group:x"])
+
+
 def test_what_it_prints(capsys):
     main(["where(x > 0, x, slope*x)", "slope=learned:0.25:channel"])
     printed = capsys.readouterr().out
@@ -221,7 +228,7 @@ def test_an_invalid_argument_is_one_sentence(argv, reason):
 
 
 def test_an_unknown_share_is_refused_by_the_grammar():
-    with pytest.raises(FormulaError, match="shared by layer or by channel, not 'row'"):
+    with pytest.raises(FormulaError, match="shared by layer, by channel or by group, not 'row'"):
         main(["b*x", "b=learned:1:row"])
 
 

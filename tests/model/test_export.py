@@ -40,6 +40,8 @@ CLASSES = {
 XIELU = "where(x > 0, softplus(a) * x * x + 0.5 * x, 0.5 * x + (0.5 + softplus(b)) * (expm1(min(x, -1e-6)) - x))"
 SHARED = {"init": 0.25, "share": "layer"}
 XIELU_LEARNED = {"b": SHARED, "a": SHARED}
+# The checkpoints are of step 7.
+FADED = {"t": {"schedule": "linear", "from": 0, "to": 1, "steps": 7}, "c": SHARED}
 OTHERS = {  # what else can differ: (the arm, values of its group, values of model=), and the class
     "heads that do not divide d_model": (("swiglu", None, {"d_model": 33, "head_dim": 8}), FORMULA),
     "one key head": (("swiglu", None, {"n_kv_heads": 1}), LLAMA),
@@ -69,6 +71,18 @@ OTHERS = {  # what else can differ: (the arm, values of its group, values of mod
     "rope_theta and norm_eps, custom": (("elu", None, {"rope_theta": 30.0, "norm_eps": 0.3, "qk_norm": True}), FORMULA),
     "another slope": (("leaky_relu", {"parameters": {"slope": 0.3}}, {}), FORMULA),
     "a slope a channel": (("prelu", {"parameters": {"slope": {"init": 0.2, "share": "channel"}}}, {}), FORMULA),
+    "a slope a group": (
+        ("prelu", {"parameters": {"slope": {"init": 0.2, "share": "group", "groups": 4}}}, {}),
+        FORMULA,
+    ),
+    "a schedule that has ended": (
+        ("custom", {"formula": "(1-t)*where(gate>0, gate, c*gate)*up + t*(relu(gate)*up)", "parameters": FADED}, {}),
+        LLAMA,
+    ),
+    "a schedule that has not": (
+        ("custom", {"formula": "relu(x) + t*x", "parameters": {"t": FADED["t"] | {"steps": 28}}}, {}),
+        FORMULA,
+    ),
     "a learned gate": (
         ("custom", {"formula": "up * where(gate > 0, gate, k*gate)", "parameters": {"k": SHARED}}, {}),
         LLAMA,

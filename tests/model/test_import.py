@@ -40,6 +40,9 @@ OTHERS = {
         "ffn": {"per_layer": {0: "xielu", 1: {"formula": "up*sin(k*gate)", "parameters": {"k": LEARNED}}}},
         "n_layers": 3,
     },
+    "a value a group": {
+        "ffn": {"formula": "sin(k*gate)*up", "parameters": {"k": {"init": 0.25, "share": "group", "groups": 4}}}
+    },
     "nobody has named it": {
         "ffn": {"formula": "where(x > 0, x, c * x) * tanh(k*x)", "parameters": {"k": LEARNED, "c": 1e-05}}
     },

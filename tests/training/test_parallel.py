@@ -18,8 +18,9 @@ STEPS = 10
 FP32 = 1e-5
 LEARNED = {
     "ffn": "custom",
-    "ffn.formula": "gate*sigmoid(b*gate)*up + a*up",
-    "ffn.parameters": "{b: {init: 1.0, share: channel}, a: {init: 0.1, share: layer}}",
+    "ffn.formula": "gate*sigmoid(b*gate)*up + a*up + c*gate + t*up",
+    "ffn.parameters": "{b: {init: 1.0, share: channel}, a: {init: 0.1, share: layer}, "
+    "c: {init: 0.2, share: group, groups: 4}, t: {schedule: linear, from: 0, to: 0.5}}",
 }
 # Every kind of reduction over d_ff, one inside another.
 REDUCING = {

@@ -99,6 +99,7 @@ class Trainer:
             rows = self.stream.samples(first, sequences)
             self.hash = (self.hash + sample_hash(first, rows)) % 2**64
             scale = lr_scale(self.config.schedule, self.step, self.batch.steps)
+            self.engine.module.set_step(self.step, self.batch.steps)
             observer = self.telemetry.observer(self.step + 1)
             loss, norm, applied = self.engine.train_step(torch.from_numpy(rows), scale, observer)
             dist.all_reduce(loss)

@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.estimate import live_tensors
+from conf.arms import default_d_ff
 from conf.keys import choices
 from conf.load import load
 from conf.optimizers import OPTIMIZERS
@@ -23,7 +24,6 @@ from launch.estimate.counts import (
     activation_bytes,
     attention_recomputed_flops,
     check_divisibility,
-    default_d_ff,
     ffn_recomputed_flops,
     flops_per_token,
     logits_rows,
@@ -198,6 +198,21 @@ def test_a_tensor_rank_has_its_share_of_the_matrices_and_all_else(arm):
         mesh = Mesh(tensor=Axis(0, size))
         part = Decoder(whole, config_of(arm, n_kv_heads=4, qk_norm=True).model, "sdpa", mesh=mesh)
         assert sum(p.numel() for p in part.parameters()) == rank_parameters(whole, size)
+
+
+def test_groups_of_channels_are_sharded_as_the_channels_are():
+    config = config_of(d_ff=48)
+    config.ffn.formula, config.ffn.parameters = "gate*up*b", {"b": {"init": 1.0, "share": "group", "groups": 8}}
+    whole = shape_of(config)
+    assert [layer.learned for layer in whole.ffn] == [8, 8]
+    for size in (1, 2, 4):
+        part = Decoder(whole, config.model, "sdpa", mesh=Mesh(tensor=Axis(0, size)))
+        assert part.layers[0].ffn.learned["b"].shape == (8 // size,)
+        assert sum(p.numel() for p in part.parameters()) == rank_parameters(whole, size)
+    with pytest.raises(UserError, match="groups=8 does not divide the d_ff=44 of ffn=swiglu into equal blocks"):
+        check_divisibility(
+            dataclasses.replace(whole, ffn=(dataclasses.replace(whole.ffn[0], d_ff=44),)), ParallelConfig()
+        )
 
 
 @pytest.mark.parametrize(
