@@ -26,7 +26,7 @@ LEARNED = {
 REDUCING = {
     "ffn": "custom",
     "ffn.formula": "b*norm(silu(gate - mean(gate) - std(gate))*up) + a*up*max(up)/(1 + sum(gate**2))",
-    "ffn.parameters": LEARNED["ffn.parameters"],
+    "ffn.parameters": "{b: {init: 1.0, share: channel}, a: {init: 0.1, share: layer}}",
 }
 ARMS: dict[str, dict[str, Any]] = {
     "ungated": {"ffn": "relu2"},

@@ -71,6 +71,21 @@ def test_tensor_ranks(counted, tensor, sequence, recompute, precision):
     assert "tensor alltoall_base" not in results
 
 
+@pytest.mark.parametrize("recompute", ["false", pytest.param("true", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tensor", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_reductions_over_d_ff_send_a_few_numbers_per_token(counted, tensor, recompute):
+    """Of one all-gather a pass, beside those that another arm sends as well."""
+    changes = {"zero": "1", "micro_batch_size": 4, "parallel.tensor": tensor, "model.activation_checkpointing": recompute}
+    sums, results, config, shape = counted(tensor, arm="reducing", **changes)
+    tokens = 4 * config.sequence_length
+    expected = tensor_traffic(shape, config.parallel, tokens, 4, config.model.activation_checkpointing)
+    assert sums["tensor"] == pytest.approx(2 * sum(expected.values()), rel=0, abs=3 * 2 * 8)
+    reductions, kept = 5, 7  # mean, std and its mean, rms of norm, max and its channel, sum
+    forwards = 2 if recompute == "true" else 1
+    numbers = 2 * (LAYERS * (forwards * kept + reductions) + 2)  # of both micro-batches, and two per token of the loss
+    assert results["tensor allgather_base"] == 4 * tokens * (tensor - 1) * numbers
+
+
 @pytest.mark.parametrize(
     ("world", "tensor", "recompute"), [(2, 1, "false"), (4, 2, "false"), (2, 1, "attention"), (2, 1, "true")]
 )
