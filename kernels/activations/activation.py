@@ -141,7 +141,7 @@ class Activation:
         """
         if not is_plain(pre):
             raise TypeError("statistics are taken in eager mode, of plain tensors")
-        self._check_forward(pre, learned)
+        self._check_forward(pre, learned, reduced)
         return self._backend(pre).forward_with_stats(
             self.compiled, pre.contiguous(), self._by_channel(pre, learned), reduced
         )
@@ -159,7 +159,7 @@ class Activation:
         """
         if not is_plain(pre):
             raise TypeError("h is written in FP8 in eager mode, of plain tensors")
-        self._check_forward(pre, learned)
+        self._check_forward(pre, learned, reduced)
         return self._backend(pre).forward_fp8(self.compiled, pre.contiguous(), self._by_channel(pre, learned), reduced)
 
     def begin_backward(
@@ -169,7 +169,7 @@ class Activation:
 
         Collective over the ranks. The first exchange is in flight until the function is called.
         """
-        self._check_backward(pre, dh, learned)
+        self._check_backward(pre, dh, learned, reduced)
         reducer = cast("Reducer", self._backend(pre))
         pre, dh = pre.contiguous(), dh.contiguous()
         return begin_adjoints(reducer, self.compiled, pre, dh, self._by_channel(pre, learned), reduced, with_h, ranks)
@@ -199,7 +199,7 @@ class Activation:
 
     def compute(self, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None = None) -> Tensor:
         """Compute `forward` of plain tensors, without the operator."""
-        self._check_forward(pre, learned)
+        self._check_forward(pre, learned, reduced)
         return self._backend(pre).forward(self.compiled, pre.contiguous(), self._by_channel(pre, learned), reduced)
 
     def compute_backward(
@@ -207,15 +207,19 @@ class Activation:
         adjoints: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
         """Compute `backward` of plain tensors, without the operator."""
-        self._check_backward(pre, dh, learned)
+        self._check_backward(pre, dh, learned, reduced, adjoints)
         pre, dh = pre.contiguous(), dh.contiguous()
         tensors = self._by_channel(pre, learned)
         dpre, h, dlearned = self._backend(pre).backward(self.compiled, pre, dh, tensors, with_h, reduced, adjoints)
         return dpre, h, self._by_group(dlearned)
 
-    def _check_backward(self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor]) -> None:
+    def _check_backward(
+        self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], reduced: Tensor | None, adjoints: Tensor | None = None
+    ) -> None:
         self.check(pre)
-        self._check_memory(pre[..., 0, :] if self.formula.gated else pre, dh, learned)
+        h = pre[..., 0, :] if self.formula.gated else pre
+        self._check_memory(h, dh, learned)
+        self._check_numbers(h, reduced=reduced, adjoints=adjoints)
 
     def _by_channel(self, pre: Tensor, learned: Sequence[Tensor]) -> list[Tensor]:
         """Return the learned parameters as kernels read them: those of groups repeated for each of their channels."""
@@ -232,9 +236,30 @@ class Activation:
             for p, gradient in zip(self.formula.learned.values(), dlearned, strict=True)
         ]
 
-    def _check_forward(self, pre: Tensor, learned: Sequence[Tensor]) -> None:
+    def _check_forward(self, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor | None = None) -> None:
         self.check(pre)
-        self._check_memory(pre[..., 0, :] if self.formula.gated else pre, None, learned)
+        h = pre[..., 0, :] if self.formula.gated else pre
+        self._check_memory(h, None, learned)
+        self._check_numbers(h, reduced=reduced)
+
+    def _check_numbers(self, h: Tensor, **given: Tensor | None) -> None:
+        """Refuse `reduced` or `adjoints` that are not one contiguous row of numbers per token.
+
+        Raises:
+            ValueError: with the shape that is needed.
+        """
+        rows, dtype = h.shape[:-1].numel(), torch.promote_types(h.dtype, torch.float32)
+        for what, tensor in given.items():
+            if tensor is None:
+                continue
+            reductions = self.compiled.reductions
+            shape = (rows, len(reductions.names if what == "reduced" else reductions.adjoints))
+            needed = shape, dtype, h.device, True
+            if (tuple(tensor.shape), tensor.dtype, tensor.device, tensor.is_contiguous()) != needed:
+                raise ValueError(
+                    f"{what} must be {shape} {dtype} on {h.device} and contiguous, "
+                    f"not {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+                )
 
     def _check_memory(self, h: Tensor, dh: Tensor | None, learned: Sequence[Tensor]) -> None:
         """Refuse tensors with which a kernel would read or write out of bounds, or misread a dtype.

@@ -311,6 +311,19 @@ def test_the_first_of_equal_maxima_over_ranks_has_the_gradient(size):
     assert dpre[0, 15] == 40
 
 
+def test_numbers_of_other_rows_are_refused():
+    function = activation("x*std(x)", backend="c")
+    x, ranks = torch.randn(4, 8), Meeting(1).ranks(0)._replace(size=2)
+    with pytest.raises(ValueError, match=r"reduced must be \(4, 2\) torch.float32 on cpu and contiguous, not \(3, 2\)"):
+        function.forward(x, [], torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="and contiguous"):
+        function.forward(x, [], torch.zeros(2, 4).T)
+    with pytest.raises(ValueError, match=r"adjoints must be \(4, 1\)"):
+        function.backward(x, x, [], reduced=torch.zeros(4, 2), adjoints=torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="reduced must be"):
+        function.begin_backward(x, x, [], torch.zeros(4, 1), False, ranks)
+
+
 # ---------------------------------------------------------------------------------------------------------- what is counted
 
 

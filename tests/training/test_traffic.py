@@ -75,7 +75,12 @@ def test_tensor_ranks(counted, tensor, sequence, recompute, precision):
 @pytest.mark.parametrize("tensor", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_reductions_over_d_ff_send_a_few_numbers_per_token(counted, tensor, recompute):
     """Of one all-gather a pass, beside those that another arm sends as well."""
-    changes = {"zero": "1", "micro_batch_size": 4, "parallel.tensor": tensor, "model.activation_checkpointing": recompute}
+    changes = {
+        "zero": "1",
+        "micro_batch_size": 4,
+        "parallel.tensor": tensor,
+        "model.activation_checkpointing": recompute,
+    }
     sums, results, config, shape = counted(tensor, arm="reducing", **changes)
     tokens = 4 * config.sequence_length
     expected = tensor_traffic(shape, config.parallel, tokens, 4, config.model.activation_checkpointing)
