@@ -68,7 +68,7 @@ def reduce_over(
     if not pre.numel():
         return reduced.zero_()
     for step, each in enumerate(reductions.forward):
-        gathered = ranks.gather(backend.reduce(compiled, step, pre, learned, reduced))()
+        gathered = _widest(ranks.gather(backend.reduce(compiled, step, pre, learned, reduced))())
         column = 0
         for reduction in each.reductions:
             count, at = len(reduction.names), reductions.offset(reduction)
@@ -97,13 +97,18 @@ def begin_adjoints(
     def finish() -> Tensor:
         gathered = wait()
         for step, each in enumerate(reductions.backward):
-            total = (gathered if step == 0 else sums(step, False)[0]()).sum(0)  # (N, reductions of the pass)
+            total = _widest(gathered if step == 0 else sums(step, False)[0]()).sum(0)  # (N, reductions of the pass)
             for column, reduction in enumerate(each.reductions):
                 value = reduced[:, reductions.offset(reduction)]
                 adjoints[:, reduction.number] = _shared(reduction, total[:, column], value, pre.shape[-1] * ranks.size)
         return adjoints
 
     return h, finish
+
+
+def _widest(partial: Tensor) -> Tensor:
+    """Return partial results in the dtype in which they are combined: Apple's GPUs have no float64."""
+    return partial if partial.device.type == "mps" else partial.double()
 
 
 def _numbers(pre: Tensor, rows: int, count: int) -> Tensor:

@@ -301,6 +301,20 @@ def test_ranks_that_share_the_width_compute_what_one_computes(name, backend, siz
     assert meeting.messages == len(reductions.forward) + len(reductions.backward), "one message a pass"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", quick(filter("channel".__ne__, REDUCING), "topk", "polynorm"))
+def test_the_error_of_ranks_is_at_most_that_of_plain_torch(name, size, dtype):
+    formula, parameters = REDUCING[name]
+    case = draw(formula, parameters, "c", dtype, 1, 64, "cpu")
+    exact, torchs = case.results(case.plain, torch.float64), case.results(case.plain, dtype)
+    (h, _, dpre, _), _ = over_ranks(case.function, size, case.pre, case.dh, list(case.learned.values()))
+    mine = {"h": h} | ({"dgate": dpre[:, 0], "dup": dpre[:, 1]} if case.gated else {"dx": dpre})
+    for what, value in mine.items():
+        ours, theirs = (float((each.double() - exact[what]).square().mean()) for each in (value, torchs[what]))
+        assert ours <= CAP**2 * theirs, (what, math.sqrt(ours / theirs))
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_first_of_equal_maxima_over_ranks_has_the_gradient(size):
     function = activation("max(x) + 0*x", backend="c")
