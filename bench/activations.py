@@ -1,6 +1,6 @@
 """Compare the speed of the activations on a CPU with eager PyTorch and torch.compile: `python -m bench.activations`.
 
-    arms=NAME,...                 only these                    shapes=1024x5632,4096x2816   rows x d_ff
+    arms=NAME,...                 these                         shapes=1024x5632,4096x2816   rows x d_ff
     dtypes=bf16,fp32              rounds=15                     compile=1                    0 leaves torch.compile out
     out=bench/results/cpu-activations   two files: .json and .md
 
@@ -81,10 +81,12 @@ def _plan(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: an unknown arm or dtype, or an invalid shape.
     """
+    from bench.formulas import formulas
+
     arms, dtypes = options["arms"].split(","), options["dtypes"].split(",")
     for name in arms:
-        if name not in ARMS:
-            raise unknown("arm", name, ARMS)
+        if name not in formulas():
+            raise unknown("arm", name, formulas())
     for name in dtypes:
         if name not in ("bf16", "fp32"):
             raise unknown("dtype", name, ("bf16", "fp32"))
@@ -186,10 +188,10 @@ def _build_times() -> dict[str, Any]:
     """Return the seconds to compile all formulas of the catalogue without a cache, on all cores and one by one."""
     from bench.formulas import formulas
     from kernels import parse
-    from kernels.activations import c_source
+    from kernels.activations import c_backend
     from kernels.formula.compiled import compile_formula
 
-    sources = [c_source.source(compile_formula(parse(*arm))) for arm in formulas().values()]
+    sources = [c_backend.source_of(compile_formula(parse(*arm))) for arm in formulas().values()]
     workers = len(os.sched_getaffinity(0))
     return {
         "kernels": len(sources),

@@ -289,11 +289,11 @@ def _curve(curve: Curve) -> list[str]:
 
 
 def _code(compiled: Compiled, options: dict[str, Any]) -> list[str]:
-    from .activations import c_rows, c_source, triton_rows, triton_source
+    from .activations import c_backend, triton_rows, triton_source
 
     reductions = compiled.reductions
     if options["c"]:
-        lines = ["C", c_rows.source_of_rows(compiled) if reductions.all else c_source.source(compiled)]
+        lines = ["C", c_backend.source_of(compiled)]
     else:
         lines = ["C, inside the loop of the forward kernel (fp32; --c prints everything)"]
         lines += _bodies([each.program for each in reductions.forward], compiled.forward, reductions)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from conf.schema import FFNConfig
 from kernels import FormulaError, activation
 from kernels.activations.activation import Activation
-from kernels.activations.reductions import Ranks
+from kernels.activations.reductions import WidthRanks
 from kernels.activations.telemetry import ActivationStats
 from kernels.common.errors import UserError
 from kernels.formula import Formula
@@ -232,14 +232,14 @@ class _FeedForward(torch.autograd.Function):
         )
 
 
-def _ranks(tensor: Axis) -> Ranks:
+def _ranks(tensor: Axis) -> WidthRanks:
     """Return the tensor ranks as the activation's reductions over d_ff see them."""
 
     def gather(partial: Tensor) -> Callable[[], Tensor]:
         pending = all_gather(partial, tensor)  # (T N, k)
         return lambda: pending.wait().view(tensor.size, *partial.shape)
 
-    return Ranks(tensor.rank, tensor.size, gather)
+    return WidthRanks(tensor.rank, tensor.size, gather)
 
 
 def _project(products: Products, x: Tensor, up: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ..formula import Formula
 from ..formula.compiled import Compiled, compile_formula
 from ..tensors import is_plain, on_gpu
 from . import reference
-from .reductions import Ranks, Reducer, begin_adjoints, reduce_over
+from .reductions import Reducer, WidthRanks, begin_adjoints, reduce_over
 from .telemetry import BatchStats
 
 # Namespace of the operators in `ops.py`. The package may be imported under two names, and each registers its own operators.
@@ -109,7 +109,7 @@ class Activation:
             learned = [torch.zeros(p.size(0), device=device) for p in self.compiled.formula.tensors.values()]
             backend.forward_with_stats(self.compiled, empty, learned)
 
-    def reduce(self, pre: Tensor, learned: Sequence[Tensor], ranks: Ranks) -> Tensor | None:
+    def reduce(self, pre: Tensor, learned: Sequence[Tensor], ranks: WidthRanks) -> Tensor | None:
         """Return what the formula reduces over d_ff of all ranks, a few numbers per token; None if `forward` does it.
 
         Collective over the ranks; see `reductions.py` for the shape.
@@ -163,7 +163,7 @@ class Activation:
         return self._backend(pre).forward_fp8(self.compiled, pre.contiguous(), self._by_channel(pre, learned), reduced)
 
     def begin_backward(
-        self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], reduced: Tensor, with_h: bool, ranks: Ranks
+        self, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], reduced: Tensor, with_h: bool, ranks: WidthRanks
     ) -> tuple[Tensor | None, Callable[[], Tensor]]:
         """Return h if `with_h`, and a function that waits for the adjoints of the reductions, over d_ff of all ranks.
 

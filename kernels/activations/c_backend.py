@@ -23,13 +23,18 @@ from .telemetry import BatchStats, sums_of
 _kernels: dict[Compiled, CKernels] = {}
 
 
+def source_of(compiled: Compiled) -> str:
+    """Return the C source of a formula's kernels."""
+    return source_of_rows(compiled) if compiled.reductions.all else source(compiled)
+
+
 def kernels_of(compiled: Compiled) -> CKernels | None:
     """Return the kernels of a formula, built at the first call; None where they cannot be built."""
     if compiled not in _kernels:
-        kind, text = (CRowKernels, source_of_rows) if compiled.reductions.all else (CKernels, source)
-        built = load(text(compiled), repr(compiled.formula.text))
+        built = load(source_of(compiled), repr(compiled.formula.text))
         if built is None:
             return None
+        kind = CRowKernels if compiled.reductions.all else CKernels
         _kernels.setdefault(compiled, kind(compiled, built))
     return _kernels[compiled]
 

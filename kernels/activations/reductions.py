@@ -25,7 +25,7 @@ from ..formula.compiled import Compiled
 from ..formula.reductions import Reduction
 
 
-class Ranks(NamedTuple):
+class WidthRanks(NamedTuple):
     """The tensor ranks that share d_ff, in equal and consecutive parts.
 
     Attributes:
@@ -39,7 +39,7 @@ class Ranks(NamedTuple):
     gather: Callable[[Tensor], Callable[[], Tensor]]
 
 
-ONE = Ranks(0, 1, lambda partial: lambda: partial.unsqueeze(0))
+ONE = WidthRanks(0, 1, lambda partial: lambda: partial.unsqueeze(0))
 
 
 class Reducer(Protocol):
@@ -60,7 +60,7 @@ class Reducer(Protocol):
 
 
 def reduce_over(
-    backend: Reducer, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], ranks: Ranks = ONE
+    backend: Reducer, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor], ranks: WidthRanks = ONE
 ) -> Tensor:
     """Return the numbers of every row that `forward` and `backward` need, over the channels of all ranks."""
     reductions = compiled.reductions
@@ -80,7 +80,7 @@ def reduce_over(
 
 def begin_adjoints(
     backend: Reducer, compiled: Compiled, pre: Tensor, dh: Tensor, learned: Sequence[Tensor], reduced: Tensor,
-    with_h: bool, ranks: Ranks = ONE,
+    with_h: bool, ranks: WidthRanks = ONE,
 ) -> tuple[Tensor | None, Callable[[], Tensor]]:  # fmt: skip
     """Return h if `with_h`, and a function that returns the adjoints; the first exchange is in flight before that is called."""
     reductions = compiled.reductions

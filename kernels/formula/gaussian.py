@@ -58,7 +58,7 @@ def _moments(compiled: Compiled, width: int) -> tuple[float, float]:
 
 
 class _Normal:
-    """A row of normal channels, as the points and weights of a quadrature stand for it (`reductions.Row`)."""
+    """A row of normal channels, as the points and weights of a quadrature stand for it (`reductions.ReducibleRow`)."""
 
     def __init__(self, weights: np.ndarray, width: int) -> None:
         self.weights, self.width = weights, width

@@ -154,7 +154,7 @@ def _grouped(reductions: Sequence[Reduction], key: Mapping[Reduction, int]) -> l
     return [tuple(r for r in reductions if key[r] == group) for group in range(count)]
 
 
-class Row(Protocol):
+class ReducibleRow(Protocol):
     """Numbers over the channels of a row, or of many rows at once.
 
     Attributes:
@@ -184,7 +184,7 @@ class Row(Protocol):
         ...
 
 
-def reduce_row(reductions: Reductions, values: Mapping[str, Any], row: Row) -> dict[str, Any]:
+def reduce_row(reductions: Reductions, values: Mapping[str, Any], row: ReducibleRow) -> dict[str, Any]:
     """Return the values of all reductions by name, from those of pre-activations and parameters."""
     found = dict(values)
     for each in reductions.forward:
@@ -194,7 +194,7 @@ def reduce_row(reductions: Reductions, values: Mapping[str, Any], row: Row) -> d
     return {name: found[name] for name in reductions.names}
 
 
-def _reduced(reduction: Reduction, e: Any, row: Row) -> dict[str, Any]:
+def _reduced(reduction: Reduction, e: Any, row: ReducibleRow) -> dict[str, Any]:
     if reduction.kind == "max":
         return dict(zip(reduction.names, row.top(e), strict=True))
     if reduction.kind == "sum":
@@ -209,7 +209,7 @@ def _reduced(reduction: Reduction, e: Any, row: Row) -> dict[str, Any]:
     return {reduction.value: row.sqrt(variance + reduction.epsilon), reduction.second: mean}
 
 
-def adjoints_of_row(reductions: Reductions, values: Mapping[str, Any], row: Row) -> dict[str, Any]:
+def adjoints_of_row(reductions: Reductions, values: Mapping[str, Any], row: ReducibleRow) -> dict[str, Any]:
     """Return the adjoints of all reductions by name.
 
     Args:

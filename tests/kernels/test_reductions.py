@@ -19,7 +19,7 @@ from kernels import FormulaError, activation, parse
 from kernels.activations import Activation
 from kernels.activations.eager import plain
 from kernels.activations.properties import bytes_moved
-from kernels.activations.reductions import Ranks
+from kernels.activations.reductions import WidthRanks
 from kernels.activations.triton_rows import source_of_rows
 from kernels.formula.compiled import compile_formula
 from kernels.formula.domains import Domains, check_domains, ranges_of
@@ -238,7 +238,7 @@ class Meeting:
         self.barrier = threading.Barrier(size)
         self.parts: list[Any] = [None] * size
 
-    def ranks(self, rank: int) -> Ranks:
+    def ranks(self, rank: int) -> WidthRanks:
         def gather(partial: Tensor) -> Callable[[], Tensor]:
             self.parts[rank] = partial
             if self.barrier.wait() == 0:
@@ -247,7 +247,7 @@ class Meeting:
             self.barrier.wait()
             return lambda: gathered
 
-        return Ranks(rank, self.size, gather)
+        return WidthRanks(rank, self.size, gather)
 
 
 def over_ranks(function: Activation, size: int, pre: Tensor, dh: Tensor, learned: list[Tensor]) -> tuple[Any, Meeting]:

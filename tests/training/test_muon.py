@@ -21,11 +21,16 @@ from model.attention import attend
 from model.decoder import Decoder
 from model.initialise import initialise
 from model.weights import CheckpointReader
-from tests.training.test_parallel import LEARNED, SIZES, slow, worst
+from tests.training.test_parallel import SIZES, slow, worst
 from tests.training.tiny import Trained, overrides
 from training.optimizers.matrices import logical_matrices
 from training.schedule import lr_scale
 
+LEARNED = {
+    "ffn": "custom",
+    "ffn.formula": "gate*sigmoid(b*gate)*up + a*up",
+    "ffn.parameters": "{b: {init: 1.0, share: channel}, a: {init: 0.1, share: layer}}",
+}
 STEPS = 10
 # Sums of fp32 numbers in another order, as in test_parallel.py.
 FP32 = 1e-5

@@ -142,7 +142,7 @@ def test_single_layers_may_be_swapped(swapped):
             ["ffn=relu2"],
             "A has custom, a gated arm, and ffn=relu2 is ungated: with other matrices it cannot start from the",
         ),
-        (["ffn=relu2"], "choose one of bilinear, geglu"),
+        (["ffn=relu2"], "choose one of bilinear, double_swiglu"),
         (["steps=9"], "name the new arm: ffn=reglu"),
         ([f"ffn.formula={FORMULA}"], "A has ffn=custom already: name another arm"),
         (
