@@ -237,11 +237,13 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _markdown(result: dict[str, Any]) -> str:
-    build = result["build_seconds"]
+    build, arms = result["build_seconds"], result["plan"]["arms"]
+    chosen = "" if tuple(arms) == ARMS else f" arms={','.join(arms)}"
     lines = [
         "# Activations on a CPU",
         "",
-        f"Written by `python -m bench.activations`. {result['machine']}; {result['plan']['rounds']} interleaved rounds.",
+        f"Written by `python -m bench.activations{chosen}`.",
+        f"{result['machine']}; {result['plan']['rounds']} interleaved rounds.",
         "Ratios: the contender's time divided by ours, the median over the rounds and the range. Copy: our fraction of the",
         "bandwidth of a copy of the bytes that a fused kernel must move.",
         "",
