@@ -10,7 +10,7 @@ The elementary functions are in `triton/primitives.py`. This module does not imp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 import numpy as np
 import torch
@@ -287,8 +287,22 @@ def indented(lines: Iterable[str], levels: int) -> str:
 
 
 def lines_of(program: Program) -> list[str]:
-    """Print the lines of a program."""
-    return [f"{line.name} = {_operation(line, program)}" for line in program.lines]
+    """Print the lines of a program. A quotient by a number of the row is a product with its reciprocal in 16 bits."""
+    numbers = {name for name in program.inputs if name[0].isdigit() and name not in (COLUMN, STORED)}
+    per_row = numbers | {line.name for line in program.split(numbers)[0]} if numbers else set()
+    return [
+        f"{line.name} = {_quotient(line, program) if _divides_by(line, per_row) else _operation(line, program)}"
+        for line in program.lines
+    ]
+
+
+def _divides_by(line: Line, names: Set[str]) -> bool:
+    return line.operation == "div" and line.arguments[1] in names
+
+
+def _quotient(line: Line, program: Program) -> str:
+    above, below = (argument_of(argument, program) for argument in line.arguments)
+    return f"fn.quotient({above}, {below}, PRECISE)"
 
 
 def _operation(line: Line, program: Program) -> str:

@@ -34,6 +34,16 @@ def keep_nan(value, source):
 
 
 @triton.jit
+def quotient(a, b, PRECISE: tl.constexpr):
+    """Return a / b, where b is one number for many a."""
+    if PRECISE:
+        result = a / b
+    else:
+        result = a * (1.0 / b)
+    return result
+
+
+@triton.jit
 def sign(x):
     return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))  # NaN fails both comparisons
 
