@@ -28,7 +28,7 @@ def test_contenders_run_in_turn_and_warm_up_first():
 
 @pytest.mark.parametrize(
     "option",
-    ["arms=relu,swish", "dtypes=fp16", "rounds=0", "compile=yes", "shapes=12", "shapes=0x4", "speed=1", "arms"],
+    ["arms=relu,swoosh", "dtypes=fp16", "rounds=0", "compile=yes", "shapes=12", "shapes=0x4", "speed=1", "arms"],
 )
 def test_bad_options_are_refused(option):
     with pytest.raises(UserError):
