@@ -59,7 +59,7 @@ NaN: returns NaN. inf: returns NaN, inf, or the limit of the formula. 1e4: h and
 value is a number of the dtype, for |pre-activation| up to 10,000. widths {widths}, non-contiguous and zero-stride
 inputs: the same numbers as in a contiguous tensor of width 5632, up to twice the column *max* above, or one eps.
 empty: 0 rows and 0 columns. Of a formula that reduces over d_ff, rows of other widths are other rows: each, but for width 1, is
-held to float64, up to twice what plain torch is off there.
+held to float64, up to 32 roundings more of the parts of a gradient, which may cancel.
 """
 _RANDOM = -1  # a new seed each time
 _DEFAULTS = {"out": "bench/results/conformance.md", "seed": _RANDOM, "arms": "", "rows": 256, "large": 0}

@@ -66,6 +66,8 @@ def compilers(tmp_path_factory) -> dict[str, str]:
 
 def arguments_of(corpus: Path, runs: Path, name: str, **changes) -> list[str]:
     settings = {"steps": STEPS, "save_every": 4, "eval_every": 20, "run": name} | changes
+    # Prepared here, whichever tests have used the corpus before: the first run builds the tokenizer's library too.
+    settings = {"data__prepared": runs / "prepared"} | settings
     return [str(TRAIN), *overrides(corpus, runs, **settings)]
 
 

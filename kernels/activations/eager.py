@@ -19,8 +19,12 @@ from ..formula.grammar import EPSILON
 Value = Any  # a Tensor, or a number
 
 
-def plain(formula: Formula) -> Callable[..., Tensor]:
-    """Return `f(pre, **learned) -> h`, with `pre` (..., d_ff), or (..., 2, d_ff) for a gated formula (gate first)."""
+def plain(formula: Formula, hold: bool = False) -> Callable[..., Tensor]:
+    """Return `f(pre, **learned) -> h`, with `pre` (..., d_ff), or (..., 2, d_ff) for a gated formula (gate first).
+
+    Args:
+        hold: whether reductions over d_ff are constants to autograd, as they are in telemetry.
+    """
 
     def h(pre: Tensor, **learned: Tensor) -> Tensor:
         values: dict[str, Value] = {**formula.fixed, **{name: value.to(pre.dtype) for name, value in learned.items()}}
@@ -28,20 +32,22 @@ def plain(formula: Formula) -> Callable[..., Tensor]:
             values |= {"gate": pre[..., 0, :], "up": pre[..., 1, :]}
         else:
             values["x"] = pre
-        result = _value(formula.tree, values, pre.dtype)
+        result = _value(formula.tree, values, pre.dtype, hold)
         return result.expand(pre.select(-2, 0).shape if formula.gated else pre.shape) if formula.reduces else result
 
     return h
 
 
-def _value(node: Node, values: Mapping[str, Value], dtype: torch.dtype) -> Value:
+def _value(node: Node, values: Mapping[str, Value], dtype: torch.dtype, hold: bool) -> Value:
     if node.kind == "number":
         return node.value
     if node.kind == "symbol":
         return values[str(node.value)]
-    arguments = [_value(argument, values, dtype) for argument in node.arguments]
+    arguments = [_value(argument, values, dtype, hold) for argument in node.arguments]
     if node.kind == "reduce":
-        return _REDUCTIONS[str(node.value)](*arguments)
+        if node.value == "norm":
+            return arguments[0] / _reduced("rms", arguments[:1] + (arguments[1:] or [EPSILON]), hold)
+        return _reduced(str(node.value), arguments, hold)
     if node.value == "where":
         return _where(dtype, *arguments)
     function = _FUNCTIONS[str(node.value)] if node.kind == "call" else _OPERATORS[node.kind]
@@ -73,6 +79,11 @@ _OPERATORS: dict[str, Callable[..., Value]] = {
 }
 
 
+def _reduced(name: str, arguments: list[Value], hold: bool) -> Tensor:
+    value = _REDUCTIONS[name](*arguments)
+    return value.detach() if hold else value
+
+
 def _rms(e: Tensor, epsilon: float = 0.0) -> Tensor:
     return torch.sqrt(e.square().mean(-1, keepdim=True) + epsilon)
 
@@ -90,7 +101,6 @@ _REDUCTIONS: dict[str, Callable[..., Tensor]] = {
     "min": lambda e: e.min(-1, keepdim=True).values,
     "rms": _rms,
     "std": _std,
-    "norm": lambda e, epsilon=EPSILON: e / _rms(e, epsilon),
 }
 _FUNCTIONS: dict[str, Callable[..., Value]] = {
     name: implementation(eager, torch)

@@ -22,5 +22,5 @@ REDUCING: dict[str, tuple[str, dict[str, Any]]] = {
     "channel": ("x*rms(c*x, 0.5)", {"c": {"init": 0.5, "share": "channel"}}),
     "layernorm": ("(x - mean(x))/std(x, 1e-6)", {}),
     "products": ("max(gate*up)*up + a*mean(gate)", {"a": {"init": 0.5}}),
-    "spread": ("std(x - max(x))*x*mean(x)", {}),
+    "spread": ("std(x*rms(x))*x*mean(x)", {}),
 }

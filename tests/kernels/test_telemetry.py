@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import unittest.mock
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,13 +11,11 @@ from torch import Tensor
 from bench.formulas import formulas
 from kernels import activation
 from kernels.activations import c_backend as c
-from kernels.activations import eager
 from kernels.activations.activation import Activation
 from kernels.activations.eager import plain
 from kernels.activations.telemetry import SATURATED, ActivationStats, BatchStats, figures, sums_of
 from kernels.c import library
 from kernels.c import toolchain as c_build
-from kernels.formula.grammar import EPSILON
 
 ALL = formulas()
 FEW = ("swiglu", "relu", "xielu", "prelu_channel", "maxout")
@@ -59,8 +54,7 @@ def assert_stats(function: Activation, pre: Tensor, learned: list[Tensor], h: Te
     parts = [part.double().requires_grad_() for part in (pre.unbind(-2) if formula.gated else [pre])]
     packed = torch.stack(parts, -2) if formula.gated else parts[0]
     values = dict(zip(formula.learned, (tensor.double() for tensor in learned), strict=True))
-    with constant_reductions():
-        exact = plain(formula)(packed, **values)
+    exact = plain(formula, hold=True)(packed, **values)
     slopes = [None, None][: len(parts)]
     if exact.requires_grad:
         slopes = torch.autograd.grad(exact.sum(), parts, create_graph=True, allow_unused=True)
@@ -94,21 +88,6 @@ def assert_stats(function: Activation, pre: Tensor, learned: list[Tensor], h: Te
     active = ((largest > 0) & ~tiny).flatten(0, -2).sum(0)
     assert (batch.active >= active).all()
     assert (batch.active <= active + (tiny & (largest > 0)).flatten(0, -2).sum(0)).all()
-
-
-@contextlib.contextmanager
-def constant_reductions() -> Iterator[None]:
-    """Take reductions for constants in derivatives, as telemetry does."""
-    known = eager._REDUCTIONS
-
-    def constant(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *arguments: reduce(*arguments).detach()
-
-    rms = constant(known["rms"])
-    held = {name: constant(reduce) for name, reduce in known.items()}
-    held["norm"] = lambda e, epsilon=EPSILON: e / rms(e, epsilon)
-    with unittest.mock.patch.object(eager, "_REDUCTIONS", held):
-        yield
 
 
 def near(slope: Tensor) -> int:
