@@ -64,7 +64,7 @@ from kernels.common.options import split_options
 from kernels.common.streams import outlive_console
 from kernels.common.text import command_text
 from kernels.common.units import duration
-from launch.launchers import stop_signals
+from launch.launchers import on_stop_signals
 from launch.local import ranks_of, train_command
 from launch.ranks import without_launcher
 from launch.sbatch import read_cluster
@@ -363,12 +363,8 @@ class Runner:
                 with contextlib.suppress(ProcessLookupError):
                     process.send_signal(signal.SIGTERM)
 
-        previous = {number: signal.signal(number, stop) for number in stop_signals()}
-        try:
+        with on_stop_signals(stop):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ kill them. The signal is recorded instead, and the run stops after its first ste
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
-from collections.abc import MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 
 import psutil
@@ -33,6 +34,17 @@ def stop_signals() -> list[signal.Signals]:
     """Return the signals that stop a run: without SIGHUP, of a lost terminal, where `nohup` has this process ignore it."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in STOP_SIGNALS if not (ignored and number == signal.SIGHUP)]
+
+
+@contextlib.contextmanager
+def on_stop_signals(handler: Callable[..., object]) -> Iterator[None]:
+    """Call `handler` at a signal that stops a run, while it is entered; the handlers of before return after it."""
+    previous = {number: signal.signal(number, handler) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 class Launchers:

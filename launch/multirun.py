@@ -19,7 +19,7 @@ from pathlib import Path
 from conf.load import NOT_IN_NAME, load
 from conf.overrides import sweep, within
 from kernels.common.errors import UserError
-from launch.launchers import stop_signals
+from launch.launchers import on_stop_signals
 from launch.ranks import find_ranks, without_launcher
 
 FLAGS = ("--multirun", "-m")
@@ -77,8 +77,7 @@ def multirun(overrides: list[str]) -> int:
         if process is not None:
             process.send_signal(signal.SIGTERM)
 
-    before = {each: signal.signal(each, stop) for each in stop_signals()}
-    try:
+    with on_stop_signals(stop):
         for number, run in enumerate(runs, 1):
             print(f"run {number} of {len(runs)}: {shlex.join(run)}", flush=True)
             command = [sys.executable, str(_TRAIN), *run]
@@ -90,9 +89,6 @@ def multirun(overrides: list[str]) -> int:
             if stopped:
                 print("stopped; the same command resumes here")
                 return 1
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
     for run in failed:
         print(f"failed: {run}", file=sys.stderr)
     return 1 if failed else 0

@@ -24,7 +24,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +42,7 @@ from kernels.common.options import split_options
 from kernels.formula import Formula, parse
 from kernels.formula.settled import settled
 from launch.estimate.counts import shape_of
-from launch.launchers import stop_signals
+from launch.launchers import on_stop_signals
 from launch.local import ranks_of, train_command
 from launch.ranks import without_launcher
 from model.decoder import Decoder, Layer
@@ -293,21 +292,11 @@ def _train(command: list[str]) -> int:
             stopped = True
             process.send_signal(signal.SIGTERM)
 
-        with _handled(stop):
+        with on_stop_signals(stop):
             status = process.wait()
     if stopped:
         print("stopped; the same command goes on from here", file=sys.stderr)
     return status or int(stopped)
-
-
-@contextmanager
-def _handled(stop: Any) -> Iterator[None]:
-    previous = {number: signal.signal(number, stop) for number in stop_signals()}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
