@@ -16,7 +16,9 @@ from bench.formulas import formulas
 from kernels import activation, parse
 from kernels.activations import reference, triton_backend
 from kernels.activations.reductions import begin_adjoints, reduce_over
+from kernels.activations.triton_rows import source_of_rows
 from kernels.formula.compiled import Compiled, compile_formula
+from kernels.triton import runtime
 from tests.kernels.test_reductions import DISTINCT, inputs
 from tests.kernels.test_telemetry import assert_stats
 from tests.selection import quick
@@ -67,6 +69,25 @@ def check(name: str, width: int, tiles: bool) -> None:
             assert (mine.double() - theirs).abs().max() <= 64 * EPS * scale * pre.abs().max(), f"d{parameter}, {what}"
 
 
+def check_short(name: str) -> None:
+    """The forms for 16 bits, with fp32 tensors: what they round is at most 2**-17 in each operation."""
+    function = activation(*ALL[name], backend="triton")
+    compiled = function.compiled
+    pre, dh, learned = inputs(function, 5, 700, torch.float32)
+    text, fp32 = source_of_rows(compiled), "PRECISE: tl.constexpr = pre.dtype.element_ty == tl.float32"
+    assert fp32 in text
+    assert "fn.quotient(" in text
+    kernels = triton_backend.TritonRowKernels(compiled)
+    kernels.rows = runtime.load(text.replace(fp32, "PRECISE: tl.constexpr = False"))
+    dpre, h, _ = kernels.backward(compiled, pre, dh, learned, True)
+    exact, h64, _ = reference.backward(compiled, pre.double(), dh.double(), [each.double() for each in learned], True)
+    assert h is not None
+    assert h64 is not None
+    for mine, theirs in ((h, h64), (dpre, exact)):
+        error = (mine.double() - theirs).square().mean().sqrt() / theirs.square().mean().sqrt()
+        assert error <= len(compiled.backward_with_h.lines) * 2.0**-17
+
+
 def check_statistics(name: str) -> None:
     function = activation(*ALL[name], backend="triton")
     pre, _, learned = inputs(function, 5, 127, torch.float32)
@@ -97,6 +118,11 @@ def check_nan_and_ties() -> None:
 @pytest.mark.parametrize("name", quick(ALL, *DISTINCT))
 def test_every_formula_in_fp32(interpreter, name, tiles):
     interpreter.submit(check, name, 1100, tiles).result()
+
+
+@pytest.mark.parametrize("name", ["polynorm", "softmax"])
+def test_the_short_forms_for_16_bits(interpreter, name):
+    interpreter.submit(check_short, name).result()
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 127])
