@@ -223,7 +223,7 @@ def test_the_hash_covers_what_is_learned_and_how_it_is_judged_and_nothing_else()
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "ablation=NAME is missing: choose a plan from depth, gating"),
+        ([], "ablation=NAME is missing: choose a plan from beyond_elementwise, depth, gating"),
         (["ablation=glu_variant"], "unknown plan 'glu_variant': did you mean 'glu_variants'?"),
         (["ablation=smoke", "ablation.seed=[1]"], "unknown key of ablation 'seed': did you mean 'seeds'?"),
         (["ablation=smoke", "ablation.tile=wide"], "plan smoke: "),
