@@ -3,8 +3,9 @@
 activation.py                          `Activation`: argument checks, choice of the backend, autograd
 ops.py                                 custom operators of torch, for torch.compile and FakeTensor
 reference.py                           the backend in plain torch, in any precision
-c_source.py, c_backend.py              the C backend: generated source, calls
-triton_source.py, triton_backend.py    the Triton backend
+reductions.py                          reductions over d_ff, which tensor ranks exchange
+c_source.py, c_rows.py, c_backend.py   the C backend: generated source, that of formulas with reductions, calls
+triton_*.py                            the Triton backend, likewise
 telemetry.py                           statistics that the forward kernel computes
 eager.py                               the formula as hand-written torch, the baseline
 properties.py                          cost, memory and shape of an activation
