@@ -148,6 +148,16 @@ def test_every_topology_learns_what_one_process_learns(ran, arm, tensor, data, s
 
 
 @pytest.mark.parametrize(
+    ("save", "recompute"),
+    [("input", "false"), slow("everything", "false"), slow("packed", "true"), ("input", "attention")],
+)
+def test_reductions_with_whatever_is_saved(ran, save, recompute):
+    """What ranks have reduced is saved in any case, and reduced again where the whole layer is."""
+    keys = {"ffn.save": save, "model.activation_checkpointing": recompute}
+    assert_same(ran("reducing", "1", tensor=2, sequence=True, **keys), ran("reducing"))
+
+
+@pytest.mark.parametrize(
     ("zero", "tensor", "data", "sequence"),
     [
         slow("0", 1, 1, False),
