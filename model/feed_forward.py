@@ -104,9 +104,7 @@ class FeedForward(nn.Module):
             }
         )
         self.scheduled = {name: p.init for name, p in formula.scheduled.items()}  # their values at the current step
-        self._scheduled_tensors: list[
-            Tensor
-        ] = []  # the same as tensors, made by the forward pass that first needs them
+        self._scheduled_tensors: list[Tensor] = []  # the same, made by the forward pass that first needs them
 
     def forward(self, x: Tensor, tensor: Axis | None = None) -> Tensor:
         """Apply the layer: x (..., D) -> (..., D).

@@ -18,6 +18,7 @@ from ..rounding import fp8_rows
 from . import reference
 from .c_rows import source_of_rows
 from .c_source import source, source_with_stats
+from .reductions import new_numbers
 from .telemetry import BatchStats, sums_of
 
 _kernels: dict[Compiled, CKernels] = {}
@@ -145,18 +146,19 @@ class CRowKernels(CKernels):
         last = self.passes + len(compiled.reductions.backward)
         first = 0 if adjoints is None else last
         if adjoints is None:
-            adjoints = _numbers(dh, len(compiled.reductions.all))
+            rows = dh.shape[:-1].numel()
+            adjoints = new_numbers(dh, rows, len(compiled.reductions.all))
             # Of one rank, given or not: they are computed from the row at hand.
-            reduced = _numbers(dh, len(compiled.reductions.names))
+            reduced = new_numbers(dh, rows, len(compiled.reductions.names))
         assert reduced is not None, "adjoints without the reductions that they belong to"
         tensors = (pre, dh, *outputs, reduced, adjoints, *_values(learned), *dlearned)
         self._call_passes("backward_h" if with_h else "backward", tensors, dh, first, last + 1)
         return dpre, h, dlearned
 
     def reduce(self, compiled: Compiled, step: int, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor) -> Tensor:
-        self._call_passes(
-            "forward", (pre, self._empty_h(pre), reduced, *_values(learned)), self._empty_h(pre), step, step + 1
-        )
+        like = pre if self.matrices == 1 else pre[..., 0, :]
+        unwritten = torch.empty(0)  # h
+        self._call_passes("forward", (pre, unwritten, reduced, *_values(learned)), like, step, step + 1)
         reductions = compiled.reductions
         names = [name for reduction in reductions.forward[step].reductions for name in reduction.names]
         return reduced[:, [reductions.names.index(name) for name in names]]
@@ -182,7 +184,8 @@ class CRowKernels(CKernels):
         """Return h and the reductions, which are computed unless they are given."""
         h = self._empty_h(pre)
         first = 0 if reduced is None else self.passes
-        reduced = _numbers(h, len(compiled.reductions.names)) if reduced is None else reduced
+        if reduced is None:
+            reduced = new_numbers(h, h.shape[:-1].numel(), len(compiled.reductions.names))
         self._call_passes("forward", (pre, h, reduced, *_values(learned)), h, first, self.passes + 1)
         return h, reduced
 
@@ -190,11 +193,6 @@ class CRowKernels(CKernels):
         """Call the passes `first` to `after` of a kernel for the rows of `like`."""
         if like.numel():
             _run(self.built, name, tensors, like, like.shape[-1], first, after)
-
-
-def _numbers(like: Tensor, count: int) -> Tensor:
-    """Return uninitialised numbers of the rows of `like`."""
-    return torch.empty(like.numel() // max(like.shape[-1], 1), count)
 
 
 def _run(built: ctypes.CDLL, name: str, tensors: Sequence[Tensor], like: Tensor, width: int, *passes: int) -> None:

@@ -5,7 +5,6 @@ The baseline of the fused kernels in error, speed and memory; not a backend.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..formula import Formula, Node
 from ..formula.functions import REGISTRY, implementation
-from ..formula.grammar import EPSILON
+from ..formula.grammar import EPSILON, OPERATORS
 
 Value = Any  # a Tensor, or a number
 
@@ -50,7 +49,7 @@ def _value(node: Node, values: Mapping[str, Value], dtype: torch.dtype, hold: bo
         return _reduced(str(node.value), arguments, hold)
     if node.value == "where":
         return _where(dtype, *arguments)
-    function = _FUNCTIONS[str(node.value)] if node.kind == "call" else _OPERATORS[node.kind]
+    function = _FUNCTIONS[str(node.value)] if node.kind == "call" else OPERATORS[node.kind]
     if node.kind == "call" and not any(isinstance(argument, Tensor) for argument in arguments):
         arguments = [torch.tensor(argument, dtype=torch.float64) for argument in arguments]
         return float(function(*arguments))
@@ -63,20 +62,6 @@ def _where(dtype: torch.dtype, condition: Value, then: Value, otherwise: Value) 
     if not isinstance(then, Tensor) and not isinstance(otherwise, Tensor):  # of two numbers torch.where returns fp32
         return torch.where(condition, then, otherwise).to(dtype)
     return torch.where(condition, then, otherwise)
-
-
-_OPERATORS: dict[str, Callable[..., Value]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.truediv,
-    "**": operator.pow,
-    "negate": operator.neg,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
 
 
 def _reduced(name: str, arguments: list[Value], hold: bool) -> Tensor:

@@ -64,7 +64,7 @@ def reduce_over(
 ) -> Tensor:
     """Return the numbers of every row that `forward` and `backward` need, over the channels of all ranks."""
     reductions = compiled.reductions
-    reduced = _numbers(pre, _rows(compiled, pre), len(reductions.names))
+    reduced = new_numbers(pre, _rows(compiled, pre), len(reductions.names))
     if not pre.numel():
         return reduced.zero_()
     for step, each in enumerate(reductions.forward):
@@ -84,7 +84,7 @@ def begin_adjoints(
 ) -> tuple[Tensor | None, Callable[[], Tensor]]:  # fmt: skip
     """Return h if `with_h`, and a function that returns the adjoints; the first exchange is in flight before that is called."""
     reductions = compiled.reductions
-    adjoints = _numbers(pre, len(reduced), len(reductions.all))
+    adjoints = new_numbers(pre, len(reduced), len(reductions.all))
     if not dh.numel():
         return torch.empty_like(dh) if with_h else None, adjoints.zero_
 
@@ -111,9 +111,9 @@ def _widest(partial: Tensor) -> Tensor:
     return partial if partial.device.type == "mps" else partial.double()
 
 
-def _numbers(pre: Tensor, rows: int, count: int) -> Tensor:
-    """Return uninitialised numbers (N, count): rows are contiguous for the kernels."""
-    return torch.empty((rows, count), dtype=torch.promote_types(pre.dtype, torch.float32), device=pre.device)
+def new_numbers(like: Tensor, rows: int, count: int) -> Tensor:
+    """Return uninitialised numbers (N, count) on the device of `like`, in its dtype or fp32 if that is narrower."""
+    return torch.empty((rows, count), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
 def _rows(compiled: Compiled, pre: Tensor) -> int:

@@ -19,7 +19,7 @@ from ..formula.compiled import Compiled
 from ..rounding import E4M3
 from ..tensors import on_device_of
 from ..triton.runtime import load
-from .reductions import begin_adjoints, reduce_over
+from .reductions import begin_adjoints, new_numbers, reduce_over
 from .telemetry import BatchStats, sums_of
 from .triton_rows import source_of_rows
 from .triton_source import source, source_fp8, source_with_stats
@@ -205,7 +205,7 @@ class TritonRowKernels(TritonKernels):
     def reduce(self, compiled: Compiled, step: int, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor) -> Tensor:
         """See `reductions.Reducer`."""
         count = sum(len(reduction.names) for reduction in compiled.reductions.forward[step].reductions)
-        partial = torch.empty((len(reduced), count), dtype=torch.float32, device=pre.device)
+        partial = new_numbers(pre, len(reduced), count)
         tensors = [pre, reduced, *_detached(learned), partial]
         self._launch_rows(getattr(self.rows, f"reduce_{step}"), len(reduced), pre.shape[-1], tensors)
         return partial
@@ -216,7 +216,7 @@ class TritonRowKernels(TritonKernels):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """See `reductions.Reducer`."""
         count = len(compiled.reductions.backward[step].reductions)
-        partial = torch.empty((len(reduced), count), dtype=torch.float32, device=pre.device)
+        partial = new_numbers(pre, len(reduced), count)
         h = torch.empty_like(dh) if with_h else None
         kernel = getattr(self.rows, f"gradients_{step}_with_h" if with_h else f"gradients_{step}")
         tensors = [pre, dh, *_given(h), reduced, adjoints, *_detached(learned), partial]
@@ -226,8 +226,8 @@ class TritonRowKernels(TritonKernels):
     def _forward(self, compiled: Compiled, pre: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return h and the reductions."""
         width, h = pre.shape[-1], self._empty_h(pre)
-        rows = h.numel() // max(width, 1)
-        reduced = torch.empty((rows, len(compiled.reductions.names)), dtype=torch.float32, device=pre.device)
+        rows = h.shape[:-1].numel()
+        reduced = new_numbers(pre, rows, len(compiled.reductions.names))
         if h.numel():
             fits = width <= LONGEST_FORWARD
             kernel = self.rows.forward_row if fits else self.rows.forward_tiles

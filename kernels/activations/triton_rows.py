@@ -19,6 +19,7 @@ from .triton_source import (
     imports,
     indented,
     lines_of,
+    load_columns,
     load_learned,
     load_numbers,
     load_pre,
@@ -82,7 +83,7 @@ def _forward_row(compiled: Compiled) -> str:
         "start = 0",
         *_TILE,
         "row = tl.program_id(0).to(tl.int64)",
-        *_columns(compiled, *programs),
+        *load_columns(*programs),
         *load_learned(compiled, *programs),
         *load_pre(compiled, *programs),
         *(line for each in reductions.forward for line in _reduced_in_registers(each)),
@@ -96,7 +97,7 @@ def _forward_row(compiled: Compiled) -> str:
 def _backward_row(compiled: Compiled, with_h: bool) -> str:
     """Print a backward kernel. With learned parameters a Triton program iterates over rows, with its sums in registers."""
     program = compiled.backward_with_h if with_h else compiled.backward
-    reductions, names, learned = compiled.reductions, compiled.formula.pre_activations, compiled.formula.learned
+    reductions, learned = compiled.reductions, compiled.formula.learned
     programs = [program, *(each.program for each in (*reductions.forward, *reductions.backward))]
     row = [
         *load_pre(compiled, *programs),
@@ -105,11 +106,7 @@ def _backward_row(compiled: Compiled, with_h: bool) -> str:
         *(line for each in reductions.backward for line in _adjoints_in_registers(each)),
         *lines_of(program),
     ]
-    for i, name in enumerate(names):
-        value = argument_of(program.outputs[f"d{name}"], program)
-        row.append(f"tl.store({pre_at('dpre', len(names), i)}, {value}, mask=inside)")
-    if with_h:
-        row.append(_store_h(program))
+    row += _store_gradients(compiled, program)
     row += [
         f"sum_{name} += "
         + (_value(program, f"d{name}") if p.share != "layer" else f"tl.sum({_value(program, f'd{name}')})")
@@ -117,7 +114,7 @@ def _backward_row(compiled: Compiled, with_h: bool) -> str:
     ]
     name = "backward_row_with_h" if with_h else "backward_row"
     pointers = ["pre", "dh", "dpre", *(["h"] if with_h else []), *pointers_of(compiled)]
-    before = ["start = 0", *_TILE, *_columns(compiled, *programs), *load_learned(compiled, *programs)]
+    before = ["start = 0", *_TILE, *load_columns(*programs), *load_learned(compiled, *programs)]
     if not learned:
         return _head(name, pointers) + indented([*before, "row = tl.program_id(0).to(tl.int64)", *row], 1)
     row.append("row += 1")
@@ -135,11 +132,6 @@ def _backward_row(compiled: Compiled, with_h: bool) -> str:
     ]
     head = _head(name, [*pointers, *(f"sums_{name}" for name in learned)], ["rows", "rows_per_program", "width"])
     return head + indented([*before, *ROW_LOOP], 1) + indented(row, 2) + indented(after, 1)
-
-
-def _columns(compiled: Compiled, *programs: Program) -> list[str]:
-    """Print the numbers of the columns, if programs use them."""
-    return [line for line in load_numbers(compiled, *programs) if "column" in line]
 
 
 def _reduced_in_registers(each: Pass) -> list[str]:
@@ -217,12 +209,8 @@ def _forward_tiles(compiled: Compiled) -> str:
 def _backward_tiles(compiled: Compiled, with_h: bool) -> str:
     """Print a backward kernel, for parameters learned per layer alone: a program has no place for the sums of every channel."""
     program = compiled.backward_with_h if with_h else compiled.backward
-    reductions, names, learned = compiled.reductions, compiled.formula.pre_activations, compiled.formula.learned
-    write = [*_inputs(compiled, program), *lines_of(program)]
-    for i, name in enumerate(names):
-        value = argument_of(program.outputs[f"d{name}"], program)
-        write.append(f"tl.store({pre_at('dpre', len(names), i)}, {value}, mask=inside)")
-    write += [_store_h(program)] if with_h else []
+    reductions, learned = compiled.reductions, compiled.formula.learned
+    write = [*_inputs(compiled, program), *lines_of(program), *_store_gradients(compiled, program)]
     write += [f"sum_{name} += {_value(program, f'd{name}')}" for name in learned]
     row = [
         *(line for each in reductions.forward for line in _reduced_in_tiles(compiled, each)),
@@ -325,15 +313,22 @@ def _gradients(compiled: Compiled, each: Pass, name: str) -> str:
 
 def _one_pass(compiled: Compiled, each: Pass, lines: list[str], stored: list[str]) -> list[str]:
     """Print a pass by itself: it loads the numbers of the row that it needs, and stores its own."""
-    numbers = [line for line in load_numbers(compiled, each.program) if "column" not in line]
     stores = (f"tl.store(partial + row * {len(stored)} + {i}, {value})" for i, value in enumerate(stored))
-    return ["row = tl.program_id(0).to(tl.int64)", *numbers, *lines, *stores]
+    return ["row = tl.program_id(0).to(tl.int64)", *load_numbers(compiled, each.program), *lines, *stores]
 
 
 def _inputs(compiled: Compiled, program: Program) -> list[str]:
     """Print what a tile loads for a program."""
-    lines = [*_TILE, *_columns(compiled, program), *load_learned(compiled, program), *load_pre(compiled, program)]
+    lines = [*_TILE, *load_columns(program), *load_learned(compiled, program), *load_pre(compiled, program)]
     return lines + ([_LOAD_DH] if "dh" in program.used else [])
+
+
+def _store_gradients(compiled: Compiled, program: Program) -> list[str]:
+    """Print the stores of the gradients of pre-activations, and of h if the program has it."""
+    names = compiled.formula.pre_activations
+    values = {name: argument_of(program.outputs[f"d{name}"], program) for name in names}
+    stores = [f"tl.store({pre_at('dpre', len(names), i)}, {values[n]}, mask=inside)" for i, n in enumerate(names)]
+    return stores + ([_store_h(program)] if "h" in program.outputs else [])
 
 
 def _store_h(program: Program) -> str:

@@ -92,7 +92,12 @@ def load_numbers(compiled: Compiled, *programs: Program) -> list[str]:
     lines, used = [], frozenset().union(*(program.used for program in programs))
     for array, names in (("reduced", compiled.reductions.names), ("adjoints", compiled.reductions.adjoints)):
         lines += [f"v_{n} = tl.load({array} + row * {len(names)} + {i})" for i, n in enumerate(names) if n in used]
-    return lines + ([f"v_{COLUMN} = column.to(tl.float32)"] if COLUMN in used else [])
+    return lines
+
+
+def load_columns(*programs: Program) -> list[str]:
+    """Print the numbers of the columns, if programs use them."""
+    return [f"v_{COLUMN} = column.to(tl.float32)"] if any(COLUMN in program.used for program in programs) else []
 
 
 def load_learned(compiled: Compiled, *programs: Program) -> list[str]:
@@ -233,7 +238,7 @@ def _backward(compiled: Compiled, with_h: bool) -> str:
     names, learned = compiled.formula.pre_activations, compiled.formula.learned
     pointers = ["pre", "dh", "dpre", *(["h"] if with_h else []), *numbers_of(compiled, True)]
     pointers += pointers_of(compiled)
-    row = [*load_numbers(compiled, program), *load_pre(compiled, program)]
+    row = [*load_numbers(compiled, program), *load_columns(program), *load_pre(compiled, program)]
     if "dh" in program.used:
         row.append("v_dh = tl.load(dh + row * width + column, mask=inside).to(tl.float32)")
     row += lines_of(program)

@@ -6,14 +6,13 @@ They are interval arithmetic over the tree, whose nodes know their place in the 
 from __future__ import annotations
 
 import functools
-import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 from . import intervals
 from .functions import REGISTRY
-from .grammar import EPSILON, REDUCTIONS, Formula, FormulaError, Node
+from .grammar import EPSILON, OPERATORS, REDUCTIONS, Formula, FormulaError, Node
 from .intervals import Interval
 
 REACH = 1e4  # largest |pre-activation| that is checked
@@ -200,14 +199,7 @@ def bits_of(number: Fraction) -> int:
     return max(number.numerator.bit_length(), number.denominator.bit_length())
 
 
-_ARITHMETIC = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.truediv,
-    "**": lambda base, exponent: base ** int(exponent),
-    "negate": operator.neg,
-}
+_ARITHMETIC = OPERATORS | {"**": lambda base, exponent: base ** int(exponent)}  # of exact numbers
 
 
 def _beyond(value: Interval, bound: Interval, greater: bool, strictly: bool) -> Interval:

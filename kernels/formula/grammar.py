@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
@@ -44,6 +45,18 @@ EPSILON = 1e-6  # of norm, unless it is given; rms and std have none by default
 CONSTANTS = {"pi": 3.141592653589793}
 PRE_ACTIVATIONS = ("x", "gate", "up")
 COMPARISONS = ("<", "<=", ">", ">=")
+OPERATORS: dict[str, Callable[..., Any]] = {  # by the kind of a node
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "**": operator.pow,
+    "negate": operator.neg,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
 CALLABLE = (*FUNCTIONS, *(name for name in REDUCTIONS if name not in FUNCTIONS))
 LONGEST = 1000  # characters; the longest known arm has 70
 MOST_OPERATIONS = 200  # binary ones; a sum of so many is a tree of that depth, which the compiler traverses recursively

@@ -7,26 +7,11 @@ At t = 1, (1 - t) * (silu(gate) * up) + t * (relu(gate) * up) is relu(gate) * up
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from .grammar import Formula, FormulaError, Node, parse
+from .grammar import COMPARISONS, OPERATORS, Formula, FormulaError, Node, parse
 
-_ARITHMETIC: dict[str, Callable[..., Any]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.truediv,
-    "**": operator.pow,
-    "negate": operator.neg,
-}
-_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
 _ZERO, _ONE = Node("number", 0.0), Node("number", 1.0)
 
 
@@ -59,7 +44,7 @@ class _Settling:
             condition, then, otherwise = node.arguments
             left, right = map(self.literal, condition.arguments)
             if left is not None and right is not None and _symbols(condition):
-                return self.of(then if _COMPARISONS[condition.kind](left, right) else otherwise)
+                return self.of(then if OPERATORS[condition.kind](left, right) else otherwise)
         if self.number(node) is not None:
             return node  # a number such as 1 - t: whether it matters, the operation around it tells
         arguments = tuple(map(self.of, node.arguments))
@@ -80,10 +65,10 @@ class _Settling:
         if node.kind == "symbol":
             return self.values.get(str(node.value))
         known = [self.literal(argument) for argument in node.arguments]
-        if None in known or node.kind not in _ARITHMETIC:
+        if None in known or node.is_condition or node.kind not in OPERATORS:
             return None
         try:
-            value = _ARITHMETIC[node.kind](*known)
+            value = OPERATORS[node.kind](*known)
         except (ZeroDivisionError, OverflowError):
             return None
         return value if isinstance(value, float) else None
@@ -118,7 +103,7 @@ def _symbols(node: Node) -> set[str]:
     return inside | {str(node.value)} if node.kind == "symbol" else inside
 
 
-_STRENGTH = {**dict.fromkeys(_COMPARISONS, 0), "+": 1, "-": 1, "*": 2, "/": 2, "negate": 3, "**": 4}
+_STRENGTH = {**dict.fromkeys(COMPARISONS, 0), "+": 1, "-": 1, "*": 2, "/": 2, "negate": 3, "**": 4}
 _ATOM = 5
 
 
