@@ -77,9 +77,6 @@ class _Normal:
     def sqrt(self, value: Any) -> Any:
         return np.sqrt(value)
 
-    def quotient_or_zero(self, above: Any, below: Any) -> Any:
-        return above / below if below else 0.0
-
 
 @functools.lru_cache(maxsize=2)
 def _quadrature(dimensions: int) -> tuple[np.ndarray, np.ndarray]:

@@ -179,6 +179,10 @@ class ReducibleRow(Protocol):
         """Return the root of a number per row."""
         ...
 
+
+class DifferentiableRow(ReducibleRow, Protocol):
+    """A row for which gradients are computed too."""
+
     def quotient_or_zero(self, above: Any, below: Any) -> Any:
         """Return above / below, or 0 where below is 0, of numbers per row."""
         ...
@@ -209,7 +213,7 @@ def _reduced(reduction: Reduction, e: Any, row: ReducibleRow) -> dict[str, Any]:
     return {reduction.value: row.sqrt(variance + reduction.epsilon), reduction.second: mean}
 
 
-def adjoints_of_row(reductions: Reductions, values: Mapping[str, Any], row: ReducibleRow) -> dict[str, Any]:
+def adjoints_of_row(reductions: Reductions, values: Mapping[str, Any], row: DifferentiableRow) -> dict[str, Any]:
     """Return the adjoints of all reductions by name.
 
     Args:
