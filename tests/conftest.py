@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -23,6 +25,16 @@ for number in (signal.SIGHUP, signal.SIGINT):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort by file: with `--no-loadscope-reorder` the workers take files in this order."""
     items.sort(key=lambda item: next((i for i, name in enumerate(_FIRST) if item.nodeid.startswith(name)), len(_FIRST)))
+
+
+@pytest.fixture
+def set_time(monkeypatch) -> Callable[..., None]:
+    """A function that gives one module other functions of `time`; all else, other threads too, keeps the real ones."""
+
+    def replace(module: ModuleType, **functions: Callable) -> None:
+        monkeypatch.setattr(module, "time", SimpleNamespace(**vars(time) | functions))
+
+    return replace
 
 
 @pytest.fixture

@@ -164,7 +164,7 @@ def test_it_fits_80_columns(words, tmp_path):
     assert all(re.fullmatch(r"\d\.\d{3,4}", word) for word in numbers)  # nothing is cut or wrapped
 
 
-def test_a_terminal_is_kept_up_to_date_until_every_run_has_ended(plan, copy, monkeypatch):
+def test_a_terminal_is_kept_up_to_date_until_every_run_has_ended(plan, copy, set_time):
     planned = next(planned for planned in all_planned(plan, RULE) if planned.stage == "final")
     unfinished(copy, planned.name, 10)
     pauses = []
@@ -173,7 +173,7 @@ def test_a_terminal_is_kept_up_to_date_until_every_run_has_ended(plan, copy, mon
         pauses.append(seconds)
         write_run(plan, planned, copy, 2.1234)
 
-    monkeypatch.setattr(status.time, "sleep", pause)
+    set_time(status, sleep=pause)
     console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=100, height=40)
     watch(Watcher(copy).snapshot, console)
     shown = console.file.getvalue()
@@ -187,12 +187,12 @@ def test_of_a_terminal_that_is_too_low_the_counts_are_seen(copy):
     assert "88 runs: 88 finished;" in console.file.getvalue()
 
 
-def test_ctrl_c_ends_it_in_peace(copy, monkeypatch, capsys):
+def test_ctrl_c_ends_it_in_peace(copy, monkeypatch, set_time, capsys):
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
     unfinished(copy, "nano-gelu-lr0.004-seed1", 10)
-    monkeypatch.setattr(status.time, "sleep", interrupt)
+    set_time(status, sleep=interrupt)
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the output for a terminal
     assert main([str(copy)]) == 0
     assert "1 stopped" in capsys.readouterr().out

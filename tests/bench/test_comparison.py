@@ -105,7 +105,7 @@ def test_a_library_that_cannot_be_imported_is_left_out(monkeypatch: pytest.Monke
 
 
 def test_cores_busy_elsewhere_are_those_of_neither_this_process_nor_its_children(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, set_time: Callable[..., None]
 ) -> None:
     Times = namedtuple("Times", "user system idle iowait steal guest")
     Usage = namedtuple("Usage", "ru_utime ru_stime")
@@ -115,7 +115,7 @@ def test_cores_busy_elsewhere_are_those_of_neither_this_process_nor_its_children
     clock = iter([1000.0, 1010.0])
     monkeypatch.setattr(train.psutil, "cpu_times", lambda: next(times))
     monkeypatch.setattr(train.resource, "getrusage", lambda _: next(usages))
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    set_time(train, perf_counter=lambda: next(clock))
     assert BusyElsewhere().cores() == pytest.approx((13 + 2 + 1 - 4 - 6) / 10)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 import types
 
 import pytest
 from rich.console import Console as RichConsole
 
+from training import console
 from training.console import Console, RecentSpeed
 
 RECORD = {"loss": 2.5, "lr": 3e-4, "grad_norm": 0.5, "tokens_per_second": 12_300, "mfu": 0.421, "memory_gib": 1}
@@ -62,10 +62,10 @@ def test_a_file_gets_a_line_every_few_seconds_the_first_and_the_last(capsys, clo
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock(set_time):
     """The time, set by the test."""
     clock = types.SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    set_time(console, monotonic=lambda: clock.now)
     return clock
 
 

@@ -70,9 +70,9 @@ def test_the_first_signal_names_the_stop():
         assert stop.agree() == "SIGTERM"
 
 
-def test_the_second_ctrl_c_interrupts_unless_it_is_the_launchers_copy(monkeypatch):
+def test_the_second_ctrl_c_interrupts_unless_it_is_the_launchers_copy(set_time):
     now = 100.0
-    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    set_time(signals, monotonic=lambda: now)
     with StopRequest(Launchers()) as stop:
         os.kill(os.getpid(), signal.SIGINT)
         now = 100.5

@@ -86,10 +86,10 @@ def test_the_bound_follows_the_recent_steps():
     assert bounds.allowed(("evaluate", 28, 0.0)) == 20 * MINUTE
 
 
-def test_a_pause_of_the_whole_process_is_no_hang(monkeypatch, tmp_path):
+def test_a_pause_of_the_whole_process_is_no_hang(monkeypatch, set_time, tmp_path):
     """The thread that decides wakes an hour late, as after Ctrl-Z, while its rank could do no more than that."""
     times, ended = iter([0.0, 1.0, 3601.0, 3602.0]), []
-    monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(times))
+    set_time(watchdog, monotonic=lambda: next(times))
     watch = Watchdog(WatchdogConfig(minutes=1), Ranks(), tmp_path)
     stops = iter([False, False, False, True])
     watch._stop = SimpleNamespace(wait=lambda _: next(stops))
