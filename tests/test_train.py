@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,7 +15,7 @@ import pytest
 import torch
 
 from model.weights import MOMENTS, CheckpointReader, checkpoints
-from tests.training import warm
+from tests.training.started import Started, launched, members
 from tests.training.tiny import (
     PATIENCE,
     ROOT,
@@ -26,7 +23,6 @@ from tests.training.tiny import (
     command,
     contents,
     environment,
-    free_port,
     newest_intact,
     overrides,
     shared_corpus,
@@ -100,42 +96,6 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert first.shapes() == second.shapes()
     for name, key in itertools.product(first.shapes(), ("", *MOMENTS)):
         assert torch.equal(first.tensor(name, key), second.tensor(name, key)), (name, key)
-
-
-class Started:
-    """A command whose output is read line by line. It cannot get far ahead: its pipe holds one page."""
-
-    def __init__(self, *arguments: str, **variables: str) -> None:
-        words, env = [str(word) for word in arguments], environment(**variables)
-        if warm.can_fork(words, env):
-            self.process = warm.Process(words, env, ROOT, session=True)
-        else:
-            self.process = subprocess.Popen(
-                words,
-                cwd=ROOT,
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-                bufsize=0,
-            )
-        # About 40 lines of steps: the run blocks well before the last of 60.
-        fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, 4096)
-        self.out = b""
-
-    def until(self, text: str) -> None:
-        """Read up to the line that starts with `text`."""
-        while True:
-            line = self.process.stdout.readline()
-            self.out += line
-            assert line, self.process.stderr.read().decode()
-            if line.startswith(text.encode()):
-                return
-
-    def end(self) -> Result:
-        """Read the rest and wait."""
-        out, err = self.process.communicate(timeout=PATIENCE)
-        return Result(self.process.returncode, (self.out + out).decode(), err.decode())
 
 
 @pytest.fixture(scope="session")
@@ -320,15 +280,6 @@ def test_killed_between_its_last_checkpoint_and_its_summary(uninterrupted, corpu
         (run / name).write_bytes(data)
 
 
-def launched(launcher: str) -> list[str]:
-    port = f"--master_port={free_port()}"
-    return (
-        ["deepspeed", "--num_gpus", "2", port]
-        if launcher == "deepspeed"
-        else ["torchrun", "--nproc_per_node", "2", port]
-    )
-
-
 @pytest.fixture(scope="session")
 def stopped(corpus, runs, compilers) -> tuple[Path, Result, Result]:
     """A run by the deepspeed launcher, which SIGTERM ends, that torchrun resumes; with the result of either session."""
@@ -337,13 +288,6 @@ def stopped(corpus, runs, compilers) -> tuple[Path, Result, Result]:
     resumed = command(*launched("torchrun"), *arguments, **compilers)
     assert resumed.status == 0, resumed.out + resumed.err
     return runs / "stopped", result, resumed
-
-
-def members(started: Started) -> Iterator[psutil.Process]:
-    """Yield the launcher and every process below it."""
-    launcher = psutil.Process(started.process.pid)
-    yield launcher
-    yield from launcher.children(recursive=True)
 
 
 def stop_launcher(launcher: str, how: str, arguments: list[str], run: Path, variables: dict[str, str]) -> Result:

@@ -252,85 +252,6 @@ def test_a_run_is_found_by_name_and_by_path(tmp_path):
         find_run("frist", str(tmp_path / "runs"))
 
 
-# ---- the name of a run
-
-DISTINCT = [
-    [],
-    ["ffn=relu"],
-    ["steps=7"],
-    ["tokens=70000"],
-    ["seed=1"],
-    ["seed=-1"],
-    ["data_seed=1"],
-    ["optim.lr=0.01"],
-    ["model.vocab_size=8192"],
-    ["tokenizer.vocab_size=8192"],
-    ["ffn=custom", "ffn.formula=x*2"],
-    ["ffn=custom", "ffn.formula=x/2"],
-    ["ffn=custom", "ffn.formula=x+2"],
-    ["data=text", "data.path=a/b"],
-    ["data=text", "data.path=a_b"],
-    ["data=text", "data.path=é"],
-    ["data=text", "data.path=ü"],
-    ["data=jsonl", "data.path=a_b"],
-    ["data=blend", "data.parts.a.path=x"],
-    ["data=blend", "data.parts.a.path=y"],
-    ["data=blend", "data.parts.b.path=x"],
-    ["schedule=linear"],
-    ["precision=fp32"],
-    ["model.qk_norm=true"],
-    ["model.tie_embeddings=true"],
-    ["prompts=[a,b]"],
-    ["prompts=[a_b]"],
-]
-
-
-def test_the_name_of_a_run_tells_commands_apart():
-    names = [load(words).run for words in DISTINCT]
-    assert len(set(names)) == len(names), sorted(names)
-    assert all(re.fullmatch(r"[A-Za-z0-9._+-]{1,80}", name) for name in names), names
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["ffn=reglu", "seed=3", "optim.lr=0.001", "data=text", "data.path=a/b"],
-        ["ffn=custom", "ffn.formula=gate*up*2", "schedule=wsd", "tokens=1e7"],
-    ],
-)
-def test_the_name_does_not_depend_on_the_order_of_the_words(words):
-    assert load(words).run == load(words[::-1]).run == load(words[2:] + words[:2]).run
-
-
-def test_the_name_is_the_same_for_the_same_values_however_they_are_typed():
-    same = [["tokens=1000000"], ["tokens=1e6"], ["+tokens=1.0e6"], ["tokens=5000", "tokens=1e6"]]
-    assert len({load(words).run for words in same}) == 1
-    assert load(["optim.lr=1e-3"]).run == load(["optim.lr=0.001"]).run
-    assert load(["seed=1", "seed=2"]).run == load(["seed=2"]).run != load(["seed=2", "seed=1"]).run
-    quoted = ["ffn=custom", "ffn.formula='x*2'"]
-    assert load(quoted).run == load(["ffn=custom", "ffn.formula=x*2"]).run
-    assert load(["run=mine", "seed=1"]).run == "mine"
-
-
-def test_what_does_not_change_what_is_learned_does_not_change_the_name():
-    free = [
-        "zero=2",
-        "parallel.timeout_minutes=5",
-        "logger=none",
-        "micro_batch_size=4",
-        "runs=elsewhere",
-        "data.workers=1",
-    ]
-    assert {load([word]).run for word in free} == {load([]).run}
-
-
-def test_a_long_command_still_has_a_short_name_of_its_own():
-    long = [f"ffn.formula=x+{'+'.join(f'{i}*x' for i in range(last))}" for last in (90, 91)]
-    names = {load(["ffn=custom", text, "seed=1", "optim.lr=0.012345678"]).run for text in long}
-    assert len(names) == 2
-    assert all(len(name) <= 80 for name in names)
-
-
 def test_the_keys_are_complete_and_unique():
     names = [name for name, _, _ in keys()]
     assert len(set(names)) == len(names)
@@ -362,112 +283,12 @@ def test_a_mistyped_group_is_one_sentence(words, why):
         read_group("cluster", ClusterConfig, words, "cluster")
 
 
-# ---- a run that goes on
-
-
-@pytest.fixture
-def started(tmp_path) -> Path:
-    """The folder of runs in which a run `first` has started."""
-    words = [
-        "run=first",
-        f"runs={tmp_path}",
-        "data=text",
-        "data.path=notes",
-        "ffn=custom",
-        "ffn.formula=b*x",
-        "steps=50",
-    ]
-    words += ["ffn.parameters.b=2", "schedule=wsd", "schedule.warmup=0.1", "ffn.per_layer={0: relu2}", "optim.lr=0.1"]
-    run = tmp_path / "first"
-    run.mkdir()
-    (run / "config.yaml").write_text(to_yaml(load(words)), encoding="utf-8")
-    (run / "metrics.jsonl").write_text("")
-    return tmp_path
-
-
-def changes(started: Path, *words: str) -> dict[str, object]:
-    """Return the keys in which `run=first` with these words differs from the stored configuration."""
-    before = flatten(to_dict(from_yaml(started / "first" / "config.yaml")))
-    now = flatten(to_dict(load(["run=first", f"runs={started}", *words])))
-    return {key: now.get(key) for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)}
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ([], {}),
-        (["steps=100"], {"steps": 100}),
-        (["tokens=1M"], {"steps": None, "tokens": 10**6}),
-        (["zero=2", "data.workers=1"], {"zero.stage": 2, "data.workers": 1}),
-        (["logger=none"], {"logger.name": "none", "logger.wandb": False}),
-        (["schedule=wsd", "model=nano", "data=text"], {}),  # the run's own choices
-        (["ffn.parameters.b=3"], {"ffn.parameters.b": 3}),
-        (["ffn.per_layer.1=gelu"], {"ffn.per_layer.1": "gelu"}),
-        (["ffn.formula=b*x*x"], {"ffn.formula": "b*x*x"}),
-        (["model=nano", "optim.lr=0.2"], {"optim.lr": 0.2}),
-    ],
-)
-def test_a_run_goes_on_from_its_own_configuration(started, words, expected):
-    assert changes(started, *words) == expected
-
-
-def test_that_its_optimizer_starts_anew_is_said_each_time(started):
-    path = started / "first" / "config.yaml"
-    path.write_text(path.read_text().replace("resume_optimizer: keep", "resume_optimizer: fresh"))
-    assert from_yaml(path).resume_optimizer == "fresh"
-    assert load(["run=first", f"runs={started}"]).resume_optimizer == "keep"
-
-
-@pytest.mark.parametrize(
-    ("typed", "url"),
-    [
-        ("s3://bucket/web/**/*.jsonl.gz", "s3://bucket/web/**/*.jsonl.gz"),
-        ("https://a.org/t?x=1&token=$MY_TOKEN", "https://a.org/t?x=1&token=$MY_TOKEN"),
-        ("[hf://datasets/a/b@main,more/]", ["hf://datasets/a/b@main", "more/"]),
-    ],
-)
-def test_a_url_stays_as_it_was_typed_also_in_a_run_that_goes_on(tmp_path, typed, url):
-    words = ["run=first", f"runs={tmp_path}"]
-    config = load([*words, "data=text", f"data.path={typed}"])
-    validate(config, 1)
-    assert config.data.path == url
-    (tmp_path / "first").mkdir()
-    (tmp_path / "first" / "config.yaml").write_text(to_yaml(config))
-    (tmp_path / "first" / "metrics.jsonl").touch()
-    assert load(words).data.path == url
-
-
 def test_a_secret_in_a_list_of_urls_is_refused_where_values_are_checked():
     config = load(["data=text", "data.path=x"])
     config.data.path = ["a", "https://me:hunter2@a.org/t"]
     with pytest.raises(UserError, match="write \\$NAME") as error:
         validate(config, 1)
     assert "hunter2" not in str(error.value)
-
-
-def test_another_choice_replaces_what_it_sets(started):
-    assert changes(started, "ffn=relu") == {
-        "ffn.formula": "relu(x)", "ffn.from_output": "where(h > 0, 1, 0)", "ffn.name": "relu",
-        "ffn.parameters": {}, "ffn.parameters.b": None, "ffn.per_layer": {}, "ffn.per_layer.0": None,
-    }  # fmt: skip
-    assert changes(started, "model=llama_60m")["optim.lr"] == load(["model=llama_60m"]).optim.lr
-
-
-def test_a_key_without_effect_on_the_stored_run_is_refused(started):
-    load(["run=first", f"runs={started}", "schedule.decay=0.3"])
-    assert refusal("run=first", f"runs={started}", "data.field=y").startswith(
-        "data.field=y has no effect with data=text"
-    )
-
-
-def test_a_run_that_has_not_started_composes_from_the_defaults(started):
-    (started / "first" / "metrics.jsonl").unlink()
-    assert load(["run=first", f"runs={started}"]).data.name == "stdlib"
-    assert load(["run=second", f"runs={started}"]).data.name == "stdlib"
-    assert load(["run=" + "x" * 300]).run == "x" * 300  # refused where values are checked
-
-
-# ---- keys that are numbers
 
 
 def test_a_layer_may_be_typed_as_a_number(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_train import Started
+from tests.training.started import Started
 from tests.training.tiny import PATIENCE, ROOT, command, newest_intact, overrides
 
 STEPS = 100
