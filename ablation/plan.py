@@ -19,10 +19,11 @@ from typing import Any
 
 from ablation.budget import Width
 from ablation.looks import Looks
+from conf.identity import digest, what_is_learned
 from conf.load import read_group
 from conf.overrides import quoted
 from conf.schema import AblationConfig, Config
-from conf.validate import Batch, digest, what_is_learned
+from conf.validate import Batch
 from kernels.common.text import listed
 
 NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")

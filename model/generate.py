@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conf.identity import changed_settings
 from conf.load import find_run, from_yaml
-from conf.validate import changed_settings, total_steps
+from conf.validate import total_steps
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError

@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 from conf.arms import catalogue, layer_arms
+from conf.identity import differences, how_to_go_on
 from conf.load import find_run, from_yaml, load
 from conf.schema import Config
-from conf.validate import differences, how_to_go_on, total_steps, validate
+from conf.validate import total_steps, validate
 from data.ranges import SampleRanges
 from data.tokenizer import Tokenizer
 from kernels.common.commands import run_command

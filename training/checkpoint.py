@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conf.validate import changed_settings
+from conf.identity import changed_settings
 from kernels.common.errors import ExitStatus, UserError
 from kernels.common.files import problem_of, publish, status_of
 from kernels.common.json_files import read_object

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from conf.identity import config_hash, settings_of
 from conf.schema import Config
-from conf.validate import Batch, config_hash, settings_of
+from conf.validate import Batch
 from data.batches import BatchStream, Dataset, sample_hash
 from data.ranges import SampleRanges
 from kernels.common.errors import ExitStatus

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from conf.identity import changed_settings, how_to_go_on
 from conf.schema import Config
-from conf.validate import changed_settings, how_to_go_on
 from data.batches import Dataset
 from data.ranges import SampleRanges
 from kernels.common.errors import UserError

@@ -30,9 +30,10 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
+from conf.identity import differences, how_to_go_on
 from conf.load import from_yaml, has_trained, to_yaml
 from conf.schema import Config
-from conf.validate import differences, how_to_go_on, total_steps
+from conf.validate import total_steps
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors, naming
 from kernels.common.json_files import (

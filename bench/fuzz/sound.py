@@ -18,9 +18,9 @@ from ablation.manifest import write_manifest
 from ablation.plan import Plan, PlannedRun, read_plan
 from ablation.resolve import resolve
 from conf import yaml_files
+from conf.identity import settings_of
 from conf.load import load, to_yaml
 from conf.schema import Config
-from conf.validate import settings_of
 from data.shards import FORMAT, Shard, write_group, write_index, write_shard
 from data.tokenizer import Tokenizer, train_sentencepiece
 from launch.endings import SessionEnding, write_ending

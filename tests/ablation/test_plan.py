@@ -128,7 +128,7 @@ def test_names_reach_wandb_unchanged(tmp_path):
 
 
 def test_runs_of_one_seed_differ_in_nothing_but_the_arm_and_its_width(smoke):
-    from conf.validate import what_is_learned
+    from conf.identity import what_is_learned
 
     one, other = (load(smoke.overrides(smoke.final_runs("nano", arm, 4e-3)[0], "r")) for arm in ("linear", "swiglu"))
     one, other = what_is_learned(one), what_is_learned(other)

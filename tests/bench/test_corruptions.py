@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from bench.faults.corruptions import KINDS, STEPS, Case, Ending, Folders, campaign, checkpoint_of, verdict
+from conf.identity import settings_of
 from conf.load import load
 from conf.schema import Config
-from conf.validate import settings_of
 from kernels.common.errors import UserError
 from launch.estimate.counts import shape_of
 from model.decoder import Decoder
