@@ -19,8 +19,9 @@ import weakref
 from typing import Any
 
 from bench.train import machine
+from conf.cluster_schema import HardwareConfig
 from conf.load import load
-from conf.schema import Config, FFNConfig, HardwareConfig, ParallelConfig
+from conf.schema import Config, FFNConfig, ParallelConfig
 from kernels.common.commands import run_command
 from kernels.common.files import atomic_write
 from kernels.common.options import read_options

@@ -33,9 +33,10 @@ from pathlib import Path
 
 from rich.text import Text
 
+from conf.cluster_schema import ClusterConfig
 from conf.load import load
 from conf.login import wandb_mode
-from conf.schema import ClusterConfig, Config
+from conf.schema import Config
 from conf.terminal import SafeConsole
 from conf.validate import validate
 from kernels.c.toolchain import FLAGS, find_compiler, triton_problem

@@ -7,7 +7,8 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from conf.schema import ClusterConfig, Config
+from conf.cluster_schema import ClusterConfig
+from conf.schema import Config
 from conf.validate import Batch, validate
 from kernels.common.errors import UserError
 from launch.estimate.counts import CHECKPOINTING, Shape, check_divisibility, overlaps, peak_bytes, shape_of

@@ -21,7 +21,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from conf.schema import HardwareConfig, OptimConfig, ParallelConfig
+from conf.cluster_schema import HardwareConfig
+from conf.schema import OptimConfig, ParallelConfig
 from launch.estimate.counts import (
     Shape,
     attention_recomputed_flops,

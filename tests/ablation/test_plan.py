@@ -11,9 +11,9 @@ from ablation.budget import WARN
 from ablation.plan import LONGEST_TAG, RULES_OF_0_2, Plan, plan_of_values, read_plan, values_of_plan
 from ablation.resolve import resolve
 from ablation.results import why_no_verdict
+from conf.ablation_schema import AblationConfig
 from conf.keys import choices
 from conf.load import load
-from conf.schema import AblationConfig
 from kernels.common.errors import UserError
 
 SMALL = {"arms": ["relu", "swiglu"], "baseline": "relu", "name": "small"}

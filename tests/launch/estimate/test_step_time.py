@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
+from conf.cluster_schema import ClusterConfig
 from conf.load import load, read_group
-from conf.schema import ClusterConfig, OptimConfig, ParallelConfig
+from conf.schema import OptimConfig, ParallelConfig
 from launch.estimate.counts import (
     flops_per_token,
     logits_rows,
