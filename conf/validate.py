@@ -279,7 +279,7 @@ def _check_optimizer(config: Config) -> None:
 
 
 def _check_parallel(config: Config, world_size: int) -> None:
-    """Check what needs no shape; `launch.estimate.counts.check_divisibility` checks heads, widths and vocabulary."""
+    """Check what needs no shape; `conf.shape.check_divisibility` checks heads, widths and vocabulary."""
     tensor, context, length = config.parallel.tensor, config.parallel.context, config.sequence_length
     if world_size < tensor * context:
         one = " ".join(

@@ -19,12 +19,13 @@ import torch.distributed as dist
 
 from conf.identity import config_hash, settings_of
 from conf.schema import Config
+from conf.shape import Shape
 from conf.validate import Batch
 from data.batches import BatchStream, Dataset, sample_hash
 from data.ranges import SampleRanges
 from kernels.common.errors import ExitStatus
 from launch.endings import SessionEnding, write_ending
-from launch.estimate.counts import Shape, parameters
+from launch.estimate.counts import parameters
 from launch.launchers import Launchers
 from launch.ranks import Ranks
 from model.generate import generate

@@ -15,13 +15,14 @@ import torch.distributed as dist
 
 from conf.provenance import provenance
 from conf.schema import Config
+from conf.shape import Shape
 from conf.validate import Batch
 from data.batches import Dataset, epochs
 from kernels.common.errors import ExitStatus
 from kernels.common.files import problem_of, status_of
 from kernels.common.json_files import DOCUMENTS
 from kernels.common.units import duration
-from launch.estimate.counts import CONVENTION, Shape, flops_per_token
+from launch.estimate.counts import CONVENTION, flops_per_token
 from model.products import describe_products
 from training import machine
 from training.console import Console

@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from conf.identity import changed_settings, how_to_go_on
 from conf.schema import Config
+from conf.shape import Shape
 from data.batches import Dataset
 from data.ranges import SampleRanges
 from kernels.common.errors import UserError
-from launch.estimate.counts import Shape
 from launch.ranks import Ranks
 from model.decoder import Decoder
 from model.health import contents_problem, outline_problem, skipped, tensor_files

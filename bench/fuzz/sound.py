@@ -21,10 +21,10 @@ from conf import yaml_files
 from conf.identity import settings_of
 from conf.load import load, to_yaml
 from conf.schema import Config
+from conf.shape import shape_of
 from data.shards import FORMAT, Shard, write_group, write_index, write_shard
 from data.tokenizer import Tokenizer, train_sentencepiece
 from launch.endings import SessionEnding, write_ending
-from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.weights import save_weights
 from training.runfolder import RunFolder

@@ -23,8 +23,8 @@ import math
 
 from conf.cluster_schema import HardwareConfig
 from conf.schema import OptimConfig, ParallelConfig
+from conf.shape import Shape
 from launch.estimate.counts import (
-    Shape,
     attention_recomputed_flops,
     by_rule,
     context_traffic,

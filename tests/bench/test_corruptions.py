@@ -15,8 +15,8 @@ from bench.faults.corruptions import KINDS, STEPS, Case, Ending, Folders, campai
 from conf.identity import settings_of
 from conf.load import load
 from conf.schema import Config
+from conf.shape import shape_of
 from kernels.common.errors import UserError
-from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.health import contents_problem
 from model.weights import CheckpointReader, save_weights, step_of

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from conf.load import load
-from launch.estimate.counts import shape_of
+from conf.shape import shape_of
 from tests.training.tiny import overrides
 from training.console import Console
 from training.recorder import RunRecorder
