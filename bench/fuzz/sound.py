@@ -23,7 +23,8 @@ from conf.load import load, to_yaml
 from conf.schema import Config
 from conf.shape import shape_of
 from data.shards import FORMAT, Shard, write_group, write_index, write_shard
-from data.tokenizer import Tokenizer, train_sentencepiece
+from data.tokenizer import Tokenizer
+from data.train_tokenizer import train_sentencepiece
 from launch.endings import SessionEnding, write_ending
 from model.decoder import Decoder
 from model.weights import save_weights
