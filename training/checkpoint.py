@@ -57,8 +57,8 @@ from training.fragments import (
     optimizer_steps,
     row_states,
 )
+from training.metrics_file import periodic_losses
 from training.resume import remove_leftovers
-from training.runfolder import periodic_losses
 
 NamedPieces = list[tuple[str, Piece]]  # (parameter's name, the piece of it that a rank stores)
 

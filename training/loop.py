@@ -138,7 +138,7 @@ class TrainingLoop:
         self.stream.skipped = recorded.extended(self.stream.skipped, self.step * self.batch.global_batch)
         if self.step >= self.batch.steps:  # the last step is saved before it is evaluated
             tokens = self.dataset.held_out.tokens
-            recorded = self.recorder.folder.recorded_loss(self.step, tokens) if self.ranks.rank == 0 else None
+            recorded = self.recorder.folder.metrics.recorded_loss(self.step, tokens) if self.ranks.rank == 0 else None
             loss = self._broadcast(state["eval_loss"] if recorded is None else recorded)
             self.last_eval = None if loss is None else HeldOut(loss, tokens)
             self.recorder.repeats_evaluation = loss is None

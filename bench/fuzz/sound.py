@@ -136,7 +136,7 @@ def write_run(config: Config, runs: Path) -> Path:
     state |= {"settings": settings_of(config), "skipped_samples": [[3, 5]], "spikes": {}, "course": None}
     save_weights(folder.checkpoints / f"step_{STEPS:08d}", tensors, state)
     for line in metrics(STEPS, 64, 2.5):
-        folder.append_metrics(line)
+        folder.metrics.append(line)
     folder.write_run_id()
     folder.append_provenance(PROVENANCE)
     folder.write_summary(summary(STEPS, 64, 2.5) | {"run_id": RUN_ID})
