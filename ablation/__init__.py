@@ -9,12 +9,14 @@
     slurm.py        turns a plan into SLURM job arrays
     manifest.py     records what the runs of a folder are, and refuses runs that do not match
     outcomes.py     reads the state of a run from its folder
-    progress.py     decides which runs of a sweep come next, and the best learning rate
+    progress.py     decides which runs of a plan come next
+    learning_rates.py  chooses an arm's learning rate from its sweep, and what missing the best one costs
     results.py      loads and checks everything the runs of a plan wrote
     growth.py       lets a plan grow, and records by what and what had been seen
     metrics.py      what arms are compared by
     statistics.py   paired differences, intervals, verdicts
     ttest.py        t-tests, what they can find, and Holm's adjustment
+    power.py        says before a plan runs which differences it can find
     looks.py        pays for verdicts that are made more than once
     documents.py    how far a difference depends on the held-out text
     multipliers.py  compute multipliers of planned horizons and sizes
@@ -24,8 +26,11 @@
     measures.py     other metrics of the runs, by seed
     verdict.py      states the verdict in one sentence per size
     claims.py       published claims (claims.yaml) and what the runs show about them
+    criteria.py     decides one criterion of a claim by the runs of a plan
     status.py       shows the state of a plan's runs in a terminal
-    report.py       writes report.html (from report.html.jinja), CSV files and figures (figures.py)
+    report.py       writes report.html (from report.html.jinja), CSV files and figures
+    tables.py       tables of the report, with the plots of sketch.py
+    figures.py      figures of the report, by what drawing.py has for all of them
     dashboard.py    builds workspaces, a report and a table on W&B
 
 This package reads only what a run wrote to its folder, and never imports torch.

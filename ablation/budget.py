@@ -16,8 +16,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from conf.schema import Config
+from conf.shape import Shape, shape_of
 from kernels.common.errors import UserError, unknown
-from launch.estimate.counts import Shape, ffn_saved_bytes, flops_per_token, parameters, shape_of
+from launch.estimate.counts import ffn_saved_bytes, flops_per_token, parameters
 
 BUDGETS = ("parameters", "flops", "memory", "wallclock", "none")
 WARN, REFUSE = 0.005, 0.01  # fractions of the target

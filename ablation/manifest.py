@@ -41,10 +41,10 @@ from ablation.plan import (
     values_of_plan,
 )
 from ablation.resolve import check_looks, check_reported
+from conf.ablation_schema import AblationConfig
+from conf.identity import digest
 from conf.load import flatten
 from conf.provenance import provenance
-from conf.schema import AblationConfig
-from conf.validate import digest
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.json_files import is_count, is_number, is_provenance, read_object

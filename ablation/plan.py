@@ -4,7 +4,7 @@ For every arm and size, a sweep tries learning rates with seeds that no verdict 
 at the best one (stage `final`). The cost is arms x (rates x sweep seeds + seeds). Runs of one seed share the order of
 their data and the initial weights outside the FFN, whatever the arm: both depend on `seed` and `data_seed` alone.
 
-A plan is `conf/ablation/<name>.yaml`, with the keys of `conf.schema.AblationConfig`. run.py trains it. A plan that has run may
+A plan is `conf/ablation/<name>.yaml`, with the keys of `conf/ablation_schema.py`. run.py trains it. A plan that has run may
 grow (growth.py): arms, sizes, rates and seeds can be added.
 """
 
@@ -19,10 +19,12 @@ from typing import Any
 
 from ablation.budget import Width
 from ablation.looks import Looks
+from conf.ablation_schema import AblationConfig
+from conf.identity import digest, what_is_learned
 from conf.load import read_group
 from conf.overrides import quoted
-from conf.schema import AblationConfig, Config
-from conf.validate import Batch, digest, what_is_learned
+from conf.schema import Config
+from conf.validate import Batch
 from kernels.common.text import listed
 
 NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")

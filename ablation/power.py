@@ -10,7 +10,8 @@ from ablation.manifest import NAME
 from ablation.plan import Plan, planned_looks
 from ablation.results import read_results
 from ablation.ttest import ALPHA, FEWEST_SEEDS, POWER, detectable_difference, seeds_needed
-from launch.estimate.counts import parameters, shape_of
+from conf.shape import shape_of
+from launch.estimate.counts import parameters
 
 # Median over arms of the standard deviation of per-seed differences to relu, nats per token, by parameters, after 1M tokens:
 # bench/results/glu_variants/comparisons.csv.

@@ -21,8 +21,9 @@ from typing import Any
 
 import jinja2
 
+from ablation.drawing import ReportFigure
 from ablation.efficiency import efficiency
-from ablation.figures import LOSS_FIGURES, PHENOMENA, ReportFigure, draw
+from ablation.figures import LOSS_FIGURES, PHENOMENA, draw
 from ablation.growth import amendment_lines
 from ablation.learning_rates import mean_losses
 from ablation.outcomes import ENDED

@@ -54,9 +54,10 @@ from ablation.progress import further_runs, outcome_of, sweep_progress
 from ablation.resolve import resolve
 from ablation.results import baselines_path, read_results, why_no_verdict
 from ablation.speed import step_time
+from conf.ablation_schema import AblationConfig
+from conf.cluster_schema import ClusterConfig
 from conf.help import key_lines
 from conf.keys import choices
-from conf.schema import AblationConfig, ClusterConfig
 from conf.terminal import SafeConsole
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError

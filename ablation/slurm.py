@@ -20,9 +20,10 @@ from ablation.outcomes import ENDED, QUEUED, RUNNING
 from ablation.plan import Plan, swept_at
 from ablation.progress import further_runs, outcome_of, sweep_progress
 from ablation.results import read_results
+from conf.cluster_schema import ClusterConfig
+from conf.identity import digest
 from conf.load import load
-from conf.schema import ClusterConfig
-from conf.validate import digest, total_steps
+from conf.validate import total_steps
 from kernels.common.errors import UserError
 from launch.corpus import unprepared
 from launch.job_script import Job, doctor_of, python_of, quote

@@ -19,7 +19,7 @@ from ablation.command import environment_of
 from ablation.outcomes import read_metrics
 from ablation.plan import Plan
 from ablation.resolve import StepSeconds, resolve
-from conf.schema import AblationConfig
+from conf.ablation_schema import AblationConfig
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
 from launch.local import ranks_of, train_command

@@ -24,10 +24,11 @@ from bench.huggingface import widths
 from bench.ranks import engine_of
 from conf.load import load
 from conf.schema import Config
+from conf.shape import Shape, shape_of
 from data.batches import BatchStream, open_dataset
 from data.prepare import prepare
 from kernels.common.errors import UserError
-from launch.estimate.counts import Shape, parameters, shape_of
+from launch.estimate.counts import parameters
 from launch.ranks import find_ranks
 from training.machine import find_device, find_dtype
 from training.process_group import start_process_group

@@ -19,22 +19,21 @@ import weakref
 from typing import Any
 
 from bench.train import machine
+from conf.cluster_schema import HardwareConfig
 from conf.load import load
-from conf.schema import Config, FFNConfig, HardwareConfig, ParallelConfig
+from conf.schema import Config, FFNConfig, ParallelConfig
+from conf.shape import FFNShape, Shape, shape_of
 from kernels.common.commands import run_command
 from kernels.common.files import atomic_write
 from kernels.common.options import read_options
 from kernels.formula import parse
 from launch.estimate.counts import (
     CONVENTION,
-    FFNShape,
-    Shape,
     attention_recomputed_flops,
     ffn_recomputed_flops,
     flops_per_token,
     peak_bytes,
     score_flops_per_token,
-    shape_of,
 )
 from launch.estimate.step_time import (
     FP8_EFFICIENCY,

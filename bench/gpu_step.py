@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conf.schema import Config, FFNConfig, ModelConfig
+from conf.shape import FFNShape, Shape
 from kernels import parse
 from kernels.cross_entropy.linear import linear_cross_entropy
-from launch.estimate.counts import FFNShape, Shape, activation_bytes, flops_per_token, parameters
+from launch.estimate.counts import activation_bytes, flops_per_token, parameters
 from model.attention import Documents, attend
 from model.decoder import Decoder
 from model.flash_attention import find_flash_attention

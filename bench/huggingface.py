@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launch.estimate.counts import Shape
+from conf.shape import Shape
 
 
 def widths(shape: Shape) -> dict[str, Any]:

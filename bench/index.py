@@ -37,7 +37,8 @@ from conf.schema import Config
 from data.batches import BatchStream, open_dataset
 from data.folder import is_complete
 from data.shards import FORMAT, SPLITS, VERIFY_AT_OPEN, Shard, shard_checksum, token_dtype, write_index
-from data.tokenizer import load_tokenizer, train_sentencepiece
+from data.tokenizer import load_tokenizer
+from data.train_tokenizer import train_sentencepiece
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write

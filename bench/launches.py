@@ -36,11 +36,11 @@ from torch.utils._pytree import tree_leaves
 
 from conf.load import load
 from conf.schema import Config
+from conf.shape import shape_of
 from conf.validate import validate
 from kernels.common.commands import run_command
 from kernels.common.options import split_options
 from kernels.tensors import meta_as_gpu
-from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.products import products_of
 

@@ -20,11 +20,11 @@ import torch
 
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
 from bench.train import machine
+from conf.shape import Shape
 from conf.validate import Batch
 from kernels.common.commands import run_command
 from kernels.common.files import atomic_write
 from kernels.common.options import split_options
-from launch.estimate.counts import Shape
 from launch.ranks import Ranks
 
 _COMMON = ["telemetry_every=0", "logger=none", "steps=1000"]

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from conf.load import load
+from conf.shape import Shape, check_divisibility, shape_of
 from conf.validate import Batch, validate
 from kernels.common.errors import UserError
-from launch.estimate.counts import Shape, check_divisibility, shape_of
 from launch.ranks import Ranks, find_ranks, leave
 from model.attention import choose
 

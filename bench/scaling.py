@@ -25,11 +25,12 @@ import time
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
 from bench.train import BusyElsewhere, machine
 from conf.load import load
+from conf.shape import shape_of
 from kernels.common.commands import run_command
 from kernels.common.errors import unknown
 from kernels.common.files import atomic_write
 from kernels.common.options import split_options
-from launch.estimate.counts import flops_per_token, parameters, shape_of
+from launch.estimate.counts import flops_per_token, parameters
 from launch.ranks import Ranks
 
 _COMMON = ["telemetry_every=0", "logger=none", "steps=1000"]

@@ -28,7 +28,8 @@ import tokenizers
 from bench.train import machine
 from data.pool import Group, encode_group
 from data.shards import Shard
-from data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.train_tokenizer import train_sentencepiece
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import print_and_write

@@ -43,12 +43,12 @@ from typing import Any
 import psutil
 
 from conf.load import load
+from conf.shape import shape_of
 from conf.validate import validate
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write
 from kernels.common.options import split_options
-from launch.estimate.counts import shape_of
 
 OTHERS = (
     "transformers",

@@ -1,6 +1,6 @@
 """Refuse a typed key that has no effect under the chosen options, such as `data.path` without `data=text`.
 
-The conditions stand beside the keys in `conf/schema.py` (`only=`). Values that come from presets and from the config.yaml of a
+The conditions stand beside the keys in the schema (`only=`). Values that come from presets and from the config.yaml of a
 run are not checked, nor is a value that switches off (null, false, 0, none or empty), nor what is typed as `++key=value`.
 """
 

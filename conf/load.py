@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 Group = typing.TypeVar("Group")
-# Keys that do not change what is learned: they neither name a run nor prevent resuming it (conf/validate.py).
+# Keys that do not change what is learned: they neither name a run nor prevent resuming it (conf/identity.py).
 NOT_IN_NAME = (
     "run",
     "runs",

@@ -2,6 +2,7 @@
 
 This module is the one place that defines what a key means; `train.py --help` prints these lines. Values of a group's choices
 are in `conf/<group>/<choice>.yaml`. `conf/load.py` reads the command line; `conf/validate.py` checks that values fit together.
+The keys of plans and of clusters, which other commands read, are in `ablation_schema.py` and `cluster_schema.py`.
 """
 
 from __future__ import annotations
@@ -377,126 +378,6 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
-
-
-@dataclass
-class AblationConfig:
-    """`ablation=`: a plan, which `python -m ablation.run` turns into runs; override its keys as `ablation.KEY=VALUE`."""
-
-    name: str = key("", "name of the plan and of its folder")
-    question: str = key("", "the question that the plan answers, in a sentence")
-    baseline: str = key("", "the arm to compare all others with")
-    reported: Any = key(
-        None,
-        "what others found, shown beside what the plan finds: {source: ..., unit: ..., values: {arm: ...}, note: ...}",
-    )
-    arms: Any = key(None, "names of arms in conf/ffn, or {name: overrides}: {mine: ffn=custom ffn.formula=gate*up}")
-    sizes: Any = key(None, "{name: overrides of a size}; null: {nano: model=nano}")
-    horizons: Any = key(
-        [1.0],
-        "fractions of the tokens, each with runs and a schedule of its own, as [0.25, 0.5, 1]: they give compute multipliers",
-    )
-    common: Any = key([], "overrides of every run, as for train.py")
-    rates: Any = key(
-        [0.5, 1.0, 2.0],
-        "learning rates to sweep, times the size's optim.lr; a single one: no sweep, no verdict",
-    )
-    rate_extensions: int = key(
-        2, "how often to extend a sweep whose optimum lies beyond its learning rates", only="ablation.rates>1"
-    )
-    rate_seeds: Any = key(
-        [1000, 1001],
-        "seeds of the sweep, none of `seeds`; how far they scatter enters all intervals",
-        only="ablation.rates>1",
-    )
-    rate_choice: str = key(
-        "vertex",
-        "where `seeds` run: vertex, of the parabola through the sweep | best, of the rates tried",
-        only="ablation.rates>1",
-    )
-    sweep_at: Optional[str] = key(
-        None,
-        "a size whose sweep gives the learning rates of all, as factors of each size's optim.lr; null: each has its own",
-        only="ablation.rates>1",
-    )
-    seeds: Any = key([0, 1, 2, 3, 4], "seeds of the compared runs, for weights and data")
-    init_match: str = key("std", "ffn.init_match of all arms, unless their overrides set it: std | rms")
-    held_out_files: int = key(
-        300,
-        "documents held out (data.held_out_files) unless overrides set data.held_out: few say little of other text; 0: never",
-    )
-    budget: str = key("parameters", "what is equal between arms: parameters | flops | memory | wallclock | none")
-    allowed_mismatch: float = key(
-        0.01, "largest relative deviation of an arm's cost from the budget", only="ablation.budget!=none"
-    )
-    tile: int = key(128, "coarsest multiple to round a width to, on every tensor rank")
-    metric: str = key(
-        "final_eval_loss",
-        "what arms are compared by: final_eval_loss | bits_per_byte | tokens_per_second | mfu | TASK:METRIC of model.evaluate",
-    )
-    smallest_effect: float = key(
-        0.01, "smallest difference of interest, in the metric's unit: nats per token for the loss"
-    )
-    looks: Any = key(
-        None, "numbers of seeds after which verdicts are made, as [5, 10]; null: once, when all seeds have ended"
-    )
-    until: str = key(
-        "complete",
-        "complete: `seeds` run | decided: then further ones, look by look, for arms without a verdict, up to the last of looks "
-        "(null: each seed up to twice as many)",
-    )
-    spending: str = key("obrien_fleming", "how looks share the error probability: obrien_fleming | pocock")
-    reserve: float = key(0.1, "fraction of the error probability that is kept for seeds added to a plan later")
-
-
-@dataclass
-class HardwareConfig:
-    """The hardware of a node. Bandwidths are unidirectional; FLOP/s are dense, without sparsity."""
-
-    device: str = key("", "name of the GPU")
-    memory_gib: float = key(80.0, "memory per GPU, GiB")
-    bf16_flops: float = key(1e15, "peak FLOP/s per GPU in bf16")
-    fp32_flops: float = key(6.7e13, "peak FLOP/s per GPU in fp32")
-    fp8_flops: float = key(0.0, "peak FLOP/s per GPU in FP8; 0: it has no FP8 units")
-    memory_bandwidth: float = key(3.35e12, "bytes/s between a GPU and its memory")
-    node_bandwidth: float = key(4.5e11, "bytes/s from a GPU to others of its node")
-    network_bandwidth: float = key(5e10, "bytes/s from a GPU to other nodes")
-    network_latency: float = key(2e-6, "seconds per hop between two ranks of a ring")
-    host_bandwidth: float = key(5.5e10, "bytes/s between a GPU and the host's memory")
-    watts: float = key(700.0, "power limit per GPU")
-    full_watts: float = key(700.0, "power per GPU at which it reaches its peak")
-    node_watts: float = key(10200.0, "power of a whole node under load, without cooling")
-    dollars_per_gpu_hour: float = key(2.5, "price per GPU hour, rented or owned")
-
-
-@dataclass
-class ClusterConfig:
-    """`cluster=`: the cluster of `launch.slurm` and `launch.estimate`; override its keys as `cluster.KEY=VALUE`."""
-
-    name: str = key("", "name of the choice")
-    gpus_per_node: int = key(8, "GPUs per node; 0: none, ranks share its cores")
-    cpus_per_node: int = key(96, "cores per node")
-    partition: Optional[str] = key(None, "SLURM partition")
-    cpu_partition: Optional[str] = key(None, "SLURM partition of the job that prepares a corpus; null: the same")
-    account: Optional[str] = key(None, "SLURM account")
-    qos: Optional[str] = key(None, "SLURM QOS")
-    constraint: Optional[str] = key(None, "SLURM: features that nodes must have")
-    memory: Optional[str] = key("0", "memory per node, as SLURM's --mem; 0: all")
-    time: str = key("24:00:00", "time limit of a job; an unfinished run resumes in another job")
-    signal_seconds: int = key(120, "seconds before the time limit at which SLURM signals the run to save")
-    gpu_request: str = key(
-        "--gpus-per-node", "how GPUs are requested: --gpus-per-node, --gres, or none", only="cluster.gpus_per_node>0"
-    )
-    tasks: str = key("gpu", "srun tasks: gpu, one per GPU; node, one per node, which starts its ranks itself")
-    python: Optional[str] = key(None, "interpreter; null: the one that submits, or python inside a container")
-    container: str = key("none", "none, apptainer, or pyxis")
-    image: Optional[str] = key(None, "container image", only="cluster.container!=none")
-    mounts: Any = key([], "container mounts, HOST:INSIDE", only="cluster.container!=none")
-    modules: Any = key([], "environment modules to load")
-    setup: Any = key([], "shell lines to run first, such as activating an environment")
-    environment: Any = key({}, "environment variables of every rank, such as NCCL_SOCKET_IFNAME")
-    sbatch: Any = key([], "further options of sbatch, one per item")
-    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
 GROUPS = (

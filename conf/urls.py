@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, quote
 from kernels.common.errors import UserError
 from kernels.common.text import is_secret, redact
 
+PLACE_OF_TEXT = re.compile(r"data\.(.+\.)?path")  # the keys whose values say where text lies
 _URL = re.compile(r"[a-z][a-z0-9+.-]+(://|::)", re.IGNORECASE)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"]*", re.IGNORECASE)  # inside of a text
 _VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")

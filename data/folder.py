@@ -11,7 +11,8 @@ from typing import Any
 from conf.schema import DataConfig, TokenizerConfig
 from data.documents import PYTHON, fingerprint, parts, stamps
 from data.shards import FORMAT, INDEX, read_index
-from data.tokenizer import TRAINER, load_tokenizer
+from data.tokenizer import load_tokenizer
+from data.train_tokenizer import TRAINER
 from kernels.common.errors import UserError
 
 

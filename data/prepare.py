@@ -32,7 +32,8 @@ from data.plan import CorpusPlan, Share, read_part, read_plan, write_plan
 from data.pool import Group, encode_groups, run_in_subprocess
 from data.progress import ProgressReporter
 from data.shards import FORMAT, Shard, finished_group, read_index, remove_leftovers, token_dtype, write_index
-from data.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer, train_sentencepiece
+from data.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer
+from data.train_tokenizer import train_sentencepiece
 from data.usage import with_keys
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError

@@ -33,16 +33,18 @@ from pathlib import Path
 
 from rich.text import Text
 
+from conf.cluster_schema import ClusterConfig
 from conf.load import load
 from conf.login import wandb_mode
-from conf.schema import ClusterConfig, Config
+from conf.schema import Config
+from conf.shape import check_divisibility, shape_of
 from conf.terminal import SafeConsole
 from conf.validate import validate
 from kernels.c.toolchain import FLAGS, find_compiler, triton_problem
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import split_options
-from launch.estimate.counts import check_divisibility, parameters, shape_of
+from launch.estimate.counts import parameters
 from launch.finding import GREEN, RED, YELLOW, Finding
 from launch.installed import installed_versions
 from launch.launchers import Launchers, refuse_taken_port

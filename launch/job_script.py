@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conf.cluster_schema import ClusterConfig
 from conf.load import flatten
-from conf.schema import ClusterConfig
 from kernels.common.errors import ExitStatus, UserError
 from kernels.common.text import CONTROL, assigned_secret, is_secret, printable, secrets_of
 

@@ -16,8 +16,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from conf.cluster_schema import ClusterConfig
 from conf.load import read_group
-from conf.schema import ClusterConfig
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.text import redact

@@ -16,10 +16,10 @@ import shlex
 import sys
 from pathlib import Path
 
+from conf.cluster_schema import ClusterConfig
 from conf.help import key_lines
 from conf.keys import choices
 from conf.load import load, read_group, to_yaml
-from conf.schema import ClusterConfig
 from conf.validate import validate
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError

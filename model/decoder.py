@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from conf.schema import ModelConfig
-from launch.estimate.counts import RECOMPUTE_ATTENTION, Shape
+from conf.shape import Shape
+from launch.estimate.counts import RECOMPUTE_ATTENTION
 from model.attention import Documents, attend, attend_cached, largest_logits
 from model.collectives import (
     column_parallel_linear,

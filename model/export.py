@@ -26,6 +26,7 @@ from torch import Tensor
 
 from conf.load import find_run, from_yaml
 from conf.schema import Config
+from conf.shape import Shape
 from data.tokenizer import Tokenizer
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError, unknown
@@ -33,7 +34,6 @@ from kernels.common.files import atomic_folder, explain_os_errors
 from kernels.common.options import read_options
 from kernels.formula import Formula
 from kernels.formula.settled import settled
-from launch.estimate.counts import Shape
 from model.decoder import Decoder, Layer
 from model.generate import load_run
 from model.huggingface.layout import APERTUS, CLASSES, FORMULA, TransformersLayout, tensor_names, transformers_layout

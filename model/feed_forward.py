@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import FFNConfig
+from conf.shape import FFNShape
 from kernels import FormulaError, activation
 from kernels.activations.activation import Activation
 from kernels.activations.reductions import WidthRanks
@@ -33,7 +34,6 @@ from kernels.activations.telemetry import ActivationStats
 from kernels.common.errors import UserError
 from kernels.formula import Formula
 from kernels.formula.gaussian import gaussian_rms, gaussian_std
-from launch.estimate.counts import FFNShape
 from model.collectives import Pending, all_gather, all_reduce, gather_tokens, reduce_partial
 from model.parallel import Axis, Mesh, shard_parameter
 from model.products import PLAIN, Products

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conf.identity import changed_settings
 from conf.load import find_run, from_yaml
-from conf.validate import changed_settings, total_steps
+from conf.shape import shape_of
+from conf.validate import total_steps
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import read_options
 from kernels.common.text import printable
-from launch.estimate.counts import shape_of
 from model.decoder import Cache, Decoder
 from model.health import damage
 from model.weights import CheckpointReader, checkpoints, load_weights

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from conf.load import load
 from conf.schema import Config
+from conf.shape import Shape, shape_of
 from conf.validate import validate
 from data.tokenizer import Tokenizer, load_tokenizer, named_by_config
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import split_options
-from launch.estimate.counts import Shape, shape_of
 from model.decoder import Decoder
 from model.huggingface.config import ImportedConfig, choice_of, key_of, read_config
 from model.huggingface.layout import tensor_names

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from launch.estimate.counts import Shape
+from conf.shape import Shape
 from model.decoder import Decoder
 from model.feed_forward import FeedForward
 from model.parallel import full_shape, shard_spec

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conf.validate import digest
+from conf.identity import digest
 from kernels.common.errors import UserError
 from kernels.common.files import naming
 from kernels.common.json_files import open_regular, read_object

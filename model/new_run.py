@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from conf.identity import settings_of
 from conf.load import to_yaml
 from conf.schema import Config
-from conf.validate import settings_of
 from data.tokenizer import Tokenizer
 from kernels.common.files import atomic_folder, explain_os_errors
 from model.weights import NO_STATE, OptimizerState, save_weights

@@ -25,7 +25,7 @@ import dataclasses
 import math
 
 from conf.schema import OptimConfig
-from launch.estimate.counts import Shape
+from conf.shape import Shape
 
 OUTPUTS = ("attention.out", "ffn.down")  # of a branch, into the residual stream
 

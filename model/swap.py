@@ -31,9 +31,11 @@ import torch
 from torch import Tensor
 
 from conf.arms import catalogue, layer_arms
+from conf.identity import differences, how_to_go_on
 from conf.load import find_run, from_yaml, load
 from conf.schema import Config
-from conf.validate import differences, how_to_go_on, total_steps, validate
+from conf.shape import shape_of
+from conf.validate import total_steps, validate
 from data.ranges import SampleRanges
 from data.tokenizer import Tokenizer
 from kernels.common.commands import run_command
@@ -41,7 +43,6 @@ from kernels.common.errors import UserError
 from kernels.common.options import split_options
 from kernels.formula import Formula, parse
 from kernels.formula.settled import settled
-from launch.estimate.counts import shape_of
 from launch.launchers import on_stop_signals
 from launch.local import ranks_of, train_command
 from launch.ranks import without_launcher

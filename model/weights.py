@@ -30,8 +30,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from conf.identity import digest
 from conf.optimizers.optimizer import ADAMW_RULE
-from conf.validate import digest
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_folder, naming
 from kernels.common.json_files import read_object

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conf.validate import changed_settings
+from conf.identity import changed_settings
 from kernels.common.errors import ExitStatus, UserError
 from kernels.common.files import problem_of, publish, status_of
 from kernels.common.json_files import read_object
@@ -57,8 +57,8 @@ from training.fragments import (
     optimizer_steps,
     row_states,
 )
+from training.metrics_file import periodic_losses
 from training.resume import remove_leftovers
-from training.runfolder import periodic_losses
 
 NamedPieces = list[tuple[str, Piece]]  # (parameter's name, the piece of it that a rank stores)
 

@@ -22,10 +22,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from conf.identity import NOT_LEARNED
 from conf.load import find_run, values_of
 from conf.overrides import as_typed
 from conf.terminal import SafeConsole
-from conf.validate import NOT_LEARNED
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.json_files import is_number, read_metrics_file, read_summary

@@ -14,10 +14,11 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 
 from conf.schema import Config
+from conf.shape import FFNShape, Shape
 from conf.terminal import SafeConsole
 from conf.validate import Batch
 from kernels.common.units import duration, human
-from launch.estimate.counts import FFNShape, Shape, flops_per_token, parameters
+from launch.estimate.counts import flops_per_token, parameters
 
 
 class RecentSpeed:

@@ -21,11 +21,11 @@ from rich.table import Table
 
 from conf.load import load
 from conf.schema import Config
+from conf.shape import shape_of
 from conf.terminal import SafeConsole
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import read_options
-from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.initialise import initialise
 from model.scaling import scaling_of

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from conf.schema import Config, ParallelConfig
+from conf.shape import Shape
 from conf.validate import Batch
 from data.batches import IGNORED
-from launch.estimate.counts import GATHERED_BUCKETS, Shape, overlaps
+from launch.estimate.counts import GATHERED_BUCKETS, overlaps
 from model.decoder import Cache, Decoder
 from model.initialise import initialise
 from model.parallel import Mesh, init_mesh, shard_spec

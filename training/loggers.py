@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+from conf.identity import config_hash
 from conf.load import from_yaml, to_dict
 from conf.login import wandb_mode, wandb_project
 from conf.schema import Config
-from conf.validate import config_hash
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write
 from training.runfolder import newest_provenance

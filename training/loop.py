@@ -9,7 +9,6 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +16,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from conf.identity import config_hash, settings_of
 from conf.schema import Config
-from conf.validate import Batch, config_hash, settings_of
+from conf.shape import Shape
+from conf.validate import Batch
 from data.batches import BatchStream, Dataset, sample_hash
 from data.ranges import SampleRanges
-from kernels.common.errors import ExitStatus
 from launch.endings import SessionEnding, write_ending
-from launch.estimate.counts import Shape, parameters
+from launch.estimate.counts import parameters
 from launch.launchers import Launchers
 from launch.ranks import Ranks
 from model.generate import generate
@@ -38,34 +38,13 @@ from training.prompts import prompts_of
 from training.recorder import RunRecorder
 from training.rewind import course_of
 from training.runfolder import RunFolder
+from training.saves import Saves
 from training.schedule import lr_scale, warmup_steps
 from training.signals import DIVERGED, StopRequest
+from training.throughput import Throughput
 
 if TYPE_CHECKING:
     from training.engine import Engine
-
-
-class _Throughput:
-    """Measures steps per second since the last log line, without the time of evaluations, samples and saves."""
-
-    def __init__(self, step: int) -> None:
-        self._first_step, self._started, self._paused_seconds = step, time.perf_counter(), 0.0
-
-    def restart(self, step: int) -> None:
-        """Measure from here on; `step` steps are done."""
-        self._first_step, self._started, self._paused_seconds = step, time.perf_counter(), 0.0
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not count the time while entered."""
-        started = time.perf_counter()
-        yield
-        self._paused_seconds += time.perf_counter() - started
-
-    def measure(self, step: int) -> tuple[int, float]:
-        """Return (steps, seconds) since the start, now that `step` steps are done."""
-        seconds = time.perf_counter() - self._started - self._paused_seconds
-        return step - self._first_step, max(seconds, 1e-9)
 
 
 class TrainingLoop:
@@ -98,23 +77,21 @@ class TrainingLoop:
         self.run_id, self.settings = run_id, settings_of(config)
         self.inspector = inspector
         self.saver = Saver(engine, folder.checkpoints, CheckpointCollectives(), config.keep_last, inspector)
+        self.saves = Saves(self.saver, recorder)
         self.telemetry = Telemetry(engine, config.telemetry_every, config.telemetry_window)
         self.profiler = StepProfiler(config.profile, folder.path, engine.device, ranks.rank == 0)
         self.step, self.batches_hash = 0, 0
         self.prompts = prompts_of(config, dataset)
         self.warmup_steps = warmup_steps(config.schedule, batch.steps)
-        settle = functools.partial(self._record_save, wait=True)
+        settle = functools.partial(self.saves.record, wait=True)
         self.guard = Guard(config, engine, stream, recorder, folder.checkpoints, batch.global_batch, settle)
         self.course = course_of(config)
         self.last_loss: torch.Tensor = torch.zeros(())  # of this rank
         self.last_norm: torch.Tensor | float = 0.0
-        self.poison = ""  # the weight or moment that is not finite, once a save has found one
         self.session_started = time.monotonic()
         self.earlier_seconds = 0.0  # wall-clock time of the run's earlier sessions
         self.last_eval: HeldOut | None = None
         self.evaluation_missed = False  # the previous session stopped at a step whose evaluation was due
-        self.save_failed = ""  # why the newest checkpoint could not be saved, the same on every rank
-        self.failed_status = ExitStatus.FAILED.value  # of a run that ends for it
 
     def resume(self, path: Path, previous_steps: int | None) -> None:
         """Load weights, optimizer state and counters from a checkpoint. Collective.
@@ -136,7 +113,7 @@ class TrainingLoop:
         self.stream.skipped = recorded.extended(self.stream.skipped, self.step * self.batch.global_batch)
         if self.step >= self.batch.steps:  # the last step is saved before it is evaluated
             tokens = self.dataset.held_out.tokens
-            recorded = self.recorder.folder.recorded_loss(self.step, tokens) if self.ranks.rank == 0 else None
+            recorded = self.recorder.folder.metrics.recorded_loss(self.step, tokens) if self.ranks.rank == 0 else None
             loss = self._broadcast(state["eval_loss"] if recorded is None else recorded)
             self.last_eval = None if loss is None else HeldOut(loss, tokens)
             self.recorder.repeats_evaluation = loss is None
@@ -179,7 +156,7 @@ class TrainingLoop:
             status = self._train(peak, launchers, launched_at)
         except BaseException:
             watchdog.beat("finish", self.step)
-            self._complete_save()
+            self.saves.complete()
             self._finish("failed")
             raise
         watchdog.beat("finish", self.step)
@@ -201,7 +178,7 @@ class TrainingLoop:
             on_gpu, dp_cp = device.type == "cuda", self.mesh.data_context.size
             speeds = (peak.flops, copy_bandwidth(device))
             self.profiler.floors = floors(config, self.shape, batch, dp_cp, bf16, *speeds, on_gpu)
-        throughput, phase = _Throughput(self.step), "first step"
+        throughput, phase = Throughput(self.step), "first step"
         with StopRequest(launchers) as stop:
             while self.step < batch.steps:
                 watchdog.beat(phase, self.step)
@@ -222,12 +199,12 @@ class TrainingLoop:
                     throughput.restart(self.step)
                 self.console.advance(self.step)
                 with throughput.paused():
-                    reason = stop.agree(bool(self.poison))
+                    reason = stop.agree(bool(self.saves.poison))
                     if reason == DIVERGED:
                         self._join_save()
                     self._evaluate_sample_save(last, bool(reason))
                 if reason and not last:
-                    resumable = "" if self.save_failed else "; the same command resumes the run"
+                    resumable = "" if self.saves.failure else "; the same command resumes the run"
                     self.console.print(f"{reason}: stopped after step {self.step}{resumable}")
                     return "stopped"
         return "finished"
@@ -245,7 +222,7 @@ class TrainingLoop:
         arguments = (tokens, scale, self.telemetry.observer(self.step + 1), self.guard.refuse)
         self.last_loss, self.last_norm, applied = self.engine.train_step(*arguments)
         self._record_telemetry()  # of an earlier step: its reduction ran beside this one
-        self._record_save()
+        self.saves.record()
         self.step = self.recorder.step = self.step + 1
         self.telemetry.reduce(self.step, self.batch.tokens_per_step)
         numbers = self.stream.skipped.numbers(np.arange(first, first + sequences))
@@ -286,7 +263,7 @@ class TrainingLoop:
         loss: torch.Tensor,
         grad_norm: torch.Tensor | float,
         scale: float,
-        throughput: _Throughput,
+        throughput: Throughput,
         peak: PeakSpeed,
     ) -> None:
         """Record the steps since the last log line. Collective.
@@ -400,48 +377,22 @@ class TrainingLoop:
         doubt = "" if self.step == self.batch.steps else self.guard.doubt(self.last_loss, self.last_norm)
         self.saver.start(state, doubt)
 
-    def _record_save(self, wait: bool = False) -> None:
-        """Record the result of the last save, if it has ended. A failed save leaves earlier checkpoints intact."""
-        result = self.saver.take_result(wait)
-        if result is None:
-            return
-        self.save_failed, self.failed_status = result.failure or result.refused, result.status
-        self.poison = f"{result.refused} after step {result.step}" if result.poisoned else ""
-        if result.refused:
-            self.console.warn(f"the checkpoint of step {result.step} was not written: {result.refused}")
-            self.recorder.event("save_refused", result.step, path=result.path.name, reason=result.refused)
-        elif result.failure:
-            self.console.warn(f"the checkpoint of step {result.step} could not be saved: {result.failure}")
-            self.recorder.event("save_failed", result.step, path=result.path.name, reason=result.failure)
-        else:
-            seconds = {"seconds": result.seconds, "waited_seconds": result.blocked_seconds}
-            self.recorder.saved(result.step, path=result.path.name, **seconds)
-        if result.warning:
-            self.console.warn(f"older checkpoints could not be removed: {result.warning}")
-
     def _join_save(self) -> None:
         """Wait for a save that has started, and record its result. Collective.
 
         Raises:
             Diverged: a weight or a moment is not finite.
         """
-        self._record_save(wait=True)
-        if self.poison:
-            self.recorder.event("diverged", reason=self.poison)
-            raise self.guard.diverged(self.poison)
-
-    def _complete_save(self) -> None:
-        """Wait for a save that has started before this rank fails: it needs all ranks, whatever they do meanwhile."""
-        try:
-            self._record_save(wait=True)
-        except Exception as error:
-            self.console.warn(f"the checkpoint could not be completed: {error}")
+        self.saves.record(wait=True)
+        if self.saves.poison:
+            self.recorder.event("diverged", reason=self.saves.poison)
+            raise self.guard.diverged(self.saves.poison)
 
     def _finish(self, status: str) -> int:
         """Write the summary, close the loggers and print the end; return the exit status."""
         synchronised = status != "failed"  # an exception may be this rank's alone, and then a collective would hang
         if synchronised:
-            status = "failed" if self.save_failed else status
+            status = "failed" if self.saves.failure else status
             dist.barrier()
         counts = parameters(self.shape)
         final, withheld = self.last_eval if status == "finished" else None, self.dataset.why_no_bits
@@ -469,9 +420,9 @@ class TrainingLoop:
             unwritten = self._broadcast(unwritten)
             dist.barrier()
             dist.destroy_process_group()
-        exit_status = self.failed_status if self.save_failed else int(status == "failed") or unwritten
+        exit_status = self.saves.failed_status if self.saves.failure else int(status == "failed") or unwritten
         if synchronised and self.ranks.rank == 0:
-            reason = self.save_failed or ("the summary could not be written" if unwritten else "")
+            reason = self.saves.failure or ("the summary could not be written" if unwritten else "")
             write_ending(self.recorder.folder.path, SessionEnding(status, exit_status, reason, step=self.step))
         return exit_status
 

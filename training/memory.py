@@ -18,9 +18,10 @@ import psutil
 import torch
 
 from conf.schema import Config
+from conf.shape import Shape, shape_of
 from conf.validate import Batch
 from kernels.common.errors import UserError
-from launch.estimate.counts import CHECKPOINTING, Shape, peak_bytes, shape_of, state_bytes
+from launch.estimate.counts import CHECKPOINTING, peak_bytes, state_bytes
 from launch.ranks import Ranks
 
 # What a failed allocation says: PyTorch on CPUs and GPUs, the C++ library, cuBLAS, a thread, a library that is loaded.

@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from conf.shape import Shape
 from kernels.common.errors import UserError
-from launch.estimate.counts import Shape, by_rule, flops_per_token, score_flops_per_token
+from launch.estimate.counts import by_rule, flops_per_token, score_flops_per_token
 from launch.estimate.optimizer import optimizer_flops
 from launch.estimate.step_time import loss_bytes
 

@@ -15,13 +15,14 @@ import torch.distributed as dist
 
 from conf.provenance import provenance
 from conf.schema import Config
+from conf.shape import Shape
 from conf.validate import Batch
 from data.batches import Dataset, epochs
 from kernels.common.errors import ExitStatus
 from kernels.common.files import problem_of, status_of
 from kernels.common.json_files import DOCUMENTS
 from kernels.common.units import duration
-from launch.estimate.counts import CONVENTION, Shape, flops_per_token
+from launch.estimate.counts import CONVENTION, flops_per_token
 from model.products import describe_products
 from training import machine
 from training.console import Console
@@ -184,7 +185,7 @@ class RunRecorder:
             return ExitStatus.DONE
         status, summary = ExitStatus.DONE, {**summary, "provenance": self._provenance}
         writes = {
-            "the last metrics": self.folder.sync_metrics,
+            "the last metrics": self.folder.metrics.sync,
             "the summary": lambda: self.folder.write_summary(summary),
         }
         for what, write in writes.items():
@@ -192,7 +193,7 @@ class RunRecorder:
                 write()
             except OSError as error:
                 status = status_of(error)
-                lost = self.folder.unwritten if what == "the last metrics" else ""
+                lost = self.folder.metrics.unwritten if what == "the last metrics" else ""
                 self.console.warn(f"{what} could not be written: {problem_of(error, self.folder.path)}{lost}")
         if self._loggers is not None:
             self._loggers.finish(summary)
@@ -267,7 +268,7 @@ class RunRecorder:
         step = self.step if step is None else step
         record = {"kind": kind, "step": step, "tokens": step * self.batch.tokens_per_step, **figures}
         try:
-            self.folder.append_metrics(record)
+            self.folder.metrics.append(record)
             self._write_failed = False
         except OSError as error:
             if not self._write_failed:

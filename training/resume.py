@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from conf.identity import changed_settings, how_to_go_on
 from conf.schema import Config
-from conf.validate import changed_settings, how_to_go_on
+from conf.shape import Shape
 from data.batches import Dataset
 from data.ranges import SampleRanges
 from kernels.common.errors import UserError
-from launch.estimate.counts import Shape
 from launch.ranks import Ranks
 from model.decoder import Decoder
 from model.health import contents_problem, outline_problem, skipped, tensor_files

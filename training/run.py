@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 
 from conf.schema import Config, TokenizerConfig
+from conf.shape import Shape, check_divisibility, shape_of
 from conf.validate import Batch, validate
 from data.batches import BatchStream, Dataset, open_dataset, refuse_repetition
 from data.prepare import prepare
 from data.ranges import SampleRanges
 from kernels.common.errors import UserError
 from kernels.common.files import explain_os_errors
-from launch.estimate.counts import Shape, check_divisibility, shape_of
 from launch.launchers import Launchers, refuse_taken_port
 from launch.ranks import Ranks
 from model.attention import choose

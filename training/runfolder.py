@@ -1,7 +1,7 @@
 """The run folder, the authoritative record of a run. W&B and TensorBoard hold copies.
 
 runs/<name>/config.yaml      the configuration, every key resolved
-            metrics.jsonl    one JSON object per line: kind, step, tokens, then figures
+            metrics.jsonl    one JSON object per line: kind, step, tokens, then figures (metrics_file.py)
             summary.json     how the run ended
             documents.json   the loss of each held-out document in the last evaluation of them all
             checkpoints/     (checkpoint.py)
@@ -17,7 +17,6 @@ runs/<name>/config.yaml      the configuration, every key resolved
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -26,13 +25,14 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
+from conf.identity import differences, how_to_go_on
 from conf.load import from_yaml, has_trained, to_yaml
 from conf.schema import Config
-from conf.validate import differences, how_to_go_on, total_steps
+from conf.validate import total_steps
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors, naming
 from kernels.common.json_files import (
@@ -47,6 +47,7 @@ from kernels.common.json_files import (
 from launch.heartbeats import folder_of
 from model.manifest import run_of
 from model.weights import checkpoints
+from training.metrics_file import MetricsFile
 
 _PROVENANCE = "provenance.json"
 _RUN_ID = "run_id"
@@ -60,6 +61,7 @@ class RunFolder:
 
     def __init__(self, config: Config) -> None:
         self.path = Path(config.runs) / str(config.run)
+        self.metrics = MetricsFile(self.path)
         # Without filelock's fallback to a file that outlives a killed process: the kernel releases this lock with its process.
         self._lock = FileLock(self.path / ".lock", fallback_to_soft=False)
         self.previous_steps: int | None = None  # length of the run before this session; None: it is new
@@ -68,8 +70,6 @@ class RunFolder:
         self._created: list[Path] = []  # by this session: the folder, and those that it is in
         self._previous_config: bytes | None = None  # config.yaml as this session found it
         self._wrote_config = False
-        self._metrics: IO[bytes] | None = None
-        self._unwritten: list[str] = []  # lines of metrics.jsonl that could not be written, in order
 
     @property
     def checkpoints(self) -> Path:
@@ -111,7 +111,7 @@ class RunFolder:
         metrics.jsonl and summary.json repeat it, so run_id may be gone, or be another run's: a checkpoint must have it too.
         """
         try:
-            lines = read_metrics_file(self.path / "metrics.jsonl", b'"run_id"').lines
+            lines = read_metrics_file(self.metrics.path, b'"run_id"').lines
         except OSError:
             lines = []
         told = [read_run_id(self.path), *(line.get("run_id") for line in lines[-1:]), self.read_summary().get("run_id")]
@@ -164,9 +164,7 @@ class RunFolder:
             )  # first, so that other ranks write none while it is removed
         shutil.rmtree(self.path / ".heartbeats.old", ignore_errors=True)
         if self._created:
-            if self._metrics is not None:
-                self._metrics.close()
-                self._metrics = None
+            self.metrics.close()
             shutil.rmtree(self.path, ignore_errors=True)
             for folder in self._created[1:]:
                 with contextlib.suppress(OSError):  # other runs are in it
@@ -187,8 +185,8 @@ class RunFolder:
             UserError: there is such a run.
         """
         try:
-            with naming(self.path / "metrics.jsonl"):
-                _, lines, unreadable, _ = read_metrics_file(self.path / "metrics.jsonl")
+            with naming(self.metrics.path):
+                _, lines, unreadable, _ = read_metrics_file(self.metrics.path)
         except FileNotFoundError:
             lines, unreadable = [], 0
         summary = self.read_summary()
@@ -231,11 +229,6 @@ class RunFolder:
             f"set steps to more than {done}, or give this run another name (run=NAME)"
         )
 
-    def recorded_loss(self, step: int, tokens: int) -> float | None:
-        """Return the held-out loss of a step on `tokens` tokens as metrics.jsonl has it, None if it has none."""
-        recorded = (loss for of, on, loss in _evaluations(self.path) if (of, on) == (step, tokens))
-        return next(recorded, None)
-
     def rewind(self, step: int, repeats_evaluation: bool = False) -> int:
         """Delete what a resumed run writes again: summary, losses of documents, ending, metrics after `step`, unreadable lines.
 
@@ -245,75 +238,17 @@ class RunFolder:
         Returns:
             How many lines could not be read, not counting the last one where a killed process left it incomplete.
         """
-        path = self.path / "metrics.jsonl"
-        if self._metrics is not None:  # the file is replaced
-            self._metrics.close()
-            self._metrics = None
-        self._unwritten = [line for line in self._unwritten if json.loads(line)["step"] <= step]
-        with explain_os_errors("read", path):
-            texts, lines, unreadable, _ = read_metrics_file(path) if path.exists() else ([], [], 0, False)
+        self.metrics.close()  # the file is replaced
+        self.metrics.drop_unwritten(step)
+        with explain_os_errors("read", self.metrics.path):
+            kept, unreadable = self.metrics.lines_until(step, repeats_evaluation)
         with explain_os_errors("write to the run folder", self.path):
             losses = read_document_losses(self.path)
             outdated = losses is None or losses.step > step or (repeats_evaluation and losses.step == step)
             for name in ("summary.json", "ending.json", *([DOCUMENTS] if outdated else [])):
                 (self.path / name).unlink(missing_ok=True)
-            if not path.exists():
-                return 0
-            with atomic_write(path, "wb") as file:
-                for text, line in zip(texts, lines, strict=True):
-                    repeated = repeats_evaluation and (line["kind"], line["step"]) == ("eval", step)
-                    if line["step"] <= step and not repeated:
-                        file.write(text + b"\n")
+            self.metrics.replace(kept)
         return unreadable
-
-    def append_metrics(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl. A killed process does not lose it: nothing is buffered here.
-
-        Raises:
-            OSError: it cannot be written now. The line is kept, and written before the next one.
-        """
-        self._unwritten.append(json.dumps(record, allow_nan=True) + "\n")
-        self.write_metrics()
-
-    def write_metrics(self) -> None:
-        """Write the lines of metrics.jsonl that could not be written before.
-
-        Raises:
-            OSError: a line cannot be written now. It and those after it are kept.
-        """
-        if self._metrics is None:
-            self._metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)
-        while self._unwritten:
-            line = self._unwritten[0].encode()
-            size_before = self._metrics.seek(0, os.SEEK_END)
-            try:
-                with naming(self.path / "metrics.jsonl"):
-                    written = self._metrics.write(line)
-                    if written < len(line):  # only a part fitted: a second write raises the reason
-                        written += self._metrics.write(line[written:])
-                    if written < len(line):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                self._metrics.truncate(size_before)  # leave no partial line
-                raise
-            self._unwritten.pop(0)
-
-    def sync_metrics(self) -> None:
-        """Write the lines of metrics.jsonl that could not be written before, and sync the file.
-
-        Raises:
-            OSError: a line cannot be written, or not be synced.
-        """
-        self.write_metrics()
-        if self._metrics is not None:
-            with naming(self.path / "metrics.jsonl"):
-                os.fsync(self._metrics.fileno())
-
-    @property
-    def unwritten(self) -> str:
-        """Return how many lines of metrics.jsonl wait to be written, as the end of a sentence; "": none."""
-        steps = [json.loads(line)["step"] for line in self._unwritten]
-        return f"; {len(steps)} line(s) of steps {min(steps)} to {max(steps)} are lost" if steps else ""
 
     def append_samples(self, text: str) -> None:
         """Append text to samples.txt.
@@ -365,11 +300,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Sync metrics.jsonl if possible, and release the lock."""
-        if self._metrics is not None:
-            with contextlib.suppress(OSError):
-                os.fsync(self._metrics.fileno())
-            self._metrics.close()
-            self._metrics = None
+        self.metrics.close(sync=True)
         self._lock.release()
 
     @contextlib.contextmanager
@@ -426,27 +357,3 @@ def _sessions(run: Path) -> list[dict[str, Any]]:
 def newest_provenance(run: Path) -> dict[str, Any]:
     """Return the provenance of a run's newest session; {} if the run has none."""
     return (_sessions(run) or [{}])[-1]
-
-
-def periodic_losses(run: Path) -> dict[int, tuple[int, float]]:
-    """Return {step: (held-out tokens, loss)} of the periodic evaluations in a run's metrics.jsonl.
-
-    The last step is evaluated twice where `eval_tokens` is less than the held-out set; its first line is the periodic one.
-    """
-    losses: dict[int, tuple[int, float]] = {}
-    for step, tokens, loss in _evaluations(run):
-        losses.setdefault(step, (tokens, loss))
-    return losses
-
-
-def _evaluations(run: Path) -> Iterator[tuple[int, int, float]]:
-    """Yield (step, held-out tokens, loss) of each evaluation in a run's metrics.jsonl, in order."""
-    try:
-        lines = read_metrics_file(run / "metrics.jsonl", b'"eval"').lines
-    except OSError:
-        return
-    for line in lines:
-        if line["kind"] == "eval":
-            tokens, loss = line.get("held_out_tokens"), line.get("loss")
-            if type(tokens) is int and isinstance(loss, float):
-                yield line["step"], tokens, loss

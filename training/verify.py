@@ -12,9 +12,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from conf.identity import changed_settings
 from conf.load import find_run, from_yaml, has_trained
 from conf.schema import Config
-from conf.validate import changed_settings
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.json_files import read_metrics_file, read_summary

@@ -20,12 +20,12 @@ from bench.fuzz.sound import (
     write_run,
 )
 from conf.schema import Config
+from conf.shape import shape_of
 from data.batches import BatchStream, held_out_windows, open_dataset, refuse_repetition
 from data.shards import digest_of, finished_group, token_dtype
 from data.verify import verify
 from kernels.common.errors import UserError
 from kernels.common.units import duration
-from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.health import contents_problem
 from model.weights import CheckpointReader, load_weights

@@ -23,7 +23,8 @@ from conf.terminal import SafeConsole
 from kernels.common.errors import UserError
 from launch.endings import read_ending
 from training.compare import print_comparison, read_run
-from training.runfolder import RunFolder, newest_provenance, periodic_losses
+from training.metrics_file import periodic_losses
+from training.runfolder import RunFolder, newest_provenance
 from training.verify import verify
 
 _FILES = ("metrics.jsonl", "metrics.jsonl", "summary.json", "provenance.json")
@@ -117,12 +118,12 @@ def _readings_of_run(run: Path, config: Config, other: Path) -> list[Any]:
     def rewind() -> None:
         folder = RunFolder(dataclasses.replace(config, runs=str(run.parent)))
         folder.finished_summary(STEPS)
-        folder.recorded_loss(STEPS, 64)
+        folder.metrics.recorded_loss(STEPS, 64)
         periodic_losses(run)
         newest_provenance(run)
         folder.append_provenance({"date": "now"})
         folder.rewind(STEPS // 2)
-        folder.append_metrics({"kind": "event", "step": STEPS})
+        folder.metrics.append({"kind": "event", "step": STEPS})
         folder.close()
 
     outcome = [lambda: read_outcome(run), lambda: read_ending(run), lambda: list(verify(run))]

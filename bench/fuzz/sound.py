@@ -18,13 +18,14 @@ from ablation.manifest import write_manifest
 from ablation.plan import Plan, PlannedRun, read_plan
 from ablation.resolve import resolve
 from conf import yaml_files
+from conf.identity import settings_of
 from conf.load import load, to_yaml
 from conf.schema import Config
-from conf.validate import settings_of
+from conf.shape import shape_of
 from data.shards import FORMAT, Shard, write_group, write_index, write_shard
-from data.tokenizer import Tokenizer, train_sentencepiece
+from data.tokenizer import Tokenizer
+from data.train_tokenizer import train_sentencepiece
 from launch.endings import SessionEnding, write_ending
-from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.weights import save_weights
 from training.runfolder import RunFolder
@@ -135,7 +136,7 @@ def write_run(config: Config, runs: Path) -> Path:
     state |= {"settings": settings_of(config), "skipped_samples": [[3, 5]], "spikes": {}, "course": None}
     save_weights(folder.checkpoints / f"step_{STEPS:08d}", tensors, state)
     for line in metrics(STEPS, 64, 2.5):
-        folder.append_metrics(line)
+        folder.metrics.append(line)
     folder.write_run_id()
     folder.append_provenance(PROVENANCE)
     folder.write_summary(summary(STEPS, 64, 2.5) | {"run_id": RUN_ID})

@@ -13,7 +13,8 @@ from typing import Any
 from bench.fuzz.campaign import Campaign
 from bench.fuzz.mutations import Damaged, copied, damaged_bytes, damaged_json, json_bytes
 from bench.fuzz.sound import VOCABULARY, texts
-from data.tokenizer import load_tokenizer, train_sentencepiece
+from data.tokenizer import load_tokenizer
+from data.train_tokenizer import train_sentencepiece
 from kernels.common.errors import UserError
 
 _CONFIGS = {

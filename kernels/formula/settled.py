@@ -10,7 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .grammar import COMPARISONS, OPERATORS, Formula, FormulaError, Node, parse
+from .grammar import COMPARISONS, OPERATORS, Formula, FormulaError, Node
+from .parser import parse
 
 _ZERO, _ONE = Node("number", 0.0), Node("number", 1.0)
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import sys
 
+from conf.cluster_schema import ClusterConfig
 from conf.help import key_lines
 from conf.keys import choices
 from conf.load import load, read_group
-from conf.schema import ClusterConfig
 from conf.terminal import SafeConsole
 from kernels.common.commands import run_command
 from kernels.common.options import split_options

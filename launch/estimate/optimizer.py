@@ -5,13 +5,9 @@ Every logical matrix is brought whole to one rank of all (training/optimizers/ex
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from conf.optimizers import OPTIMIZERS
 from conf.schema import OptimConfig
-
-if TYPE_CHECKING:
-    from launch.estimate.counts import Shape
+from conf.shape import Shape
 
 ROUND_ELEMENTS = 2**24  # of a rank's matrices that are brought together at once, unless a single one has more
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from conf.schema import ClusterConfig, Config
+from conf.cluster_schema import ClusterConfig
+from conf.schema import Config
 from kernels.common.errors import UserError
 from kernels.common.files import explain_os_errors
 from launch.estimate.search import MOST_GPUS, Estimate, fast_then_small, search

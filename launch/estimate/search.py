@@ -7,10 +7,12 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from conf.schema import ClusterConfig, Config
+from conf.cluster_schema import ClusterConfig
+from conf.schema import Config
+from conf.shape import Shape, check_divisibility, shape_of
 from conf.validate import Batch, validate
 from kernels.common.errors import UserError
-from launch.estimate.counts import CHECKPOINTING, Shape, check_divisibility, overlaps, peak_bytes, shape_of
+from launch.estimate.counts import CHECKPOINTING, overlaps, peak_bytes
 from launch.estimate.step_time import ParallelLayout, StepTime, model_flops_utilization, overlapped, step_time
 
 _RESERVED = 0.08  # fraction of a GPU's memory: the CUDA context, NCCL and fragmentation

@@ -21,9 +21,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from conf.schema import HardwareConfig, OptimConfig, ParallelConfig
+from conf.cluster_schema import HardwareConfig
+from conf.schema import OptimConfig, ParallelConfig
+from conf.shape import Shape
 from launch.estimate.counts import (
-    Shape,
     attention_recomputed_flops,
     by_rule,
     context_traffic,

@@ -20,8 +20,8 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from conf.shape import Shape
 from kernels.formula import Formula, Node, parse
-from launch.estimate.counts import Shape
 
 # model_type in config.json
 LLAMA, QWEN3, ARCEE, APERTUS, FORMULA = "llama", "qwen3", "arcee", "apertus", "formula_ffn"

@@ -17,7 +17,8 @@ from ablation.plan import Plan, PlannedRun, read_plan
 from ablation.resolve import resolve
 from bench.fuzz.sound import config_of
 from conf.load import to_yaml
-from launch.estimate.counts import parameters, shape_of
+from conf.shape import shape_of
+from launch.estimate.counts import parameters
 
 LAYERS = 4
 VOCABULARY = 4096

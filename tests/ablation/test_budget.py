@@ -12,8 +12,9 @@ from ablation.budget import BUDGETS, WARN, match
 from conf.keys import choices
 from conf.load import load
 from conf.schema import Config
+from conf.shape import shape_of
 from kernels.common.errors import UserError
-from launch.estimate.counts import ffn_saved_bytes, flops_per_token, parameters, shape_of
+from launch.estimate.counts import ffn_saved_bytes, flops_per_token, parameters
 from tests.selection import quick
 
 SHAZEER = ("relu", "gelu", "silu", "glu", "bilinear", "reglu", "geglu", "swiglu")

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ablation.claims import CONTRADICTED, OPEN, SUPPORTED, Answer, judge, main, markdown, read_claims
+from ablation.claims import Answer, judge, main, markdown, read_claims
+from ablation.criteria import CONTRADICTED, OPEN, SUPPORTED
 from ablation.manifest import read_manifest
 from ablation.measures import by_seed
 from ablation.outcomes import read_metrics, read_outcome

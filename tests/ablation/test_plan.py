@@ -11,9 +11,9 @@ from ablation.budget import WARN
 from ablation.plan import LONGEST_TAG, RULES_OF_0_2, Plan, plan_of_values, read_plan, values_of_plan
 from ablation.resolve import resolve
 from ablation.results import why_no_verdict
+from conf.ablation_schema import AblationConfig
 from conf.keys import choices
 from conf.load import load
-from conf.schema import AblationConfig
 from kernels.common.errors import UserError
 
 SMALL = {"arms": ["relu", "swiglu"], "baseline": "relu", "name": "small"}
@@ -128,7 +128,7 @@ def test_names_reach_wandb_unchanged(tmp_path):
 
 
 def test_runs_of_one_seed_differ_in_nothing_but_the_arm_and_its_width(smoke):
-    from conf.validate import what_is_learned
+    from conf.identity import what_is_learned
 
     one, other = (load(smoke.overrides(smoke.final_runs("nano", arm, 4e-3)[0], "r")) for arm in ("linear", "swiglu"))
     one, other = what_is_learned(one), what_is_learned(other)

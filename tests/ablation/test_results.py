@@ -18,7 +18,7 @@ from ablation.report import page
 from ablation.results import expected_runs, provenance_lines, read_results
 from ablation.statistics import Verdict
 from ablation.ttest import holm
-from conf.validate import digest
+from conf.identity import digest
 from kernels.common.errors import UserError
 from tests.ablation.made import VOCABULARY, all_planned, losses, make, plan_of, write_run
 

@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import contenders, telemetry, train
 from bench.train import OTHERS, BusyElsewhere, main, ratios
 from conf.load import load
+from conf.shape import shape_of
 from kernels.common.errors import UserError
-from launch.estimate.counts import flops_per_token, parameters, score_flops_per_token, shape_of
+from launch.estimate.counts import flops_per_token, parameters, score_flops_per_token
 
 ROOT = Path(__file__).parents[2]
 TINY_MODEL = ["tokenizer.vocab_size=320", "model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.d_ff=64"]

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from bench.faults.corruptions import KINDS, STEPS, Case, Ending, Folders, campaign, checkpoint_of, verdict
+from conf.identity import settings_of
 from conf.load import load
 from conf.schema import Config
-from conf.validate import settings_of
+from conf.shape import shape_of
 from kernels.common.errors import UserError
-from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.health import contents_problem
 from model.weights import CheckpointReader, save_weights, step_of
@@ -34,7 +34,7 @@ def write_run(config: Config, name: str) -> Path:
     folder = RunFolder(config)
     folder.claim(config)
     folder.run_id = hashlib.md5(name.encode()).hexdigest()
-    folder.append_metrics({"kind": "event", "step": 0, "event": "started", "run_id": folder.run_id})
+    folder.metrics.append({"kind": "event", "step": 0, "event": "started", "run_id": folder.run_id})
     generator = torch.Generator().manual_seed(len(name))
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in Decoder(shape_of(config, VOCABULARY), config.model, "sdpa").named_parameters()}
@@ -44,7 +44,7 @@ def write_run(config: Config, name: str) -> Path:
         state |= {"run_id": folder.run_id, "settings": settings_of(config)}
         tensors = ((n, torch.randn(shape, generator=generator)) for n, shape in shapes.items())
         save_weights(checkpoint_of(folder.path, step), tensors, state)
-        folder.append_metrics({"kind": "event", "step": step, "event": "saved"})
+        folder.metrics.append({"kind": "event", "step": step, "event": "saved"})
     folder.write_run_id()
     folder.append_provenance({})
     folder.write_summary({"status": "stopped", "steps": 9, "run_id": folder.run_id})

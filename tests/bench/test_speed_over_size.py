@@ -10,8 +10,9 @@ import pytest
 
 from bench import scaling
 from conf.load import load
+from conf.shape import shape_of
 from kernels.common.errors import UserError
-from launch.estimate.counts import flops_per_token, parameters, shape_of
+from launch.estimate.counts import flops_per_token, parameters
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = scaling.sweeps(quick=True)

@@ -6,9 +6,11 @@ import re
 
 import pytest
 
+from conf.ablation_schema import AblationConfig
+from conf.cluster_schema import ClusterConfig
 from conf.keys import keys
 from conf.load import from_yaml, load, read_group, to_yaml
-from conf.schema import AblationConfig, ClusterConfig, Config
+from conf.schema import Config
 from kernels.common.errors import UserError
 
 # A key with a value, and what makes it have no effect. The list holds every key that has a condition.

@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 
 import conf.keys
 import conf.load
+from conf.cluster_schema import ClusterConfig
 from conf.keys import FOLDER, choices, keys
 from conf.load import find_run, flatten, from_yaml, load, read_group, to_dict, to_yaml, values_of
-from conf.schema import GROUPS, ClusterConfig, Config
+from conf.schema import GROUPS, Config
 from conf.validate import validate
 from kernels.common.errors import UserError
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from conf.identity import NOT_LEARNED, changed_settings, differences, how_to_go_on, settings_of
 from conf.keys import keys
 from conf.load import load
 from conf.schema import Config
-from conf.validate import NOT_LEARNED, Batch, changed_settings, differences, how_to_go_on, settings_of, validate
+from conf.validate import Batch, validate
 from kernels import BACKENDS as KERNEL_BACKENDS
 from kernels.common.errors import UserError
 from model.attention import BACKENDS as ATTENTION_BACKENDS

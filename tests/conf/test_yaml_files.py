@@ -7,8 +7,8 @@ import os
 import pytest
 
 from conf import yaml_files
+from conf.ablation_schema import AblationConfig
 from conf.load import from_yaml, load, read_group, to_yaml, values_of
-from conf.schema import AblationConfig
 from conf.validate import validate
 from kernels.common.errors import UserError
 

@@ -17,7 +17,8 @@ import sentencepiece
 from data import bpe
 from data import tokenizer as module
 from data.pool import Group, encode_group
-from data.tokenizer import TRAINER, load_tokenizer, train_sentencepiece
+from data.tokenizer import load_tokenizer
+from data.train_tokenizer import TRAINER, train_sentencepiece
 from kernels.c.toolchain import find_compiler
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="there is no C compiler")

@@ -11,8 +11,8 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from conf.identity import config_hash, what_is_learned
 from conf.load import load
-from conf.validate import config_hash, what_is_learned
 from data.batches import open_dataset
 from data.prepare import prepare
 from data.shards import read_index

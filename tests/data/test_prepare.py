@@ -22,7 +22,7 @@ from data.documents import stamps
 from data.folder import folder_of
 from data.prepare import prepare
 from data.shards import INDEX, read_index
-from data.tokenizer import train_sentencepiece
+from data.train_tokenizer import train_sentencepiece
 from data.verify import verify
 from kernels.common.errors import UserError
 

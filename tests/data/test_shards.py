@@ -17,7 +17,7 @@ import pytest
 import data.shards
 from data.batches import open_dataset
 from data.shards import ShardSet, finished_group, open_shards, read_index, token_dtype, write_shard
-from data.tokenizer import train_sentencepiece
+from data.train_tokenizer import train_sentencepiece
 from data.verify import verify
 from kernels.common.errors import UserError
 

@@ -10,7 +10,8 @@ import pytest
 import sentencepiece
 
 from data import tokenizer as module
-from data.tokenizer import load_tokenizer, train_sentencepiece
+from data.tokenizer import load_tokenizer
+from data.train_tokenizer import train_sentencepiece
 from kernels.common.errors import UserError
 
 WORDS = ["def", "return", "self", "value", "index", "for", "in", "range", "if", "else", "none", "not", "print", "class"]

@@ -7,19 +7,8 @@ import re
 import pytest
 
 from kernels.formula import hints
-from kernels.formula.grammar import (
-    CALLABLE,
-    CONSTANTS,
-    DEEPEST,
-    FUNCTIONS,
-    LONGEST,
-    MOST_OPERATIONS,
-    REDUCTIONS,
-    FormulaError,
-    Learned,
-    Node,
-    parse,
-)
+from kernels.formula.grammar import CALLABLE, CONSTANTS, FUNCTIONS, REDUCTIONS, FormulaError, Learned, Node
+from kernels.formula.parser import DEEPEST, LONGEST, MOST_OPERATIONS, parse
 
 
 def prefix_notation(node: Node) -> str:

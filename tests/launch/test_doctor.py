@@ -12,7 +12,7 @@ from importlib import metadata
 
 import pytest
 
-from conf.schema import ClusterConfig, HardwareConfig
+from conf.cluster_schema import ClusterConfig, HardwareConfig
 from launch import doctor
 from launch.doctor import GREEN, RED, YELLOW, Finding, collective, main
 from launch.ranks import Ranks

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from ablation.slurm import read_tasks
+from conf.cluster_schema import ClusterConfig
 from conf.load import read_group
-from conf.schema import ClusterConfig
 from kernels.common.errors import UserError
 from launch import sbatch
 from launch.job_script import render

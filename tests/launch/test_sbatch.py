@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from ablation.slurm import read_tasks
+from conf.cluster_schema import ClusterConfig
 from conf.keys import choices
 from conf.load import load, read_group
-from conf.schema import ClusterConfig
 from data.prepare import prepare
 from kernels.common.errors import UserError
 from kernels.common.text import CONTROL

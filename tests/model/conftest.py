@@ -15,8 +15,9 @@ import yaml
 from conf.keys import FOLDER
 from conf.load import to_yaml
 from conf.schema import Config, FFNConfig
-from data.tokenizer import Tokenizer, train_sentencepiece
-from launch.estimate.counts import Shape, shape_of
+from conf.shape import Shape, shape_of
+from data.tokenizer import Tokenizer
+from data.train_tokenizer import train_sentencepiece
 from model.decoder import Decoder
 from model.initialise import initialise
 from model.weights import save_weights

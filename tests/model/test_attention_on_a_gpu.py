@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from conf.load import load
+from conf.shape import shape_of
 from kernels.common.errors import UserError
-from launch.estimate.counts import shape_of
 from model import attention
 from model.attention import Documents, attend, attend_cached, choose
 from model.decoder import Decoder

@@ -11,7 +11,8 @@ import tokenizers
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
-from data.tokenizer import load_tokenizer, train_sentencepiece
+from data.tokenizer import load_tokenizer
+from data.train_tokenizer import train_sentencepiece
 from kernels.common.errors import UserError
 from model.huggingface import tokenizer as exported
 from model.huggingface.tokenizer import write_tokenizer

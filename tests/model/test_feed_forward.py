@@ -11,10 +11,10 @@ from torch import Tensor
 
 from conf.keys import FOLDER
 from conf.schema import FFNConfig
+from conf.shape import FFNShape
 from conf.yaml_files import read_yaml
 from kernels import activation, parse
 from kernels.common.errors import UserError
-from launch.estimate.counts import FFNShape
 from model.feed_forward import FeedForward, check_arms
 
 D, WIDTH, TOKENS = 12, 40, 6

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conf.load import from_yaml, load
+from conf.shape import shape_of
 from data.tokenizer import load_tokenizer
 from kernels.common.errors import UserError
-from launch.estimate.counts import shape_of
 from model import export as export_command
 from model.export import export
 from model.generate import load_run

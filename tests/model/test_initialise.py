@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from launch.estimate.counts import shape_of
+from conf.shape import shape_of
 from model.decoder import Decoder
 from model.initialise import initialise
 

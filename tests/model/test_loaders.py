@@ -7,7 +7,7 @@ from collections import defaultdict
 import pytest
 
 from conf.keys import FOLDER
-from launch.estimate.counts import Shape, shape_of
+from conf.shape import Shape, shape_of
 from model.export import main
 from model.huggingface.layout import CLASSES, FORMULA, transformers_layout
 from model.huggingface.loaders import LLAMA_CPP, PREFIX_OPTION, VLLM, loaders

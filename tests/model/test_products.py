@@ -8,10 +8,10 @@ import torch
 from bench.launches import count_micro_batch
 from conf.load import load
 from conf.schema import PrecisionConfig
+from conf.shape import shape_of
 from conf.validate import validate
 from kernels.common.errors import UserError
 from kernels.rounding import E4M3, E5M2, Rounded, round_fp8, round_mxfp8, round_nvfp4
-from launch.estimate.counts import shape_of
 from launch.estimate.step_time import rounding_bytes
 from model import products as module
 from model.decoder import Decoder

@@ -10,9 +10,9 @@ import torch
 
 from conf.load import load
 from conf.schema import OptimConfig
+from conf.shape import shape_of
 from conf.validate import validate
 from kernels.common.errors import UserError
-from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.initialise import initialise
 from model.scaling import Scaling, scaling_of

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
+from conf.cluster_schema import ClusterConfig
 from conf.load import read_group
-from conf.schema import ClusterConfig
 from launch.endings import read_ending
 from launch.job_script import Job, render
 from tests.slurm.cluster import until

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from conf.load import load
+from conf.shape import shape_of
 from data.batches import open_dataset
 from data.prepare import prepare
 from kernels.common.json_files import DOCUMENTS, read_document_losses
-from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.weights import load_weights
 from training.evaluation import MOST_DOCUMENTS, HeldOut, LossByDocument

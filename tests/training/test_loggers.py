@@ -9,9 +9,9 @@ import types
 
 import pytest
 
+from conf.identity import config_hash
 from conf.load import load, to_yaml
 from conf.login import wandb_mode
-from conf.validate import config_hash
 from tests.training.tiny import overrides
 from training import loggers as loggers_module
 from training.loggers import Loggers, rewrite_offline

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from conf.load import load
+from conf.shape import shape_of
 from conf.validate import validate
 from kernels.common.errors import UserError
-from launch.estimate.counts import shape_of
 from launch.ranks import Ranks
 from tests.training.tiny import overrides
 from training.memory import MemoryBudget

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from conf.load import load
+from conf.shape import shape_of
 from data.batches import BatchStream, open_dataset
 from data.prepare import prepare
-from launch.estimate.counts import shape_of
 from launch.estimate.optimizer import logical_matrices as counted
 from launch.estimate.optimizer import optimizer_traffic
 from model import decoder

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from conf.load import load
+from conf.shape import shape_of
 from data.batches import BatchStream, open_dataset, sample_hash
 from data.prepare import prepare
-from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.initialise import initialise
 from model.weights import CheckpointReader

@@ -12,9 +12,10 @@ import pytest
 from torch._C._autograd import DeviceType
 
 from conf.load import load
+from conf.shape import shape_of
 from conf.validate import validate
 from kernels.common.errors import UserError
-from launch.estimate.counts import flops_per_token, shape_of
+from launch.estimate.counts import flops_per_token
 from tests.training.tiny import overrides
 from training.profiler import PARTS, _covered, check_steps, floors, parse_steps, part_of, parts_table, seconds_by_part
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from conf.load import load
-from launch.estimate.counts import shape_of
+from conf.shape import shape_of
 from tests.training.tiny import overrides
 from training.console import Console
 from training.recorder import RunRecorder
@@ -91,7 +91,9 @@ def test_lines_that_are_lost_are_counted_and_do_not_keep_the_summary_from_being_
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     recorder.event("started")
-    monkeypatch.setattr(recorder.folder, "_metrics", SimpleNamespace(seek=full, write=full, truncate=full, close=int))
+    monkeypatch.setattr(
+        recorder.folder.metrics, "_file", SimpleNamespace(seek=full, write=full, truncate=full, close=int)
+    )
     for recorder.step in (1, 2, 3):
         recorder.event("saved")
     capsys.readouterr()
@@ -99,7 +101,7 @@ def test_lines_that_are_lost_are_counted_and_do_not_keep_the_summary_from_being_
     lost = f"{recorder.folder.path}: the disk is full; free some space; 3 line(s) of steps 1 to 3 are lost"
     assert said(capsys) == f"warning: the last metrics could not be written: {lost}"
     assert recorder.folder.read_summary()["status"] == "finished"
-    recorder.folder._metrics = None
+    recorder.folder.metrics._file = None
 
 
 def test_metrics_that_cannot_be_synced_are_reported(recorder, capsys, monkeypatch):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from conf.identity import differences
 from conf.schema import Config, TokenizerConfig
-from conf.validate import differences
 from tests.training.tiny import PATIENCE, ROOT, command, contents, environment, overrides, write_corpus
 from training.run import own_tokenizer
 

@@ -18,7 +18,7 @@ from conf.validate import total_steps
 from kernels.common.errors import TryAgain, UserError
 from kernels.common.json_files import read_document_losses
 from tests.training.tiny import overrides
-from training import runfolder
+from training import metrics_file, runfolder
 from training.runfolder import RunFolder
 
 
@@ -51,22 +51,22 @@ def test_rewinding_deletes_the_losses_of_documents_that_will_be_measured_again(f
 
 def test_rewinding_deletes_later_lines_and_a_partial_one(folder):
     for step in (0, 1, 2, 2, 3, 4):
-        folder.append_metrics({"kind": "train", "step": step})
+        folder.metrics.append({"kind": "train", "step": step})
     folder.close()
     with open(folder.path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')
     folder.rewind(2)
     assert steps(folder) == [0, 1, 2, 2]
-    folder.append_metrics({"kind": "train", "step": 3})
+    folder.metrics.append({"kind": "train", "step": 3})
     assert steps(folder) == [0, 1, 2, 2, 3]
 
 
 def test_the_evaluation_of_the_last_step_is_found_or_deleted_to_be_repeated(folder):
-    folder.append_metrics({"kind": "eval", "step": 2, "held_out_tokens": 64, "loss": 3.5})
-    folder.append_metrics({"kind": "train", "step": 4, "loss": 3.0})
-    folder.append_metrics({"kind": "eval", "step": 4, "held_out_tokens": 64, "loss": 3.25})
-    assert folder.recorded_loss(4, 64) == 3.25
-    assert folder.recorded_loss(4, 128) is None
+    folder.metrics.append({"kind": "eval", "step": 2, "held_out_tokens": 64, "loss": 3.5})
+    folder.metrics.append({"kind": "train", "step": 4, "loss": 3.0})
+    folder.metrics.append({"kind": "eval", "step": 4, "held_out_tokens": 64, "loss": 3.25})
+    assert folder.metrics.recorded_loss(4, 64) == 3.25
+    assert folder.metrics.recorded_loss(4, 128) is None
     folder.rewind(4)
     assert steps(folder) == [2, 4, 4]
     folder.rewind(4, repeats_evaluation=True)
@@ -74,13 +74,13 @@ def test_the_evaluation_of_the_last_step_is_found_or_deleted_to_be_repeated(fold
 
 
 def test_a_line_is_in_the_file_when_append_returns(folder):
-    folder.append_metrics({"kind": "train", "step": 1})
+    folder.metrics.append({"kind": "train", "step": 1})
     assert steps(folder) == [1]
 
 
 def test_a_line_that_the_disk_refuses_is_written_later_and_complete(folder):
     record = {"kind": "train", "step": 1, "text": "x" * 100}
-    folder.append_metrics(record)
+    folder.metrics.append(record)
     path = folder.path / "metrics.jsonl"
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -88,11 +88,11 @@ def test_a_line_that_the_disk_refuses_is_written_later_and_complete(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
         for step in (2, 3):
             with pytest.raises(OSError, match="File too large"):
-                folder.append_metrics(record | {"step": step})
+                folder.metrics.append(record | {"step": step})
             assert path.read_bytes() == before
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    folder.append_metrics(record | {"step": 4})
+    folder.metrics.append(record | {"step": 4})
     assert steps(folder) == [1, 2, 3, 4]
 
 
@@ -100,9 +100,9 @@ def test_metrics_that_the_disk_does_not_give_are_named_and_leave_the_summary(fol
     def broken(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    folder.append_metrics({"kind": "train", "step": 1})
+    folder.metrics.append({"kind": "train", "step": 1})
     folder.write_summary({"status": "stopped"})
-    monkeypatch.setattr(runfolder, "read_metrics_file", broken)
+    monkeypatch.setattr(metrics_file, "read_metrics_file", broken)
     with pytest.raises(TryAgain, match=r"cannot read .*metrics\.jsonl: the disk reports an error"):
         folder.rewind(1)
     assert folder.read_summary() == {"status": "stopped"}
@@ -169,7 +169,7 @@ def test_checking_whether_a_run_is_alive_stops_none_from_starting(folder, config
 
 
 def test_a_run_resumes_only_with_the_same_settings(folder, config):
-    folder.append_metrics({"kind": "event", "step": 0})
+    folder.metrics.append({"kind": "event", "step": 0})
     folder.close()
     config.optim.lr = 0.5
     with pytest.raises(UserError, match=r"other settings \(optim.lr: 0.01 -> 0.5\)"):
@@ -194,7 +194,7 @@ def test_a_run_resumes_only_with_the_same_settings(folder, config):
     ],
 )
 def test_a_run_cannot_end_before_its_newest_checkpoint(folder, config, length, sentence):
-    folder.append_metrics({"kind": "event", "step": 0})
+    folder.metrics.append({"kind": "event", "step": 0})
     folder.close()
     for key, value in length.items():
         setattr(config, key, value)
@@ -232,7 +232,7 @@ def test_another_run_keeps_the_folder_that_both_are_in(config, tmp_path):
 
 
 def test_a_run_that_finished_cannot_become_shorter(folder, config):
-    folder.append_metrics({"kind": "event", "step": 0})
+    folder.metrics.append({"kind": "event", "step": 0})
     folder.close()
     again = RunFolder(config)
     again.claim(config)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from conf.load import load
+from conf.shape import shape_of
 from data.batches import BatchStream, open_dataset
 from data.prepare import prepare
-from launch.estimate.counts import shape_of
 from model.decoder import Decoder
 from model.initialise import initialise
 from model.scaling import scaling_of

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from conf.load import load
-from launch.estimate.counts import context_traffic, rank_parameters, shape_of, tensor_traffic, zero_traffic
+from conf.shape import shape_of
+from launch.estimate.counts import context_traffic, rank_parameters, tensor_traffic, zero_traffic
 from tests.training.test_parallel import ARMS, SIZES
 from tests.training.tiny import overrides
 

@@ -28,12 +28,12 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_
 
 from bench.traffic import Traffic
 from conf.schema import ParallelConfig
+from conf.shape import shape_of
 from conf.validate import validate
 from data.batches import BatchStream, open_dataset, sample_hash
 from data.prepare import prepare
 from kernels.common.commands import run_command
 from kernels.common.errors import Failure, TryAgain, UserError
-from launch.estimate.counts import shape_of
 from launch.ranks import Ranks, find_ranks
 from model import manifest
 from model.attention import choose

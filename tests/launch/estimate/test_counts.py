@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Callable
 
@@ -12,25 +11,22 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.estimate import live_tensors
-from conf.arms import default_d_ff
 from conf.keys import choices
 from conf.load import load
 from conf.optimizers import OPTIMIZERS
-from conf.schema import Config, ParallelConfig
-from kernels import parse
+from conf.schema import ParallelConfig
+from conf.shape import check_divisibility, shape_of
 from kernels.common.errors import UserError
 from launch.estimate.counts import (
     CHECKPOINTING,
     activation_bytes,
     attention_recomputed_flops,
-    check_divisibility,
     ffn_recomputed_flops,
     flops_per_token,
     logits_rows,
     parameters,
     peak_bytes,
     rank_parameters,
-    shape_of,
     state_bytes,
 )
 from model.decoder import Decoder
@@ -120,23 +116,6 @@ def test_the_output_costs_the_same_tied_or_not(build):
     assert tied["output"] == 6 * 64 * 32
 
 
-@pytest.mark.parametrize(("formula", "width"), [("silu(gate)*up", 688), ("relu(x)**2", 1032)])
-def test_an_ungated_arm_is_half_as_wide_again(formula, width):
-    assert default_d_ff(688, parse(formula)) == width
-
-
-def test_the_shape_resolves_every_null():
-    config = Config()
-    config.model = dataclasses.replace(config.model, d_model=96, n_heads=6)
-    shape = shape_of(config, 1000)
-    assert (shape.n_kv_heads, shape.head_dim, shape.ffn[0].d_ff, shape.vocab_size) == (6, 16, 688, 1024)
-    assert shape_of(config).vocab_size == 4096
-    assert shape_of(config, 1024).vocab_size == 1024
-    config.model = dataclasses.replace(config.model, n_kv_heads=2, head_dim=8, d_ff=100, vocab_size=1001)
-    shape = shape_of(config, 1000)
-    assert (shape.n_kv_heads, shape.head_dim, shape.ffn[0].d_ff, shape.vocab_size) == (2, 8, 100, 1001)
-
-
 # Of the published models, as counted from their weights.
 PUBLISHED = {
     "llama2_7b": 6_738_415_616,
@@ -160,34 +139,6 @@ def test_a_preset_has_the_parameters_that_its_name_says_whatever_the_arm(preset)
         assert abs(total / said - 1) < 0.11  # a name rounds 1.1 to 1
     config.ffn.formula = "relu(x) ** 2"
     assert sum(parameters(shape_of(config)).values()) == total  # an ungated arm is as large
-
-
-@pytest.mark.parametrize(
-    ("model", "tensor", "context", "sentence"),
-    [
-        ({}, 3, 1, "parallel.tensor=3 does not divide the 4 heads: this model can be sharded over 1 or 2 rank(s)"),
-        (
-            {},
-            4,
-            1,
-            "parallel.tensor=4 does not divide the 2 key/value heads: this model can be sharded over 1 or 2 rank(s)",
-        ),
-        (
-            {"d_ff": 45, "n_kv_heads": 4},
-            2,
-            1,
-            "does not divide the d_ff=45 of ffn=swiglu: this model can be sharded over 1 rank(s)",
-        ),
-        ({"vocab_size": 65, "n_kv_heads": 4}, 2, 1, "parallel.tensor=2 does not divide the vocabulary of 65 rows"),
-        ({}, 1, 4, "parallel.context=4 does not divide the 2 key/value heads: around attention"),
-        ({}, 2, 2, "does not divide the 2 key/value heads, of which a tensor rank has 1: around attention"),
-        ({"n_heads": 8, "n_kv_heads": 8}, 2, 3, "takes an equal number of heads; 1, 2 or 4 would do"),
-    ],
-)
-def test_what_ranks_cannot_share_is_refused_with_what_they_could(model, tensor, context, sentence):
-    parallel = ParallelConfig(tensor=tensor, context=context)
-    with pytest.raises(UserError, match=re.escape(sentence)):
-        check_divisibility(shape_of(config_of(**model)), parallel)
 
 
 @pytest.mark.parametrize("arm", ["swiglu", "prelu", "relu2"])

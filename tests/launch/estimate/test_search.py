@@ -7,8 +7,8 @@ import re
 
 import pytest
 
+from conf.cluster_schema import ClusterConfig, HardwareConfig
 from conf.load import load, read_group
-from conf.schema import ClusterConfig, HardwareConfig
 from launch.estimate.search import estimate, search, what_would_fit
 
 H100, _ = read_group("cluster", ClusterConfig, ["cluster=h100"], "cluster")

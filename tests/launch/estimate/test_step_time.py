@@ -6,16 +6,11 @@ import dataclasses
 
 import pytest
 
+from conf.cluster_schema import ClusterConfig
 from conf.load import load, read_group
-from conf.schema import ClusterConfig, OptimConfig, ParallelConfig
-from launch.estimate.counts import (
-    flops_per_token,
-    logits_rows,
-    rank_parameters,
-    shape_of,
-    tensor_traffic,
-    zero_traffic,
-)
+from conf.schema import OptimConfig, ParallelConfig
+from conf.shape import shape_of
+from launch.estimate.counts import flops_per_token, logits_rows, rank_parameters, tensor_traffic, zero_traffic
 from launch.estimate.optimizer import optimizer_flops
 from launch.estimate.step_time import (
     GEMM_EFFICIENCY,
