@@ -100,6 +100,7 @@ def _by_seed(results: Results, size: str, arm: str) -> list[float]:
 def curves(results: Results) -> ReportFigure | None:
     """Draw the held-out loss over tokens: the mean over seeds, and the range of the seeds as a band."""
     by_size = _curves(results)
+    by_size = {size: by_arm for size, by_arm in by_size.items() if any(len(c.tokens) > 1 for c in by_arm.values())}
     if not by_size:
         return None
     figure, panels = make_panels(len(by_size))

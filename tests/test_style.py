@@ -1,4 +1,4 @@
-"""House rules that a linter does not have: the field's words, and functions that fit on a screen."""
+"""House rules that a linter does not have: the field's words, functions that fit on a screen, and files of bounded length."""
 
 from __future__ import annotations
 
@@ -56,6 +56,11 @@ def test_functions_fit_on_a_screen():
                 if lines > 60:
                     long.append(f"{name}:{node.lineno}: {node.name} has {lines} lines")
     assert not long, "\n".join(long)
+
+
+def test_files_are_short_enough_to_read_at_once():
+    lengths = {name: (ROOT / name).read_text(encoding="utf-8").count("\n") for name in PYTHON}
+    assert {name: lines for name, lines in lengths.items() if lines > 450} == {}
 
 
 def test_no_two_classes_of_the_rooms_have_one_name():

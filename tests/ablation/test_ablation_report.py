@@ -293,7 +293,8 @@ def test_runs_that_were_evaluated_at_their_end_alone(tmp_path):
     folder = make(plan_of("ablation=smoke", "ablation.rates=[1]"), tmp_path, RULE)
     to = folder / "report"
     (to / "figures").mkdir(parents=True)
-    for name in ("mine.png", "verdicts.svg", "differences.svg", "dead.png"):  # of an earlier report, and somebody's own
+    # Of an earlier report, and somebody's own.
+    for name in ("mine.png", "verdicts.svg", "differences.svg", "curves.png", "dead.png"):
         (to / "figures" / name).touch()
     for path in folder.glob("runs/*/metrics.jsonl"):
         lines = path.read_text().splitlines(keepends=True)
@@ -301,13 +302,13 @@ def test_runs_that_were_evaluated_at_their_end_alone(tmp_path):
     write_report(read_results(folder), to)
     page = Page((to / "report.html").read_text(encoding="utf-8"))
     assert {name for name in page.ids if name.startswith("figure-") and name.count("-") == 1} == {
-        "figure-verdicts", "figure-curves", "figure-costs"
+        "figure-verdicts", "figure-costs"
     }  # fmt: skip
     assert {"rates", "telemetry"}.isdisjoint(page.ids)  # no sweep, and no telemetry
-    drawn = {f"{name}.{kind}" for name in ("verdicts", "curves", "costs") for kind in ("svg", "png")}
+    drawn = {f"{name}.{kind}" for name in ("verdicts", "costs") for kind in ("svg", "png")}
     assert {path.name for path in (to / "figures").iterdir()} == {*drawn, "mine.png"}
-    curves = {drawn.name: drawn for drawn in draw(read_results(folder))}["curves"].figure.axes[0]
-    assert [(len(line.get_xdata()), line.get_marker()) for line in curves.get_lines()] == [(1, "o"), (1, "o")]
+    costs = {drawn.name: drawn for drawn in draw(read_results(folder))}["costs"].figure.axes[0]
+    assert [(len(line.get_xdata()), line.get_marker()) for line in costs.get_lines()] == [(1, "o"), (1, "o")]
 
 
 @pytest.mark.parametrize(
