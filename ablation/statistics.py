@@ -222,18 +222,6 @@ def at_every_size(by_size: Sequence[Sequence[Comparison]]) -> dict[str, Verdict]
     return {arm: verdict for arm, verdict, _ in sorted(decided, key=lambda each: -each[2])}
 
 
-def compare_summaries(
-    summaries: Mapping[str, tuple[float, float, int]], baseline: str, smallest_effect: float
-) -> list[Comparison]:
-    """Compare arms published as (mean, standard deviation, runs), by Welch's test: nothing is paired."""
-    tested = [
-        _TestedArm(arm, 0, 0, welch_test(summary, summaries[baseline]))
-        for arm, summary in summaries.items()
-        if arm != baseline
-    ]
-    return _judge(tested, smallest_effect)
-
-
 # ------------------------------------------------------------------------------------------------------------- the tests
 
 
