@@ -159,9 +159,8 @@ class RunFolder:
             return
         with contextlib.suppress(OSError):
             beats = heartbeats.folder_of(self.path)
-            beats.rename(
-                beats.with_name(".heartbeats.old")
-            )  # first, so that other ranks write none while it is removed
+            # First, so that other ranks write none while it is removed.
+            beats.rename(beats.with_name(".heartbeats.old"))
         shutil.rmtree(self.path / ".heartbeats.old", ignore_errors=True)
         if self._created:
             self.metrics.close()
