@@ -25,7 +25,7 @@ from ablation.drawing import (
 )
 from ablation.efficiency import LossCurve, align, curve
 from ablation.multipliers import compute_of, fit, multipliers, series
-from ablation.ranks import rank_agreement
+from ablation.rank_agreement import rank_agreement
 from ablation.results import Results
 from ablation.statistics import Verdict
 

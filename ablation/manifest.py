@@ -42,12 +42,11 @@ from ablation.plan import (
 )
 from ablation.resolve import check_looks, check_reported
 from conf.ablation_schema import AblationConfig
-from conf.identity import digest
 from conf.load import flatten
 from conf.provenance import provenance
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
-from kernels.common.json_files import is_count, is_number, is_provenance, read_object
+from kernels.common.json_files import digest, is_count, is_number, is_provenance, read_object
 
 NAME = "manifest.json"
 _LIMIT = 1 << 26  # bytes

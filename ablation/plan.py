@@ -20,11 +20,12 @@ from typing import Any
 from ablation.budget import Width
 from ablation.looks import Looks
 from conf.ablation_schema import AblationConfig
-from conf.identity import digest, what_is_learned
+from conf.identity import what_is_learned
 from conf.load import read_group
 from conf.overrides import quoted
 from conf.schema import Config
 from conf.validate import Batch
+from kernels.common.json_files import digest
 from kernels.common.text import listed
 
 NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")

@@ -16,13 +16,13 @@ from ablation.metrics import metric_of, refuse_unfit
 from ablation.plan import NAMES, RATE_CHOICES, SIZES, Plan, ResolvedArm, at_horizon, sizes_of
 from conf.ablation_schema import AblationConfig
 from conf.arms import unknown_arm
-from conf.identity import digest
 from conf.keys import choices
 from conf.load import load, to_dict
 from conf.schema import Config
 from conf.shape import check_divisibility, shape_of
 from conf.validate import holds_text_out, validate
 from kernels.common.errors import UserError, suggest, unknown
+from kernels.common.json_files import digest
 from launch.estimate.counts import ffn_saved_bytes, flops_per_token
 
 StepSeconds = Callable[[str, str, int], float]  # seconds per step of (size, arm, d_ff)

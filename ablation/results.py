@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from ablation.budget import REFUSE
-from ablation.documents import TextScatter, text_scatter
 from ablation.learning_rates import SweepResult, mean_losses, run_noise, sweep_result
 from ablation.manifest import Manifest, read_manifest
 from ablation.metrics import LOSS, Metric, median_of, metric_of, value_of
 from ablation.outcomes import DIVERGED, ENDED, FINISHED, Outcome, is_finite, read_metrics, read_outcome, run_folders
 from ablation.plan import Plan, PlannedRun, possible_seeds, swept_at, transferred
 from ablation.statistics import Comparison, Pair, compare, pairs_with
+from ablation.text_scatter import TextScatter, text_scatter
 from ablation.ttest import FEWEST_SEEDS
 from conf.load import values_of
 from conf.provenance import summarise

@@ -21,10 +21,10 @@ from ablation.plan import Plan, swept_at
 from ablation.progress import further_runs, outcome_of, sweep_progress
 from ablation.results import read_results
 from conf.cluster_schema import ClusterConfig
-from conf.identity import digest
 from conf.load import load
 from conf.validate import total_steps
 from kernels.common.errors import UserError
+from kernels.common.json_files import digest
 from launch.corpus import unprepared
 from launch.job_script import Job, doctor_of, python_of, quote
 from launch.local import ranks_of

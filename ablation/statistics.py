@@ -11,7 +11,7 @@ Each arm runs at the learning rate that its sweep chose, and may have missed its
 (`ablation/learning_rates.py`) is added to the standard error of each difference: more seeds do not make it smaller.
 
 A verdict holds over seeds, for the held-out text of the plan. Where the losses of its documents are known, a second test adds
-the standard error over documents (`ablation/documents.py`), and a verdict that passes it holds for other such text too. Its
+the standard error over documents (`ablation/text_scatter.py`), and a verdict that passes it holds for other such text too. Its
 p-values are adjusted likewise.
 
 Where verdicts are made more than once, as seeds are added, each look is paid for (`ablation/looks.py`): p-values are those of
@@ -29,9 +29,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ablation.documents import TextScatter
 from ablation.looks import Looks
 from ablation.metrics import LOSS, Metric
+from ablation.text_scatter import TextScatter
 from ablation.ttest import (
     ALPHA,
     FEWEST_SEEDS,
@@ -220,18 +220,6 @@ def at_every_size(by_size: Sequence[Sequence[Comparison]]) -> dict[str, Verdict]
         p_values.append(max(c.p for c in comparisons) if usable else math.nan)
     decided = [each for each, p in zip(found, holm(p_values), strict=True) if p < ALPHA]
     return {arm: verdict for arm, verdict, _ in sorted(decided, key=lambda each: -each[2])}
-
-
-def compare_summaries(
-    summaries: Mapping[str, tuple[float, float, int]], baseline: str, smallest_effect: float
-) -> list[Comparison]:
-    """Compare arms published as (mean, standard deviation, runs), by Welch's test: nothing is paired."""
-    tested = [
-        _TestedArm(arm, 0, 0, welch_test(summary, summaries[baseline]))
-        for arm, summary in summaries.items()
-        if arm != baseline
-    ]
-    return _judge(tested, smallest_effect)
 
 
 # ------------------------------------------------------------------------------------------------------------- the tests

@@ -235,9 +235,7 @@ def watch(snapshot: Callable[[], Grid], console: SafeConsole, refresh: float = _
             grid = snapshot()
             parts = show(grid, console.width)
             if len(console.render_lines(Group(*parts))) > console.height:
-                parts.sort(
-                    key=lambda part: not isinstance(part, Text)
-                )  # if something must be cut off, then the last grid
+                parts.sort(key=lambda part: not isinstance(part, Text))  # what must be cut off is the last grid
             live.update(Group(*parts), refresh=True)
             if grid.done:
                 return

@@ -9,7 +9,7 @@ from typing import Any
 
 from ablation.efficiency import efficiency
 from ablation.multipliers import multipliers, series
-from ablation.ranks import RankAgreement, agreements
+from ablation.rank_agreement import RankAgreement, agreements
 from ablation.results import Results
 from ablation.sketch import HIGH, LOW, REACH, Sketch, sketch
 from ablation.statistics import Comparison, Verdict

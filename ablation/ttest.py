@@ -90,9 +90,8 @@ def paired_test(differences: np.ndarray, regret: float) -> TTest:
         return TTest(n, mean, deviation, error, n - 1, two_sided_p(mean, error, n - 1), regret)
     if error == 0.0:  # the same difference in every seed, where t is undefined or infinite
         return TTest(n, mean, deviation, error, n - 1, 1.0 if mean == 0.0 else 0.0)
-    with (
-        warnings.catch_warnings()
-    ):  # SciPy warns where the differences are nearly equal; their spread is still the test's
+    # SciPy warns where the differences are nearly equal; their spread is still the test's.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         result: Any = stats.ttest_1samp(differences, 0.0)  # SciPy has no types
     return TTest(n, mean, deviation, error, n - 1, float(result.pvalue))

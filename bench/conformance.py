@@ -24,9 +24,8 @@ from kernels.common.errors import unknown
 from kernels.common.files import atomic_write
 from kernels.common.options import read_options
 
-if (
-    TYPE_CHECKING
-):  # torch is imported in functions: `main` sets an environment variable that it reads when it is imported
+# torch is imported in functions: `main` sets an environment variable that it reads when it is imported.
+if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
@@ -73,9 +72,8 @@ def main(argv: list[str]) -> int:
         if name not in arms:
             raise unknown("arm", name, arms)
     chosen = options["arms"].split(",") if options["arms"] else list(arms)
-    os.environ.setdefault(
-        "THP_MEM_ALLOC_ENABLE", "1"
-    )  # 2 MiB pages: with 4 KiB pages, large=1 mostly waits for page faults
+    # 2 MiB pages: with 4 KiB pages, large=1 mostly waits for page faults.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     seed, rows = options["seed"], options["rows"]
     if seed == _RANDOM:
         seed = secrets.randbelow(1 << 31)

@@ -46,10 +46,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ablation.documents import TextScatter
 from ablation.learning_rates import SweepResult, next_learning_rate, run_noise, sweep_result
 from ablation.looks import Looks
 from ablation.statistics import Comparison, Pair, Verdict, compare, pairs_with
+from ablation.text_scatter import TextScatter
 from kernels.common.commands import run_command
 from kernels.common.options import split_options
 

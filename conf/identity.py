@@ -5,7 +5,6 @@ By these a run is known again: one that goes on must have the settings that it b
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from conf.load import NOT_IN_NAME, flatten, to_dict
 from conf.schema import Config
 from conf.urls import PLACE_OF_TEXT
+from kernels.common.json_files import digest
 
 # A run may resume with other values of these: they change what is written or where it is computed, not what is learned.
 NOT_LEARNED = (
@@ -75,11 +75,6 @@ def what_is_learned(config: Config) -> dict[str, Any]:
 def config_hash(config: Config) -> str:
     """Return the hash of the values that determine what a run learns."""
     return digest(what_is_learned(config))
-
-
-def digest(content: Any, size: int = 8) -> str:
-    """Return the hash of JSON-serialisable content: `size` bytes in hexadecimal."""
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=size).hexdigest()
 
 
 def settings_of(config: Config) -> dict[str, Any]:

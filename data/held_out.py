@@ -30,7 +30,7 @@ NEAR = 0.5  # a training document is a near duplicate if it has this fraction of
 _FACTORS = [0x9E3779B97F4A7C15 + 2 * n for n in range(6)]  # odd, one for each doubling of a window: 2^6 is WINDOW
 
 
-def digest(raw: bytes) -> tuple[int, int]:
+def _hashes_of(raw: bytes) -> tuple[int, int]:
     """Return two independent 64-bit hashes of a text: the first decides whether it is held out, the second samples it."""
     value = hashlib.blake2b(raw, digest_size=16).digest()
     return int.from_bytes(value[:8], "little"), int.from_bytes(value[8:], "little")
@@ -85,7 +85,7 @@ class Selection:
 
     def part(self, text: str, raw: bytes, group: str = "") -> SplitText:
         """Return what becomes of a document, given as text and as UTF-8, and the folder or package that it belongs to."""
-        first, second = digest(raw)
+        first, second = _hashes_of(raw)
         if first < self.threshold if self.groups is None else group in self.groups:
             return SplitText("held_out", _piece(raw, self.piece_bytes, second) if self.piece_bytes else text, second)
         return SplitText("" if self._near is not None and self._near.found_in(raw) else "train", text, second)
@@ -105,7 +105,7 @@ def _groups(data: DataConfig) -> frozenset[str]:
         )
     total = counts.total()
     wanted = min(data.held_out_files or math.ceil(data.held_out * total), total // 2)
-    order = sorted(counts, key=lambda name: digest(name.encode())[0])
+    order = sorted(counts, key=lambda name: _hashes_of(name.encode())[0])
     chosen: set[str] = set()
     have = 0
     for largest in (wanted // 10, total):
@@ -125,7 +125,7 @@ def _threshold(data: DataConfig) -> int:
     limit = int(data.held_out * 2**64)
     smallest, largest = 2**64, -1
     for document in documents(data):
-        number = digest(document.text.encode())[0]
+        number = _hashes_of(document.text.encode())[0]
         smallest, largest = min(smallest, number), max(largest, number)
         if smallest < limit <= largest:
             return limit  # both sides have a document: the rest need not be read
@@ -140,7 +140,7 @@ def _threshold_of_files(data: DataConfig) -> int:
     smallest: list[int] = []  # a heap of the smallest distinct hashes, negated
     kept: set[int] = set()
     for document in documents(data):
-        number = digest(document.text.encode())[0]
+        number = _hashes_of(document.text.encode())[0]
         if number not in kept and (len(smallest) < wanted or number < -smallest[0]):
             kept.add(number)
             heapq.heappush(smallest, -number)

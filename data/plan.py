@@ -36,7 +36,7 @@ class Share:
         return spans[self.number * len(spans) // self.count : (self.number + 1) * len(spans) // self.count]
 
 
-def read_part(text: str) -> Share:
+def read_share(text: str) -> Share:
     """Return the part that is typed as "3/64" or "plan".
 
     Raises:

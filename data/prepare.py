@@ -28,7 +28,7 @@ from data.folder import folder_of, is_complete
 from data.groups import MEGABYTE, Facts, Span, groups, read_groups
 from data.held_out import Selection
 from data.lock import locked
-from data.plan import CorpusPlan, Share, read_part, read_plan, write_plan
+from data.plan import CorpusPlan, Share, read_plan, read_share, write_plan
 from data.pool import Group, encode_groups, run_in_subprocess
 from data.progress import ProgressReporter
 from data.shards import FORMAT, Shard, finished_group, read_index, remove_leftovers, token_dtype, write_index
@@ -376,7 +376,7 @@ def main(argv: list[str]) -> int:
         raise UserError(
             "part= tokenizes a part on this machine, and cluster=NAME jobs=N submits all of them: leave one out"
         )
-    part = read_part(options["part"]) if options["part"] else None
+    part = read_share(options["part"]) if options["part"] else None
     config = load(overrides, program="python -m data.prepare")
     if on_cluster and not is_complete(folder := folder_of(config.data, config.tokenizer)):
         # In a process of its own, because `data` and `launch` do not import each other.

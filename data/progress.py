@@ -33,9 +33,8 @@ class ProgressReporter:
 
     def update(self, fraction: float) -> None:
         """Report the completed fraction of the stage, 0 to 1."""
-        if (
-            self._bar is not None and fraction - self._displayed >= 0.005
-        ):  # an update per document is too much for a terminal
+        # An update per document is too much for a terminal.
+        if self._bar is not None and fraction - self._displayed >= 0.005:
             self._bar.update(self._bar.task_ids[-1], completed=fraction, total=1.0)
             self._displayed = fraction
 

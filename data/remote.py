@@ -182,9 +182,8 @@ def find_remote(entry: str, wanted: Callable[[str], bool], kinds: str) -> list[R
         if re.search(r"[*[]" if store.http else r"[*?[]", path):
             return _glob(store, entry)
         info = {"type": "directory"} if entry.endswith("/") else store.fs.info(store.path)
-        listing = store.http and _plain(info.get("url", "")).endswith(
-            "/"
-        )  # where a server sends one who asks for a folder
+        # Where a server sends one who asks for a folder.
+        listing = store.http and _plain(info.get("url", "")).endswith("/")
         if info["type"] != "directory" and not listing:
             return [RemoteFile(store, store.path, info, entry, PurePosixPath(_plain(store.path)).name)]
         root = store.path.rstrip("/") + "/"

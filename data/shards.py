@@ -22,7 +22,7 @@ import numpy as np
 
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
-from kernels.common.json_files import is_count, read_object
+from kernels.common.json_files import digest, is_count, read_object
 
 FORMAT = 1  # of the folder; a folder of another format is prepared again beside it
 INDEX = "index.json"
@@ -96,12 +96,7 @@ def write_index(folder: Path, index: dict[str, Any]) -> None:
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    write_json(folder / INDEX, index | {"digest": digest_of(index)})
-
-
-def digest_of(index: dict[str, Any]) -> str:
-    """Return the digest that an index has over everything else in it."""
-    return hashlib.blake2b(json.dumps(index, sort_keys=True).encode(), digest_size=16).hexdigest()
+    write_json(folder / INDEX, index | {"digest": digest(index, 16)})
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -121,8 +116,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     is_complete = {"vocab_size", "eos_id", "tokenizer_hash", "corpus_hash"} <= index.keys()
     if not is_complete or index.get("format") != FORMAT:
         raise UserError(f"{path} is not of format {FORMAT}; delete the folder and prepare it again")
-    digest = index.pop("digest", None)
-    if digest is not None and digest != digest_of(index):
+    stored = index.pop("digest", None)
+    if stored is not None and stored != digest(index, 16):
         raise UserError(
             f"{path} was changed since it was written (its digest does not match); delete it and prepare the folder again"
         )

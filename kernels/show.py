@@ -371,9 +371,8 @@ def _plot(compiled: Compiled, path: str) -> None:
         figure.colorbar(image, ax=axes[2])
     figure.suptitle(" ".join(compiled.formula.text.split()), family="monospace", parse_math=False)
     target = Path(path)
-    temporary = target.with_name(
-        f".{target.stem}.{os.getpid()}.tmp{target.suffix}"
-    )  # so that readers never see a partial file
+    # So that readers never see a partial file.
+    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
     try:
         figure.savefig(temporary, dpi=150)
         os.replace(temporary, target)

@@ -121,9 +121,8 @@ class Attention(nn.Module):
         """Attend: x (B, S, D) -> (B, S, D)."""
         tensor, context, cache = forward_pass.mesh.tensor, forward_pass.mesh.context, forward_pass.cache
         packed = column_parallel_linear(x, self.qkv, tensor, self.products)
-        heads = packed.view(
-            forward_pass.batch_size, -1, sum(self.head_counts), self.head_dim
-        )  # (B, S / C, (H + 2K) / T, E)
+        # (B, S / C, (H + 2K) / T, E)
+        heads = packed.view(forward_pass.batch_size, -1, sum(self.head_counts), self.head_dim)
         heads = sequence_to_heads(heads, context, self.head_counts)  # (B, S, (H + 2K) / TC, E)
         q, k, v = heads.split([count // context.size for count in self.head_counts], dim=2)
         if self.q_norm is not None and self.k_norm is not None:

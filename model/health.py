@@ -17,8 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from conf.identity import digest
-from kernels.common.json_files import parse, read_bytes
+from kernels.common.json_files import digest, parse, read_bytes
 from model.finite import FileScan
 from model.manifest import CheckpointManifest, bytes_hash, file_hash, file_of, of_state, read_manifest
 from model.weights import FORMAT, MOMENTS, step_of, stored_name

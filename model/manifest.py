@@ -18,10 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conf.identity import digest
 from kernels.common.errors import UserError
 from kernels.common.files import naming
-from kernels.common.json_files import open_regular, read_object
+from kernels.common.json_files import digest, open_regular, read_object
 
 VERSION = 2
 NAME = "manifest.json"

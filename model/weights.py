@@ -30,11 +30,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from conf.identity import digest
 from conf.optimizers.optimizer import ADAMW_RULE
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_folder, naming
-from kernels.common.json_files import read_object
+from kernels.common.json_files import digest, read_object
 from model.manifest import file_hash, file_of, write_manifest
 from model.parallel import ShardSpec, full_shape, shard_spec
 

@@ -141,9 +141,8 @@ class RunRecorder:
             dead: each layer's fraction of units that were active for none of its tokens; empty if that was not measured.
             scheduled: the values of formulas' scheduled parameters, as `Decoder.scheduled` returns them.
         """
-        if (
-            self.enabled and held_out.documents is not None
-        ):  # before the line that says that this step has been evaluated
+        # Before the line that says that this step has been evaluated.
+        if self.enabled and held_out.documents is not None:
             try:
                 self.folder.write_document_losses(self.step, held_out.documents.as_json())
             except OSError as error:

@@ -44,7 +44,7 @@ from kernels.common.json_files import (
     read_metrics_file,
     read_summary,
 )
-from launch.heartbeats import folder_of
+from launch import heartbeats
 from model.manifest import run_of
 from model.weights import checkpoints
 from training.metrics_file import MetricsFile
@@ -158,10 +158,9 @@ class RunFolder:
         if self.trained:
             return
         with contextlib.suppress(OSError):
-            beats = folder_of(self.path)
-            beats.rename(
-                beats.with_name(".heartbeats.old")
-            )  # first, so that other ranks write none while it is removed
+            beats = heartbeats.folder_of(self.path)
+            # First, so that other ranks write none while it is removed.
+            beats.rename(beats.with_name(".heartbeats.old"))
         shutil.rmtree(self.path / ".heartbeats.old", ignore_errors=True)
         if self._created:
             self.metrics.close()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conf.identity import digest
+from kernels.common.json_files import digest
 from model.manifest import file_hash, file_of
 
 STEPS = (9, 6, 3)  # of the checkpoints, newest first

@@ -22,9 +22,10 @@ from bench.fuzz.sound import (
 from conf.schema import Config
 from conf.shape import shape_of
 from data.batches import BatchStream, held_out_windows, open_dataset, refuse_repetition
-from data.shards import digest_of, finished_group, token_dtype
+from data.shards import finished_group, token_dtype
 from data.verify import verify
 from kernels.common.errors import UserError
+from kernels.common.json_files import digest
 from kernels.common.units import duration
 from model.decoder import Decoder
 from model.health import contents_problem
@@ -86,7 +87,7 @@ def _index_of_corpus(draw: random.Random, name: str, sound: dict[str, Any]) -> D
     if isinstance(index, dict) and how != "old digest":
         index.pop("digest", None)
         if how == "fitting":
-            index["digest"] = digest_of(index)
+            index["digest"] = digest(index, 16)
     return Damaged(f"index, {how}", {f"{name}/index.json": json_bytes(draw, index)})
 
 

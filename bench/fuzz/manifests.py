@@ -23,10 +23,10 @@ from bench.fuzz.mutations import (
     read_all,
 )
 from bench.fuzz.sound import run_config, write_plan, write_run
-from conf.identity import digest
 from conf.load import from_yaml, values_of
 from conf.validate import validate
 from kernels.common.errors import UserError
+from kernels.common.json_files import digest
 from launch.endings import read_ending
 from model.health import damage
 from model.manifest import run_of

@@ -321,9 +321,8 @@ def _operation(line: Line, program: Program) -> str:
 
 def argument_of(argument: Argument, program: Program) -> str:
     """Print a name, or a number rounded to fp32."""
-    if isinstance(
-        argument, str
-    ):  # users name parameters: the prefix avoids Python's keywords and the kernel's variables
+    # Users name parameters: the prefix avoids Python's keywords and the kernel's variables.
+    if isinstance(argument, str):
         return f"v_{argument}" if argument in program.inputs else argument
     with np.errstate(over="ignore"):
         number = float(np.float32(argument))

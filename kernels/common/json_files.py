@@ -1,12 +1,13 @@
 """Read JSON that anything may have happened to: damaged, of another program, or a pipe by the name of a file.
 
 Only regular files are opened, so no read waits for a writer. Size and depth are bounded, and whatever does not parse is a
-ValueError, deep nesting included.
+ValueError, deep nesting included. `digest` is the hash by which folders tell that their JSON was changed.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -92,6 +93,11 @@ def is_count(value: Any, below: int = _LARGEST) -> bool:
     return type(value) is int and 0 <= value < below
 
 
+def digest(content: Any, size: int = 8) -> str:
+    """Return the hash of JSON-serialisable content: `size` bytes in hexadecimal."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=size).hexdigest()
+
+
 def metrics_line(line: bytes) -> dict[str, Any] | None:
     """Return a line of metrics.jsonl, None if it is none.
 
@@ -170,7 +176,7 @@ def read_document_losses(run: str | os.PathLike[str]) -> DocumentLosses | None:
     return DocumentLosses(typing.cast(int, step), text, nats, tokens, unit) if right and tokens else None
 
 
-class MetricsFile(NamedTuple):
+class MetricsLines(NamedTuple):
     """The contents of a metrics.jsonl."""
 
     texts: list[bytes]  # the lines that can be read, as they are
@@ -179,7 +185,7 @@ class MetricsFile(NamedTuple):
     partial: bool  # whether a last one was not completed, as a process that was killed leaves it; it is not among these
 
 
-def read_metrics_file(path: str | os.PathLike[str], with_text: bytes = b"") -> MetricsFile:
+def read_metrics_file(path: str | os.PathLike[str], with_text: bytes = b"") -> MetricsLines:
     """Read a metrics.jsonl.
 
     Args:
@@ -200,4 +206,4 @@ def read_metrics_file(path: str | os.PathLike[str], with_text: bytes = b"") -> M
             else:
                 unreadable += 1
     partial = bool(last.strip()) and with_text in last and metrics_line(last) is None
-    return MetricsFile(texts, lines, unreadable - partial, partial)
+    return MetricsLines(texts, lines, unreadable - partial, partial)

@@ -223,9 +223,8 @@ class _Parser:
 
     def unary(self) -> Node:
         place, signs = self.place, 0
-        while sign := self.take(
-            "+", "-"
-        ):  # a loop, because a recursion would nest a thousand frames for a thousand signs
+        # A loop, because a recursion would nest a thousand frames for a thousand signs.
+        while sign := self.take("+", "-"):
             signs += sign == "-"
         node = self.power()
         return Node("negate", "", (self.value(node),), place) if signs % 2 else node

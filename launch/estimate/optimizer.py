@@ -12,7 +12,7 @@ from conf.shape import Shape
 ROUND_ELEMENTS = 2**24  # of a rank's matrices that are brought together at once, unless a single one has more
 
 
-def logical_matrices(shape: Shape, split_heads: bool = False) -> dict[tuple[int, int], int]:
+def count_matrices(shape: Shape, split_heads: bool = False) -> dict[tuple[int, int], int]:
     """Return how many logical matrices of attention and FFN there are of each shape (rows, columns)."""
     found: dict[tuple[int, int], int] = {}
 
@@ -30,13 +30,13 @@ def logical_matrices(shape: Shape, split_heads: bool = False) -> dict[tuple[int,
 
 def hidden_parameters(shape: Shape, tensor: int) -> float:
     """Return the parameters of a tensor rank in the matrices of attention and FFN, for which an optimizer may have a rule."""
-    return sum(rows * columns * number for (rows, columns), number in logical_matrices(shape).items()) / tensor
+    return sum(rows * columns * number for (rows, columns), number in count_matrices(shape).items()) / tensor
 
 
 def optimizer_flops(shape: Shape, optim: OptimConfig, ranks: int) -> float:
     """Return the FLOPs in matrix products of a step on the rank that has most to do; no rank has less than a whole matrix."""
     flops = OPTIMIZERS[optim.name].flops
-    matrices = logical_matrices(shape, optim.split_heads)
+    matrices = count_matrices(shape, optim.split_heads)
     costs = {(rows, columns): flops(optim, rows, columns) for rows, columns in matrices}
     total = sum(number * costs[size] for size, number in matrices.items())
     return max(total / ranks, *costs.values())
@@ -64,7 +64,7 @@ def optimizer_working_bytes(shape: Shape, optim: OptimConfig, tensor: int, dp_cp
     """
     if not OPTIMIZERS[optim.name].whole_matrices:
         return 0.0
-    largest = max(rows * columns for rows, columns in logical_matrices(shape, optim.split_heads))
+    largest = max(rows * columns for rows, columns in count_matrices(shape, optim.split_heads))
     share = max(hidden_parameters(shape, 1) / (tensor * dp_cp), largest)
     size = min(share, max(ROUND_ELEMENTS, largest))
     if tensor * dp_cp == 1:

@@ -11,7 +11,7 @@ from ablation.manifest import read_manifest
 from ablation.measures import log_multiplier
 from ablation.multipliers import Series, log_by_seed, multipliers, series
 from ablation.plan import Plan, PlannedRun
-from ablation.ranks import agreements, rank_agreement
+from ablation.rank_agreement import agreements, rank_agreement
 from ablation.report import write_report
 from ablation.results import read_results
 from kernels.common.errors import UserError

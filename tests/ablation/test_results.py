@@ -18,8 +18,8 @@ from ablation.report import page
 from ablation.results import expected_runs, provenance_lines, read_results
 from ablation.statistics import Verdict
 from ablation.ttest import holm
-from conf.identity import digest
 from kernels.common.errors import UserError
+from kernels.common.json_files import digest
 from tests.ablation.made import VOCABULARY, all_planned, losses, make, plan_of, write_run
 
 RULE = losses({"gelu": -0.002, "swiglu": -0.05}, noise=0.002)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ablation.documents import text_scatter
 from ablation.statistics import Pair, Verdict, compare
+from ablation.text_scatter import text_scatter
 from kernels.common.json_files import DocumentLosses
 
 SEEDS = range(5)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ablation.documents import text_scatter
+from ablation.text_scatter import text_scatter
 from conf.load import load
 from conf.schema import DataConfig
 from data.batches import open_dataset

@@ -21,7 +21,7 @@ from data.documents import documents
 from data.folder import folder_of
 from data.groups import Facts, groups, read_groups
 from data.held_out import Selection
-from data.plan import Share, read_part
+from data.plan import Share, read_share
 from data.prepare import prepare, prepare_part
 from data.shards import INDEX, PLAN, read_index
 from kernels.common.errors import UserError
@@ -278,7 +278,7 @@ def test_a_part_that_is_none_is_refused(text, sentence):
 
 
 def test_a_part_is_here_or_on_a_cluster():
-    assert read_part("3/64") == Share(3, 64)
+    assert read_share("3/64") == Share(3, 64)
     with pytest.raises(UserError, match="leave one out"):
         data.prepare.main(["data=stdlib", "part=0/4", "cluster=cpu", "jobs=4"])
 

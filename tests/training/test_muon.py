@@ -14,8 +14,7 @@ from conf.load import load
 from conf.shape import shape_of
 from data.batches import BatchStream, open_dataset
 from data.prepare import prepare
-from launch.estimate.optimizer import logical_matrices as counted
-from launch.estimate.optimizer import optimizer_traffic
+from launch.estimate.optimizer import count_matrices, optimizer_traffic
 from model import decoder
 from model.attention import attend
 from model.decoder import Decoder
@@ -315,7 +314,7 @@ def test_no_matrix_is_computed_twice_and_the_traffic_is_as_counted(ran, two_rank
     shape = shape_of(config, 384)
     owners = results[0]["values"][1]
     assert all(rank["values"][1] == owners for rank in results)  # all ranks agree
-    assert len(owners) == sum(counted(shape).values())
+    assert len(owners) == sum(count_matrices(shape).values())
     sent = expected = 0
     for rank, result in enumerate(results):
         traffic, _, pieces = result["values"]
@@ -340,7 +339,7 @@ def test_the_estimate_counts_the_matrices_of_the_model(corpus):
             if name.startswith("layers.") and parameter.ndim > 1:
                 for matrix in logical_matrices(name, parameter, 1, shape.head_dim if heads else None):
                     found[matrix.rows, matrix.columns] = found.get((matrix.rows, matrix.columns), 0) + 1
-        assert found == counted(shape, heads)
+        assert found == count_matrices(shape, heads)
 
 
 def test_an_optimizer_takes_over_only_when_asked(trained, one_rank, tmp_path):
