@@ -22,7 +22,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ablation.criteria import CONTRADICTED, OPEN, SUPPORTED, Criterion, Decision, decide, has_arms
+from ablation.criteria import CONTRADICTED, OPEN, SUPPORTED, Criterion, CriterionResult, decide, has_arms
 from ablation.results import Results, read_results
 from conf.terminal import SafeConsole
 from kernels.common.commands import run_command
@@ -195,7 +195,7 @@ def _testable_sizes(claim: Claim, results: Results) -> list[tuple[str, ...]]:
     ]
 
 
-def _combine(premises: list[Decision], tests: list[Decision]) -> tuple[str, str]:
+def _combine(premises: list[CriterionResult], tests: list[CriterionResult]) -> tuple[str, str]:
     """Return the state of a claim at a size, and `Evidence.why`."""
     for premise in premises:
         if premise.state != SUPPORTED:

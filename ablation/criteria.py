@@ -61,7 +61,7 @@ class Criterion:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decision:
+class CriterionResult:
     """The result of one criterion."""
 
     state: str
@@ -83,7 +83,7 @@ class _Measured:
     regret: float = 0.0  # what both may lose by missing their best learning rates, where the metric is the loss
 
 
-def decide(criterion: Criterion, results: Results, sizes: tuple[str, ...]) -> Decision:
+def decide(criterion: Criterion, results: Results, sizes: tuple[str, ...]) -> CriterionResult:
     """Return what a plan's runs show about a criterion.
 
     Args:
@@ -106,26 +106,26 @@ def decide(criterion: Criterion, results: Results, sizes: tuple[str, ...]) -> De
     runs = [run for pair in pairs.values() for run in pair.runs]
     held, failed = (list(states.values()).count(state) for state in (SUPPORTED, CONTRADICTED))
     if held >= criterion.required:
-        return Decision(SUPPORTED, "", details, runs)
+        return CriterionResult(SUPPORTED, "", details, runs)
     if failed > len(states) - criterion.required:
         worse = any(c.verdict is Verdict.WORSE for c in comparisons)
-        return Decision(CONTRADICTED, "" if worse else _ruled_out(criterion, effect), details, runs)
+        return CriterionResult(CONTRADICTED, "" if worse else _ruled_out(criterion, effect), details, runs)
     unsettled = [c for c in comparisons if states[c.arm] == OPEN]
     first = min(unsettled, key=lambda c: not c.seeds)  # one that has runs, if any
-    return Decision(OPEN, _why(criterion, first), details, runs)
+    return CriterionResult(OPEN, _why(criterion, first), details, runs)
 
 
-def _decide_by_cost(criterion: Criterion, results: Results, size: str) -> Decision:
+def _decide_by_cost(criterion: Criterion, results: Results, size: str) -> CriterionResult:
     """Decide by the costs in the manifest, which depend on no seed."""
     [(arm, other)] = criterion.pairs.items()
     assert criterion.by is not None  # claims.yaml gives it for metrics of the manifest
     if renamed := _not_of_catalogue(results, size, criterion.arms):
-        return Decision(OPEN, renamed, [], [])
+        return CriterionResult(OPEN, renamed, [], [])
     cost = results.manifest.cost[size]
     ratio = cost[arm][criterion.metric] / cost[str(other)][criterion.metric]
     widths = " and ".join(str(results.manifest.learned(size, a)["model.d_ff"]) for a in (arm, str(other)))
     detail = f"{criterion.metric}: {arm} x{ratio:.4f} relative to {other}, at d_ff {widths}"
-    return Decision(SUPPORTED if ratio > criterion.by else CONTRADICTED, "", [detail], [])
+    return CriterionResult(SUPPORTED if ratio > criterion.by else CONTRADICTED, "", [detail], [])
 
 
 def _effect(criterion: Criterion, plan_effect: float) -> float:

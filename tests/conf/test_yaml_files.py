@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
+import yaml
 
 from conf import yaml_files
 from conf.ablation_schema import AblationConfig
-from conf.load import from_yaml, load, read_group, to_yaml, values_of
+from conf.load import FOLDER, from_yaml, load, read_group, to_yaml, values_of
 from conf.validate import validate
 from kernels.common.errors import UserError
 
@@ -25,6 +26,17 @@ def test_any_text_is_read_back(text, tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert from_yaml(tmp_path / "config.yaml") == config
     assert values_of(tmp_path / "config.yaml")["runs"] == text
+
+
+@pytest.mark.skipif(not yaml.__with_libyaml__, reason="PyYAML was built without libyaml")
+def test_libyaml_reads_what_pyyaml_reads():
+    """All that it can read: half a surrogate pair is left to PyYAML."""
+    fast, full = yaml_files._loaders()
+    config = load(["run=x"])
+    config.prompts = TEXTS[:-1]
+    files = [path.read_text(encoding="utf-8") for path in FOLDER.rglob("*.yaml")]
+    for text in (to_yaml(config), *files, "a: 1e-5\nb: 2026-01-01\nc: 0x1F\nd: 1_000\ne: on\nf: .inf\n1: ~", ""):
+        assert yaml.load(text, Loader=fast) == yaml.load(text, Loader=full)
 
 
 def test_an_escaped_interpolation_on_the_command_line_survives_a_resume(tmp_path):
