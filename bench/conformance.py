@@ -1,8 +1,10 @@
 """Compare the error of every arm's kernels with that of plain torch: `python -m bench.conformance`.
 
-    out=bench/results/conformance.md   the report                     seed=N    the seed of the inputs (default: a new one)
-    arms=NAME,...                      only these arms                rows=256  rows of 1024 pre-activations
+    arms=a,b                           only these arms
+    rows=256                           rows of 1024 pre-activations
+    seed=N                             of the inputs; default: a new one
     large=1                            also more than 2^31 elements (needs 9 GiB of memory)
+    out=bench/results/conformance.md   the report
 
 Exits with status 1, and prints the failures to standard error, if an error exceeds 1.1 times that of plain torch in the same
 dtype or an edge case fails. The report defines its figures. The edge cases are those of `bench/edge_cases.py`.

@@ -1,6 +1,7 @@
 """Compare estimates with measured memory and published step times: `python -m bench.estimate`.
 
-    out=FILE       where the tables go        memory=false   only the published step times, which take a moment
+    out=FILE      where the tables go
+    memory=false  only the published step times, which take a moment
 
 Memory: the peak bytes of live tensors in a step, on ranks of this machine (CPU, gloo), against
 `launch.estimate.counts.peak_bytes`; and the FLOPs that torch counts in matrix products against `flops_per_token` without

@@ -1,6 +1,7 @@
 """Measure what the default guards add to a step: `python -m bench.guards`.
 
-    steps=20    steps that are timed, for the time of one     and any override of train.py
+    steps=20   steps that are timed, for the time of one
+    KEY=VALUE  overrides for train.py
 
 The guards are the watchdog (a mark per step and its two threads), the checks of loss and gradient norm at each log line, and
 the scan of the host copies at each save, which a thread makes beside training. Each is timed by itself, because a difference of

@@ -1,7 +1,8 @@
 """Measure the memory per rank under ZeRO 0 to 3 and tensor 1 and 2, against the formula: `python -m bench.memory`.
 
-    world=4     ranks on this machine (CPU, gloo)          and any override of train.py
-    out=FILE    where the table goes
+    world=4    ranks on this machine (CPU, gloo)
+    out=FILE   where the table goes
+    KEY=VALUE  overrides for train.py
 
 The measurement counts every tensor that is alive in a process after a backward, each storage once, except DeepSpeed's buffers
 of `zero.bucket_elements`, whose size does not depend on the model. It reports the largest count of a step's micro-batches. The

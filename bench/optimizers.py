@@ -1,8 +1,10 @@
 """Measure the time of a step under each optimizer: `python -m bench.optimizers`.
 
+    models=nano,60m  of these models
     steps=24         steps of each optimizer, in turn in one process, so that a disturbance of the machine affects all of them
-    out=FILE         where the table goes            quick=true    a tiny model, for the tests
-    models=nano,60m  and any override of train.py, which applies to every model
+    quick=true       a tiny model, for the tests
+    out=FILE         where the table goes
+    KEY=VALUE        overrides for train.py, for every model
 
 Training steps of the engine of `train.py` (ZeRO-1) on random tokens: on one rank with all cores, and on two ranks that share
 them. The ratio to AdamW is that of the medians, with its range over thirds of the steps. The share of Newton-Schulz is the time

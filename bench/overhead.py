@@ -1,7 +1,8 @@
 """Measure what DeepSpeed and ZeRO add to the time of a step: `python -m bench.overhead`.
 
-    steps=60    steps of each contender, in turn in one process, so that a disturbance of the machine affects all of them
-    out=FILE    where the figures go (JSON)            and any override of train.py
+    steps=60   steps of each contender, in turn in one process, so that a disturbance of the machine affects all of them
+    out=FILE   where the figures go (JSON)
+    KEY=VALUE  overrides for train.py
 
 On one rank: the engine of `train.py` (ZeRO-1, tensor 1) against a plain PyTorch loop of the same model with the same kernels:
 forward, backward, clipping by the norm, fused AdamW; in bf16 the loop keeps fp32 master weights too. On two ranks, in fp32:

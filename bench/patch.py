@@ -1,7 +1,10 @@
-"""A patched model of Transformers beside the unpatched one: error, memory for backward, step time: `python -m bench.patch`.
+"""Compare patched Transformers models with unpatched ones, in error, memory and step time: `python -m bench.patch`.
 
-    tokens=128 d_model=1024 d_ff=2816    of the timed layers          out=FILE    where the page goes
-    rounds=7                             of the timings, in which each contender takes a turn
+    tokens=128    of the timed layers
+    d_model=1024  of the timed layers
+    d_ff=2816     of the timed layers
+    rounds=7      of the timings, in which each contender takes a turn
+    out=FILE      where the page goes
 
 Errors are those of tiny models with random weights against the same weights in float64. A step is forward and backward of one
 feed-forward layer, or of a two-layer model, on one core; what is counted is the processor's time, which other programs on the

@@ -1,8 +1,11 @@
 """Measure how tokens per second change with size, beside what the FLOPs predict: `python -m bench.scaling`.
 
-    rounds=2     how often each point runs              steps=4       steps per run, after one that warms up
-    out=FILE     where the table goes                   quick=true    two tiny points per sweep, for the tests
-    sweeps=sequence,vocabulary,parameters,ranks         and any override of train.py, which applies to every point
+    sweeps=a,b  of sequence, vocabulary, parameters and ranks; default: all
+    rounds=2    how often each point runs
+    steps=4     steps per run, after one that warms up
+    quick=true  two tiny points per sweep, for the tests
+    out=FILE    where the table goes
+    KEY=VALUE   overrides for train.py, at every point
 
 Each point is `nano` but for what its sweep changes: training steps of the engine of `train.py` on random tokens, in a process
 of its own. A rank has one thread, so that two ranks have twice the means of one. The points of a sweep take turns, round after

@@ -1,6 +1,8 @@
 """Measure the cost of an activation telemetry sample in a run of `train.py`: `python -m bench.telemetry`.
 
-    steps=200    steps per run          rounds=3    runs          and any override of train.py
+    steps=200  steps per run
+    rounds=3   runs
+    KEY=VALUE  overrides for train.py
 
 Every fourth step is sampled. The step after it waits for the reduction and writes the line. The other two are plain. The cost
 of a sample is the time of the first two beyond that of two plain steps, in medians over the run.

@@ -1,4 +1,4 @@
-"""Megabytes of text that one core tokenizes per second, here and in Hugging Face's `tokenizers`: `python -m bench.tokenize`.
+"""Measure how much text one core tokenizes per second, against SentencePiece and Hugging Face: `python -m bench.tokenize`.
 
     vocab_sizes=4096,32000    of the tokenizers, trained on the text that is timed
     megabytes=3               of each text, at most

@@ -1,7 +1,9 @@
 """Compare tokens per second of training with other libraries' models in a plain loop: `python -m bench.train`.
 
-    rounds=3    how often each contender runs          steps=24    steps per run; the first quarter warms up
-    out=FILE    where the figures go (JSON)            and any override of train.py: model=... sequence_length=...
+    rounds=3   how often each contender runs
+    steps=24   steps per run; the first quarter warms up
+    out=FILE   where the figures go (JSON)
+    KEY=VALUE  overrides for train.py: model=..., sequence_length=...
 
 Contenders run one at a time, each in its own process, round after round, so that a disturbance of the machine affects all:
 

@@ -1,9 +1,11 @@
 """Simulate plans whose arms are equally good, and count false verdicts: `python -m bench.verdicts`.
 
-    plans=1000     simulated per row      seed=0
-    arms=8         of each plan, the baseline included      sizes=1
-    results=FILE   judge the runs of a results.csv instead, with and without what missed learning rates cost
-    baseline=relu  of that file
+    plans=1000      simulated per row
+    arms=8          of each plan, the baseline included
+    sizes=1         of each plan
+    seed=0          of the simulation
+    results=FILE    judge the runs of a results.csv instead, with and without what missed learning rates cost
+    baseline=relu   of that file
 
 Each arm has an optimal learning rate of its own, up to half a factor of two off the middle of the sweep, and a curvature there
 as measured for the arms of `bench/results/glu_variants`. A run's loss scatters around its parabola; a part of that is its

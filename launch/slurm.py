@@ -1,8 +1,11 @@
 """Train on a cluster: `python -m launch.slurm cluster=NAME nodes=8 ffn=swiglu model=llama3_8b`.
 
-    cluster=NAME            a file of conf/cluster         nodes=1              number of nodes
-    cluster.KEY=VALUE       overrides one of its keys      ranks_per_node=N     default: one per GPU of a node
-    KEY=VALUE               for train.py                   dry_run=true         only print the script
+    cluster=NAME       a file of conf/cluster
+    cluster.KEY=VALUE  overrides one of its keys
+    nodes=1            number of nodes
+    ranks_per_node=N   default: one per GPU of a node
+    KEY=VALUE          for train.py
+    dry_run=true       only print the script
 
 Writes a script for sbatch into the run's folder, with a copy of the code and the configuration, and submits it. A corpus that
 is not tokenized yet is prepared before, by a job on one node. The job checks its nodes and leaves out those that cannot train.

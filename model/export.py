@@ -1,8 +1,10 @@
 """Export a run's model to Hugging Face Transformers: `python -m model.export run=NAME to=FOLDER`.
 
-run=NAME          a run by name or by path            step=N       a checkpoint; -1 (default): the newest
-to=FOLDER         new or empty                        dtype=fp32   of the weights: fp32 | bf16
-runs=FOLDER       where run folders are
+    run=NAME     a run by name or by path
+    to=FOLDER    new or empty
+    dtype=fp32   of the weights: fp32 | bf16
+    step=N       a checkpoint; default: the newest
+    runs=FOLDER  where run folders are; default: runs
 
 The folder holds safetensors, config.json, generation_config.json and the tokenizer, and loads without this project:
 AutoModelForCausalLM.from_pretrained(FOLDER). An arm that Transformers knows becomes a LlamaForCausalLM or an ArceeForCausalLM,

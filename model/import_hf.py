@@ -1,7 +1,9 @@
-"""Create a run from a Hugging Face model: `python -m model.import_hf from=FOLDER run=NAME [key=value ...]`.
+"""Create a run from a Hugging Face model: `python -m model.import_hf from=FOLDER run=NAME [KEY=VALUE ...]`.
 
-from=FOLDER       with config.json, safetensors and a tokenizer    run=NAME     name of the new run
-key=value         overrides for train.py: data, steps, optim ...   runs=FOLDER  where run folders are
+    from=FOLDER  with config.json, safetensors and a tokenizer
+    run=NAME     name of the new run
+    KEY=VALUE    overrides for train.py: data, steps, optim, ...
+    runs=FOLDER  where run folders are; default: runs
 
 The folder is one that `python -m model.export` wrote, or any LlamaForCausalLM, Qwen3ForCausalLM, ArceeForCausalLM or
 ApertusForCausalLM with plain rotary positions. Sizes, formula and tokenizer come from the folder, everything else from the

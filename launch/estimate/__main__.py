@@ -1,8 +1,11 @@
 """Estimate memory, time and cost before a run starts: `python -m launch.estimate cluster=h100 nodes=8 model=llama3_8b`.
 
-    cluster=NAME            a file of conf/cluster         nodes=1              number of nodes
-    cluster.KEY=VALUE       overrides one of its keys      ranks_per_node=N     default: one per GPU of a node
-    KEY=VALUE               as for train.py                --plot[=FILE]        plot MFU and cost against the number of GPUs
+    cluster=NAME       a file of conf/cluster
+    cluster.KEY=VALUE  overrides one of its keys
+    nodes=1            number of nodes
+    ranks_per_node=N   default: one per GPU of a node
+    KEY=VALUE          as for train.py
+    --plot[=FILE]      plot MFU and cost against the number of GPUs
 
 Prints the memory per GPU, the time per step, and the cost of the whole run; then the tensor sizes, ZeRO stages, micro-batches
 and checkpointing settings that fit, fastest first. No GPU is needed. launch/estimate/counts.py and

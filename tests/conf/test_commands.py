@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -61,17 +63,48 @@ def test_what_needs_no_torch_does_not_load_it(module):
 
 @pytest.mark.parametrize("module", [name for name in commands() if name not in NOT_TYPED])
 def test_every_command_answers_help(module, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [module, "--help"])
-    status = None
+    """It names the command and every option of its own, and fits a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_here(monkeypatch, module, "--help") == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    lines = printed.out.splitlines()
+    assert module in printed.out
+    assert len(lines) >= 3
+    assert [line for line in lines if len(line) > 80] == []
+    assert [
+        name for name in own_options(monkeypatch, module) if not re.search(rf"(^|[ -]){name}\b", printed.out, re.M)
+    ] == []
+
+
+class _OptionsRead(Exception):
+    """Raised where a command reads its options."""
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, module: str, *words: str) -> object:
+    monkeypatch.setattr(sys, "argv", [module, *words])
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as stopped:
-        status = stopped.code
-    printed = capsys.readouterr()
-    assert (status or 0, printed.err) == (0, "")
-    assert module in printed.out
-    assert len(printed.out.splitlines()) >= 3
+        return stopped.code or 0
+    return 0
 
 
-def test_the_search_for_commands_finds_them():
+def own_options(monkeypatch: pytest.MonkeyPatch, module: str) -> list[str]:
+    """Return the options that a command reads by `kernels.common.options`; none where it reads them otherwise."""
+    options: list[str] = []
+
+    def record(_: object, defaults: dict[str, object], *__: object, **___: object) -> None:
+        options.extend(defaults)
+        raise _OptionsRead
+
+    for reader in ("read_options", "read_positional", "split_options"):
+        monkeypatch.setattr(f"kernels.common.options.{reader}", record)
+    with contextlib.suppress(_OptionsRead):
+        run_here(monkeypatch, module, "no-such-argument")
+    return options
+
+
+def test_the_search_for_commands_and_options_finds_them(monkeypatch):
+    assert own_options(monkeypatch, "data.prepare") == ["part", "jobs"]
     assert {"ablation.run", "data.prepare", "launch.estimate", "model.generate", "kernels.show"} <= set(commands())
