@@ -60,6 +60,7 @@ from ablation.results import baselines_path, read_results, why_no_verdict
 from ablation.speed import step_time
 from conf.help import key_lines
 from conf.keys import choices
+from conf.overrides import check_overrides
 from conf.schema import AblationConfig, ClusterConfig
 from conf.terminal import SafeConsole
 from kernels.common.commands import run_command
@@ -93,6 +94,7 @@ def main(argv: list[str]) -> int:
     ranks = options["ranks"]
     cluster, plan_arguments = read_cluster(arguments)
     config, overrides = read_plan(plan_arguments)
+    check_overrides(overrides, (*_OPTIONS, "cluster", "ablation"))
     folder = Path(options["folder"]) / config.name
     config = keep_earlier_rules(config, plan_arguments, folder)
     timed = config.budget == "wallclock"

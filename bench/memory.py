@@ -20,6 +20,7 @@ import torch
 
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
 from bench.train import machine
+from conf.overrides import check_overrides
 from kernels.common.commands import run_command
 from kernels.common.files import atomic_write
 from kernels.common.options import split_options
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["--rank"]:
         as_rank(lambda ranks: _measured(ranks, argv[1:]))
     options, overrides = split_options(argv, {"world": 4, "out": "bench/results/cpu-memory.md"}, {"world": 2})
+    check_overrides(overrides, options)
     world = options["world"]
     lines = [
         f"# Memory per rank, {world} ranks ({machine()}; `python -m bench.memory`)",

@@ -25,6 +25,7 @@ from typing import Any
 from bench.overhead import ratios_of_medians
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
 from bench.train import machine
+from conf.overrides import check_overrides
 from kernels.common.commands import run_command
 from kernels.common.errors import unknown
 from kernels.common.files import atomic_write
@@ -57,6 +58,7 @@ def main(argv: list[str]) -> None:
         as_rank(lambda ranks: _measured(ranks, int(argv[1]), argv[2:]))
     defaults = {"steps": 24, "quick": False, "models": "nano,60m", "out": "bench/results/cpu-optimizers.md"}
     options, overrides = split_options(argv, defaults, {"steps": 3})
+    check_overrides(overrides, options)
     models = _TINY if options["quick"] else _MODELS
     chosen = list(models) if options["quick"] else options["models"].split(",")
     command = " ".join(["python -m bench.optimizers", *(word for word in argv if not word.startswith("out="))])

@@ -21,6 +21,7 @@ import torch
 
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
 from bench.train import machine
+from conf.overrides import check_overrides
 from conf.validate import Batch
 from kernels.common.commands import run_command
 from kernels.common.files import atomic_write
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> None:
         keep_freed_memory()
         as_rank(lambda ranks: _seconds(ranks, int(argv[1]), argv[2:]))
     options, overrides = split_options(argv, {"steps": 60, "out": "bench/results/cpu-overhead.json"}, {"steps": 12})
+    check_overrides(overrides, options)
     result: dict[str, Any] = {"machine": machine(), "overrides": overrides, "ratios": {}}
     for world, precision in ((1, "bf16"), (1, "fp32"), (2, "fp32")):
         arguments = [str(options["steps"]), *_COMMON, *overrides, f"precision={precision}"]

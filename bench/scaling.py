@@ -28,6 +28,7 @@ import time
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
 from bench.train import BusyElsewhere, machine
 from conf.load import load
+from conf.overrides import check_overrides
 from kernels.common.commands import run_command
 from kernels.common.errors import unknown
 from kernels.common.files import atomic_write
@@ -85,6 +86,7 @@ def main(argv: list[str]) -> None:
     known = ",".join(sweeps(quick=False))
     defaults = {"rounds": 2, "steps": 4, "quick": False, "sweeps": known, "out": "bench/results/cpu-scaling.md"}
     options, overrides = split_options(argv, defaults, {"rounds": 1, "steps": 1})
+    check_overrides(overrides, options)
     points = sweeps(options["quick"])
     chosen = options["sweeps"].split(",")
     for name in chosen:

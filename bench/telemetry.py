@@ -16,6 +16,7 @@ import sys
 
 from bench.train import machine, seconds_of_steps
 from conf.load import load
+from conf.overrides import check_overrides
 from kernels.common.commands import run_command
 from kernels.common.files import atomic_write
 from kernels.common.options import split_options
@@ -33,6 +34,7 @@ def sample_cost(seconds: list[float]) -> float:
 
 def main(argv: list[str]) -> None:
     options, overrides = split_options(argv, {"steps": 200, "rounds": 3}, {"steps": 4 * EVERY, "rounds": 1})
+    check_overrides(overrides, options)
     every = load(overrides).telemetry_every or 50
     costs = []
     for number in range(options["rounds"]):

@@ -45,6 +45,7 @@ from typing import Any
 import psutil
 
 from conf.load import load
+from conf.overrides import check_overrides
 from conf.validate import validate
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> None:
         return
     defaults = {"rounds": 3, "steps": 24, "out": "bench/results/cpu-train.json"}
     options, overrides = split_options(argv, defaults, {"rounds": 1, "steps": 8})
+    check_overrides(overrides, options)
     steps = options["steps"]
     config = load(overrides)
     validate(config, 1)

@@ -53,7 +53,8 @@ from ablation.learning_rates import SweepResult, next_learning_rate, run_noise, 
 from ablation.looks import Looks
 from ablation.statistics import Comparison, Pair, Verdict, compare, pairs_with
 from kernels.common.commands import run_command
-from kernels.common.options import split_options
+from kernels.common.errors import UserError
+from kernels.common.options import read_options
 
 # Nats lost at a factor of 2 from the best learning rate: `rate_rise` of bench/results/glu_variants/comparisons.csv.
 CURVATURES = (0.025, 0.058, 0.171, 0.193, 0.049, 0.064, 0.030, 0.060, 0.123, 0.049, 0.063, 0.054, 0.070, 0.069)
@@ -258,8 +259,10 @@ def _print_judged(path: Path, baseline: str) -> None:
 
 def main(argv: list[str]) -> None:
     defaults = {"plans": 1000, "arms": 8, "sizes": 1, "seed": 0, "results": "", "baseline": "relu"}
-    options, _ = split_options(argv, defaults, {"plans": 1, "arms": 2, "sizes": 1})
+    options = read_options(argv, defaults, {"plans": 1, "arms": 2, "sizes": 1})
     if options["results"]:
+        if not Path(options["results"]).is_file():
+            raise UserError(f"there is no file {options['results']}")
         _print_judged(Path(options["results"]), options["baseline"])
         return
     heads = ("method", "correlation", "seeds", "false", "blocked", "found", "width")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.load import load
+from conf.overrides import check_overrides
 from conf.schema import DataConfig, TokenizerConfig
 from data.batches import open_dataset
 from data.documents import documents, fingerprint, parts, stamps
@@ -378,6 +379,7 @@ def main(argv: list[str]) -> int:
             "part= tokenizes a part on this machine, and cluster=NAME jobs=N submits all of them: leave one out"
         )
     part = read_part(options["part"]) if options["part"] else None
+    check_overrides(overrides, options)
     config = load(overrides, program="python -m data.prepare")
     if on_cluster and not is_complete(folder := folder_of(config.data, config.tokenizer)):
         # In a process of its own, because `data` and `launch` do not import each other.

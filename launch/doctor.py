@@ -35,6 +35,7 @@ from rich.text import Text
 
 from conf.load import load
 from conf.login import wandb_mode
+from conf.overrides import check_overrides
 from conf.schema import ClusterConfig, Config
 from conf.terminal import SafeConsole
 from conf.validate import validate
@@ -64,6 +65,7 @@ def main(argv: list[str]) -> int:
     argv, local_rank = take_local_rank(argv)
     options, arguments = split_options(argv, _OPTIONS)
     cluster, overrides = read_cluster(arguments)
+    check_overrides(overrides, _OPTIONS)
     config = load(overrides)
     console = SafeConsole(file=sys.stdout, highlight=False, markup=False)
     worst = GREEN

@@ -22,6 +22,7 @@ from pathlib import Path
 from conf.help import key_lines
 from conf.keys import choices
 from conf.load import load, read_group, to_yaml
+from conf.overrides import check_overrides
 from conf.schema import ClusterConfig
 from conf.validate import validate
 from kernels.common.commands import run_command
@@ -45,6 +46,7 @@ def usage() -> str:
 def main(argv: list[str]) -> int:
     options, arguments = split_options(argv, _OPTIONS, {"nodes": 1, "ranks_per_node": 1})
     cluster, overrides = read_group("cluster", ClusterConfig, arguments, "cluster")
+    check_overrides(overrides, _OPTIONS)
     job, configuration = plan(cluster, options["nodes"], options["ranks_per_node"], overrides, command_text(argv))
     in_container = cluster.container != "none"
     if options["dry_run"]:

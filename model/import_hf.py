@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from conf.load import load
+from conf.overrides import check_overrides
 from conf.schema import Config
 from conf.validate import validate
 from data.tokenizer import Tokenizer, load_tokenizer, named_by_config
@@ -235,6 +236,7 @@ def _tensors(
 
 def main(argv: list[str]) -> None:
     options, overrides = split_options(argv, {"from": ""}, required={"from": "from=FOLDER, the folder of the model"})
+    check_overrides(overrides, options)
     config, arguments = import_folder(Path(options["from"]), overrides)
     print(f"wrote {Path(config.runs) / str(config.run)}: {config.model.n_layers} layers, ffn {config.ffn.formula}")
     print("continue training with")

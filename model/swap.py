@@ -35,6 +35,7 @@ from torch import Tensor
 
 from conf.arms import catalogue, layer_arms
 from conf.load import find_run, from_yaml, load
+from conf.overrides import check_overrides
 from conf.schema import Config
 from conf.validate import differences, how_to_go_on, total_steps, validate
 from data.ranges import SampleRanges
@@ -259,6 +260,7 @@ def swap_steps(asked: int, config: Config) -> int:
 
 def main(argv: list[str]) -> int:
     options, overrides = split_options(argv, _DEFAULTS, {"step": -1, "swap.steps": 1}, _REQUIRED)
+    check_overrides(overrides, _DEFAULTS)
     source = read_source(find_run(options["run"], options["runs"]), options["step"])
     new, control = read_configs(source, options, overrides)
     steps = swap_steps(options["swap.steps"], new)

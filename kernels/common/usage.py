@@ -39,7 +39,8 @@ def _fit_block(block: str, width: int) -> str:
             items.append((entry[1], entry[2], entry[3]))
             column = entry.start(3)
         elif indent and indent == column and items and items[-1][1]:  # goes on with the meaning above
-            items[-1] = (*items[-1][:2], f"{items[-1][2]} {line.strip()}")
+            above, option, meaning = items[-1]
+            items[-1] = (above, option, f"{meaning} {line.strip()}")
         elif indent:
             items.append((line[:indent], line.strip(), ""))
         elif items and not items[-1][1]:  # goes on with the sentence above

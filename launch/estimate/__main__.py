@@ -19,6 +19,7 @@ import sys
 from conf.help import key_lines
 from conf.keys import choices
 from conf.load import load, read_group
+from conf.overrides import check_overrides
 from conf.schema import ClusterConfig
 from conf.terminal import SafeConsole
 from kernels.common.commands import run_command
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> int:
     minimum = {"nodes": 1, "ranks_per_node": 1}
     options, arguments = split_options(argv, _OPTIONS, minimum, flags={"plot": "estimate.png"})
     cluster, overrides = read_group("cluster", ClusterConfig, arguments, "cluster")
+    check_overrides(overrides, _OPTIONS)
     per_node = options["ranks_per_node"] or max(1, cluster.gpus_per_node)
     check(cluster, per_node)
     config, gpus = load(overrides), options["nodes"] * per_node

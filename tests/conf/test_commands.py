@@ -35,6 +35,9 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     ("words", "sentence"),
     [
         (["ffn=swigluu"], "error: unknown ffn 'swigluu': did you mean 'swiglu'? choose from bilinear, custom, "),
+        (["--steps=10"], "error: unknown option '--steps=10': write steps=10 (python train.py --help lists them)"),
+        (["--micro-batch-size", "4"], "error: unknown option '--micro-batch-size': write micro_batch_size=VALUE ("),
+        (["--bogus"], "error: unknown option '--bogus': write GROUP=CHOICE or KEY=VALUE ("),
         (["--local_rank=1", "ffn=swiglu"], "error: --local_rank=1 was given, but no launcher set RANK and WORLD_SIZE"),
     ],
 )
@@ -108,3 +111,22 @@ def own_options(monkeypatch: pytest.MonkeyPatch, module: str) -> list[str]:
 def test_the_search_for_commands_and_options_finds_them(monkeypatch):
     assert own_options(monkeypatch, "data.prepare") == ["part", "jobs"]
     assert {"ablation.run", "data.prepare", "launch.estimate", "model.generate", "kernels.show"} <= set(commands())
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "sentence"),
+    [
+        ("launch.estimate", ["cluster=cpu", "node=2"], "unknown key 'node': did you mean 'nodes'? "),
+        ("launch.slurm", ["cluster=slurm", "dryrun=true"], "unknown key 'dryrun': did you mean 'dry_run'? "),
+        ("launch.doctor", ["quik=true"], "unknown key 'quik': did you mean 'quick'? "),
+        ("ablation.run", ["ablation=smoke", "job=2"], "unknown key 'job': did you mean 'jobs'? "),
+        ("ablation.run", ["ablation=smoke", "fnn=relu"], "unknown key 'fnn': did you mean 'ffn'? "),
+        ("data.prepare", ["prt=0/4"], "unknown key 'prt': did you mean 'part'? "),
+        ("bench.verdicts", ["plan=1"], "unknown option 'plan': did you mean 'plans'? "),
+        ("bench.overhead", ["step=1"], "unknown key 'step': did you mean 'steps'? "),
+        ("model.generate", ["nano"], "unexpected 'nano': write NAME=VALUE, with one of prompt, run, "),
+    ],
+)
+def test_a_mistyped_option_of_the_command_is_told_from_the_keys_of_a_run(module, words, sentence, capsys, monkeypatch):
+    assert run_here(monkeypatch, module, *words) == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")
