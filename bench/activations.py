@@ -28,7 +28,7 @@ from typing import Any
 
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError, unknown
-from kernels.common.files import atomic_write
+from kernels.common.files import atomic_write, make_folder_of
 from kernels.common.options import read_options
 
 ARMS = ("relu", "relu2", "silu", "gelu", "gelu_tanh", "swiglu", "geglu", "reglu", "xielu", "situ_glu")
@@ -51,6 +51,7 @@ def main(argv: list[str]) -> None:
         _measure(json.loads(argv[1]))
         return
     options = read_options(argv, _DEFAULTS, {"rounds": 1})
+    make_folder_of(options["out"])
     plan = _plan(options)
     build = _build_times()
     print(

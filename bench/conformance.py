@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from bench.formulas import formulas
 from kernels.common.commands import run_command
 from kernels.common.errors import unknown
-from kernels.common.files import atomic_write
+from kernels.common.files import atomic_write, make_folder_of
 from kernels.common.options import read_options
 
 if (
@@ -69,6 +69,7 @@ _DEFAULTS = {"out": "bench/results/conformance.md", "seed": _RANDOM, "arms": "",
 
 def main(argv: list[str]) -> int:
     options = read_options(argv, _DEFAULTS, {"rows": 1})
+    make_folder_of(options["out"])
     # A parameter learned per channel has no fixed size; tests/kernels covers it.
     arms = {name: arm for name, arm in formulas().items() if name != "prelu_channel"}
     for name in filter(None, options["arms"].split(",")):

@@ -23,7 +23,7 @@ from bench.train import machine
 from conf.load import load
 from conf.schema import Config, FFNConfig, HardwareConfig, ParallelConfig
 from kernels.common.commands import run_command
-from kernels.common.files import atomic_write
+from kernels.common.files import atomic_write, make_folder_of
 from kernels.common.options import read_options
 from kernels.formula import parse
 from launch.estimate.counts import (
@@ -84,6 +84,7 @@ def main(argv: list[str]) -> None:
 
         as_rank(lambda ranks: _measured(ranks, argv[1:]))
     options = read_options(argv, {"out": "bench/results/estimate.md", "memory": True})
+    make_folder_of(options["out"])
     text = "# Estimates against measured memory and published step times (`python -m bench.estimate`)\n"
     text += _memory_table() if options["memory"] else ""
     text += _time_table()

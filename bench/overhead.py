@@ -24,7 +24,7 @@ from bench.train import machine
 from conf.overrides import check_overrides
 from conf.validate import Batch
 from kernels.common.commands import run_command
-from kernels.common.files import atomic_write
+from kernels.common.files import atomic_write, make_folder_of
 from kernels.common.options import split_options
 from launch.estimate.counts import Shape
 from launch.ranks import Ranks
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
         as_rank(lambda ranks: _seconds(ranks, int(argv[1]), argv[2:]))
     options, overrides = split_options(argv, {"steps": 60, "out": "bench/results/cpu-overhead.json"}, {"steps": 12})
     check_overrides(overrides, options)
+    make_folder_of(options["out"])
     result: dict[str, Any] = {"machine": machine(), "overrides": overrides, "ratios": {}}
     for world, precision in ((1, "bf16"), (1, "fp32"), (2, "fp32")):
         arguments = [str(options["steps"]), *_COMMON, *overrides, f"precision={precision}"]

@@ -49,7 +49,7 @@ from conf.overrides import check_overrides
 from conf.validate import validate
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_write
+from kernels.common.files import atomic_write, make_folder_of
 from kernels.common.options import split_options
 from launch.estimate.counts import shape_of
 
@@ -72,6 +72,7 @@ def main(argv: list[str]) -> None:
     defaults = {"rounds": 3, "steps": 24, "out": "bench/results/cpu-train.json"}
     options, overrides = split_options(argv, defaults, {"rounds": 1, "steps": 8})
     check_overrides(overrides, options)
+    make_folder_of(options["out"])
     steps = options["steps"]
     config = load(overrides)
     validate(config, 1)
@@ -98,7 +99,6 @@ def main(argv: list[str]) -> None:
         "ratios_by_cpu_time": ratios(measured.tokens_per_cpu_second, "engine alone"),
     }
     _print_report(measured, result["ratios"], result["ratios_by_cpu_time"])
-    Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(options["out"]) as file:
         json.dump(result, file, indent=2)
         file.write("\n")
