@@ -8,7 +8,7 @@ Memory: the peak bytes of live tensors in a step, on ranks of this machine (CPU,
 attention, which torch does not count on a CPU. The measurement counts every tensor that an operation returns, each storage
 once, from its allocation until it is freed.
 
-Step times: published runs on H100s against `launch.estimate.step_time`, whose two constants are fitted to them.
+Step times: published runs on H100s against `launch.estimate.step_time`, whose three constants are fitted to them.
 """
 
 from __future__ import annotations

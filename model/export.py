@@ -224,8 +224,8 @@ def main(argv: list[str]) -> None:
     layout = _export(run, to, options["step"], options["dtype"])
     class_name = CLASSES[layout.model_type]
     trust = ", trust_remote_code=True" if class_name == CLASSES[FORMULA] else ""
-    print(f"wrote {to}: a {class_name}")
-    print(f"AutoModelForCausalLM.from_pretrained({str(to)!r}{trust})")
+    print(f"wrote {to}: {'an' if class_name[0] in 'AEIOU' else 'a'} {class_name}")
+    print(f"opens with AutoModelForCausalLM.from_pretrained({str(to)!r}{trust})")
     print(f"loads in {', '.join(loaders(layout))}")
     for note in notes(layout, (to / ORIGINAL["tokenizer.model"]).is_file()):
         print(note)
