@@ -1,10 +1,14 @@
 """Run a plan: `python -m ablation.run ablation=glu_variants`.
 
-    ablation=NAME            a plan of conf/ablation        folder=ablations   parent of the plans' folders
-    ablation.KEY=VALUE       change a key of the plan       jobs=N             concurrent runs, each on its own GPU
-    KEY=VALUE                override of every run          ranks=N            ranks per run; default: as many as it needs
-    cluster=NAME             submit the runs to SLURM       yes=true           start without asking
-    cluster.KEY=VALUE        change a key of the cluster
+    ablation=NAME       a plan of conf/ablation
+    ablation.KEY=VALUE  change a key of the plan
+    KEY=VALUE           override of every run
+    jobs=N              concurrent runs, each on its own GPU
+    ranks=N             ranks per run; default: as many as it needs
+    folder=ablations    parent of the plans' folders
+    yes=true            start without asking
+    cluster=NAME        submit the runs to SLURM
+    cluster.KEY=VALUE   change a key of the cluster
 
 Prints what the plan costs, asks for confirmation, and trains one run after the other, each a `train.py` process of its own.
 It can be stopped at any time. The same command continues: runs that ended are left alone, an unfinished run resumes from its
@@ -58,6 +62,7 @@ from conf.ablation_schema import AblationConfig
 from conf.cluster_schema import ClusterConfig
 from conf.help import key_lines
 from conf.keys import choices
+from conf.overrides import check_overrides
 from conf.terminal import SafeConsole
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
@@ -90,6 +95,7 @@ def main(argv: list[str]) -> int:
     ranks = options["ranks"]
     cluster, plan_arguments = read_cluster(arguments)
     config, overrides = read_plan(plan_arguments)
+    check_overrides(overrides, (*_OPTIONS, "cluster", "ablation"))
     folder = Path(options["folder"]) / config.name
     config = keep_earlier_rules(config, plan_arguments, folder)
     timed = config.budget == "wallclock"

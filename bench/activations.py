@@ -1,7 +1,10 @@
 """Compare the speed of the activations on a CPU with eager PyTorch and torch.compile: `python -m bench.activations`.
 
-    arms=NAME,...                 these                         shapes=1024x5632,4096x2816   rows x d_ff
-    dtypes=bf16,fp32              rounds=15                     compile=1                    0 leaves torch.compile out
+    arms=a,b                            only these arms
+    shapes=1024x5632,4096x2816          rows x d_ff
+    dtypes=bf16,fp32                    of the tensors
+    rounds=15                           of the timings, in which each contender takes a turn
+    compile=1                           0 leaves torch.compile out
     out=bench/results/cpu-activations   two files: .json and .md
 
 Contenders run in one process, in turn, under the allocator settings of `train.py`. A ratio is taken per round: the time of the
@@ -25,7 +28,7 @@ from typing import Any
 
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError, unknown
-from kernels.common.files import atomic_write
+from kernels.common.files import atomic_write, make_folder_of
 from kernels.common.options import read_options
 
 ARMS = ("relu", "relu2", "silu", "gelu", "gelu_tanh", "swiglu", "geglu", "reglu", "xielu", "situ_glu")
@@ -48,6 +51,7 @@ def main(argv: list[str]) -> None:
         _measure(json.loads(argv[1]))
         return
     options = read_options(argv, _DEFAULTS, {"rounds": 1})
+    make_folder_of(options["out"])
     plan = _plan(options)
     build = _build_times()
     print(

@@ -1,8 +1,10 @@
 """Compare the error of every arm's kernels with that of plain torch: `python -m bench.conformance`.
 
-    out=bench/results/conformance.md   the report                     seed=N    the seed of the inputs (default: a new one)
-    arms=NAME,...                      only these arms                rows=256  rows of 1024 pre-activations
+    arms=a,b                           only these arms
+    rows=256                           rows of 1024 pre-activations
+    seed=N                             of the inputs; default: a new one
     large=1                            also more than 2^31 elements (needs 9 GiB of memory)
+    out=bench/results/conformance.md   the report
 
 Exits with status 1, and prints the failures to standard error, if an error exceeds 1.1 times that of plain torch in the same
 dtype or an edge case fails. The report defines its figures. The edge cases are those of `bench/edge_cases.py`.
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from bench.formulas import formulas
 from kernels.common.commands import run_command
 from kernels.common.errors import unknown
-from kernels.common.files import atomic_write
+from kernels.common.files import atomic_write, make_folder_of
 from kernels.common.options import read_options
 
 # torch is imported in functions: `main` sets an environment variable that it reads when it is imported.
@@ -66,6 +68,7 @@ _DEFAULTS = {"out": "bench/results/conformance.md", "seed": _RANDOM, "arms": "",
 
 def main(argv: list[str]) -> int:
     options = read_options(argv, _DEFAULTS, {"rows": 1})
+    make_folder_of(options["out"])
     # A parameter learned per channel has no fixed size; tests/kernels covers it.
     arms = {name: arm for name, arm in formulas().items() if name != "prelu_channel"}
     for name in filter(None, options["arms"].split(",")):

@@ -1,13 +1,14 @@
 """Compare estimates with measured memory and published step times: `python -m bench.estimate`.
 
-    out=FILE       where the tables go        memory=false   only the published step times, which take a moment
+    out=FILE      where the tables go
+    memory=false  only the published step times, which take a moment
 
 Memory: the peak bytes of live tensors in a step, on ranks of this machine (CPU, gloo), against
 `launch.estimate.counts.peak_bytes`; and the FLOPs that torch counts in matrix products against `flops_per_token` without
 attention, which torch does not count on a CPU. The measurement counts every tensor that an operation returns, each storage
 once, from its allocation until it is freed.
 
-Step times: published runs on H100s against `launch.estimate.step_time`, whose two constants are fitted to them.
+Step times: published runs on H100s against `launch.estimate.step_time`, whose three constants are fitted to them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from conf.load import load
 from conf.schema import Config, FFNConfig, ParallelConfig
 from conf.shape import FFNShape, Shape, shape_of
 from kernels.common.commands import run_command
-from kernels.common.files import atomic_write
+from kernels.common.files import atomic_write, make_folder_of
 from kernels.common.options import read_options
 from kernels.formula import parse
 from launch.estimate.counts import (
@@ -82,6 +83,7 @@ def main(argv: list[str]) -> None:
 
         as_rank(lambda ranks: _measured(ranks, argv[1:]))
     options = read_options(argv, {"out": "bench/results/estimate.md", "memory": True})
+    make_folder_of(options["out"])
     text = "# Estimates against measured memory and published step times (`python -m bench.estimate`)\n"
     text += _memory_table() if options["memory"] else ""
     text += _time_table()

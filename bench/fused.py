@@ -1,6 +1,8 @@
-"""The fused RMSNorm and rotary embedding against plain PyTorch: `python -m bench.fused`.
+"""Compare the fused RMSNorm and rotary embedding with plain PyTorch: `python -m bench.fused`.
 
-    device=cpu    or cuda            rounds=15    timings of each            only=TEXT    operations with TEXT in their name
+    device=cpu  or cuda
+    rounds=15   timings of each
+    only=TEXT   operations with TEXT in their name
 
 Both run in one process, taking turns, under the allocator settings of `train.py`. A ratio is taken per round: the time of plain
 PyTorch divided by ours. On a CPU, plain PyTorch is the few passes that run where there is no compiler (`norm.PLAIN`); on a GPU

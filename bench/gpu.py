@@ -409,6 +409,7 @@ def main(argv: list[str] | None = None) -> int:
     minutes = Minutes(60 * options.minutes)
     record["left_out"] = minutes.left_out
     path = options.results / f"{name.lower().removeprefix('nvidia ').replace(' ', '-')}-elementwise.json"
+    options.results.mkdir(parents=True, exist_ok=True)
     for section, row in collect(options, device, minutes):
         record[section].append(row)
         what = row.get("formula") or row.get("operation") or f"{row['model']}, {row.get('method', 'training')}"

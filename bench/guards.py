@@ -1,6 +1,7 @@
 """Measure what the default guards add to a step: `python -m bench.guards`.
 
-    steps=20    steps that are timed, for the time of one     and any override of train.py
+    steps=20   steps that are timed, for the time of one
+    KEY=VALUE  overrides for train.py
 
 The guards are the watchdog (a mark per step and its two threads), the checks of loss and gradient norm at each log line, and
 the scan of the host copies at each save, which a thread makes beside training. Each is timed by itself, because a difference of
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
 from conf.load import load
+from conf.overrides import check_overrides
 from kernels.common.commands import run_command
 from kernels.common.options import split_options
 from launch.ranks import Ranks
@@ -35,6 +37,7 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["--rank"]:
         as_rank(lambda ranks: _figures(ranks, int(argv[1]), argv[2:]))
     options, overrides = split_options(argv, {"steps": 20}, {"steps": 3})
+    check_overrides(overrides, options)
     figures = on_ranks(1, "bench.guards", [str(options["steps"]), "logger=none", *overrides])[0]
     config, step = load(overrides), figures["step"]
     often = f"a line is logged every {config.log_every} step(s), a save comes every {config.save_every}"

@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conf.load import load
+from conf.overrides import check_overrides
 from conf.schema import Config
 from conf.shape import shape_of
 from conf.validate import validate
@@ -291,6 +292,7 @@ def _page(results: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     options, overrides = split_options(argv, {"ranks": 8}, {"ranks": 1})
+    check_overrides(overrides, options)
     ranks = options["ranks"]
     if overrides:
         config = load([*overrides, "precision=bf16"])

@@ -1,7 +1,8 @@
 """Measure the memory per rank under ZeRO 0 to 3 and tensor 1 and 2, against the formula: `python -m bench.memory`.
 
-    world=4     ranks on this machine (CPU, gloo)          and any override of train.py
-    out=FILE    where the table goes
+    world=4    ranks on this machine (CPU, gloo)
+    out=FILE   where the table goes
+    KEY=VALUE  overrides for train.py
 
 The measurement counts every tensor that is alive in a process after a backward, each storage once, except DeepSpeed's buffers
 of `zero.bucket_elements`, whose size does not depend on the model. It reports the largest count of a step's micro-batches. The
@@ -19,8 +20,9 @@ import torch
 
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
 from bench.train import machine
+from conf.overrides import check_overrides
 from kernels.common.commands import run_command
-from kernels.common.files import atomic_write
+from kernels.common.files import atomic_write, make_folder_of
 from kernels.common.options import split_options
 from launch.ranks import Ranks
 
@@ -44,6 +46,8 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["--rank"]:
         as_rank(lambda ranks: _measured(ranks, argv[1:]))
     options, overrides = split_options(argv, {"world": 4, "out": "bench/results/cpu-memory.md"}, {"world": 2})
+    check_overrides(overrides, options)
+    make_folder_of(options["out"])
     world = options["world"]
     lines = [
         f"# Memory per rank, {world} ranks ({machine()}; `python -m bench.memory`)",

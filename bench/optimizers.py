@@ -1,8 +1,10 @@
 """Measure the time of a step under each optimizer: `python -m bench.optimizers`.
 
+    models=nano,60m  of these models
     steps=24         steps of each optimizer, in turn in one process, so that a disturbance of the machine affects all of them
-    out=FILE         where the table goes            quick=true    a tiny model, for the tests
-    models=nano,60m  and any override of train.py, which applies to every model
+    quick=true       a tiny model, for the tests
+    out=FILE         where the table goes
+    KEY=VALUE        overrides for train.py, for every model
 
 Training steps of the engine of `train.py` (ZeRO-1) on random tokens: on one rank with all cores, and on two ranks that share
 them. The ratio to AdamW is that of the medians, with its range over thirds of the steps. The share of Newton-Schulz is the time
@@ -23,9 +25,10 @@ from typing import Any
 from bench.overhead import ratios_of_medians
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
 from bench.train import machine
+from conf.overrides import check_overrides
 from kernels.common.commands import run_command
 from kernels.common.errors import unknown
-from kernels.common.files import atomic_write
+from kernels.common.files import atomic_write, make_folder_of
 from kernels.common.options import split_options
 from launch.ranks import Ranks
 
@@ -55,6 +58,8 @@ def main(argv: list[str]) -> None:
         as_rank(lambda ranks: _measured(ranks, int(argv[1]), argv[2:]))
     defaults = {"steps": 24, "quick": False, "models": "nano,60m", "out": "bench/results/cpu-optimizers.md"}
     options, overrides = split_options(argv, defaults, {"steps": 3})
+    check_overrides(overrides, options)
+    make_folder_of(options["out"])
     models = _TINY if options["quick"] else _MODELS
     chosen = list(models) if options["quick"] else options["models"].split(",")
     command = " ".join(["python -m bench.optimizers", *(word for word in argv if not word.startswith("out="))])

@@ -1,7 +1,8 @@
 """Measure what DeepSpeed and ZeRO add to the time of a step: `python -m bench.overhead`.
 
-    steps=60    steps of each contender, in turn in one process, so that a disturbance of the machine affects all of them
-    out=FILE    where the figures go (JSON)            and any override of train.py
+    steps=60   steps of each contender, in turn in one process, so that a disturbance of the machine affects all of them
+    out=FILE   where the figures go (JSON)
+    KEY=VALUE  overrides for train.py
 
 On one rank: the engine of `train.py` (ZeRO-1, tensor 1) against a plain PyTorch loop of the same model with the same kernels:
 forward, backward, clipping by the norm, fused AdamW; in bf16 the loop keeps fp32 master weights too. On two ranks, in fp32:
@@ -20,10 +21,11 @@ import torch
 
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
 from bench.train import machine
+from conf.overrides import check_overrides
 from conf.shape import Shape
 from conf.validate import Batch
 from kernels.common.commands import run_command
-from kernels.common.files import atomic_write
+from kernels.common.files import atomic_write, make_folder_of
 from kernels.common.options import split_options
 from launch.ranks import Ranks
 
@@ -37,6 +39,8 @@ def main(argv: list[str]) -> None:
         keep_freed_memory()
         as_rank(lambda ranks: _seconds(ranks, int(argv[1]), argv[2:]))
     options, overrides = split_options(argv, {"steps": 60, "out": "bench/results/cpu-overhead.json"}, {"steps": 12})
+    check_overrides(overrides, options)
+    make_folder_of(options["out"])
     result: dict[str, Any] = {"machine": machine(), "overrides": overrides, "ratios": {}}
     for world, precision in ((1, "bf16"), (1, "fp32"), (2, "fp32")):
         arguments = [str(options["steps"]), *_COMMON, *overrides, f"precision={precision}"]

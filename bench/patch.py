@@ -1,7 +1,10 @@
-"""A patched model of Transformers beside the unpatched one: error, memory for backward, step time: `python -m bench.patch`.
+"""Compare patched Transformers models with unpatched ones, in error, memory and step time: `python -m bench.patch`.
 
-    tokens=128 d_model=1024 d_ff=2816    of the timed layers          out=FILE    where the page goes
-    rounds=7                             of the timings, in which each contender takes a turn
+    tokens=128    of the timed layers
+    d_model=1024  of the timed layers
+    d_ff=2816     of the timed layers
+    rounds=7      of the timings, in which each contender takes a turn
+    out=FILE      where the page goes
 
 Errors are those of tiny models with random weights against the same weights in float64. A step is forward and backward of one
 feed-forward layer, or of a two-layer model, on one core; what is counted is the processor's time, which other programs on the
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 from bench.tiny_models import error, in_three_ways, kept_bytes, logits_and_gradients, mlps, tiny, tokens
 from bench.train import machine
 from kernels.common.commands import run_command
-from kernels.common.files import print_and_write
+from kernels.common.files import make_folder_of, print_and_write
 from kernels.common.options import read_options
 from kernels.huggingface import patch
 from kernels.mlp import BF16_ON_CPU
@@ -36,6 +39,7 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 def main(argv: list[str]) -> None:
     defaults = {"tokens": 128, "d_model": 1024, "d_ff": 2816, "rounds": 7, "out": "bench/results/cpu-patch.md"}
     options = read_options(argv, defaults, minimum={"tokens": 1, "d_model": 64, "d_ff": 64, "rounds": 3})
+    make_folder_of(options["out"])
     torch.set_num_threads(1)
     print_and_write(_page(options), options["out"])
 

@@ -1,8 +1,11 @@
 """Measure how tokens per second change with size, beside what the FLOPs predict: `python -m bench.scaling`.
 
-    rounds=2     how often each point runs              steps=4       steps per run, after one that warms up
-    out=FILE     where the table goes                   quick=true    two tiny points per sweep, for the tests
-    sweeps=sequence,vocabulary,parameters,ranks         and any override of train.py, which applies to every point
+    sweeps=a,b  of sequence, vocabulary, parameters and ranks; default: all
+    rounds=2    how often each point runs
+    steps=4     steps per run, after one that warms up
+    quick=true  two tiny points per sweep, for the tests
+    out=FILE    where the table goes
+    KEY=VALUE   overrides for train.py, at every point
 
 Each point is `nano` but for what its sweep changes: training steps of the engine of `train.py` on random tokens, in a process
 of its own. A rank has one thread, so that two ranks have twice the means of one. The points of a sweep take turns, round after
@@ -25,10 +28,11 @@ import time
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
 from bench.train import BusyElsewhere, machine
 from conf.load import load
+from conf.overrides import check_overrides
 from conf.shape import shape_of
 from kernels.common.commands import run_command
 from kernels.common.errors import unknown
-from kernels.common.files import atomic_write
+from kernels.common.files import atomic_write, make_folder_of
 from kernels.common.options import split_options
 from launch.estimate.counts import flops_per_token, parameters
 from launch.ranks import Ranks
@@ -83,6 +87,8 @@ def main(argv: list[str]) -> None:
     known = ",".join(sweeps(quick=False))
     defaults = {"rounds": 2, "steps": 4, "quick": False, "sweeps": known, "out": "bench/results/cpu-scaling.md"}
     options, overrides = split_options(argv, defaults, {"rounds": 1, "steps": 1})
+    check_overrides(overrides, options)
+    make_folder_of(options["out"])
     points = sweeps(options["quick"])
     chosen = options["sweeps"].split(",")
     for name in chosen:

@@ -1,6 +1,8 @@
 """Measure the cost of an activation telemetry sample in a run of `train.py`: `python -m bench.telemetry`.
 
-    steps=200    steps per run          rounds=3    runs          and any override of train.py
+    steps=200  steps per run
+    rounds=3   runs
+    KEY=VALUE  overrides for train.py
 
 Every fourth step is sampled. The step after it waits for the reduction and writes the line. The other two are plain. The cost
 of a sample is the time of the first two beyond that of two plain steps, in medians over the run.
@@ -14,6 +16,7 @@ import sys
 
 from bench.train import machine, seconds_of_steps
 from conf.load import load
+from conf.overrides import check_overrides
 from kernels.common.commands import run_command
 from kernels.common.files import atomic_write
 from kernels.common.options import split_options
@@ -31,6 +34,7 @@ def sample_cost(seconds: list[float]) -> float:
 
 def main(argv: list[str]) -> None:
     options, overrides = split_options(argv, {"steps": 200, "rounds": 3}, {"steps": 4 * EVERY, "rounds": 1})
+    check_overrides(overrides, options)
     every = load(overrides).telemetry_every or 50
     costs = []
     for number in range(options["rounds"]):

@@ -1,4 +1,4 @@
-"""Megabytes of text that one core tokenizes per second, here and in Hugging Face's `tokenizers`: `python -m bench.tokenize`.
+"""Measure how much text one core tokenizes per second, against SentencePiece and Hugging Face: `python -m bench.tokenize`.
 
     vocab_sizes=4096,32000    of the tokenizers, trained on the text that is timed
     megabytes=3               of each text, at most
@@ -32,7 +32,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from data.train_tokenizer import train_sentencepiece
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.files import print_and_write
+from kernels.common.files import make_folder_of, print_and_write
 from kernels.common.options import read_options
 
 OURS, LIBRARY, FOREIGN = "ours", "ours without a compiler: SentencePiece", "Hugging Face, byte-level BPE"
@@ -41,6 +41,7 @@ OURS, LIBRARY, FOREIGN = "ours", "ours without a compiler: SentencePiece", "Hugg
 def main(argv: list[str]) -> None:
     defaults = {"vocab_sizes": "4096,32000", "megabytes": 3, "rounds": 5, "out": "bench/results/cpu-tokenize.md"}
     options = read_options(argv, defaults, minimum={"megabytes": 1, "rounds": 1})
+    make_folder_of(options["out"])
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     print_and_write(_page(options), options["out"])
 

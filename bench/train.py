@@ -1,7 +1,9 @@
 """Compare tokens per second of training with other libraries' models in a plain loop: `python -m bench.train`.
 
-    rounds=3    how often each contender runs          steps=24    steps per run; the first quarter warms up
-    out=FILE    where the figures go (JSON)            and any override of train.py: model=... sequence_length=...
+    rounds=3   how often each contender runs
+    steps=24   steps per run; the first quarter warms up
+    out=FILE   where the figures go (JSON)
+    KEY=VALUE  overrides for train.py: model=..., sequence_length=...
 
 Contenders run one at a time, each in its own process, round after round, so that a disturbance of the machine affects all:
 
@@ -43,11 +45,12 @@ from typing import Any
 import psutil
 
 from conf.load import load
+from conf.overrides import check_overrides
 from conf.shape import shape_of
 from conf.validate import validate
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_write
+from kernels.common.files import atomic_write, make_folder_of
 from kernels.common.options import split_options
 
 OTHERS = (
@@ -68,6 +71,8 @@ def main(argv: list[str]) -> None:
         return
     defaults = {"rounds": 3, "steps": 24, "out": "bench/results/cpu-train.json"}
     options, overrides = split_options(argv, defaults, {"rounds": 1, "steps": 8})
+    check_overrides(overrides, options)
+    make_folder_of(options["out"])
     steps = options["steps"]
     config = load(overrides)
     validate(config, 1)
@@ -94,7 +99,6 @@ def main(argv: list[str]) -> None:
         "ratios_by_cpu_time": ratios(measured.tokens_per_cpu_second, "engine alone"),
     }
     _print_report(measured, result["ratios"], result["ratios_by_cpu_time"])
-    Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(options["out"]) as file:
         json.dump(result, file, indent=2)
         file.write("\n")

@@ -1,9 +1,11 @@
 """Simulate plans whose arms are equally good, and count false verdicts: `python -m bench.verdicts`.
 
-    plans=1000     simulated per row      seed=0
-    arms=8         of each plan, the baseline included      sizes=1
-    results=FILE   judge the runs of a results.csv instead, with and without what missed learning rates cost
-    baseline=relu  of that file
+    plans=1000      simulated per row
+    arms=8          of each plan, the baseline included
+    sizes=1         of each plan
+    seed=0          of the simulation
+    results=FILE    judge the runs of a results.csv instead, with and without what missed learning rates cost
+    baseline=relu   of that file
 
 Each arm has an optimal learning rate of its own, up to half a factor of two off the middle of the sweep, and a curvature there
 as measured for the arms of `bench/results/glu_variants`. A run's loss scatters around its parabola; a part of that is its
@@ -51,7 +53,8 @@ from ablation.looks import Looks
 from ablation.statistics import Comparison, Pair, Verdict, compare, pairs_with
 from ablation.text_scatter import TextScatter
 from kernels.common.commands import run_command
-from kernels.common.options import split_options
+from kernels.common.errors import UserError
+from kernels.common.options import read_options
 
 # Nats lost at a factor of 2 from the best learning rate: `rate_rise` of bench/results/glu_variants/comparisons.csv.
 CURVATURES = (0.025, 0.058, 0.171, 0.193, 0.049, 0.064, 0.030, 0.060, 0.123, 0.049, 0.063, 0.054, 0.070, 0.069)
@@ -256,8 +259,10 @@ def _print_judged(path: Path, baseline: str) -> None:
 
 def main(argv: list[str]) -> None:
     defaults = {"plans": 1000, "arms": 8, "sizes": 1, "seed": 0, "results": "", "baseline": "relu"}
-    options, _ = split_options(argv, defaults, {"plans": 1, "arms": 2, "sizes": 1})
+    options = read_options(argv, defaults, {"plans": 1, "arms": 2, "sizes": 1})
     if options["results"]:
+        if not Path(options["results"]).is_file():
+            raise UserError(f"there is no file {options['results']}")
         _print_judged(Path(options["results"]), options["baseline"])
         return
     heads = ("method", "correlation", "seeds", "false", "blocked", "found", "width")

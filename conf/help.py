@@ -10,15 +10,17 @@ from typing import Any
 from conf.keys import choices, keys
 from conf.overrides import as_typed
 from conf.schema import GROUPS, Config
+from kernels.common.usage import fit
 
 EXAMPLES = """\
-  deepspeed train.py ffn=swiglu                             the default run: a small model on the standard library's text
-  deepspeed --num_gpus 2 train.py ffn=reglu zero=2          two data-parallel ranks (on a CPU too)
+  deepspeed train.py ffn=swiglu                         # the default run
+  deepspeed --num_gpus 2 train.py ffn=reglu zero=2      # two ranks; on CPUs too
   python train.py ffn=custom ffn.formula='x*sigmoid(1.702*x)'
-  python train.py data=text data.path=notes/ steps=500
-  python train.py --multirun ffn=relu,swiglu seed=0,1       four runs in sequence, without a comparison
-  python train.py run=notes steps=1000                      goes on with the run of that name, from its config.yaml
-  deepspeed train.py model=llama_1b data=parquet data.path=fineweb/ tokenizer=huggingface tokenizer.path=tokenizer.json\
+  python train.py data=text data.path=notes/ steps=500  # your own text
+  python train.py --multirun ffn=relu,swiglu seed=0,1   # four runs, in turn
+  python train.py run=notes steps=1000                  # resumes that run
+  deepspeed train.py model=llama_1b data=parquet data.path=fineweb/ \\
+      tokenizer=huggingface tokenizer.path=tokenizer.json\
 """
 
 
@@ -30,18 +32,21 @@ def print_help(program: str, values: Mapping[str, Any], chosen: Mapping[str, str
         chosen: {group: the choice of that run}.
     """
     types = typing.get_type_hints(Config)
-    print(f"usage: {program} GROUP=CHOICE ... key=value ...\n")
+    lines = [f"usage: {program} GROUP=CHOICE ... KEY=VALUE ...", ""]
     if program == "train.py":
-        print(f"Trains a LLaMA-style decoder. The same command again resumes a stopped run.\n\nexamples\n{EXAMPLES}\n")
-    print("groups (* is the default)")
+        lines += ["Trains a LLaMA-style decoder. The same command again resumes a stopped run.", ""]
+        lines += ["examples", EXAMPLES, ""]
+    lines.append("groups (* is the default)")
     for group in GROUPS:
-        print(f"  {group + '=':<12}{' | '.join(f'{c}*' if c == chosen[group] else c for c in choices(group))}")
+        lines.append(f"  {group + '=':<12}{' | '.join(f'{c}*' if c == chosen[group] else c for c in choices(group))}")
     for group in dict.fromkeys(name.rpartition(".")[0] for name, _, _ in keys()):
-        print(f"\n{types[group].__doc__.strip() if group else 'keys, with the values of the default run'}")
-        print("\n".join(key_lines(types[group] if group else Config, f"{group}." if group else "", values)))
-    print(
-        f"\n{program} --cfg prints the composed configuration. A preset (model=...) sets its own values of these keys."
-    )
+        lines += ["", types[group].__doc__.strip() if group else "keys, with the values of the default run"]
+        lines += key_lines(types[group] if group else Config, f"{group}." if group else "", values)
+    lines += [
+        "",
+        f"{program} --cfg prints the composed configuration. A preset (model=...) sets its own values of these keys.",
+    ]
+    print(fit("\n".join(lines)))
 
 
 def key_lines(schema: type, prefix: str, values: Mapping[str, Any] | None = None) -> list[str]:

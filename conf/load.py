@@ -291,8 +291,8 @@ def find_run(name: str, runs: str = "runs") -> Path:
             return path
     known = sorted({path.parents[1].name for path in Path(runs).glob("*/checkpoints/step_*")})
     raise UserError(
-        f"there is no run {name!r} in {runs}/: "
-        + (f"choose from {', '.join(known)}" if known else "no run in it has a checkpoint")
+        f"there is no run {name!r} in {runs}/"
+        + (f": choose from {', '.join(known)}" if known else ", nor any other with a checkpoint")
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from conf.arms import unknown_arm
@@ -69,8 +69,11 @@ def within(key: str, names: tuple[str, ...]) -> bool:
 _LISTED = "python train.py --help lists them"  # whichever command was typed
 
 
-def read_override(argument: str) -> Override:
+def read_override(argument: str, options: Iterable[str] = ()) -> Override:
     """Check the key of one override against the schema, and bring its value into Hydra's grammar.
+
+    Args:
+        options: of the command itself, among which a mistyped key is looked for too.
 
     Raises:
         UserError: it is no override, or names an unknown group, choice or key.
@@ -78,7 +81,7 @@ def read_override(argument: str) -> Override:
     if re.search("[\ud800-\udfff]", argument):
         raise UserError(f"{argument!r} is not UTF-8: write names and texts in it")
     if argument.startswith("-"):
-        raise UserError(f"unknown option {argument!r}: write GROUP=CHOICE or key=value ({_LISTED})")
+        raise _unknown_option(argument)
     key, equals, typed = argument.partition("=")
     forced, key = key.startswith("++"), key.lstrip("+")
     if key.startswith(("hydra/", "hydra.")):
@@ -87,7 +90,7 @@ def read_override(argument: str) -> Override:
             "--multirun sweeps in sequence, ablation.run compares arms, and launch.slurm submits jobs"
         )
     if not equals:
-        raise UserError(f"{argument!r} is not an override: write GROUP=CHOICE or key=value ({_LISTED})")
+        raise UserError(f"{argument!r} is not an override: write GROUP=CHOICE or KEY=VALUE ({_LISTED})")
     parsed = key not in PLAIN_TEXT or typed[:1] in ("'", '"', "[")
     if parsed and (digits := re.search(rf"[0-9_]{{{LONGEST_NUMBER},}}", typed)):
         raise UserError(f"{key} has a number of {len(digits[0]):,} digits; fewer than {LONGEST_NUMBER:,} are read")
@@ -100,7 +103,7 @@ def read_override(argument: str) -> Override:
         return Override(key, typed, typed, forced)
     known = {name: kind for name, kind, _ in keys()}
     if key not in known:
-        raise _unknown_key(key, list(known))
+        raise _unknown_key(key, list(known), options)
     value = typed
     if key in PLAIN_TEXT and typed[:1] not in ("'", '"', "[") and typed not in ("null", ""):
         if len(typed) > LARGEST_FORMULA:
@@ -140,12 +143,34 @@ def _refuse_address(key: str, text: str) -> None:
     raise UserError(f"{key}={text} is not on this machine, and files are only written to its own or mounted folders")
 
 
-def _unknown_key(key: str, known: list[str]) -> UserError:
+def check_overrides(overrides: Iterable[str], options: Iterable[str]) -> None:
+    """Refuse overrides that no run takes, before anything else is done with them.
+
+    Args:
+        options: of the command itself, one of which may have been mistyped.
+
+    Raises:
+        UserError: as `read_override`.
+    """
+    for override in overrides:
+        read_override(override, options)
+
+
+def _unknown_option(argument: str) -> UserError:
+    """Name the override that an option in the style of argparse stands for: steps=10 for --steps=10."""
+    name, _, value = argument.lstrip("-").partition("=")
+    known = [*GROUPS, *(key for key, _, _ in keys())]
+    meant = next((key for key in (name, name.replace("-", "_")) if key in known), None)
+    advice = f"write {meant}={value or 'VALUE'}" if meant else "write GROUP=CHOICE or KEY=VALUE"
+    return UserError(f"unknown option {argument!r}: {advice} ({_LISTED})")
+
+
+def _unknown_key(key: str, known: list[str], options: Iterable[str]) -> UserError:
     inside = [name for name in known if name.endswith("." + key)]
     if inside:
         return UserError(f"unknown key {key!r}: did you mean {' or '.join(map(repr, inside))}?")
     siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
-    return unknown("key", key, siblings if siblings and "." in key else [*siblings, *GROUPS])
+    return unknown("key", key, siblings if siblings and "." in key else [*siblings, *GROUPS, *options])
 
 
 def quoted(text: str) -> str:

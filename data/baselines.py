@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from conf.load import load
+from conf.overrides import check_overrides
 from conf.validate import total_steps, validate
 from data.batches import BatchStream, Dataset, open_dataset
 from data.prepare import prepare
@@ -147,6 +148,7 @@ def baselines(dataset: Dataset, sequence_length: int, data_seed: int, tokens: in
 def main(argv: list[str]) -> int:
     """Print the baselines of a run, and write them."""
     options, overrides = split_options(argv, {"to": ""})
+    check_overrides(overrides, options)
     config = load(overrides, program="python -m data.baselines")
     steps = total_steps(config)
     if steps is None:

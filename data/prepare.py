@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.load import load
+from conf.overrides import check_overrides
 from conf.schema import DataConfig, TokenizerConfig
 from data.batches import open_dataset
 from data.documents import documents, fingerprint, parts, stamps
@@ -347,13 +348,14 @@ def _tokenizer(
 
 
 USAGE = """
-usage: python -m data.prepare data=NAME data.KEY=VALUE ... tokenizer=NAME tokenizer.KEY=VALUE ...
+usage: python -m data.prepare [KEY=VALUE ...] [cluster=NAME jobs=N | part=I/N]
 
 Turns a corpus into a folder of tokens, in parallel, and prints its path and statistics: ahead of a training that takes the
 same overrides, which otherwise does this first. The same command again goes on where an interrupted one stopped.
 
   python -m data.prepare data=text data.path=notes/
-  python -m data.prepare data=jsonl data.path='web/*.jsonl.gz' data.field=content tokenizer.vocab_size=32000
+  python -m data.prepare data=jsonl data.path='web/*.jsonl.gz' \\
+      data.field=content tokenizer.vocab_size=32000
 
 Several machines that share the folder divide the work, with the same result:
 
@@ -362,7 +364,8 @@ Several machines that share the folder divide the work, with the same result:
   part=I/N              tokenizes part I of N (0 to N-1) here; without part= the command does what is left, and writes the index
   part=plan             does what all parts need first, else the first part does it while the others wait
 
-  python -m data.prepare data=jsonl data.path='web/*.jsonl.gz' cluster=slurm jobs=64
+  python -m data.prepare data=jsonl data.path='web/*.jsonl.gz' \\
+      cluster=slurm jobs=64
 """
 _RUN_MODULE = Path(__file__).resolve().parents[1] / "launch" / "run_module.py"
 
@@ -377,6 +380,7 @@ def main(argv: list[str]) -> int:
             "part= tokenizes a part on this machine, and cluster=NAME jobs=N submits all of them: leave one out"
         )
     part = read_share(options["part"]) if options["part"] else None
+    check_overrides(overrides, options)
     config = load(overrides, program="python -m data.prepare")
     if on_cluster and not is_complete(folder := folder_of(config.data, config.tokenizer)):
         # In a process of its own, because `data` and `launch` do not import each other.

@@ -18,7 +18,7 @@ from kernels.common.errors import UserError
 
 USAGE = """
 usage: python -m data.verify FOLDER
-       python -m data.verify data=NAME data.KEY=VALUE ... tokenizer=NAME tokenizer.KEY=VALUE ...
+       python -m data.verify KEY=VALUE ...
 
 Reads all of a prepared folder, named by its path or by the overrides of data.prepare, and prints a line per shard. It checks
 checksums, sizes and document boundaries, that every token is in the vocabulary, and that the tokenizer is the one that made

@@ -7,6 +7,7 @@ arm's learning rate and trains three seeds at the best one, `ablation.report` co
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import subprocess
 import sys
@@ -60,4 +61,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="question-")).resolve())
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", nargs="?", help="for the runs and the report; default: a new temporary folder")
+    main(Path(parser.parse_args().folder or tempfile.mkdtemp(prefix="question-")).resolve())

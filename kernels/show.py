@@ -3,7 +3,7 @@
     python -m kernels.show swiglu
     python -m kernels.show 'silu(gate) * up'
     python -m kernels.show 'x * sigmoid(b * x)' b=1.702
-    python -m kernels.show 'where(x > 0, x, slope * x)' slope=learned:0.25:channel --plot prelu.png
+    python -m kernels.show 'max(x, s*x)' s=learned:0.25:channel --plot prelu.png
 
     ARM                         an arm of conf/ffn by its name, in place of a formula
     NAME=1.702                  a fixed parameter
@@ -14,8 +14,8 @@
     --triton                    print the generated Triton
 
 Prints h and its derivatives, which published arm it is and which differ from it only by constants (`catalogue/likeness.py`),
-cost and memory, and the shape of the curve; `activations/properties.py` defines the figures.
-A formula that is refused is one sentence with a caret under the place, and exit status 2.
+cost and memory, and the shape of the curve (`activations/properties.py` defines the figures). A formula that cannot be computed
+safely is refused in one sentence, with a caret under the place and exit status 2.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def _curve(curve: Curve) -> list[str]:
     dead = ", ".join(f"[{low:.4g}, {high:.4g}]" for low, high in curve.dead)
     monotone = curve.monotone
     if monotone == "neither":
-        monotone = f"no; the minimum is at {curve.argmin:.4f}"
+        monotone = f"no; the minimum is at {round(curve.argmin, 4) + 0.0:.4f}"  # not at -0.0000
     return [
         f"  monotone                 {monotone}",
         f"  steepest                 |slope| {curve.steepest:.4g}",

@@ -36,6 +36,7 @@ from rich.text import Text
 from conf.cluster_schema import ClusterConfig
 from conf.load import load
 from conf.login import wandb_mode
+from conf.overrides import check_overrides
 from conf.schema import Config
 from conf.shape import check_divisibility, shape_of
 from conf.terminal import SafeConsole
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> int:
     argv, local_rank = take_local_rank(argv)
     options, arguments = split_options(argv, _OPTIONS)
     cluster, overrides = read_cluster(arguments)
+    check_overrides(overrides, _OPTIONS)
     config = load(overrides)
     console = SafeConsole(file=sys.stdout, highlight=False, markup=False)
     worst = GREEN

@@ -1,8 +1,11 @@
 """Train on a cluster: `python -m launch.slurm cluster=NAME nodes=8 ffn=swiglu model=llama3_8b`.
 
-    cluster=NAME            a file of conf/cluster         nodes=1              number of nodes
-    cluster.KEY=VALUE       overrides one of its keys      ranks_per_node=N     default: one per GPU of a node
-    KEY=VALUE               for train.py                   dry_run=true         only print the script
+    cluster=NAME       a file of conf/cluster
+    cluster.KEY=VALUE  overrides one of its keys
+    nodes=1            number of nodes
+    ranks_per_node=N   default: one per GPU of a node
+    KEY=VALUE          for train.py
+    dry_run=true       only print the script
 
 Writes a script for sbatch into the run's folder, with a copy of the code and the configuration, and submits it. A corpus that
 is not tokenized yet is prepared before, by a job on one node. The job checks its nodes and leaves out those that cannot train.
@@ -20,6 +23,7 @@ from conf.cluster_schema import ClusterConfig
 from conf.help import key_lines
 from conf.keys import choices
 from conf.load import load, read_group, to_yaml
+from conf.overrides import check_overrides
 from conf.validate import validate
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
@@ -42,6 +46,7 @@ def usage() -> str:
 def main(argv: list[str]) -> int:
     options, arguments = split_options(argv, _OPTIONS, {"nodes": 1, "ranks_per_node": 1})
     cluster, overrides = read_group("cluster", ClusterConfig, arguments, "cluster")
+    check_overrides(overrides, _OPTIONS)
     job, configuration = plan(cluster, options["nodes"], options["ranks_per_node"], overrides, command_text(argv))
     in_container = cluster.container != "none"
     if options["dry_run"]:

@@ -1,6 +1,9 @@
 """Ask a live run what its ranks are doing: `python -m launch.stacks RUN` prints the Python stacks of every rank.
 
-RUN is the name of a run in `runs`, or its folder. The run goes on; the stacks are in its folder `stacks` as well.
+    RUN          a run by name or by path
+    runs=FOLDER  where run folders are; default: runs
+
+The run goes on. The stacks are also written to `stacks/` in its folder.
 """
 
 from __future__ import annotations

@@ -1,10 +1,14 @@
 """Evaluate a run with lm-evaluation-harness: `python -m model.evaluate run=NAME tasks=arc_easy,hellaswag`.
 
-run=NAME          a run by name or by path             limit=N         examples per task; 0: all
-tasks=a,b         tasks of the harness or of `include` num_fewshot=N   few-shot examples; -1: the task's default
-include=FOLDER    further tasks, as YAML files         batch_size=8    sequences per batch
-step=N            a checkpoint; -1: the newest         output=FILE     JSON of the results; default: in the run folder
-runs=FOLDER       where run folders are
+    run=NAME        a run by name or by path
+    tasks=a,b       tasks of the harness or of `include`
+    include=FOLDER  further tasks, as YAML files
+    limit=N         examples per task; 0 (default): all
+    num_fewshot=N   few-shot examples; default: the task's own number
+    batch_size=8    sequences per batch
+    output=FILE     JSON of the results; default: in the run folder
+    step=N          a checkpoint; default: the newest
+    runs=FOLDER     where run folders are; default: runs
 
 This needs `pip install '.[eval]'`. The run is exported (`model/export.py`) to a temporary folder and evaluated like any
 Transformers model, in fp32. A text starts with the end-of-text token, as a document does in training. Tasks whose data are

@@ -1,8 +1,10 @@
 """Export a run's model to Hugging Face Transformers: `python -m model.export run=NAME to=FOLDER`.
 
-run=NAME          a run by name or by path            step=N       a checkpoint; -1 (default): the newest
-to=FOLDER         new or empty                        dtype=fp32   of the weights: fp32 | bf16
-runs=FOLDER       where run folders are
+    run=NAME     a run by name or by path
+    to=FOLDER    new or empty
+    dtype=fp32   of the weights: fp32 | bf16
+    step=N       a checkpoint; default: the newest
+    runs=FOLDER  where run folders are; default: runs
 
 The folder holds safetensors, config.json, generation_config.json and the tokenizer, and loads without this project:
 AutoModelForCausalLM.from_pretrained(FOLDER). An arm that Transformers knows becomes a LlamaForCausalLM or an ArceeForCausalLM,
@@ -222,8 +224,8 @@ def main(argv: list[str]) -> None:
     layout = _export(run, to, options["step"], options["dtype"])
     class_name = CLASSES[layout.model_type]
     trust = ", trust_remote_code=True" if class_name == CLASSES[FORMULA] else ""
-    print(f"wrote {to}: a {class_name}")
-    print(f"AutoModelForCausalLM.from_pretrained({str(to)!r}{trust})")
+    print(f"wrote {to}: {'an' if class_name[0] in 'AEIOU' else 'a'} {class_name}")
+    print(f"opens with AutoModelForCausalLM.from_pretrained({str(to)!r}{trust})")
     print(f"loads in {', '.join(loaders(layout))}")
     for note in notes(layout, (to / ORIGINAL["tokenizer.model"]).is_file()):
         print(note)

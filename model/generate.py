@@ -1,9 +1,13 @@
 """Continue a prompt: `python -m model.generate run=NAME prompt='def main():'`.
 
-run=NAME          a run by name or by path            tokens=128       maximum number of new tokens
-prompt=TEXT       the text to continue                temperature=0.8  0: always the most likely token
-step=N            a checkpoint; -1: the newest        top_k=50         sample from the k most likely tokens; 0: from all
-runs=FOLDER       where run folders are               seed=0           of the sampling
+run=NAME         a run by name or by path
+prompt=TEXT      the text to continue; none: begin a document
+tokens=128       maximum number of new tokens
+temperature=0.8  0: always the most likely token
+top_k=50         sample from the k most likely tokens; 0: from all
+seed=0           of the sampling
+step=N           a checkpoint; default: the newest
+runs=FOLDER      where run folders are; default: runs
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Create a run from a Hugging Face model: `python -m model.import_hf from=FOLDER run=NAME [key=value ...]`.
+"""Create a run from a Hugging Face model: `python -m model.import_hf from=FOLDER run=NAME [KEY=VALUE ...]`.
 
-from=FOLDER       with config.json, safetensors and a tokenizer    run=NAME     name of the new run
-key=value         overrides for train.py: data, steps, optim ...   runs=FOLDER  where run folders are
+    from=FOLDER  with config.json, safetensors and a tokenizer
+    run=NAME     name of the new run
+    KEY=VALUE    overrides for train.py: data, steps, optim, ...
+    runs=FOLDER  where run folders are; default: runs
 
 The folder is one that `python -m model.export` wrote, or any LlamaForCausalLM, Qwen3ForCausalLM, ArceeForCausalLM or
 ApertusForCausalLM with plain rotary positions. Sizes, formula and tokenizer come from the folder, everything else from the
@@ -23,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from conf.load import load
+from conf.overrides import check_overrides
 from conf.schema import Config
 from conf.shape import Shape, shape_of
 from conf.validate import validate
@@ -233,6 +236,7 @@ def _tensors(
 
 def main(argv: list[str]) -> None:
     options, overrides = split_options(argv, {"from": ""}, required={"from": "from=FOLDER, the folder of the model"})
+    check_overrides(overrides, options)
     config, arguments = import_folder(Path(options["from"]), overrides)
     print(f"wrote {Path(config.runs) / str(config.run)}: {config.model.n_layers} layers, ffn {config.ffn.formula}")
     print("continue training with")

@@ -1,12 +1,15 @@
-"""Go on with another arm: `python -m model.swap run=NAME ffn=relu2 [key=value ...]` trains a copy of a run into it.
+"""Continue a run with another activation: `python -m model.swap run=NAME ffn=relu2 [KEY=VALUE ...]`.
 
-run=NAME          a run by name or by path            swap.steps=N         steps over which the old arm fades into the new one;
-step=N            a checkpoint; -1: the newest                             default: a tenth of the steps
-runs=FOLDER       where run folders are               swap.run=NAME        name of the new run; default: NAME-swap-ARM
-ranks=N           ranks of this machine; default:     swap.control=true    also train the same continuation without the swap,
-                  as many as it needs                                      as the run NAME-swap-ARM-control
-key=value         overrides for train.py: steps,      swap.train=true      false: write the runs, and print the commands that
-                  optim, schedule, eval_every ...                          train them
+    run=NAME           a run by name or by path
+    ffn=ARM            the new arm
+    KEY=VALUE          overrides for train.py: steps, optim, schedule, eval_every, ...
+    swap.steps=N       steps over which the old arm fades into the new one; default: a tenth of the steps
+    swap.run=NAME      name of the new run; default: NAME-swap-ARM
+    swap.control=true  also train the same continuation without the swap, as the run NAME-swap-ARM-control
+    swap.train=true    false: write the runs, and print the commands that train them
+    ranks=N            ranks on this machine; default: as many as it needs
+    step=N             a checkpoint; default: the newest
+    runs=FOLDER        where run folders are; default: runs
 
 The new run starts from the weights of the old one and computes what it computed: its formula is (1 - t)*(old) + t*(new), and t
 goes from 0 to 1 over the first swap.steps steps. Both arms must be gated, or both ungated. After that the run has the new arm,
@@ -33,6 +36,7 @@ from torch import Tensor
 from conf.arms import catalogue, layer_arms
 from conf.identity import differences, how_to_go_on
 from conf.load import find_run, from_yaml, load
+from conf.overrides import check_overrides
 from conf.schema import Config
 from conf.shape import shape_of
 from conf.validate import total_steps, validate
@@ -257,6 +261,7 @@ def swap_steps(asked: int, config: Config) -> int:
 
 def main(argv: list[str]) -> int:
     options, overrides = split_options(argv, _DEFAULTS, {"step": -1, "swap.steps": 1}, _REQUIRED)
+    check_overrides(overrides, _DEFAULTS)
     source = read_source(find_run(options["run"], options["runs"]), options["step"])
     new, control = read_configs(source, options, overrides)
     steps = swap_steps(options["swap.steps"], new)

@@ -1,8 +1,10 @@
 """Check whether what training changes depends on width: `python -m training.coordinates arms=relu,swiglu`.
 
-arms=a,b       arms of conf/ffn                     lr=1e-4    learning rate at the smallest width
-widths=a,b     values of d_model, multiples of 16    steps=8    on one batch of random tokens
-optim=adamw    or muon, normuon
+    arms=a,b     arms of conf/ffn
+    widths=a,b   values of d_model, multiples of 16
+    optim=adamw  or muon, normuon
+    lr=1e-4      learning rate at the smallest width
+    steps=8      on one batch of random tokens
 
 The coordinate check of Yang et al. 2022 (arXiv 2203.03466): how far a few steps move the last layer's output, before the head,
 as a root mean square per coordinate. Under `optim.scaling=mup` it should not depend on the width; without, it grows until the

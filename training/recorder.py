@@ -217,7 +217,8 @@ class RunRecorder:
         name = shlex.quote(str(config.run))
         console.print("next steps:")
         console.print(f"  python -m model.generate run={name}{runs} prompt={prompt}", wrap=False)
-        console.print("  deepspeed train.py ffn=relu2   # another arm, as many FFN parameters", wrap=False)
+        other = "relu2" if config.ffn.name != "relu2" else "swiglu"
+        console.print(f"  deepspeed train.py ffn={other}   # another arm, as many FFN parameters", wrap=False)
         console.print("  python train.py --help")
 
     def summary_rows(

@@ -140,6 +140,8 @@ def _end_badly(error: BaseException, ranks: Ranks, folder: RunFolder, watch: wat
 
 def _open_corpus(config: Config, folder: RunFolder, ranks: Ranks, console: Console) -> Dataset:
     """Prepare the corpus unless that was done, open it, and say what cannot be measured on it."""
+    if ranks.rank == 0:
+        named_checkpoint(folder.checkpoints, config)  # refuses a wrong resume_from before a corpus takes its time
     dataset = open_dataset(prepare(config.data, own_tokenizer(config.tokenizer, folder.path), show=ranks.rank == 0))
     if not dataset.held_out.tokens:
         console.warn("no text of this corpus is held out: the run is trained without evaluation")

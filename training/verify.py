@@ -1,6 +1,7 @@
-"""Say what the folder of a run is worth: `python -m training.verify RUN [RUN ...]`.
+"""Check the checkpoints of a run: `python -m training.verify RUN [RUN ...]`.
 
-RUN               a run by name or by path            runs=FOLDER  where run folders are
+    RUN          a run by name or by path
+    runs=FOLDER  where run folders are; default: runs
 
 Reads every checkpoint whole and says whether it is healthy or what is wrong with it, and looks through the other files that a
 run is resumed from. The status is 0 if nothing is wrong, 1 if something is. A run that is training may be verified too.

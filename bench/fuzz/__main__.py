@@ -1,8 +1,10 @@
 """Feed random and damaged input to what reads it: `python -m bench.fuzz inputs=20000 seed=0`.
 
-    inputs=20000       of each campaign                     seed=0           of the inputs
-    campaign=NAME      one of those below; without it all   seconds=1.0      of a processor that an input may take
-    first=0            number of the first input, to repeat a failure or to go on
+    inputs=20000   of each campaign
+    seed=0         of the inputs
+    campaign=NAME  one of those below; without it all
+    first=0        number of the first input, to repeat a failure or to go on
+    seconds=1.0    of processor time that an input may take
 
 formulas    sums, products, powers and calls at random, and mutations of the arms of conf/ffn, with parameters and
             `from_output`: parsed, checked, differentiated and lowered to the programs that backends print, telemetry's too.

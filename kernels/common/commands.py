@@ -14,6 +14,7 @@ from pathlib import Path
 from .errors import Failure
 from .files import is_of_disk, problem_of, status_of
 from .text import printable
+from .usage import fit
 
 HELP = ("-h", "--help")
 # The variables of launchers: deepspeed and torchrun, Open MPI, srun.
@@ -35,13 +36,14 @@ def run_command(
 
     Args:
         main: takes the arguments, returns the exit status (None is 0).
-        usage: what `--help` prints, most often the module's docstring; None: `main` answers `--help` itself.
+        usage: what `--help` prints, fitted to the terminal; most often the module's docstring. None: `main` answers `--help`
+            itself.
         needs_arguments: print the usage also when there are no arguments.
     """
     argv = sys.argv[1:]
     try:
         if usage is not None and (any(argument in HELP for argument in argv) or (needs_arguments and not argv)):
-            print((usage if isinstance(usage, str) else usage()).strip())
+            print(fit(usage if isinstance(usage, str) else usage()))
             status = 0
         else:
             status = main(argv)

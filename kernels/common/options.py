@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -45,7 +45,7 @@ def read_options(
     """
     options, others = split_options(argv, defaults, minimum)
     if others:
-        raise unknown("option", _name(others[0]), defaults)
+        raise _unexpected(others[0], defaults)
     _require(options, required or {})
     return options
 
@@ -62,7 +62,7 @@ def read_positional(
     options, others = split_options(argv, defaults, minimum)
     for argument in others:
         if "=" in argument or argument.startswith("-"):
-            raise unknown("option", _name(argument), defaults)
+            raise _unexpected(argument, defaults)
     return options, others
 
 
@@ -102,8 +102,12 @@ def _require(options: Mapping[str, Any], required: Mapping[str, str]) -> None:
             raise UserError(f"missing {description}")
 
 
-def _name(argument: str) -> str:
-    return argument.partition("=")[0]
+def _unexpected(argument: str, options: Collection[str]) -> UserError:
+    if not options:
+        return UserError(f"unexpected {argument!r}: this command has no options")
+    if "=" not in argument and not argument.startswith("-"):
+        return UserError(f"unexpected {argument!r}: write NAME=VALUE, with one of {', '.join(sorted(options))}")
+    return unknown("option", argument.partition("=")[0], options)
 
 
 def _cast(argument: str, text: str, kind: type, minimum: int) -> Value:

@@ -1,8 +1,11 @@
 """Estimate memory, time and cost before a run starts: `python -m launch.estimate cluster=h100 nodes=8 model=llama3_8b`.
 
-    cluster=NAME            a file of conf/cluster         nodes=1              number of nodes
-    cluster.KEY=VALUE       overrides one of its keys      ranks_per_node=N     default: one per GPU of a node
-    KEY=VALUE               as for train.py                --plot[=FILE]        plot MFU and cost against the number of GPUs
+    cluster=NAME       a file of conf/cluster
+    cluster.KEY=VALUE  overrides one of its keys
+    nodes=1            number of nodes
+    ranks_per_node=N   default: one per GPU of a node
+    KEY=VALUE          as for train.py
+    --plot[=FILE]      plot MFU and cost against the number of GPUs
 
 Prints the memory per GPU, the time per step, and the cost of the whole run; then the tensor sizes, ZeRO stages, micro-batches
 and checkpointing settings that fit, fastest first. No GPU is needed. launch/estimate/counts.py and
@@ -17,6 +20,7 @@ from conf.cluster_schema import ClusterConfig
 from conf.help import key_lines
 from conf.keys import choices
 from conf.load import load, read_group
+from conf.overrides import check_overrides
 from conf.terminal import SafeConsole
 from kernels.common.commands import run_command
 from kernels.common.options import split_options
@@ -38,6 +42,7 @@ def main(argv: list[str]) -> int:
     minimum = {"nodes": 1, "ranks_per_node": 1}
     options, arguments = split_options(argv, _OPTIONS, minimum, flags={"plot": "estimate.png"})
     cluster, overrides = read_group("cluster", ClusterConfig, arguments, "cluster")
+    check_overrides(overrides, _OPTIONS)
     per_node = options["ranks_per_node"] or max(1, cluster.gpus_per_node)
     check(cluster, per_node)
     config, gpus = load(overrides), options["nodes"] * per_node

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich import box
 from rich.table import Table
 
@@ -11,6 +13,7 @@ from launch.estimate.counts import CONVENTION, flops_per_token, parameters
 from launch.estimate.search import Estimate, overrides_of, what_would_fit
 from launch.estimate.step_time import traffic
 
+_NARROW: dict[str, Any] = {"box": box.SIMPLE, "padding": (0, 1, 0, 0), "pad_edge": False}  # fits 80 columns
 _LISTED = 5  # of the combinations that fit
 _CHECKPOINTING = {False: "off", "attention": "attention", "selective": "selective", True: "whole layers"}
 _PARTS = {
@@ -48,8 +51,9 @@ def show(requested: Estimate, candidates: list[Estimate], console: SafeConsole) 
     verdict = "fits" if requested.fits else "does not fit"
     memory.add_row("total", f"{sum(requested.memory.values()) / 2**30:.2f}  of {hardware.memory_gib:g}: {verdict}")
     console.print(memory)
-    sent = traffic(requested.layout)
-    step = Table("per step", "seconds", "fraction", f"GB sent per {device}", box=box.SIMPLE)
+    sent, mwh = traffic(requested.layout), requested.megawatt_hours
+    energy = f"{mwh:,.0f}" if mwh >= 100 else f"{mwh:.3g}"
+    step = Table("per step", "seconds", "fraction", f"GB sent per {device}", **_NARROW)
     for part, name in _PARTS.items():
         gigabytes = (sent["gradients"] + sent["weights"] if part == "data" else sent.get(part, 0.0)) / 1e9
         seconds = getattr(requested.step, part)
@@ -66,13 +70,14 @@ def show(requested: Estimate, candidates: list[Estimate], console: SafeConsole) 
         f"{requested.tokens_per_second:,.0f} tokens/s, {requested.tokens_per_second / requested.gpus:,.0f} per {device}; "
         f"MFU {requested.mfu:.1%} ({CONVENTION}{', of the peak in bf16' if requested.layout.fp8 else ''}); "
         f"{duration(3600 * requested.hours)}, {requested.hours * requested.gpus:,.0f} {device} hours, "
-        f"{requested.megawatt_hours:,.3g} MWh, ${requested.dollars:,.0f} at ${hardware.dollars_per_gpu_hour:g} per GPU hour",
+        f"{energy} MWh, ${requested.dollars:,.0f} at ${hardware.dollars_per_gpu_hour:.2f} per GPU hour",
         soft_wrap=True,
     )
     if not candidates:
         console.print(what_would_fit(requested), soft_wrap=True)
         return
-    table = Table("tensor", "ZeRO", "micro", "ckpt", "overlap", "GiB", "s/step", "MFU", "time", box=box.SIMPLE)
+    heads = ("tensor", "ZeRO", "micro", "checkpointing", "overlap", "GiB", "s/step", "MFU", "time")
+    table = Table(*heads, **_NARROW)
     for candidate in candidates[:_LISTED]:
         tensor, stage, micro, checkpoints, overlap = candidate.choice
         gib = sum(candidate.memory.values()) / 2**30

@@ -34,7 +34,7 @@ def notes(layout: TransformersLayout, sentencepiece: bool) -> list[str]:
         return []
     if LLAMA_CPP not in loaders(layout):
         activation = _ACTIVATION[layout.model_type]
-        return [f"not llama.cpp, which would compute {activation} in place of {layout.hidden_act}"]
+        return [f"does not load in llama.cpp, which would compute {activation} instead of {layout.hidden_act}"]
     if layout.model_type == QWEN3 and sentencepiece:
         return [f"llama.cpp puts a space before the text unless it is run with {PREFIX_OPTION}"]
     return []

@@ -167,19 +167,20 @@ def test_without_a_gpu_it_refuses():
 def test_a_dry_run_in_the_interpreter(tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
     command = ["bash", str(ROOT / "bench" / "gpu.sh"), "--tiny", "--no-compile", "--formulas", "swiglu", "xielu"]
+    results = tmp_path / "a" / "b"  # which nobody has made
     done = subprocess.run(
-        [*command, "--results", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, "--results", str(results)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert "all checks passed" in done.stdout
-    record = json.loads((tmp_path / "the-interpreter-elementwise.json").read_text(encoding="utf-8"))
+    record = json.loads((results / "the-interpreter-elementwise.json").read_text(encoding="utf-8"))
     assert {row["formula"] for row in record["times"]} == {"swiglu", "xielu"}
     (step,) = record["steps"]
     assert step["losses"][-1] < step["losses"][0]
     assert {"GEMM", "attention", "loss"} <= set(step["parts"])
     assert not [row for row in (*record["attention"], *record["loss"]) if "failed" in row]
     assert [row["saved_bytes"]["triton"] for row in record["times"]] == [2 * 2 * 48 * 4, 2 * 48 * 4 + 2 * 4]
-    assert (tmp_path / "the-interpreter-elementwise.md").read_text(encoding="utf-8") == gpu_page.page(record)
+    assert (results / "the-interpreter-elementwise.md").read_text(encoding="utf-8") == gpu_page.page(record)
 
 
 @pytest.mark.slow

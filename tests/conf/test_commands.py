@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -33,6 +35,9 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     ("words", "sentence"),
     [
         (["ffn=swigluu"], "error: unknown ffn 'swigluu': did you mean 'swiglu'? choose from bilinear, custom, "),
+        (["--steps=10"], "error: unknown option '--steps=10': write steps=10 (python train.py --help lists them)"),
+        (["--micro-batch-size", "4"], "error: unknown option '--micro-batch-size': write micro_batch_size=VALUE ("),
+        (["--bogus"], "error: unknown option '--bogus': write GROUP=CHOICE or KEY=VALUE ("),
         (["--local_rank=1", "ffn=swiglu"], "error: --local_rank=1 was given, but no launcher set RANK and WORLD_SIZE"),
     ],
 )
@@ -61,17 +66,67 @@ def test_what_needs_no_torch_does_not_load_it(module):
 
 @pytest.mark.parametrize("module", [name for name in commands() if name not in NOT_TYPED])
 def test_every_command_answers_help(module, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [module, "--help"])
-    status = None
+    """It names the command and every option of its own, and fits a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_here(monkeypatch, module, "--help") == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    lines = printed.out.splitlines()
+    assert module in printed.out
+    assert len(lines) >= 3
+    assert [line for line in lines if len(line) > 80] == []
+    assert [
+        name for name in own_options(monkeypatch, module) if not re.search(rf"(^|[ -]){name}\b", printed.out, re.M)
+    ] == []
+
+
+class _OptionsRead(Exception):
+    """Raised where a command reads its options."""
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, module: str, *words: str) -> object:
+    monkeypatch.setattr(sys, "argv", [module, *words])
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as stopped:
-        status = stopped.code
-    printed = capsys.readouterr()
-    assert (status or 0, printed.err) == (0, "")
-    assert module in printed.out
-    assert len(printed.out.splitlines()) >= 3
+        return stopped.code or 0
+    return 0
 
 
-def test_the_search_for_commands_finds_them():
+def own_options(monkeypatch: pytest.MonkeyPatch, module: str) -> list[str]:
+    """Return the options that a command reads by `kernels.common.options`; none where it reads them otherwise."""
+    options: list[str] = []
+
+    def record(_: object, defaults: dict[str, object], *__: object, **___: object) -> None:
+        options.extend(defaults)
+        raise _OptionsRead
+
+    for reader in ("read_options", "read_positional", "split_options"):
+        monkeypatch.setattr(f"kernels.common.options.{reader}", record)
+    with contextlib.suppress(_OptionsRead):
+        run_here(monkeypatch, module, "no-such-argument")
+    return options
+
+
+def test_the_search_for_commands_and_options_finds_them(monkeypatch):
+    assert own_options(monkeypatch, "data.prepare") == ["part", "jobs"]
     assert {"ablation.run", "data.prepare", "launch.estimate", "model.generate", "kernels.show"} <= set(commands())
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "sentence"),
+    [
+        ("launch.estimate", ["cluster=cpu", "node=2"], "unknown key 'node': did you mean 'nodes'? "),
+        ("launch.slurm", ["cluster=slurm", "dryrun=true"], "unknown key 'dryrun': did you mean 'dry_run'? "),
+        ("launch.doctor", ["quik=true"], "unknown key 'quik': did you mean 'quick'? "),
+        ("ablation.run", ["ablation=smoke", "job=2"], "unknown key 'job': did you mean 'jobs'? "),
+        ("ablation.run", ["ablation=smoke", "fnn=relu"], "unknown key 'fnn': did you mean 'ffn'? "),
+        ("data.prepare", ["prt=0/4"], "unknown key 'prt': did you mean 'part'? "),
+        ("bench.verdicts", ["plan=1"], "unknown option 'plan': did you mean 'plans'? "),
+        ("bench.overhead", ["step=1"], "unknown key 'step': did you mean 'steps'? "),
+        ("model.generate", ["nano"], "unexpected 'nano': write NAME=VALUE, with one of prompt, run, "),
+    ],
+)
+def test_a_mistyped_option_of_the_command_is_told_from_the_keys_of_a_run(module, words, sentence, capsys, monkeypatch):
+    assert run_here(monkeypatch, module, *words) == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")

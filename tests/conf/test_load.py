@@ -241,7 +241,7 @@ def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path, text):
 def test_a_run_is_found_by_name_and_by_path(tmp_path):
     run = tmp_path / "runs" / "first"
     run.mkdir(parents=True)
-    with pytest.raises(UserError, match="no run in it has a checkpoint"):
+    with pytest.raises(UserError, match="nor any other with a checkpoint"):
         find_run("first", str(tmp_path / "runs"))
     (run / "config.yaml").write_text("{}")
     assert find_run("first", str(tmp_path / "runs")) == run

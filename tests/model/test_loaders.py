@@ -43,9 +43,14 @@ def test_the_documented_table_holds_every_arm():
     [
         ("swiglu", False, "LlamaForCausalLM", ["loads in Transformers, vLLM, llama.cpp"]),
         ("swiglu", True, "Qwen3ForCausalLM", ["loads in Transformers, vLLM, llama.cpp", PREFIX_OPTION]),
-        ("geglu", True, "Qwen3ForCausalLM", ["not llama.cpp, which would compute silu in place of gelu"]),
+        ("geglu", True, "Qwen3ForCausalLM", ["does not load in llama.cpp, which would compute silu instead of gelu"]),
         ("relu2", False, "ArceeForCausalLM", ["loads in Transformers, vLLM, llama.cpp"]),
-        ("relu2", True, "ApertusForCausalLM", ["not llama.cpp, which would compute xielu in place of relu2"]),
+        (
+            "relu2",
+            True,
+            "ApertusForCausalLM",
+            ["does not load in llama.cpp, which would compute xielu instead of relu2"],
+        ),
         ("xielu", True, "ApertusForCausalLM", ["loads in Transformers, vLLM, llama.cpp"]),
         ("xielu", False, "FormulaForCausalLM", ["loads in Transformers with trust_remote_code=True"]),
         ("xielu_positive", True, "FormulaForCausalLM", ["loads in Transformers with trust_remote_code=True"]),
@@ -54,7 +59,7 @@ def test_the_documented_table_holds_every_arm():
 def test_the_export_says_who_loads_it(make_run, arm, qk_norm, name, printed, tmp_path, capsys):
     main([f"run={make_run(arm, qk_norm=qk_norm)}", f"to={tmp_path / 'hf'}"])
     output = capsys.readouterr().out
-    assert f"a {name}" in output
+    assert f": {'an' if name[0] == 'A' else 'a'} {name}" in output
     assert all(line in output for line in printed)
     assert ("trust_remote_code=True)" in output) == (name == CLASSES[FORMULA])
 

@@ -6,6 +6,7 @@ root and Debian's packages `slurm-wlm` and `munge`. `python -m tests.slurm.clust
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import signal
@@ -181,8 +182,10 @@ def free_ports(count: int) -> list[int]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser("python -m tests.slurm.cluster", description=__doc__).parse_args()
     if why := missing():
         sys.exit(why)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the daemons end too
     cluster = Cluster(Path(tempfile.mkdtemp(prefix="slurm-")))
     try:
         cluster.start()

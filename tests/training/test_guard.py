@@ -131,6 +131,13 @@ def test_going_back_sets_later_checkpoints_aside_and_happens_once(train, corpus,
     assert CheckpointReader(run / "checkpoints" / "step_00000006").state["batches_hash"] == state["batches_hash"]
 
 
+def test_a_checkpoint_that_is_not_there_is_refused_before_the_corpus_is_prepared(train, corpus, tmp_path):
+    prepared = tmp_path / "prepared"
+    result = train(overrides(corpus, tmp_path, f"data.prepared={prepared}", "resume_from=step_3", run="a", steps=6))
+    assert (result["status"], "names no checkpoint in" in result["err"]) == (2, True), result
+    assert not prepared.exists()
+
+
 def test_a_poisoned_checkpoint_of_an_older_version_is_passed_over(trained, tmp_path):
     source, path = trained(2, "1").end, tmp_path / "step_00000010"
     shutil.copytree(source, path)

@@ -27,7 +27,7 @@ def test_the_last_of_two_wins():
         (["stp=1"], "unknown option 'stp': did you mean 'step'? choose from run, step, temperature, yes"),
         (["run"], "run needs a value: run=VALUE"),
         (["--step"], "--step needs a value: step=VALUE"),
-        (["folder"], "unknown option 'folder'"),
+        (["folder"], "unexpected 'folder': write NAME=VALUE, with one of run, step, temperature, yes"),
         (["step=1.5"], "step=1.5: expected a whole number of at least 0"),
         (["step=-1"], "step=-1: expected a whole number of at least 0"),
         (["temperature=nan"], "temperature=nan: expected a number of at least 0"),
@@ -40,6 +40,12 @@ def test_what_is_refused(argv, sentence):
     with pytest.raises(UserError) as caught:
         read_options(argv, DEFAULTS, required={"run": "run=NAME, the run"})
     assert str(caught.value).startswith(sentence)
+
+
+def test_a_command_without_options_says_so():
+    for read in (read_options, read_positional):
+        with pytest.raises(UserError, match=r"^unexpected 'stp=1': this command has no options$"):
+            read(["stp=1"], {})
 
 
 def test_an_option_has_a_least_value_of_its_own():
