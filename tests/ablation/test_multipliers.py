@@ -7,12 +7,13 @@ import math
 import numpy as np
 import pytest
 
+from ablation.figures import scaling
 from ablation.manifest import read_manifest
 from ablation.measures import log_multiplier
 from ablation.multipliers import Series, log_by_seed, multipliers, series
 from ablation.plan import Plan, PlannedRun
 from ablation.rank_agreement import agreements, rank_agreement
-from ablation.report import write_report
+from ablation.report import page
 from ablation.results import read_results
 from kernels.common.errors import UserError
 from tests.ablation.made import make, plan_of
@@ -177,12 +178,11 @@ def test_the_report_shows_the_multipliers_and_before_them_the_order(tmp_path):
     plan = plan_of(*WORDS, HORIZONS)
     results = read_results(make(plan, tmp_path, rule_of(plan, {"swiglu": 1.5}, scatter=0.002)))
     assert [(a.one, a.other) for a in agreements(results)] == [("nano_x0.25", "nano"), ("nano_x0.5", "nano")]
-    write_report(results, tmp_path / "report")
-    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    assert page.index("pairs that change places") < page.index("multiplier, E = 0") < page.index("loss at equal time")
-    assert "nano, over its horizons: relu needs 1.5" in page
-    assert (tmp_path / "report" / "figures" / "scaling.svg").exists()
-    assert "speed-up" not in page.lower()
+    text = page(results, [figure := scaling(results)])
+    assert text.index("pairs that change places") < text.index("multiplier, E = 0") < text.index("loss at equal time")
+    assert "nano, over its horizons: relu needs 1.5" in text
+    assert figure.name == "scaling"
+    assert "speed-up" not in text.lower()
 
 
 def test_horizons_are_added_to_a_plan_like_sizes(tmp_path):

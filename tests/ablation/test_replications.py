@@ -6,7 +6,7 @@ import pytest
 
 from ablation.growth import continue_plan
 from ablation.plan import read_plan
-from ablation.report import write_report
+from ablation.report import page
 from ablation.resolve import resolve
 from ablation.results import read_results
 from conf.keys import choices
@@ -34,10 +34,9 @@ def test_the_table_is_that_of_the_paper():
 def test_the_report_shows_both(tmp_path):
     plan = plan_of("ablation=replications/xielu_2024", "ablation.seeds=[0,1,2]")
     results = read_results(make(plan, tmp_path, losses({"relu2": 0.05, "xielu": -0.05}, noise=0.001)))
-    write_report(results, tmp_path / "report")
-    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    assert "They report, we find. Huang 2024 (arXiv 2411.13010). 1.1B parameters" in page
-    row = page[page.index("they report, loss") :].partition("</table>")[0]
+    text = page(results, [])
+    assert "They report, we find. Huang 2024 (arXiv 2411.13010). 1.1B parameters" in text
+    row = text[text.index("they report, loss") :].partition("</table>")[0]
     assert "-0.016" in row  # relu2 less swiglu, as reported
     assert ">worse<" in row
     assert ">better<" in row

@@ -12,7 +12,7 @@ from ablation import slurm
 from ablation.manifest import read_manifest
 from ablation.plan import Plan, PlannedRun
 from ablation.progress import sweep_progress
-from ablation.report import write_report
+from ablation.report import page
 from ablation.results import read_results
 from ablation.status import Watcher
 from ablation.transfer import main, shifts
@@ -117,8 +117,7 @@ def test_sizes_take_the_learning_rates_of_the_one_that_sweeps(tmp_path):
     assert not results.blocked("wide")
     assert len(results.comparisons("wide")) == 1
     assert Watcher(folder).snapshot().done
-    write_report(results, tmp_path / "report")
-    assert "of the sweep at narrow (ablation.sweep_at)" in (tmp_path / "report" / "report.html").read_text()
+    assert "of the sweep at narrow (ablation.sweep_at)" in page(results, [])
     with pytest.raises(UserError, match="swept at narrow alone"):
         shifts(results, "narrow")
     assert read_manifest(folder).plan.sweep_at == "narrow"
