@@ -73,9 +73,13 @@ def show(requested: Estimate, candidates: list[Estimate], console: SafeConsole) 
         f"{energy} MWh, ${requested.dollars:,.0f} at ${hardware.dollars_per_gpu_hour:.2f} per GPU hour",
         soft_wrap=True,
     )
-    if not candidates:
+    if candidates:
+        _show_fastest(candidates, console)
+    else:
         console.print(what_would_fit(requested), soft_wrap=True)
-        return
+
+
+def _show_fastest(candidates: list[Estimate], console: SafeConsole) -> None:
     heads = ("tensor", "ZeRO", "micro", "checkpointing", "overlap", "GiB", "s/step", "MFU", "time")
     table = Table(*heads, **_NARROW)
     for candidate in candidates[:_LISTED]:

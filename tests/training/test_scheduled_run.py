@@ -60,7 +60,7 @@ def test_it_is_neither_a_parameter_nor_saved(finished):
     )
 
 
-@pytest.mark.parametrize("step", [4, 8])
+@pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.slow), 8])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(finished, tmp_path, step):
     run, train = finished
     shutil.copytree(run, tmp_path / "t")

@@ -14,6 +14,8 @@ import pytest
 from tests.training.started import Started
 from tests.training.tiny import PATIENCE, ROOT, command, newest_intact, overrides
 
+# test_loggers.py has runs that the real wandb writes offline, without a training around them.
+pytestmark = pytest.mark.slow
 STEPS = 100
 ROWS = 10  # of the killed process, which its file must hold
 LABELS = {"group": "a plan", "job_type": "an arm", "tags": ["size:nano", "stage:final"]}
