@@ -46,20 +46,20 @@ def rank_agreement(
             np.array([[place[arm][seed] for seed in common] for arm in arms])
             for place, common in zip((smaller, larger), seeds, strict=True)
         ]
+        pairs = np.triu_indices(len(arms), 1)
         for _ in range(_SAMPLES):
             resampled = [t[:, chance.integers(0, t.shape[1], t.shape[1])].mean(1) for t in tables]
-            taus.append(_tau(*resampled))
+            taus.append(_tau(*resampled, pairs))
     interval = tuple(map(float, np.quantile(taus, [0.025, 0.975]))) if taus else (math.nan, math.nan)
-    return RankAgreement(one, other, _tau(*means), (interval[0], interval[1]), swapped)
+    return RankAgreement(one, other, _tau(*means, np.triu_indices(len(arms), 1)), (interval[0], interval[1]), swapped)
 
 
 def _complete(losses: Mapping[int, float]) -> bool:
     return bool(losses) and all(map(math.isfinite, losses.values()))
 
 
-def _tau(one: np.ndarray, other: np.ndarray) -> float:
+def _tau(one: np.ndarray, other: np.ndarray, pairs: tuple[np.ndarray, np.ndarray]) -> float:
     """Return Kendall's tau-a of two series without ties, as means of floats are. By hand: SciPy's is slow for a bootstrap."""
-    pairs = np.triu_indices(len(one), 1)
     if not len(pairs[0]):
         return math.nan
     signs = [np.sign(side[pairs[0]] - side[pairs[1]]) for side in (one, other)]

@@ -32,6 +32,12 @@ def write_corpus(folder: Path, files: int = 60, seed: int = 0) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _trained_here(monkeypatch):
+    """Train tokenizers in this process: one more takes four times as long (test_prepare_stopped.py starts the real ones)."""
+    monkeypatch.setattr(data.prepare, "run_in_subprocess", lambda function, *arguments: function(*arguments))
+
+
 @pytest.fixture
 def small_shards(monkeypatch):
     """Shards of 8 kB instead of 1 MB, so that a small corpus has many."""
