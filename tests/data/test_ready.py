@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +20,21 @@ def words(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"line {i}: {i * i}\n" for i in range(400)))
     data = ["data=text", f"data.path={tmp_path}/a.txt", f"data.prepared={tmp_path}/p", "tokenizer.vocab_size=300"]
     return [*data, f"runs={tmp_path}", "run=x", "sequence_length=64", "global_batch_size=4"]
+
+
+@pytest.fixture(autouse=True)
+def _looked_at_here(monkeypatch, capsys):
+    """What `unprepared` starts runs in this process; launch/test_sbatch.py starts it."""
+
+    def run(words: list[str], **_: object) -> SimpleNamespace:
+        capsys.readouterr()
+        try:
+            status, error = main(words[3:]), ""
+        except UserError as caught:
+            status, error = 2, f"error: {caught}"
+        return SimpleNamespace(returncode=status, stdout=capsys.readouterr().out, stderr=error)
+
+    monkeypatch.setattr("launch.corpus.subprocess", SimpleNamespace(run=run))
 
 
 def test_each_run_is_told_of_and_prepared_where_asked(words, capsys):
