@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +12,7 @@ from data.ready import main
 from kernels.common.errors import UserError
 from launch.corpus import unprepared
 from tests.ablation.made import plan_of
+from tests.data.conftest import look_here
 
 
 @pytest.fixture
@@ -24,17 +24,7 @@ def words(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _looked_at_here(monkeypatch, capsys):
-    """What `unprepared` starts runs in this process; launch/test_sbatch.py starts it."""
-
-    def run(words: list[str], **_: object) -> SimpleNamespace:
-        capsys.readouterr()
-        try:
-            status, error = main(words[3:]), ""
-        except UserError as caught:
-            status, error = 2, f"error: {caught}"
-        return SimpleNamespace(returncode=status, stdout=capsys.readouterr().out, stderr=error)
-
-    monkeypatch.setattr("launch.corpus.subprocess", SimpleNamespace(run=run))
+    look_here(monkeypatch, capsys)
 
 
 def test_each_run_is_told_of_and_prepared_where_asked(words, capsys):
