@@ -104,7 +104,8 @@ def match(
 
 def _with_width(shape: Shape, d_ff: int) -> Shape:
     """Return the shape with another width of all feed-forward layers."""
-    return dataclasses.replace(shape, ffn=tuple(dataclasses.replace(layer, d_ff=d_ff) for layer in shape.ffn))
+    wide = {id(layer): dataclasses.replace(layer, d_ff=d_ff) for layer, _ in shape.ffn_counts}
+    return dataclasses.replace(shape, ffn=tuple(wide[id(layer)] for layer in shape.ffn))
 
 
 def _measured_cost(seconds: Callable[[str, int], float] | None, arm: str) -> Callable[[int], float]:
@@ -122,7 +123,9 @@ def _counted_cost(config: Config, budget: str, tokens: int) -> Callable[[int], f
         if budget == "flops":
             return flops_per_token(shape, config.sequence_length)["ffn"]
         if budget == "memory":
-            return _STATE_BYTES * parameters(shape)["ffn"] + sum(tokens * ffn_saved_bytes(layer) for layer in shape.ffn)
+            return _STATE_BYTES * parameters(shape)["ffn"] + shape.ffn_sum(
+                lambda layer: tokens * ffn_saved_bytes(layer)
+            )
         return parameters(shape)["ffn"]  # for "none" too, so that the mismatch is visible
 
     return cost

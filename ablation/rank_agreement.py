@@ -37,6 +37,7 @@ def rank_agreement(
         before, after = (float(mean[i] - mean[j]) for mean in means)
         if before * after < 0:
             swapped.append((arms[i], arms[j]) if before < 0 else (arms[j], arms[i]))
+    pairs = np.triu_indices(len(arms), 1)
     chance, taus = np.random.default_rng(0), []
     seeds = [
         sorted(set.intersection(*(set(place[arm]) for arm in arms))) if arms else [] for place in (smaller, larger)
@@ -48,18 +49,17 @@ def rank_agreement(
         ]
         for _ in range(_SAMPLES):
             resampled = [t[:, chance.integers(0, t.shape[1], t.shape[1])].mean(1) for t in tables]
-            taus.append(_tau(*resampled))
+            taus.append(_tau(resampled[0], resampled[1], pairs))
     interval = tuple(map(float, np.quantile(taus, [0.025, 0.975]))) if taus else (math.nan, math.nan)
-    return RankAgreement(one, other, _tau(*means), (interval[0], interval[1]), swapped)
+    return RankAgreement(one, other, _tau(means[0], means[1], pairs), (interval[0], interval[1]), swapped)
 
 
 def _complete(losses: Mapping[int, float]) -> bool:
     return bool(losses) and all(map(math.isfinite, losses.values()))
 
 
-def _tau(one: np.ndarray, other: np.ndarray) -> float:
+def _tau(one: np.ndarray, other: np.ndarray, pairs: tuple[np.ndarray, np.ndarray]) -> float:
     """Return Kendall's tau-a of two series without ties, as means of floats are. By hand: SciPy's is slow for a bootstrap."""
-    pairs = np.triu_indices(len(one), 1)
     if not len(pairs[0]):
         return math.nan
     signs = [np.sign(side[pairs[0]] - side[pairs[1]]) for side in (one, other)]

@@ -95,7 +95,7 @@ def _resolve_size(
         with _errors_prefixed(f"{arm} at {size}"):
             check_divisibility(shape, of_arm.parallel)
         flops = sum(flops_per_token(shape, of_arm.sequence_length).values())
-        saved = sum(map(ffn_saved_bytes, shape.ffn))
+        saved = shape.ffn_sum(ffn_saved_bytes)
         arms[arm] = ResolvedArm(overrides[arm], of_arm, batches[arm], widths[arm], flops, saved)
     return arms, warnings
 

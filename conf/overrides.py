@@ -7,6 +7,7 @@ Three conveniences are added to it: a formula or a path needs no second layer of
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import typing
 from collections.abc import Iterable, Iterator
@@ -190,13 +191,19 @@ def parse(override: str) -> Any:
     Raises:
         UserError: it does not parse.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
-        return OverridesParser.create().parse_override(override)
+        return _parser().parse_override(override)
     except HydraException as error:
         raise UserError(f"cannot parse {override!r}: a bracket, quote or comma is misplaced") from error
+
+
+@functools.cache
+def _parser() -> Any:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create()
 
 
 # ------------------------------------------------------------------------------------------------------------- sweeps

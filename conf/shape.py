@@ -6,13 +6,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
 
 from conf.arms import Arm, check_groups, layer_arms, width_of
 from conf.schema import Config, FFNConfig, ModelConfig, ParallelConfig
 from kernels.common.errors import UserError
 from kernels.formula import Formula
 
+Number = TypeVar("Number", int, float)
 VOCABULARY_MULTIPLE = 64  # of the embedding's rows, so that GEMM tiles and tensor ranks divide them
 
 
@@ -69,6 +74,16 @@ class Shape:
     qk_norm: bool
     logit_softcap: float = 0.0
 
+    @functools.cached_property
+    def ffn_counts(self) -> tuple[tuple[FFNShape, int], ...]:
+        """The feed-forward layers that differ, and how many there are of each: what is counted of one holds for all."""
+        counts = Counter(map(id, self.ffn))
+        return tuple((layer, counts[number]) for number, layer in {id(layer): layer for layer in self.ffn}.items())
+
+    def ffn_sum(self, value: Callable[[FFNShape], Number]) -> Number:
+        """Return the sum over all layers of what `value` says of a feed-forward layer."""
+        return sum(number * value(layer) for layer, number in self.ffn_counts)
+
 
 def shape_of(config: Config, tokenizer_size: int | None = None) -> Shape:
     """Resolve the decoder's shape.
@@ -78,6 +93,8 @@ def shape_of(config: Config, tokenizer_size: int | None = None) -> Shape:
         tokenizer_size: pieces of the tokenizer; None: it does not exist yet, and `tokenizer.vocab_size` is taken.
     """
     model = config.model
+    arms = layer_arms(config)
+    by_arm = {id(arm): _ffn_shape(arm, model) for arm in {id(arm): arm for arm in arms}.values()}
     pieces = config.tokenizer.vocab_size if tokenizer_size is None else tokenizer_size
     return Shape(
         d_model=model.d_model,
@@ -85,7 +102,7 @@ def shape_of(config: Config, tokenizer_size: int | None = None) -> Shape:
         n_heads=model.n_heads,
         n_kv_heads=model.n_kv_heads or model.n_heads,
         head_dim=model.head_dim or model.d_model // model.n_heads,
-        ffn=tuple(_ffn_shape(arm, model) for arm in layer_arms(config)),
+        ffn=tuple(by_arm[id(arm)] for arm in arms),
         vocab_size=model.vocab_size or -(-pieces // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
         tied=model.tie_embeddings,
         qk_norm=model.qk_norm,
@@ -106,7 +123,7 @@ def check_divisibility(shape: Shape, parallel: ParallelConfig) -> None:
         UserError: what is not divisible, and the sizes that would do.
     """
     tensor, context = parallel.tensor, parallel.context
-    widths = {f"the d_ff={layer.d_ff} of ffn={layer.arm.name}": layer.d_ff for layer in shape.ffn}
+    widths = {f"the d_ff={layer.d_ff} of ffn={layer.arm.name}": layer.d_ff for layer, _ in shape.ffn_counts}
     heads = {f"the {shape.n_heads} heads": shape.n_heads, f"the {shape.n_kv_heads} key/value heads": shape.n_kv_heads}
     vocabulary = {f"the vocabulary of {shape.vocab_size} rows": shape.vocab_size}
     for what, size in (heads | widths | vocabulary).items():
@@ -116,7 +133,7 @@ def check_divisibility(shape: Shape, parallel: ParallelConfig) -> None:
                 f"parallel.tensor={tensor} does not divide {what}: this model can be sharded over "
                 f"{_listed(common)} rank(s) (model.n_heads, model.n_kv_heads, model.d_ff and model.vocab_size decide)"
             )
-    for layer in shape.ffn:
+    for layer, _ in shape.ffn_counts:
         check_groups(layer.formula, layer.d_ff, tensor, layer.arm.name)
     for what, size in heads.items():
         if size // tensor % context:

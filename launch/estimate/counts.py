@@ -38,7 +38,7 @@ def parameters(shape: Shape) -> dict[str, int]:
     return {
         "embedding": embedding,
         "attention": shape.n_layers * attention,
-        "ffn": sum(layer.parameters(shape.d_model) for layer in shape.ffn),
+        "ffn": shape.ffn_sum(lambda layer: layer.parameters(shape.d_model)),
         "norms": shape.n_layers * norms + shape.d_model,
         "output": 0 if shape.tied else embedding,
     }
@@ -49,7 +49,7 @@ def flops_per_token(shape: Shape, sequence_length: int) -> dict[str, int]:
     by_part = parameters(shape)
     forward = {
         "attention": 2 * by_part["attention"],
-        "ffn": sum(2 * layer.matrices * shape.d_model * layer.d_ff for layer in shape.ffn),
+        "ffn": shape.ffn_sum(lambda layer: 2 * layer.matrices * shape.d_model * layer.d_ff),
         "output": 2 * shape.vocab_size * shape.d_model,
     }
     result = {part: 3 * flops for part, flops in forward.items()}
@@ -181,7 +181,7 @@ def overlaps(zero: ZeroConfig, on_gpu: bool) -> bool:
 def rank_parameters(shape: Shape, tensor: int) -> int:
     """Return the parameters of a tensor rank: its shards, and everything that is replicated."""
     counts = parameters(shape)
-    replicated = counts["norms"] + sum(layer.learned_per_layer for layer in shape.ffn)
+    replicated = counts["norms"] + shape.ffn_sum(lambda layer: layer.learned_per_layer)
     return replicated + (sum(counts.values()) - replicated) // tensor
 
 
@@ -270,13 +270,13 @@ def activation_bytes(
         inputs = width * 2 * shape.d_model / sequence + 4 * 2 / sequence
     else:
         inputs = width * 4 * shape.d_model / sequence + attention + inverse_rms
-    each = [
-        inputs + ffn_saved_bytes(layer, width) / tensor + (4 * layer.reduced if tensor > 1 else 0)
-        for layer in shape.ffn
-    ]
+
+    def kept(layer: FFNShape) -> float:
+        return inputs + ffn_saved_bytes(layer, width) / tensor + (4 * layer.reduced if tensor > 1 else 0)
+
     working = max(
         width * ((layer.matrices + 1 + _made_again(layer)) * layer.d_ff / tensor + 2 * shape.d_model)
-        for layer in shape.ffn
+        for layer, _ in shape.ffn_counts
     )
     if checkpointing in RECOMPUTE_ATTENTION:  # and then its gradients, while the norm's output is there again
         attending = attention + width * (queries + 2 * keys + 2 * shape.d_model)
@@ -287,13 +287,14 @@ def activation_bytes(
     chunk = logits_rows(tokens, vocabulary, on_gpu) * vocabulary * (width + (4 if tensor > 1 and not on_gpu else 0))
     rounded = width if width < 4 else 0  # the gradient of the output's weights is summed in fp32
     whole = checkpointing is True
-    layers = tokens * (shape.n_layers * width * shape.d_model / sequence if whole else sum(each))
+    layers = tokens * (shape.n_layers * width * shape.d_model / sequence if whole else shape.ffn_sum(kept))
     return {
         "layers": layers,
         "loss": 2 * states + (4 + rounded) * output + chunk,
         "head": 2 * states + 2 * width * output,
         "output": width * output,
-        "backward": 3 * states + tokens * (working + (max(each) if whole else 0)),
+        "backward": 3 * states
+        + tokens * (working + (max(kept(layer) for layer, _ in shape.ffn_counts) if whole else 0)),
     }
 
 

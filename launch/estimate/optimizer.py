@@ -16,15 +16,16 @@ def count_matrices(shape: Shape, split_heads: bool = False) -> dict[tuple[int, i
     """Return how many logical matrices of attention and FFN there are of each shape (rows, columns)."""
     found: dict[tuple[int, int], int] = {}
 
-    def add(rows: int, columns: int, number: int = 1) -> None:
+    def add(rows: int, columns: int, number: int) -> None:
         found[rows, columns] = found.get((rows, columns), 0) + number
 
-    for layer in shape.ffn:
+    for layer, layers in shape.ffn_counts:
         for heads in (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads):
-            add(shape.head_dim if split_heads else heads * shape.head_dim, shape.d_model, heads if split_heads else 1)
-        add(shape.d_model, shape.n_heads * shape.head_dim)
-        add(layer.d_ff, shape.d_model, layer.matrices - 1)
-        add(shape.d_model, layer.d_ff)
+            rows, number = (shape.head_dim, heads) if split_heads else (heads * shape.head_dim, 1)
+            add(rows, shape.d_model, layers * number)
+        add(shape.d_model, shape.n_heads * shape.head_dim, layers)
+        add(layer.d_ff, shape.d_model, layers * (layer.matrices - 1))
+        add(shape.d_model, layer.d_ff, layers)
     return found
 
 

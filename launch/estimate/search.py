@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -30,7 +31,11 @@ class Estimate:
     shape: Shape
     memory: dict[str, float]  # bytes per GPU, by part
     layout: ParallelLayout
-    step: StepTime
+
+    @functools.cached_property
+    def step(self) -> StepTime:
+        """Seconds per step, by part: computed when asked for, since a search looks at memory first."""
+        return step_time(self.layout, self.cluster.hardware)
 
     @property
     def fits(self) -> bool:
@@ -111,7 +116,7 @@ def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int) -
         optim=config.optim,
     )
     memory = peak_bytes(config, shape, layout.dp_cp, batch.micro_batch, batch.accumulation, bf16, layout.on_gpu)
-    return Estimate(config, cluster, gpus, batch, shape, memory, layout, step_time(layout, cluster.hardware))
+    return Estimate(config, cluster, gpus, batch, shape, memory, layout)
 
 
 def search(config: Config, cluster: ClusterConfig, gpus: int, per_node: int) -> Iterator[Estimate]:
@@ -166,22 +171,20 @@ def overrides_of(candidate: Estimate) -> list[str]:
 def what_would_fit(requested: Estimate) -> str:
     """Return a sentence on what would have to change so that a combination fits."""
     config, cluster, per_node = requested.config, requested.cluster, requested.layout.gpus_per_node
-    gpus = requested.gpus
-    while gpus <= MOST_GPUS:
-        if any(True for _ in search(config, cluster, gpus, per_node)):
-            break
-        gpus *= 2
     sizes = []
     for candidate in _combinations(config, requested.gpus, per_node):
         try:
             sizes.append(estimate(candidate, cluster, requested.gpus, per_node))
         except UserError:
             continue
+    gpus = requested.gpus
+    fits = any(estimated.fits for estimated in sizes)
+    while not fits and (gpus := 2 * gpus) <= MOST_GPUS:
+        fits = any(True for _ in search(config, cluster, gpus, per_node))
     least = min(sizes, key=lambda e: sum(e.memory.values()), default=requested)
     largest = max(least.memory, key=lambda part: least.memory[part])
     needs = f"{sum(least.memory.values()) / 2**30:.1f} GiB with {' '.join(overrides_of(least))}"
-    enough = gpus <= MOST_GPUS
-    more = f"{gpus // per_node} nodes would do" if enough else f"no number of nodes up to {MOST_GPUS} GPUs would do"
+    more = f"{gpus // per_node} nodes would do" if fits else f"no number of nodes up to {MOST_GPUS} GPUs would do"
     also = (
         "zero=3 zero.offload_optimizer=true keeps the optimizer's state on the host" if largest == "optimizer"
         else "a shorter sequence_length or parallel.context=2 takes less" if largest in ("activations", "working")

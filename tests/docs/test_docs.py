@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import subprocess
+import shlex
 import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -14,7 +14,7 @@ import yaml
 from tests.docs import pages
 from tests.docs.composing import compose, file_of, parse
 from tests.docs.pages import PAGES, ROOT, TESTED, Shown, anchors, code_spans, links, shown, tokens
-from tests.training.tiny import environment
+from tests.training.tiny import command
 
 README_LINES = 150
 SECONDS = {
@@ -85,37 +85,33 @@ def test_every_yaml_block_is_yaml(page):
             assert yaml.safe_load(token.content) is not None
 
 
-@pytest.mark.parametrize("command", every("compose"))
-def test_what_cannot_run_here_composes(command: Shown, tmp_path, monkeypatch):
+@pytest.mark.parametrize("shell", every("compose"))
+def test_what_cannot_run_here_composes(shell: Shown, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    compose(command.text)
+    compose(shell.text)
 
 
-@pytest.mark.parametrize("command", every("parse"))
-def test_what_needs_a_network_parses(command: Shown):
-    parse(command.text)
+@pytest.mark.parametrize("shell", every("parse"))
+def test_what_needs_a_network_parses(shell: Shown):
+    parse(shell.text)
 
 
 @pytest.mark.parametrize("example", every("run", "slow"))
 def test_what_is_shown_runs(example: Shown, sandbox, fresh):
+    words = shlex.split(example.text, comments=True) if example.language != "python" else []
     if example.language == "python":
-        arguments = [sys.executable, "-c", example.text]
+        (sandbox / "example.py").write_text(example.text, encoding="utf-8")
+        arguments = [sys.executable, sandbox / "example.py"]
+    elif words[0] == "python" and not set(example.text.partition(" #")[0]) & set("|&;<>$`*"):
+        arguments = [sys.executable, *words[1:]]  # without a shell, by a process that has torch imported already
     else:
         arguments = ["bash", "-euo", "pipefail", "-c", example.text]
     # What `make` does takes the names that the shared checkout has already given away.
     folder = fresh() if example.text.startswith("make ") else sandbox
-    result = subprocess.run(
-        arguments,
-        cwd=folder,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS[example.kind],
-    )
-    assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    result = command(*arguments, cwd=folder, timeout=SECONDS[example.kind])
+    assert result.status == 0, f"{result.out[-3000:]}\n{result.err[-3000:]}"
     if example.language != "python":
-        assert result.stdout.strip(), "it printed nothing"
+        assert result.out.strip(), "it printed nothing"
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from launch import sbatch
 from launch.job_script import Job, command_of, quote, render
 from launch.sbatch import _sbatch
 from launch.slurm import main, plan
+from tests.data.conftest import look_here
 from tests.training.tiny import ROOT, command
 
 
@@ -114,7 +115,8 @@ def test_bad_input_is_one_sentence(words, why):
         main([*words, "dry_run=true"])
 
 
-def test_a_dry_run_says_what_a_submission_refuses(capsys, tmp_path):
+def test_a_dry_run_says_what_a_submission_refuses(capsys, monkeypatch, tmp_path):
+    look_here(monkeypatch, capsys)
     words = ["cluster=cpu", f"runs={tmp_path}", "run=x", f"data.prepared={tmp_path / 'p'}", "dry_run=true"]
     assert main([*words, "tokens=1T"]) == 0
     printed = capsys.readouterr()
@@ -364,7 +366,8 @@ def test_a_job_trains_only_on_nodes_that_pass(tmp_path):
         assert submitted == f"--exclude={excluded} --dependency=afterany:5 {tmp_path}/slurm/job.sh\n"
 
 
-def test_a_corpus_that_would_be_repeated_too_often_is_refused_before_nodes_are_asked_for(tmp_path, monkeypatch):
+def test_a_corpus_that_would_be_repeated_too_often_is_refused_before_nodes_are_asked_for(tmp_path, monkeypatch, capsys):
+    look_here(monkeypatch, capsys)
     (tmp_path / "a.txt").write_text("".join(f"line {i}: {i * i}\n" for i in range(400)))
     words = ["cluster=cpu", "run=x", f"runs={tmp_path}", "data=text", f"data.path={tmp_path}/a.txt", "model=nano"]
     words += [
