@@ -57,7 +57,9 @@ def test_the_search_for_dead_keys_tells_a_read_from_what_looks_like_one():
 
 
 @pytest.fixture
-def help_lines(capsys) -> list[str]:
+def help_lines(capsys, monkeypatch) -> list[str]:
+    """Of a terminal that is wide enough for every key on a line of its own."""
+    monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as stopped:
         load(["ffn=swiglu", "--help"])
     assert stopped.value.code == 0
