@@ -147,11 +147,7 @@ def layouts(dense: Tensor) -> Iterator[Tensor]:
 @pytest.mark.parametrize("name", ["q", "k", "dq", "dk"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strides(dtype, name):
-    check_strides(dtype, name)
-
-
-def check_strides(dtype: torch.dtype, name: str, length: int = 5) -> None:
-    given = draw(32, dtype, length=length)
+    given = draw(32, dtype, length=5)
     expected = everything(rotate, given, dtype)
     for laid in layouts(given[name]):
         assert not laid.is_contiguous()
@@ -245,16 +241,28 @@ def check_triton() -> None:
     from kernels.rotary import triton as rotary_triton
 
     rotary._backend = lambda x: rotary_triton.rotate  # noqa: ARG005
-    assert_errs_as_plain(draw(64, torch.float32, length=6), torch.float32)
+    assert_errs_as_plain(draw(64, torch.float32, length=3, heads=12), torch.float32)
     for width in (2, 6, 34, 130):
         with Poisoned():
             assert_close(draw(width, torch.float32, length=3), torch.float32)
     with Poisoned():  # more heads than a tile has
         assert_close(draw(128, torch.float32, batch=1, length=2, heads=54), torch.float32)
-    for name in ("q", "k", "dq", "dk"):
-        check_strides(torch.float32, name, length=2)
+    check_strides()
     test_no_tokens_and_no_heads((2, 0, 3), torch.float32)
     check_nan(torch.float32, length=4)
+
+
+def check_strides() -> None:
+    """Every tensor in every layout, each beside others."""
+    given = draw(32, torch.float32, length=2)
+    expected, laid = (
+        everything(rotate, given, torch.float32),
+        {n: list(layouts(given[n])) for n in ("q", "k", "dq", "dk")},
+    )
+    for turn in range(3):
+        these = {name: laid[name][(turn + i) % 3] for i, name in enumerate(laid)}
+        actual = everything(rotate, given | these, torch.float32)
+        assert all(torch.equal(actual[each], expected[each]) for each in expected)
 
 
 def check_far_offsets() -> None:
