@@ -6,6 +6,7 @@ In C on this machine; in Triton in the interpreter, and compiled for Hopper.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from poisoned import Poisoned
 from torch import Tensor
 
 from kernels.cross_entropy import cross_entropy, cross_entropy_
+from tests.selection import quick
 
 pytestmark = pytest.mark.skipif(cross_entropy._library() is None, reason="no C compiler")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -181,8 +183,10 @@ def test_triton_in_the_interpreter(interpreter):
 
 
 @needs_triton
-@pytest.mark.parametrize("sharded", [False, True], ids=["one rank", "a shard"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "sharded"),  # a dtype changes the loads and stores alone
+    quick(itertools.product(["bf16", "fp32"], [False, True]), ("bf16", True), ("fp32", False)),
+)
 def test_machine_code_for_hopper(dtype, sharded):
     """No spills, and rows read and written 128 bits at a time."""
     from bench.sm90 import machine_code

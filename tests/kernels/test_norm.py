@@ -333,7 +333,7 @@ def machine_code_of(kernel: Any, dtype: str, run: int, width: int, add: bool) ->
 
 
 @needs_triton
-@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("add", quick([False, True], True))  # which does all that the kernels without it do, and more
 @pytest.mark.parametrize(("run", "width"), quick([(12, 64), (2048, 1024), (2048, 4096), (2048, 8192)], (2048, 1024)))
 def test_machine_code_for_hopper(run, width, add):
     """No spills, and the rows themselves 128 bits a load and store."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.c import library
 from kernels.rotary import rotary, rotate
+from tests.selection import quick
 
 # Two products and a sum in fp32 each, with one rounding less where they are fused. Over thousands of elements the ratio of two
 # such errors is known to within a percent or two.
@@ -293,8 +295,10 @@ def test_offsets_beyond_32_bits(interpreter):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize(("heads", "half"), [(6, 32), (24, 64)])
+@pytest.mark.parametrize(
+    ("heads", "half", "dtype"),  # each size and each dtype once
+    quick(itertools.product([6, 24], [32, 64], ["bf16", "fp32"]), (6, 32, "fp32"), (24, 64, "bf16")),
+)
 def test_machine_code_for_hopper(heads, half, dtype):
     """No spills, and heads 128 bits a load and store."""
     from bench.sm90 import machine_code
