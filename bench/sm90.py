@@ -8,6 +8,7 @@ with learned parameters, those in the loop over rows. No time is measured.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import subprocess
@@ -54,6 +55,7 @@ class Kernel:
         return max(self.instructions, self.function_unit * _FUNCTION_UNIT) <= self.budget
 
 
+@functools.cache
 def offline(
     compiled: Compiled, dtype: torch.dtype = torch.bfloat16, width_is_multiple_of_8: bool = True
 ) -> list[Kernel]:

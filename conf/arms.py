@@ -138,7 +138,7 @@ def _changed(base: FFNConfig, change: Any, key: str) -> FFNConfig:
 
 def catalogue() -> dict[str, dict[str, Any]]:
     """Return the keys of every arm in conf/ffn by its name, with defaults for those its file leaves out."""
-    return {name: _arm(name) for name in choices("ffn")}
+    return {name: _stored(name) for name in choices("ffn")}
 
 
 def unknown_arm(name: str, as_formula: str, kind: str = "arm") -> UserError:
@@ -156,6 +156,10 @@ def unknown_arm(name: str, as_formula: str, kind: str = "arm") -> UserError:
 def _arm(name: str, key: str = "ffn.per_layer") -> dict[str, Any]:
     if name not in choices("ffn"):
         raise unknown_arm(name, f"{key}.formula='{name}'")
+    return _stored(name)
+
+
+def _stored(name: str) -> dict[str, Any]:
     stored = read_yaml(FOLDER / "ffn" / f"{name}.yaml")
     return {
         "parameters": {},

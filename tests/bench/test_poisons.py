@@ -15,14 +15,21 @@ from tests.training.tiny import command
 CASE = PoisonCase("weight", "NaN", 1, "bf16", 2)
 
 
-def test_a_few_poisons_are_noticed(tmp_path):
+@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.slow)])  # tests/training/test_skipped_steps.py
+def test_a_few_poisons_are_noticed(tmp_path, count):
     # A spike of a gradient, the loss of one of two ranks, and the master that one of them holds; ZeRO 1, 2 and 3.
     result = command(
-        sys.executable, "-m", "bench.faults", "campaign=poisons", f"folder={tmp_path / 'f'}", "cases=3", "seed=67"
+        sys.executable,
+        "-m",
+        "bench.faults",
+        "campaign=poisons",
+        f"folder={tmp_path / 'f'}",
+        f"cases={count}",
+        "seed=67",
     )
     assert result.status == 0, result.out
-    assert result.out.endswith("3 poisons and spikes, 0 wrong\n")
-    assert result.out.count(": noticed\n") == 3
+    assert result.out.endswith(f"{count} poisons and spikes, 0 wrong\n")
+    assert result.out.count(": noticed\n") == count
 
 
 def test_the_cases_differ_and_are_those_of_their_seed():

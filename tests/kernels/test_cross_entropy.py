@@ -6,6 +6,7 @@ In C on this machine; in Triton in the interpreter, and compiled for Hopper.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from poisoned import Poisoned
 from torch import Tensor
 
 from kernels.cross_entropy import cross_entropy, cross_entropy_
+from tests.selection import quick
 
 pytestmark = pytest.mark.skipif(cross_entropy._library() is None, reason="no C compiler")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -94,8 +96,8 @@ def test_ignored_rows_and_a_soft_cap(dtype, vocabulary, softcap):
     check_ignored_rows_and_a_soft_cap(dtype, vocabulary, softcap)
 
 
-def check_ignored_rows_and_a_soft_cap(dtype: torch.dtype, vocabulary: int, softcap: float) -> None:
-    logits, targets = draw(9, vocabulary, dtype)
+def check_ignored_rows_and_a_soft_cap(dtype: torch.dtype, vocabulary: int, softcap: float, rows: int = 9) -> None:
+    logits, targets = draw(rows, vocabulary, dtype)
     targets[::3] = IGNORED
     exact = plain(logits, targets, 1e-3, torch.float64, softcap)
     eps, fp32 = torch.finfo(dtype).eps, 2.0**-23
@@ -145,7 +147,7 @@ def check_triton() -> None:
     cross_entropy.triton_kernels = lambda _: kernels
     kernels.COLUMNS = 128
     for vocabulary, softcap in ((1, 0.0), (33, 0.0), (129, 0.0), (300, 5.0)):
-        check_ignored_rows_and_a_soft_cap(torch.float32, vocabulary, softcap)
+        check_ignored_rows_and_a_soft_cap(torch.float32, vocabulary, softcap, rows=3)
     test_extremes()
     test_an_ignored_row_may_hold_anything()
     test_no_rows()
@@ -161,7 +163,7 @@ def check_triton() -> None:
 
 
 def check_sharded(kernels, softcap: float) -> None:
-    logits, targets = draw(9, 300, torch.float32)
+    logits, targets = draw(4, 300, torch.float32)
     targets[::3] = IGNORED
     exact = plain(logits, targets, 1e-3, torch.float64, softcap)
     shards = [shard.contiguous() for shard in logits.split(100, 1)]
@@ -181,8 +183,10 @@ def test_triton_in_the_interpreter(interpreter):
 
 
 @needs_triton
-@pytest.mark.parametrize("sharded", [False, True], ids=["one rank", "a shard"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "sharded"),  # a dtype changes the loads and stores alone
+    quick(itertools.product(["bf16", "fp32"], [False, True]), ("bf16", True), ("fp32", False)),
+)
 def test_machine_code_for_hopper(dtype, sharded):
     """No spills, and rows read and written 128 bits at a time."""
     from bench.sm90 import machine_code

@@ -356,7 +356,7 @@ def test_adapters_train():
 
 
 def test_torch_compile():
-    model = tiny("Llama")
+    model = tiny("Llama", num_hidden_layers=1)
     patch(model)
     expected = logits_and_gradients(model, model, tokens())
     torch._dynamo.reset()

@@ -152,9 +152,21 @@ def test_gradients_are_those_of_finite_differences(name):
     assert torch.autograd.gradcheck(lambda pre, *rest: function(pre, **dict(zip(named, rest, strict=True))), leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("backend", ["reference", "c"])
-@pytest.mark.parametrize("name", quick(filter("channel".__ne__, REDUCING), *filter("channel".__ne__, DISTINCT)))
+# Each of these formulas on each backend and in each dtype once, and the cheapest on both in both.
+_SOME = [(name, backend, torch.float32) for name in ("topk", "softmax") for backend in ("reference", "c")]
+_SOME += [("polynorm", "reference", torch.float32), ("polynorm", "c", torch.bfloat16)]
+_SOME += [("products", "reference", torch.bfloat16), ("products", "c", torch.float32)]
+_SOME += [(name, backend, torch.bfloat16) for name in ("topk", "softmax") for backend in ("reference", "c")]
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "dtype"),
+    quick(
+        itertools.product(filter("channel".__ne__, REDUCING), ["reference", "c"], [torch.float32, torch.bfloat16]),
+        *_SOME,
+    ),
+    ids=str,
+)
 def test_the_error_is_at_most_that_of_plain_torch(name, backend, dtype):
     formula, parameters = REDUCING[name]
     seeds = range(16) if parameters else range(1)  # a parameter's gradient is one number, and its error is noise
@@ -218,10 +230,11 @@ def test_statistics_of_the_c_kernel_are_those_of_the_reference(name):
     torch.testing.assert_close(stats.peak, expected.peak.float(), rtol=1e-5, atol=0)
 
 
-def test_the_package_compiles_with_torch_compile():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_package_compiles_with_torch_compile(backend):
     function = activation("x*norm(x**2)")
     x = torch.randn(4, 64, requires_grad=True)
-    compiled = torch.compile(function, fullgraph=True)
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(x), function(x))
     (mine,), (theirs,) = (torch.autograd.grad(f(x).square().sum(), [x]) for f in (compiled, function))
     torch.testing.assert_close(mine, theirs)

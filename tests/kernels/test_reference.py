@@ -207,7 +207,7 @@ def test_every_operator(formula):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_the_gradients_of_every_arm(arm):
-    pre = pre_activations(arm, rows=1).requires_grad_()
+    pre = pre_activations(arm, rows=1)[..., :24].clone().requires_grad_()  # a call for each number
     assert torch.autograd.gradcheck(lambda pre: compute(arm, pre), pre)
 
 

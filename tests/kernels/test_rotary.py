@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.c import library
 from kernels.rotary import rotary, rotate
+from tests.selection import quick
 
 # Two products and a sum in fp32 each, with one rounding less where they are fused. Over thousands of elements the ratio of two
 # such errors is known to within a percent or two.
@@ -147,11 +149,7 @@ def layouts(dense: Tensor) -> Iterator[Tensor]:
 @pytest.mark.parametrize("name", ["q", "k", "dq", "dk"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strides(dtype, name):
-    check_strides(dtype, name)
-
-
-def check_strides(dtype: torch.dtype, name: str, length: int = 5) -> None:
-    given = draw(32, dtype, length=length)
+    given = draw(32, dtype, length=5)
     expected = everything(rotate, given, dtype)
     for laid in layouts(given[name]):
         assert not laid.is_contiguous()
@@ -245,16 +243,28 @@ def check_triton() -> None:
     from kernels.rotary import triton as rotary_triton
 
     rotary._backend = lambda x: rotary_triton.rotate  # noqa: ARG005
-    assert_errs_as_plain(draw(64, torch.float32, length=6), torch.float32)
+    assert_errs_as_plain(draw(64, torch.float32, length=3, heads=12), torch.float32)
     for width in (2, 6, 34, 130):
         with Poisoned():
             assert_close(draw(width, torch.float32, length=3), torch.float32)
     with Poisoned():  # more heads than a tile has
         assert_close(draw(128, torch.float32, batch=1, length=2, heads=54), torch.float32)
-    for name in ("q", "k", "dq", "dk"):
-        check_strides(torch.float32, name, length=2)
+    check_strides()
     test_no_tokens_and_no_heads((2, 0, 3), torch.float32)
     check_nan(torch.float32, length=4)
+
+
+def check_strides() -> None:
+    """Every tensor in every layout, each beside others."""
+    given = draw(32, torch.float32, length=2)
+    expected, laid = (
+        everything(rotate, given, torch.float32),
+        {n: list(layouts(given[n])) for n in ("q", "k", "dq", "dk")},
+    )
+    for turn in range(3):
+        these = {name: laid[name][(turn + i) % 3] for i, name in enumerate(laid)}
+        actual = everything(rotate, given | these, torch.float32)
+        assert all(torch.equal(actual[each], expected[each]) for each in expected)
 
 
 def check_far_offsets() -> None:
@@ -285,8 +295,10 @@ def test_offsets_beyond_32_bits(interpreter):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize(("heads", "half"), [(6, 32), (24, 64)])
+@pytest.mark.parametrize(
+    ("heads", "half", "dtype"),  # each size and each dtype once
+    quick(itertools.product([6, 24], [32, 64], ["bf16", "fp32"]), (6, 32, "fp32"), (24, 64, "bf16")),
+)
 def test_machine_code_for_hopper(heads, half, dtype):
     """No spills, and heads 128 bits a load and store."""
     from bench.sm90 import machine_code

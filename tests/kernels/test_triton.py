@@ -56,7 +56,7 @@ MORE["odd names"] = ("width*x + lambda*h + tl*row", {"width": 0.5, **{n: {"init"
 MORE["odd names"][1]["row"] = {"init": 2.0, "share": "channel"}
 ALL = FORMULAS | MORE
 WIDTHS = (1, 7, 8, 127, 1030)
-ROWS = 3
+ROWS = 2
 
 
 # ------------------------------------------------------------------------------------------- the error that fp32 allows
@@ -315,7 +315,7 @@ def test_the_short_forms_for_16_bits(interpreter, name):
     interpreter.submit(check_changed, name, 1030, fp32, "PRECISE: tl.constexpr = False", 2.0**-17 / 6).result()
 
 
-@pytest.mark.parametrize("name", quick(FORMULAS, *DISTINCT))
+@pytest.mark.parametrize("name", quick(FORMULAS, "swiglu", "xielu", "prelu_channel", "maxout", "selu"))
 def test_statistics_from_inside_the_forward_kernel(interpreter, name):
     interpreter.submit(check_statistics, name, 127).result()
 

@@ -139,7 +139,7 @@ def test_a_nan_fills_its_row_and_the_first_of_equal_maxima_has_the_gradient(inte
     interpreter.submit(check_nan_and_ties).result()
 
 
-@pytest.mark.parametrize("name", quick(ALL, "topk", "polynorm"))
+@pytest.mark.parametrize("name", quick(ALL, "polynorm"))  # with learned parameters, and more reductions than the others
 def test_rows_in_registers_do_not_spill_on_hopper(name):
     from bench.sm90 import offline
 

@@ -21,14 +21,14 @@ D, WIDTH, TOKENS = 12, 40, 6
 CPU = torch.device("cpu"), torch.float32
 
 
-def layer(dtype: torch.dtype = torch.float64, **arm) -> FeedForward:
+def layer(dtype: torch.dtype = torch.float64, d_model: int = D, d_ff: int = WIDTH, **arm) -> FeedForward:
     config = FFNConfig(**arm)
     formula = parse(config.formula, config.parameters, config.from_output)
-    ffn = FeedForward(FFNShape(config, formula, WIDTH), D)
+    ffn = FeedForward(FFNShape(config, formula, d_ff), d_model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in (ffn.up, ffn.down):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * D**-0.5)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * d_model**-0.5)
         for name, learned in formula.learned.items():
             ffn.learned[name].fill_(learned.init)
     return ffn.to(dtype)
@@ -65,8 +65,8 @@ def test_the_gradients_are_those_of_the_layer_written_out(arm, save):
 
 @pytest.mark.parametrize("arm", ["swiglu", "swish"])
 def test_the_gradients_pass_a_numerical_check(arm):
-    ffn = layer(**ARMS[arm])
-    x = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
+    ffn = layer(d_model=5, d_ff=7, **ARMS[arm])
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     parameters = dict(ffn.named_parameters())
     function = lambda x, *values: torch.func.functional_call(ffn, dict(zip(parameters, values, strict=True)), (x,))  # noqa: E731
     assert torch.autograd.gradcheck(function, (x, *parameters.values()))

@@ -165,7 +165,8 @@ def test_an_activation_that_is_written_in_fp8_changes_no_product(tokens):
 def test_a_gpu_is_given_fp8_products(scaling):
     """Traced without a GPU: four forward, four for inputs, four for weights in each layer, and no host that waits."""
     pytest.importorskip("triton")
-    config = load(["model=llama_60m", "precision=fp8", f"precision.scaling={scaling}"])
+    model = ["model=llama_60m", "model.n_layers=2"]
+    config = load([*model, "precision=fp8", f"precision.scaling={scaling}"])
     shape, tokens = shape_of(config), validate(config, 8).micro_batch * config.sequence_length
     counts = count_micro_batch(config)
     assert counts.names["GEMM: _scaled_mm"] == 12 * shape.n_layers
@@ -174,7 +175,7 @@ def test_a_gpu_is_given_fp8_products(scaling):
     assert fused == ([shape.n_layers] if scaling == "rowwise" else [])
     assert "other: abs" not in counts.names  # all is rounded by kernels
     if scaling == "rowwise":
-        plain = count_micro_batch(load(["model=llama_60m", "precision=bf16"]))
+        plain = count_micro_batch(load([*model, "precision=bf16"]))
         rounding = counts.bytes["rounding"] + counts.bytes["other"] - plain.bytes["other"]
         assert rounding == pytest.approx(rounding_bytes(shape, tokens), rel=0.02)
 
