@@ -133,7 +133,7 @@ def test_going_back_sets_later_checkpoints_aside_and_happens_once(train, corpus,
 
 def test_a_checkpoint_that_is_not_there_is_refused_before_the_corpus_is_prepared(train, corpus, tmp_path):
     prepared = tmp_path / "prepared"
-    result = train(overrides(corpus, tmp_path, f"data.prepared={prepared}", "resume_from=step_3", run="a", steps=6))
+    result = train(overrides(corpus, tmp_path, data__prepared=prepared, resume_from="step_3", run="a", steps=6))
     assert (result["status"], "names no checkpoint in" in result["err"]) == (2, True), result
     assert not prepared.exists()
 
