@@ -147,7 +147,7 @@ def _override(draw: random.Random) -> str:
     return f"{key}={value}"
 
 
-def check_overrides(arguments: list[str]) -> None:
+def read_and_write_back(arguments: list[str]) -> None:
     """Read arguments as a command does, and the configuration back from the file that it is written to."""
     with tempfile.TemporaryDirectory() as folder:
         config = load(arguments)
@@ -160,7 +160,7 @@ def check_overrides(arguments: list[str]) -> None:
 
 _CAMPAIGNS = {
     "formulas": Campaign(random_formula, check_formula, (FormulaError,)),
-    "overrides": Campaign(random_overrides, check_overrides, (UserError,)),
+    "overrides": Campaign(random_overrides, read_and_write_back, (UserError,)),
 }
 
 
