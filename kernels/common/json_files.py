@@ -13,6 +13,7 @@ import json
 import os
 import stat
 import typing
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 DOCUMENTS = "documents.json"  # in a run folder: the loss of each held-out document
@@ -111,23 +112,23 @@ def metrics_line(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str) or not is_count(record.get("step")):
         return None
-    right = all(_fits(key, value, record["kind"]) for key, value in record.items())
-    return record if right else None
+    return record if _misfit(record, record["kind"] == "telemetry") is None else None
 
 
-def _fits(key: str, value: Any, kind: str) -> bool:
-    """Return whether a value of a line of metrics.jsonl, or of summary.json, has the type of its key."""
-    if key in _COUNTS:
-        return value is None or is_count(value)
-    if key in _NUMBERS:
-        return value is None or is_number(value)
-    if key in _TEXTS:
-        return value is None or isinstance(value, str)
-    if key == "provenance":
-        return is_provenance(value)
-    if kind != "telemetry" or key == "kind":
-        return True
-    return all(each is None or is_number(each) for each in (value if isinstance(value, list) else [value]))
+def _misfit(record: dict[str, Any], is_telemetry: bool) -> str | None:
+    """Return the first key whose value is of another type than runs write, in a line of metrics.jsonl or a summary.json.
+
+    A report reads every line of every run: no function is called for a value that has the usual type.
+    """
+    for key, value in record.items():
+        if (fits := _FITS.get(key)) is not None:
+            if not fits(value):
+                return key
+        elif is_telemetry and key != "kind":
+            for each in value if type(value) is list else (value,):
+                if type(each) is not float and each is not None and not is_number(each):
+                    return key
+    return None
 
 
 def is_provenance(value: Any) -> bool:
@@ -138,6 +139,14 @@ def is_provenance(value: Any) -> bool:
     return all(text is None or isinstance(text, str) for text in texts)
 
 
+_FITS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(_COUNTS, lambda value: value is None or is_count(value)),
+    **dict.fromkeys(_NUMBERS, lambda value: value is None or type(value) is float or is_number(value)),
+    **dict.fromkeys(_TEXTS, lambda value: value is None or isinstance(value, str)),
+    "provenance": is_provenance,
+}
+
+
 def read_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return a run's summary.json.
 
@@ -146,9 +155,8 @@ def read_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: it is no JSON object, or one of its values is of another type than `train.py` writes.
     """
     summary = read_object(path)
-    for key, value in summary.items():
-        if not _fits(key, value, "summary"):
-            raise ValueError(f"{key} is no value of a summary")
+    if (key := _misfit(summary, is_telemetry=False)) is not None:
+        raise ValueError(f"{key} is no value of a summary")
     return summary
 
 

@@ -64,7 +64,8 @@ def answer(
     made = make(of_plan, folder, rule, more.get("planned_runs"), figures=of_metrics)
     manifest = read_manifest(made)  # and the runs without the checks of `read_results`, which take the longest
     paths = sorted((made / "runs").glob("*"))
-    runs = {p.name: Run(manifest.planned_run(p.name), p, read_outcome(p), read_metrics(p)[0]) for p in paths}
+    lines = {path: read_metrics(path)[0] for path in paths}
+    runs = {p.name: Run(manifest.planned_run(p.name), p, read_outcome(p, lines[p]), lines[p]) for p in paths}
     [found] = judge([CLAIMS[text]], [Results(made, manifest, runs, ())])
     return found
 

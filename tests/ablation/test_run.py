@@ -7,6 +7,7 @@ import fnmatch
 import io
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -49,7 +50,7 @@ def done(words, tmp_path_factory) -> tuple[Path, Result]:
     folder, printed = tmp_path_factory.mktemp("ablations"), io.StringIO()
 
     def train(runner: Runner, arguments: list[str], name: str, variables: dict[str, str]) -> int:
-        ended = command(*arguments, **variables)
+        ended = command(*arguments, **dict(variables.items() - os.environ.items()))
         (runner.folder / "logs" / f"{name}.log").write_text(ended.out + ended.err)
         return ended.status
 

@@ -97,8 +97,7 @@ def environment(**more: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     kept = {k: v for k, v in kept.items() if not k.startswith(("WANDB_", "MASTER_", "TORCHELASTIC_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
-    fixed = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
-    return kept | fixed | {"DS_ACCELERATOR": "cpu", "WANDB_MODE": "offline", "COLUMNS": "200"} | more
+    return kept | warm.USUAL | {"PATH": path, "WANDB_MODE": "offline", "COLUMNS": "200"} | more
 
 
 def free_port() -> int:

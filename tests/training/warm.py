@@ -28,7 +28,8 @@ IMPORTED = (
     "tokenizers",
 )  # fmt: skip
 # What decides how the modules are imported; a process for which one of these differs is a new interpreter.
-_SAME = ("PYTHONPATH", "OMP_NUM_THREADS", "PYTHONUNBUFFERED", "DS_ACCELERATOR", "LD_PRELOAD")
+USUAL = {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+         "DS_ACCELERATOR": "cpu"}  # fmt: skip
 
 
 class Process:
@@ -93,7 +94,7 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-_servers: list[tuple[socket.socket, dict[str, str | None]]] = []
+_servers: list[socket.socket] = []
 
 
 def _server(env: dict[str, str]) -> socket.socket:
@@ -102,12 +103,12 @@ def _server(env: dict[str, str]) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         words = [sys.executable, __file__, str(theirs.fileno())]
         process = subprocess.Popen(
-            words, env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            words, env=env | USUAL, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
         )
         theirs.close()
-        _servers.append((ours, {name: env.get(name) for name in _SAME}))
+        _servers.append(ours)
         atexit.register(lambda: (ours.close(), process.wait()))
-    return _servers[0][0]
+    return _servers[0]
 
 
 def can_fork(words: list[str], env: dict[str, str]) -> bool:
@@ -115,7 +116,8 @@ def can_fork(words: list[str], env: dict[str, str]) -> bool:
     if not hasattr(socket, "SOCK_SEQPACKET") or sys.platform != "linux":
         return False
     is_python = words[0] == sys.executable and (words[1] == "-m" or words[1].endswith(".py"))
-    return is_python and (not _servers or {name: env.get(name) for name in _SAME} == _servers[0][1])
+    same_libraries = env.get("LD_PRELOAD") == os.environ.get("LD_PRELOAD")
+    return is_python and same_libraries and env.items() >= USUAL.items()
 
 
 def serve(channel: socket.socket) -> dict[str, Any]:
