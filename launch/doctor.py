@@ -48,7 +48,7 @@ from kernels.common.options import split_options
 from launch.estimate.counts import parameters
 from launch.finding import GREEN, RED, YELLOW, Finding
 from launch.installed import installed_versions
-from launch.launchers import Launchers, refuse_taken_port
+from launch.launchers import Launchers, refuse_taken_port, refuse_unknown_master
 from launch.preflight import node_findings, slow_nodes
 from launch.ranks import Ranks, export, find_ranks, installed_gpus, take_local_rank, without_launcher
 from launch.sbatch import read_cluster
@@ -365,6 +365,11 @@ def collective(ranks: Ranks, cluster: ClusterConfig | None, seconds: float = 2.0
 
         export(ranks)
         Launchers().choose_port(ranks)
+        try:
+            refuse_unknown_master(ranks)
+        except UserError as error:
+            yield Finding(RED, "collective", *str(error).split(": ", 1))
+            return
         refuse_taken_port(ranks)
         result = measure(seconds)
     else:

@@ -163,6 +163,9 @@ def _head(job: Job, cluster: ClusterConfig) -> list[str]:
         *cluster.setup,
         f"export OMP_NUM_THREADS={_cores(job, cluster)}",
         'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        "# Where nothing resolves a node's name, its address is the one by which SLURM reaches it.",
+        'getent hosts "$MASTER_ADDR" > /dev/null || MASTER_ADDR=$(scontrol -o show node "$MASTER_ADDR" | '
+        "sed 's/.* NodeAddr=\\([^ ]*\\).*/\\1/')",
         "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))  # distinct for jobs that share a node",
         *_exports(cluster),
         "",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from kernels.common.errors import UserError
+from kernels.common.errors import TryAgain, UserError
 from launch.ranks import Ranks
 
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -98,6 +98,24 @@ class Launchers:
                 return True
             child = pid
         return False
+
+
+def refuse_unknown_master(ranks: Ranks, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Check that this node knows where rank 0 is. torch would ask for its name again until the timeout of collectives.
+
+    Raises:
+        TryAgain: the name of rank 0's node has no address.
+    """
+    address = environment.get("MASTER_ADDR")
+    if ranks.world_size == 1 or not address:
+        return
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        raise TryAgain(
+            f"{socket.gethostname()} finds no address for {address}, the node of rank 0 ({error.strerror}): add it to DNS or "
+            "/etc/hosts, or set MASTER_ADDR to an address that all nodes reach"
+        ) from None
 
 
 def refuse_taken_port(ranks: Ranks, environment: MutableMapping[str, str] = os.environ) -> None:

@@ -25,7 +25,7 @@ from data.prepare import prepare
 from data.ranges import SampleRanges
 from kernels.common.errors import UserError
 from kernels.common.files import explain_os_errors
-from launch.launchers import Launchers, refuse_taken_port
+from launch.launchers import Launchers, refuse_taken_port, refuse_unknown_master
 from launch.ranks import Ranks
 from model.attention import choose
 from model.feed_forward import check_arms
@@ -210,6 +210,7 @@ def _refuse_repetition(dataset: Dataset, config: Config, batch: Batch) -> None:
 
 def _start_group(config: Config, ranks: Ranks, device: torch.device, run: Path) -> None:
     """Start the process group. Collective."""
+    refuse_unknown_master(ranks)
     refuse_taken_port(ranks)
     if device.type == "cuda":
         record_collectives(run)

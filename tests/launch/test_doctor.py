@@ -13,6 +13,7 @@ from importlib import metadata
 import pytest
 
 from conf.cluster_schema import ClusterConfig, HardwareConfig
+from kernels.common.errors import TryAgain
 from launch import doctor
 from launch.doctor import GREEN, RED, YELLOW, Finding, collective, main
 from launch.ranks import Ranks
@@ -144,6 +145,16 @@ def test_what_a_collective_shows_is_judged(monkeypatch, told, levels):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
     cluster = ClusterConfig(name="h100", hardware=HardwareConfig(node_bandwidth=4.5e11))
     assert {finding.name: finding.level for finding in collective(Ranks(), cluster)} == levels
+
+
+def test_a_node_that_cannot_find_rank_0_is_red(monkeypatch):
+    def refuse(_: Ranks) -> None:
+        raise TryAgain("node2 finds no address for node1: add it to DNS")
+
+    monkeypatch.setattr(doctor, "export", lambda _: None)
+    monkeypatch.setattr(doctor, "refuse_unknown_master", refuse)
+    [finding] = collective(Ranks(1, 2, 0, 1), None)
+    assert finding == Finding(RED, "collective", "node2 finds no address for node1", "add it to DNS")
 
 
 def test_ranks_that_cannot_talk_are_red(monkeypatch):

@@ -7,12 +7,14 @@ import re
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from kernels.common.errors import UserError
-from launch.launchers import Launchers, refuse_taken_port
+from kernels.common.errors import TryAgain, UserError
+from launch import launchers
+from launch.launchers import Launchers, refuse_taken_port, refuse_unknown_master
 from launch.ranks import Ranks
 
 # Each process starts the next one and waits for it; the last answers a question a line.
@@ -122,6 +124,21 @@ def test_deepspeeds_launcher_is_found_above_a_rank(tmp_path):
     (tmp_path / "deepspeed.launcher.launch").write_text(PARENT)
     words = [sys.executable, tmp_path / "deepspeed.launcher.launch", sys.executable, "-c", code]
     assert subprocess.run(words, capture_output=True, text=True).stdout == "True\n"
+
+
+def test_a_node_that_cannot_resolve_the_name_of_rank_0_says_so(monkeypatch):
+    def resolve(name: str, _port: None) -> list:
+        assert name == "node1"
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(launchers, "socket", SimpleNamespace(gethostname=lambda: "node2", getaddrinfo=resolve))
+    two, alone = Ranks(1, 2, 0, 1), Ranks()
+    said = r"^node2 finds no address for node1, the node of rank 0 \(Name or service not known\): add it to DNS"
+    with pytest.raises(TryAgain, match=said):
+        refuse_unknown_master(two, {"MASTER_ADDR": "node1"})
+    refuse_unknown_master(alone, {"MASTER_ADDR": "node1"})
+    monkeypatch.undo()
+    refuse_unknown_master(two, {"MASTER_ADDR": "127.0.0.1"})
 
 
 def test_a_taken_port_is_a_sentence_that_names_a_free_one():

@@ -14,7 +14,7 @@ from tests.training.tiny import PATIENCE, Result, command
 
 SETTINGS = [
     "cluster=cpu",
-    "cluster.environment={MASTER_ADDR: 127.0.0.1, DS_ACCELERATOR: cpu}",
+    "cluster.environment={DS_ACCELERATOR: cpu}",
     "cluster.cpus_per_node=2",
 ]
 
