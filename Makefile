@@ -48,7 +48,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 train: setup
-	@PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed train.py ffn=swiglu
+	@PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed train.py ffn=swiglu \
+		optim=muon optim.lr=8e-3 tokens=4.96M run=nano
 
 ablation: setup
 	@$(BIN)/python -m ablation.run ablation=smoke yes=true jobs=2
