@@ -6,6 +6,7 @@ written is kept in memory, with one warning, and written when there is space aga
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from data.batches import Dataset, epochs
 from kernels.common.errors import ExitStatus
 from kernels.common.files import problem_of, status_of
 from kernels.common.json_files import DOCUMENTS
+from kernels.common.text import command_text
 from kernels.common.units import duration
 from launch.estimate.counts import CONVENTION, flops_per_token
 from model.products import describe_products
@@ -29,7 +31,7 @@ from training.console import Console
 from training.evaluation import HeldOut
 from training.loggers import Loggers
 from training.peak_speed import PeakSpeed
-from training.runfolder import RunFolder
+from training.runfolder import RunFolder, provenances
 
 EXPECTED_MFU = 0.4  # assumed by the expected time, before anything is measured
 
@@ -217,9 +219,22 @@ class RunRecorder:
         name = shlex.quote(str(config.run))
         console.print("next steps:")
         console.print(f"  python -m model.generate run={name}{runs} prompt={prompt}", wrap=False)
-        other = "relu2" if config.ffn.name != "relu2" else "swiglu"
-        console.print(f"  deepspeed train.py ffn={other}   # another arm, as many FFN parameters", wrap=False)
+        console.print(f"  {self._with_another_arm()}   # another arm, as many FFN parameters", wrap=False)
         console.print("  python train.py --help")
+
+    def _with_another_arm(self) -> str:
+        """Return the command that began the run, with another arm: the two runs differ by nothing else."""
+        [first, *_] = provenances(self.folder.path) or [{}]
+        began: list[str] = []
+        with contextlib.suppress(ValueError):  # of a command that was damaged
+            began = shlex.split(first.get("command") or "")
+        typed = {
+            word.lstrip("+~").partition("=")[0]: word for word in began if "=" in word and not word.startswith("-")
+        }
+        own = ("ffn", "run", "resume_from", "resume_optimizer")
+        kept = [word for key, word in typed.items() if key.partition(".")[0] not in own]
+        other = "relu2" if self.config.ffn.name != "relu2" else "swiglu"
+        return command_text(["deepspeed", "train.py", f"ffn={other}", *kept])
 
     def summary_rows(
         self, device: torch.device, dtype: torch.dtype, attention: str, peak: PeakSpeed, ranks: int

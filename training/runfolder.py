@@ -264,7 +264,7 @@ class RunFolder:
         Raises:
             UserError: it cannot be written.
         """
-        sessions = _sessions(self.path)
+        sessions = provenances(self.path)
         with explain_os_errors("write to the run folder", self.path), atomic_write(self.path / _PROVENANCE) as file:
             json.dump([*sessions, content], file, indent=1)
             file.write("\n")
@@ -344,7 +344,7 @@ def _refuse_irregular(run: Path) -> None:
                 raise UserError(f"{run / name} is not a file: move it away, or give this run another name (run=NAME)")
 
 
-def _sessions(run: Path) -> list[dict[str, Any]]:
+def provenances(run: Path) -> list[dict[str, Any]]:
     """Return the provenance of each session of a run; [] if the run has none."""
     try:
         sessions = parse(read_bytes(run / _PROVENANCE, 1 << 26))
@@ -355,4 +355,4 @@ def _sessions(run: Path) -> list[dict[str, Any]]:
 
 def newest_provenance(run: Path) -> dict[str, Any]:
     """Return the provenance of a run's newest session; {} if the run has none."""
-    return (_sessions(run) or [{}])[-1]
+    return (provenances(run) or [{}])[-1]

@@ -41,9 +41,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkout that the commands of all pages share, with a tiny trained run called `nano`."""
     folder = checkout(tmp_path_factory.mktemp("docs") / "formula-ffn")
     write_corpus(folder / "corpus")
-    words = overrides(
-        folder, runs="runs", run="nano", ffn="swiglu", eval_every=0, save_every=0, telemetry_every=0
-    )
+    words = overrides(folder, runs="runs", run="nano", ffn="swiglu", eval_every=0, save_every=0, telemetry_every=0)
     trained = command(sys.executable, "train.py", *words, cwd=folder)
     assert trained.status == 0, trained.err
     return folder
