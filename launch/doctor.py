@@ -368,7 +368,8 @@ def collective(ranks: Ranks, cluster: ClusterConfig | None, seconds: float = 2.0
         try:
             refuse_unknown_master(ranks)
         except UserError as error:
-            yield Finding(RED, "collective", *str(error).split(": ", 1))
+            text, _, advice = str(error).partition(": ")
+            yield Finding(RED, "collective", text, advice)
             return
         refuse_taken_port(ranks)
         result = measure(seconds)
