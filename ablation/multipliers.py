@@ -55,11 +55,23 @@ class Series:
         return np.mean([self.losses[arm][seed] for seed in (self.losses[arm] if seeds is None else seeds)], 0)
 
 
-def series(results: Results) -> list[Series]:
-    """Return the series of a plan that have two points at least."""
+def comparable_places(results: Results) -> dict[str, list[str]]:
+    """Return what orders of arms can be compared over, two places at least: horizons of a size, and sizes; the largest last."""
     places = {f"{size}, over its horizons": list(results.manifest.at_horizons(size).values()) for size in results.sizes}
     places["all sizes"] = sorted(results.sizes, key=lambda size: compute_of(results, size, results.baseline))
-    return [_series(results, name, of_series) for name, of_series in places.items() if len(of_series) > 1]
+    return {name: of_series for name, of_series in places.items() if len(of_series) > 1}
+
+
+def series(results: Results) -> list[Series]:
+    """Return the series of a plan, of two points at least.
+
+    Sizes of equal compute differ in something else, such as the optimizer: no curve goes through them.
+    """
+    found = []
+    for name, places in comparable_places(results).items():
+        if len({compute_of(results, place, results.baseline) for place in places}) == len(places):
+            found.append(_series(results, name, places))
+    return found
 
 
 def _series(results: Results, name: str, places: list[str]) -> Series:

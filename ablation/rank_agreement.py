@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ablation.multipliers import series
+from ablation.multipliers import comparable_places
 from ablation.results import Results
 
 _SAMPLES = 2000  # of a bootstrap interval
@@ -69,7 +69,7 @@ def _tau(one: np.ndarray, other: np.ndarray, pairs: tuple[np.ndarray, np.ndarray
 def agreements(results: Results) -> list[RankAgreement]:
     """Return how far each shorter horizon of a size agrees with its full length, and each size with the largest."""
     return [
-        rank_agreement(results.losses(place), results.losses(of.places[-1]), place, of.places[-1])
-        for of in series(results)
-        for place in of.places[:-1]
+        rank_agreement(results.losses(place), results.losses(last), place, last)
+        for *others, last in comparable_places(results).values()
+        for place in others
     ]

@@ -156,11 +156,11 @@ def page(results: Results, figures: Sequence[ReportFigure]) -> str:
     """Return report.html. Everything but the figures' SVG is escaped by the template engine."""
     by_name = {figure.name: figure for figure in figures}
     losses = [by_name[name] for name in ("scaling", "differences", "curves", "costs") if name in by_name]
-    rates = _rates(results)
+    compute_multipliers, rates = multiplier_tables(results), _rates(results)
     phenomena = [figure for figure in figures if figure.name not in LOSS_FIGURES]
     sections = {
         "verdicts": "Arms",
-        "losses": "Losses over time and cost" if losses else "",
+        "losses": "Losses over time and cost" if losses or compute_multipliers else "",
         "rates": "Learning rates" if rates or "learning_rates" in by_name else "",
         "telemetry": "Telemetry" if phenomena else "",
         "cost": "Cost",
@@ -191,7 +191,7 @@ def page(results: Results, figures: Sequence[ReportFigure]) -> str:
             for table in (tests_table(results, size), text_table(results, size), scatter_table(results, size))
             if table is not None
         ],
-        multipliers=multiplier_tables(results),
+        multipliers=compute_multipliers,
         efficiencies=[efficiency_table(results, size) for size in results.sizes],
         rates=rates,
         costs=[_cost(results, size) for size in results.sizes],

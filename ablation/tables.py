@@ -254,10 +254,10 @@ def scatter_table(results: Results, size: str) -> PageTable:
 
 def multiplier_tables(results: Results) -> list[PageTable]:
     """Return the compute multipliers of a plan's horizons and sizes, and before them how far the order of arms is the same."""
-    of_plan = series(results)
-    tables = [_agreement_table(agreements(results))] if of_plan else []
+    order = agreements(results)
+    tables = [_agreement_table(order)] if order else []
     heads = ("arm", "multiplier, E = 0", "from", "to", "multiplier, E fitted", "from", "to", "E", "note")
-    for of in of_plan:
+    for of in series(results):
         rows = []
         for arm, both in multipliers(results, of).items():
             cells = [number_cell(end, ".3f") for m in both for end in (m.factor, *m.interval)]
@@ -281,7 +281,7 @@ def _agreement_table(found: list[RankAgreement]) -> PageTable:
         names = [text_cell(agreement.one), text_cell(agreement.other)]
         rows.append(TableRow([*names, *numbers, TableCell(swapped, css="text why")]))
     caption = (
-        "Whether the order of arms at fewer tokens or parameters is that at more: Kendall's tau (1 the same, -1 the reverse), "
+        "Whether the order of arms is the same at fewer tokens or in another size: Kendall's tau (1 the same, -1 the reverse), "
         "its 95% interval from resampled seeds, and the pairs that change places."
     )
     return PageTable(("at", "and at", "tau", "from", "to", "pairs that change places"), rows, caption)

@@ -132,6 +132,19 @@ def test_sizes_are_points_too_and_two_give_no_asymptote(tmp_path):
     assert log_multiplier(results, "deep", "swiglu", "relu") == {}  # of horizons alone
 
 
+def test_no_curve_goes_through_sizes_of_equal_compute_whose_orders_are_compared_all_the_same(tmp_path):
+    plan = plan_of(*WORDS, "ablation.sizes={adamw: model=nano, muon: model=nano optim=muon}")
+    worth = {"adamw": {"swiglu": 1.3, "gelu": 1.1}, "muon": {"swiglu": 0.8, "gelu": 0.9}}
+    rules = {size: rule_of(plan, of_size) for size, of_size in worth.items()}
+    results = read_results(make(plan, tmp_path, lambda planned: rules[planned.size](planned)))
+    assert series(results) == []
+    [found] = agreements(results)
+    assert (found.one, found.other, found.tau) == ("adamw", "muon", -1.0)
+    text = page(results, [])
+    assert "pairs that change places" in text
+    assert "multiplier, E = 0" not in text
+
+
 def test_a_diverged_or_missing_point_leaves_no_multiplier(tmp_path):
     plan = plan_of(*WORDS, HORIZONS)
     rule = rule_of(plan, {"swiglu": 1.3})
