@@ -7,8 +7,10 @@ written is kept in memory, with one warning, and written when there is space aga
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -228,11 +230,11 @@ class RunRecorder:
         began: list[str] = []
         with contextlib.suppress(ValueError):  # of a command that was damaged
             began = shlex.split(first.get("command") or "")
-        typed = {
-            word.lstrip("+~").partition("=")[0]: word for word in began if "=" in word and not word.startswith("-")
-        }
         own = ("ffn", "run", "resume_from", "resume_optimizer")
-        kept = [word for key, word in typed.items() if key.partition(".")[0] not in own]
+        kept = []
+        if any(PurePath(word).name == "train.py" for word in began):  # a swap or an import has keys of its own
+            typed = [word for word in began if "=" in word and not word.startswith("-")]
+            kept = [word for word in typed if re.split("[.=]", word.lstrip("+~"))[0] not in own]
         other = "relu2" if self.config.ffn.name != "relu2" else "swiglu"
         return command_text(["deepspeed", "train.py", f"ffn={other}", *kept])
 

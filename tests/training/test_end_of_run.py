@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from kernels.common.json_files import read_document_losses
 from tests.training.tiny import newest_intact, overrides, write_corpus
+from training.recorder import RunRecorder
 
 
 def summary(run: Path) -> dict:
@@ -105,3 +107,22 @@ def test_a_run_that_resumes_is_not_refused_for_its_length_again(train, corpus, t
     assert train([*arguments, "data.max_epochs=0.001"])["status"] == 0
     result = train([*arguments, "data.max_epochs=0.001", "steps=3"])
     assert (result["status"], "data.max_epochs=0.001" in result["err"]) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("began", "advised"),
+    [
+        (
+            "python train.py optim=muon run=a tokens=5M ffn.save=input",
+            "deepspeed train.py ffn=relu2 optim=muon tokens=5M",
+        ),
+        ("python -u code/train.py ++seed=3 resume_from=step_1", "deepspeed train.py ffn=relu2 ++seed=3"),
+        ("python -m model.swap run=a ffn=reglu swap.steps=20", "deepspeed train.py ffn=relu2"),
+        ("python train.py 'seed=3", "deepspeed train.py ffn=relu2"),
+    ],
+)
+def test_another_arm_is_advised_with_what_was_typed_for_training(tmp_path, began, advised):
+    (tmp_path / "provenance.json").write_text(json.dumps([{"command": began}, {"command": "python train.py run=a"}]))
+    config = SimpleNamespace(ffn=SimpleNamespace(name="swiglu"))
+    recorder = SimpleNamespace(folder=SimpleNamespace(path=tmp_path), config=config)
+    assert RunRecorder._with_another_arm(recorder) == advised
