@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -24,6 +25,8 @@ from ablation.results import Results
 from ablation.ttest import ALPHA, FEWEST_SEEDS, TTest, paired_test
 
 FREE_POINTS = 3  # that a curve with an asymptote of its own needs
+# Keys in which sizes on one curve may differ: the model, and what is set by its size.
+_SCALED = re.compile(r"model\..*|steps|optim\.lr|sequence_length|global_batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Multiplier:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """Points of all arms over compute: of one size at its horizons, or of all sizes at their full length."""
+    """Points of all arms over compute: of one size at its horizons, or of sizes at their full length."""
 
     name: str
     places: list[str]  # ascending in compute
@@ -55,23 +58,47 @@ class Series:
         return np.mean([self.losses[arm][seed] for seed in (self.losses[arm] if seeds is None else seeds)], 0)
 
 
-def comparable_places(results: Results) -> dict[str, list[str]]:
-    """Return what orders of arms can be compared over, two places at least: horizons of a size, and sizes; the largest last."""
-    places = {f"{size}, over its horizons": list(results.manifest.at_horizons(size).values()) for size in results.sizes}
-    places["all sizes"] = sorted(results.sizes, key=lambda size: compute_of(results, size, results.baseline))
-    return {name: of_series for name, of_series in places.items() if len(of_series) > 1}
+def comparable_places(results: Results) -> list[list[str]]:
+    """Return what orders of arms can be compared over, two places at least, the largest last.
+
+    These are the horizons of a size, sizes of one recipe, and the largest sizes of different recipes, such as two optimizers.
+    """
+    by_recipe = _sizes_by_recipe(results)
+    largest = sorted((sizes[-1] for sizes in by_recipe), key=lambda size: _baseline_compute(results, size))
+    places = [*_horizons(results).values(), *by_recipe, largest]
+    return [each for each in places if len(each) > 1]
 
 
 def series(results: Results) -> list[Series]:
-    """Return the series of a plan, of two points at least.
+    """Return the series of a plan, of two points at least: the horizons of a size, and sizes of one recipe.
 
-    Sizes of equal compute differ in something else, such as the optimizer: no curve goes through them.
+    Sizes of equal compute differ in something else, such as the model's depth: no curve goes through them.
     """
+    by_recipe = _sizes_by_recipe(results)
+    names = ["all sizes"] if len(by_recipe) == 1 else [", ".join(sizes) for sizes in by_recipe]
     found = []
-    for name, places in comparable_places(results).items():
-        if len({compute_of(results, place, results.baseline) for place in places}) == len(places):
+    for name, places in [*_horizons(results).items(), *zip(names, by_recipe, strict=True)]:
+        if 1 < len(places) == len({_baseline_compute(results, place) for place in places}):
             found.append(_series(results, name, places))
     return found
+
+
+def _horizons(results: Results) -> dict[str, list[str]]:
+    return {f"{size}, over its horizons": list(results.manifest.at_horizons(size).values()) for size in results.sizes}
+
+
+def _sizes_by_recipe(results: Results) -> list[list[str]]:
+    """Group the sizes that differ in nothing but what `_SCALED` matches, each group ascending in compute."""
+    groups: dict[str, list[str]] = {}
+    for size in sorted(results.sizes, key=lambda size: _baseline_compute(results, size)):
+        learned = results.manifest.learned(size, results.baseline)
+        recipe = {key: value for key, value in learned.items() if not _SCALED.fullmatch(key)}
+        groups.setdefault(repr(sorted(recipe.items())), []).append(size)
+    return list(groups.values())
+
+
+def _baseline_compute(results: Results, place: str) -> float:
+    return compute_of(results, place, results.baseline)
 
 
 def _series(results: Results, name: str, places: list[str]) -> Series:

@@ -67,9 +67,9 @@ def _tau(one: np.ndarray, other: np.ndarray, pairs: tuple[np.ndarray, np.ndarray
 
 
 def agreements(results: Results) -> list[RankAgreement]:
-    """Return how far each shorter horizon of a size agrees with its full length, and each size with the largest."""
+    """Return how far each shorter horizon of a size agrees with its full length, and each size with a larger one."""
     return [
         rank_agreement(results.losses(place), results.losses(last), place, last)
-        for *others, last in comparable_places(results).values()
+        for *others, last in comparable_places(results)
         for place in others
     ]
