@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ablation.rank_agreement import rank_agreement
+from ablation.rank_agreement import agreements
+from ablation.report import comparison_rows
+from ablation.results import Results, read_results
 from ablation.statistics import Comparison, compare, pairs_with
 from tests.training.tiny import ROOT
 
@@ -63,28 +65,46 @@ def test_every_figure_of_the_page_exists():
         assert (FOLDER / name.partition("#")[0]).is_file(), name
 
 
-def test_the_page_of_the_optimizers_follows_from_its_losses():
+@pytest.fixture(scope="module")
+def by_optimizer() -> Results:
+    return read_results(BY_OPTIMIZER)
+
+
+@pytest.mark.parametrize("size", ["adamw", "muon"])
+def test_the_tables_of_the_optimizers_are_those_of_the_runs(by_optimizer, size):
+    committed = [row for row in rows("comparisons.csv", BY_OPTIMIZER) if row["size"] == size]
+    for row, found in zip(committed, comparison_rows(by_optimizer, size), strict=True):
+        numbers = {name for name, value in found.items() if isinstance(value, float)}
+        finite = {name for name in numbers if math.isfinite(found[name])}
+        assert {name for name in numbers if row[name]} == finite
+        assert {name: float(row[name]) for name in finite} == pytest.approx({n: found[n] for n in finite}, rel=1e-6)
+        texts = found.keys() - numbers
+        assert {name: row[name] for name in texts} == {name: str(found[name]) for name in texts}
+
+
+@pytest.mark.parametrize(("size", "heading"), [("adamw", "AdamW"), ("muon", "Muon")])
+def test_the_page_of_the_optimizers_is_that_of_the_runs(by_optimizer, size, heading):
     page = (BY_OPTIMIZER / "README.md").read_text(encoding="utf-8")
-    losses: dict[str, dict[str, dict[int, float]]] = {"adamw": {}, "muon": {}}
-    for row in rows("results.csv", BY_OPTIMIZER):
-        if row["stage"] == "final":
-            losses[row["size"]].setdefault(row["arm"], {})[int(row["seed"])] = float(row["final_eval_loss"])
-    committed = {(row["size"], row["arm"]): row for row in rows("comparisons.csv", BY_OPTIMIZER)}
-    for heading in ("AdamW", "Muon"):
-        found = losses[heading.lower()]
-        assert {len(of_arm) for of_arm in found.values()} == {3}
-        means = {arm: sum(of_arm.values()) / 3 for arm, of_arm in found.items()}
-        table = page[page.index(f"| {heading} | nats per token |") :].split("\n\n")[0].splitlines()[2:]
-        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-        assert [arm.lower() for arm, *_ in cells] == sorted(means, key=means.__getitem__)
-        for arm, loss, difference, *_ in cells:
-            assert float(loss) == pytest.approx(means[arm.lower()], abs=0.0005000001)
-            if arm != "ReLU":
-                row = committed[heading.lower(), arm.lower()]
-                exact = [float(row[name]) for name in ("difference", "interval_low", "interval_high")]
-                assert [float(n) for n in re.findall(r"[-+][0-9.]+", difference)] == pytest.approx(
-                    exact, abs=0.0005000001
-                )
-    order = rank_agreement(losses["adamw"], losses["muon"], "adamw", "muon")
-    assert f"{order.tau:.2f} (95%: {order.interval[0]:.0f} to {order.interval[1]:.2f})" in page
-    assert len(order.swapped) == 5
+    losses = by_optimizer.losses(size)
+    means = {arm: sum(of_arm.values()) / 5 for arm, of_arm in losses.items()}
+    table = page[page.index(f"| {heading} | nats per token |") :].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert [arm.lower() for arm, *_ in cells] == sorted(means, key=means.__getitem__)
+    compared = {c.arm: c for c in by_optimizer.comparisons(size)}
+    for arm, loss, difference, p, verdict, text, rate in cells:
+        assert float(loss) == pytest.approx(means[arm.lower()], abs=0.0005000001)
+        assert float(rate) == by_optimizer.best_lr(size, arm.lower())
+        if arm == "ReLU":
+            continue
+        c = compared[arm.lower()]
+        assert verdict == c.verdict.value
+        assert text == ("yes" if c.text and c.text.holds else "no")
+        assert float(p) == pytest.approx(c.p_holm, rel=0.06)  # two digits
+        on_page = [float(number) for number in re.findall(r"[-+][0-9.]+", difference)]
+        assert on_page == pytest.approx([c.difference, *c.interval], abs=0.0005000001)
+
+
+def test_the_order_of_the_optimizers_is_that_of_the_runs(by_optimizer):
+    page = (BY_OPTIMIZER / "README.md").read_text(encoding="utf-8")
+    [order] = agreements(by_optimizer)
+    assert f"{order.tau:.2f} (95%: {order.interval[0]:.2f} to {order.interval[1]:.2f})" in page
