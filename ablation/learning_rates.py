@@ -13,13 +13,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
+from typing import TypeVar
 
 import numpy as np
 
 LossesByRate = Mapping[float, Mapping[int, float]]  # final losses of a sweep by learning rate, then by seed
+_Row = TypeVar("_Row", str, float)  # of a table: an arm or a learning rate
 _WINDOW = 1.01  # factors of two around the best rate within which all rates join the fit
 _DIGITS = 4  # of a learning rate that is computed: all that a run's name has
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """How an arm's losses scatter over runs, without what a seed adds to those of all arms and rates."""
+
+    deviation: float = math.nan  # standard deviation of a run's loss, nats; nan while it is unknown
+    freedom: float = 0.0  # degrees of freedom of the estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +43,13 @@ class SweepResult:
     distance: float = 0.0  # log2 of `best_lr` over the vertex
     slope_variance: float = math.nan  # of the fitted slope at the vertex, per factor of 2, in units of a run's variance
 
-    def regret(self, noise: float) -> float:
-        """Return the root mean square of what missing the best learning rate costs, in nats; nan where no parabola fits.
+    def vertex_variance(self, noise: Noise) -> float:
+        """Return the variance of the vertex, in squared factors of two, from the scatter of the sweep's runs."""
+        return noise.deviation**2 * self.slope_variance / (4 * self.rise**2)
 
-        Args:
-            noise: standard deviation of a run's loss, without what its seed adds to the runs of all arms and rates.
-        """
-        variance = noise**2 * self.slope_variance / (4 * self.rise**2)  # of the vertex
+    def regret(self, noise: Noise) -> float:
+        """Return the root mean square of what missing the best learning rate costs, in nats; nan where no parabola fits."""
+        variance = self.vertex_variance(noise)
         d2 = self.distance**2
         return self.rise * math.sqrt(d2**2 + 6 * d2 * variance + 3 * variance**2)
 
@@ -127,25 +137,44 @@ def next_learning_rate(tried: Collection[float], best: float, edge: str) -> floa
     return float(f"{last * last / neighbour:.6g}")
 
 
-def run_noise(tables: Iterable[Collection[Mapping[int, float]]]) -> tuple[float, int]:
-    """Return the standard deviation of a run's loss without what its seed adds to every row, and its degrees of freedom.
+def arm_noises(sweeps: Mapping[str, LossesByRate], compared: Mapping[str, Mapping[int, float]]) -> dict[str, Noise]:
+    """Return how each arm's losses scatter.
 
-    It is nan where there are none.
+    Its residuals count: of its sweep, from learning rates and seeds, and of its compared runs, from arms and seeds. In
+    the latter, one part in n - 1 is the mean variance of all n arms, which steadies what a few runs say. An arm without
+    residuals takes the scatter of all.
 
     Args:
-        tables: of losses by seed, each row of an arm or of a learning rate. Rows and seeds that are not finite throughout are
-            left out.
+        sweeps: final losses by arm, learning rate and seed.
+        compared: final losses by arm and seed. Rows and seeds that are not finite throughout are left out, here as in sweeps.
     """
-    squares, freedom = 0.0, 0
-    for table in tables:
-        rows = [row for row in table if row and all(map(math.isfinite, row.values()))]
-        seeds = sorted(set.intersection(*(set(row) for row in rows))) if rows else []
-        values = np.array([[row[seed] for seed in seeds] for row in rows])
-        if min(len(rows), len(seeds)) > 1:
-            residuals = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
-            squares += float(np.sum(residuals**2))
-            freedom += (len(rows) - 1) * (len(seeds) - 1)
-    return math.sqrt(squares / freedom) if freedom else math.nan, freedom
+    squares = dict.fromkeys((*compared, *sweeps), 0.0)
+    freedom = dict(squares)
+    of_compared, each = _row_squares(compared)
+    for arm, square in of_compared.items():
+        squares[arm], freedom[arm] = square, each
+    for arm, losses in sweeps.items():
+        of_rates, each = _row_squares(losses)
+        squares[arm] += sum(of_rates.values())
+        freedom[arm] += each * len(of_rates)
+    everything = sum(freedom.values())
+    pooled = Noise(math.sqrt(sum(squares.values()) / everything), everything) if everything else Noise()
+    return {
+        arm: Noise(math.sqrt(square / freedom[arm]), freedom[arm]) if freedom[arm] else pooled
+        for arm, square in squares.items()
+    }
+
+
+def _row_squares(table: Mapping[_Row, Mapping[int, float]]) -> tuple[dict[_Row, float], float]:
+    """Return the sum of squares of each row of losses by seed, less its mean and its seeds', and the freedom of a row."""
+    rows = {key: row for key, row in table.items() if row and all(map(math.isfinite, row.values()))}
+    seeds = sorted(set.intersection(*(set(row) for row in rows.values()))) if rows else []
+    if min(len(rows), len(seeds)) < 2:
+        return {}, 0.0
+    values = np.array([[row[seed] for seed in seeds] for row in rows.values()])
+    residuals = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    squares = (residuals**2).sum(1).tolist()
+    return dict(zip(rows, squares, strict=True)), (len(seeds) - 1) * (len(rows) - 1) / len(rows)
 
 
 def _rounded(lr: float) -> float:

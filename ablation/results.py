@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ablation.budget import REFUSE
-from ablation.learning_rates import SweepResult, mean_losses, run_noise, sweep_result
+from ablation.learning_rates import Noise, SweepResult, arm_noises, mean_losses, sweep_result
 from ablation.manifest import Manifest, read_manifest
 from ablation.metrics import LOSS, Metric, median_of, metric_of, value_of
 from ablation.outcomes import DIVERGED, ENDED, FINISHED, Outcome, is_finite, read_metrics, read_outcome, run_folders
@@ -134,17 +134,9 @@ class Results:
         chosen = self.manifest.chosen.get((size, arm))
         return result if chosen is None else result.at(chosen.lr)
 
-    def noise(self, size: str) -> float:
-        """Return the standard deviation of a run's loss at a size, without what its seed adds to all arms; nan if unknown."""
-        return self._noise(size)[0]
-
-    def noise_freedom(self, size: str) -> int:
-        """Return the degrees of freedom of `noise`."""
-        return self._noise(size)[1]
-
-    def _noise(self, size: str) -> tuple[float, int]:
-        sweeps = [self.sweep_losses(size, arm).values() for arm in self.arms(size)]
-        return run_noise([*sweeps, self.losses(size).values()])
+    def noises(self, size: str) -> dict[str, Noise]:
+        """Return how the losses of each arm of a size scatter over runs."""
+        return arm_noises({arm: self.sweep_losses(size, arm) for arm in self.arms(size)}, self.losses(size))
 
     def regrets(self, size: str) -> dict[str, float]:
         """Return what each arm may lose by missing its best learning rate, in nats: `SweepResult.regret`; nan if unknown."""
@@ -154,8 +146,8 @@ class Results:
     def _regrets(self) -> dict[str, dict[str, float]]:
         by_size = {}
         for size in self.places:
-            noise, sweeps = self.noise(size), {arm: self.sweep(size, arm) for arm in self.arms(size)}
-            by_size[size] = {arm: sweep.regret(noise) for arm, sweep in sweeps.items() if sweep is not None}
+            noises, sweeps = self.noises(size), {arm: self.sweep(size, arm) for arm in self.arms(size)}
+            by_size[size] = {arm: sweep.regret(noises[arm]) for arm, sweep in sweeps.items() if sweep is not None}
         return by_size
 
     def known_regrets(self, size: str) -> dict[str, float]:

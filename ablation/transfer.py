@@ -56,20 +56,22 @@ def shifts(results: Results, base: str) -> list[Shift]:
 def _shift(results: Results, base: str, size: str, arm: str) -> Shift:
     sweeps = {place: results.sweep(place, arm) for place in (base, size)}
     unknown_shift = Shift(arm, size, math.nan, (math.nan, math.nan), math.nan, "")
-    variance, vertices, freedom = 0.0, [], 0
+    vertices, variances, freedoms = [], [], []
     for place, sweep in sweeps.items():
-        noise = results.noise(place)
-        if sweep is None or sweep.edge or math.isnan(sweep.rise) or math.isnan(noise):
+        noise = results.noises(place)[arm]
+        if sweep is None or sweep.edge or math.isnan(sweep.rise) or not noise.freedom:
             why = f"no best learning rate at {place}" + (
                 f": it is the {sweep.edge} tried" if sweep and sweep.edge else ""
             )
             return dataclasses.replace(unknown_shift, verdict=why)
         vertex = math.log2(sweep.best_lr / results.manifest.learned(place, arm)["optim.lr"]) - sweep.distance
         vertices.append(vertex)
-        variance += noise**2 * sweep.slope_variance / (4 * sweep.rise**2)
-        freedom += results.noise_freedom(place)
+        variances.append(sweep.vertex_variance(noise))
+        freedoms.append(noise.freedom)
     shift = vertices[1] - vertices[0]
-    reach = math.sqrt(variance) * float(stats.t.isf(0.025, freedom))
+    variance = sum(variances)
+    freedom = variance**2 / sum(v**2 / f for v, f in zip(variances, freedoms, strict=True)) if variance else math.inf
+    reach = math.sqrt(variance) * float(stats.t.isf(0.025, freedom))  # Welch-Satterthwaite
     low, high = shift - reach, shift + reach
     verdict = "undecided"
     if low > -TOLERATED and high < TOLERATED:

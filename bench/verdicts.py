@@ -17,6 +17,12 @@ seed's, the same for all arms and rates. Sweeps, extensions, learning rates and 
 
 The product adjusts p-values over all arms and sizes, the others over the arms of each size, as version 0.2 did.
 
+In a second table the runs of some arms scatter more than those of others: by factors whose logarithm has a standard deviation
+of 0.8 (`spread`), or those of one arm, any, by a factor of 10. What missed learning rates cost follows
+
+    one scatter       from one scatter for all arms
+    each its own      from each arm's: the product
+
 Two more tables leave learning rates out: arms run at their best ones. In one, verdicts are made after 5 and after 10 seeds, or
 after each from 5 to 10:
 
@@ -48,7 +54,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ablation.learning_rates import SweepResult, next_learning_rate, run_noise, sweep_result
+from ablation.learning_rates import Noise, SweepResult, arm_noises, next_learning_rate, sweep_result
 from ablation.looks import Looks
 from ablation.statistics import Comparison, Pair, Verdict, compare, pairs_with
 from ablation.text_scatter import TextScatter
@@ -74,6 +80,9 @@ class Method:
     sweep_seeds: int = 0  # 0: arms run at their best learning rates
     vertex: bool = True
     product: bool = True  # with what missed learning rates cost in the intervals, and all sizes in one family
+    pooled: bool = False  # what they cost follows from one scatter for all arms
+    spread: float = 0.0  # standard deviation of the logarithm of an arm's own scatter
+    outlier: float = 1.0  # factor on the own scatter of one arm, any
     checked: tuple[int, ...] = ()  # numbers of seeds after which verdicts are made; (): all
     looks: Looks | None = None  # None: each time as if it were the only one
     documents: int = 0  # held out; 0: the text is not simulated
@@ -83,6 +92,11 @@ class Method:
 GRID = Method("grid", 1, vertex=False, product=False)
 VERTEX = Method("vertex", 2, vertex=True, product=False)
 FULL = Method("vertex, regrets", 2)
+UNEQUAL = tuple(
+    Method(f"{name}, {scatter}", 2, pooled=pooled, spread=spread, outlier=outlier)
+    for scatter, spread, outlier in (("spread", 0.8, 1.0), ("one x10", 0.0, 10.0))
+    for name, pooled in (("one scatter", True), ("each its own", False))
+)
 _TEN = tuple(range(10))
 LOOKED = (
     Method("not paid for", checked=(5, 10)),
@@ -103,15 +117,22 @@ class SimulatedPlan:
     Args:
         correlation: of two arms' losses over seeds.
         better: nats by which arm1 is better than the others.
+        method: of which `spread` and `outlier` are used.
     """
 
-    def __init__(self, chance: np.random.Generator, arms: int, correlation: float, better: float = 0.0) -> None:
+    def __init__(
+        self, chance: np.random.Generator, arms: int, correlation: float, better: float = 0.0, method: Method = FULL
+    ) -> None:
         self.chance = chance
         self.arms = [f"arm{i}" for i in range(arms)]
         self._curvature = dict(zip(self.arms, chance.choice(CURVATURES, arms), strict=True))
         self._best = dict(zip(self.arms, chance.uniform(-0.5, 0.5, arms), strict=True))  # log2 of the learning rate
         self._better = {"arm1": better}
-        self._shared, self._own = DEVIATION * math.sqrt(correlation), DEVIATION * math.sqrt(1 - correlation)
+        self._shared, own = DEVIATION * math.sqrt(correlation), DEVIATION * math.sqrt(1 - correlation)
+        factors = np.exp(method.spread * chance.normal(size=arms)) if method.spread else np.ones(arms)
+        if method.outlier != 1.0:
+            factors[chance.integers(arms)] *= method.outlier
+        self._own = dict(zip(self.arms, own * factors, strict=True))
         self._of_seeds: dict[int, float] = {}
         self._of_documents: dict[str, np.ndarray] = {}
 
@@ -119,7 +140,7 @@ class SimulatedPlan:
         """Return the final loss of a run."""
         of_seed = self._of_seeds.setdefault(seed, self.chance.normal(0.0, self._shared))
         missed = self._curvature[arm] * (math.log2(lr) - self._best[arm]) ** 2
-        own = self.chance.normal(0.0, self._own) + (self._of_documents[arm].mean() if self._of_documents else 0.0)
+        own = self.chance.normal(0.0, self._own[arm]) + (self._of_documents[arm].mean() if self._of_documents else 0.0)
         return LOSS - self._better.get(arm, 0.0) + missed + of_seed + own
 
     def pairs(self, method: Method, seeds: int) -> list[Pair]:
@@ -133,8 +154,12 @@ class SimulatedPlan:
         swept = {arm: self._sweep(arm, method) for arm in self.arms}
         losses = {arm: {seed: self.run(arm, swept[arm][1].best_lr, seed) for seed in range(seeds)} for arm in self.arms}
         blocked = {arm: f"at the {found.edge}" for arm, (_, found) in swept.items() if found.edge}
-        noise, _ = run_noise([*(table.values() for table, _ in swept.values()), losses.values()])
-        regrets = {arm: found.regret(noise) for arm, (_, found) in swept.items() if not found.edge}
+        noises = arm_noises({arm: table for arm, (table, _) in swept.items()}, losses)
+        if method.pooled:
+            squares = [noise.deviation**2 * noise.freedom for noise in noises.values()]
+            freedom = sum(noise.freedom for noise in noises.values())
+            noises = dict.fromkeys(noises, Noise(math.sqrt(sum(squares) / freedom), freedom))
+        regrets = {arm: found.regret(noises[arm]) for arm, (_, found) in swept.items() if not found.edge}
         return pairs_with("arm0", losses, CEILING, blocked, regrets if method.product else {})
 
     def _texts(self) -> dict[str, TextScatter]:
@@ -200,14 +225,14 @@ def simulate(method: Method, seeds: int, correlation: float, plans: int, arms: i
     false, found, widths, blocked = 0, 0, [], 0
     for number in range(plans):
         chance = np.random.default_rng([seed, number])
-        looks = verdicts([SimulatedPlan(chance, arms, correlation) for _ in range(sizes)], method, seeds)
+        looks = verdicts([SimulatedPlan(chance, arms, correlation, 0.0, method) for _ in range(sizes)], method, seeds)
         false += any(_is(c, method, Verdict.BETTER, Verdict.WORSE) for comparisons in looks for c in comparisons)
         blocked += sum(c.verdict is Verdict.BLOCKED for c in looks[-1])
         for c in looks[-1]:
             low, high = c.text.both if c.text and method.over_text else c.interval
             widths.append((high - low) / 2)
         better = [EFFECT, *[0.0] * (sizes - 1)]
-        looks = verdicts([SimulatedPlan(chance, arms, correlation, nats) for nats in better], method, seeds)
+        looks = verdicts([SimulatedPlan(chance, arms, correlation, nats, method) for nats in better], method, seeds)
         found += any(_is(comparisons[0], method, Verdict.BETTER) for comparisons in looks)
     counts = false / plans, blocked / (plans * (arms - 1) * sizes), found / plans
     return Row(method, seeds, correlation, *counts, statistics.median(widths))
@@ -220,6 +245,7 @@ def rows(plans: int, arms: int, sizes: int, seed: int) -> Iterator[list[Row]]:
         return simulate(method, seeds, correlation, plans, arms, sizes, seed)
 
     yield [row(method, seeds, r) for method in (GRID, VERTEX, FULL) for r in (0.06, 0.6) for seeds in (3, 5, 10)]
+    yield [row(method, seeds, r) for method in UNEQUAL for r in (0.06, 0.6) for seeds in (3, 5, 10)]
     yield [row(method, 10, r) for method in LOOKED for r in (0.06, 0.6)]
     yield [row(method, seeds, 0.6) for method in TEXTS for seeds in (5, 10)]
 
@@ -235,8 +261,8 @@ def judge(path: Path, baseline: str) -> Iterator[tuple[str, SweepResult, float, 
     sizes = list(dict.fromkeys(size for size, _ in losses))
     finals = {size: {arm: next(iter(v.values())) for arm, v in losses[size, "final"].items()} for size in sizes}
     sweeps = {size: {arm: sweep_result(v, vertex=False) for arm, v in losses[size, "sweep"].items()} for size in sizes}
-    noises = {size: run_noise([finals[size].values()])[0] for size in sizes}
-    regrets = {size: {arm: found.regret(noises[size]) for arm, found in sweeps[size].items()} for size in sizes}
+    noises = {size: arm_noises({}, finals[size]) for size in sizes}
+    regrets = {size: {arm: found.regret(noises[size][arm]) for arm, found in sweeps[size].items()} for size in sizes}
     pairs = [(size, pair) for size in sizes for pair in pairs_with(baseline, finals[size], CEILING, {}, regrets[size])]
     # Version 0.2 adjusted p-values over the arms of a size.
     alone = [dataclasses.replace(pair, regret=0.0) for _, pair in pairs]

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from ablation.growth import continue_plan
-from ablation.learning_rates import run_noise
+from ablation.learning_rates import arm_noises
 from ablation.manifest import hashes_of, keep_earlier_rules, read_manifest, write_manifest
 from ablation.plan import Plan
 from ablation.report import page
@@ -209,10 +209,10 @@ def test_a_best_rate_at_the_edge_blocks_the_verdict(plan, tmp_path):
 
 def test_what_missed_learning_rates_cost_is_part_of_every_comparison(whole):
     results = read_results(whole)
-    noise, regrets = results.noise("nano"), results.regrets("nano")
-    sweeps = [results.sweep_losses("nano", arm).values() for arm in results.arms("nano")]
-    assert noise == run_noise([*sweeps, results.losses("nano").values()])[0] > 0
-    assert regrets == {arm: results.sweep("nano", arm).regret(noise) for arm in results.arms("nano")}
+    noises, regrets = results.noises("nano"), results.regrets("nano")
+    sweeps = {arm: results.sweep_losses("nano", arm) for arm in results.arms("nano")}
+    assert noises == arm_noises(sweeps, results.losses("nano"))
+    assert regrets == {arm: results.sweep("nano", arm).regret(noises[arm]) for arm in results.arms("nano")}
     for c in results.comparisons("nano"):
         assert c.regret == math.hypot(regrets[c.arm], regrets["relu"]) > 0
         assert c.p > stats.ttest_rel(*(list(results.losses("nano")[arm].values()) for arm in (c.arm, "relu"))).pvalue
