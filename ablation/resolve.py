@@ -16,6 +16,7 @@ from ablation.metrics import metric_of, refuse_unfit
 from ablation.plan import NAMES, RATE_CHOICES, SIZES, Plan, ResolvedArm, at_horizon, sizes_of
 from conf.ablation_schema import AblationConfig
 from conf.arms import unknown_arm
+from conf.effects import deciding_keys
 from conf.keys import choices
 from conf.load import load, to_dict
 from conf.schema import Config
@@ -51,6 +52,7 @@ def resolve(config: AblationConfig, overrides: Sequence[str] = (), seconds: Step
     warnings: list[str] = []
     for size, size_overrides in sizes.items():
         of_arms = {arm: (*size_overrides, *own, *config.common) for arm, own in arm_overrides.items()}
+        of_arms = {arm: _beside(of_arm, overrides) for arm, of_arm in of_arms.items()}
         of_arms = {arm: (*_rules_of_plan(config, of_arm), *of_arm) for arm, of_arm in of_arms.items()}
         whole, size_warnings = _resolve_size(config, size, of_arms, seconds)
         for fraction in sorted(config.horizons):
@@ -153,6 +155,15 @@ def _overrides_of_arm(text: Any, arm: str, common: Sequence[str]) -> tuple[str, 
                 f"{common_keys[_key(override)]} of every run would replace {override} of {arm}: change ablation.arms"
             )
     return overrides
+
+
+def _beside(own: tuple[str, ...], typed: Sequence[str]) -> tuple[str, ...]:
+    """Return overrides that nobody refuses if a typed one has made them pointless, as `eval_every=0` does `eval_tokens`."""
+    keys = {_key(override) for override in typed}
+    decided = keys | ({"data.held_out_files"} if "data.held_out" in keys else set())  # as `_rules_of_plan` has it
+    idle = {override for override in own if not override.startswith("+") and decided & deciding_keys(_key(override))}
+    replaced = {override for override in idle if _key(override) in keys and override not in typed}
+    return tuple(f"++{o}" if o in idle and o not in typed else o for o in own if o not in replaced)
 
 
 def _rules_of_plan(config: AblationConfig, overrides: Sequence[str]) -> tuple[str, ...]:

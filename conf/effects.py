@@ -34,16 +34,19 @@ def refuse_ignored(
     """
     overrides = list(overrides)
     forced = {override.key for override in overrides if override.forced}
-    conditions = {name: field.metadata["only"] for name, _, field in keys(schema, prefix) if field.metadata["only"]}
+    conditions = _conditions(schema, prefix)
     for override in overrides:
-        key = next((name for name in FREE_FORM if within(override.key, (name,))), override.key)
-        condition = conditions.get(key, "")
-        deciding = {_parts(part)[0] for part in condition.split(" or ")} if condition else set()
-        if forced & {override.key, *deciding, *(decides.partition(".")[0] for decides in deciding)}:
+        condition = conditions.get(_declared(override.key), "")
+        if forced & {override.key, *_deciding(condition)}:
             continue
         value = values.get(override.key, override.value)  # a dictionary is flat in `values`
         if condition and not _is_off(value) and not _holds(condition, values):
             raise _without_effect(override.key, override.typed, condition, values)
+
+
+def deciding_keys(key: str) -> set[str]:
+    """Return the keys and groups that decide whether a key of a run has an effect; empty if it always has one."""
+    return _deciding(_conditions(Config).get(_declared(key), ""))
 
 
 def refuse_ignored_of_parts(parts: Any) -> None:
@@ -81,6 +84,20 @@ def refuse_mislabelled(overrides: Iterable[Override], chosen: Mapping[str, str])
             raise UserError(
                 f"{override.key}={name} would only change the label of {group}={chosen[group]}: write {group}={name}"
             )
+
+
+def _conditions(schema: type, prefix: str = "") -> dict[str, str]:
+    return {name: field.metadata["only"] for name, _, field in keys(schema, prefix) if field.metadata["only"]}
+
+
+def _declared(key: str) -> str:
+    """Return the key of the schema to which an override's key belongs."""
+    return next((name for name in FREE_FORM if within(key, (name,))), key)
+
+
+def _deciding(condition: str) -> set[str]:
+    deciding = {_parts(part)[0] for part in condition.split(" or ")} if condition else set()
+    return deciding | {key.partition(".")[0] for key in deciding}
 
 
 def _holds(condition: str, values: Mapping[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from conf.ablation_schema import AblationConfig
 from conf.keys import choices
 from conf.load import load
 from kernels.common.errors import UserError
+from tests.training.tiny import ROOT
 
 SMALL = {"arms": ["relu", "swiglu"], "baseline": "relu", "name": "small"}
 
@@ -293,6 +294,18 @@ def test_plans_that_are_refused(keys, sentence):
 def test_what_a_run_is_given_is_no_error_where_it_has_no_effect():
     plan = plan_of(common=["logger=none", "model.d_ff_gated=256"])
     assert load(plan.overrides(plan.final_runs("nano", "relu", 4e-3)[0], "r")).logger.group == plan.config.name
+
+
+@pytest.mark.parametrize("typed", ["eval_every=0", "data.held_out=0.2", "data=text data.path=notes"])
+def test_a_typed_key_may_make_the_plans_own_pointless(typed):
+    for path in sorted((ROOT / "conf" / "ablation").rglob("*.yaml")):
+        name = str(path.relative_to(ROOT / "conf" / "ablation").with_suffix(""))
+        assert resolve(*read_plan([f"ablation={name}", *typed.split()])).arms, name
+
+
+def test_a_typed_key_that_a_typed_one_makes_pointless_is_refused():
+    with pytest.raises(UserError, match=r"^linear at nano: eval_tokens=7 has no effect with eval_every=0"):
+        resolve(*read_plan(["ablation=smoke", "eval_every=0", "eval_tokens=7"]))
 
 
 def test_an_arm_may_be_given_by_its_name_alone():
