@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,13 +88,28 @@ def prepared(tmp_path_factory):
         return data.prepare.prepare(config, TokenizerConfig(vocab_size=400, train_megabytes=1000))
 
 
+class _Bounded(subprocess.Popen):
+    """A process that leads a session. One that outlasts the timeout of `communicate` says where, and ends with its session."""
+
+    def communicate(self, input=None, timeout=None):
+        try:
+            return super().communicate(input, timeout)
+        except subprocess.TimeoutExpired:
+            self.send_signal(signal.SIGABRT)  # faulthandler prints the stacks of all threads
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.wait(5)
+            os.killpg(self.pid, signal.SIGKILL)
+            _, complaint = super().communicate()
+            raise AssertionError(f"it was still running after {timeout} seconds:\n{complaint}") from None
+
+
 @pytest.fixture
 def python():
     """Start `python -c CODE` in this project, in a session of its own, with its output in pipes."""
 
     def start(code: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-c", code],
+        return _Bounded(
+            [sys.executable, "-X", "faulthandler", "-c", code],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

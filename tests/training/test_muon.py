@@ -256,13 +256,14 @@ def test_options_on_several_ranks(ran, options, zero, tensor, data, context):
 
 @pytest.mark.parametrize(("zero", "tensor", "data", "micro"), [slow("1", 2, 2, 4), ("3", 1, 2, 4), slow("2", 1, 2, 2)])
 def test_bf16_is_within_its_noise(ran, zero, tensor, data, micro):
-    """The noise is the effect of bf16 on one process; two bf16 runs differ by at most twice as much."""
-    exact, one = ran(), ran("1", precision="bf16", micro_batch_size=8)
+    """The noise is the effect of bf16 on one process: the largest of three, which add up their gradients in other orders."""
+    exact = ran()
+    alone = [ran("1", precision="bf16", micro_batch_size=size) for size in (8, 4, 2)]
     run = ran(zero, tensor, data, precision="bf16", micro_batch_size=micro)
     for name in ("losses", "norms"):
-        noise = worst(getattr(one, name), getattr(exact, name))
+        noise = max(worst(getattr(one, name), getattr(exact, name)) for one in alone)
         assert 1e-5 < noise < 0.05
-        assert worst(getattr(run, name), getattr(one, name)) < 2 * noise
+        assert worst(getattr(run, name), getattr(exact, name)) < 2 * noise
 
 
 PAIRS = [

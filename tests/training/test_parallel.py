@@ -217,14 +217,14 @@ def test_accumulation_and_offload_with_tensor_ranks(ran, zero):
     ],
 )
 def test_bf16_is_within_its_noise(ran, zero, tensor, data, sequence, context, micro):
-    """The noise is the effect of bf16 on one process; two bf16 runs differ by at most twice as much."""
+    """The noise is the effect of bf16 on one process: the largest of three, which add up their gradients in other orders."""
     exact = ran("gated")
-    one = ran("gated", "1", precision="bf16", micro_batch_size=8)
+    alone = [ran("gated", "1", precision="bf16", micro_batch_size=size) for size in (8, 4, 2)]
     run = ran("gated", zero, tensor, data, sequence, context, precision="bf16", micro_batch_size=micro)
     for name in ("losses", "norms"):
-        noise = worst(getattr(one, name), getattr(exact, name))
+        noise = max(worst(getattr(one, name), getattr(exact, name)) for one in alone)
         assert 1e-5 < noise < 0.02
-        assert worst(getattr(run, name), getattr(one, name)) < 2 * noise
+        assert worst(getattr(run, name), getattr(exact, name)) < 2 * noise
 
 
 @pytest.mark.parametrize(("zero", "tensor", "sequence"), [slow("1", 2, True), slow("2", 2, False), ("3", 2, True)])

@@ -123,8 +123,9 @@ def test_bf16_on_two_ranks_is_within_the_noise_of_bf16(trained, plain, zero, acc
         noise = worst(getattr(one, name), reference)
         # As far from fp32 as plain PyTorch in bf16 is on this CPU: two draws of one noise, each the largest of ten steps
         # that build on each other (measured: 0.1 and 1.9 times as far, losses and norms).
-        assert 1e-5 < noise < 3 * worst(getattr(plain(torch.bfloat16), name), reference)
-        assert worst(getattr(two, name), getattr(one, name)) < 2 * noise  # both have that noise
+        of_plain = worst(getattr(plain(torch.bfloat16), name), reference)
+        assert 1e-5 < noise < 3 * of_plain
+        assert worst(getattr(two, name), reference) < 2 * max(noise, of_plain)  # a third draw
     assert two.order == one.order
 
 
