@@ -12,7 +12,8 @@ import pytest
 from ablation.rank_agreement import agreements
 from ablation.report import comparison_rows
 from ablation.results import Results, read_results
-from ablation.statistics import Comparison, compare, pairs_with
+from ablation.statistics import Comparison, Verdict, compare, pairs_with
+from bench.verdicts import judge
 from tests.training.tiny import ROOT
 
 FOLDER = ROOT / "bench" / "results" / "glu_variants"
@@ -102,6 +103,29 @@ def test_the_page_of_the_optimizers_is_that_of_the_runs(by_optimizer, size, head
         assert float(p) == pytest.approx(c.p_holm, rel=0.06)  # two digits
         on_page = [float(number) for number in re.findall(r"[-+][0-9.]+", difference)]
         assert on_page == pytest.approx([c.difference, *c.interval], abs=0.0005000001)
+
+
+def test_the_first_results_of_the_readme_are_those_of_the_runs(by_optimizer):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    judged = {(size, c.arm): c for size, *_, c in judge(FOLDER / "results.csv", "relu")}
+    assert not any(c.verdict is Verdict.BETTER for c in by_optimizer.comparisons("muon"))
+    nano, small = (judged[size, "swiglu"] for size in ("nano", "small"))
+    assert {nano.verdict, small.verdict} == {Verdict.BETTER}
+    relu2, swiglu, gelu = (
+        next(c for c in by_optimizer.comparisons("adamw") if c.arm == arm) for arm in ("relu2", "swiglu", "gelu")
+    )
+    for text in (
+        f"{-nano.difference:.3f} nats per token better (3.3M parameters, 95%: {_positive(nano)})",
+        f"{-small.difference:.3f} (5.1M, {_positive(small)})",
+        f"ReLU² is better than ReLU by {-relu2.difference:.3f} nats per token (95%: {_positive(relu2)})",
+        f"SwiGLU by {-swiglu.difference:.3f}, GELU by {-gelu.difference:.3f}; under Muon none is",
+    ):
+        assert text in readme
+
+
+def _positive(comparison: Comparison) -> str:
+    low, high = comparison.interval
+    return f"{-high:.3f} to {-low:.3f}"
 
 
 def test_the_order_of_the_optimizers_is_that_of_the_runs(by_optimizer):
