@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -140,10 +139,7 @@ def test_a_line_per_step_and_the_end_are_printed(uninterrupted):
     assert [int(line.split()[1].split("/")[0]) for line in steps] == list(range(1, STEPS + 1))
     assert "finished in" in result.out
     assert f"python -m model.generate run=uninterrupted runs={run.parent} prompt=ab" in result.out
-    [advice] = re.findall(r"  (deepspeed train.py .*)   # another arm", result.out)
-    assert advice.startswith("deepspeed train.py ffn=relu2 data=text ")
-    assert {f"steps={STEPS}", "model.d_model=33", f"runs={run.parent}"} <= {*advice.split()}
-    assert " run=" not in advice
+    assert "another arm" not in result.out  # model.d_ff was typed, which fits this one
 
 
 def test_the_run_folder_is_complete(uninterrupted):

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from conf.identity import differences
+from conf.load import load
 from conf.provenance import provenance
 from conf.schema import Config
 from conf.shape import Shape
 from conf.validate import Batch
 from data.batches import Dataset, epochs
-from kernels.common.errors import ExitStatus
+from kernels.common.errors import ExitStatus, UserError
 from kernels.common.files import problem_of, status_of
 from kernels.common.json_files import DOCUMENTS
 from kernels.common.text import command_text
@@ -35,6 +37,7 @@ from training.loggers import Loggers
 from training.peak_speed import PeakSpeed
 from training.runfolder import RunFolder, provenances
 
+_OF_ONE_RUN = ("ffn", "run", "resume_from", "resume_optimizer")
 EXPECTED_MFU = 0.4  # assumed by the expected time, before anything is measured
 
 
@@ -221,20 +224,29 @@ class RunRecorder:
         name = shlex.quote(str(config.run))
         console.print("next steps:")
         console.print(f"  python -m model.generate run={name}{runs} prompt={prompt}", wrap=False)
-        console.print(f"  {self._with_another_arm()}   # another arm, as many FFN parameters", wrap=False)
+        if command := self._with_another_arm():
+            console.print(f"  {command}   # another arm, as many FFN parameters", wrap=False)
         console.print("  python train.py --help")
 
     def _with_another_arm(self) -> str:
-        """Return the command that began the run, with another arm: the two runs differ by nothing else."""
+        """Return the command that began the run, with another arm; "" if the two runs would differ by more than that.
+
+        The command does not tell all of a run that a swap or an import has written, and a width that is typed fits one arm.
+        """
         [first, *_] = provenances(self.folder.path) or [{}]
         began: list[str] = []
         with contextlib.suppress(ValueError):  # of a command that was damaged
             began = shlex.split(first.get("command") or "")
-        own = ("ffn", "run", "resume_from", "resume_optimizer")
-        kept = []
-        if any(PurePath(word).name == "train.py" for word in began):  # a swap or an import has keys of its own
-            typed = [word for word in began if "=" in word and not word.startswith("-")]
-            kept = [word for word in typed if re.split("[.=]", word.lstrip("+~"))[0] not in own]
+        typed = [word for word in began if "=" in word and not word.startswith("-")]
+        kept = [word for word in typed if re.split("[.=]", word.lstrip("+~"))[0] not in _OF_ONE_RUN]
+        if not any(PurePath(word).name == "train.py" for word in began) or any("model.d_ff=" in word for word in kept):
+            return ""
+        try:
+            changed = differences(load(kept), self.config)
+        except UserError:
+            return ""
+        if any(not line.startswith("ffn.") for line in changed):
+            return ""
         other = "relu2" if self.config.ffn.name != "relu2" else "swiglu"
         return command_text(["deepspeed", "train.py", f"ffn={other}", *kept])
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from conf.load import load
 from kernels.common.json_files import read_document_losses
 from tests.training.tiny import newest_intact, overrides, write_corpus
 from training.recorder import RunRecorder
@@ -110,19 +111,32 @@ def test_a_run_that_resumes_is_not_refused_for_its_length_again(train, corpus, t
 
 
 @pytest.mark.parametrize(
-    ("began", "advised"),
+    ("began", "config", "advised"),
     [
-        (
-            "python train.py optim=muon run=a tokens=5M ffn.save=input",
-            "deepspeed train.py ffn=relu2 optim=muon tokens=5M",
-        ),
-        ("python -u code/train.py ++seed=3 resume_from=step_1", "deepspeed train.py ffn=relu2 ++seed=3"),
-        ("python -m model.swap run=a ffn=reglu swap.steps=20", "deepspeed train.py ffn=relu2"),
-        ("python train.py 'seed=3", "deepspeed train.py ffn=relu2"),
+        ("optim=muon run=a tokens=5M ffn.save=input", ["optim=muon", "tokens=5M"], "optim=muon tokens=5M"),
+        ("++seed=3 resume_from=step_1", ["seed=3"], "++seed=3"),
+        ("steps=40 run=a-swap-reglu", ["steps=40", "ffn=reglu"], "steps=40"),
     ],
 )
-def test_another_arm_is_advised_with_what_was_typed_for_training(tmp_path, began, advised):
-    (tmp_path / "provenance.json").write_text(json.dumps([{"command": began}, {"command": "python train.py run=a"}]))
-    config = SimpleNamespace(ffn=SimpleNamespace(name="swiglu"))
-    recorder = SimpleNamespace(folder=SimpleNamespace(path=tmp_path), config=config)
-    assert RunRecorder._with_another_arm(recorder) == advised
+def test_another_arm_is_advised_with_what_was_typed_for_training(tmp_path, began, config, advised):
+    assert advice(tmp_path, f"python -u code/train.py {began}", config) == f"deepspeed train.py ffn=relu2 {advised}"
+
+
+@pytest.mark.parametrize(
+    ("began", "config"),
+    [
+        ("python -m model.swap run=a ffn=reglu swap.steps=20", []),
+        ("python train.py steps=40 run=a-swap-reglu", ["steps=40", "model.d_model=96", "model.n_heads=2"]),
+        ("python train.py steps=40 model.d_ff=300", ["steps=40", "model.d_ff=300"]),
+        ("python train.py 'seed=3", []),
+        ("python train.py model=nanno", []),
+    ],
+)
+def test_no_arm_is_advised_where_more_than_that_would_differ(tmp_path, began, config):
+    assert advice(tmp_path, began, config) == ""
+
+
+def advice(folder: Path, began: str, config: list[str]) -> str:
+    (folder / "provenance.json").write_text(json.dumps([{"command": began}, {"command": "python train.py run=a"}]))
+    recorder = SimpleNamespace(folder=SimpleNamespace(path=folder), config=load(config))
+    return RunRecorder._with_another_arm(recorder)
