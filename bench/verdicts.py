@@ -17,11 +17,11 @@ seed's, the same for all arms and rates. Sweeps, extensions, learning rates and 
 
 The product adjusts p-values over all arms and sizes, the others over the arms of each size, as version 0.2 did.
 
-In a second table the runs of some arms scatter more than those of others: by factors whose logarithm has a standard deviation
-of 0.8 (`spread`), or those of one arm, any, by a factor of 10. What missed learning rates cost follows
+In a second table some arms scatter more than others: by factors with a standard deviation of 0.8 in the logarithm (`spread`), or
+one arm, at random, by a factor of 10. The scatter from which the cost of missed learning rates follows is
 
-    one scatter       from one scatter for all arms
-    each its own      from each arm's: the product
+    pooled            over all arms
+    per arm           estimated for each: the product
 
 Two more tables leave learning rates out: arms run at their best ones. In one, verdicts are made after 5 and after 10 seeds, or
 after each from 5 to 10:
@@ -80,7 +80,7 @@ class Method:
     sweep_seeds: int = 0  # 0: arms run at their best learning rates
     vertex: bool = True
     product: bool = True  # with what missed learning rates cost in the intervals, and all sizes in one family
-    pooled: bool = False  # what they cost follows from one scatter for all arms
+    pooled: bool = False  # what they cost follows from a scatter that is pooled over all arms
     spread: float = 0.0  # standard deviation of the logarithm of an arm's own scatter
     outlier: float = 1.0  # factor on the own scatter of one arm, any
     checked: tuple[int, ...] = ()  # numbers of seeds after which verdicts are made; (): all
@@ -95,7 +95,7 @@ FULL = Method("vertex, regrets", 2)
 UNEQUAL = tuple(
     Method(f"{name}, {scatter}", 2, pooled=pooled, spread=spread, outlier=outlier)
     for scatter, spread, outlier in (("spread", 0.8, 1.0), ("one x10", 0.0, 10.0))
-    for name, pooled in (("one scatter", True), ("each its own", False))
+    for name, pooled in (("pooled", True), ("per arm", False))
 )
 _TEN = tuple(range(10))
 LOOKED = (
