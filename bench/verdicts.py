@@ -17,8 +17,8 @@ seed's, the same for all arms and rates. Sweeps, extensions, learning rates and 
 
 The product adjusts p-values over all arms and sizes, the others over the arms of each size, as version 0.2 did.
 
-In a second table some arms scatter more than others: by factors with a standard deviation of 0.8 in the logarithm (`spread`), or
-one arm, at random, by a factor of 10. The scatter from which the cost of missed learning rates follows is
+In a second table some arms scatter more than others: by factors with a standard deviation of 0.8 in the logarithm (`spread`),
+or one arm, at random, by a factor of 10. The scatter from which the cost of missed learning rates follows is
 
     pooled            over all arms
     per arm           estimated for each: the product
