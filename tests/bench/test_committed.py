@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from ablation.learning_rates import arm_noises, sweep_result
+from ablation.looks import Looks
 from ablation.rank_agreement import agreements
 from ablation.report import comparison_rows
 from ablation.results import Results, read_results
 from ablation.statistics import Comparison, Verdict, compare, pairs_with
 from bench.verdicts import judge
+from conf.ablation_schema import AblationConfig
 from tests.training.tiny import ROOT
 
 FOLDER = ROOT / "bench" / "results" / "glu_variants"
@@ -64,6 +67,35 @@ def test_the_page_agrees_with_the_tables(size):
 def test_every_figure_of_the_page_exists():
     for name in re.findall(r"\]\(([^)]+)\)", PAGE):
         assert (FOLDER / name.partition("#")[0]).is_file(), name
+
+
+@pytest.mark.parametrize(("plan", "baseline"), [("xielu_2024", "swiglu"), ("narang_2021", "relu")])
+def test_the_verdicts_of_replications_follow_from_the_losses(plan, baseline):
+    folder = ROOT / "bench" / "results" / "replications" / plan
+    swept: dict[str, dict[float, dict[int, float]]] = {}
+    losses: dict[str, dict[int, float]] = {}
+    for row in rows("results.csv", folder):
+        assert row["state"] == "finished"
+        if row["stage"] == "sweep":
+            of_seeds = swept.setdefault(row["arm"], {}).setdefault(float(row["learning_rate"]), {})
+        else:
+            of_seeds = losses.setdefault(row["arm"], {})
+        of_seeds[int(row["seed"])] = float(row["final_eval_loss"])
+    noises, sweeps = arm_noises(swept, losses), {arm: sweep_result(of_arm) for arm, of_arm in swept.items()}
+    assert not any(sweep.edge for sweep in sweeps.values())
+    regrets = {arm: sweep.regret(noises[arm]) for arm, sweep in sweeps.items()}
+    seeds = tuple(sorted(losses[baseline]))
+    looks = Looks(seeds, (len(seeds),), len(seeds), AblationConfig().reserve)
+    expected = {c.arm: c for c in compare(pairs_with(baseline, losses, math.log(4096), {}, regrets), 0.01, looks=looks)}
+    committed = rows("comparisons.csv", folder)
+    assert {row["arm"] for row in committed} == expected.keys()
+    for row in committed:
+        c = expected[row["arm"]]
+        assert row["verdict"] == c.verdict.value
+        names = ("difference", "interval_low", "interval_high", "regret", "p_holm")
+        assert [float(row[name]) for name in names] == pytest.approx(
+            (c.difference, *c.interval, c.regret, c.p_holm), rel=1e-6
+        )
 
 
 @pytest.fixture(scope="module")
