@@ -303,6 +303,13 @@ def test_a_typed_key_may_make_the_plans_own_pointless(typed):
         assert resolve(*read_plan([f"ablation={name}", *typed.split()])).arms, name
 
 
+def test_a_typed_fraction_replaces_what_the_plan_holds_out_of_each_document():
+    with pytest.raises(UserError, match=r"data\.held_out_kib=1 has no effect"):
+        load(["data.held_out_kib=1", "data.held_out=0.2"])
+    data = plan_of("data.held_out=0.2", common=["data.held_out_kib=1"]).arms["nano"]["relu"].config.data
+    assert (data.held_out, data.held_out_files) == (0.2, 0)
+
+
 def test_a_typed_key_that_a_typed_one_makes_pointless_is_refused():
     with pytest.raises(UserError, match=r"^linear at nano: eval_tokens=7 has no effect with eval_every=0"):
         resolve(*read_plan(["ablation=smoke", "eval_every=0", "eval_tokens=7"]))
