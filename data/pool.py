@@ -123,11 +123,27 @@ def _pool(workers: int, tokenizer_path: Path | None, remedy: str) -> Iterator[Ca
     except BaseException as error:
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()
-        executor.shutdown(wait=True, cancel_futures=True)
+        _shut_down(executor)
         if isinstance(error, BrokenProcessPool):
             raise UserError(f"a worker process died, most likely for lack of memory; {remedy}") from error
         raise
     executor.shutdown(wait=True)
+
+
+def _shut_down(executor: ProcessPoolExecutor) -> None:
+    """Shut down a pool whose workers are gone.
+
+    Up to Python 3.11.5 a pool waits forever for its own thread that writes more than a pipe holds to a worker which no longer
+    reads (https://github.com/python/cpython/issues/94777). So what it writes is read here, until it has ended.
+    """
+    manager, calls = (getattr(executor, name, None) for name in ("_executor_manager_thread", "_call_queue"))
+    executor.shutdown(wait=False, cancel_futures=True)
+    with contextlib.suppress(OSError):  # the pool has closed the pipe
+        while manager is not None and calls is not None and manager.is_alive():
+            if calls._reader.poll(0.05):
+                os.read(calls._reader.fileno(), 1 << 20)
+    if manager is not None:
+        manager.join()
 
 
 def run_in_subprocess(function: Callable, *arguments: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import textwrap
 from dataclasses import replace
 
 import pytest
@@ -145,4 +146,23 @@ def test_an_interrupt_that_meets_a_worker_at_its_start_prints_no_traceback(corpu
     lines = script(corpus, environment).splitlines()
     lines[-1] = f"try: {lines[-1]}\nexcept UserError as error: raise SystemExit(f'said: {{error}}')"
     _, complaint = python("\n".join(lines)).communicate(timeout=60)
+    assert re.fullmatch(r"said: a worker process died.*\n", complaint)
+
+
+def test_a_worker_that_dies_before_it_reads_what_is_sent_ends_the_pool(python, tmp_path):
+    """More than a pipe holds: up to Python 3.11.5 the pool waited forever."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if any('spawn_main' in argument for argument in sys.orig_argv): os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    code = f"""
+        import os, data.pool
+        from kernels.common.errors import UserError
+        os.environ["PYTHONPATH"] = {str(tmp_path)!r} + os.pathsep + os.environ["PYTHONPATH"]
+        try:
+            data.pool.run_in_subprocess(len, "x" * (4 << 20))
+        except UserError as error:
+            raise SystemExit(f"said: {{error}}")
+    """
+    _, complaint = python(textwrap.dedent(code)).communicate(timeout=60)
     assert re.fullmatch(r"said: a worker process died.*\n", complaint)
