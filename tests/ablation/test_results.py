@@ -212,6 +212,7 @@ def test_what_missed_learning_rates_cost_is_part_of_every_comparison(whole):
     noises, regrets = results.noises("nano"), results.regrets("nano")
     sweeps = {arm: results.sweep_losses("nano", arm) for arm in results.arms("nano")}
     assert noises == arm_noises(sweeps, results.losses("nano"))
+    assert all(noise.deviation > 0 for noise in noises.values())
     assert regrets == {arm: results.sweep("nano", arm).regret(noises[arm]) for arm in results.arms("nano")}
     for c in results.comparisons("nano"):
         assert c.regret == math.hypot(regrets[c.arm], regrets["relu"]) > 0

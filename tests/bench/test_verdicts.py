@@ -46,7 +46,7 @@ def test_missed_learning_rates_make_false_verdicts_and_the_vertex_with_its_regre
     before, after = (simulate(method, 10, 0.6, plans=40, arms=8, sizes=1, seed=1) for method in (GRID, FULL))
     assert before.false > 0.25
     assert after.false <= 6 / 40
-    assert after.found > 0.85
+    assert after.found >= 37 / 40  # 99% expected: 4 or more are missed by chance in 3 of 1,000 cases
     assert after.width < 1.2 * before.width
 
 

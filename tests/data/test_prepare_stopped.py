@@ -134,11 +134,16 @@ def test_a_worker_that_is_killed_is_told_in_a_sentence(corpus, python, with_sign
     assert complaint.count("\n") == 1
 
 
-def test_an_interrupt_that_meets_a_worker_at_its_start_prints_no_traceback(corpus, python, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
+def signal_workers_at_their_start(folder, name: str) -> None:
+    """Write a module that Python imports as it starts, where the folder is on its path."""
+    (folder / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
-        "if any('spawn_main' in argument for argument in sys.orig_argv): os.kill(os.getpid(), signal.SIGINT)\n"
+        f"if any('spawn_main' in argument for argument in sys.orig_argv): os.kill(os.getpid(), signal.{name})\n"
     )
+
+
+def test_an_interrupt_that_meets_a_worker_at_its_start_prints_no_traceback(corpus, python, tmp_path):
+    signal_workers_at_their_start(tmp_path, "SIGINT")
     environment = f"""
         os.environ["PYTHONPATH"] = {str(tmp_path)!r} + os.pathsep + os.environ["PYTHONPATH"]
         from kernels.common.errors import UserError
@@ -151,10 +156,7 @@ def test_an_interrupt_that_meets_a_worker_at_its_start_prints_no_traceback(corpu
 
 def test_a_worker_that_dies_before_it_reads_what_is_sent_ends_the_pool(python, tmp_path):
     """More than a pipe holds: up to Python 3.11.5 the pool waited forever."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, signal, sys\n"
-        "if any('spawn_main' in argument for argument in sys.orig_argv): os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
+    signal_workers_at_their_start(tmp_path, "SIGKILL")
     code = f"""
         import os, data.pool
         from kernels.common.errors import UserError
