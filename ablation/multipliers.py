@@ -61,11 +61,14 @@ class Series:
 def comparable_places(results: Results) -> list[list[str]]:
     """Return what orders of arms can be compared over, two places at least, the largest last.
 
-    These are the horizons of a size, sizes of one recipe, and the largest sizes of different recipes, such as two optimizers.
+    These are the horizons of a size, sizes of one recipe, and a size of each recipe, such as two optimizers: the largest of
+    equal compute, or each recipe's largest where no compute is common to all.
     """
     by_recipe = _sizes_by_recipe(results)
-    largest = sorted((sizes[-1] for sizes in by_recipe), key=lambda size: _baseline_compute(results, size))
-    places = [*_horizons(results).values(), *by_recipe, largest]
+    by_compute = [{_baseline_compute(results, size): size for size in sizes} for sizes in by_recipe]
+    common = set.intersection(*map(set, by_compute)) if by_compute else set()
+    of_each = sorted((max(common or of_recipe), of_recipe[max(common or of_recipe)]) for of_recipe in by_compute)
+    places = [*_horizons(results).values(), *by_recipe, [size for _, size in of_each]]
     return [each for each in places if len(each) > 1]
 
 

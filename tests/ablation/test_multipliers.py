@@ -145,24 +145,34 @@ def test_no_curve_goes_through_sizes_of_equal_compute_whose_orders_are_compared_
     assert "multiplier, E = 0" not in text
 
 
-def test_a_curve_goes_through_the_sizes_of_each_optimizer_not_of_both(tmp_path):
-    recipes, lengths = {"adamw": "", "muon": "optim=muon"}, {"": 1_200_000, "_long": 2_400_000}
-    sizes = {n + long: f"{words} tokens={t}" for n, words in recipes.items() for long, t in lengths.items()}
+@pytest.mark.parametrize(
+    ("muon_lengths", "curves", "compared"),
+    [
+        (["muon", "muon_long"], {"adamw, adamw_long": 1.3, "muon, muon_long": 0.8}, ("adamw_long", "muon_long")),
+        (["muon"], {"adamw, adamw_long": 1.3}, ("adamw", "muon")),
+        (["muon_longer"], {"adamw, adamw_long": 1.3}, ("adamw_long", "muon_longer")),
+    ],
+)
+def test_a_curve_goes_through_the_sizes_of_each_optimizer_and_orders_are_compared_at_equal_compute(
+    tmp_path, muon_lengths, curves, compared
+):
+    tokens = {"": 1_200_000, "_long": 2_400_000, "_longer": 4_800_000}
+    sizes = {
+        name: f"optim={name.partition('_')[0]} tokens={tokens[name.removeprefix('adamw').removeprefix('muon')]}"
+        for name in ["adamw", "adamw_long", *muon_lengths]
+    }
     others = (word for word in WORDS if not word.startswith("tokens="))
     plan = plan_of(*others, f"ablation.sizes={{{', '.join(f'{name}: {words}' for name, words in sizes.items())}}}")
     worth = {"adamw": {"swiglu": 1.3, "gelu": 1.1}, "muon": {"swiglu": 0.8, "gelu": 0.9}}
-    rules = {size: rule_of(plan, worth[size.removesuffix("_long")]) for size in sizes}
+    rules = {size: rule_of(plan, worth[size.partition("_")[0]]) for size in sizes}
     results = read_results(make(plan, tmp_path, lambda planned: rules[planned.size](planned)))
-    assert [(of.name, of.places) for of in series(results)] == [
-        ("adamw, adamw_long", ["adamw", "adamw_long"]),
-        ("muon, muon_long", ["muon", "muon_long"]),
-    ]
+    assert [of.name for of in series(results)] == list(curves)
     factors = [multipliers(results, of)["swiglu"][0].factor for of in series(results)]
-    assert factors == pytest.approx([1.3, 0.8], rel=0.01)
+    assert factors == pytest.approx(list(curves.values()), rel=0.01)
+    within = [tuple(name.split(", ")) for name in curves]
     assert [(found.one, found.other, found.tau) for found in agreements(results)] == [
-        ("adamw", "adamw_long", 1.0),
-        ("muon", "muon_long", 1.0),
-        ("adamw_long", "muon_long", -1.0),
+        *((one, other, 1.0) for one, other in within),
+        (*compared, -1.0),
     ]
 
 

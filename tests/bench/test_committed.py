@@ -155,6 +155,20 @@ def test_the_first_results_of_the_readme_are_those_of_the_runs(by_optimizer):
         assert text in readme
 
 
+def test_the_first_answers_of_the_docs_are_those_of_the_runs():
+    better: dict[str, dict[str, float]] = {"nano": {}, "small": {}}
+    for size, *_, c in judge(FOLDER / "results.csv", "relu"):
+        if c.verdict is Verdict.BETTER:
+            better[size][c.arm] = -c.difference
+    at_both = better["nano"].keys() & better["small"].keys()
+    assert at_both == {"swiglu", "geglu"}
+    assert (better["nano"].keys() - at_both, better["small"].keys() - at_both) == ({"bilinear"}, {"reglu"})
+    ranges = [[f"{bound(better[size][arm] for arm in at_both):.2f}" for bound in (min, max)] for size in better]
+    (low, high), (low_small, high_small) = ranges
+    text = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
+    assert f"by {low} to {high} nats per token at the smaller and {low_small} to {high_small} at the larger" in text
+
+
 def _positive(comparison: Comparison) -> str:
     low, high = comparison.interval
     return f"{-high:.3f} to {-low:.3f}"
