@@ -353,7 +353,9 @@ def _record(line: str, where: str) -> dict[str, Any]:
             f"{where} nests brackets too deeply to be read; a record has a few levels: leave this line out"
         ) from None
     if not isinstance(record, dict):
-        raise UserError(f"{where} is a JSON {type(record).__name__}, not an object with fields")
+        raise UserError(
+            f"{where} is a JSON {type(record).__name__}, not an object with fields; data=jsonl takes one JSON object per line"
+        )
     return record
 
 

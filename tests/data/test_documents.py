@@ -124,7 +124,7 @@ def test_jsonl(tmp_path):
         (b'{"text": 1}', "line 2: the field 'text' holds int, not text"),
         (b'{"body": "x"}', "line 2 has no field 'text'; its fields are body: set data.field"),
         (b'{"text": "x"', "line 2 is not JSON"),
-        (b"[1]", "line 2 is a JSON list"),
+        (b"[1]", "line 2 is a JSON list, not an object with fields; data=jsonl takes one JSON object per line"),
         (b'{"text": "\xff"}', "is not UTF-8: byte 0xff at offset 25 "),
         (b'{"text": "a\\ud800b"}', "line 2 holds half of a surrogate pair (\\ud800)"),
     ],
