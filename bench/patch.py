@@ -8,7 +8,8 @@
 
 Errors are those of tiny models with random weights against the same weights in float64. A step is forward and backward of one
 feed-forward layer, or of a two-layer model, on one core; what is counted is the processor's time, which other programs on the
-machine disturb less than the clock's.
+machine disturb less than the clock's. Beside a layer stands what its matrix products alone take, without allocations: fusion
+gains no more than the rest.
 """
 
 from __future__ import annotations
@@ -74,14 +75,15 @@ def _page(options: dict[str, Any]) -> Iterator[str]:
     yield f"Forward and backward, {options['tokens']} tokens, d_ff {options['d_ff']}, one thread, ms of processor time."
     yield f"{options['rounds']} rounds, in which each takes a turn. Ratio: unpatched over patched, median (range over rounds)."
     yield ""
-    yield "| what | dtype | unpatched, ms | patched, ms | ratio |"
-    yield "|---|---|---|---|---|"
-    for label, dtype, make in _contenders(options):
-        before, after = _seconds(make, options["rounds"])
+    yield "| what | dtype | unpatched, ms | patched, ms | ratio | matrix products alone, ms |"
+    yield "|---|---|---|---|---|---|"
+    for label, dtype, steps in _contenders(options):
+        before, after, *products = _seconds(steps, options["rounds"])
         ratios = [a / b for a, b in zip(before, after, strict=True)]
+        alone = f"{1e3 * statistics.median(products[0]):.1f}" if products else "–"
         yield (
             f"| {label} | {DTYPES[dtype]} | {1e3 * statistics.median(before):.1f} | {1e3 * statistics.median(after):.1f} | "
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {alone} |"
         )
     if not BF16_ON_CPU:
         yield ""
@@ -109,14 +111,15 @@ def _kept(name: str) -> list[float]:
 Step = Callable[[], Any]
 
 
-def _contenders(options: dict[str, Any]) -> Iterator[tuple[str, torch.dtype, tuple[Step, Step]]]:
-    """Return what is timed: a name, a dtype, and a step unpatched and patched."""
+def _contenders(options: dict[str, Any]) -> Iterator[tuple[str, torch.dtype, list[Step]]]:
+    """Return what is timed: a name, a dtype, and a step unpatched, patched, and of the products of a layer alone."""
     width = {"hidden_size": options["d_model"], "intermediate_size": options["d_ff"], "num_attention_heads": 8}
     for name in ("Llama", "Phi-3", "Arcee", "Apertus"):
         for dtype in DTYPES:
             layer = mlps(tiny(name, num_hidden_layers=1, **width))[0].to(dtype)
             x = torch.randn(options["tokens"], options["d_model"], dtype=dtype)
-            yield f"layer of {name}, d_model {options['d_model']}", dtype, _pair(layer, _layer_step, x)
+            steps = [*_pair(layer, _layer_step, x), _products(layer, x)]
+            yield f"layer of {name}, d_model {options['d_model']}", dtype, steps
     for dtype in DTYPES:
         model = tiny("Llama", vocab_size=1024, **width).to(dtype)
         ids = tokens(1, options["tokens"])
@@ -127,10 +130,26 @@ def _contenders(options: dict[str, Any]) -> Iterator[tuple[str, torch.dtype, tup
         )
 
 
-def _pair(module: nn.Module, step: Callable[[nn.Module, Tensor], Any], x: Tensor) -> tuple[Step, Step]:
+def _pair(module: nn.Module, step: Callable[[nn.Module, Tensor], Any], x: Tensor) -> list[Step]:
     patched = copy.deepcopy(module)
     patch(patched)
-    return lambda: step(module, x), lambda: step(patched, x)
+    return [lambda: step(module, x), lambda: step(patched, x)]
+
+
+def _products(layer: nn.Module, x: Tensor) -> Step:
+    """Return the matrix products of a layer's projections, forward and backward, for as many tokens as x (T, d_model)."""
+    weights = [module.weight.detach() for module in layer.modules() if isinstance(module, nn.Linear)]
+    pairs = [(x.new_ones(len(x), w.shape[1]), x.new_ones(len(x), w.shape[0]), w) for w in weights]
+    results = [[torch.empty_like(tensor) for tensor in pair] for pair in pairs]
+
+    def step() -> None:
+        # (T, in), (T, out), (out, in), and as many results of these shapes
+        for (inputs, gradient, weight), (d_inputs, outputs, d_weight) in zip(pairs, results, strict=True):
+            torch.mm(inputs, weight.T, out=outputs)
+            torch.mm(gradient, weight, out=d_inputs)
+            torch.mm(gradient.T, inputs, out=d_weight)
+
+    return step
 
 
 def _layer_step(layer: nn.Module, x: Tensor) -> None:
@@ -143,8 +162,8 @@ def _model_step(model: nn.Module, ids: Tensor) -> None:
     logits_and_gradients(model, model, ids)
 
 
-def _seconds(steps: tuple[Step, Step], rounds: int) -> tuple[list[float], list[float]]:
-    seconds: tuple[list[float], list[float]] = ([], [])
+def _seconds(steps: list[Step], rounds: int) -> list[list[float]]:
+    seconds: list[list[float]] = [[] for _ in steps]
     for number in range(rounds + 1):
         for step, times in zip(steps, seconds, strict=True):
             start = time.process_time()
