@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -153,6 +155,18 @@ def test_the_first_results_of_the_readme_are_those_of_the_runs(by_optimizer):
         f"SwiGLU by {-swiglu.difference:.3f}, GELU by {-gelu.difference:.3f}; under Muon none is",
     ):
         assert text in readme
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_ratios_of_the_readme_are_those_of_the_rounds(dtype):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [row] = [line for line in readme.splitlines() if f"(bench/LOG.md#in-{dtype}-beside-more-of-them" in line]
+    speeds = json.loads((ROOT / "bench" / "results" / f"cpu-train-{dtype}.json").read_text())["tokens_per_second"]
+    expected = []
+    for name in ("transformers", "transformers compiled", "litgpt compiled", "torchtune"):
+        ratios = [ours / other for ours, other in zip(speeds["ours"], speeds[name], strict=True)]
+        expected.append((f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}", f"{max(ratios):.2f}"))
+    assert re.findall(r"([0-9.]+)x(?: tokens per second)? \(([0-9.]+) to ([0-9.]+)\)", row) == expected
 
 
 def test_the_first_answers_of_the_docs_are_those_of_the_runs():
