@@ -50,6 +50,7 @@ _DASHES = ("-", "--", ":", "-.")
 _PIXELS_PER_INCH = 160  # of PNG files
 POINTS = 60  # of a curve: the resolution of a figure this wide
 _LETTERS_PER_INCH = 11  # of a title
+_LEGEND = 1.1  # inches, to the right of the axes
 STYLE: dict[RcKeyType, Any] = {
     "axes.edgecolor": FAINT, "axes.facecolor": "none", "axes.labelcolor": INK, "axes.titlecolor": INK,
     "axes.grid": True, "axes.axisbelow": True, "axes.spines.right": False, "axes.spines.top": False,
@@ -113,7 +114,8 @@ class ReportFigure:
 
     @contextlib.contextmanager
     def _titled(self) -> Iterator[None]:
-        lines = textwrap.wrap(self.title, int(_LETTERS_PER_INCH * self.figure.get_figwidth()))
+        width = self.figure.get_figwidth() - (_LEGEND if self.figure.legends else 0.0)
+        lines = textwrap.wrap(self.title, int(_LETTERS_PER_INCH * width))
         title = self.figure.suptitle("\n".join(lines), x=0.005, ha="left", fontsize=10, fontweight="bold", color=INK)
         try:
             yield
@@ -139,8 +141,11 @@ def make_panels(count: int, height: float = 3.1, legend: bool = True) -> tuple[F
     """
     columns = min(count, 2)
     rows = -(-count // columns)
-    figure = Figure(figsize=(4.6 * columns + (1.1 if legend else 0.0), height * rows), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)[:count]
+    figure = Figure(figsize=(4.6 * columns + (_LEGEND if legend else 0.0), height * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for empty in panels[count:]:
+        empty.remove()
+    return figure, panels[:count]
 
 
 def draw_line(axes: Axes, results: Results, arm: str, x: np.ndarray, rows: np.ndarray, marker: str = "") -> None:

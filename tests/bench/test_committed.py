@@ -13,6 +13,7 @@ import pytest
 
 from ablation.learning_rates import arm_noises, sweep_result
 from ablation.looks import Looks
+from ablation.multipliers import multipliers, series
 from ablation.rank_agreement import agreements
 from ablation.report import comparison_rows
 from ablation.results import Results, read_results
@@ -105,7 +106,7 @@ def by_optimizer() -> Results:
     return read_results(BY_OPTIMIZER)
 
 
-@pytest.mark.parametrize("size", ["adamw", "muon"])
+@pytest.mark.parametrize("size", ["adamw", "muon", "adamw_4m"])
 def test_the_tables_of_the_optimizers_are_those_of_the_runs(by_optimizer, size):
     committed = [row for row in rows("comparisons.csv", BY_OPTIMIZER) if row["size"] == size]
     for row, found in zip(committed, comparison_rows(by_optimizer, size), strict=True):
@@ -117,7 +118,7 @@ def test_the_tables_of_the_optimizers_are_those_of_the_runs(by_optimizer, size):
         assert {name: row[name] for name in texts} == {name: str(found[name]) for name in texts}
 
 
-@pytest.mark.parametrize(("size", "heading"), [("adamw", "AdamW"), ("muon", "Muon")])
+@pytest.mark.parametrize(("size", "heading"), [("adamw", "AdamW"), ("muon", "Muon"), ("adamw_4m", "AdamW, 4M tokens")])
 def test_the_page_of_the_optimizers_is_that_of_the_runs(by_optimizer, size, heading):
     page = (BY_OPTIMIZER / "README.md").read_text(encoding="utf-8")
     losses = by_optimizer.losses(size)
@@ -148,11 +149,15 @@ def test_the_first_results_of_the_readme_are_those_of_the_runs(by_optimizer):
     relu2, swiglu, gelu = (
         next(c for c in by_optimizer.comparisons("adamw") if c.arm == arm) for arm in ("relu2", "swiglu", "gelu")
     )
+    longer = {c.arm: c for c in by_optimizer.comparisons("adamw_4m")}
+    assert {arm for arm, c in longer.items() if c.verdict is Verdict.BETTER} == {"relu2", "gelu"}
+    assert longer["swiglu"].verdict is Verdict.UNDECIDED
     for text in (
         f"{-nano.difference:.3f} nats per token better (3.3M parameters, 95%: {_positive(nano)})",
         f"{-small.difference:.3f} (5.1M, {_positive(small)})",
         f"ReLU² is better than ReLU by {-relu2.difference:.3f} nats per token (95%: {_positive(relu2)})",
         f"SwiGLU by {-swiglu.difference:.3f}, GELU by {-gelu.difference:.3f}; under Muon none is",
+        f"under AdamW ReLU² by {-longer['relu2'].difference:.3f}, GELU by {-longer['gelu'].difference:.3f}, SwiGLU undecided",
     ):
         assert text in readme
 
@@ -188,7 +193,15 @@ def _positive(comparison: Comparison) -> str:
     return f"{-high:.3f} to {-low:.3f}"
 
 
-def test_the_order_of_the_optimizers_is_that_of_the_runs(by_optimizer):
+def test_the_orders_and_the_multipliers_of_the_optimizers_are_those_of_the_runs(by_optimizer):
     page = (BY_OPTIMIZER / "README.md").read_text(encoding="utf-8")
-    [order] = agreements(by_optimizer)
-    assert f"{order.tau:.2f} (95%: {order.interval[0]:.2f} to {order.interval[1]:.2f})" in page
+    orders = agreements(by_optimizer)
+    assert [(order.one, order.other) for order in orders] == [("adamw", "adamw_4m"), ("adamw", "muon")]
+    text = " ".join(page.split())
+    for order in orders:
+        assert f"{order.tau:.2f} (95%: {order.interval[0]:.2f} to {order.interval[1]:.2f})" in text
+    [lengths] = series(by_optimizer)
+    worth = {arm: no_asymptote for arm, (no_asymptote, _) in multipliers(by_optimizer, lengths).items()}
+    for arm, name in {"relu2": "relu2", "swiglu": "SwiGLU", "gelu": "GELU"}.items():
+        low, high = worth[arm].interval
+        assert f"{name} {worth[arm].factor:.2f} ({low:.2f} to {high:.2f})" in text
