@@ -67,7 +67,7 @@ def comparable_places(results: Results) -> list[list[str]]:
     by_recipe = _sizes_by_recipe(results)
     by_compute = [{_baseline_compute(results, size): size for size in sizes} for sizes in by_recipe]
     common = set.intersection(*map(set, by_compute)) if by_compute else set()
-    of_each = sorted((max(common or of_recipe), of_recipe[max(common or of_recipe)]) for of_recipe in by_compute)
+    of_each = sorted(max(item for item in sizes.items() if not common or item[0] in common) for sizes in by_compute)
     places = [*_horizons(results).values(), *by_recipe, [size for _, size in of_each]]
     return [each for each in places if len(each) > 1]
 
