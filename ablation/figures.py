@@ -36,7 +36,7 @@ _VERDICT_COLOURS = {
     Verdict.UNDECIDED: "#8c8f9c",
     Verdict.BLOCKED: "#8c8f9c",
 }
-_BARS = "dots: seeds; bars: 95% intervals, thin for all arms at once;\nband: differences smaller than asked for"
+_BARS = "dots: seeds; bars: 95% intervals,\nthin for all arms at once;\nband: differences smaller than asked for"
 # Evaluations within a run mostly use a part of the held-out text, the final one all of it.
 _LOSS_AXIS = "evaluations, nats per token"
 

@@ -1,4 +1,4 @@
-"""Figures: no empty axes, and a title beside its legend."""
+"""Figures: no empty axes, a title beside its legend, and nothing written beyond the edge."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from ablation.drawing import STYLE, ReportFigure, draw_legend, make_panels
+from ablation.figures import draw
+from ablation.results import read_results
+from tests.training.tiny import ROOT
 
 LONG = "adamw, adamw_4m: relu needs 1.16 times relu2's compute (1.10 to 1.24), and swiglu 1.16 (1.03 to 1.31)"
 
@@ -32,3 +35,23 @@ def test_a_title_does_not_cover_the_legend(count):
             title, legend = figure._suptitle.get_window_extent(renderer), figure.legends[0].get_window_extent(renderer)
     assert title.width > 0 < legend.width
     assert not title.overlaps(legend)
+
+
+def test_no_figure_writes_beyond_its_edge():
+    figures = {drawn.name: drawn for drawn in draw(read_results(ROOT / "bench" / "results" / "optimizer_by_arm"))}
+    assert {"verdicts", "curves", "learning_rates", "scaling", "sizes"} <= figures.keys()
+    for name, drawn in figures.items():
+        with matplotlib.rc_context(STYLE), drawn._titled():
+            figure = drawn.figure
+            drawn._svg(), drawn._png()  # as a file is written: laid out for SVG, drawn as PNG with that layout
+            renderer = FigureCanvasAgg(figure).get_renderer()
+            texts = [figure._suptitle, *(text for legend in figure.legends for text in legend.get_texts())]
+            for axes in figure.axes:
+                texts += [axes.xaxis.label, axes.yaxis.label, axes.title, axes._left_title, axes._right_title]
+            boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts]
+        outside = [
+            text
+            for text, box in boxes
+            if text and (box.x0 < 0 or box.y0 < 0 or box.x1 > figure.bbox.x1 or box.y1 > figure.bbox.y1)
+        ]
+        assert not outside, name
