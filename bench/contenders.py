@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -212,8 +212,20 @@ def products_step(config: Config, shape: Shape, device: torch.device, dtype: tor
     def step(_: Tensor) -> None:
         for x, weight, gradient, times in operands:
             for _repeat in range(times):
-                torch.mm(x, weight.T)
-                torch.mm(gradient, weight)
-                torch.mm(gradient.T, x)
+                projection_products(x, weight, gradient)
 
     return step
+
+
+def projection_products(
+    x: Tensor, weight: Tensor, gradient: Tensor, out: Sequence[Tensor | None] = (None, None, None)
+) -> None:
+    """Multiply what a projection multiplies, forward and backward, for T tokens.
+
+    Args:
+        x: (T, in). weight: (out, in). gradient: of the result, (T, out).
+        out: where the result and the gradients of x and of the weight go; None: into new memory.
+    """
+    torch.mm(x, weight.T, out=out[0])
+    torch.mm(gradient, weight, out=out[1])
+    torch.mm(gradient.T, x, out=out[2])

@@ -25,6 +25,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from bench.contenders import projection_products
 from bench.tiny_models import error, in_three_ways, kept_bytes, logits_and_gradients, mlps, tiny, tokens
 from bench.train import machine
 from kernels.common.commands import run_command
@@ -139,15 +140,12 @@ def _pair(module: nn.Module, step: Callable[[nn.Module, Tensor], Any], x: Tensor
 def _products(layer: nn.Module, x: Tensor) -> Step:
     """Return the matrix products of a layer's projections, forward and backward, for as many tokens as x (T, d_model)."""
     weights = [module.weight.detach() for module in layer.modules() if isinstance(module, nn.Linear)]
-    pairs = [(x.new_ones(len(x), w.shape[1]), x.new_ones(len(x), w.shape[0]), w) for w in weights]
-    results = [[torch.empty_like(tensor) for tensor in pair] for pair in pairs]
+    operands = [(x.new_ones(len(x), w.shape[1]), w, x.new_ones(len(x), w.shape[0])) for w in weights]
+    results = [[torch.empty_like(tensor) for tensor in (gradient, x, w)] for x, w, gradient in operands]
 
     def step() -> None:
-        # (T, in), (T, out), (out, in), and as many results of these shapes
-        for (inputs, gradient, weight), (d_inputs, outputs, d_weight) in zip(pairs, results, strict=True):
-            torch.mm(inputs, weight.T, out=outputs)
-            torch.mm(gradient, weight, out=d_inputs)
-            torch.mm(gradient.T, inputs, out=d_weight)
+        for inputs, out in zip(operands, results, strict=True):
+            projection_products(*inputs, out)
 
     return step
 

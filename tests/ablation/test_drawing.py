@@ -43,7 +43,8 @@ def test_no_figure_writes_beyond_its_edge():
     for name, drawn in figures.items():
         with matplotlib.rc_context(STYLE), drawn._titled():
             figure = drawn.figure
-            drawn._svg(), drawn._png()  # as a file is written: laid out for SVG, drawn as PNG with that layout
+            drawn._svg()  # as a file is written: laid out for SVG, and drawn as PNG with that layout
+            drawn._png()
             renderer = FigureCanvasAgg(figure).get_renderer()
             texts = [figure._suptitle, *(text for legend in figure.legends for text in legend.get_texts())]
             for axes in figure.axes:
