@@ -131,6 +131,21 @@ def test_going_back_sets_later_checkpoints_aside_and_happens_once(train, corpus,
     assert CheckpointReader(run / "checkpoints" / "step_00000006").state["batches_hash"] == state["batches_hash"]
 
 
+def test_a_run_that_went_back_goes_on_once_that_checkpoint_is_pruned(train, corpus, tmp_path):
+    arguments = overrides(corpus, tmp_path, run="a", steps=8, save_every=2, eval_every=0, keep_last=2)
+    assert train([*arguments, "steps=4"])["status"] == 0
+    run, back = tmp_path / "a", [*arguments, "resume_from=step_2", "guard.skip_samples=20:24"]
+    result = train(back, "SIGTERM in step 5")
+    assert (result["status"], "stopped after step 7" in result["out"]) == (0, True), result
+    assert names(run) == ["step_00000004.set_aside", "step_00000006", "step_00000007"]
+    result = train(back)
+    assert (result["status"], "after step 7 of 8" in result["out"]) == (0, True), result
+    state = CheckpointReader(run / "checkpoints" / "step_00000008").state
+    assert (state["skipped_samples"], state["course"]) == ([[20, 24]], "step_2 20:24")
+    other = train([*arguments, "resume_from=step_2", "guard.skip_samples=20:25"])
+    assert (other["status"], "resume_from=step_2 names no checkpoint in" in other["err"]) == (2, True), other
+
+
 def test_a_checkpoint_that_is_not_there_is_refused_before_the_corpus_is_prepared(train, corpus, tmp_path):
     prepared = tmp_path / "prepared"
     result = train(overrides(corpus, tmp_path, data__prepared=prepared, resume_from="step_3", run="a", steps=6))
