@@ -142,6 +142,11 @@ def test_a_run_that_went_back_goes_on_once_that_checkpoint_is_pruned(train, corp
     assert (result["status"], "after step 7 of 8" in result["out"]) == (0, True), result
     state = CheckpointReader(run / "checkpoints" / "step_00000008").state
     assert (state["skipped_samples"], state["course"]) == ([[20, 24]], "step_2 20:24")
+    # Whoever goes on with the run by its name does not go back again, and what was left out stays left out.
+    result = train(["run=a", f"runs={tmp_path}", "steps=9", "guard.skip_samples=100:101"])
+    assert (result["status"], "after step 8 of 9" in result["out"]) == (0, True), result
+    state = CheckpointReader(run / "checkpoints" / "step_00000009").state
+    assert (state["skipped_samples"], state["course"]) == ([[20, 24], [100, 101]], "step_2 20:24")
     other = train([*arguments, "resume_from=step_2", "guard.skip_samples=20:25"])
     assert (other["status"], "resume_from=step_2 names no checkpoint in" in other["err"]) == (2, True), other
 
