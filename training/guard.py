@@ -190,9 +190,12 @@ class Guard:
             return (
                 "no checkpoint was saved before it: start another run (run=NAME) with a lower optim.lr or more warmup"
             )
-        position = CheckpointReader(newest).state["step"] * self._global_batch
-        skipped = self.stream.skipped
-        trained = skipped.number(position), skipped.number(self.recorder.step * self._global_batch)
-        samples = SampleRanges.of([trained]) if trained[0] < trained[1] else ""
-        left_out = f" guard.skip_samples={samples}" if samples else ""
+        state, skipped = CheckpointReader(newest).state, self.stream.skipped
+        position, now = (step * self._global_batch for step in (state["step"], self.recorder.step))
+        # A rewind leaves samples out in memory; the command has to repeat those that the checkpoint does not record.
+        recorded = SampleRanges.of(state.get("skipped_samples", [])).ranges
+        ranges = [each for each in skipped.ranges if each not in recorded]
+        if position < now:
+            ranges.append((skipped.number(position), skipped.number(now)))
+        left_out = f" guard.skip_samples={SampleRanges.of(ranges)}" if ranges else ""
         return f"to go on before it and leave its samples out: resume_from={newest.name}{left_out}"

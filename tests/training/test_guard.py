@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from conf.load import load
+from conf.schema import Config
 from data.batches import BatchStream, open_dataset, sample_hash
 from data.prepare import prepare
+from data.ranges import SampleRanges
 from model.health import damage
 from model.manifest import file_hash, write_manifest
-from model.weights import CheckpointReader, checkpoints, step_of
+from model.weights import FORMAT, CheckpointReader, checkpoints, step_of
 from tests.training.tiny import overrides
+from training import guard
 
 
 def names(run: Path) -> list[str]:
@@ -102,6 +107,35 @@ def test_a_run_without_a_gradient_ends(train, corpus, tmp_path):
     assert result["out"].count(f"the gradient of step {first['step']} is zero") == 1
     assert [line["reason"] for line in events(run, "save_refused")] == ["rank 0 has a gradient of zero"] * 2
     assert max(map(step_of, checkpoints(run / "checkpoints"))) == first["step"] - 1
+
+
+@pytest.mark.parametrize(
+    ("recorded", "in_memory", "step", "printed"),
+    [
+        ([], [], 3, "16:24"),
+        ([], [(16, 64)], 3, "16:72"),  # left out by a rewind to step 2, then one more step
+        ([(4, 8)], [(4, 8), (30, 40), (90, 99)], 4, "20:46,90:99"),
+        ([(4, 8)], [(4, 8), (20, 40)], 2, "20:40"),
+        ([(4, 8)], [(4, 8)], 2, ""),
+    ],
+)
+def test_the_way_on_repeats_what_the_checkpoint_does_not_record(
+    monkeypatch, tmp_path, recorded, in_memory, step, printed
+):
+    path = tmp_path / "step_00000002"
+    path.mkdir()
+    (path / "state.json").write_text(json.dumps({"format": FORMAT, "step": 2, "skipped_samples": recorded}))
+    (path / "index.json").write_text("{}")
+    monkeypatch.setattr(guard, "dist", SimpleNamespace(get_rank=lambda: 0, broadcast_object_list=lambda *_, **__: None))
+    stream, recorder = SimpleNamespace(skipped=SampleRanges.of(in_memory)), SimpleNamespace(step=step)
+    arguments: Any = (Config(), None, stream, recorder, tmp_path, 8, lambda: None)
+    sentence = str(guard.Guard(*arguments).diverged("it spikes"))
+    assert sentence.endswith("resume_from=step_00000002" + (f" guard.skip_samples={printed}" if printed else ""))
+    # Typed, they leave out what was left out in memory and what was trained on since.
+    typed = SampleRanges.of(recorded).extended(SampleRanges.parse(printed or None), 16)
+    trained = {int(number) for number in stream.skipped.numbers(np.arange(16, 8 * step))}
+    left_out = {number for first, end in typed.ranges for number in range(first, end)}
+    assert left_out == trained | {number for first, end in in_memory for number in range(first, end)}
 
 
 def test_going_back_sets_later_checkpoints_aside_and_happens_once(train, corpus, tmp_path):
