@@ -13,9 +13,12 @@ from importlib import metadata
 import pytest
 
 from conf.cluster_schema import ClusterConfig, HardwareConfig
+from conf.load import load
+from conf.shape import shape_of
 from kernels.common.errors import TryAgain
 from launch import doctor
 from launch.doctor import GREEN, RED, YELLOW, Finding, collective, main
+from launch.estimate.counts import checkpoint_bytes
 from launch.ranks import Ranks
 from tests.training.tiny import command, environment
 
@@ -62,6 +65,39 @@ def test_five_planted_faults_are_each_named(capsys, monkeypatch, tmp_path):
         assert lines[name].startswith("red "), lines[name]
         assert re.search(sentence, lines[name]), lines[name]
     assert {line.split()[0] for name, line in lines.items() if name not in expected} <= {"green", "yellow"}
+
+
+@pytest.mark.parametrize(
+    ("free", "held", "level", "says"),
+    [
+        (0.9, 0, RED, r"1\.3 GB free in .*, 5\.9 GB for 4 checkpoints$"),
+        (1.1, 0, YELLOW, r"for 4 checkpoints$"),
+        (4.1, 0, GREEN, r"for 4 checkpoints$"),
+        (1.1, 2, YELLOW, r"for 2 more checkpoints$"),
+        (1.1, 3, GREEN, r"for 1 more checkpoint$"),  # of a run that is queued again
+        (1.1, 9, GREEN, r"for 1 more checkpoint$"),
+        (0.9, 3, RED, r"for 1 more checkpoint$"),
+    ],
+)
+def test_a_run_needs_room_for_what_it_does_not_hold_yet(monkeypatch, tmp_path, free, held, level, says):
+    """`free` is in checkpoints of AdamW; keep_last=2, the best one and one being written are 4."""
+    config = load([f"runs={tmp_path}", "run=a", "model=llama_125m"])
+    size = checkpoint_bytes(shape_of(config), "adamw")
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, free * size))
+    folder = tmp_path / "a" / "checkpoints"
+    for number in range(held):
+        (folder / f"step_{number:08d}").mkdir(parents=True)
+    for other in ("step_00000009.set_aside", ".step_00000010.tmp") if held else ():
+        (folder / other).mkdir()
+    finding = doctor.space(config)
+    assert (finding.level, bool(re.search(says, finding.text))) == (level, True), finding
+    if level == RED and held:  # what an interrupted save left makes room when it is removed
+        with open(folder / ".step_00000010.tmp" / "rank_00000.safetensors", "wb") as file:
+            file.truncate(int(0.2 * size))
+        assert doctor.space(config).level == GREEN
+    smaller = load([f"runs={tmp_path}", "run=a", "model=llama_125m", "optim=muon"])
+    assert doctor.space(smaller).level != RED
 
 
 @pytest.mark.parametrize(
