@@ -158,12 +158,13 @@ def _combinations(config: Config, gpus: int, per_node: int) -> Iterator[Config]:
 
 
 def overrides_of(candidate: Estimate) -> list[str]:
-    """Return the overrides that select what `search` varies."""
+    """Return the overrides that select what `search` varies, and what `zero=STAGE` would undo of what it keeps."""
     tensor, stage, micro, checkpoints, overlap = candidate.choice
     overrides = [f"parallel.tensor={tensor}"]
     if tensor > 1:
         overrides.append("parallel.sequence=true")
-    overrides += [f"zero={stage}", f"micro_batch_size={micro}"]
+    offloads = [key for key in ("offload_optimizer", "offload_parameters") if getattr(candidate.config.zero, key)]
+    overrides += [f"zero={stage}", *(f"zero.{key}=true" for key in offloads), f"micro_batch_size={micro}"]
     overrides.append(f"zero.overlap={str(overlap).lower()}")
     return [*overrides, f"model.activation_checkpointing={str(checkpoints).lower()}"]
 

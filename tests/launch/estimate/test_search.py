@@ -9,7 +9,7 @@ import pytest
 
 from conf.cluster_schema import ClusterConfig, HardwareConfig
 from conf.load import load, read_group
-from launch.estimate.search import estimate, search, what_would_fit
+from launch.estimate.search import estimate, fast_then_small, overrides_of, search, what_would_fit
 
 H100, _ = read_group("cluster", ClusterConfig, ["cluster=h100"], "cluster")
 LLAMA = load(["model=llama3_8b", "ffn=swiglu"])
@@ -57,3 +57,17 @@ def test_when_nothing_fits_it_says_what_would(words, gpus, says):
     config = load(words)
     assert list(search(config, H100, gpus, 8)) == []
     assert re.search(says, what_would_fit(estimate(config, H100, gpus, 8)))
+
+
+@pytest.mark.parametrize(
+    "words", [["zero=0"], ["zero=1"], ["zero=2", "zero.offload_optimizer=true"], ["zero=3"], ["zero=offload"]]
+)
+def test_the_overrides_of_a_candidate_give_its_estimate(words):
+    found = sorted(search(load(["model=llama3_8b", *words]), H100, 2, 2), key=fast_then_small)
+    found = found or list(search(load(["model=llama_1b", *words]), H100, 2, 2))
+    for candidate in (found[0], next(each for each in found if each.config.parallel.tensor == 2)):
+        model = f"model={candidate.config.model.name}"
+        for beside in ([], words):  # typed in their place, or behind them
+            again = estimate(load([model, *beside, *overrides_of(candidate)]), H100, 2, 2)
+            assert again.memory == candidate.memory
+            assert again.step.total == candidate.step.total
