@@ -254,7 +254,9 @@ class ParallelConfig:
 class PrecisionConfig:
     """`precision=`: dtypes."""
 
-    name: str = key("auto", "auto (bf16 where the machine has bf16 instructions, else fp32) | bf16 | fp32 | fp8")
+    name: str = key(
+        "auto", "auto (bf16 where the machine has its instructions; else, and at zero=0, fp32) | bf16 | fp32 | fp8"
+    )
     reduce: str = key("fp32", "dtype of gradient reductions: fp32 | bf16", only="precision.name!=fp32")
     emulate: str = key(
         "none",

@@ -59,6 +59,18 @@ def test_when_nothing_fits_it_says_what_would(words, gpus, says):
     assert re.search(says, what_would_fit(estimate(config, H100, gpus, 8)))
 
 
+def test_the_dtype_is_that_of_training():
+    by_words = {words: estimate(load(["model=llama_125m", *words]), H100, 8, 8) for words in (
+        ("zero=0",), ("zero=0", "precision=fp32"), ("zero=1",), ("zero=1", "precision=bf16"), ("zero=1", "precision=fp8"),
+    )}  # fmt: skip
+    assert [each.precision for each in by_words.values()] == ["fp32", "fp32", "bf16", "bf16", "fp8"]
+    auto, fp32 = by_words["zero=0",], by_words["zero=0", "precision=fp32"]
+    assert (auto.memory, auto.step) == (fp32.memory, fp32.step)
+    assert all(each.precision == "bf16" for each in search(load(["model=llama_125m", "zero=0"]), H100, 8, 8))
+    without = dataclasses.replace(H100, hardware=dataclasses.replace(H100.hardware, bf16_flops=0.0))
+    assert estimate(load(["model=llama_125m"]), without, 8, 8).precision == "fp32"
+
+
 @pytest.mark.parametrize(
     "words", [["zero=0"], ["zero=1"], ["zero=2", "zero.offload_optimizer=true"], ["zero=3"], ["zero=offload"]]
 )
