@@ -36,6 +36,7 @@ from training.peak_speed import PeakSpeed
 from training.profiler import StepProfiler, copy_bandwidth, floors, part
 from training.prompts import prompts_of
 from training.recorder import RunRecorder
+from training.resume import dtype_change
 from training.rewind import course_of
 from training.runfolder import RunFolder
 from training.saves import Saves
@@ -118,6 +119,8 @@ class TrainingLoop:
             self.last_eval = None if loss is None else HeldOut(loss, tokens)
             self.recorder.repeats_evaluation = loss is None
         self.console.print(f"resuming {self.recorder.folder.path} after step {self.step} of {self.batch.steps}")
+        if changed := dtype_change(state, self.engine.dtype):
+            self.console.warn(changed)
         self._change_length(state.get("steps") or previous_steps, state.get("warmup_steps"))
 
     def _change_length(self, before: int | None, warmup: int | None) -> None:
@@ -372,6 +375,7 @@ class TrainingLoop:
             "wall_seconds": self._wall_seconds(),
             "run_id": self.run_id,
             "settings": self.settings,
+            "dtype": machine.dtype_name(self.engine.dtype),
         }
         # The last step's weights are the run's result, if they are finite.
         doubt = "" if self.step == self.batch.steps else self.guard.doubt(self.last_loss, self.last_norm)

@@ -77,6 +77,11 @@ def find_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if trains_in_bf16(config.precision.name, config.zero.stage, fast) else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name that `precision` has for a dtype to train in."""
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
+
+
 def describe(device: torch.device) -> str:
     """Return a short description of the device for the console."""
     if device.type == "cuda":

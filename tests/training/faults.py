@@ -93,5 +93,6 @@ FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "weights scaled by 1e8 after step 5": lambda: _poisoned(5, "", 1e8),
     "a gradient scaled by 1e8 in step 7": lambda: _scaled(7, 1e8),
     "SIGTERM in step 5": lambda: _scaled(5, 1.0, stopped=True),
+    "bf16 instructions": lambda: mock.patch("training.machine._cpu_has_bf16", return_value=True),
     "no memory": lambda: mock.patch.object(Engine, "train_step", _no_memory),
 }
