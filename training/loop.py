@@ -299,7 +299,7 @@ class TrainingLoop:
         config, held_out = self.config, None
         self.evaluation_missed = self._due(config.eval_every) and stopping and not last
         if last:
-            self._save(None)  # first: whatever fails in what follows, the weights are kept
+            self._save(None, stopping)  # first: whatever fails in what follows, the weights are kept
             self._evaluate_last()
             if not stopping:
                 self._sample()
@@ -311,7 +311,7 @@ class TrainingLoop:
         if self._due(config.sample_every) and not stopping:
             self._sample()
         if stopping or self._due(config.save_every):
-            self._save(held_out)
+            self._save(held_out, stopping)
         if stopping:
             self._join_save()
 
@@ -350,8 +350,8 @@ class TrainingLoop:
                 texts.append(generate(self.engine.logits, *arguments, device=self.engine.device))
         self.recorder.samples(texts)
 
-    def _save(self, held_out: HeldOut | None) -> None:
-        """Start to save a checkpoint; `held_out` is the evaluation of this step."""
+    def _save(self, held_out: HeldOut | None, stopping: bool) -> None:
+        """Start to save a checkpoint, the session's last one if it is stopping; `held_out` is the evaluation of this step."""
         watchdog.beat("save", self.step)
         self._record_telemetry()  # a run resumed from this checkpoint would not record it
         self._join_save()
@@ -378,7 +378,7 @@ class TrainingLoop:
             "dtype": machine.dtype_name(self.engine.dtype),
         }
         # The last step's weights are the run's result, if they are finite.
-        doubt = "" if self.step == self.batch.steps else self.guard.doubt(self.last_loss, self.last_norm)
+        doubt = "" if self.step == self.batch.steps else self.guard.doubt(self.last_loss, self.last_norm, stopping)
         self.saver.start(state, doubt)
 
     def _join_save(self) -> None:

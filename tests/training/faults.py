@@ -28,6 +28,15 @@ def _no_memory(*_: Any) -> Any:
 
 
 @contextlib.contextmanager
+def _together(*faults: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    """Enter faults one after the other: each replaces what the earlier ones have replaced."""
+    with contextlib.ExitStack() as stack:
+        for fault in faults:
+            stack.enter_context(fault())
+        yield
+
+
+@contextlib.contextmanager
 def _broken_text(number: int, ending: str) -> Iterator[None]:
     original = Path.write_text
 
@@ -93,6 +102,10 @@ FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "weights scaled by 1e8 after step 5": lambda: _poisoned(5, "", 1e8),
     "a gradient scaled by 1e8 in step 7": lambda: _scaled(7, 1e8),
     "SIGTERM in step 5": lambda: _scaled(5, 1.0, stopped=True),
+    "SIGTERM and an infinite gradient in step 5": lambda: _scaled(5, float("inf"), stopped=True),
+    "NaN in a weight after step 5, and SIGTERM in step 6": lambda: _together(
+        lambda: _poisoned(5, ""), lambda: _scaled(6, 1.0, stopped=True)
+    ),
     "bf16 instructions": lambda: mock.patch("training.machine._cpu_has_bf16", return_value=True),
     "no memory": lambda: mock.patch.object(Engine, "train_step", _no_memory),
 }

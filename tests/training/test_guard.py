@@ -96,6 +96,28 @@ def test_a_nan_in_a_weight_is_named_once_the_limit_is_reached(train, corpus, tmp
     assert all(line["grad_norm"] != line["grad_norm"] for line in skipped)  # NaN, and not infinite
 
 
+@pytest.mark.parametrize("zero", ["0", "1"])
+def test_a_run_that_stops_on_a_skipped_step_saves(train, corpus, tmp_path, zero):
+    arguments = overrides(corpus, tmp_path, run="a", steps=6, save_every=4, eval_every=0, zero=zero)
+    result = train(arguments, "SIGTERM and an infinite gradient in step 5")
+    assert (result["status"], "step 5 was skipped: its gradient is not finite" in result["out"]) == (0, True), result
+    assert "SIGTERM: stopped after step 5; the same command resumes the run" in result["out"]
+    run = tmp_path / "a"
+    assert names(run) == ["step_00000004", "step_00000005"]
+    before, stopped = (CheckpointReader(run / "checkpoints" / name) for name in names(run))
+    assert (before.state["optimizer_steps"], stopped.state["optimizer_steps"]) == (4, 4)
+    assert all(stopped.tensor(name).equal(before.tensor(name)) for name in before.shapes())
+    result = train(arguments)
+    assert (result["status"], "after step 5 of 6" in result["out"]) == (0, True), result
+
+
+def test_a_run_that_stops_while_a_weight_is_not_finite_saves_nothing(train, corpus, tmp_path):
+    arguments = overrides(corpus, tmp_path, run="a", steps=8, save_every=4, eval_every=0)
+    result = train(arguments, "NaN in a weight after step 5, and SIGTERM in step 6")
+    assert (result["status"], "rank 0 holds NaN in layers.1.ffn.down" in result["err"]) == (3, True), result
+    assert names(tmp_path / "a") == ["step_00000004"]
+
+
 def test_a_run_without_a_gradient_ends(train, corpus, tmp_path):
     """Weights so large that squares overflow: RMSNorm makes zeros of them, the loss is finite and stays what it is."""
     arguments = overrides(corpus, tmp_path, run="a", save_every=1, eval_every=0, guard__skip_limit=3)
