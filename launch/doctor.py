@@ -207,16 +207,17 @@ def optional_packages(config: Config) -> Iterator[Finding]:
 
 def compiler() -> Finding:
     """Compile a line of C with the flags of the kernels."""
+    # Without one training goes on in plain torch; on GPUs that wastes them, so a job must not start.
+    if installed_gpus() and (missing := triton_problem()):
+        return Finding(RED, "compiler", f"Triton cannot launch its kernels: {missing}")
     name = find_compiler()
     if name is None:
         return Finding(
-            RED,
+            YELLOW,
             "compiler",
             "there is no cc, gcc or clang: kernels run as plain torch, several times slower",
             "apt install gcc, or module load gcc, or set CC",
         )
-    if installed_gpus() and (missing := triton_problem()):
-        return Finding(RED, "compiler", f"Triton cannot launch its kernels: {missing}")
     with tempfile.TemporaryDirectory() as folder:
         command = [name, "-fopenmp", *FLAGS, "-", "-o", f"{folder}/a.so", "-lm"]
         done = subprocess.run(command, input="int one(void) { return 1; }\n", capture_output=True, text=True)

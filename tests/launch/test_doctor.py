@@ -49,14 +49,17 @@ def test_five_planted_faults_are_each_named(capsys, monkeypatch, tmp_path):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 1000))
     monkeypatch.setattr(sys, "version_info", (3, 9, 1, "final", 0))
+    monkeypatch.setattr(doctor, "installed_gpus", lambda: 0)
     monkeypatch.setenv("PATH", str(tmp_path))  # no compiler
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")  # and no RANK
     status, lines = quick(capsys, "model.attention=flash")
     assert status == 1
+    assert lines["compiler"].startswith(
+        "yellow compiler: there is no cc, gcc or clang: kernels run as plain torch, several"
+    )
     expected = {
         "Python": "3.9.1 is not 3.10 to 3.13 -> make PYTHON=",
-        "compiler": "there is no cc, gcc or clang",
         "disk space": r"0.0 GB free in .*, 0.\d GB for 4 checkpoints -> free disk space",
         "model.attention=flash": "flash_attn is not installed -> pip install flash-attn",
         "ranks": "RANK, LOCAL_RANK is not set although WORLD_SIZE is: every process would train alone -> start it by",
@@ -133,8 +136,14 @@ def test_packages_that_are_missing_or_old_are_named(monkeypatch):
     assert (found["sympy"].level, found["sympy"].text) == (YELLOW, "1.0 is not >=1.13")
 
 
-def test_on_a_gpu_python_h_is_needed(monkeypatch):
+def test_on_a_gpu_a_compiler_and_python_h_are_needed(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "installed_gpus", lambda: 8)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        patch.delenv("CC", raising=False)
+        finding = doctor.compiler()
+    text = "Triton cannot launch its kernels: there is no C compiler (apt install gcc, or module load gcc, or set CC)"
+    assert finding == Finding(RED, "compiler", text)
     monkeypatch.setattr(doctor, "triton_problem", lambda: "/usr/include has no Python.h (apt install python3.11-dev)")
     text = "Triton cannot launch its kernels: /usr/include has no Python.h (apt install python3.11-dev)"
     assert doctor.compiler() == Finding(RED, "compiler", text)
