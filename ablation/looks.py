@@ -59,9 +59,8 @@ class Looks:
             return 1.0
         if p < levels[0]:
             return float(p * _ALPHAS[0] / levels[0])
-        log_levels = np.log(
-            np.maximum(levels, 1e-300)
-        )  # the first may be 0: of the least error probability nothing is left
+        # The first may be 0: of the least error probability nothing is left.
+        log_levels = np.log(np.maximum(levels, 1e-300))
         return float(np.exp(np.interp(math.log(max(p, 1e-300)), [*log_levels, 0.0], [*np.log(_ALPHAS), 0.0])))
 
     def level_to_come(self, alpha: float, count: int, reached: int) -> float:

@@ -179,10 +179,9 @@ def _duration(plan: Plan, folder: Path) -> str:
         speeds = []
         for run in runs:
             summary = read_outcome(run, []).summary
-            flops_per_token, tokens, seconds = (
-                summary.get(k) or 0 for k in ("flops_per_token", "tokens", "wall_seconds")
-            )
-            if summary.get("status") == FINISHED and flops_per_token and tokens and seconds:
+            numbers = [summary.get(key) or 0 for key in ("flops_per_token", "tokens", "wall_seconds")]
+            if summary.get("status") == FINISHED and all(numbers):
+                flops_per_token, tokens, seconds = numbers
                 speeds.append(flops_per_token * tokens / seconds)
         if speeds:
             speed = statistics.median(speeds)
