@@ -123,11 +123,6 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
         raise
 
 
-def make_folder_of(path: str | os.PathLike[str]) -> None:
-    """Make the folder of a file that is written later: what takes minutes should not end for want of it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-
-
 def print_and_write(lines: Iterable[str], path: str | os.PathLike[str]) -> None:
     """Print lines as they come, then write them to a file."""
     kept = []
