@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import math
 import random
 import re
@@ -17,7 +16,6 @@ import torch
 from ablation.claims import Answer, judge, main, markdown, read_claims
 from ablation.criteria import CONTRADICTED, OPEN, SUPPORTED
 from ablation.manifest import read_manifest
-from ablation.measures import by_seed
 from ablation.multipliers import multipliers, series
 from ablation.outcomes import read_metrics, read_outcome
 from ablation.plan import Plan, PlannedRun
@@ -375,26 +373,6 @@ def test_an_arm_that_diverges_supports_no_claim_of_its_own(tmp_path):
     for text in ("SwiGLU beats ReLU", "SwiGLU converges in fewer steps"):
         found = answer(text, tmp_path, plan("relu", "swiglu"), {"swiglu": -0.05}, loss=diverges)
         assert found.state == OPEN
-
-
-# ------------------------------------------------------------------------------------------------------------- figures
-
-
-def test_figures_of_a_run_are_what_its_lines_say(tmp_path):
-    of_plan = plan("relu", "swiglu")
-    made = make(of_plan, tmp_path, losses({"swiglu": -0.05}, noise=0.0))
-    results = read_results(made)
-    runs = results.final_runs("nano", "swiglu")
-    [path] = (made / "runs").glob("nano-swiglu-*-seed0")
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    samples = [line for line in lines if line["kind"] == "telemetry"]
-    assert by_seed("max", runs)[0] == max(samples[-1]["max"])
-    assert by_seed("kurtosis", runs)[0] == pytest.approx(sum(samples[-1]["kurtosis"]) / 4)
-    assert by_seed("gradient_first_over_last", runs)[0] == samples[-1]["gradient_first_over_last"]
-    again, dead = sum(sum(sample["revived"]) / 4 for sample in samples[5:]), sum(samples[-1]["dead"]) / 4
-    assert by_seed("recovered", runs)[0] == pytest.approx(again / (again + dead))
-    assert by_seed("no such figure", runs) == {}
-    assert by_seed("final_eval_loss", runs) == results.losses("nano")["swiglu"]
 
 
 # -------------------------------------------------------------------------------------------------------- the command
