@@ -161,6 +161,8 @@ def holds_text_out(data: DataConfig) -> bool:
 def _check_values(values: dict[str, Any]) -> None:
     for name, allowed in _CHOICES.items():
         value = str(values[name]).lower() if isinstance(values[name], bool) else values[name]
+        if value not in allowed and "," in str(value):
+            raise UserError(f"{name}={value} has several values but takes one; --multirun sweeps")
         if value not in allowed:
             raise unknown(name, str(value), allowed)
     for name, value in values.items():
