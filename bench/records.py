@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kernels.common.errors import UserError
+from kernels.common.files import make_folder_of
 
 
 def claim_record(path: str | Path, argv: Iterable[str]) -> None:
@@ -18,10 +19,10 @@ def claim_record(path: str | Path, argv: Iterable[str]) -> None:
         argv: the arguments of the command, in which `out=` names the file if it is not the default one.
 
     Raises:
-        UserError: the file exists, is the default one, and the command has options.
+        UserError: the file exists, is the default one, and the command has options; or its folder cannot be made.
     """
     options = list(argv)
     named = any(option.removeprefix("--").startswith("out=") for option in options)
     if options and not named and Path(path).exists():
         raise UserError(f"{path} has other figures, which pages quote: write those of {' '.join(options)} to out=FILE")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder_of(path)

@@ -1,7 +1,8 @@
 """One reader of overrides, for plain runs and for sweeps: `GROUP=CHOICE` and `key=value`, in Hydra's grammar.
 
 Three conveniences are added to it: a text, such as a formula or a path, needs no second layer of quotes, a count may be typed
-as 1e9, 100k or 2B, and `--multirun` splits the values of a key at its outermost commas. `conf/load.py` composes what is read here.
+as 1e9, 100k or 2B, and `--multirun` splits the values of a key at its outermost commas. `conf/load.py` composes what is read
+here.
 """
 
 from __future__ import annotations

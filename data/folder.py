@@ -11,7 +11,7 @@ from typing import Any
 from conf.schema import DataConfig, TokenizerConfig
 from data.documents import PYTHON, fingerprint, parts, stamps
 from data.shards import FORMAT, INDEX, read_index
-from data.tokenizer import load_tokenizer
+from data.tokenizer import FILE_NAMES, load_tokenizer
 from data.train_tokenizer import TRAINER
 from kernels.common.errors import UserError
 
@@ -29,7 +29,7 @@ def folder_of(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
 
 def _folder(data: DataConfig, tokenizer: TokenizerConfig, corpus: str) -> Path:
     if tokenizer.path:
-        settings: Any = load_tokenizer(tokenizer.path, tokenizer.eos, tokenizer.bos).hash
+        settings: Any = load_tokenizer(tokenizer.path, tokenizer.eos, tokenizer.bos, tokenizer.kind).hash
     else:
         settings = [TRAINER, tokenizer.vocab_size, tokenizer.train_megabytes]
     held_out: Any = _held_out_settings(data)
@@ -57,14 +57,18 @@ def _check(data: DataConfig, tokenizer: TokenizerConfig) -> None:
         raise UserError("data.shard_megabytes and tokenizer.train_megabytes must be at least 1")
     if data.workers < 0:
         raise UserError(f"data.workers is a number of processes, or 0 for one per core, not {data.workers}")
-    if tokenizer.kind not in ("sentencepiece", "huggingface"):
+    if tokenizer.kind not in FILE_NAMES:
         raise UserError(f"tokenizer.kind is sentencepiece or huggingface, not {tokenizer.kind!r}")
     foreign = tokenizer.kind == "huggingface"
     if foreign and not tokenizer.path:
         raise UserError(
             "tokenizer=huggingface needs tokenizer.path, a tokenizer.json; only SentencePiece is trained here"
         )
-    if tokenizer.path and Path(tokenizer.path).is_file() and foreign != str(tokenizer.path).endswith(".json"):
+    if (
+        tokenizer.path
+        and Path(tokenizer.path).expanduser().is_file()
+        and foreign != str(tokenizer.path).endswith(".json")
+    ):
         right = "sentencepiece" if foreign else "huggingface"
         raise UserError(f"{tokenizer.path} does not fit tokenizer.kind={tokenizer.kind}; set tokenizer={right}")
 
