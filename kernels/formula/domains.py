@@ -29,7 +29,8 @@ def check_domains(formula: Formula) -> None:
     Raises:
         FormulaError: the message points at the place.
     """
-    Domains(formula.text, formula.fixed).of(formula.tree, ranges_of(formula))
+    domains = Domains(formula)
+    domains.of(formula.tree, domains.ranges)
 
 
 def ranges_of(formula: Formula) -> dict[str, Interval]:
@@ -54,13 +55,15 @@ _OPERATORS: dict[str, Callable[..., Interval]] = {
 class Domains:
     """Interval arithmetic over the tree of one formula.
 
-    Args:
-        text: the formula.
-        fixed: its fixed parameters.
+    Attributes:
+        ranges: the intervals of its symbols, which a branch of `where` narrows for what is computed channel by channel.
+            Reductions ignore that: they run over all channels of every token, whichever of them take the branch, and where
+            none does, backward multiplies their slopes by 0, which does not silence a NaN. So a condition on a parameter
+            counts for nothing there either.
     """
 
-    def __init__(self, text: str, fixed: Mapping[str, float]) -> None:
-        self.text, self.fixed = text, fixed
+    def __init__(self, formula: Formula) -> None:
+        self.text, self.fixed, self.ranges = formula.text, formula.fixed, ranges_of(formula)
         self.numbers: dict[int, Fraction | None] = {}  # by the id of the node
 
     def refuse(self, reason: str, node: Node) -> FormulaError:
@@ -73,7 +76,7 @@ class Domains:
         if node.kind == "symbol":
             return ranges[str(node.value)]
         if node.kind == "reduce":
-            return self.reduction(node, self.of(node.arguments[0], ranges))
+            return self.reduction(node, ranges)
         if node.value == "where":
             return self.where(node, ranges)
         parts = [self.of(argument, ranges) for argument in node.arguments]
@@ -95,6 +98,10 @@ class Domains:
             narrowed = self.narrow(condition, sides, ranges, holds)
             if narrowed is not None:
                 branches.append(self.of(branch, narrowed))
+                continue
+            for part in branch.walk():  # no channel takes the branch, and its reductions are computed all the same
+                if part.kind == "reduce":
+                    self.reduction(part, self.ranges)
         return functools.reduce(intervals.either, branches)
 
     def narrow(
@@ -165,8 +172,11 @@ class Domains:
             raise self.refuse(f"this number is too {bound} for floating-point arithmetic", node)
         return exact
 
-    def reduction(self, node: Node, inside: Interval) -> Interval:
-        """Return an interval of a reduction over at most `intervals.WIDEST` channels, of an argument in `inside`."""
+    def reduction(self, node: Node, ranges: Mapping[str, Interval]) -> Interval:
+        """Return an interval of a reduction over at most `intervals.WIDEST` channels, where a channel has these ranges."""
+        inside = self.of(node.arguments[0], self.ranges)
+        if node.value == "norm" and ranges is not self.ranges:  # the numerator is the channel's own
+            inside = self.of(node.arguments[0], ranges)
         name, epsilon = str(node.value), EPSILON if node.value == "norm" else 0.0
         if node.arguments[1:]:
             given = self.number(node.arguments[1])

@@ -70,7 +70,7 @@ def points(formula: Formula, draw: random.Random, count: int) -> dict[str, np.nd
 
 def check_every_node(formula: Formula, values: Mapping[str, np.ndarray]) -> None:
     """Assert that every node's values, computed in float64, are inside its interval, wherever `where` reaches the node."""
-    domains = Domains(formula.text, formula.fixed)
+    domains = Domains(formula)
 
     def visit(node: Node, at: Mapping[str, np.ndarray], ranges: Mapping[str, Interval]) -> np.ndarray:
         size = len(next(iter(at.values())))

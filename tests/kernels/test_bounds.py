@@ -130,7 +130,7 @@ def test_a_condition_is_visited_once_per_level():
 
     def visits(depth: int) -> int:
         formula = parse(nested("where(x > @, 1, 0)", depth))
-        domains = Counted(formula.text, formula.fixed)
+        domains = Counted(formula)
         domains.of(formula.tree, ranges_of(formula))
         return domains.visits
 

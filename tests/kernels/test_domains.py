@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from random_formulas import check_every_node, points, random_formula
 
 from kernels import FormulaError, activation, parse
@@ -102,6 +103,62 @@ def test_what_stays_inside_is_accepted(text):
     check_domains(parse(text))
 
 
+B, SCHEDULED = {"b": {"init": 1.0}}, {"t": {"schedule": "linear", "from": 0, "to": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "parameters", "caret"),
+    [
+        ("where(x > 0, x*log(mean(x)), 0)", {}, "mean(x)), 0)"),
+        ("where(x > 0, x/mean(x), 0)", {}, "mean(x), 0)"),
+        ("where(x > 0, x/rms(x), 0)", {}, "rms(x), 0)"),
+        ("where(x > 0, x, x*log(-max(x)))", {}, "-max"),
+        ("where(x > 0, x*mean(log(x)), 0)", {}, "x)), 0)"),
+        ("where(x > 0, norm(log(x)), 0)", {}, "x)), 0)"),
+        ("where(gate > 0, up*log(mean(gate)), 0)", {}, "mean(gate)), 0)"),
+        ("x*mean(where(x > 0, log(sum(x)), 0))", {}, "sum(x)), 0"),
+        ("where(x > 0, where(x > 1, x*log(min(x)), 0), 0)", {}, "min(x)), 0)"),
+        ("where(x > 0, x*mean(b*log(b)), 0) + where(b > 0, x, 0)", {"b": {"init": 1, "share": "channel"}}, "b)), 0)"),
+        # Backward multiplies by 0 what a branch that nobody takes reduces, and 0 times NaN is NaN.
+        ("where(b > 0, x*mean(x*log(b)), x)", B, "b)), x)"),
+        ("where(t > 0.5, x*mean(x*sqrt(t - 0.5)), x)", SCHEDULED, "- 0.5))"),
+        ("where(a > 0, x, x*mean(x*log(a - 2)))", {"a": 1.0}, "- 2)))"),
+        ("where(x > 20000, x*mean(x*log(x)), x)", {}, "x)), x)"),
+        ("x*mean(where(x > 20000, x*mean(x*log(x)), x))", {}, "x)), x))"),
+    ],
+)
+def test_a_condition_counts_for_nothing_inside_a_reduction_in_its_branches(text, parameters, caret):
+    with pytest.raises(FormulaError, match=r"requires an argument above 0|can hit zero") as caught:
+        check_domains(parse(text, parameters))
+    assert text[caught.value.place :].startswith(caret)
+
+
+@pytest.mark.parametrize(
+    ("text", "parameters"),
+    [
+        ("x*mean(where(x > 0, log(x), 0))", {}),
+        ("where(x > 0, x*mean(where(x > 0, log(x), 0)), 0)", {}),
+        ("where(x > 0, log(x)*mean(x), 0)", {}),
+        ("where(x > 0, x*log(max(mean(x), 0.1)), 0)", {}),
+        ("where(x > 0, log(norm(x)), 0)", {}),  # of the channel's own x over a root mean square of all
+        ("where(x > 0, x/norm(x), 0)", {}),
+        ("where(b > 0, log(b)*mean(x), x)", B),
+        ("where(t > 0.5, sqrt(t)*x*mean(x), x)", SCHEDULED),
+        ("where(x > 20000, x*log(x)*mean(x), x)", {}),
+    ],
+)
+def test_a_condition_counts_beside_a_reduction_and_where_it_is_inside_of_it(text, parameters):
+    formula = parse(text, parameters)
+    check_domains(formula)
+    pre = torch.linspace(-3, 3, 64, dtype=torch.float64).reshape(4, 16).requires_grad_()
+    for value in (-1.0, 0.0, 1.0):
+        tensors = {name: torch.full((1,), value, dtype=torch.float64) for name in formula.tensors}
+        h = activation(formula, backend="reference")(pre, **tensors)
+        (gradient,) = torch.autograd.grad(h.sum(), pre)
+        assert h.isfinite().all()
+        assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("text", "low", "high"),
     [
@@ -115,7 +172,7 @@ def test_what_stays_inside_is_accepted(text):
 )
 def test_intervals_are_tight(text, low, high):
     formula = parse(text)
-    domains = Domains(formula.text, formula.fixed)
+    domains = Domains(formula)
     assert domains.of(formula.tree, ranges_of(formula)) == pytest.approx((low, high), rel=1e-7)
 
 
