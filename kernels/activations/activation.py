@@ -65,7 +65,7 @@ class Activation:
     def compiled(self) -> Compiled:
         return compile_formula(self.formula)
 
-    def __call__(self, pre: Tensor, **learned: Tensor) -> Tensor:
+    def __call__(self, pre: Tensor, /, **learned: Tensor) -> Tensor:
         """Return h (..., d_ff) of `pre`, which is (..., d_ff), or (..., 2, d_ff) for a gated formula (gate first).
 
         Raises:

@@ -25,7 +25,7 @@ def plain(formula: Formula, hold: bool = False) -> Callable[..., Tensor]:
         hold: whether reductions over d_ff are constants to autograd, as they are in telemetry.
     """
 
-    def h(pre: Tensor, **learned: Tensor) -> Tensor:
+    def h(pre: Tensor, /, **learned: Tensor) -> Tensor:  # a parameter may be named pre
         values: dict[str, Value] = {**formula.fixed, **{name: value.to(pre.dtype) for name, value in learned.items()}}
         if formula.gated:
             values |= {"gate": pre[..., 0, :], "up": pre[..., 1, :]}

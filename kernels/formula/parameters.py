@@ -10,6 +10,25 @@ from typing import Any
 
 LARGEST, LARGEST_IN_FP32 = sys.float_info.max, 3.4e38
 SCHEDULES = ("linear", "cosine")
+# The attributes of torch.nn.ParameterDict, which holds a layer's learned parameters as attributes beside its own. Written out,
+# because formulas are read without torch, and alike under every version of it.
+_ATTRIBUTES = frozenset(
+    """
+    T_destination _apply _backward_hooks _backward_pre_hooks _buffers _call_impl _compiled_call_impl _forward_hooks
+    _forward_hooks_always_called _forward_hooks_with_kwargs _forward_pre_hooks _forward_pre_hooks_with_kwargs
+    _get_backward_hooks _get_backward_pre_hooks _get_name _is_full_backward_hook _key_to_attr _keys _load_from_state_dict
+    _load_state_dict_post_hooks _load_state_dict_pre_hooks _maybe_warn_non_full_backward_hook _modules _named_members
+    _non_persistent_buffers_set _parameters _register_load_state_dict_pre_hook _register_state_dict_hook
+    _replicate_for_data_parallel _save_to_state_dict _slow_forward _state_dict_hooks _state_dict_pre_hooks _version
+    _wrapped_call_impl add_module apply bfloat16 buffers call_super_init children clear compile copy cpu cuda double
+    dump_patches eval extra_repr float forward fromkeys get get_buffer get_extra_state get_parameter get_submodule half ipu
+    items keys load_state_dict modules mtia named_buffers named_children named_modules named_parameters parameters pop popitem
+    register_backward_hook register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook
+    register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module
+    register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule
+    setdefault share_memory state_dict to to_empty train training type update values xpu zero_grad
+    """.split()  # noqa: SIM905 (a list literal would be three times as long)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +135,11 @@ def read_parameter(name: str, value: Any) -> float | Learned | Scheduled:
 
 
 def _learned(name: str, given: Mapping[str, Any]) -> Learned:
+    if name in _ATTRIBUTES or (name.startswith("__") and name.endswith("__")):
+        raise ValueError(
+            f"a learned parameter cannot be named {name!r}, which torch.nn.ParameterDict has as an attribute of its own: "
+            "choose another name"
+        )
     settings = {"share": "layer", **given}
     if settings.keys() - {"groups"} != {"init", "share"}:
         keys = ", ".join(map(str, given)) or "nothing"
