@@ -32,7 +32,10 @@ def plain(formula: Formula, hold: bool = False) -> Callable[..., Tensor]:
         else:
             values["x"] = pre
         result = _value(formula.tree, values, pre.dtype, hold)
-        return result.expand(pre.select(-2, 0).shape if formula.gated else pre.shape) if formula.reduces else result
+        shape = pre.select(-2, 0).shape if formula.gated else pre.shape
+        if not isinstance(result, Tensor):  # where(a > 0, x, 0) with a fixed a below 0
+            return pre.new_full(shape, result)
+        return result if result.shape == shape else result.expand(shape)
 
     return h
 

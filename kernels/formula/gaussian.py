@@ -70,6 +70,7 @@ class _Normal:
         return self.width * np.sum(self.weights * values)
 
     def top(self, values: Any) -> tuple[Any, Any]:
+        values = np.broadcast_to(values, self.weights.shape)  # a parameter of each channel starts as one number
         order = np.argsort(values)
         below = np.cumsum(self.weights[order])
         return values[order[min(np.searchsorted(below, 1 - 1 / self.width), len(order) - 1)]], -1
