@@ -12,7 +12,7 @@ from .grammar import Formula, FormulaError
 from .program import Lowering, Program, keep_nan
 from .reductions import COLUMN, Collector, Pass, Reduction, Reductions, symbol
 from .rows import check_overflow_in_rows
-from .safety import check_from_output, check_overflow, loses_nan
+from .safety import check_from_output, check_numbers, check_overflow, loses_nan
 from .symbolic import abs, exp, plain_algebra, to_sympy, where, where_ge, without_double_steps
 
 MOST_LINES = 400  # of forward and backward together; the arms of conf/ffn take up to 37
@@ -181,6 +181,8 @@ def _compile(formula: Formula) -> Compiled:
             check_overflow_in_rows(formula, programs, reductions)
         else:
             check_overflow(formula, programs)
+        for program in (both, *(each.program for each in (*reductions.forward, *reductions.backward))):
+            check_numbers(formula, program)
         keep = loses_nan(formula, forward)
         from_output = _from_output(formula, forward, backward)
         slopes = {name: gradients.slope(name) for name in names}

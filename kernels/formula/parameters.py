@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LARGEST, LARGEST_IN_FP32 = sys.float_info.max, 3.4e38
+SMALLEST_IN_FP32 = 2.0**-126  # with all digits; what is smaller loses them one by one
 SCHEDULES = ("linear", "cosine")
 # The attributes of torch.nn.ParameterDict, which holds a layer's learned parameters as attributes beside its own. Written out,
 # because formulas are read without torch, and alike under every version of it.
@@ -187,6 +188,8 @@ def _scheduled(name: str, given: Mapping[str, Any]) -> Scheduled:
 def _refuse_beyond_fp32(what: str, number: float) -> None:
     if abs(number) > LARGEST_IN_FP32:
         raise ValueError(f"{what} {number:g}, beyond 32-bit arithmetic, which ends at 3.4e38")
+    if 0 < abs(number) < SMALLEST_IN_FP32:
+        raise ValueError(f"{what} {number:g}, too small for 32-bit arithmetic, which begins at 1.2e-38: write 0")
 
 
 def _number(name: str, number: Any) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
@@ -243,10 +244,13 @@ class _Parser:
     def atom(self) -> Node:
         token, place = self.token, self.place
         if self.kind == "number":
-            if math.isinf(float(token)):
+            number = float(token)
+            if math.isinf(number):
                 raise self.error(f"the number {token} is too large", place)
+            if number < sys.float_info.min and re.search("[1-9]", re.split("[eE]", token)[0]):
+                raise self.error(f"the number {token} is too small", place)
             self.advance()
-            return Node("number", float(token), (), place)
+            return Node("number", number, (), place)
         if self.take("("):
             inside = self.expression()
             self.expect(")", f"to close the bracket opened at character {place + 1}")

@@ -18,6 +18,7 @@ import numpy as np
 from .domains import LEARNED_REACH, REACH
 from .functions import REGISTRY, implementation
 from .grammar import EPSILON, Formula, FormulaError, Node
+from .parameters import SMALLEST_IN_FP32
 from .program import Program, run
 
 COARSE = (0.0, *(s * m for m in (1e-3, 0.7, 5.0, 20.0, 100.0, 1e3, REACH) for s in (1, -1)))
@@ -80,6 +81,40 @@ def _check_points(
                     formula.text,
                     first_overflow(formula, at),
                 )
+
+
+def check_numbers(formula: Formula, program: Program) -> None:
+    """Refuse a program that computes with a number that 32-bit arithmetic does not have.
+
+    A factor of 1e-46 is 0 there, and one of 1e-40 has five digits; 1e39 as a term makes everything infinite. What such a
+    number is compared with, or bounded by, is as it should be, and so is what it is added to if it is small.
+
+    Raises:
+        FormulaError: with the number, and its place if the formula has it as it is.
+    """
+    for line in program.lines:
+        for number in (abs(argument) for argument in line.arguments if not isinstance(argument, str)):
+            large = number > OVERFLOWS and line.operation not in _ORDER
+            small = 0 < number < SMALLEST_IN_FP32 and line.operation not in (*_ORDER, "add", "sub")
+            if large or small:
+                limit = "whose largest is 3.4e38" if large else "which has all digits of a number from 1.2e-38 on"
+                raise FormulaError(
+                    f"the kernels would compute with the number {number:g} in 32-bit arithmetic, {limit}",
+                    formula.text,
+                    _place_of(number, formula),
+                )
+
+
+_ORDER = ("gt", "ge", "max", "min", "select", "keep_nan")  # operations that return an operand as it is, or compare
+
+
+def _place_of(number: float, formula: Formula) -> int:
+    """Return where a formula has a number, itself or as a fixed parameter; 0 where it was made of others."""
+    values = (
+        (node.value if node.kind == "number" else formula.fixed.get(str(node.value)), node.place)
+        for node in formula.tree.walk()
+    )
+    return next((place for value, place in values if isinstance(value, float) and abs(value) == number), 0)
 
 
 def _at(values: Any, index: Any) -> Any:
