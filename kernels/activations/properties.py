@@ -87,7 +87,7 @@ def saved_by_eager(formula: Formula, itemsize: int = 2) -> tuple[int, int]:
     The down projection saves h, whatever computes the activation.
     """
     width, dtype = 4096, {2: torch.bfloat16, 4: torch.float32}[itemsize]
-    pre = torch.randn((1, 2, width) if formula.gated else (1, width), dtype=dtype).requires_grad_()
+    pre = torch.ones((1, 2, width) if formula.gated else (1, width), dtype=dtype).requires_grad_()
     learned = {name: torch.full((1,), p.init, requires_grad=True) for name, p in formula.tensors.items()}
     nbytes: dict[int, int] = {}  # by address of the storage
     alive: list[Tensor] = []  # the address of a freed storage could be used again

@@ -80,8 +80,9 @@ def check_overflow_in_rows(formula: Formula, programs: Mapping[str, Program], re
         huge = ~_moderate(_results(programs, reductions, wide, NUMPY | {"number": np.float64}))
         for row in np.flatnonzero((lost & ~huge).any(-1))[:_MOST_EXACT]:
             at = {name: value[row] if np.ndim(value) else value for name, value in values.items()}
-            exact = {name: np.vectorize(_mpf, otypes=[object])(value) for name, value in at.items()}
-            truths = _results(programs, reductions, exact, _exact())
+            operations = _exact()
+            exact = {name: np.vectorize(operations["number"], otypes=[object])(value) for name, value in at.items()}
+            truths = _results(programs, reductions, exact, operations)
             for (kind, result), truth in zip(
                 _results(programs, reductions, at, NUMPY).items(), truths.values(), strict=True
             ):
@@ -125,17 +126,14 @@ def _moderate(results: Mapping[Any, np.ndarray]) -> np.ndarray:
     return np.all([~(np.abs(result) >= OVERFLOWS) for result in results.values()], axis=0)
 
 
-def _mpf(value: Any) -> Any:
-    import mpmath
-
-    return mpmath.mpf(float(value))
-
-
 @functools.cache
 def _exact() -> dict[str, Callable[..., Any]]:
     """Return the operations of a program over arrays of numbers with 30 digits."""
     exact = exact_operations()
-    return {name: np.frompyfunc(exact[name], count, 1) for name, count in OPERATIONS.items()} | {"number": _mpf}
+    number = exact["number"]
+    return {name: np.frompyfunc(exact[name], count, 1) for name, count in OPERATIONS.items()} | {
+        "number": lambda value: number(float(value))
+    }
 
 
 @functools.cache

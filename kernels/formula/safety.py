@@ -251,11 +251,13 @@ _REDUCTIONS: dict[str, Callable[..., Any]] = {  # by the names of the grammar
 }
 
 
+@functools.cache
 def exact_operations() -> dict[str, Callable[..., Any]]:
     """Return the operations of a program on numbers with 30 digits."""
-    import mpmath
+    from mpmath import MPContext
 
-    mpmath.mp.dps = 30
+    mpmath = MPContext()  # of our own: the module's precision belongs to the user's code, and its threads
+    mpmath.dps = 30
     real = _Real(mpmath)
     return {
         "number": mpmath.mpf,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
+import mpmath
 import pytest
 import torch
 
-from kernels import FormulaError, activation, parse
+from kernels import FormulaError, activation, parse, show
 from kernels.activations.eager import plain
 from kernels.catalogue import arms
 from kernels.catalogue.likeness import likeness
@@ -92,3 +93,17 @@ def test_a_number_whose_rounding_changes_nothing_is_accepted(text):
     torch.testing.assert_close(
         activation(text, backend="c")(pre).double(), activation(text)(pre.double()), rtol=1e-6, atol=1e-30
     )
+
+
+@pytest.mark.parametrize(("text", "truth"), [("exp(x)*exp(-x)*x", 100), ("norm(x**5)", "1e+20")])
+def test_checks_with_30_digits_leave_the_precision_of_mpmath_as_it_is(text, truth):
+    with mpmath.workdps(7):
+        with pytest.raises(FormulaError, match=re.escape(f"where it is {truth}")):
+            assert compile_formula(parse(text))
+        assert mpmath.mp.dps == 7
+
+
+def test_looking_at_a_formula_draws_no_random_numbers():
+    state = torch.get_rng_state()
+    show.main(["x*sigmoid(b*x)*norm(x)", "b=learned:1"])
+    assert torch.equal(torch.get_rng_state(), state)
