@@ -16,31 +16,37 @@ from data.train_tokenizer import TRAINER
 from kernels.common.errors import UserError
 
 
-def folder_of(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
-    """Return the folder of a prepared corpus; its name holds a hash of everything that determines its content."""
+def folder_of(data: DataConfig, tokenizer: TokenizerConfig, beside: str = "") -> Path:
+    """Return the folder of a prepared corpus; its name holds a hash of everything that determines its content.
+
+    Args:
+        beside: of a part of a blend, `Blend.beside`.
+    """
     _check(data, tokenizer)
-    folder = _folder(data, tokenizer, fingerprint(data))
+    folder = _folder(data, tokenizer, fingerprint(data), beside)
     if not is_complete(folder) and data.source not in (*PYTHON, "hf"):
-        earlier = _folder(data, tokenizer, stamps(data))  # version 0.1 named it by the place of the files
+        earlier = _folder(data, tokenizer, stamps(data), beside)  # version 0.1 named it by the place of the files
         if is_complete(earlier):
             return earlier
     return folder
 
 
-def _folder(data: DataConfig, tokenizer: TokenizerConfig, corpus: str) -> Path:
+def _folder(data: DataConfig, tokenizer: TokenizerConfig, corpus: str, beside: str = "") -> Path:
     if tokenizer.path:
         settings: Any = load_tokenizer(tokenizer.path, tokenizer.eos, tokenizer.bos).hash
     else:
         settings = [TRAINER, tokenizer.vocab_size, tokenizer.train_megabytes]
-    held_out: Any = _held_out_settings(data)
+    held_out: Any = held_out_settings(data)
     if data.source == "blend":
-        held_out = {name: _held_out_settings(part) for name, (_, part) in parts(data).items()}
-    known = json.dumps([FORMAT, corpus, settings, held_out], sort_keys=True)
+        held_out = {name: held_out_settings(part) for name, (_, part) in parts(data).items()}
+        # Up to 0.3 a part was trained on what another one held out: those folders have other names.
+        beside = "apart" if len(held_out) > 1 and any(held_out.values()) else ""
+    known = json.dumps([FORMAT, corpus, settings, held_out, *([beside] if beside else [])], sort_keys=True)
     name = re.sub(r"[^\w.-]+", "-", data.name) or "corpus"
     return Path(data.prepared).expanduser() / f"{name}-{hashlib.blake2b(known.encode(), digest_size=4).hexdigest()}"
 
 
-def _held_out_settings(data: DataConfig) -> Any:
+def held_out_settings(data: DataConfig) -> Any:
     """Return the settings that decide what is held out; those of 0.2 as they were then, so that folders keep their names."""
     if data.held_out and data.held_out_files:
         own: list[Any] = [data.held_out_files, data.held_out_kib]
