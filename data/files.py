@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import lzma
 import os
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,11 +48,11 @@ def find_files(paths: Any, suffixes: tuple[str, ...] | None) -> list[File]:
 
     Args:
         paths: a file, a glob (`**` descends), a folder (searched to the bottom, links followed, hidden names left out), the
-            URL of any of these, or a list of them.
+            URL of any of these, or a list of them. Pipes, sockets and devices are left out of globs and folders.
         suffixes: what a folder is searched for, before `.gz` and the like; None: every file.
 
     Raises:
-        UserError: one of them means no file, or a folder cannot be read.
+        UserError: one of them means no file, or no regular one, or a folder cannot be read.
     """
     kinds = "files" if suffixes is None else " or ".join(suffixes) + " files"
     found: dict[str, File] = {}  # by the file that a path leads to
@@ -73,6 +74,8 @@ def _find_local(entry: str, suffixes: tuple[str, ...] | None, kinds: str) -> lis
             raise UserError(f"the folder {path} holds no {kinds}")
         return files
     if path.exists():
+        if is_special(path):
+            raise UserError(f"{path} is a pipe, socket or device, and text is read several times: write it into a file")
         return [path]
     if glob.has_magic(entry):
         files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
@@ -91,6 +94,15 @@ def _wanted(name: str, suffixes: tuple[str, ...] | None) -> bool:
     return not name.startswith(".") and (suffixes is None or plain.suffix.lower() in suffixes)
 
 
+def is_special(path: Path) -> bool:
+    """Return whether a path leads to a pipe, a socket or a device: opening a pipe may wait for a writer for ever."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # whoever opens it says why it cannot be read
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
 def _walk(folder: Path, suffixes: tuple[str, ...] | None) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
@@ -104,8 +116,9 @@ def _walk(folder: Path, suffixes: tuple[str, ...] | None) -> Iterator[Path]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if _wanted(name, suffixes):
-                yield Path(where, name)
+            path = Path(where, name)
+            if _wanted(name, suffixes) and not is_special(path):
+                yield path
 
 
 def stamp(path: File) -> list[Any]:
