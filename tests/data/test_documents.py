@@ -19,6 +19,7 @@ import pytest
 from conf.schema import DataConfig
 from data import documents as module
 from data.documents import documents, fingerprint, parts, stamps
+from data.files import find_files
 from kernels.common.errors import UserError
 
 zstandard = pytest.importorskip("zstandard")
@@ -262,6 +263,24 @@ def test_linked_folders_are_read_once_each(tmp_path):
     assert sorted(texts("text", str(tmp_path / "data"))) == ["data/own", "elsewhere"]
     both = [str(tmp_path / "data"), str(tmp_path / "elsewhere" / "a.txt"), os.path.relpath(tmp_path / "data")]
     assert sorted(texts("text", both)) == ["data/own", "elsewhere"]
+
+
+def test_a_glob_descends_into_each_real_folder_once(tmp_path):
+    def names(pattern: str) -> list[str]:
+        return [os.path.relpath(str(file), tmp_path) for file in find_files(str(tmp_path / pattern), None)]
+
+    for where in ("own/deep", "outside"):
+        (tmp_path / where).mkdir(parents=True)
+        (tmp_path / where / "a.txt").write_text(where)
+    (tmp_path / "own" / "around").symlink_to(tmp_path / "own")
+    (tmp_path / "own" / "linked").symlink_to(tmp_path / "outside")
+    assert names("own/**/*.txt") == ["own/deep/a.txt", "own/linked/a.txt"]  # not own/around/around/...
+    (tmp_path / "own" / "deep" / "up").symlink_to(tmp_path)  # in all orders of two links a search would never end
+    (tmp_path / "own" / "deep" / "and").symlink_to(tmp_path / "own")
+    assert names("own/**/*.txt") == ["own/deep/a.txt", "own/deep/up/outside/a.txt"]
+    assert names("**/deep/**/a.*") == ["own/deep/a.txt", "own/deep/and/linked/a.txt"]
+    assert names("**/**") == ["outside/a.txt", "own/deep/a.txt"]
+    assert names("*/**/deep/*") == ["own/deep/a.txt"]
 
 
 @pytest.fixture
