@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from conf.load import flatten
 from conf.schema import DataConfig, TokenizerConfig
+from conf.validate import check_ranges
 from data.documents import PYTHON, fingerprint, parts, stamps
 from data.shards import FORMAT, INDEX, read_index
 from data.tokenizer import load_tokenizer
@@ -55,16 +58,9 @@ def held_out_settings(data: DataConfig) -> Any:
 
 
 def _check(data: DataConfig, tokenizer: TokenizerConfig) -> None:
-    if not 0 <= data.held_out < 1:
-        raise UserError(f"data.held_out is a fraction of the documents, from 0 to below 1, not {data.held_out}")
-    if data.held_out_files < 0 or data.held_out_kib < 1:
-        raise UserError("data.held_out_files is a number of documents from 0 on, and data.held_out_kib at least 1")
-    if data.shard_megabytes < 1 or tokenizer.train_megabytes < 1:
-        raise UserError("data.shard_megabytes and tokenizer.train_megabytes must be at least 1")
-    if data.workers < 0:
-        raise UserError(f"data.workers is a number of processes, or 0 for one per core, not {data.workers}")
-    if tokenizer.kind not in ("sentencepiece", "huggingface"):
-        raise UserError(f"tokenizer.kind is sentencepiece or huggingface, not {tokenizer.kind!r}")
+    check_ranges(flatten({"data": asdict(data), "tokenizer": asdict(tokenizer)}))
+    for name, (_, part) in parts(data).items() if data.source == "blend" else ():
+        check_ranges(flatten({"data": asdict(part)}), f"data.parts.{name}")
     foreign = tokenizer.kind == "huggingface"
     if foreign and not tokenizer.path:
         raise UserError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -239,10 +241,25 @@ def test_a_single_document_is_cut_into_enough_pieces(files):
     assert found.count("train") > 300
 
 
-@pytest.mark.parametrize("keys", [{"held_out_files": -1}, {"held_out_files": 3, "held_out_kib": 0}])
-def test_impossible_numbers_are_refused(files, corpus, keys):
-    with pytest.raises(UserError, match=r"data\.held_out_files is a number of documents"):
-        prepare(files(["a", "b"], **keys), corpus[1])
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"held_out": 0.6}, "held_out=0.6 must be a fraction of at most 0.5; 0 trains without evaluation"),
+        ({"held_out": math.nan}, "held_out=nan is not a finite number"),
+        ({"held_out_files": -1}, "held_out_files=-1 must not be negative"),
+        ({"held_out_files": 3, "held_out_kib": 0}, "held_out_kib=0 must be positive"),
+        ({"held_out_by": "foldr"}, "held_out_by 'foldr': did you mean 'folder'? choose from document, folder"),
+        ({"shard_megabytes": 0}, "shard_megabytes=0 must be positive"),
+    ],
+)
+def test_impossible_values_are_refused_of_a_corpus_and_of_a_part_of_a_blend(files, corpus, keys, sentence):
+    whole = files(["a", "b"], **keys)
+    part = {"source": "text", "path": whole.path} | keys
+    blend = replace(whole, source="blend", parts={"own": part}, **{key: getattr(DataConfig(), key) for key in keys})
+    for config, key in ((whole, "data"), (blend, "data.parts.own")):
+        with pytest.raises(UserError, match=rf"^(unknown )?{re.escape(f'{key}.{sentence}')}$"):
+            prepare(config, corpus[1])
+    assert not Path(whole.prepared).exists()
 
 
 def test_equal_documents_cannot_be_split(files):
