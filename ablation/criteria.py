@@ -12,7 +12,8 @@ import math
 from collections.abc import Iterable
 
 from ablation.budget import REFUSE
-from ablation.measures import NEED_WINDOW, WINDOW, BySeed, by_seed, edge, log_multiplier, log_spread
+from ablation.measures import NEED_WINDOW, WINDOW, BySeed, by_seed, edge, log_spread, multiplier_over_horizons
+from ablation.multipliers import beyond_seeds
 from ablation.results import Results, Run
 from ablation.statistics import Comparison, Pair, Verdict, compare
 from conf.arms import catalogue
@@ -80,7 +81,7 @@ class _Measured:
     others: BySeed
     blocked: str  # why it can have no verdict
     runs: list[str]
-    regret: float = 0.0  # what both may lose by missing their best learning rates, where the metric is the loss
+    regret: float = 0.0  # part of the standard error that is not of seeds, in the unit of the metric
 
 
 def decide(criterion: Criterion, results: Results, sizes: tuple[str, ...]) -> CriterionResult:
@@ -98,7 +99,7 @@ def decide(criterion: Criterion, results: Results, sizes: tuple[str, ...]) -> Cr
     tested = [Pair(arm, *sides[arm], ceiling, pair.blocked, pair.regret) for arm, pair in pairs.items()]
 
     def compare_with(margin: float) -> list[Comparison]:
-        return compare(tested, effect, margin)
+        return compare(tested, effect, margin, results.manifest.looks)
 
     comparisons = compare_with(-criterion.within)
     states = {c.arm: _state(c, at, effect) for c, at in zip(comparisons, compare_with(effect), strict=True)}
@@ -159,6 +160,8 @@ def _why(criterion: Criterion, c: Comparison) -> str:
         return f"not seen: activity was sampled over fewer than {WINDOW:,} tokens (telemetry_every, telemetry_window)"
     if not c.seeds:
         return f"no seed has {criterion.metric} of {arms}"
+    if c.withheld:
+        return f"{criterion.metric} of {arms} is {c.reason}"
     return f"{c.verdict.value}: {criterion.metric} of {arms}, {c.seeds} seed(s)"
 
 
@@ -206,10 +209,10 @@ def _pair(criterion: Criterion, results: Results, sizes: tuple[str, ...], arm: s
     others, blocked = results.final_runs(size, other), _blocked(results, size, [arm, other])
     names = _names([*own, *others])
     if criterion.metric == "multiplier":
-        if len(results.manifest.plan.horizons) < 2:
-            blocked = blocked or "the plan has one horizon (ablation.horizons)"
-        values = log_multiplier(results, size, arm, other)
-        return _Measured(arm, other, values, dict.fromkeys(values, 0.0), blocked, names)
+        found = multiplier_over_horizons(results, size, arm, other)
+        zeros = dict.fromkeys(found.by_seed, 0.0)
+        more = beyond_seeds(results, size, arm, other) * found.per_nat
+        return _Measured(arm, other, found.by_seed, zeros, blocked or found.refused, names, more)
     values, regret = by_seed(criterion.metric, own, log), 0.0
     if criterion.metric == "final_eval_loss":
         regrets = results.known_regrets(size)

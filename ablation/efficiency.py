@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ablation.multipliers import sizes_by_recipe
 from ablation.results import Results, Run
 
 
@@ -25,7 +26,7 @@ class Efficiency:
     tokens_per_second: float  # median over the compared runs
     memory_gib: float  # maximum over the compared runs
     loss_at_equal_time: float  # on all held-out text, at the time when the fastest arm ends; nats per token
-    loss_at_equal_memory: float  # at the baseline's memory, interpolated between the arm's sizes; nats per token
+    loss_at_equal_memory: float  # at the baseline's memory, interpolated between the arm's model sizes; nats per token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +90,12 @@ def efficiency(results: Results, size: str) -> dict[str, Efficiency]:
 
 
 def _loss_at_equal_memory(results: Results, size: str, arm: str) -> float:
-    """Return the mean final loss of an arm at the baseline's memory, interpolated between sizes."""
-    points = []
-    for other in results.sizes:
-        if arm in results.manifest.arms[other] and (runs := results.final_runs(other, arm)):
+    """Return the mean final loss of an arm at the baseline's memory, interpolated between sizes of one recipe and length."""
+    points, cost = [], results.manifest.cost
+    for other in next(sizes for sizes in sizes_by_recipe(results) if size in sizes):
+        if arm not in cost[other] or cost[other][arm]["tokens"] != cost[size][arm]["tokens"]:
+            continue
+        if runs := results.final_runs(other, arm):
             points.append((_memory(runs), float(np.mean([run.outcome.loss for run in runs]))))
     points = sorted(point for point in points if all(map(math.isfinite, point)))
     memory = _memory(results.final_runs(size, results.baseline))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import matplotlib
 import numpy as np
@@ -223,7 +223,9 @@ def scaling(results: Results) -> ReportFigure | None:
 def rates(results: Results) -> ReportFigure | None:
     """Draw the final loss over the learning rate: the mean over the sweep's seeds, their range, and where the seeds run."""
     swept = {size: {arm: results.sweep_losses(size, arm) for arm in results.arms(size)} for size in results.sizes}
-    several = {size: {arm: losses for arm, losses in s.items() if len(losses) > 1} for size, s in swept.items()}
+    several = {
+        size: {arm: of for arm, of in s.items() if len(of) > 1 and _common_seeds(of)} for size, s in swept.items()
+    }
     by_size = {size: by_arm for size, by_arm in several.items() if by_arm}
     if not by_size:
         return None
@@ -232,10 +234,8 @@ def rates(results: Results) -> ReportFigure | None:
     for axes, (size, by_arm) in zip(panels, by_size.items(), strict=True):
         for arm, losses in by_arm.items():
             tried = sorted(losses)
-            seeds = sorted(set.intersection(*(set(of_seeds) for of_seeds in losses.values())))
-            draw_line(
-                axes, results, arm, np.array(tried), np.array([[losses[lr][s] for lr in tried] for s in seeds]), "o"
-            )
+            by_seed = np.array([[losses[lr][seed] for lr in tried] for seed in _common_seeds(losses)])
+            draw_line(axes, results, arm, np.array(tried), by_seed, "o")
             sweep = results.sweep(size, arm)
             if sweep is None or sweep.edge:
                 edges.append(f"{arm} at {size}")
@@ -253,6 +253,11 @@ def rates(results: Results) -> ReportFigure | None:
     if edges:
         title = f"The best learning rate is at the edge for {', '.join(edges)}"
     return ReportFigure("learning_rates", title, figure)
+
+
+def _common_seeds(losses: Mapping[float, Mapping[int, float]]) -> list[int]:
+    """Return the seeds that ended at every learning rate: none while a sweep is young."""
+    return sorted(set.intersection(*map(set, losses.values())))
 
 
 def sizes(results: Results) -> ReportFigure | None:

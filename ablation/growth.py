@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation.manifest import NAME, Manifest, merge_shared, read_manifest
-from ablation.plan import Chosen, Plan, counts_of_looks, sizes_of, swept_at, values_of_plan
+from ablation.plan import Chosen, Plan, counts_of_looks, possible_seeds, seeds_text, sizes_of, swept_at, values_of_plan
 from ablation.results import Results, read_results
 from conf.load import flatten
 from kernels.common.errors import UserError
@@ -113,6 +113,11 @@ def continue_plan(plan: Plan, folder: Path) -> Continuation:
         return Continuation(dataclasses.replace(plan, begun_as=existing.begun_as, chosen=existing.chosen))
     found = growth(plan, existing, folder)
     plan = dataclasses.replace(plan, begun_as=existing.begun_as or existing.hash, chosen=existing.chosen)
+    if sweeps := {key: values for key, values in found.missing.items() if key in _SWEEPS}:
+        keys = " and ".join(f"ablation.{key}" for key in sweeps)
+        raise UserError(
+            f"{folder} has {_text(sweeps)} too, which its learning rates are chosen by: repeat them in {keys}"
+        )
     if not found.added:
         notes = [f"{folder} has {_text(found.missing)} too; this command leaves them alone"] if found.missing else []
         return Continuation(plan, notes, narrower=bool(found.missing))
@@ -122,6 +127,7 @@ def continue_plan(plan: Plan, folder: Path) -> Continuation:
             f"{folder} has {_text(found.missing)}, and a plan can grow but not shrink: repeat them in {keys}"
         )
     results = read_results(folder)
+    _refuse_lost_seeds(plan, results)
     if any(key in found.added for key in _SWEEPS):
         plan = dataclasses.replace(plan, chosen={**_chosen(results), **plan.chosen})
     amendment = {
@@ -132,6 +138,16 @@ def continue_plan(plan: Plan, folder: Path) -> Continuation:
     }
     notes = [f"this adds to the plan of {folder}: {_text(found.added)}", *_seen_text(amendment["seen"])]
     return Continuation(plan, notes, amendment)
+
+
+def _refuse_lost_seeds(plan: Plan, results: Results) -> None:
+    """Refuse looks without seeds that `until=decided` has added and trained already."""
+    ran = {run.planned.seed for run in results.runs.values() if run.planned.stage == "final"}
+    if lost := sorted(ran - set(possible_seeds(plan.config))):
+        raise UserError(
+            f"{results.folder} has runs of {seeds_text(lost)}, which no look of this command compares: name them in "
+            "ablation.seeds, or keep ablation.until and ablation.looks"
+        )
 
 
 def amendment_lines(manifest: Manifest) -> list[str]:

@@ -21,6 +21,7 @@ import numpy as np
 from scipy import special
 
 SPENDINGS = ("obrien_fleming", "pocock")
+_NOTHING = 1e-9  # of alpha: what is left to spend is rounding
 _ALPHAS = np.geomspace(1e-9, 0.2, 30)  # at which levels are computed
 _EDGES = np.linspace(0.0, 8.0, 401)  # of cells of |z|, where z is the normal variable that t is as extreme as
 
@@ -58,8 +59,27 @@ class Looks:
             return 1.0
         if p < levels[0]:
             return float(p * _ALPHAS[0] / levels[0])
+        # The first may be 0: of the least error probability nothing is left.
         log_levels = np.log(np.maximum(levels, 1e-300))
-        return float(np.exp(np.interp(math.log(p), [*log_levels, 0.0], [*np.log(_ALPHAS), 0.0])))
+        return float(np.exp(np.interp(math.log(max(p, 1e-300)), [*log_levels, 0.0], [*np.log(_ALPHAS), 0.0])))
+
+    def level_to_come(self, alpha: float, count: int, reached: int) -> float:
+        """Return the level of a look after `count` seeds, after the last one that was made (0: none); that one's, if no later.
+
+        It is what the looks before it leave to spend. They share seeds with it, so its true level is higher: by little where
+        it has several times as many.
+        """
+        if count <= reached:
+            return self.level(alpha, reached)
+        spent = [
+            _spent(c, self.planned, self.reserve, self.spending, alpha) for c in (self.at_least(count), reached) if c
+        ]
+        left = spent[0] - sum(spent[1:])
+        return left if left > _NOTHING * alpha else 0.0
+
+    def at_least(self, count: int) -> int:
+        """Return the first look after at least `count` seeds; `count` itself, a look that may be added, after the last one."""
+        return next((c for c in self.counts if c >= count), count)
 
     def _until(self, count: int) -> tuple[int, ...]:
         return tuple(c for c in self.counts if c <= count)
@@ -81,7 +101,7 @@ def _levels(counts: tuple[int, ...], planned: int, reserve: float, spending: str
     for before, count, more in zip(counts, counts[1:], np.diff(spent), strict=False):
         for seeds in range(before, count):
             mass = mass @ _transition(seeds)
-        bound = _bound(mass, float(more)) if more > 1e-9 * alpha else math.inf
+        bound = _bound(mass, float(more)) if more > _NOTHING * alpha else math.inf
         levels.append(2 * float(special.ndtr(-bound)))
         mass = _below(mass, bound)
     return tuple(levels)

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ablation.multipliers import log_by_seed, series
+from ablation.multipliers import LogMultiplier, log_multiplier, series
 from ablation.results import Results, Run
 
 BySeed = dict[int, float]
@@ -49,16 +49,15 @@ def by_seed(metric: str, runs: Iterable[Run], log: bool = False) -> BySeed:
     return _finite(values)
 
 
-def log_multiplier(results: Results, size: str, arm: str, other: str) -> BySeed:
+def multiplier_over_horizons(results: Results, size: str, arm: str, other: str) -> LogMultiplier:
     """Return the log of the compute that the other arm needs for this arm's loss, over this arm's, by seed.
 
-    Of runs at the plan's horizons (ablation/multipliers.py, E = 0); {} where there is one horizon. A seed that diverged is left
-    out.
+    Of runs at the plan's horizons (ablation/multipliers.py, E = 0); refused where there is one horizon.
     """
     of_size = next((of for of in series(results) if of.places[-1] == size), None)
     if of_size is None or len(results.manifest.plan.horizons) < 2:
-        return {}
-    return _finite(log_by_seed(of_size, arm, other))
+        return LogMultiplier({}, refused="the plan has one horizon (ablation.horizons)")
+    return log_multiplier(of_size, arm, other)
 
 
 def edge(results: Results, size: str, arm: str, other: str) -> BySeed:

@@ -64,7 +64,7 @@ def comparable_places(results: Results) -> list[list[str]]:
     These are the horizons of a size, sizes of one recipe, and a size of each recipe, such as two optimizers: the largest of
     equal compute, or each recipe's largest where no compute is common to all.
     """
-    by_recipe = _sizes_by_recipe(results)
+    by_recipe = sizes_by_recipe(results)
     by_compute = [{_baseline_compute(results, size): size for size in sizes} for sizes in by_recipe]
     common = set.intersection(*map(set, by_compute)) if by_compute else set()
     of_each = sorted(max(item for item in sizes.items() if not common or item[0] in common) for sizes in by_compute)
@@ -77,7 +77,7 @@ def series(results: Results) -> list[Series]:
 
     Sizes of equal compute differ in something else, such as the model's depth: no curve goes through them.
     """
-    by_recipe = _sizes_by_recipe(results)
+    by_recipe = sizes_by_recipe(results)
     names = ["all sizes"] if len(by_recipe) == 1 else [", ".join(sizes) for sizes in by_recipe]
     found = []
     for name, places in [*_horizons(results).items(), *zip(names, by_recipe, strict=True)]:
@@ -90,7 +90,7 @@ def _horizons(results: Results) -> dict[str, list[str]]:
     return {f"{size}, over its horizons": list(results.manifest.at_horizons(size).values()) for size in results.sizes}
 
 
-def _sizes_by_recipe(results: Results) -> list[list[str]]:
+def sizes_by_recipe(results: Results) -> list[list[str]]:
     """Group the sizes that differ in nothing but what `_SCALED` matches, each group ascending in compute."""
     groups: dict[str, list[str]] = {}
     for size in sorted(results.sizes, key=lambda size: _baseline_compute(results, size)):
@@ -130,7 +130,6 @@ def multipliers(results: Results, of: Series) -> dict[str, tuple[Multiplier, Mul
     if base not in of.arms:
         return {}
     shared, why_not = _asymptote(of)
-    regrets, texts = results.known_regrets(last), results.text_scatters(last)
     blocked = results.blocked(last)
     found = {}
     for arm in of.arms:
@@ -141,12 +140,19 @@ def multipliers(results: Results, of: Series) -> dict[str, tuple[Multiplier, Mul
             refused = Multiplier(math.nan, (math.nan, math.nan), math.nan, reason)
             found[arm] = refused, refused
             continue
-        text = texts.get(arm)
-        more = math.hypot(regrets.get(arm, 0.0), regrets.get(base, 0.0), text.error if text else 0.0)
+        more = beyond_seeds(results, last, arm, base)
         fixed = _multiplier(of, arm, base, 0.0, more)
         free = Multiplier(math.nan, (math.nan, math.nan), math.nan, why_not)
         found[arm] = fixed, free if why_not else _multiplier(of, arm, base, shared, more)
     return found
+
+
+def beyond_seeds(results: Results, size: str, arm: str, other: str) -> float:
+    """Return the standard error of two arms' difference, nats, by missed learning rates and, to the baseline, by documents."""
+    regrets, text = results.known_regrets(size), None
+    if results.baseline in (arm, other):
+        text = results.text_scatters(size).get(other if arm == results.baseline else arm)
+    return math.hypot(regrets.get(arm, 0.0), regrets.get(other, 0.0), text.error if text else 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,28 +196,43 @@ def log_by_seed(of: Series, arm: str, base: str, asymptote: float = 0.0) -> dict
     return by_seed
 
 
-def _multiplier(of: Series, arm: str, base: str, asymptote: float, more: float) -> Multiplier:
+@dataclasses.dataclass(frozen=True)
+class LogMultiplier:
+    """The log multiplier of an arm, seed by seed, before any test."""
+
+    by_seed: dict[int, float]  # nan where a seed determines none
+    per_nat: float = 0.0  # log compute per nat of loss, where the arms are compared
+    refused: str = ""  # why it stands for nothing
+
+
+def log_multiplier(of: Series, arm: str, base: str, asymptote: float = 0.0) -> LogMultiplier:
+    """Return the log of the compute that `base` needs for an arm's loss, over the arm's, and whether it stands for anything."""
     by_seed = log_by_seed(of, arm, base, asymptote)
     values = np.array(list(by_seed.values()))
-    refused = Multiplier(math.nan, (math.nan, math.nan), asymptote, "")
     if len(values) < FEWEST_SEEDS:
-        return dataclasses.replace(refused, reason=f"{len(values)} seed(s) at every point: {FEWEST_SEEDS} are needed")
+        return LogMultiplier(by_seed, refused=f"{len(values)} seed(s) at every point: {FEWEST_SEEDS} are needed")
     if not np.isfinite(values).all():
-        return dataclasses.replace(refused, reason="the loss does not fall with compute for every seed")
+        return LogMultiplier(by_seed, refused="the loss does not fall with compute for every seed")
     mean = float(values.mean())
     behind = base if mean >= 0 else arm  # its final loss is what both are compared at
     ahead = arm if mean >= 0 else base
-    reached = float(np.log(of.compute[ahead][-1])) - abs(mean)
+    reached = float(np.log(of.compute[behind][-1])) - abs(mean)
     if reached < math.log(of.compute[ahead][0]):
-        reason = f"{ahead} is as good as {behind} with less compute than its shortest run: add a shorter horizon"
-        return dataclasses.replace(refused, reason=reason)
+        why = f"{ahead} is as good as {behind} with less compute than its shortest run: add a shorter horizon"
+        return LogMultiplier(by_seed, refused=why)
     target = float(of.mean(behind, by_seed)[-1])
     slope = fit(np.log(of.compute[ahead]), of.mean(ahead, by_seed), asymptote).slope
-    per_nat = 1 / (slope * (target - asymptote))  # log compute per nat, at the loss that is compared
-    test: TTest = paired_test(values, more * per_nat)
+    return LogMultiplier(by_seed, 1 / (slope * (target - asymptote)))
+
+
+def _multiplier(of: Series, arm: str, base: str, asymptote: float, more: float) -> Multiplier:
+    found = log_multiplier(of, arm, base, asymptote)
+    if found.refused:
+        return Multiplier(math.nan, (math.nan, math.nan), asymptote, found.refused)
+    test: TTest = paired_test(np.array(list(found.by_seed.values())), more * found.per_nat)
     low, high = test.interval(ALPHA)
     reason = "the interval covers 1" if low <= 0 <= high else ""
-    return Multiplier(math.exp(mean), (math.exp(low), math.exp(high)), asymptote, reason)
+    return Multiplier(math.exp(test.difference), (math.exp(low), math.exp(high)), asymptote, reason)
 
 
 def _asymptote(of: Series) -> tuple[float, str]:

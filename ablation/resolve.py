@@ -42,7 +42,7 @@ def resolve(config: AblationConfig, overrides: Sequence[str] = (), seconds: Step
     Raises:
         UserError: the plan is invalid; the message names the key.
     """
-    config = dataclasses.replace(config, common=[*config.common, *overrides])
+    config = dataclasses.replace(config, common=[*_split(config.common or [], "common"), *overrides])
     arms = _named(config.arms, "arms")
     sizes = {size: _split(text, f"sizes.{size}") for size, text in _named(config.sizes or SIZES, "sizes").items()}
     _check(config, arms)
@@ -107,6 +107,10 @@ def _named(value: Any, key: str) -> dict[str, str | list[str]]:
     if key == "arms":
         _refuse_unlisted(key, value)
     if isinstance(value, list) and key == "arms":
+        if odd := [name for name in value if not isinstance(name, str)]:
+            raise UserError(
+                f"ablation.arms: {odd[0]} is no arm of conf/ffn: one of your own is {{mine: ...}}, in a mapping of all"
+            )
         duplicates = {name for name in value if value.count(name) > 1}
         if duplicates:
             raise UserError(f"ablation.arms lists {', '.join(sorted(map(str, duplicates)))} twice")

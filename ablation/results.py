@@ -280,7 +280,9 @@ class Results:
         family = [pair for of_size in pairs.values() for pair in of_size]
         effect, looks = self.manifest.plan.smallest_effect, self.manifest.looks
         found = iter(compare(family, effect, looks=looks, metric=self.metric))
-        return {size: [next(found) for _ in of_size] for size, of_size in pairs.items()}
+        by_size = {size: [next(found) for _ in of_size] for size, of_size in pairs.items()}
+        # A size whose baseline has no loss yet counts in the family, so that what it shows later changes no verdict of others.
+        return {size: of_size if self.values(size)[self.baseline] else [] for size, of_size in by_size.items()}
 
     def text_scatters(self, size: str) -> dict[str, TextScatter | None]:
         """Return how the difference of each arm of a size scatters over the held-out documents, in nats per token."""
@@ -297,8 +299,6 @@ class Results:
 
     def _pairs(self, size: str) -> list[Pair]:
         values, blocked, per_nat = self.values(size), self.blocked(size), self._per_nat(size)
-        if not values[self.baseline]:
-            return []
         if self.baseline in blocked:
             blocked[self.baseline] = f"the baseline: {blocked[self.baseline]}"
         regrets = {arm: regret * per_nat for arm, regret in self.known_regrets(size).items()}
@@ -306,8 +306,13 @@ class Results:
             arm: dataclasses.replace(text, error=text.error * per_nat) if text and per_nat else None
             for arm, text in self.text_scatters(size).items()
         }
-        worst = 0.0 if self.metric.higher_is_better else self.ceiling(size) * per_nat if per_nat else math.inf
+        worst = self.ceiling(size) * per_nat if per_nat else self._worst(values)
         return pairs_with(self.baseline, values, worst, blocked, regrets, texts)
+
+    def _worst(self, values: dict[str, dict[int, float]]) -> float:
+        """Return what a diverged run counts as, by a metric that is no loss: the worst of any run, or 0, if worse."""
+        known = [value for of_arm in values.values() for value in of_arm.values() if math.isfinite(value)]
+        return min([0.0, *known]) if self.metric.higher_is_better else max([0.0, *known])
 
 
 def baselines_path(folder: Path, size: str) -> Path:

@@ -179,8 +179,10 @@ def _duration(plan: Plan, folder: Path) -> str:
         speeds = []
         for run in runs:
             summary = read_outcome(run, []).summary
-            if summary.get("status") == FINISHED and summary.get("wall_seconds"):
-                speeds.append(summary["flops_per_token"] * summary["tokens"] / summary["wall_seconds"])
+            numbers = [summary.get(key) or 0 for key in ("flops_per_token", "tokens", "wall_seconds")]
+            if summary.get("status") == FINISHED and all(numbers):
+                flops_per_token, tokens, seconds = numbers
+                speeds.append(flops_per_token * tokens / seconds)
         if speeds:
             speed = statistics.median(speeds)
             return f"about {duration(plan.flops() / speed)}, one run after the other, at the {speed:.3g} FLOP/s of {source}"

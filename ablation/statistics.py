@@ -17,7 +17,8 @@ p-values are adjusted likewise.
 Where verdicts are made more than once, as seeds are added, each look is paid for (`ablation/looks.py`): p-values are those of
 all looks together, intervals cover the difference at all of them, and between looks verdicts are withheld.
 
-A diverged run stays in the comparison. It counts with the loss of an untrained model, and its arm is never called better.
+A diverged run stays in the comparison. It counts with the loss of an untrained model, and its arm is never called better. Two
+arms of which either has one are not called equivalent: where both diverged nothing was compared.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from ablation.text_scatter import TextScatter
 from ablation.ttest import (
     ALPHA,
     FEWEST_SEEDS,
+    MOST_SEEDS,
     TTest,
     holm,
     largest_skewness,
@@ -96,7 +98,7 @@ class Comparison:
     interval: tuple[float, float]  # 95%, from t, for this arm alone, at all looks together
     adjusted: tuple[float, float]  # the same at 95% for all pairs together (Bonferroni)
     detectable: float  # smallest detectable difference
-    needed: float  # seeds that would find the smallest effect; infinite where the regret alone hides it
+    needed: float  # seeds, at a look, that would find the smallest effect; infinite where the regret alone hides it
     scatter: Scatter
     text: OverText | None  # None: the losses of documents are not known, or a seed diverged
     verdict: Verdict
@@ -204,8 +206,8 @@ def at_every_size(by_size: Sequence[Sequence[Comparison]]) -> dict[str, Verdict]
     """Return the arms that are better than the baseline at every size, and those that are worse, largest effect first.
 
     An intersection-union test (Berger 1982): the largest of an arm's p-values over the sizes counts, without an adjustment for
-    their number. Those of the arms that every size has are adjusted as in Holm 1979. A blocked arm, or one whose differences
-    have not one sign, is neither; one with a diverged seed is not better.
+    their number. Those of the arms that every size has are adjusted as in Holm 1979. An arm that is blocked or withheld at a
+    size, or whose differences have not one sign, is neither; one with a diverged seed is not better.
     """
     named = [{c.arm: c for c in comparisons} for comparisons in by_size]
     arms = [arm for arm in named[0] if all(arm in size for size in named)] if named else []
@@ -214,7 +216,8 @@ def at_every_size(by_size: Sequence[Sequence[Comparison]]) -> dict[str, Verdict]
         comparisons = [size[arm] for size in named]
         worse = comparisons[0].worse
         usable = all(
-            c.verdict is not Verdict.BLOCKED and c.seeds >= FEWEST_SEEDS and c.worse == worse for c in comparisons
+            c.verdict is not Verdict.BLOCKED and not c.withheld and c.seeds >= FEWEST_SEEDS and c.worse == worse
+            for c in comparisons
         ) and (worse or not any(c.diverged for c in comparisons))
         found.append((arm, Verdict.WORSE if worse else Verdict.BETTER, min(abs(c.difference) for c in comparisons)))
         p_values.append(max(c.p for c in comparisons) if usable else math.nan)
@@ -340,7 +343,7 @@ def _judge_arm(
     test, (p_holm, p_equivalent) = tested.test, of_seeds
     level, strictest = tested.level(ALPHA), tested.level(ALPHA / pairs)
     detectable = test.detectable(strictest) if strictest else math.inf
-    needed = seeds_needed(test.deviation, test.regret, smallest_effect, pairs)
+    needed = _seeds_needed(tested, smallest_effect, pairs, detectable)
     verdict, reason = _verdict(tested, p_holm, p_equivalent, detectable, needed, smallest_effect)
     if tested.blocked:
         verdict, reason = Verdict.BLOCKED, tested.blocked
@@ -365,6 +368,21 @@ def _judge_arm(
         withheld=bool(tested.withheld),
         worse=tested.worse,
     )
+
+
+def _seeds_needed(tested: _TestedArm, smallest_effect: float, pairs: int, detectable: float) -> float:
+    test, looks = tested.test, tested.looks
+    if looks is None:
+        return seeds_needed(test.deviation, test.regret, smallest_effect, lambda _: ALPHA / pairs)
+    reached = looks.reached(test.seeds)
+    found = seeds_needed(
+        test.deviation,
+        test.regret,
+        smallest_effect,
+        lambda seeds: looks.level_to_come(ALPHA / pairs, seeds, reached),
+        reached if reached and detectable <= smallest_effect else MOST_SEEDS,
+    )
+    return float(looks.at_least(int(found))) if math.isfinite(found) else found
 
 
 def _over_text(tested: _TestedArm, of_both: tuple[float, float], verdict: Verdict) -> OverText | None:
@@ -397,11 +415,13 @@ def _verdict(
         return Verdict.UNDECIDED, "its earlier verdicts spent the whole error probability (ablation.reserve=0)"
     if p_holm < ALPHA and tested.worse:
         return Verdict.WORSE, diverged or less
-    no_more_diverged = tested.diverged <= tested.diverged_baseline
-    if p_holm < ALPHA and no_more_diverged:
+    if p_holm < ALPHA and not tested.diverged:
         return Verdict.BETTER, less
-    if p_equivalent < ALPHA and no_more_diverged:
+    if p_equivalent < ALPHA and not tested.diverged and not tested.diverged_baseline:
         return Verdict.EQUIVALENT, f"the difference is smaller than {smallest_effect:g} {unit}"
+    if min(p_holm, p_equivalent) < ALPHA:
+        baseline = f"{tested.diverged_baseline} of the baseline's {test.seeds} seeds diverged"
+        return Verdict.UNDECIDED, diverged or baseline
     size = f"differences below {detectable:.3g} {unit} are not detectable here, {smallest_effect:g} was asked for"
     if detectable <= smallest_effect:
         size = f"a difference of {detectable:.2g} {unit} would have been found, but a smaller one is not ruled out"

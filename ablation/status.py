@@ -5,8 +5,8 @@
 
 A row is an arm, a column a learning rate of the sweep or a seed. A cell shows the final held-out loss in nats per token (for a
 sweep of several seeds their mean), the percentage of its steps that a running run has done, or `stop`, `fail`, `div`
-(diverged), `q` (in SLURM's queue), or `.` (waiting). A sweep that extends past an edge adds columns. This command checks
-nothing; `ablation.results` does.
+(diverged), `q` (in SLURM's queue), or `.` (waiting). A sweep that extends past an edge adds columns, and so do the seeds of
+`ablation.until=decided`. Only what decides those is checked; `ablation.results` checks all.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ from ablation.outcomes import (
     run_folders,
 )
 from ablation.plan import PlannedRun, swept_at
+from ablation.progress import further_runs
+from ablation.results import read_results
 from ablation.slurm import task_name, task_states
 from conf.terminal import SafeConsole
 from kernels.common.commands import run_command
@@ -167,7 +169,10 @@ class Watcher:
             if planned is not None:
                 outcomes[planned] = self._outcome(path)
         runs = [self._state(planned, outcomes.get(planned)) for planned in _all_runs(self.manifest, outcomes)]
-        return Grid(self.folder, self.manifest, runs)
+        grid = Grid(self.folder, self.manifest, runs)
+        if grid.done and self.manifest.plan.until == "decided":  # the verdicts decide which seeds come next
+            grid.runs.extend(self._state(planned, None) for planned in further_runs(read_results(self.folder)))
+        return grid
 
     def _outcome(self, run: Path) -> Outcome:
         stamps = []
@@ -220,7 +225,7 @@ def _all_runs(manifest: Manifest, outcomes: dict[PlannedRun, Outcome]) -> Iterat
             by_seed = {planned.seed: planned for planned in started if planned.stage == "final"}
             diverged = {run.lr for run in sweep if run in outcomes and outcomes[run].state == DIVERGED}
             hopeless = bool(sweep) and diverged >= {run.lr for run in sweep}
-            for seed in manifest.plan.seeds:
+            for seed in dict.fromkeys((*manifest.plan.seeds, *sorted(by_seed))):  # those that `until=decided` added too
                 if seed in by_seed or not hopeless:
                     yield by_seed.get(seed, PlannedRun("final", size, arm, math.nan, seed))
 

@@ -151,7 +151,8 @@ def baselines_table(results: Results) -> PageTable | None:
     """Return the losses of the models that are no neural networks; None where none is known."""
     rows = []
     for size in results.sizes:
-        best = min(results.mean_losses(size).values(), default=math.nan)
+        means = filter(math.isfinite, results.mean_losses(size).values())  # an arm with a diverged seed has none
+        best = min(means, default=math.nan)
         for name, loss in results.baselines(size).items():
             cells = [text_cell(size), text_cell(_MODELS[name]), number_cell(loss), number_cell(best - loss, "+.4f")]
             rows.append(TableRow(cells))

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from scipy import optimize, special, stats
 
 ALPHA = 0.05
 POWER = 0.8
+MOST_SEEDS = 10_000  # that anyone is told to run
 FEWEST_SEEDS = 3  # two leave one degree of freedom: the 95% interval is 6.5 times as wide as with many seeds
 
 
@@ -144,19 +145,21 @@ def _normal_nodes() -> tuple[np.ndarray, np.ndarray]:
     return 8 * nodes, 8 * weights * stats.norm.pdf(8 * nodes)
 
 
-def seeds_needed(deviation: float, regret: float, smallest_effect: float, pairs: int) -> float:
-    """Return how many seeds find a difference with probability `POWER` at Holm's strictest step; infinite above 10,000.
+def seeds_needed(
+    deviation: float, regret: float, smallest_effect: float, level: Callable[[int], float], most: int = MOST_SEEDS
+) -> float:
+    """Return how many seeds find a difference with probability `POWER`; infinite if `most` do not.
 
     Args:
         deviation: of the per-seed differences, nats.
         regret: part of the standard error that more seeds do not reduce, nats.
-        pairs: that are compared together.
+        level: of a test with so many seeds; more of them never lower it.
     """
-    few, many = FEWEST_SEEDS - 1, 10_000
+    few, many = FEWEST_SEEDS - 1, most
 
     def finds(seeds: int) -> bool:
-        error = math.hypot(deviation / math.sqrt(seeds), regret)
-        return error * _detectable(seeds - 1, ALPHA / pairs, POWER) <= smallest_effect
+        error, alpha = math.hypot(deviation / math.sqrt(seeds), regret), level(seeds)
+        return alpha > 0 and error * _detectable(seeds - 1, alpha, POWER) <= smallest_effect
 
     if math.isnan(deviation) or not finds(many):
         return math.inf

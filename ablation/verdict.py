@@ -60,7 +60,7 @@ def _sentence(size: str, baseline: str, planned: int, effect: float, unit: str, 
     if not any(c.seeds for c in comparisons):
         return f"At {size}, nothing is known yet: no arm shares a seed with {baseline}."
     most = max(c.seeds for c in comparisons)
-    seeds = f"{most} of {planned}" if most < planned else f"{planned}"
+    seeds = f"{most} of {planned}" if most < planned else f"{most}"
     by_verdict = {
         verdict: sorted((c for c in comparisons if c.verdict is verdict), key=lambda c: -abs(c.difference))
         for verdict in Verdict

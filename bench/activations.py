@@ -23,12 +23,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from bench.records import claim_record
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError, unknown
-from kernels.common.files import atomic_write, make_folder_of
+from kernels.common.files import atomic_write
 from kernels.common.options import read_options
 
 ARMS = ("relu", "relu2", "silu", "gelu", "gelu_tanh", "swiglu", "geglu", "reglu", "xielu", "situ_glu")
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         _measure(json.loads(argv[1]))
         return
     options = read_options(argv, _DEFAULTS, {"rounds": 1})
-    make_folder_of(options["out"])
+    claim_record(options["out"] + ".md", argv)
     plan = _plan(options)
     build = _build_times()
     print(
@@ -70,7 +70,6 @@ def main(argv: list[str]) -> None:
     from bench.train import machine
 
     result = {"machine": machine(), "plan": plan, "build_seconds": build, "rows": rows}
-    Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(options["out"] + ".json") as file:
         json.dump(result, file, indent=2)
         file.write("\n")

@@ -17,13 +17,13 @@ import os
 import secrets
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.formulas import formulas
+from bench.records import claim_record
 from kernels.common.commands import run_command
 from kernels.common.errors import unknown
-from kernels.common.files import atomic_write, make_folder_of
+from kernels.common.files import atomic_write
 from kernels.common.options import read_options
 
 # torch is imported in functions: `main` sets an environment variable that it reads when it is imported.
@@ -68,7 +68,7 @@ _DEFAULTS = {"out": "bench/results/conformance.md", "seed": _RANDOM, "arms": "",
 
 def main(argv: list[str]) -> int:
     options = read_options(argv, _DEFAULTS, {"rows": 1})
-    make_folder_of(options["out"])
+    claim_record(options["out"], argv)
     # A parameter learned per channel has no fixed size; tests/kernels covers it.
     arms = {name: arm for name, arm in formulas().items() if name != "prelu_channel"}
     for name in filter(None, options["arms"].split(",")):
@@ -90,7 +90,6 @@ def main(argv: list[str]) -> int:
     else:
         lines.append("Not run (large=1 runs it).")
     lines += ["", f"{len(failures)} failures." if failures else "Nothing failed.", *(f"- {f}" for f in failures)]
-    Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(options["out"]) as file:
         file.write("\n".join(lines) + "\n")
     print(f"seed {seed}; written to {options['out']}")

@@ -19,13 +19,14 @@ import sys
 import weakref
 from typing import Any
 
+from bench.records import claim_record
 from bench.train import machine
 from conf.cluster_schema import HardwareConfig
 from conf.load import load
 from conf.schema import Config, FFNConfig, ParallelConfig
 from conf.shape import FFNShape, Shape, shape_of
 from kernels.common.commands import run_command
-from kernels.common.files import atomic_write, make_folder_of
+from kernels.common.files import atomic_write
 from kernels.common.options import read_options
 from kernels.formula import parse
 from launch.estimate.counts import (
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> None:
 
         as_rank(lambda ranks: _measured(ranks, argv[1:]))
     options = read_options(argv, {"out": "bench/results/estimate.md", "memory": True})
-    make_folder_of(options["out"])
+    claim_record(options["out"], argv)
     text = "# Estimates against measured memory and published step times (`python -m bench.estimate`)\n"
     text += _memory_table() if options["memory"] else ""
     text += _time_table()

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.records import claim_record
 from bench.train import machine
 from conf.schema import Config
 from data.batches import BatchStream, open_dataset
@@ -41,7 +42,7 @@ from data.tokenizer import load_tokenizer
 from data.train_tokenizer import train_sentencepiece
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_write, make_folder_of
+from kernels.common.files import atomic_write
 from kernels.common.options import read_options
 from training.prompts import prompts_of
 
@@ -170,7 +171,7 @@ def main(argv: list[str]) -> int:
         return 0
     defaults = {"tokens": 10**10, "document": 1000, "rounds": 5, "out": RESULT}
     options = read_options(argv, defaults, {"tokens": 100_000, "document": 2, "rounds": 1})
-    make_folder_of(options["out"])
+    claim_record(options["out"], argv)
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder), options["tokens"], options["document"])
         shards = len(list(Path(folder).glob("*.bin")))

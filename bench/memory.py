@@ -19,10 +19,11 @@ import sys
 import torch
 
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
+from bench.records import claim_record
 from bench.train import machine
 from conf.overrides import check_overrides
 from kernels.common.commands import run_command
-from kernels.common.files import atomic_write, make_folder_of
+from kernels.common.files import atomic_write
 from kernels.common.options import split_options
 from launch.ranks import Ranks
 
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
         as_rank(lambda ranks: _measured(ranks, argv[1:]))
     options, overrides = split_options(argv, {"world": 4, "out": "bench/results/cpu-memory.md"}, {"world": 2})
     check_overrides(overrides, options)
-    make_folder_of(options["out"])
+    claim_record(options["out"], argv)
     world = options["world"]
     lines = [
         f"# Memory per rank, {world} ranks ({machine()}; `python -m bench.memory`)",

@@ -24,11 +24,12 @@ from typing import Any
 
 from bench.overhead import ratios_of_medians
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
+from bench.records import claim_record
 from bench.train import machine
 from conf.overrides import check_overrides
 from kernels.common.commands import run_command
 from kernels.common.errors import unknown
-from kernels.common.files import atomic_write, make_folder_of
+from kernels.common.files import atomic_write
 from kernels.common.options import split_options
 from launch.ranks import Ranks
 
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
     defaults = {"steps": 24, "quick": False, "models": "nano,60m", "out": "bench/results/cpu-optimizers.md"}
     options, overrides = split_options(argv, defaults, {"steps": 3})
     check_overrides(overrides, options)
-    make_folder_of(options["out"])
+    claim_record(options["out"], argv)
     models = _TINY if options["quick"] else _MODELS
     chosen = list(models) if options["quick"] else options["models"].split(",")
     command = " ".join(["python -m bench.optimizers", *(word for word in argv if not word.startswith("out="))])

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
+from bench.records import claim_record
 from bench.train import machine
 from conf.overrides import check_overrides
 from conf.shape import Shape
 from conf.validate import Batch
 from kernels.common.commands import run_command
-from kernels.common.files import atomic_write, make_folder_of
+from kernels.common.files import atomic_write
 from kernels.common.options import split_options
 from launch.ranks import Ranks
 
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
         as_rank(lambda ranks: _seconds(ranks, int(argv[1]), argv[2:]))
     options, overrides = split_options(argv, {"steps": 60, "out": "bench/results/cpu-overhead.json"}, {"steps": 12})
     check_overrides(overrides, options)
-    make_folder_of(options["out"])
+    claim_record(options["out"], argv)
     result: dict[str, Any] = {"machine": machine(), "overrides": overrides, "ratios": {}}
     for world, precision in ((1, "bf16"), (1, "fp32"), (2, "fp32")):
         arguments = [str(options["steps"]), *_COMMON, *overrides, f"precision={precision}"]

@@ -26,10 +26,11 @@ import transformers
 from torch import Tensor, nn
 
 from bench.contenders import projection_products
+from bench.records import claim_record
 from bench.tiny_models import error, in_three_ways, kept_bytes, logits_and_gradients, mlps, tiny, tokens
 from bench.train import machine
 from kernels.common.commands import run_command
-from kernels.common.files import make_folder_of, print_and_write
+from kernels.common.files import print_and_write
 from kernels.common.options import read_options
 from kernels.huggingface import patch
 from kernels.mlp import BF16_ON_CPU
@@ -41,7 +42,7 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 def main(argv: list[str]) -> None:
     defaults = {"tokens": 128, "d_model": 1024, "d_ff": 2816, "rounds": 7, "out": "bench/results/cpu-patch.md"}
     options = read_options(argv, defaults, minimum={"tokens": 1, "d_model": 64, "d_ff": 64, "rounds": 3})
-    make_folder_of(options["out"])
+    claim_record(options["out"], argv)
     torch.set_num_threads(1)
     print_and_write(_page(options), options["out"])
 

@@ -26,13 +26,14 @@ import sys
 import time
 
 from bench.ranks import as_rank, engine_of, on_ranks, random_tokens
+from bench.records import claim_record
 from bench.train import BusyElsewhere, machine
 from conf.load import load
 from conf.overrides import check_overrides
 from conf.shape import shape_of
 from kernels.common.commands import run_command
 from kernels.common.errors import unknown
-from kernels.common.files import atomic_write, make_folder_of
+from kernels.common.files import atomic_write
 from kernels.common.options import split_options
 from launch.estimate.counts import flops_per_token, parameters
 from launch.ranks import Ranks
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> None:
     defaults = {"rounds": 2, "steps": 4, "quick": False, "sweeps": known, "out": "bench/results/cpu-scaling.md"}
     options, overrides = split_options(argv, defaults, {"rounds": 1, "steps": 1})
     check_overrides(overrides, options)
-    make_folder_of(options["out"])
+    claim_record(options["out"], argv)
     points = sweeps(options["quick"])
     chosen = options["sweeps"].split(",")
     for name in chosen:

@@ -2,6 +2,7 @@
 
     steps=200  steps per run
     rounds=3   runs
+    out=FILE   where the figures go (JSON)
     KEY=VALUE  overrides for train.py
 
 Every fourth step is sampled. The step after it waits for the reduction and writes the line. The other two are plain. The cost
@@ -14,6 +15,7 @@ import json
 import statistics
 import sys
 
+from bench.records import claim_record
 from bench.train import machine, seconds_of_steps
 from conf.load import load
 from conf.overrides import check_overrides
@@ -22,7 +24,7 @@ from kernels.common.files import atomic_write
 from kernels.common.options import split_options
 
 EVERY = 4
-RESULT = "bench/results/cpu-telemetry.json"
+_DEFAULTS = {"steps": 200, "rounds": 3, "out": "bench/results/cpu-telemetry.json"}
 
 
 def sample_cost(seconds: list[float]) -> float:
@@ -33,8 +35,9 @@ def sample_cost(seconds: list[float]) -> float:
 
 
 def main(argv: list[str]) -> None:
-    options, overrides = split_options(argv, {"steps": 200, "rounds": 3}, {"steps": 4 * EVERY, "rounds": 1})
+    options, overrides = split_options(argv, _DEFAULTS, {"steps": 4 * EVERY, "rounds": 1})
     check_overrides(overrides, options)
+    claim_record(options["out"], argv)
     every = load(overrides).telemetry_every or 50
     costs = []
     for number in range(options["rounds"]):
@@ -46,7 +49,7 @@ def main(argv: list[str]) -> None:
         f"a sample costs {statistics.median(costs):.1%} of a step ({min(costs):.1%} to {max(costs):.1%}); sampling every "
         f"{every} steps costs {statistics.median(fractions):.2%} of the time ({fractions[0]:.2%} to {fractions[-1]:.2%})"
     )
-    with atomic_write(RESULT) as file:
+    with atomic_write(options["out"]) as file:
         json.dump(
             {
                 "machine": machine(),

@@ -25,6 +25,7 @@ from typing import Any
 
 import tokenizers
 
+from bench.records import claim_record
 from bench.train import machine
 from data.pool import Group, encode_group
 from data.shards import Shard
@@ -32,7 +33,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from data.train_tokenizer import train_sentencepiece
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.files import make_folder_of, print_and_write
+from kernels.common.files import print_and_write
 from kernels.common.options import read_options
 
 OURS, LIBRARY, FOREIGN = "ours", "ours without a compiler: SentencePiece", "Hugging Face, byte-level BPE"
@@ -41,7 +42,7 @@ OURS, LIBRARY, FOREIGN = "ours", "ours without a compiler: SentencePiece", "Hugg
 def main(argv: list[str]) -> None:
     defaults = {"vocab_sizes": "4096,32000", "megabytes": 3, "rounds": 5, "out": "bench/results/cpu-tokenize.md"}
     options = read_options(argv, defaults, minimum={"megabytes": 1, "rounds": 1})
-    make_folder_of(options["out"])
+    claim_record(options["out"], argv)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     print_and_write(_page(options), options["out"])
 

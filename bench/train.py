@@ -44,13 +44,14 @@ from typing import Any
 
 import psutil
 
+from bench.records import claim_record
 from conf.load import load
 from conf.overrides import check_overrides
 from conf.shape import shape_of
 from conf.validate import validate
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
-from kernels.common.files import atomic_write, make_folder_of
+from kernels.common.files import atomic_write
 from kernels.common.options import split_options
 
 OTHERS = (
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> None:
     defaults = {"rounds": 3, "steps": 24, "out": "bench/results/cpu-train.json"}
     options, overrides = split_options(argv, defaults, {"rounds": 1, "steps": 8})
     check_overrides(overrides, options)
-    make_folder_of(options["out"])
+    claim_record(options["out"], argv)
     steps = options["steps"]
     config = load(overrides)
     validate(config, 1)

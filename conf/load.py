@@ -53,6 +53,9 @@ NOT_IN_NAME = (
     "profile",
 )
 
+# Keys of one command: a run that goes on does not repeat them unless they are typed again.
+_OF_COMMAND = ("runs", "run", "resume", "resume_from", "resume_optimizer")
+
 
 def load(argv: list[str], program: str = "train.py") -> Config:
     """Compose the configuration from `argv`, the overrides without the program's name.
@@ -133,8 +136,7 @@ def _over(stored: Config, overrides: list[Override]) -> Config:
         for part in path:
             target, source = target.setdefault(part, {}), source[part]
         target[name] = source[name]
-    # Those of the command, not of the run.
-    values |= {"runs": composed.runs, "run": composed.run, "resume_optimizer": composed.resume_optimizer}
+    values |= {key: typed[key] for key in _OF_COMMAND}
     return _from_dict(values)
 
 

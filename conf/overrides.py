@@ -1,7 +1,8 @@
 """One reader of overrides, for plain runs and for sweeps: `GROUP=CHOICE` and `key=value`, in Hydra's grammar.
 
-Three conveniences are added to it: a formula or a path needs no second layer of quotes, a count may be typed as 1e9, 100k or
-2B, and `--multirun` splits the values of a key at its outermost commas. `conf/load.py` composes what is read here.
+Three conveniences are added to it: a text, such as a formula or a path, needs no second layer of quotes, a count may be typed
+as 1e9, 100k or 2B, and `--multirun` splits the values of a key at its outermost commas. `conf/load.py` composes what is read
+here.
 """
 
 from __future__ import annotations
@@ -22,20 +23,6 @@ from kernels.common.options import whole_number
 
 TEXT_LISTS = ("prompts", "logger.tags")
 FREE_FORM = ("data.parts", "ffn.parameters", "ffn.per_layer")  # dictionaries with keys chosen by the user
-PLAIN_TEXT = (
-    "ffn.formula",
-    "ffn.from_output",
-    "data.path",
-    "tokenizer.path",
-    "tokenizer.eos",
-    "tokenizer.bos",
-    "run",
-    "runs",
-    "data.prepared",
-    "resume_from",
-    "guard.skip_samples",
-    "profile",
-)  # taken verbatim, not parsed by Hydra
 LARGEST_FORMULA = 10_000  # characters; the formula parser has a far lower limit, this one bounds Hydra's work
 LONGEST_NUMBER = 4000  # digits; Python reads 4,300
 _PLACES = ("data.path", "tokenizer.path", "runs", "data.prepared")  # of files and folders
@@ -46,6 +33,10 @@ _INSTEAD = {  # of a choice that is a path or a name on the hub
 }
 _SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
 _OPENING, _CLOSING = "([{", ")]}"
+_INSIDE = {
+    "data.parts": "data",
+    "ffn.per_layer": "ffn",
+}  # dictionaries of parts of a group, whose keys are those of the group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +56,19 @@ class Override:
 def within(key: str, names: tuple[str, ...]) -> bool:
     """Return whether a dotted key is one of `names`, or lies inside of one."""
     return any(key == name or key.startswith(name + ".") for name in names)
+
+
+def is_text(key: str) -> bool:
+    """Return whether the value of a dotted key is a text, which is taken verbatim and not parsed by Hydra."""
+    for name, group in _INSIDE.items():
+        if within(key, (name,)) and key.count(".") > name.count(".") + 1:
+            key = f"{group}.{key.split('.', name.count('.') + 2)[-1]}"
+    return key == "data.path" or key in _texts()
+
+
+@functools.cache
+def _texts() -> frozenset[str]:
+    return frozenset(key for key, kind, _ in keys() if kind in (str, typing.Optional[str]))
 
 
 _LISTED = "python train.py --help lists them"  # whichever command was typed
@@ -92,25 +96,23 @@ def read_override(argument: str, options: Iterable[str] = ()) -> Override:
         )
     if not equals:
         raise UserError(f"{argument!r} is not an override: write GROUP=CHOICE or KEY=VALUE ({_LISTED})")
-    parsed = key not in PLAIN_TEXT or typed[:1] in ("'", '"', "[")
-    if parsed and (digits := re.search(rf"[0-9_]{{{LONGEST_NUMBER},}}", typed)):
+    verbatim = is_text(key) and typed[:1] not in ("'", '"', "[")
+    if not verbatim and (digits := re.search(rf"[0-9_]{{{LONGEST_NUMBER},}}", typed)):
         raise UserError(f"{key} has a number of {len(digits[0]):,} digits; fewer than {LONGEST_NUMBER:,} are read")
     if key in GROUPS:
         refuse_secrets(key, typed)
         return Override(key, f"'{_choice(key, typed)}'", typed, forced)  # quoted: a bare `zero=1` would be a number
     if key in _PLACES or (key.startswith("data.parts.") and key.endswith(".path")):
         _refuse_address(key, typed)
-    if within(key, FREE_FORM):
-        return Override(key, typed, typed, forced)
     known = {name: kind for name, kind, _ in keys()}
-    if key not in known:
+    if key not in known and not within(key, FREE_FORM):
         raise _unknown_key(key, list(known), options)
     value = typed
-    if key in PLAIN_TEXT and typed[:1] not in ("'", '"', "[") and typed not in ("null", ""):
+    if verbatim and typed not in ("null", ""):
         if len(typed) > LARGEST_FORMULA:
             raise UserError(f"{key} has {len(typed):,} characters; at most {LARGEST_FORMULA:,} are read")
         value = quoted(typed)
-    elif (count := count_of(known[key], typed)) is not None:
+    elif (count := count_of(known.get(key), typed)) is not None:
         value = str(count)
     return Override(key, value, typed, forced)
 

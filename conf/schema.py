@@ -124,7 +124,11 @@ class DataConfig:
         "what is held out together: document | folder (of those in data.path; of stdlib and installed, a package)",
         only="data.held_out>0",
     )
-    held_out_kib: int = key(2, "KiB of each that count, from a place in it", only="data.held_out_files>0")
+    held_out_kib: int = key(
+        2,
+        "KiB of each held-out document that are scored, from a place that its hash chooses",
+        only="data.held_out_files>0",
+    )
     prepared: str = key("prepared", "folder of prepared corpora")
     max_epochs: float = key(
         4.0, "refuse a run that goes through the corpus, or a part of a blend, more often than this"
@@ -243,7 +247,7 @@ class ParallelConfig:
     tensor: int = key(1, "tensor-parallel ranks, which shard each matrix; best within a node")
     sequence: bool = key(
         False,
-        "sequence parallelism over the tensor ranks between matmuls: less memory, the same traffic",
+        "sequence parallelism over the tensor ranks between matmuls: less memory, a quarter more traffic",
         only="parallel.tensor>1",
     )
     context: int = key(1, "context-parallel ranks, which split each sequence; all-to-all over heads around attention")
@@ -254,7 +258,9 @@ class ParallelConfig:
 class PrecisionConfig:
     """`precision=`: dtypes."""
 
-    name: str = key("auto", "auto (bf16 where the machine has bf16 instructions, else fp32) | bf16 | fp32 | fp8")
+    name: str = key(
+        "auto", "auto (bf16 where the machine has its instructions; else, and at zero=0, fp32) | bf16 | fp32 | fp8"
+    )
     reduce: str = key("fp32", "dtype of gradient reductions: fp32 | bf16", only="precision.name!=fp32")
     emulate: str = key(
         "none",
@@ -273,7 +279,9 @@ class GuardConfig:
     """`guard=`: what happens when numbers go wrong."""
 
     skip_limit: int = key(
-        20, "skipped steps in a row, their gradients not finite (or zero), after which a run has diverged"
+        20,
+        "steps skipped in a row because a gradient is not finite, or log lines in a row with a gradient of zero, after which a "
+        "run has diverged",
     )
     spike: str = key("report", "a loss or gradient norm far above those before: report | skip (the step) | rewind")
     spike_sigmas: float = key(6.0, "how far, in robust standard deviations (1.4826 x MAD) above the median")

@@ -140,6 +140,17 @@ def validate(config: Config, world_size: int) -> Batch:
     return _check_batch(config, world_size)
 
 
+def trains_in_bf16(precision: str, stage: int, has_bf16: bool) -> bool:
+    """Return whether a run trains in bf16, else in fp32.
+
+    Args:
+        precision: `precision.name`. auto is bf16 where DeepSpeed computes right in it, which it does not at stage 0.
+        stage: of ZeRO.
+        has_bf16: whether the hardware multiplies bf16.
+    """
+    return (has_bf16 and stage > 0) if precision == "auto" else precision != "fp32"
+
+
 def holds_text_out(data: DataConfig) -> bool:
     """Return whether a corpus, or a part of a blend, holds text out for evaluation."""
     if data.source != "blend" or not isinstance(data.parts, dict):
@@ -164,6 +175,8 @@ def check_ranges(values: Mapping[str, Any], corpus: str = "data") -> None:
     given = values.keys()
     for name, allowed in ((name, _CHOICES[name]) for name in _CHOICES if name in given):
         value = str(values[name]).lower() if isinstance(values[name], bool) else values[name]
+        if value not in allowed and "," in str(value):
+            raise UserError(f"{shown(name)}={value} has several values but takes one; --multirun sweeps")
         if value not in allowed:
             raise unknown(shown(name), str(value), allowed)
     for name, value in values.items():

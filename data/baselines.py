@@ -27,6 +27,7 @@ from data.shards import write_json
 from data.usage import with_keys
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
+from kernels.common.files import explain_os_errors, make_folder_of
 from kernels.common.options import split_options
 
 MOST_TOKENS = 1 << 26  # of the training text; pairs of so many take about 2 GB at most
@@ -149,6 +150,9 @@ def main(argv: list[str]) -> int:
     """Print the baselines of a run, and write them."""
     options, overrides = split_options(argv, {"to": ""})
     check_overrides(overrides, options)
+    to = Path(options["to"]) if options["to"] else None
+    if to is not None:
+        make_folder_of(to)
     config = load(overrides, program="python -m data.baselines")
     steps = total_steps(config)
     if steps is None:
@@ -163,9 +167,9 @@ def main(argv: list[str]) -> int:
             per_byte = loss / math.log(2) / found.bytes_per_token
             bits = "" if dataset.why_no_bits else f"  {per_byte:.4f} bits per byte"
             print(f"  {name:8} {loss:.4f} nats per token{bits}")
-    if options["to"]:
-        Path(options["to"]).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(options["to"]), asdict(found))
+    if to is not None:
+        with explain_os_errors("write", to):
+            write_json(to, asdict(found))
     return 0
 
 

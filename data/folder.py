@@ -36,7 +36,7 @@ def folder_of(data: DataConfig, tokenizer: TokenizerConfig, beside: str = "") ->
 
 def _folder(data: DataConfig, tokenizer: TokenizerConfig, corpus: str, beside: str = "") -> Path:
     if tokenizer.path:
-        settings: Any = load_tokenizer(tokenizer.path, tokenizer.eos, tokenizer.bos).hash
+        settings: Any = load_tokenizer(tokenizer.path, tokenizer.eos, tokenizer.bos, tokenizer.kind).hash
     else:
         settings = [TRAINER, tokenizer.vocab_size, tokenizer.train_megabytes]
     held_out: Any = held_out_settings(data)
@@ -66,7 +66,11 @@ def _check(data: DataConfig, tokenizer: TokenizerConfig) -> None:
         raise UserError(
             "tokenizer=huggingface needs tokenizer.path, a tokenizer.json; only SentencePiece is trained here"
         )
-    if tokenizer.path and Path(tokenizer.path).is_file() and foreign != str(tokenizer.path).endswith(".json"):
+    if (
+        tokenizer.path
+        and Path(tokenizer.path).expanduser().is_file()
+        and foreign != str(tokenizer.path).endswith(".json")
+    ):
         right = "sentencepiece" if foreign else "huggingface"
         raise UserError(f"{tokenizer.path} does not fit tokenizer.kind={tokenizer.kind}; set tokenizer={right}")
 

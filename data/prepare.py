@@ -339,7 +339,7 @@ def _sample(data: DataConfig, selection: Selection, budget: int, progress: Progr
 
 
 def _existing_tokenizer(folder: Path) -> tuple[Tokenizer, Path] | None:
-    for path in (folder / name for name in FILE_NAMES):
+    for path in (folder / name for name in FILE_NAMES.values()):
         if path.is_file():
             return load_tokenizer(path), path
     return None
@@ -355,12 +355,14 @@ def _tokenizer(
     if existing := _existing_tokenizer(folder):
         return existing
     if config.path:
-        tokenizer = load_tokenizer(config.path, config.eos, config.bos)
+        tokenizer = load_tokenizer(config.path, config.eos, config.bos, config.kind)
     else:
         texts = sample(config.train_megabytes * MEGABYTE)
         megabytes = sum(map(len, texts)) / 1e6
         progress.start(f"training a tokenizer of {config.vocab_size} pieces on {megabytes:.2f} MB")
-        tokenizer = run_in_subprocess(train_sentencepiece, texts, config.vocab_size, folder / FILE_NAMES[0])
+        tokenizer = run_in_subprocess(
+            train_sentencepiece, texts, config.vocab_size, folder / FILE_NAMES["sentencepiece"]
+        )
     return tokenizer, tokenizer.save(folder)
 
 

@@ -36,7 +36,7 @@ from kernels.common.json_files import open_regular
 SPACE = "\u2581"  # what SentencePiece writes for a space; in a text it can only be kept as bytes
 # Characters encoded at once; on much longer texts SentencePiece is slower per character and needs gigabytes.
 STRETCH = 1 << 16
-FILE_NAMES = ("tokenizer.model", "tokenizer.json")
+FILE_NAMES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}  # by `tokenizer.kind`
 ODD = "\u0378\ue000\U0001f9ff \u6f22\u304b \x01"  # characters for which many vocabularies have no token
 PROBE = "  a  b\t\r\n\x00</s> \u00e9e\u0301\ufb01\u3000\U0001f600 \n   def"  # changed by whatever normalises
 
@@ -209,7 +209,7 @@ class Tokenizer(abc.ABC):
 class SentencePiece(Tokenizer):
     """A SentencePiece model, from the bytes of its file."""
 
-    file_name, unit = FILE_NAMES[0], "piece"
+    file_name, unit = FILE_NAMES["sentencepiece"], "piece"
 
     def __init__(self, raw: bytes, name: str) -> None:
         super().__init__(raw, name)
@@ -327,7 +327,7 @@ def _refused(reason: str) -> Iterator[None]:
 class _HuggingFace(Tokenizer):
     """A model of Hugging Face's `tokenizers`, from the bytes of its tokenizer.json."""
 
-    file_name = FILE_NAMES[1]
+    file_name = FILE_NAMES["huggingface"]
     exact = False
 
     def __init__(self, raw: bytes, name: str) -> None:
@@ -370,23 +370,26 @@ class _HuggingFace(Tokenizer):
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
-def load_tokenizer(path: str | os.PathLike[str], eos: str | None = None, bos: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: str | os.PathLike[str], eos: str | None = None, bos: str | None = None, kind: str = "sentencepiece"
+) -> Tokenizer:
     """Load a SentencePiece `.model`, a Hugging Face `tokenizer.json`, or the one in a folder.
 
     Args:
         eos: name of the end-of-text token; None: the one that files beside the tokenizer name (`data/ends.py`), or by
             convention.
         bos: name of the token that begins a document; None: none, or what `Tokenizer.save` wrote.
+        kind: sentencepiece or huggingface, which of them is loaded from a folder that has both.
 
     Raises:
         UserError: it is missing or unreadable, no tokenizer, or has no end-of-text token that only ends documents.
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        inside = [path / name for name in FILE_NAMES if (path / name).is_file()]
+        inside = [path / name for name in FILE_NAMES.values() if (path / name).is_file()]
         if not inside:
-            raise UserError(f"there is no {' and no '.join(FILE_NAMES)} in {path}")
-        path = inside[0]
+            raise UserError(f"there is no {' and no '.join(FILE_NAMES.values())} in {path}")
+        path = next((file for file in inside if file.name == FILE_NAMES[kind]), inside[0])
     try:
         with io.BufferedReader(open_regular(path)) as file:
             raw = file.read()

@@ -45,7 +45,7 @@ from kernels.c.toolchain import FLAGS, find_compiler, triton_problem
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError
 from kernels.common.options import split_options
-from launch.estimate.counts import parameters
+from launch.estimate.counts import checkpoint_bytes
 from launch.finding import GREEN, RED, YELLOW, Finding
 from launch.installed import installed_versions
 from launch.launchers import Launchers, refuse_taken_port, refuse_unknown_master
@@ -55,7 +55,6 @@ from launch.sbatch import read_cluster
 
 _OPTIONS = {"quick": False, "gate": "", "gpus": 0}
 _DISTRIBUTION, _EXTRA = "formula-ffn", "train"  # the kernels alone need fewer packages
-_CHECKPOINT_BYTES = 14  # per parameter: the bf16 weight, and in fp32 the weight and two moments
 _MIN_OPEN_FILES, _MIN_SHARED_BYTES = 4096, 2**30
 _DISK_MEGABYTES = 128
 _MAX_SKEW = 1.0  # seconds between the clocks of nodes: a larger skew confuses logs and file times
@@ -208,16 +207,17 @@ def optional_packages(config: Config) -> Iterator[Finding]:
 
 def compiler() -> Finding:
     """Compile a line of C with the flags of the kernels."""
+    # Without one training goes on in plain torch; on GPUs that wastes them, so a job must not start.
+    if installed_gpus() and (missing := triton_problem()):
+        return Finding(RED, "compiler", f"Triton cannot launch its kernels: {missing}")
     name = find_compiler()
     if name is None:
         return Finding(
-            RED,
+            YELLOW,
             "compiler",
             "there is no cc, gcc or clang: kernels run as plain torch, several times slower",
             "apt install gcc, or module load gcc, or set CC",
         )
-    if installed_gpus() and (missing := triton_problem()):
-        return Finding(RED, "compiler", f"Triton cannot launch its kernels: {missing}")
     with tempfile.TemporaryDirectory() as folder:
         command = [name, "-fopenmp", *FLAGS, "-", "-o", f"{folder}/a.so", "-lm"]
         done = subprocess.run(command, input="int one(void) { return 1; }\n", capture_output=True, text=True)
@@ -257,14 +257,23 @@ def wandb(runs: str) -> Finding:
 
 
 def space(config: Config) -> Finding:
-    """Compare the free disk space with the checkpoints that a run keeps."""
-    folder = _existing(Path(config.runs))
-    free = shutil.disk_usage(folder).free
-    count = sum(parameters(shape_of(config)).values())
-    needed = _CHECKPOINT_BYTES * count * (config.keep_last + 2)  # also the best one, and one being written
-    text = f"{free / 1e9:,.1f} GB free in {folder.resolve()}, {needed / 1e9:,.1f} GB for {config.keep_last + 2} checkpoints"
-    level = RED if free < needed else YELLOW if free < 2 * needed else GREEN
+    """Compare the free disk space with the checkpoints that a run will keep beside those that it holds already."""
+    folder, own = _existing(Path(config.runs)), Path(config.runs) / str(config.run) / "checkpoints"
+    leftovers = [*own.glob(".step_*.tmp"), *own.glob(".step_*.old")]  # of interrupted saves: resuming removes them
+    free = shutil.disk_usage(folder).free + sum(map(_bytes_in, leftovers))
+    held = sum(path.name.removeprefix("step_").isdecimal() for path in own.glob("step_*"))
+    more = max(1, config.keep_last + 2 - held)  # also the best one, and one being written
+    size = checkpoint_bytes(shape_of(config), config.optim.name)
+    kept = f"{more}{' more' if held else ''} checkpoint{'' if more == 1 else 's'}"
+    text = f"{free / 1e9:,.1f} GB free in {folder.resolve()}, {more * size / 1e9:,.1f} GB for {kept}"
+    level = RED if free < size else YELLOW if free < more * size else GREEN
     return Finding(level, "disk space", text, "free disk space, or set runs=FOLDER or keep_last=1")
+
+
+def _bytes_in(folder: Path) -> int:
+    with contextlib.suppress(OSError):  # another process removes it
+        return sum(path.stat().st_size for path in folder.iterdir())
+    return 0
 
 
 def shared_memory() -> Finding:
@@ -306,7 +315,7 @@ def disk_speed(config: Config) -> Finding:
             speed = _DISK_MEGABYTES * 2**20 / (time.monotonic() - start)
     except OSError as error:
         return Finding(RED, "disk", f"{folder.resolve()}: {error.strerror}", "set runs=FOLDER to a writable folder")
-    seconds = _CHECKPOINT_BYTES * sum(parameters(shape_of(config)).values()) / speed
+    seconds = checkpoint_bytes(shape_of(config), config.optim.name) / speed
     level = YELLOW if speed < 1e8 else GREEN
     return Finding(
         level,

@@ -35,7 +35,7 @@ from conf.terminal import SafeConsole
 from data.packages import need
 from kernels.common.commands import run_command
 from kernels.common.errors import UserError, suggest
-from kernels.common.files import atomic_write, explain_os_errors
+from kernels.common.files import atomic_write, explain_os_errors, make_folder_of
 from kernels.common.options import read_options
 from kernels.common.text import printable
 from model.export import export
@@ -208,6 +208,8 @@ def main(argv: list[str]) -> int:
     options = read_options(argv, _DEFAULTS, {"batch_size": 1}, _REQUIRED)
     run = find_run(options["run"], options["runs"])
     tasks = [task for task in options["tasks"].split(",") if task]
+    if options["output"]:
+        make_folder_of(options["output"])  # before what takes an hour
     arguments = {name: options[name] for name in ("include", "step", "limit", "num_fewshot", "batch_size")}
     results = evaluate(run, tasks, **arguments)
     SafeConsole(file=sys.stdout).print(table(results))

@@ -5,7 +5,7 @@
     KEY=VALUE          overrides for train.py: steps, optim, schedule, eval_every, ...
     swap.steps=N       steps over which the old arm fades into the new one; default: a tenth of the steps
     swap.run=NAME      name of the new run; default: NAME-swap-ARM
-    swap.control=true  also train the same continuation without the swap, as the run NAME-swap-ARM-control
+    swap.control=true  also train the same continuation without the swap, as NAME-swap-ARM-control; false: do not
     swap.train=true    false: write the runs, and print the commands that train them
     ranks=N            ranks on this machine; default: as many as it needs
     step=N             a checkpoint; default: the newest
@@ -14,8 +14,8 @@
 The new run starts from the weights of the old one and computes what it computed: its formula is (1 - t)*(old) + t*(new), and t
 goes from 0 to 1 over the first swap.steps steps. Both arms must be gated, or both ungated. After that the run has the new arm,
 and `model.export` writes it as such. Steps, learning rate and its schedule begin anew, the text goes on after what the old run
-has read, and the optimizer keeps its state. At the end the held-out losses of both runs are printed, and the share of h that is
-0. A swap that was interrupted goes on by the same command.
+has read, and the optimizer keeps its state. At the end the held-out losses of both runs are printed, and the fraction of h that
+is 0. A swap that was interrupted goes on by the same command.
 """
 
 from __future__ import annotations

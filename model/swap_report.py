@@ -26,7 +26,7 @@ class SwapCurve:
     Attributes:
         losses: {step: held-out loss} of the periodic evaluations, and `final` of the last, on all held-out text; None: none.
         held_out_tokens: of the periodic evaluations.
-        zeros: {step: share of h that is exactly 0, the mean over layers}.
+        zeros: {step: fraction of h that is exactly 0, the mean over layers}.
         first_loss: training loss of the first step; None: it was not logged.
     """
 

@@ -61,6 +61,7 @@ class Guard:
         self.refuse = self._refuse if guard.spike == "skip" else None  # for `Engine.train_step`
         self._refused: Spike | None = None  # why the current step was left out
         self._rewinds: collections.Counter[Path] = collections.Counter()
+        self._left_out = False  # whether the newest step changed nothing
         self._first_skipped = ""  # of the steps skipped in a row: its number, and the culprit
 
     def count(self, applied: bool, grad_norm: torch.Tensor | float, tokens: torch.Tensor, numbers: np.ndarray) -> None:
@@ -73,6 +74,7 @@ class Guard:
         Raises:
             Diverged: `guard.skip_limit` steps in a row were skipped.
         """
+        self._left_out = not applied
         if self._refused is not None:
             self._report(self._refused, "the step was skipped")
             self._refused = None
@@ -166,8 +168,14 @@ class Guard:
         if guard.repeat and step % guard.repeat == 0:
             compare_repeated(self.engine, tokens)
 
-    def doubt(self, loss: torch.Tensor, grad_norm: torch.Tensor | float) -> str:
-        """Return why this rank would not keep a checkpoint of a step with this loss and norm; "" if it would."""
+    def doubt(self, loss: torch.Tensor, grad_norm: torch.Tensor | float, stopping: bool) -> str:
+        """Return why this rank would not keep a checkpoint of a step with this loss and norm; "" if it would.
+
+        A run that is stopping has no later step to save: where this one was left out, the weights are those before it, and
+        whether they are finite decides alone.
+        """
+        if stopping and self._left_out:
+            return ""
         if kind := kind_of_number(float(loss)):
             return f"a loss of {kind}"
         norm = float(grad_norm)
@@ -190,9 +198,12 @@ class Guard:
             return (
                 "no checkpoint was saved before it: start another run (run=NAME) with a lower optim.lr or more warmup"
             )
-        position = CheckpointReader(newest).state["step"] * self._global_batch
-        skipped = self.stream.skipped
-        trained = skipped.number(position), skipped.number(self.recorder.step * self._global_batch)
-        samples = SampleRanges.of([trained]) if trained[0] < trained[1] else ""
-        left_out = f" guard.skip_samples={samples}" if samples else ""
+        state, skipped = CheckpointReader(newest).state, self.stream.skipped
+        position, now = (step * self._global_batch for step in (state["step"], self.recorder.step))
+        # A rewind leaves samples out in memory; the command has to repeat those that the checkpoint does not record.
+        recorded = SampleRanges.of(state.get("skipped_samples", [])).ranges
+        ranges = [each for each in skipped.ranges if each not in recorded]
+        if position < now:
+            ranges.append((skipped.number(position), skipped.number(now)))
+        left_out = f" guard.skip_samples={SampleRanges.of(ranges)}" if ranges else ""
         return f"to go on before it and leave its samples out: resume_from={newest.name}{left_out}"

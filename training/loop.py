@@ -36,6 +36,7 @@ from training.peak_speed import PeakSpeed
 from training.profiler import StepProfiler, copy_bandwidth, floors, part
 from training.prompts import prompts_of
 from training.recorder import RunRecorder
+from training.resume import dtype_change
 from training.rewind import course_of
 from training.runfolder import RunFolder
 from training.saves import Saves
@@ -118,6 +119,8 @@ class TrainingLoop:
             self.last_eval = None if loss is None else HeldOut(loss, tokens)
             self.recorder.repeats_evaluation = loss is None
         self.console.print(f"resuming {self.recorder.folder.path} after step {self.step} of {self.batch.steps}")
+        if changed := dtype_change(state, self.engine.dtype):
+            self.console.warn(changed)
         self._change_length(state.get("steps") or previous_steps, state.get("warmup_steps"))
 
     def _change_length(self, before: int | None, warmup: int | None) -> None:
@@ -296,7 +299,7 @@ class TrainingLoop:
         config, held_out = self.config, None
         self.evaluation_missed = self._due(config.eval_every) and stopping and not last
         if last:
-            self._save(None)  # first: whatever fails in what follows, the weights are kept
+            self._save(None, stopping)  # first: whatever fails in what follows, the weights are kept
             self._evaluate_last()
             if not stopping:
                 self._sample()
@@ -308,7 +311,7 @@ class TrainingLoop:
         if self._due(config.sample_every) and not stopping:
             self._sample()
         if stopping or self._due(config.save_every):
-            self._save(held_out)
+            self._save(held_out, stopping)
         if stopping:
             self._join_save()
 
@@ -347,8 +350,8 @@ class TrainingLoop:
                 texts.append(generate(self.engine.logits, *arguments, device=self.engine.device))
         self.recorder.samples(texts)
 
-    def _save(self, held_out: HeldOut | None) -> None:
-        """Start to save a checkpoint; `held_out` is the evaluation of this step."""
+    def _save(self, held_out: HeldOut | None, stopping: bool) -> None:
+        """Start to save a checkpoint, the session's last one if it is stopping; `held_out` is the evaluation of this step."""
         watchdog.beat("save", self.step)
         self._record_telemetry()  # a run resumed from this checkpoint would not record it
         self._join_save()
@@ -372,9 +375,10 @@ class TrainingLoop:
             "wall_seconds": self._wall_seconds(),
             "run_id": self.run_id,
             "settings": self.settings,
+            "dtype": machine.dtype_name(self.engine.dtype),
         }
         # The last step's weights are the run's result, if they are finite.
-        doubt = "" if self.step == self.batch.steps else self.guard.doubt(self.last_loss, self.last_norm)
+        doubt = "" if self.step == self.batch.steps else self.guard.doubt(self.last_loss, self.last_norm, stopping)
         self.saver.start(state, doubt)
 
     def _join_save(self) -> None:

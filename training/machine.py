@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from conf.schema import Config
+from conf.validate import trains_in_bf16
 from launch.ranks import Ranks, gpu_index, installed_gpus
 
 # Parameters of glibc's mallopt (<malloc.h>): (number, value).
@@ -72,12 +73,13 @@ def find_device(ranks: Ranks) -> torch.device:
 
 def find_dtype(config: Config, device: torch.device) -> torch.dtype:
     """Resolve `precision=auto`: bf16 if the hardware multiplies bf16 and the ZeRO stage is not 0, else fp32."""
-    if config.precision.name != "auto":
-        return torch.float32 if config.precision.name == "fp32" else torch.bfloat16
-    if config.zero.stage == 0:
-        return torch.float32
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if trains_in_bf16(config.precision.name, config.zero.stage, fast) else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name that `precision` has for a dtype to train in."""
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
 def describe(device: torch.device) -> str:

@@ -27,11 +27,13 @@ from model.decoder import Decoder
 from model.health import contents_problem, outline_problem, skipped, tensor_files
 from model.manifest import read_manifest, run_of
 from model.weights import CheckpointReader, check_shapes, checkpoints
+from training.machine import dtype_name
 
 _STATE = {  # what the loop reads of state.json, and its types
     "batches_hash": (int,),
     "course": (str, type(None)),
     "corpus_hash": (str, type(None)),
+    "dtype": (str, type(None)),
     "eval_loss": (int, float, type(None)),
     "evaluation_missed": (bool,),
     "optimizer_steps": (int,),
@@ -45,8 +47,8 @@ _STATE = {  # what the loop reads of state.json, and its types
     "warmup_steps": (int, type(None)),
 }
 _MOST = 1 << 53  # steps, or seconds
-# Version 0.1 did not write settings, steps and warmup_steps; version 0.2 nothing of samples and spikes.
-_OPTIONAL = ("course", "settings", "skipped_samples", "spikes", "steps", "warmup_steps")
+# Version 0.1 did not write settings, steps and warmup_steps; version 0.2 nothing of samples and spikes; version 0.3 no dtype.
+_OPTIONAL = ("course", "dtype", "settings", "skipped_samples", "spikes", "steps", "warmup_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +206,21 @@ def why_unfit(path: Path, dataset: Dataset, shape: Shape, config: Config) -> str
         return f"{path} was trained on other text than what is in {dataset.folder}: {another}"
     changed = changed_settings(reader.state.get("settings"), config)
     return f"{path} was trained with other settings ({'; '.join(changed)}): {how_to_go_on(changed)}" if changed else ""
+
+
+def dtype_change(state: dict[str, Any], dtype: torch.dtype) -> str:
+    """Return what to warn of where a run goes on in another dtype than its checkpoint was trained in; "": in the same, or in
+    one that the checkpoint does not tell.
+
+    Only `precision=auto` lets it change: it is not refused, since a run may move to another machine or another ZeRO stage.
+    """
+    before, now = state.get("dtype"), dtype_name(dtype)
+    if before in (None, now):
+        return ""
+    return (
+        f"the run was trained in {before} up to step {state['step']} and goes on in {now}: "
+        "precision=auto follows the machine and the ZeRO stage"
+    )
 
 
 def remove_leftovers(folder: Path) -> None:

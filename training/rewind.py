@@ -32,6 +32,9 @@ def named_checkpoint(folder: Path, config: Config) -> Path | None:
     if config.resume_from is None:
         return None
     match, paths = _NAME.fullmatch(config.resume_from), list(checkpoints(folder))
+    # First, because later saves of the new course prune the checkpoint that it began with.
+    if any(_course(path) == course_of(config) for path in paths):
+        return None
     found = next((path for path in paths if match and step_of(path) == int(match[1])), None)
     if found is None:
         there = ", ".join(path.name for path in reversed(paths))
@@ -39,8 +42,7 @@ def named_checkpoint(folder: Path, config: Config) -> Path | None:
             f"resume_from={config.resume_from} names no checkpoint in {folder}: "
             + (f"choose from {there}" if there else "it holds none")
         )
-    went_back = any(_course(path) == course_of(config) for path in paths[: paths.index(found)])
-    return None if went_back else found
+    return found
 
 
 def set_aside(folder: Path, checkpoint: Path) -> list[str]:

@@ -29,7 +29,7 @@ _LEGEND = (
     "bytes       per element of h that a fused kernel moves, forward and backward, in bf16",
     "curve       smooth: the slope has no jump; kink: the slope has one; jump: h has one; reductions over d_ff are constants",
     "monotone    in x; or in gate, with up = 1, and in up, with gate = 1",
-    "zeros       share of h that is exactly 0 for standard normal pre-activations",
+    "zeros       fraction of h that is exactly 0 for standard normal pre-activations",
     "also in     an operator of another library that computes the same function; none: this project only",
 )
 

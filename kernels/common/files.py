@@ -124,8 +124,15 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 
 
 def make_folder_of(path: str | os.PathLike[str]) -> None:
-    """Make the folder of a file that is written later: what takes minutes should not end for want of it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    """Make the folder of a file that is written later: what takes minutes should not end for want of it.
+
+    Raises:
+        UserError: it cannot be made, or `path` is a folder itself.
+    """
+    if Path(path).is_dir():
+        raise UserError(f"{os.fspath(path)} is a folder: name a file in it")
+    with explain_os_errors("write", path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def print_and_write(lines: Iterable[str], path: str | os.PathLike[str]) -> None:

@@ -25,7 +25,7 @@ from .grammar import (
 )
 from .parameters import Learned, Scheduled, read_parameter
 
-LONGEST = 1000  # characters; the longest known arm has 70
+LONGEST = 1000  # characters; the longest arm of conf/ffn has 98
 MOST_OPERATIONS = 200  # binary ones; a sum of so many is a tree of that depth, which the compiler traverses recursively
 DEEPEST = 50  # nested brackets, which bounds the recursion of the parser
 MOST_LEVELS = 2  # of reductions inside each other; each is a pass over the row

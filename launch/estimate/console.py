@@ -40,7 +40,7 @@ def show(requested: Estimate, candidates: list[Estimate], console: SafeConsole) 
         f"{nodes} node(s) of {requested.layout.gpus_per_node} x {hardware.device or cluster.name}; "
         f"tensor {config.parallel.tensor}, context {config.parallel.context}, ZeRO {config.zero.stage}, "
         f"micro-batch {batch.micro_batch} x {batch.accumulation}, "
-        f"checkpointing {_CHECKPOINTING[config.model.activation_checkpointing]}",
+        f"checkpointing {_CHECKPOINTING[config.model.activation_checkpointing]}, in {requested.precision}",
         f"{batch.tokens:,} tokens in {batch.steps:,} steps of {batch.tokens_per_step:,}",
     ]
     for line in lines:

@@ -230,6 +230,14 @@ def state_bytes(
     }
 
 
+def checkpoint_bytes(shape: Shape, optimizer: str) -> float:
+    """Return the bytes of the tensors of a checkpoint: in fp32 the weights and what the optimizer keeps of each parameter.
+
+    Weights in bf16 are not stored. What an optimizer keeps per row, and the index, are a percent of it or less.
+    """
+    return 4 * (rank_parameters(shape, 1) + by_rule(shape, 1, optimizer, lambda rule: len(rule.states)))
+
+
 def logits_rows(tokens: int, vocabulary: int, on_gpu: bool) -> int:
     """Return the number of tokens per chunk of logits in the loss, for this many vocabulary entries (model/loss.py)."""
     elements, rows = (_GPU_CHUNK_ELEMENTS, _GPU_CHUNK_ROWS) if on_gpu else (_CHUNK_ELEMENTS, _CHUNK_ROWS)

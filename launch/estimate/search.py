@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from conf.cluster_schema import ClusterConfig
 from conf.schema import Config
 from conf.shape import Shape, check_divisibility, shape_of
-from conf.validate import Batch, validate
+from conf.validate import Batch, trains_in_bf16, validate
 from kernels.common.errors import UserError
 from launch.estimate.counts import CHECKPOINTING, overlaps, peak_bytes
 from launch.estimate.step_time import ParallelLayout, StepTime, model_flops_utilization, overlapped, step_time
@@ -65,6 +65,11 @@ class Estimate:
         return self.hours * self.gpus * self.cluster.hardware.dollars_per_gpu_hour
 
     @property
+    def precision(self) -> str:
+        """What matrices are multiplied in."""
+        return "fp8" if self.layout.fp8 else "bf16" if self.layout.bf16 else "fp32"
+
+    @property
     def choice(self) -> tuple[int, int, int, bool | str, bool]:
         """The settings that `search` varies: tensor size, ZeRO stage, micro-batch, activation checkpointing, overlap."""
         config = self.config
@@ -81,7 +86,7 @@ def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int) -
     batch = validate(config, gpus)
     shape = shape_of(config)
     check_divisibility(shape, config.parallel)
-    zero, bf16 = config.zero, config.precision.name != "fp32"
+    zero, bf16 = config.zero, _in_bf16(config, cluster)
     gradient_width = 2 if bf16 and config.precision.reduce == "bf16" else 4
     overlap, overlap_weights = (0.0, False)
     checkpointing = config.model.activation_checkpointing
@@ -124,7 +129,7 @@ def search(config: Config, cluster: ClusterConfig, gpus: int, per_node: int) -> 
 
     Overlap is left out where DeepSpeed ignores it: the same would come twice.
     """
-    for candidate in _combinations(config, gpus, per_node):
+    for candidate in _combinations(config, cluster, gpus, per_node):
         try:
             estimated = estimate(candidate, cluster, gpus, per_node)
         except UserError:
@@ -138,15 +143,20 @@ def fast_then_small(candidate: Estimate) -> tuple[float, float]:
     return round(math.log(candidate.step.total), 2), sum(candidate.memory.values())
 
 
-def _combinations(config: Config, gpus: int, per_node: int) -> Iterator[Config]:
+def _in_bf16(config: Config, cluster: ClusterConfig, stage: int | None = None) -> bool:
+    """Return whether a configuration trains in bf16 on a cluster, at its own stage of ZeRO or at another one."""
+    stage = config.zero.stage if stage is None else stage
+    return trains_in_bf16(config.precision.name, stage, has_bf16=cluster.hardware.bf16_flops > 0)
+
+
+def _combinations(config: Config, cluster: ClusterConfig, gpus: int, per_node: int) -> Iterator[Config]:
     sequences = config.global_batch_size * config.parallel.context
     for tensor in (size for size in (1, 2, 4, 8, 16) if size <= min(per_node, gpus)):
         per_rank = sequences * tensor // gpus  # in a step
         for stage, micro in ((stage, 2**n) for stage in (1, 2, 3) for n in range(7) if 2**n <= max(1, per_rank)):
             accumulation = max(1, per_rank // micro)
-            can_overlap = (
-                overlapped(stage, config.precision.name != "fp32", accumulation)[0] > 0 and per_rank < sequences
-            )
+            bf16 = _in_bf16(config, cluster, stage)
+            can_overlap = overlapped(stage, bf16, accumulation)[0] > 0 and per_rank < sequences
             for checkpoints, overlap in itertools.product(CHECKPOINTING, (False, True) if can_overlap else (False,)):
                 yield dataclasses.replace(
                     config,
@@ -158,12 +168,13 @@ def _combinations(config: Config, gpus: int, per_node: int) -> Iterator[Config]:
 
 
 def overrides_of(candidate: Estimate) -> list[str]:
-    """Return the overrides that select what `search` varies."""
+    """Return the overrides that select what `search` varies, and what `zero=STAGE` would undo of what it keeps."""
     tensor, stage, micro, checkpoints, overlap = candidate.choice
     overrides = [f"parallel.tensor={tensor}"]
     if tensor > 1:
         overrides.append("parallel.sequence=true")
-    overrides += [f"zero={stage}", f"micro_batch_size={micro}"]
+    offloads = [key for key in ("offload_optimizer", "offload_parameters") if getattr(candidate.config.zero, key)]
+    overrides += [f"zero={stage}", *(f"zero.{key}=true" for key in offloads), f"micro_batch_size={micro}"]
     overrides.append(f"zero.overlap={str(overlap).lower()}")
     return [*overrides, f"model.activation_checkpointing={str(checkpoints).lower()}"]
 
@@ -172,7 +183,7 @@ def what_would_fit(requested: Estimate) -> str:
     """Return a sentence on what would have to change so that a combination fits."""
     config, cluster, per_node = requested.config, requested.cluster, requested.layout.gpus_per_node
     sizes = []
-    for candidate in _combinations(config, requested.gpus, per_node):
+    for candidate in _combinations(config, cluster, requested.gpus, per_node):
         try:
             sizes.append(estimate(candidate, cluster, requested.gpus, per_node))
         except UserError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import math
 import random
 import re
@@ -17,7 +16,7 @@ import torch
 from ablation.claims import Answer, judge, main, markdown, read_claims
 from ablation.criteria import CONTRADICTED, OPEN, SUPPORTED
 from ablation.manifest import read_manifest
-from ablation.measures import by_seed
+from ablation.multipliers import multipliers, series
 from ablation.outcomes import read_metrics, read_outcome
 from ablation.plan import Plan, PlannedRun
 from ablation.results import Results, Run, read_results
@@ -27,7 +26,7 @@ from kernels.activations.telemetry import sums_of
 from kernels.common.errors import UserError
 from kernels.formula import parse
 from kernels.formula.compiled import compile_formula
-from tests.ablation.made import losses, make, plan_of
+from tests.ablation.made import all_planned, losses, make, plan_of
 from training import telemetry
 
 CLAIMS = {claim.claim: claim for claim in read_claims()}
@@ -376,26 +375,6 @@ def test_an_arm_that_diverges_supports_no_claim_of_its_own(tmp_path):
         assert found.state == OPEN
 
 
-# ------------------------------------------------------------------------------------------------------------- figures
-
-
-def test_figures_of_a_run_are_what_its_lines_say(tmp_path):
-    of_plan = plan("relu", "swiglu")
-    made = make(of_plan, tmp_path, losses({"swiglu": -0.05}, noise=0.0))
-    results = read_results(made)
-    runs = results.final_runs("nano", "swiglu")
-    [path] = (made / "runs").glob("nano-swiglu-*-seed0")
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    samples = [line for line in lines if line["kind"] == "telemetry"]
-    assert by_seed("max", runs)[0] == max(samples[-1]["max"])
-    assert by_seed("kurtosis", runs)[0] == pytest.approx(sum(samples[-1]["kurtosis"]) / 4)
-    assert by_seed("gradient_first_over_last", runs)[0] == samples[-1]["gradient_first_over_last"]
-    again, dead = sum(sum(sample["revived"]) / 4 for sample in samples[5:]), sum(samples[-1]["dead"]) / 4
-    assert by_seed("recovered", runs)[0] == pytest.approx(again / (again + dead))
-    assert by_seed("no such figure", runs) == {}
-    assert by_seed("final_eval_loss", runs) == results.losses("nano")["swiglu"]
-
-
 # -------------------------------------------------------------------------------------------------------- the command
 
 
@@ -436,3 +415,32 @@ def test_the_markdown_names_the_runs_and_the_plan_behind_a_verdict(tmp_path, cap
 def test_bad_input_is_refused(words, sentence, tmp_path):
     with pytest.raises(UserError, match=re.escape(sentence)):
         main([word.format(folder=tmp_path) for word in words])
+
+
+def test_a_claim_waits_for_the_look_of_its_plan(tmp_path):
+    of_plan = plan("relu", "swiglu", seeds="[0,1,2,3,4]")
+    rule = losses({"swiglu": -0.05})
+    four = [planned for planned in all_planned(of_plan, rule) if planned.seed != 4]
+    found = answer("SwiGLU beats ReLU", tmp_path, of_plan, {"swiglu": -0.05}, planned_runs=four)
+    assert found.verdict == (
+        "not settled: final_eval_loss of swiglu and relu is withheld until 5 seeds have ended: 4 have"
+    )
+
+
+def test_a_multiplier_of_a_claim_is_that_of_the_report(tmp_path):
+    """Refused where it would be extrapolated, and as uncertain as the learning rates."""
+    of_plan = plan("relu", "swiglu", words=HORIZONS)
+    text = "SwiGLU converges in fewer steps"
+    beyond = answer(text, tmp_path / "beyond", of_plan, {"swiglu": -0.6})
+    assert beyond.verdict.startswith("not settled: swiglu is as good as relu with less compute than its shortest run")
+
+    def uncertain(planned: PlannedRun) -> float:
+        sweep = random.Random(planned.name).gauss(0, 0.006) if planned.stage == "sweep" else 0.0
+        return losses({"swiglu": -0.012}, noise=0.0005)(planned) + sweep
+
+    results = read_results(make(of_plan, tmp_path / "uncertain", uncertain))
+    [of] = series(results)
+    fixed, _ = multipliers(results, of)["swiglu"]
+    [found] = judge([CLAIMS[text]], [results])
+    assert fixed.reason == "the interval covers 1"
+    assert found.state == OPEN

@@ -11,7 +11,7 @@ import pytest
 from ablation.efficiency import curve, efficiency, loss_at
 from ablation.plan import Plan
 from ablation.results import Results, read_results
-from tests.ablation.made import EASIER, losses, plan_of
+from tests.ablation.made import EASIER, losses, make, plan_of
 
 RULE = losses({"gelu": -0.05}, noise=0.0)
 SPEEDS = {"relu": 1000.0, "gelu": 800.0, "silu": 500.0}
@@ -58,3 +58,21 @@ def test_the_loss_at_a_place_of_a_curve():
     assert loss_at([10, 20], [3.0, 2.0], 15) == 2.5
     assert math.isnan(loss_at([10, 20], [3.0, 2.0], 21))
     assert math.isnan(loss_at([], [], 1))
+
+
+def test_a_loss_at_equal_memory_lies_between_sizes_of_one_recipe_and_length(tmp_path):
+    sizes = "nano: model=nano, deep: model=nano model.n_layers=6, {}"
+    memory = {"nano": 1.0, "deep": 1.4}
+
+    def found(third: str) -> float:
+        plan = plan_of(
+            "ablation=glu_variants", "ablation.arms=[relu,gelu]", f"ablation.sizes={{{sizes.format(third)}}}"
+        )
+        more = lambda run: memory.get(run.size, 1.2) + 0.1 * (run.arm == "gelu")  # noqa: E731
+        rule = lambda run: RULE(run) + {"nano": 0.0, "deep": -0.4}.get(run.size, 9.0)  # noqa: E731
+        results = read_results(make(plan, tmp_path / third[:5], rule, figures=lambda run: {"memory_gib": more(run)}))
+        return efficiency(results, "deep")["gelu"].loss_at_equal_memory - results.mean_losses("deep")["gelu"]
+
+    # 0.1 of the 0.4 GiB between the sizes, in which the loss falls by 0.4.
+    assert found("other: model=nano optim=muon optim.lr=4e-3") == pytest.approx(0.1)
+    assert found("longer: model=nano tokens=2000000") == pytest.approx(0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from rich.console import Console
 from ablation import slurm
 from ablation.growth import continue_plan
 from ablation.manifest import write_manifest
+from ablation.outcomes import WAITING
 from ablation.plan import Plan, PlannedRun, counts_of_looks, possible_seeds
 from ablation.results import read_results
 from ablation.run import Runner
 from ablation.statistics import Verdict
+from ablation.status import Watcher
 from kernels.common.errors import UserError
 from tests.ablation.made import losses, plan_of, write_run
 
@@ -122,3 +125,28 @@ def test_what_no_plan_can_be_is_refused(key, message):
 def test_looks_that_no_seed_reaches_are_refused():
     with pytest.raises(UserError, match=r"begins after 4 seeds, and the plan has 3: no verdict would be made"):
         plan_of(*WORDS, "ablation.until=complete", "ablation.looks=[4,5]")
+
+
+def test_status_shows_the_seeds_that_are_added_and_those_to_come(monkeypatch, tmp_path):
+    plan = plan_of(*WORDS, "ablation.looks=[3,5,7,9,11]")
+    trained = run(plan, tmp_path, monkeypatch)
+    grid = Watcher(tmp_path).snapshot()
+    assert grid.done
+    assert {state.planned.name for state in grid.runs} == set(trained)
+    last = max(seeds_of(tmp_path)["gelu"])
+    for arm in ("relu", "gelu"):
+        for seed in (last, last - 1):
+            [folder] = tmp_path.glob(f"runs/nano-{arm}-lr*-seed{seed}")
+            shutil.rmtree(folder)
+    waiting = [state.planned for state in Watcher(tmp_path).snapshot().runs if state.outcome.state == WAITING]
+    assert {(planned.arm, planned.seed) for planned in waiting} == {
+        (arm, seed) for arm in ("relu", "gelu") for seed in (last, last - 1)
+    }
+
+
+def test_looks_without_a_seed_that_was_added_are_refused(monkeypatch, tmp_path):
+    run(plan_of(*WORDS, "ablation.looks=[3,5,7,9,11]"), tmp_path, monkeypatch)
+    for word in ("ablation.until=complete", "ablation.looks=[3,4]"):
+        words = [*WORDS, "ablation.looks=[3,5,7,9,11]", word]
+        with pytest.raises(UserError, match=r"has runs of seeds? [\d, and]+, which no look of this command compares"):
+            continue_plan(plan_of(*words), tmp_path)

@@ -113,6 +113,8 @@ def test_an_earlier_command_leaves_what_was_added_alone(folder):
         ),
         ({"seeds": "[0,1,5]"}, r"has the seed 2, and a plan can grow but not shrink: repeat them in ablation\.seeds"),
         ({"smallest_effect": "0.02"}, r"another plan \(it differs in plan\.smallest_effect\)"),
+        ({"rates": "[0.5,1]"}, r"has the learning rate 2 too, which its learning rates are chosen by: repeat them"),
+        ({"rates": "[0.5,1]", "seeds": "[0,1,2,3]"}, r"has the learning rate 2 too"),
         ({"metric": "mfu"}, r"another plan \(it differs in plan\.metric\)"),
         ({"reserve": "0.5"}, r"another plan \(it differs in plan\.reserve\)"),
         (

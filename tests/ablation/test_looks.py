@@ -35,6 +35,7 @@ def test_what_a_spending_function_spends():
 def test_a_single_look_has_the_whole_level_but_for_the_reserve():
     assert looks(5).level(0.05, 5) == pytest.approx(0.05, rel=1e-12)
     assert looks(5).paid(0.02, 5) == 0.02
+    assert looks(3, 5, 15).paid(0.0, 5) == pytest.approx(0.0, abs=1e-4)  # the same difference in every seed
     kept = looks(5, reserve=0.1)
     assert kept.level(0.05, 5) == pytest.approx(0.045, rel=1e-12)
     assert kept.paid(0.009, 5) == pytest.approx(0.01)
@@ -118,3 +119,28 @@ def test_a_comparison_pays_for_its_look_and_stops_at_it():
     [spent] = compare([five], 0.01, looks=Looks(tuple(range(5)), (3, 5), 3, 0.0))
     assert (spent.verdict, spent.p_holm) == (Verdict.UNDECIDED, 1.0)
     assert spent.reason == "its earlier verdicts spent the whole error probability (ablation.reserve=0)"
+
+
+def test_a_look_to_come_has_at_least_what_the_others_leave():
+    plan = looks(3, 5, reserve=0.1)
+    for alpha in (0.05, 0.05 / 7):
+        assert plan.level_to_come(alpha, 3, 0) == plan.level_to_come(alpha, 2, 0) == pytest.approx(plan.level(alpha, 3))
+        assert plan.level_to_come(alpha, 2, 3) == plan.level_to_come(alpha, 3, 3) == plan.level(alpha, 3)
+        for count in (5, 8, 40):
+            exact = Looks(plan.seeds, tuple(sorted({3, 5, count})), 5, 0.1).level(alpha, count)
+            reached = 3 if count == 5 else 5
+            assert 0 < plan.level_to_come(alpha, count, reached) <= exact * (1 + 1e-9)
+        assert plan.level_to_come(alpha, 40, 5) == pytest.approx(exact, rel=0.15)
+    assert looks(5).level_to_come(0.05, 6, 5) == 0.0  # without a reserve nothing is left
+    assert [plan.at_least(count) for count in (1, 3, 4, 5, 6)] == [3, 3, 5, 5, 6]
+
+
+def test_the_seeds_that_would_decide_are_those_of_a_look_and_paid_for():
+    def found(when: Looks | None):
+        base, own = dict.fromkeys(range(5), 3.0), {s: 3.005 + 0.0061 * (-1) ** s for s in range(5)}
+        [comparison] = compare([Pair("a", own, base)], 0.01, looks=when)
+        return comparison.needed
+
+    assert found(None) < found(looks(5, reserve=0.1)) < math.inf
+    assert found(looks(5, 40, reserve=0.1)) == 40
+    assert found(looks(5)) == math.inf

@@ -135,3 +135,26 @@ def test_a_downstream_task_is_compared_by_what_the_harness_found(tmp_path):
     assert found["swiglu"].difference == pytest.approx(0.2)
     assert (found["gelu"].seeds, found["gelu"].withheld) == (4, True)
     assert read_manifest(folder).plan.metric == "arc_easy:acc"
+
+
+@pytest.mark.parametrize(("task", "sign"), [("wikitext:word_perplexity", -1), ("cola:mcc", 1)])
+def test_a_diverged_run_has_the_worst_value_of_any_and_none_is_cut_off_at_0(task, sign, tmp_path):
+    """Perplexities have no ceiling, and a correlation may be negative."""
+    plan = plan_of(*WORDS, f"ablation.metric={task}")
+    diverges = lambda run: math.nan if (run.arm, run.seed) == ("swiglu", 2) else RULE(run)  # noqa: E731
+    folder = make(plan, tmp_path, diverges)
+    values = {"relu": 0.02, "gelu": -0.05, "swiglu": 0.05} if sign > 0 else {"relu": 30.0, "gelu": 40.0, "swiglu": 25.0}
+    name, metric = task.split(":")
+    for path in (folder / "runs").iterdir():
+        steps = json.loads((path / "summary.json").read_text()).get("steps")
+        (path / "evaluations").mkdir()
+        results = {name: {f"{metric},none": values[path.name.split("-")[1]]}}
+        content = {"step": steps, "limit": None, "results": results}
+        (path / "evaluations" / "0.json").write_text(json.dumps(content), encoding="utf-8")
+    found = {c.arm: c for c in read_results(folder).comparisons("nano")}
+    assert found["gelu"].verdict is Verdict.WORSE
+    assert found["gelu"].difference == pytest.approx(values["gelu"] - values["relu"])
+    worst = min(0.0, *values.values()) if sign > 0 else max(values.values())
+    expected = (4 * values["swiglu"] + worst) / 5 - values["relu"]
+    assert found["swiglu"].difference == pytest.approx(expected)
+    assert found["swiglu"].verdict is not Verdict.BETTER

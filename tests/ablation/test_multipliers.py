@@ -9,8 +9,8 @@ import pytest
 
 from ablation.figures import scaling
 from ablation.manifest import read_manifest
-from ablation.measures import log_multiplier
-from ablation.multipliers import Series, log_by_seed, multipliers, series
+from ablation.measures import multiplier_over_horizons
+from ablation.multipliers import Series, log_by_seed, log_multiplier, multipliers, series
 from ablation.plan import Plan, PlannedRun
 from ablation.rank_agreement import agreements, rank_agreement
 from ablation.report import page
@@ -73,7 +73,7 @@ def test_the_multiplier_of_a_plan_is_that_of_its_curves(tmp_path):
         assert fixed.factor == pytest.approx(worth, rel=0.1)
         assert (free.reason, fixed.reason) == ("", "")
     # An arm has as many FLOPs as others, but for what rounding its width leaves.
-    by_seed = log_multiplier(results, "nano", "swiglu", "relu")
+    by_seed = multiplier_over_horizons(results, "nano", "swiglu", "relu").by_seed
     assert by_seed == pytest.approx({seed: math.log(found["swiglu"][0].factor) for seed in (0, 1, 2)})
     assert all(c.arm in ("gelu", "swiglu") for c in results.comparisons("nano"))  # horizons are no family
 
@@ -129,7 +129,8 @@ def test_sizes_are_points_too_and_two_give_no_asymptote(tmp_path):
     fixed, free = multipliers(results, of)["swiglu"]
     assert fixed.factor == pytest.approx(1.3, rel=0.01)
     assert free.reason == "an asymptote needs 3 points, there are 2"
-    assert log_multiplier(results, "deep", "swiglu", "relu") == {}  # of horizons alone
+    of_sizes = multiplier_over_horizons(results, "deep", "swiglu", "relu")
+    assert (of_sizes.by_seed, of_sizes.refused) == ({}, "the plan has one horizon (ablation.horizons)")
 
 
 def test_no_curve_goes_through_sizes_of_equal_compute_whose_orders_are_compared_all_the_same(tmp_path):
@@ -255,3 +256,16 @@ def test_horizons_are_added_to_a_plan_like_sizes(tmp_path):
 def test_impossible_horizons_are_refused(horizons, message):
     with pytest.raises(UserError, match=message):
         plan_of(*WORDS, f"ablation.horizons={horizons}")
+
+
+@pytest.mark.parametrize(("reached", "shortest", "refused"), [(1.2, 1.5, True), (1.3, 1.0, False)])
+def test_what_is_reached_is_compute_of_the_arm_that_is_ahead(reached, shortest, refused):
+    """The arms' compute differs by half; `reached` and `shortest` are the arm's, in 1e15 FLOPs."""
+    cheap, dear = 1e15 * np.array([1.0, 2.0, 4.0]), 1.5e15 * np.array([1.0, 2.0, 4.0])
+    compute = {"arm": dear, "base": cheap} if shortest == 1.5 else {"arm": cheap, "base": dear}
+    at = {"arm": reached * 1e15, "base": compute["base"][-1]}  # where each has the loss 3
+    losses = {
+        side: {seed: 3.0 * (of / at[side]) ** -0.1 + 0.001 * seed for seed in range(3)} for side, of in compute.items()
+    }
+    found = log_multiplier(Series("all", ["a", "b", "c"], compute, losses), "arm", "base")
+    assert bool(found.refused) == refused

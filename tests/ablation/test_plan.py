@@ -254,6 +254,8 @@ def test_arguments_that_are_refused(arguments, sentence):
         ({"seeds": 3}, "ablation.seeds=3 is one number: list the seeds, as ablation.seeds=[0,1,2]"),
         ({"common": ["data.path=notes"]}, "relu at nano: data.path=notes has no effect with data=stdlib"),
         ({"arms": ["relu", "relu"]}, "ablation.arms lists relu twice"),
+        ({"arms": ["relu", {"mine": "ffn=gelu"}]}, "ablation.arms: {'mine': 'ffn=gelu'} is no arm of conf/ffn"),
+        ({"common": 5}, "ablation.common must be overrides"),
         ({"arms": ["relu"]}, "a plan compares at least two arms"),
         ({"arms": {"a b": "ffn=relu", "relu": "ffn=relu"}}, "ablation.arms: 'a b' must consist of letters"),
         ({"arms": {"a": "ffn='relu", "relu": "ffn=relu"}}, 'ablation.arms.a: "ffn=\'relu" is not a list of overrides'),
@@ -341,3 +343,8 @@ def test_a_budget_that_cannot_be_met_names_the_size_and_the_arm():
         match=r"^nano: own: d_ff=\d+ differs by .* from the baseline's parameters, more than the 0.00% allowed",
     ):
         plan_of(arms=arms, baseline="swiglu", allowed_mismatch=0.0)
+
+
+def test_what_all_runs_share_may_be_a_line_or_nothing():
+    assert plan_of(common="steps=5 data=stdlib").config.common == ["steps=5", "data=stdlib"]
+    assert plan_of(common=None).config.common == []

@@ -27,8 +27,8 @@ def test_before_a_plan_has_run_the_scatter_is_that_of_the_committed_runs(tmp_pat
     assert (deviation, source) == ("0.036", "measured at 3.3M parameters and 1M tokens")
     kept = 0.9 * ALPHA / 2  # two arms beside the baseline, and a tenth for seeds that are added
     assert float(found) == pytest.approx(0.0362 * detectable_difference(5, kept), rel=0.02)  # two digits
-    assert 0.0362 * detectable_difference(int(seeds), ALPHA / 2) <= 0.05
-    assert 0.0362 * detectable_difference(int(seeds) - 1, ALPHA / 2) > 0.05
+    assert 0.0362 * detectable_difference(int(seeds), kept) <= 0.05
+    assert 0.0362 * detectable_difference(int(seeds) - 1, kept) > 0.05
 
 
 def test_the_looks_of_a_plan_are_paid_for(tmp_path):
@@ -61,3 +61,13 @@ def test_runs_that_have_ended_say_it_themselves(tmp_path):
     two = [planned for planned in all_planned(plan, rule) if planned.stage == "sweep" or planned.seed < 2]
     [line] = power_lines(plan, make(plan, tmp_path / "two", rule, two))
     assert "measured at 3.3M parameters" in line
+
+
+def test_of_another_metric_nothing_is_known_before_runs_have_ended(tmp_path):
+    words = [*WORDS[:3], "ablation.metric=tokens_per_second", "ablation.smallest_effect=500"]
+    plan = plan_of(*words)
+    assert power_lines(plan, tmp_path) == [
+        "nano: what its seeds find is known once 3 of an arm and the baseline have ended"
+    ]
+    [line] = power_lines(plan, make(plan, tmp_path, losses({})))
+    assert re.match(r"nano: 5 seeds find a difference of \S+ tokens per second in 80% of such plans", line)

@@ -281,3 +281,14 @@ def test_a_run_may_be_written_again(plan, copy):
     )
     write_run(plan, planned, copy, 2.5)
     assert read_results(copy).losses("nano")["swiglu"][planned.seed] == 2.5
+
+
+def test_a_size_that_has_not_begun_counts_in_the_family(tmp_path):
+    sizes = "ablation.sizes={nano: model=nano, deep: model=nano model.n_layers=6}"
+    plan = plan_of("ablation=glu_variants", "ablation.arms=[relu,swiglu]", "tokens=600000", sizes)
+    rule = losses({"swiglu": -0.05})
+    both = read_results(make(plan, tmp_path / "both", rule)).comparisons("nano")
+    nano = [planned for planned in all_planned(plan, rule) if planned.size == "nano"]
+    results = read_results(make(plan, tmp_path / "nano", rule, nano))
+    assert results.comparisons("deep") == []
+    assert results.comparisons("nano")[0].p_holm == pytest.approx(2 * both[0].p)

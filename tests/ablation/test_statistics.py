@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from ablation import statistics
+from ablation.looks import Looks
 from ablation.statistics import Comparison, Pair, Verdict, at_every_size, compare, pairs_with
 from ablation.ttest import ALPHA, POWER, _detectable, detectable_difference, holm, welch_test
 
@@ -374,3 +375,26 @@ def test_holms_own_steps():
 
 
 # ---------------------------------------------------------------------------------------- compute and sizes
+
+
+def test_where_both_diverged_nothing_is_equivalent_and_a_common_seed_makes_no_arm_better():
+    diverged = dict.fromkeys(range(5), math.nan)
+    [found] = compare([Pair("a", diverged, diverged, 8.0)], 0.01)
+    assert (found.verdict, found.reason) == (Verdict.UNDECIDED, "5 of 5 seeds diverged")
+    base = {0: math.nan, 1: 3.0, 2: 3.01, 3: 3.02, 4: 3.0}
+    [found] = compare([Pair("a", {seed: loss - 0.2 for seed, loss in base.items()}, base, 8.0)], 0.01)
+    assert (found.verdict, found.reason) == (Verdict.UNDECIDED, "1 of 5 seeds diverged")
+    [found] = compare([Pair("a", base | {0: 3.0}, base, 3.0 + 1e-4)], 0.01)
+    assert (found.verdict, found.reason) == (Verdict.UNDECIDED, "1 of the baseline's 5 seeds diverged")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_size_whose_verdict_is_withheld_says_nothing_of_every_size(first):
+    base = dict(enumerate([3.0, 3.01, 3.02, 2.99, 3.005]))
+    looks = Looks(tuple(range(5)), (5,), 5)
+    whole = compare([Pair("a", {seed: loss - 0.1 for seed, loss in base.items()}, base)], 0.01, looks=looks)
+    four = {seed: base[seed] for seed in range(4)}
+    partial = compare([Pair("a", {seed: loss - 0.1 for seed, loss in four.items()}, four)], 0.01, looks=looks)
+    assert partial[0].withheld
+    assert at_every_size([whole, whole]) == {"a": Verdict.BETTER}
+    assert at_every_size([partial, whole] if first else [whole, partial]) == {}

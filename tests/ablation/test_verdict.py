@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 
+from ablation.plan import PlannedRun
 from ablation.results import baselines_path, read_results
 from ablation.statistics import Verdict
 from ablation.verdict import sentences
@@ -180,3 +181,11 @@ def test_every_size_has_its_sentence(tmp_path):
         plan, tmp_path / "b", lambda run: sizes_differ(run) - 0.05 * (run.size == "small") * (run.arm == "swiglu")
     )
     assert sentences(read_results(only_small))[0] == "No arm is shown to be better, or worse, than relu at every size."
+
+
+def test_seeds_beyond_the_planned_ones_are_counted(tmp_path):
+    plan = plan_of("ablation=glu_variants", ARMS, "tokens=600000", "ablation.seeds=[0,1,2]", "ablation.until=decided")
+    rule = losses({"swiglu": -0.3}, noise=0.0003)
+    more = [PlannedRun("final", "nano", arm, 4e-3, 3) for arm in ("relu", "gelu")]
+    (sentence,) = sentences(read_results(make(plan, tmp_path, rule, [*all_planned(plan, rule), *more])))
+    assert sentence.startswith("At nano, over 4 seeds, in nats per token: better than relu: swiglu (3 seeds) by ")

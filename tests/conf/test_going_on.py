@@ -77,11 +77,24 @@ def test_a_choice_replaces_that_of_the_run_unless_it_is_the_same_one(tmp_path, b
     assert changes(tmp_path, *words) == expected
 
 
-def test_that_its_optimizer_starts_anew_is_said_each_time(started):
+@pytest.mark.parametrize(
+    ("key", "before", "now"),
+    [("resume_optimizer", "fresh", "keep"), ("resume_from", "step_2", None), ("resume", False, True)],
+)
+def test_how_to_resume_is_said_each_time(started, key, before, now):
     path = started / "first" / "config.yaml"
-    path.write_text(path.read_text().replace("resume_optimizer: keep", "resume_optimizer: fresh"))
-    assert from_yaml(path).resume_optimizer == "fresh"
-    assert load(["run=first", f"runs={started}"]).resume_optimizer == "keep"
+    config = from_yaml(path)
+    setattr(config, key, before)
+    path.write_text(to_yaml(config))
+    assert getattr(load(["run=first", f"runs={started}"]), key) == now
+    if before:  # resume=false does not read the stored configuration
+        assert getattr(load(["run=first", f"runs={started}", f"{key}={before}"]), key) == before
+
+
+def test_samples_stay_left_out(started):
+    path = started / "first" / "config.yaml"
+    path.write_text(path.read_text().replace("skip_samples: null", "skip_samples: '20:24'"))
+    assert load(["run=first", f"runs={started}"]).guard.skip_samples == "20:24"
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ def test_what_is_unknown_is_named_with_what_is_near(words, near):
         ("optim.lr=fast", "optim.lr=fast: expected a number"),
         ("model.qk_norm=maybe", "model.qk_norm=maybe: expected true or false"),
         ("steps=1,2", "steps=1,2 has several values"),
+        ("optim.scaling=mup,none", "optim.scaling=mup,none has several values"),
         ("steps=[1", "cannot parse 'steps=[1'"),
         ("model.d_model=null", "model.d_model=null: expected a value"),
         ("seed={a: 1}", "seed={'a': 1}: expected a whole number"),
@@ -189,6 +190,16 @@ def test_one_length_is_typed_and_wins_over_the_presets(tmp_path, monkeypatch):
 def test_formulas_and_paths_are_taken_as_typed(text):
     assert load(["data=text", f"data.path={text}"]).data.path == text
     assert load(["ffn=custom", f"ffn.formula={text}"]).ffn.formula == text
+    inside = load(["data=blend", f"data.parts.a.path={text}", f"data.parts.a.field={text}", "data.parts.a.weight=0.5"])
+    assert inside.data.parts == {"a": {"path": text, "field": text, "weight": 0.5}}
+    assert load([f"ffn.per_layer.last.formula={text}"]).ffn.per_layer == {"last": {"formula": text}}
+
+
+@pytest.mark.parametrize("key", ["data.field", "data.split", "data.subset", "logger.project", "logger.group"])
+def test_every_text_of_the_schema_is_taken_as_typed(key):
+    group, name = key.split(".")
+    for text in ("007", "1.50", "1e5", "a, b", "it's", "{a: 1}"):
+        assert getattr(getattr(load([f"++{key}={text}"]), group), name) == text
 
 
 def test_quotes_that_are_typed_and_lists_are_read():

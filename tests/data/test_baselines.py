@@ -102,3 +102,7 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
         assert f"{written[name]:.4f} nats per token" in printed
     with pytest.raises(UserError, match="nothing to predict"):
         main([argument.replace("held_out=0.2", "held_out=0") for argument in arguments])
+    (tmp_path / "a file").touch()
+    for to in (tmp_path / "a file" / "nano.json", tmp_path):  # refused before the corpus is looked for
+        with pytest.raises(UserError, match=r"cannot write .*nano\.json|is a folder: name a file in it"):
+            main([f"to={to}", "data=text", "data.path=nowhere", "tokens=2000"])

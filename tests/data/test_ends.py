@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from conf.load import load
 from data.batches import open_dataset
 from data.prepare import prepare
 from data.shards import read_index
-from data.tokenizer import load_tokenizer
+from data.tokenizer import FILE_NAMES, load_tokenizer
 from kernels.common.errors import UserError
 
 TEXTS = [f"self value return {i} index </s> in\n" for i in range(200)]
@@ -179,6 +180,19 @@ def test_an_empty_vocabulary_is_refused(tmp_path):
     Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"tokenizer\.json has an empty vocabulary"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_of_a_folder_with_both_files_the_kind_decides(corpus, tmp_path):
+    """As Llama's repositories have them."""
+    data, own = corpus
+    shutil.copy(prepare(data, own) / "tokenizer.model", tmp_path)
+    byte_level(ENDS).save(str(tmp_path / "tokenizer.json"))
+    for kind, other in (("huggingface", "tokenizer.model"), ("sentencepiece", "tokenizer.json")):
+        config = load([f"tokenizer={kind}", f"tokenizer.path={tmp_path}"]).tokenizer
+        folder = prepare(data, config)
+        assert (folder / FILE_NAMES[kind]).is_file()
+        assert not (folder / other).exists()
 
 
 @pytest.mark.usefixtures("small_shards")

@@ -13,9 +13,12 @@ from importlib import metadata
 import pytest
 
 from conf.cluster_schema import ClusterConfig, HardwareConfig
+from conf.load import load
+from conf.shape import shape_of
 from kernels.common.errors import TryAgain
 from launch import doctor
 from launch.doctor import GREEN, RED, YELLOW, Finding, collective, main
+from launch.estimate.counts import checkpoint_bytes
 from launch.ranks import Ranks
 from tests.training.tiny import command, environment
 
@@ -46,14 +49,17 @@ def test_five_planted_faults_are_each_named(capsys, monkeypatch, tmp_path):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 1000))
     monkeypatch.setattr(sys, "version_info", (3, 9, 1, "final", 0))
+    monkeypatch.setattr(doctor, "installed_gpus", lambda: 0)
     monkeypatch.setenv("PATH", str(tmp_path))  # no compiler
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")  # and no RANK
     status, lines = quick(capsys, "model.attention=flash")
     assert status == 1
+    assert lines["compiler"].startswith(
+        "yellow compiler: there is no cc, gcc or clang: kernels run as plain torch, several"
+    )
     expected = {
         "Python": "3.9.1 is not 3.10 to 3.13 -> make PYTHON=",
-        "compiler": "there is no cc, gcc or clang",
         "disk space": r"0.0 GB free in .*, 0.\d GB for 4 checkpoints -> free disk space",
         "model.attention=flash": "flash_attn is not installed -> pip install flash-attn",
         "ranks": "RANK, LOCAL_RANK is not set although WORLD_SIZE is: every process would train alone -> start it by",
@@ -62,6 +68,39 @@ def test_five_planted_faults_are_each_named(capsys, monkeypatch, tmp_path):
         assert lines[name].startswith("red "), lines[name]
         assert re.search(sentence, lines[name]), lines[name]
     assert {line.split()[0] for name, line in lines.items() if name not in expected} <= {"green", "yellow"}
+
+
+@pytest.mark.parametrize(
+    ("free", "held", "level", "says"),
+    [
+        (0.9, 0, RED, r"1\.3 GB free in .*, 5\.9 GB for 4 checkpoints$"),
+        (1.1, 0, YELLOW, r"for 4 checkpoints$"),
+        (4.1, 0, GREEN, r"for 4 checkpoints$"),
+        (1.1, 2, YELLOW, r"for 2 more checkpoints$"),
+        (1.1, 3, GREEN, r"for 1 more checkpoint$"),  # of a run that is queued again
+        (1.1, 9, GREEN, r"for 1 more checkpoint$"),
+        (0.9, 3, RED, r"for 1 more checkpoint$"),
+    ],
+)
+def test_a_run_needs_room_for_what_it_does_not_hold_yet(monkeypatch, tmp_path, free, held, level, says):
+    """`free` is in checkpoints of AdamW; keep_last=2, the best one and one being written are 4."""
+    config = load([f"runs={tmp_path}", "run=a", "model=llama_125m"])
+    size = checkpoint_bytes(shape_of(config), "adamw")
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, free * size))
+    folder = tmp_path / "a" / "checkpoints"
+    for number in range(held):
+        (folder / f"step_{number:08d}").mkdir(parents=True)
+    for other in ("step_00000009.set_aside", ".step_00000010.tmp") if held else ():
+        (folder / other).mkdir()
+    finding = doctor.space(config)
+    assert (finding.level, bool(re.search(says, finding.text))) == (level, True), finding
+    if level == RED and held:  # what an interrupted save left makes room when it is removed
+        with open(folder / ".step_00000010.tmp" / "rank_00000.safetensors", "wb") as file:
+            file.truncate(int(0.2 * size))
+        assert doctor.space(config).level == GREEN
+    smaller = load([f"runs={tmp_path}", "run=a", "model=llama_125m", "optim=muon"])
+    assert doctor.space(smaller).level != RED
 
 
 @pytest.mark.parametrize(
@@ -97,8 +136,14 @@ def test_packages_that_are_missing_or_old_are_named(monkeypatch):
     assert (found["sympy"].level, found["sympy"].text) == (YELLOW, "1.0 is not >=1.13")
 
 
-def test_on_a_gpu_python_h_is_needed(monkeypatch):
+def test_on_a_gpu_a_compiler_and_python_h_are_needed(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "installed_gpus", lambda: 8)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        patch.delenv("CC", raising=False)
+        finding = doctor.compiler()
+    text = "Triton cannot launch its kernels: there is no C compiler (apt install gcc, or module load gcc, or set CC)"
+    assert finding == Finding(RED, "compiler", text)
     monkeypatch.setattr(doctor, "triton_problem", lambda: "/usr/include has no Python.h (apt install python3.11-dev)")
     text = "Triton cannot launch its kernels: /usr/include has no Python.h (apt install python3.11-dev)"
     assert doctor.compiler() == Finding(RED, "compiler", text)

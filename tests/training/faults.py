@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,15 @@ def _raise(number: int) -> Callable[..., Any]:
 
 def _no_memory(*_: Any) -> Any:
     raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+
+@contextlib.contextmanager
+def _together(*faults: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    """Enter faults one after the other: each replaces what the earlier ones have replaced."""
+    with contextlib.ExitStack() as stack:
+        for fault in faults:
+            stack.enter_context(fault())
+        yield
 
 
 @contextlib.contextmanager
@@ -60,12 +70,15 @@ def _poisoned(step: int, key: str, factor: float = 0.0) -> contextlib.AbstractCo
     return mock.patch.object(Engine, "train_step", train_step)
 
 
-def _scaled(step: int, factor: float) -> contextlib.AbstractContextManager[Any]:
-    """Scale a gradient in a step of a run."""
+def _scaled(step: int, factor: float, stopped: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """Scale a gradient in a step of a session; `stopped`: in which this process receives SIGTERM, too."""
     original, taken = Engine.train_step, itertools.count(1)
 
     def train_step(engine: Engine, *arguments: Any) -> Any:
-        scale = factor if next(taken) == step else 1.0
+        due = next(taken) == step
+        if due and stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        scale = factor if due else 1.0
         hook = engine.module.get_parameter("layers.0.ffn.down").register_hook(lambda gradient: gradient * scale)
         result = original(engine, *arguments)
         hook.remove()
@@ -88,5 +101,11 @@ FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "NaN in a weight after step 5": lambda: _poisoned(5, ""),
     "weights scaled by 1e8 after step 5": lambda: _poisoned(5, "", 1e8),
     "a gradient scaled by 1e8 in step 7": lambda: _scaled(7, 1e8),
+    "SIGTERM in step 5": lambda: _scaled(5, 1.0, stopped=True),
+    "SIGTERM and an infinite gradient in step 5": lambda: _scaled(5, float("inf"), stopped=True),
+    "NaN in a weight after step 5, and SIGTERM in step 6": lambda: _together(
+        lambda: _poisoned(5, ""), lambda: _scaled(6, 1.0, stopped=True)
+    ),
+    "bf16 instructions": lambda: mock.patch("training.machine._cpu_has_bf16", return_value=True),
     "no memory": lambda: mock.patch.object(Engine, "train_step", _no_memory),
 }

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
+from conf.load import load
+from conf.shape import shape_of
+from launch.estimate.counts import checkpoint_bytes
 from model.health import damage
 from model.weights import MOMENTS, CheckpointReader, checkpoints, step_of
 from tests.selection import quick
-from tests.training.tiny import newest_intact
+from tests.training.tiny import newest_intact, overrides
 from training.checkpoint import prune
 
 TOPOLOGIES = list(itertools.product(("0", "1", "2", "3"), (1, 2)))
@@ -69,6 +74,18 @@ def test_sizes_that_two_ranks_do_not_divide_are_covered(trained):
     reader = CheckpointReader(trained(1, "0").end)
     odd = [name for name in reader.shapes() if reader.tensor(name).numel() % 2]
     assert {"norm.weight", "layers.0.ffn.down"} <= set(odd)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon", "normuon"])
+def test_a_checkpoint_has_the_size_that_is_counted(corpus, one_rank, tmp_path, optim):
+    arguments = overrides(corpus, optim=optim)
+    one_rank.run("script", arguments=arguments, steps=[["train", 1], ["save", tmp_path]])
+    with safe_open(tmp_path / "step_00000001" / "rank_00000.safetensors", framework="pt") as file:
+        sizes = {name: 4 * math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    per_row = sum(size for name, size in sizes.items() if name.endswith(".row_variance"))
+    assert bool(per_row) == (optim == "normuon")
+    config = load(arguments)
+    assert sum(sizes.values()) - per_row == checkpoint_bytes(shape_of(config), config.optim.name)
 
 
 def test_a_failing_save_leaves_earlier_checkpoints_and_training_alone(trained, two_ranks, tmp_path):

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from conf.load import load
+from conf.schema import Config
 from data.batches import BatchStream, open_dataset, sample_hash
 from data.prepare import prepare
+from data.ranges import SampleRanges
 from model.health import damage
 from model.manifest import file_hash, write_manifest
-from model.weights import CheckpointReader, checkpoints, step_of
+from model.weights import FORMAT, CheckpointReader, checkpoints, step_of
 from tests.training.tiny import overrides
+from training import guard
 
 
 def names(run: Path) -> list[str]:
@@ -91,6 +96,28 @@ def test_a_nan_in_a_weight_is_named_once_the_limit_is_reached(train, corpus, tmp
     assert all(line["grad_norm"] != line["grad_norm"] for line in skipped)  # NaN, and not infinite
 
 
+@pytest.mark.parametrize("zero", ["0", "1"])
+def test_a_run_that_stops_on_a_skipped_step_saves(train, corpus, tmp_path, zero):
+    arguments = overrides(corpus, tmp_path, run="a", steps=6, save_every=4, eval_every=0, zero=zero)
+    result = train(arguments, "SIGTERM and an infinite gradient in step 5")
+    assert (result["status"], "step 5 was skipped: its gradient is not finite" in result["out"]) == (0, True), result
+    assert "SIGTERM: stopped after step 5; the same command resumes the run" in result["out"]
+    run = tmp_path / "a"
+    assert names(run) == ["step_00000004", "step_00000005"]
+    before, stopped = (CheckpointReader(run / "checkpoints" / name) for name in names(run))
+    assert (before.state["optimizer_steps"], stopped.state["optimizer_steps"]) == (4, 4)
+    assert all(stopped.tensor(name).equal(before.tensor(name)) for name in before.shapes())
+    result = train(arguments)
+    assert (result["status"], "after step 5 of 6" in result["out"]) == (0, True), result
+
+
+def test_a_run_that_stops_while_a_weight_is_not_finite_saves_nothing(train, corpus, tmp_path):
+    arguments = overrides(corpus, tmp_path, run="a", steps=8, save_every=4, eval_every=0)
+    result = train(arguments, "NaN in a weight after step 5, and SIGTERM in step 6")
+    assert (result["status"], "rank 0 holds NaN in layers.1.ffn.down" in result["err"]) == (3, True), result
+    assert names(tmp_path / "a") == ["step_00000004"]
+
+
 def test_a_run_without_a_gradient_ends(train, corpus, tmp_path):
     """Weights so large that squares overflow: RMSNorm makes zeros of them, the loss is finite and stays what it is."""
     arguments = overrides(corpus, tmp_path, run="a", save_every=1, eval_every=0, guard__skip_limit=3)
@@ -102,6 +129,35 @@ def test_a_run_without_a_gradient_ends(train, corpus, tmp_path):
     assert result["out"].count(f"the gradient of step {first['step']} is zero") == 1
     assert [line["reason"] for line in events(run, "save_refused")] == ["rank 0 has a gradient of zero"] * 2
     assert max(map(step_of, checkpoints(run / "checkpoints"))) == first["step"] - 1
+
+
+@pytest.mark.parametrize(
+    ("recorded", "in_memory", "step", "printed"),
+    [
+        ([], [], 3, "16:24"),
+        ([], [(16, 64)], 3, "16:72"),  # left out by a rewind to step 2, then one more step
+        ([(4, 8)], [(4, 8), (30, 40), (90, 99)], 4, "20:46,90:99"),
+        ([(4, 8)], [(4, 8), (20, 40)], 2, "20:40"),
+        ([(4, 8)], [(4, 8)], 2, ""),
+    ],
+)
+def test_the_way_on_repeats_what_the_checkpoint_does_not_record(
+    monkeypatch, tmp_path, recorded, in_memory, step, printed
+):
+    path = tmp_path / "step_00000002"
+    path.mkdir()
+    (path / "state.json").write_text(json.dumps({"format": FORMAT, "step": 2, "skipped_samples": recorded}))
+    (path / "index.json").write_text("{}")
+    monkeypatch.setattr(guard, "dist", SimpleNamespace(get_rank=lambda: 0, broadcast_object_list=lambda *_, **__: None))
+    stream, recorder = SimpleNamespace(skipped=SampleRanges.of(in_memory)), SimpleNamespace(step=step)
+    arguments: Any = (Config(), None, stream, recorder, tmp_path, 8, lambda: None)
+    sentence = str(guard.Guard(*arguments).diverged("it spikes"))
+    assert sentence.endswith("resume_from=step_00000002" + (f" guard.skip_samples={printed}" if printed else ""))
+    # Typed, they leave out what was left out in memory and what was trained on since.
+    typed = SampleRanges.of(recorded).extended(SampleRanges.parse(printed or None), 16)
+    trained = {int(number) for number in stream.skipped.numbers(np.arange(16, 8 * step))}
+    left_out = {number for first, end in typed.ranges for number in range(first, end)}
+    assert left_out == trained | {number for first, end in in_memory for number in range(first, end)}
 
 
 def test_going_back_sets_later_checkpoints_aside_and_happens_once(train, corpus, tmp_path):
@@ -129,6 +185,26 @@ def test_going_back_sets_later_checkpoints_aside_and_happens_once(train, corpus,
     result = train(back)
     assert "after step 4 of 6" in result["out"]
     assert CheckpointReader(run / "checkpoints" / "step_00000006").state["batches_hash"] == state["batches_hash"]
+
+
+def test_a_run_that_went_back_goes_on_once_that_checkpoint_is_pruned(train, corpus, tmp_path):
+    arguments = overrides(corpus, tmp_path, run="a", steps=8, save_every=2, eval_every=0, keep_last=2)
+    assert train([*arguments, "steps=4"])["status"] == 0
+    run, back = tmp_path / "a", [*arguments, "resume_from=step_2", "guard.skip_samples=20:24"]
+    result = train(back, "SIGTERM in step 5")
+    assert (result["status"], "stopped after step 7" in result["out"]) == (0, True), result
+    assert names(run) == ["step_00000004.set_aside", "step_00000006", "step_00000007"]
+    result = train(back)
+    assert (result["status"], "after step 7 of 8" in result["out"]) == (0, True), result
+    state = CheckpointReader(run / "checkpoints" / "step_00000008").state
+    assert (state["skipped_samples"], state["course"]) == ([[20, 24]], "step_2 20:24")
+    # Whoever goes on with the run by its name does not go back again, and what was left out stays left out.
+    result = train(["run=a", f"runs={tmp_path}", "steps=9", "guard.skip_samples=100:101"])
+    assert (result["status"], "after step 8 of 9" in result["out"]) == (0, True), result
+    state = CheckpointReader(run / "checkpoints" / "step_00000009").state
+    assert (state["skipped_samples"], state["course"]) == ([[20, 24], [100, 101]], "step_2 20:24")
+    other = train([*arguments, "resume_from=step_2", "guard.skip_samples=20:25"])
+    assert (other["status"], "resume_from=step_2 names no checkpoint in" in other["err"]) == (2, True), other
 
 
 def test_a_checkpoint_that_is_not_there_is_refused_before_the_corpus_is_prepared(train, corpus, tmp_path):

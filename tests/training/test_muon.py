@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -217,6 +218,13 @@ WAYS = [
 @pytest.mark.parametrize(("zero", "tensor", "data", "sequence", "context"), WAYS)
 def test_every_topology_learns_what_one_process_learns(ran, zero, tensor, data, sequence, context):
     assert_same(ran(zero, tensor, data, sequence, context), ran())
+
+
+def test_the_guide_counts_these_combinations_of_muon():
+    guide = (Path(__file__).parents[2] / "docs" / "parallelism.md").read_text(encoding="utf-8").replace("\n", " ")
+    quick = [way for way in WAYS if not getattr(way, "marks", ())]
+    assert f"and {len(WAYS)} with [Muon]" in guide
+    assert f" and {len(quick)} of them." in guide
 
 
 @pytest.mark.parametrize("zero", ["offload", slow("1"), slow("2"), slow("3")])

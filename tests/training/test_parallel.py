@@ -147,6 +147,13 @@ def test_every_topology_learns_what_one_process_learns(ran, arm, tensor, data, s
     assert_same(ran(arm, zero, tensor, data, sequence), ran(arm))
 
 
+def test_the_guide_counts_these_combinations():
+    guide = (Path(__file__).parents[2] / "docs" / "parallelism.md").read_text(encoding="utf-8").replace("\n", " ")
+    quick = [way for way in WAYS if not getattr(way, "marks", ())]
+    assert f"checks {len(WAYS)} combinations of arm, parallelism and stage with AdamW" in guide
+    assert f"`make test` checks {len(quick)} and " in guide
+
+
 @pytest.mark.parametrize(
     ("save", "recompute"),
     [("input", "false"), slow("everything", "false"), slow("packed", "true"), ("input", "attention")],

@@ -1,4 +1,4 @@
-"""A run that is resumed with another length: both learning rates are printed, and the warm-up is not repeated."""
+"""A run that is resumed with another length or in another dtype says so; with another length it does not warm up again."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.faults.corruptions import fit_manifest
+from kernels.common.json_files import read_object
 from tests.training.tiny import overrides
+from training.resume import dtype_change
 
 SETTINGS = {"save_every": 2, "eval_every": 0, "optim__lr": 0.01, "schedule__warmup": 0.5, "schedule__final": 0}
 
@@ -17,8 +20,9 @@ SETTINGS = {"save_every": 2, "eval_every": 0, "optim__lr": 0.01, "schedule__warm
 def train(corpus, no_group, tmp_path):
     """A function that trains with overrides, and returns what was printed."""
 
-    def run(**changes) -> str:
-        result = no_group.run("command", module="train", arguments=overrides(corpus, tmp_path, **(SETTINGS | changes)))
+    def run(fault: str | None = None, **changes) -> str:
+        arguments = overrides(corpus, tmp_path, **(SETTINGS | changes))
+        result = no_group.run("command", module="train", arguments=arguments, fault=fault)
         assert result[0]["status"] == 0, result
         return result[0]["out"]
 
@@ -54,3 +58,21 @@ def test_wsd_that_is_extended_before_its_decay_goes_on_at_the_plateau(train, tmp
         in out
     )
     assert rates(tmp_path / "wsd")[2:] == pytest.approx([0.01] * 18)
+
+
+def test_another_dtype_is_warned_of(train, tmp_path):
+    settings = {"run": "auto", "precision": "auto"}
+    train("bf16 instructions", steps=2, zero=1, **settings)
+    out = train("bf16 instructions", steps=4, zero=0, **settings)
+    warning = (
+        "warning: the run was trained in bf16 up to step 2 and goes on in fp32: precision=auto follows the machine"
+    )
+    assert warning in out, out
+    stored = [read_object(tmp_path / "auto" / "checkpoints" / f"step_{n:08d}" / "state.json") for n in (2, 4)]
+    assert [state["dtype"] for state in stored] == ["bf16", "fp32"]
+    assert "the run was trained in" not in train("bf16 instructions", steps=5, zero=0, **settings)
+    assert dtype_change(stored[1], torch.bfloat16).startswith(
+        "the run was trained in fp32 up to step 4 and goes on in bf16"
+    )
+    del stored[1]["dtype"]  # as checkpoints were that stored none
+    assert dtype_change(stored[1], torch.bfloat16) == ""

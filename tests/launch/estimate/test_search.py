@@ -9,7 +9,7 @@ import pytest
 
 from conf.cluster_schema import ClusterConfig, HardwareConfig
 from conf.load import load, read_group
-from launch.estimate.search import estimate, search, what_would_fit
+from launch.estimate.search import estimate, fast_then_small, overrides_of, search, what_would_fit
 
 H100, _ = read_group("cluster", ClusterConfig, ["cluster=h100"], "cluster")
 LLAMA = load(["model=llama3_8b", "ffn=swiglu"])
@@ -57,3 +57,29 @@ def test_when_nothing_fits_it_says_what_would(words, gpus, says):
     config = load(words)
     assert list(search(config, H100, gpus, 8)) == []
     assert re.search(says, what_would_fit(estimate(config, H100, gpus, 8)))
+
+
+def test_the_dtype_is_that_of_training():
+    by_words = {words: estimate(load(["model=llama_125m", *words]), H100, 8, 8) for words in (
+        ("zero=0",), ("zero=0", "precision=fp32"), ("zero=1",), ("zero=1", "precision=bf16"), ("zero=1", "precision=fp8"),
+    )}  # fmt: skip
+    assert [each.precision for each in by_words.values()] == ["fp32", "fp32", "bf16", "bf16", "fp8"]
+    auto, fp32 = by_words["zero=0",], by_words["zero=0", "precision=fp32"]
+    assert (auto.memory, auto.step) == (fp32.memory, fp32.step)
+    assert all(each.precision == "bf16" for each in search(load(["model=llama_125m", "zero=0"]), H100, 8, 8))
+    without = dataclasses.replace(H100, hardware=dataclasses.replace(H100.hardware, bf16_flops=0.0))
+    assert estimate(load(["model=llama_125m"]), without, 8, 8).precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    "words", [["zero=0"], ["zero=1"], ["zero=2", "zero.offload_optimizer=true"], ["zero=3"], ["zero=offload"]]
+)
+def test_the_overrides_of_a_candidate_give_its_estimate(words):
+    found = sorted(search(load(["model=llama3_8b", *words]), H100, 2, 2), key=fast_then_small)
+    found = found or list(search(load(["model=llama_1b", *words]), H100, 2, 2))
+    for candidate in (found[0], next(each for each in found if each.config.parallel.tensor == 2)):
+        model = f"model={candidate.config.model.name}"
+        for beside in ([], words):  # typed in their place, or behind them
+            again = estimate(load([model, *beside, *overrides_of(candidate)]), H100, 2, 2)
+            assert again.memory == candidate.memory
+            assert again.step.total == candidate.step.total
