@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config
+from conf.yaml_files import read_yaml
 
 FOLDER = Path(__file__).resolve().parent
+_DECIDING = {"data": "source", "tokenizer": "kind"}  # the key that tells a group's choice, where `name` is a label
 
 
 def choices(group: str) -> list[str]:
@@ -19,6 +21,15 @@ def choices(group: str) -> list[str]:
     return sorted(
         path.relative_to(FOLDER / group).with_suffix("").as_posix() for path in (FOLDER / group).rglob("*.yaml")
     )
+
+
+def choice_of(group: str, values: dict[str, Any]) -> str:
+    """Return the choice of a group, as far as its values tell: of several that fit, the one that sets most of them."""
+    if "name" in values:
+        return str(values[_DECIDING.get(group, "name")])
+    sets = {choice: read_yaml(FOLDER / group / f"{choice}.yaml") or {} for choice in choices(group)}
+    fitting = [choice for choice, own in sets.items() if own.items() <= values.items()]
+    return max(fitting, key=lambda choice: len(sets[choice]), default="default")
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.effects import refuse_ignored, refuse_ignored_of_parts, refuse_mislabelled
 from conf.help import print_help
-from conf.keys import FOLDER, choices, keys
+from conf.keys import FOLDER, choice_of, choices, keys
 from conf.overrides import FREE_FORM, TEXT_LISTS, Override, as_typed, count_of, parse, read_override, within
 from conf.schema import GROUPS, Config
 from conf.yaml_files import parse_yaml, read_yaml, without_interpolation, write_yaml
@@ -143,7 +143,7 @@ def _over(stored: Config, overrides: list[Override]) -> Config:
 def _choices_of(config: Config) -> dict[str, str]:
     """Return {group: choice} of a configuration, as far as its values tell."""
     tree = to_dict(config)
-    return {group: str(tree[group].get("name", tree[group].get("stage", "default"))) for group in GROUPS}
+    return {group: choice_of(group, tree[group]) for group in GROUPS}
 
 
 def _refuse_without_effect(overrides: list[Override], config: Config, stored: Config | None) -> None:

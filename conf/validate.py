@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from conf.arms import Arm, check_groups, layer_arms, width_of
@@ -158,34 +159,51 @@ def holds_text_out(data: DataConfig) -> bool:
     return any(part.get("held_out", data.held_out) for part in parts)
 
 
-def _check_values(values: dict[str, Any]) -> None:
-    for name, allowed in _CHOICES.items():
+def check_ranges(values: Mapping[str, Any], corpus: str = "data") -> None:
+    """Refuse values that are none of a key's choices, or out of its range. `values` need not hold all keys.
+
+    Args:
+        corpus: what stands for `data` in the errors: `data.parts.NAME` where the values are those of a part of a blend.
+
+    Raises:
+        UserError: the first rule that is broken.
+    """
+
+    def shown(name: str) -> str:
+        return corpus + name.removeprefix("data") if name.startswith("data.") else name
+
+    given = values.keys()
+    for name, allowed in ((name, _CHOICES[name]) for name in _CHOICES if name in given):
         value = str(values[name]).lower() if isinstance(values[name], bool) else values[name]
         if value not in allowed and "," in str(value):
-            raise UserError(f"{name}={value} has several values but takes one; --multirun sweeps")
+            raise UserError(f"{shown(name)}={value} has several values but takes one; --multirun sweeps")
         if value not in allowed:
-            raise unknown(name, str(value), allowed)
+            raise unknown(shown(name), str(value), allowed)
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{name}={value} is not a finite number")
+            raise UserError(f"{shown(name)}={value} is not a finite number")
         if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
-            raise UserError(f"{name} is beyond 64-bit arithmetic")
-    for name in _POSITIVE:
+            raise UserError(f"{shown(name)} is beyond 64-bit arithmetic")
+    for name in filter(given.__contains__, _POSITIVE):
         if not values[name] > 0:
-            raise UserError(f"{name}={values[name]} must be positive")
-    for name in _POSITIVE_OR_NULL:
+            raise UserError(f"{shown(name)}={values[name]} must be positive")
+    for name in filter(given.__contains__, _POSITIVE_OR_NULL):
         if values[name] is not None and not values[name] > 0:
-            raise UserError(f"{name}={values[name]} must be positive, or null")
-    for name in _NOT_NEGATIVE:
+            raise UserError(f"{shown(name)}={values[name]} must be positive, or null")
+    for name in filter(given.__contains__, _NOT_NEGATIVE):
         if values[name] is not None and values[name] < 0:
-            raise UserError(f"{name}={values[name]} must not be negative")
-    for name in _FRACTIONS:
+            raise UserError(f"{shown(name)}={values[name]} must not be negative")
+    for name in filter(given.__contains__, _FRACTIONS):
         if not 0 <= values[name] <= 1:
-            raise UserError(f"{name}={values[name]} must lie between 0 and 1")
-    if not 0 <= values["data.held_out"] <= 0.5:
+            raise UserError(f"{shown(name)}={values[name]} must lie between 0 and 1")
+    if not 0 <= values.get("data.held_out", 0) <= 0.5:
         raise UserError(
-            f"data.held_out={values['data.held_out']} must be a fraction of at most 0.5; 0 trains without evaluation"
+            f"{corpus}.held_out={values['data.held_out']} must be a fraction of at most 0.5; 0 trains without evaluation"
         )
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    check_ranges(values)
     if values["run"] in (None, "", ".", "..") or any(character in values["run"] for character in "/\0"):
         raise UserError(
             f"run={values['run']!r} cannot name a folder inside {values['runs']}/: leave out '/' (runs=FOLDER moves it)"

@@ -2,7 +2,7 @@
 
     documents.py    the readers of every source: stdlib, text, jsonl, parquet, hf; the fingerprint of a corpus
     files.py        finding and reading the files behind it: globs, folders, .gz, .zst; remote.py those behind URLs
-    held_out.py     which documents are held out, what of each counts, and what nearly repeats one
+    held_out.py     which documents are held out, what of each counts, and what nearly repeats one; blend.py over its parts
     tokenizer.py    loading a tokenizer; encode and decode; train_tokenizer.py trains one, ends.py has the ends of documents
     bpe.py          SentencePiece's BPE in C (bpe.c), for documents
     shards.py       the format on disk: writing a shard, reading tokens across shards

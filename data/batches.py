@@ -267,6 +267,18 @@ def held_out_count(dataset: Dataset, sequence_length: int) -> int:
     return -(-dataset.held_out.tokens // sequence_length)
 
 
+def measured_windows(dataset: Dataset, sequence_length: int, tokens: int | None) -> Sequence[int]:
+    """Return the windows on which to measure the loss on `tokens` held-out tokens, at least one; None: on all of them.
+
+    They are the first ones of a corpus, and of a blend as many spread evenly, because its parts follow each other.
+    """
+    total = held_out_count(dataset, sequence_length)
+    count = total if tokens is None else min(total, max(1, tokens // sequence_length))
+    if count == total or len(dataset.parts) == 1:
+        return range(count)
+    return [k * total // count for k in range(count)]  # never the last one, which may be short: `count` are full
+
+
 def held_out_windows(
     dataset: Dataset, sequence_length: int, rows: int = 8, which: Sequence[int] | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -112,7 +112,7 @@ def fingerprint(config: DataConfig) -> str:
 
     stdlib, installed: a hash of the content. Files: a hash of the content up to HASHED bytes in all; beyond, of both ends of
     each, with its size and time of change. Remote files: `RemoteFile.stamp`, URL included. hf: names, and the data set's own
-    fingerprint.
+    fingerprint. Where folders are held out, also the folder that each file belongs to.
     Raises UserError as `documents` does for what is missing.
     """
     return _identity(config, _identities)
@@ -146,7 +146,10 @@ def _identity(config: DataConfig, identify: Callable[[list[File]], list[Any]]) -
     elif config.source == "hf":
         known = [str(config.path).rstrip("/"), config.subset, config.split, config.field, _load_hf(config)._fingerprint]
     elif config.source in SUFFIXES:
-        known = [config.field if config.source != "text" else None, *identify(_files(config))]
+        files = _files(config)
+        known = [config.field if config.source != "text" else None, *identify(files)]
+        if config.held_out and config.held_out_by == "folder":  # the names of folders decide what is held out
+            known.append([_group_of(file, config) for file in files])
     else:
         raise unknown("data source", config.source, SOURCES)
     return json.dumps([config.source, known], sort_keys=True)

@@ -10,10 +10,12 @@ import bz2
 import glob
 import gzip
 import hashlib
+import itertools
 import lzma
 import os
+import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +49,11 @@ def find_files(paths: Any, suffixes: tuple[str, ...] | None) -> list[File]:
 
     Args:
         paths: a file, a glob (`**` descends), a folder (searched to the bottom, links followed, hidden names left out), the
-            URL of any of these, or a list of them.
+            URL of any of these, or a list of them. Pipes, sockets and devices are left out of globs and folders.
         suffixes: what a folder is searched for, before `.gz` and the like; None: every file.
 
     Raises:
-        UserError: one of them means no file, or a folder cannot be read.
+        UserError: one of them means no file, or no regular one, or a folder cannot be read.
     """
     kinds = "files" if suffixes is None else " or ".join(suffixes) + " files"
     found: dict[str, File] = {}  # by the file that a path leads to
@@ -73,9 +75,11 @@ def _find_local(entry: str, suffixes: tuple[str, ...] | None, kinds: str) -> lis
             raise UserError(f"the folder {path} holds no {kinds}")
         return files
     if path.exists():
+        if is_special(path):
+            raise UserError(f"{path} is a pipe, socket or device, and text is read several times: write it into a file")
         return [path]
     if glob.has_magic(entry):
-        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+        files = sorted({Path(name) for name in _matches(path.parts) if os.path.isfile(name)})
         if not files:
             raise UserError(f"no file matches {entry}")
         return files
@@ -91,10 +95,32 @@ def _wanted(name: str, suffixes: tuple[str, ...] | None) -> bool:
     return not name.startswith(".") and (suffixes is None or plain.suffix.lower() in suffixes)
 
 
+def is_special(path: Path) -> bool:
+    """Return whether a path leads to a pipe, a socket or a device: opening a pipe may wait for a writer for ever."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # whoever opens it says why it cannot be read
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
 def _walk(folder: Path, suffixes: tuple[str, ...] | None) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
+    for where, names in _folders(folder, refuse):
+        for name in names:
+            path = Path(where, name)
+            if _wanted(name, suffixes) and not is_special(path):
+                yield path
+
+
+def _folders(folder: str | Path, refuse: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Yield a folder and those below it, links followed, each real one once and hidden ones not: its path, and names of files.
+
+    Args:
+        refuse: called with the error of a folder that cannot be read; None: it is left out.
+    """
     seen: set[tuple[int, int]] = set()
     for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         status = os.stat(where)
@@ -103,9 +129,22 @@ def _walk(folder: Path, suffixes: tuple[str, ...] | None) -> Iterator[Path]:
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if _wanted(name, suffixes):
-                yield Path(where, name)
+        yield where, sorted(names)
+
+
+def _matches(parts: tuple[str, ...]) -> Iterator[str]:
+    """Yield the paths that match a glob, given in its parts; `**` descends into each real folder once.
+
+    The library's own `**` follows a link to a folder above it as often as a path may have links, and two of them in all orders.
+    """
+    if "**" not in parts:
+        yield from glob.iglob(os.path.join(*parts))
+        return
+    at = parts.index("**")
+    rest = tuple(itertools.dropwhile(lambda part: part == "**", parts[at:])) or ("*",)
+    for start in glob.iglob(os.path.join(*parts[:at])) if at else ["."]:
+        for folder, _ in _folders(start):
+            yield from _matches((glob.escape(folder), *rest))
 
 
 def stamp(path: File) -> list[Any]:

@@ -6,15 +6,17 @@ much text: then a piece of each counts, so that none outweighs the others, and t
 are left out. `prepare.py` reads the corpus.
 
 Files of one project resemble each other. With `data.held_out_by=folder` all documents of a folder or package are on one side.
+Each part of a blend chooses for itself, and no part trains on what another holds out.
 """
 
 from __future__ import annotations
 
 import collections
+import copy
 import hashlib
 import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +42,7 @@ def _hashes_of(raw: bytes) -> tuple[int, int]:
 class SplitText:
     """What becomes of a document."""
 
-    split: str  # train | held_out | "": it nearly repeats held-out text, and is left out
+    split: str  # train | held_out | "": it repeats held-out text, or nearly, and is left out
     text: str  # all of it, or a piece
     number: int  # its second hash, by which documents are sampled
 
@@ -60,35 +62,72 @@ class Selection:
         self.groups: frozenset[str] | None = None  # those that are held out; None: documents are chosen one by one
         self.threshold = 0
         self.piece_bytes = data.held_out_kib << 10 if data.held_out_files else 0  # 0: all of a document counts
+        self._pieces: list[str] = []  # held-out text that training documents must not repeat
+        self._copies = np.empty(0, np.uint64)  # second hashes of what other parts of a blend hold out, ascending
+        self._near: _NearDuplicates | None = None
+        self._numbers: np.ndarray | None = None  # second hashes of the held-out documents; None: not read yet
         if known is None:
             self._choose(data)
         else:
             self.groups = None if known["groups"] is None else frozenset(known["groups"])
             self.threshold, self._pieces = known["threshold"], known["pieces"]
+            self._copies = np.array(known.get("copies", []), np.uint64)
+        self._compare_with_pieces()
+
+    def _compare_with_pieces(self) -> None:
         self._near = _NearDuplicates(piece.encode() for piece in self._pieces) if self._pieces else None
 
     def _choose(self, data: DataConfig) -> None:
-        self._pieces: list[str] = []  # held-out text that training documents must not repeat
-        self._near: _NearDuplicates | None = None
         if data.held_out and data.held_out_by == "folder":
             self.groups = _groups(data)
         elif data.held_out:
             self.threshold = _threshold_of_files(data) if data.held_out_files else _threshold(data)
         if data.held_out and data.held_out_files:
-            parts = (self.part(d.text, d.text.encode(), d.group) for d in documents(data))
-            self._pieces = [part.text for part in parts if part.split == "held_out"]
+            found = list(self._held_out(data))
+            self._pieces = [document.text for document in found]
+            self._numbers = np.array([document.number for document in found], np.uint64)
+
+    def _held_out(self, data: DataConfig) -> Iterator[SplitText]:
+        found = (self.part(d.text, d.text.encode(), d.group) for d in documents(data))
+        return (document for document in found if document.split == "held_out")
 
     def record(self) -> dict[str, Any]:
         """Return the choice as JSON takes it."""
         groups = None if self.groups is None else sorted(self.groups)
-        return {"groups": groups, "threshold": self.threshold, "pieces": self._pieces}
+        copies = {"copies": self._copies.tolist()} if len(self._copies) else {}
+        return {"groups": groups, "threshold": self.threshold, "pieces": self._pieces} | copies
+
+    def apart_from(self, others: Iterable[tuple[DataConfig, Selection]]) -> Selection:
+        """Return this choice, leaving out of the training documents also what other corpora hold out.
+
+        It reads those of the others again of which that takes more than their pieces and thresholds.
+        """
+        result, numbers = copy.copy(self), [self._copies]
+        for data, other in others:
+            result._pieces = result._pieces + other._pieces
+            by_hash = self.groups is None and other.groups is None
+            if data.held_out and not (by_hash and other.threshold <= self.threshold):  # else held out here as well
+                numbers.append(other._numbers_of(data))
+        result._copies = np.unique(np.concatenate(numbers))
+        result._compare_with_pieces()
+        return result
+
+    def _numbers_of(self, data: DataConfig) -> np.ndarray:
+        if self._numbers is None:
+            self._numbers = np.fromiter((document.number for document in self._held_out(data)), np.uint64)
+        return self._numbers
 
     def part(self, text: str, raw: bytes, group: str = "") -> SplitText:
         """Return what becomes of a document, given as text and as UTF-8, and the folder or package that it belongs to."""
         first, second = _hashes_of(raw)
         if first < self.threshold if self.groups is None else group in self.groups:
             return SplitText("held_out", _piece(raw, self.piece_bytes, second) if self.piece_bytes else text, second)
-        return SplitText("" if self._near is not None and self._near.found_in(raw) else "train", text, second)
+        near = self._near is not None and self._near.found_in(raw)
+        return SplitText("" if near or self._is_copy(second) else "train", text, second)
+
+    def _is_copy(self, number: int) -> bool:
+        place = int(np.searchsorted(self._copies, np.uint64(number)))
+        return bool(place < len(self._copies) and self._copies[place] == number)
 
 
 def _groups(data: DataConfig) -> frozenset[str]:

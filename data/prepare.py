@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from conf.load import load
 from conf.overrides import check_overrides
 from conf.schema import DataConfig, TokenizerConfig
 from data.batches import open_dataset
-from data.documents import documents, fingerprint, parts, stamps
+from data.blend import Blend, choose
+from data.documents import documents, fingerprint, stamps
 from data.folder import folder_of, is_complete
 from data.groups import MEGABYTE, Facts, Span, groups, read_groups
 from data.held_out import Selection
@@ -42,7 +43,7 @@ from kernels.common.files import explain_os_errors
 from kernels.common.options import split_options
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, show: bool = False) -> Path:
+def prepare(data: DataConfig, tokenizer: TokenizerConfig, show: bool = False, blend: Blend | None = None) -> Path:
     """Prepare a corpus unless it is prepared already, and return its folder.
 
     Any number of processes may call this at once: one prepares, the others wait for it. An interrupted call leaves
@@ -50,11 +51,12 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, show: bool = False) ->
 
     Args:
         show: report progress on standard error, as a bar where that is a terminal.
+        blend: the one that this corpus is a part of.
 
     Raises:
         UserError: bad input, a full disk, a folder that cannot be written.
     """
-    folder = folder_of(data, tokenizer)
+    folder = folder_of(data, tokenizer, blend.beside[data.name] if blend else "")
     if is_complete(folder):
         return folder
     progress = ProgressReporter(show)
@@ -62,12 +64,16 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, show: bool = False) ->
         if not is_complete(folder):
             with explain_os_errors("prepare", folder), progress:
                 remove_leftovers(folder)
-                prepare_source = _prepare_blend if data.source == "blend" else _prepare_corpus
-                prepare_source(data, tokenizer, folder, progress)
+                if data.source == "blend":
+                    _prepare_blend(data, tokenizer, folder, progress)
+                else:
+                    _prepare_corpus(data, tokenizer, folder, progress, blend)
     return folder
 
 
-def prepare_part(data: DataConfig, tokenizer: TokenizerConfig, part: Share, show: bool = False) -> Path:
+def prepare_part(
+    data: DataConfig, tokenizer: TokenizerConfig, part: Share, show: bool = False, blend: Blend | None = None
+) -> Path:
     """Tokenize a part of a corpus into its folder, which is returned; `prepare` then finishes it with what parts have left.
 
     Parts may run at once, on machines that share the folder. The first one makes the plan that all follow, while the others
@@ -77,35 +83,40 @@ def prepare_part(data: DataConfig, tokenizer: TokenizerConfig, part: Share, show
     Raises:
         UserError: as `prepare`, or the corpus was changed since its plan was made.
     """
-    folder = folder_of(data, tokenizer)
+    folder = folder_of(data, tokenizer, blend.beside[data.name] if blend else "")
     if is_complete(folder):
         return folder
     progress = ProgressReporter(show)
     with explain_os_errors("prepare", folder), progress:
         if data.source == "blend":
-            found = _existing_tokenizer(folder)
+            whole, found = Blend(data), _existing_tokenizer(folder)
             if found is None:
                 with locked(folder, progress):
-                    found = _tokenizer_of_blend(data, tokenizer, folder, progress)
+                    found = _tokenizer_of_blend(tokenizer, whole, folder, progress)
             _, path = found
             progress.close()  # every corpus reports its own
-            for name, _, corpus, shared in _corpora(data, tokenizer, path):
-                progress.print(f"part {name} of the blend")
-                prepare_part(corpus, shared, part, show)
+            for _, corpus, shared in whole.corpora(tokenizer, path):
+                progress.print(f"part {corpus.name} of the blend")
+                prepare_part(corpus, shared, part, show, whole)
         else:
-            _prepare_part_of_corpus(data, tokenizer, part, folder, progress)
+            _prepare_part_of_corpus(data, tokenizer, part, folder, progress, blend)
     return folder
 
 
 def _prepare_part_of_corpus(
-    data: DataConfig, config: TokenizerConfig, part: Share, folder: Path, progress: ProgressReporter
+    data: DataConfig,
+    config: TokenizerConfig,
+    part: Share,
+    folder: Path,
+    progress: ProgressReporter,
+    blend: Blend | None,
 ) -> None:
     known = fingerprint(data)
     if _planned(data, folder, known) is None:
         with locked(folder, progress):  # excludes other parts too, none of which has a temporary file then
             if not is_complete(folder) and _planned(data, folder, known) is None:
                 remove_leftovers(folder)
-                _make_plan(data, config, folder, known, progress)
+                _make_plan(data, config, folder, known, progress, blend)
     if part.number < 0:
         return
     with locked(folder, progress, shared=True):
@@ -129,41 +140,37 @@ def _planned(data: DataConfig, folder: Path, known: str) -> tuple[CorpusPlan, tu
 
 def _prepare_blend(data: DataConfig, config: TokenizerConfig, folder: Path, progress: ProgressReporter) -> None:
     """Prepare every part with one tokenizer, and write the index that names them."""
-    tokenizer, path = _tokenizer_of_blend(data, config, folder, progress)
+    blend = Blend(data)
+    tokenizer, path = _tokenizer_of_blend(config, blend, folder, progress)
     progress.close()  # every part reports its own
     records, known = [], hashlib.blake2b(digest_size=16)
-    for name, weight, part, shared in _corpora(data, config, path):
-        progress.print(f"part {name}, {weight:.1%} of the samples")
-        prepared = prepare(part, shared, progress.show)
-        records.append({"name": name, "weight": weight, "folder": os.path.relpath(prepared, folder)})
-        known.update(f"{name}\0{weight!r}\0{read_index(prepared)['corpus_hash']}\0".encode())
+    for weight, part, shared in blend.corpora(config, path):
+        progress.print(f"part {part.name}, {weight:.1%} of the samples")
+        prepared = prepare(part, shared, progress.show, blend)
+        records.append({"name": part.name, "weight": weight, "folder": os.path.relpath(prepared, folder)})
+        known.update(f"{part.name}\0{weight!r}\0{read_index(prepared)['corpus_hash']}\0".encode())
     index = {"format": FORMAT, "name": data.name, "source": "blend", "corpus_hash": known.hexdigest(), "parts": records}
     write_index(folder, index | _about(tokenizer))
 
 
-def _corpora(
-    data: DataConfig, config: TokenizerConfig, path: Path
-) -> Iterator[tuple[str, float, DataConfig, TokenizerConfig]]:
-    """Yield what a blend consists of: name, fraction of the samples, and configurations, given the file of its tokenizer."""
-    shared = replace(config, kind="sentencepiece" if path.suffix == ".model" else "huggingface", path=str(path))
-    for name, (weight, part) in parts(data).items():
-        yield name, weight, replace(part, prepared=data.prepared, workers=data.workers), shared
-
-
 def _tokenizer_of_blend(
-    data: DataConfig, config: TokenizerConfig, folder: Path, progress: ProgressReporter
+    config: TokenizerConfig, blend: Blend, folder: Path, progress: ProgressReporter
 ) -> tuple[Tokenizer, Path]:
     def sample(budget: int) -> list[str]:
-        """Sample every part in proportion to its weight, without its held-out documents."""
+        """Sample the training documents of every part in proportion to its weight."""
         texts = []
-        for weight, part in parts(data).values():
-            texts += _sample(part, Selection(part), int(budget * weight), progress)
+        for weight, part in blend.parts.values():
+            progress.start(f"choosing the held-out documents of {part.name}")
+            _, selection = choose(part, blend)
+            texts += _sample(part, selection, int(budget * weight), progress)
         return texts
 
     return _tokenizer(config, folder, sample, progress)
 
 
-def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, progress: ProgressReporter) -> None:
+def _prepare_corpus(
+    data: DataConfig, config: TokenizerConfig, folder: Path, progress: ProgressReporter, blend: Blend | None
+) -> None:
     """Write all shards of a corpus and its index: those of a plan that parts of it have followed, or all in one reading."""
     known = fingerprint(data)
     if planned := _planned(data, folder, known):
@@ -171,12 +178,12 @@ def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, pro
         progress.start(f"tokenizing {data.name}")
         done, index = _follow(plan, plan.spans, data, tokenizer, folder, progress), plan.index
     else:
-        done, index = _prepare_at_once(data, config, folder, known, progress)
+        done, index = _prepare_at_once(data, config, folder, known, progress, blend)
     if index["skipped"]:
         progress.print(f"{index['skipped']:,} records of {data.name} have no text (null or empty) and were left out")
     if index["near_duplicates"]:
         progress.print(
-            f"{index['near_duplicates']:,} documents of {data.name} nearly repeat held-out ones and were left out"
+            f"{index['near_duplicates']:,} documents of {data.name} repeat held-out ones, or nearly, and were left out"
         )
     shards = [shard for number in sorted(done) for shard in done[number]]
     keep = {shard.name for shard in shards} | {f"group-{number:05d}" for number in done}
@@ -185,12 +192,16 @@ def _prepare_corpus(data: DataConfig, config: TokenizerConfig, folder: Path, pro
 
 
 def _prepare_at_once(
-    data: DataConfig, config: TokenizerConfig, folder: Path, known: str, progress: ProgressReporter
+    data: DataConfig,
+    config: TokenizerConfig,
+    folder: Path,
+    known: str,
+    progress: ProgressReporter,
+    blend: Blend | None,
 ) -> tuple[dict[int, list[Shard]], dict[str, Any]]:
     """Tokenize the groups of a corpus as they are read; return their shards, and the index without shards."""
-    before = stamps(data)
     progress.start(f"choosing the held-out documents of {data.name}")
-    selection = Selection(data)
+    before, selection = choose(data, blend)
     tokenizer, path = _tokenizer(config, folder, lambda budget: _sample(data, selection, budget, progress), progress)
     facts, done = Facts(), {}
 
@@ -211,11 +222,17 @@ def _prepare_at_once(
     return done, _index(data, facts, tokenizer, known, progress)
 
 
-def _make_plan(data: DataConfig, config: TokenizerConfig, folder: Path, known: str, progress: ProgressReporter) -> None:
+def _make_plan(
+    data: DataConfig,
+    config: TokenizerConfig,
+    folder: Path,
+    known: str,
+    progress: ProgressReporter,
+    blend: Blend | None,
+) -> None:
     """Read a corpus without tokenizing it, train its tokenizer, and write its plan."""
-    before = stamps(data)
     progress.start(f"choosing the held-out documents of {data.name}")
-    selection = Selection(data)
+    before, selection = choose(data, blend)
     tokenizer, _ = _tokenizer(config, folder, lambda budget: _sample(data, selection, budget, progress), progress)
     progress.start(f"planning the parts of {data.name}")
     facts = Facts()
@@ -417,7 +434,7 @@ def _print_statistics(folder: Path) -> None:
     if skipped := sum(read_index(part.folder).get("skipped", 0) for part in dataset.parts):
         print(f"  left out   {skipped:,} records without text (null or empty)")
     if repeated := sum(read_index(part.folder).get("near_duplicates", 0) for part in dataset.parts):
-        print(f"  left out   {repeated:,} documents that nearly repeat held-out ones")
+        print(f"  left out   {repeated:,} documents that repeat held-out ones, or nearly")
     if dataset.xz_bits_per_byte is not None:
         print(f"  xz -9      {dataset.xz_bits_per_byte:.3f} bits per byte of the held-out text")
 

@@ -184,12 +184,17 @@ def find_remote(entry: str, wanted: Callable[[str], bool], kinds: str) -> list[R
         info = {"type": "directory"} if entry.endswith("/") else store.fs.info(store.path)
         # Where a server sends one who asks for a folder.
         listing = store.http and _plain(info.get("url", "")).endswith("/")
+        if info["type"] == "other":
+            raise UserError(
+                f"{entry} is a pipe, socket or device, and text is read several times: write it into a file"
+            )
         if info["type"] != "directory" and not listing:
             return [RemoteFile(store, store.path, info, entry, PurePosixPath(_plain(store.path)).name)]
         root = store.path.rstrip("/") + "/"
         listed = store.fs.find(root if store.http else store.path, detail=True)
         below = {path: path.removeprefix(root).split("/") for path in listed}
         kept = [p for p, parts in below.items() if not _hidden(parts) and wanted(parts[-1])]
+        kept = [p for p in kept if not (listed[p].get("type") == "other" and _is_special(store, p))]
         if not kept:
             if not listed and not store.http and not store.fs.isdir(store.path):
                 raise UserError(f"there is no file or folder {entry}")
@@ -197,6 +202,11 @@ def find_remote(entry: str, wanted: Callable[[str], bool], kinds: str) -> list[R
         # The files of a folder come before its folders, as when a local one is walked.
         kept.sort(key=lambda p: [(i < len(below[p]) - 1, part) for i, part in enumerate(below[p])])
         return _files(store, {p: listed[p] for p in kept}, {p: below[p][0] for p in kept})
+
+
+def _is_special(store: _Store, path: str) -> bool:
+    """Return whether a path leads to a pipe, a socket or a device of this machine; a listing says "other" of links as well."""
+    return bool(store.fs.exists(path) and store.fs.info(path)["type"] == "other")
 
 
 def _glob(store: _Store, entry: str) -> list[RemoteFile]:

@@ -16,6 +16,7 @@ import abc
 import contextlib
 import functools
 import hashlib
+import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ from data.packages import need
 from data.shards import token_dtype
 from kernels.common.errors import UserError, suggest
 from kernels.common.files import atomic_write, explain_os_errors
+from kernels.common.json_files import open_regular
 
 SPACE = "\u2581"  # what SentencePiece writes for a space; in a text it can only be kept as bytes
 # Characters encoded at once; on much longer texts SentencePiece is slower per character and needs gigabytes.
@@ -389,7 +391,8 @@ def load_tokenizer(
             raise UserError(f"there is no {' and no '.join(FILE_NAMES.values())} in {path}")
         path = next((file for file in inside if file.name == FILE_NAMES[kind]), inside[0])
     try:
-        raw = path.read_bytes()
+        with io.BufferedReader(open_regular(path)) as file:
+            raw = file.read()
     except OSError as error:
         hint = ""
         if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)) and path.suffix not in (".json", ".model"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.batches import Dataset, held_out_count, held_out_windows
+from data.batches import Dataset, held_out_windows, measured_windows
 from training import watchdog
 from training.engine import Engine
 
@@ -60,18 +61,16 @@ class HeldOut:
 
 
 def evaluate(engine: Engine, dataset: Dataset, sequence_length: int, tokens: int | None = None) -> HeldOut:
-    """Return the mean loss on the held-out set, with that of each document, or on its first `tokens` tokens. Collective.
+    """Return the mean loss on the held-out set, with that of each document, or on about `tokens` tokens of it. Collective.
 
     The set is split into windows that do not overlap. Each token is a target once, with up to `sequence_length` - 1 tokens
     before it. Data ranks take windows in turn. A rank without a window in the last round evaluates one that does not count,
     because under ZeRO-3 the forward pass is collective.
     """
     data, micro_batch = engine.mesh.data, engine.batch.micro_batch
-    n_windows = held_out_count(dataset, sequence_length)
-    if tokens is not None:
-        n_windows = min(n_windows, max(1, tokens // sequence_length))
-    own_windows = range(data.rank, n_windows, data.size)
-    rounds = -(-n_windows // (data.size * micro_batch))
+    windows = measured_windows(dataset, sequence_length, tokens)
+    own_windows = windows[data.rank :: data.size]
+    rounds = -(-len(windows) // (data.size * micro_batch))
     batches = held_out_windows(dataset, sequence_length, micro_batch, own_windows)
     filler = next(held_out_windows(dataset, sequence_length, 1, [0]))
     totals = torch.zeros(2, dtype=torch.float64, device=engine.device)  # nats, targets
@@ -101,7 +100,7 @@ class _ByDocument:
         self.sequence_length = sequence_length
         self.nats = torch.zeros(len(self.ends), dtype=torch.float64, device=engine.device)
 
-    def add(self, windows: range, token_nats: Tensor) -> None:
+    def add(self, windows: Sequence[int], token_nats: Tensor) -> None:
         """Add the losses (rows, S / C) of these windows; a target that is ignored has the loss 0."""
         places = np.array(windows)[:, None] * self.sequence_length + np.arange(self.sequence_length)  # (rows, S)
         documents = np.searchsorted(self.ends, places, side="right").clip(max=len(self.ends) - 1)

@@ -58,6 +58,26 @@ def test_a_run_goes_on_from_its_own_configuration(started, words, expected):
 
 
 @pytest.mark.parametrize(
+    ("begun", "words", "expected"),
+    [
+        (["zero=offload"], ["zero=3"], {"zero.offload_optimizer": False, "zero.offload_parameters": False}),
+        (["zero=3"], ["zero=offload"], {"zero.offload_optimizer": True, "zero.offload_parameters": True}),
+        (["zero=offload", "zero.overlap=true"], ["zero=offload"], {}),
+        (["zero=3", "zero.offload_optimizer=true"], ["zero=3"], {}),
+        (["guard.spike=skip"], ["guard=default"], {}),
+        (["data=text", "data.path=notes", "data.name=mine"], ["data=text"], {}),
+        (["tokenizer.kind=huggingface", "tokenizer.path=t.json"], ["tokenizer=sentencepiece"],
+         {"tokenizer.kind": "sentencepiece", "tokenizer.path": None}),
+    ],
+)  # fmt: skip
+def test_a_choice_replaces_that_of_the_run_unless_it_is_the_same_one(tmp_path, begun, words, expected):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "config.yaml").write_text(to_yaml(load(["run=first", f"runs={tmp_path}", *begun])))
+    (tmp_path / "first" / "metrics.jsonl").touch()
+    assert changes(tmp_path, *words) == expected
+
+
+@pytest.mark.parametrize(
     ("key", "before", "now"),
     [("resume_optimizer", "fresh", "keep"), ("resume_from", "step_2", None), ("resume", False, True)],
 )

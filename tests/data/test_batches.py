@@ -18,6 +18,7 @@ from data.batches import (
     _keys,
     held_out_count,
     held_out_windows,
+    measured_windows,
     open_dataset,
     permute,
     sample_hash,
@@ -166,6 +167,21 @@ def test_held_out_windows_have_every_token_as_a_target_once(dataset, length):
     assert (inputs[~real] == dataset.eos_id).all()
     shares = [list(held_out_windows(dataset, length, which=range(r, len(inputs), 2))) for r in (0, 1)]
     assert sum((t != IGNORED).sum() for share in shares for _, t in share) == len(tokens)
+
+
+def test_a_part_of_the_held_out_text_is_its_beginning_and_of_a_blend_spread_over_its_parts(dataset, blend):
+    total = held_out_count(dataset, 7)
+    for tokens, count in ((None, total), (7 * total + 1, total), (7 * 5 + 6, 5), (1, 1)):
+        assert list(measured_windows(dataset, 7, tokens)) == list(range(count))
+        assert len(measured_windows(blend, 7, tokens)) == count
+    assert list(measured_windows(blend, 7, None)) == list(range(total))
+    for count in (2, 5, total // 2 + 1, total - 1):
+        spread = np.array(measured_windows(blend, 7, 7 * count))
+        gaps = np.diff(np.append(spread, total))
+        assert spread[0] == 0
+        assert set(gaps) <= {total // count, total // count + 1}
+        targets = [rows for _, rows in held_out_windows(blend, 7, which=spread.tolist())]
+        assert (np.concatenate(targets) != IGNORED).sum() == 7 * count
 
 
 def test_the_sample_hash_tells_order_and_content():

@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import shutil
+import socket
 import sysconfig
 from pathlib import Path
 from unittest import mock
@@ -18,6 +19,7 @@ import pytest
 from conf.schema import DataConfig
 from data import documents as module
 from data.documents import documents, fingerprint, parts, stamps
+from data.files import find_files
 from kernels.common.errors import UserError
 
 zstandard = pytest.importorskip("zstandard")
@@ -261,6 +263,64 @@ def test_linked_folders_are_read_once_each(tmp_path):
     assert sorted(texts("text", str(tmp_path / "data"))) == ["data/own", "elsewhere"]
     both = [str(tmp_path / "data"), str(tmp_path / "elsewhere" / "a.txt"), os.path.relpath(tmp_path / "data")]
     assert sorted(texts("text", both)) == ["data/own", "elsewhere"]
+
+
+def test_a_glob_descends_into_each_real_folder_once(tmp_path):
+    def names(pattern: str) -> list[str]:
+        return [os.path.relpath(str(file), tmp_path) for file in find_files(str(tmp_path / pattern), None)]
+
+    for where in ("own/deep", "outside"):
+        (tmp_path / where).mkdir(parents=True)
+        (tmp_path / where / "a.txt").write_text(where)
+    (tmp_path / "own" / "around").symlink_to(tmp_path / "own")
+    (tmp_path / "own" / "linked").symlink_to(tmp_path / "outside")
+    assert names("own/**/*.txt") == ["own/deep/a.txt", "own/linked/a.txt"]  # not own/around/around/...
+    (tmp_path / "own" / "deep" / "up").symlink_to(tmp_path)  # in all orders of two links a search would never end
+    (tmp_path / "own" / "deep" / "and").symlink_to(tmp_path / "own")
+    assert names("own/**/*.txt") == ["own/deep/a.txt", "own/deep/up/outside/a.txt"]
+    assert names("**/deep/**/a.*") == ["own/deep/a.txt", "own/deep/and/linked/a.txt"]
+    assert names("**/**") == ["outside/a.txt", "own/deep/a.txt"]
+    assert names("*/**/deep/*") == ["own/deep/a.txt"]
+
+
+@pytest.fixture
+def with_a_pipe(tmp_path, monkeypatch):
+    """A folder with a text, a pipe and a link to it; opening either is an error here, where it would wait for a writer."""
+    (tmp_path / "a.txt").write_text("words")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "link.txt").symlink_to("pipe.txt")
+    unchecked = open
+
+    def checked(path, *arguments, **keys):
+        assert isinstance(path, int) or not Path(path).is_fifo()
+        return unchecked(path, *arguments, **keys)
+
+    monkeypatch.setattr("builtins.open", checked)
+    return tmp_path
+
+
+def test_pipes_and_sockets_in_a_folder_are_left_out(with_a_pipe, monkeypatch):
+    monkeypatch.chdir(with_a_pipe)  # the name of a socket has a hundred bytes at most
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind("socket.txt")
+        for path in (".", "*.txt", "**/*.txt"):
+            assert texts("text", path) == ["words"]
+    config = DataConfig(source="text", path=".")
+    assert fingerprint(config) == fingerprint(DataConfig(source="text", path="a.txt"))
+
+
+@pytest.mark.parametrize("name", ["pipe.txt", "link.txt", "/dev/null"])
+def test_a_pipe_or_device_that_is_named_is_refused(with_a_pipe, name):
+    path = with_a_pipe / name
+    expected = f"{path} is a pipe, socket or device, and text is read several times: write it into a file"
+    assert refusal("text", str(path)) == expected
+    assert refusal("parquet", str(path)) == expected
+
+
+def test_a_pipe_behind_a_url_of_this_machine_is_left_out_or_refused(with_a_pipe):
+    pytest.importorskip("fsspec")
+    assert texts("text", f"file://{with_a_pipe}") == ["words"]
+    assert "is a pipe, socket or device" in refusal("text", f"file://{with_a_pipe}/pipe.txt")
 
 
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import data.prepare
 from conf.schema import DataConfig
 from data.batches import open_dataset
+from data.blend import Blend
 from data.documents import documents
 from data.folder import folder_of
 from data.held_out import NEAR, WINDOW, Selection, window_hashes
 from data.prepare import prepare
 from data.shards import read_index
 from kernels.common.errors import UserError
-from tests.data.test_prepare import decoded
+from tests.data.test_prepare import content, decoded
 
 WORDS = [
     "gate",
@@ -48,8 +53,8 @@ def files(tmp_path):
     def write(texts: list[str], **keys) -> DataConfig:
         folder = tmp_path / "texts"
         folder.mkdir()
-        for number, content in enumerate(texts):
-            (folder / f"{number:04}.txt").write_text(content, encoding="utf-8")
+        for number, each in enumerate(texts):
+            (folder / f"{number:04}.txt").write_text(each, encoding="utf-8")
         return DataConfig(name="text", source="text", path=str(folder), prepared=str(tmp_path / "prepared"), **keys)
 
     return write
@@ -154,6 +159,81 @@ def test_a_prepared_corpus_has_the_pieces_and_not_the_near_duplicates(files, cor
     assert read_index(prepare(replace(config, held_out_kib=2), tokenizer))["corpus_hash"] != dataset.corpus_hash
 
 
+@pytest.fixture
+def overlapping(tmp_path):
+    """A function that returns a blend: a part of 40 documents, and one of these and 300 others."""
+    chance = random.Random(6)
+    texts = [text(chance, 4) for _ in range(340)]
+
+    def blend(files: list[str] = texts[40:], **keys) -> DataConfig:
+        config = {}
+        for name, own in (("small", texts[:40]), ("big", [*texts[:40], *files])):
+            path = tmp_path / f"{name}.jsonl"
+            path.write_text("".join(json.dumps({"text": each}) + "\n" for each in own))
+            config[name] = {"source": "jsonl", "path": str(path)} | keys.pop(name, {})
+        prepared = str(tmp_path / "prepared")
+        return DataConfig(name="blend", source="blend", prepared=prepared, workers=1, parts=config, **keys)
+
+    return blend
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"held_out": 0.001},  # which gives each part one document, not the same
+        {"held_out": 0.1, "big": {"held_out": 0.3}},
+        {"held_out_files": 15},
+        {"held_out": 0, "small": {"held_out": 0.3}},
+        {"held_out": 0.1, "small": {"held_out_files": 15, "held_out_kib": 1}},
+    ],
+    ids=["one each", "fractions", "files", "one part", "files of one part"],
+)
+def test_no_part_of_a_blend_trains_on_what_another_one_holds_out(overlapping, corpus, monkeypatch, keys):
+    sampled: list[str] = []
+    train = data.prepare.train_sentencepiece
+    monkeypatch.setattr(
+        data.prepare, "train_sentencepiece", lambda texts, *rest: sampled.extend(texts) or train(texts, *rest)
+    )
+    blend = overlapping(**keys)
+    dataset = open_dataset(prepare(blend, replace(corpus[1], vocab_size=300)))
+    held_out = decoded(dataset, dataset.held_out)
+    trained = [each for part in dataset.parts for each in decoded(dataset, part.train)]
+    assert held_out
+    assert not [each for each in held_out if any(each in other for other in [*trained, *sampled])]
+    assert len(set(trained) | set(held_out)) == 340 == len(set(trained)) + len(set(held_out))
+    left_out = sum(read_index(part.folder)["near_duplicates"] for part in dataset.parts)
+    assert len(trained) + len(held_out) + left_out == 380
+
+
+def test_parts_with_nothing_in_common_are_as_they_are_alone(overlapping, corpus):
+    tokenizer = replace(corpus[1], vocab_size=300)
+    blend = overlapping(held_out_files=15)
+    other = random.Random(7)
+    path = Path(blend.parts["big"]["path"])
+    path.write_text("".join(json.dumps({"text": text(other, 4)}) + "\n" for _ in range(300)))
+    dataset = open_dataset(prepare(blend, tokenizer))
+    tokenizer = replace(tokenizer, path=str(dataset.folder / "tokenizer.model"))
+    for part in dataset.parts:
+        keys = blend.parts[part.name]
+        alone = prepare(replace(blend, name=part.name, parts={}, **keys), tokenizer)
+        assert alone != part.folder  # which depends on the other part
+        assert content(alone) == content(part.folder)
+
+
+def test_the_folder_of_a_part_depends_on_what_the_others_hold_out(overlapping, corpus):
+    def names(**keys) -> dict[str, str]:
+        blend = Blend(overlapping(**keys))
+        return {part.name: folder_of(part, corpus[1], blend.beside[part.name]).name for _, part in blend.parts.values()}
+
+    before = names(held_out_files=15)
+    other = names(held_out_files=15, small={"held_out_kib": 1})
+    assert (before["small"] != other["small"], before["big"] != other["big"]) == (True, True)
+    text_changed = names(held_out_files=15, files=["another text"])
+    assert (before["small"] != text_changed["small"], before["big"] != text_changed["big"]) == (True, True)
+    alone = overlapping(held_out=0, small={"held_out": 0.1})
+    assert [bool(mark) for mark in Blend(alone).beside.values()] == [False, True]
+
+
 def test_a_single_document_is_cut_into_enough_pieces(files):
     config = files([text(random.Random(5), 2500)], held_out_files=50)
     found = sides(config, [document.text for document in documents(config)])
@@ -161,10 +241,25 @@ def test_a_single_document_is_cut_into_enough_pieces(files):
     assert found.count("train") > 300
 
 
-@pytest.mark.parametrize("keys", [{"held_out_files": -1}, {"held_out_files": 3, "held_out_kib": 0}])
-def test_impossible_numbers_are_refused(files, corpus, keys):
-    with pytest.raises(UserError, match=r"data\.held_out_files is a number of documents"):
-        prepare(files(["a", "b"], **keys), corpus[1])
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"held_out": 0.6}, "held_out=0.6 must be a fraction of at most 0.5; 0 trains without evaluation"),
+        ({"held_out": math.nan}, "held_out=nan is not a finite number"),
+        ({"held_out_files": -1}, "held_out_files=-1 must not be negative"),
+        ({"held_out_files": 3, "held_out_kib": 0}, "held_out_kib=0 must be positive"),
+        ({"held_out_by": "foldr"}, "held_out_by 'foldr': did you mean 'folder'? choose from document, folder"),
+        ({"shard_megabytes": 0}, "shard_megabytes=0 must be positive"),
+    ],
+)
+def test_impossible_values_are_refused_of_a_corpus_and_of_a_part_of_a_blend(files, corpus, keys, sentence):
+    whole = files(["a", "b"], **keys)
+    part = {"source": "text", "path": whole.path} | keys
+    blend = replace(whole, source="blend", parts={"own": part}, **{key: getattr(DataConfig(), key) for key in keys})
+    for config, key in ((whole, "data"), (blend, "data.parts.own")):
+        with pytest.raises(UserError, match=rf"^(unknown )?{re.escape(f'{key}.{sentence}')}$"):
+            prepare(config, corpus[1])
+    assert not Path(whole.prepared).exists()
 
 
 def test_equal_documents_cannot_be_split(files):

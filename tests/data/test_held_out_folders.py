@@ -14,7 +14,7 @@ import pytest
 
 from ablation.text_scatter import text_scatter
 from conf.load import load
-from conf.schema import DataConfig
+from conf.schema import DataConfig, TokenizerConfig
 from data.batches import open_dataset
 from data.documents import documents
 from data.folder import folder_of
@@ -119,6 +119,23 @@ def test_a_prepared_folder_is_of_one_way_to_hold_out(projects, tmp_path):
     counts = collections.Counter(d.group for d in documents(by_folder.data) if d.group in groups)
     assert dataset.held_out_groups == tuple(counts.values())  # the documents of a folder follow each other
     assert open_dataset(prepare(by_document.data, by_document.tokenizer)).held_out_groups is None
+
+
+def test_files_in_other_folders_are_another_corpus_where_folders_are_held_out(tmp_path):
+    for number, folder in enumerate("aabbcc"):
+        path = tmp_path / "code" / folder / f"{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{number}\n")
+
+    def names(place: Path) -> list[str]:
+        keys = ({}, {"held_out_by": "document"}, {"held_out": 0.0})
+        return [folder_of(dataclasses.replace(config(str(place)), **each), TokenizerConfig()).name for each in keys]
+
+    before = names(tmp_path / "code")
+    moved = (tmp_path / "code").rename(tmp_path / "moved")
+    assert names(moved) == before
+    (moved / "a" / "1.txt").rename(moved / "b" / "1.txt")  # the order of the files stays
+    assert (names(moved)[0] != before[0], names(moved)[1:] == before[1:]) == (True, True)
 
 
 def test_losses_are_added_up_by_folder(tmp_path):

@@ -86,6 +86,14 @@ def as_blend(config: DataConfig, folder: Path) -> DataConfig:
     return replace(config, name="blend", source="blend", path=None, parts=keys)
 
 
+def as_overlapping_blend(config: DataConfig, folder: Path) -> DataConfig:
+    """Two parts with documents in common, of which each holds others out."""
+    second = as_jsonl(config, folder)
+    keys = {"text": {"path": config.path}, "more": {"source": "jsonl", "path": second.path, "held_out": 0.4}}
+    keys["text"] |= {"held_out_files": 10, "held_out_kib": 1}
+    return replace(config, name="blend", source="blend", path=None, parts=keys)
+
+
 def everything(prepared: str) -> dict[str, bytes]:
     """Return all files of prepared folders, by their paths."""
     root = Path(prepared)
@@ -94,7 +102,7 @@ def everything(prepared: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "convert",
-    [as_text, as_jsonl, as_parquet, as_one_document, as_pieces, as_folders, as_blend],
+    [as_text, as_jsonl, as_parquet, as_one_document, as_pieces, as_folders, as_blend, as_overlapping_blend],
     ids=lambda f: f.__name__,
 )
 def test_parts_and_a_last_call_write_what_one_call_writes(corpus, tmp_path, monkeypatch, convert):

@@ -230,3 +230,9 @@ def test_a_panic_of_the_library_is_a_refusal(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
     with pytest.raises(UserError, match=r"tokenizer\.json is no tokenizer\.json of Hugging Face tokenizers: range end"):
         load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_only_a_regular_file_is_read():
+    # Reading a pipe would wait for its writer; a device does not, where the test fails.
+    with pytest.raises(UserError, match=r"^cannot read the tokenizer /dev/null: not a regular file$"):
+        load_tokenizer("/dev/null")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from data.prepare import prepare
 from kernels.common.json_files import DOCUMENTS, read_document_losses
 from model.decoder import Decoder
 from model.weights import load_weights
-from training.evaluation import MOST_DOCUMENTS, HeldOut, LossByDocument
+from training.evaluation import MOST_DOCUMENTS, HeldOut, LossByDocument, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,25 @@ def test_each_document_has_its_loss_over_ranks_that_share_a_sequence(trained, on
     for rank in two_ranks.run("script", arguments=[*arguments, ranks_of], steps=[["evaluate"]]):
         np.testing.assert_allclose(rank["documents"], alone["documents"], rtol=1e-6)
         assert sum(rank["documents"][0]) == pytest.approx(math.prod(rank["evaluations"][0][:2]), rel=1e-6)
+
+
+@pytest.mark.parametrize(("parts", "windows"), [(1, [0, 1, 2, 3]), (2, [0, 2, 5, 7])])
+def test_a_blend_is_measured_in_all_of_its_parts(monkeypatch, parts, windows):
+    held_out = SimpleNamespace(tokens=80, read=lambda start, count: np.arange(start, start + count))
+    dataset: Any = SimpleNamespace(held_out=held_out, parts=[None] * parts, eos_id=0)
+    seen = []
+
+    def measure(_, targets):  # of a model whose loss on a token is its place in the text
+        seen.extend((targets[:, 0] // 8).tolist())
+        return targets.sum(), torch.tensor(targets.numel()), targets.float()
+
+    data, whole = SimpleNamespace(rank=0, size=1), SimpleNamespace(group=None)
+    mesh, batch = SimpleNamespace(data=data, data_context=whole), SimpleNamespace(micro_batch=3)
+    engine: Any = SimpleNamespace(mesh=mesh, batch=batch, device=torch.device("cpu"), evaluate=measure)
+    monkeypatch.setattr("training.evaluation.dist.all_reduce", lambda *_, **__: None)
+    measured = evaluate(engine, dataset, 8, tokens=4 * 8)
+    assert (seen, measured.tokens) == (windows, 32)
+    assert measured.loss == np.mean([np.arange(8 * k, 8 * k + 8) for k in windows])
 
 
 def test_documents_json_adds_up_neighbours_of_too_many_documents(tmp_path):
