@@ -14,6 +14,7 @@ This folder is imported as `kernels` from the repository, and installed as the p
     huggingface/      `patch`: the fused layer in a Transformers model
     catalogue/        the published arms: `python -m formula_ffn.catalogue`; which of them a formula is
     show.py           properties of a formula: `python -m formula_ffn.show 'silu(gate) * up'`
+    autograd.py       what is refused beyond first derivatives; tensors.py: where a tensor is, and how it lies in memory
     common/           errors, files, options, commands; the other rooms of the repository use them too
 
 The package imports nothing from the other rooms of the repository.

@@ -25,7 +25,10 @@ from torch import Tensor, nn
 
 from . import activation
 from .activations.activation import Activation
+from .autograd import FirstOrder, Link, link_to
 from .tensors import is_plain
+
+_FIRST_ORDER = FirstOrder("a fused feed-forward layer", "take plain modules, or unpatch the model")
 
 
 class FormulaMLP(nn.Module):
@@ -216,10 +219,11 @@ def fused_mlp(
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
     tensors: tuple[Any, ...] = (x, *weights, *biases, *learned)
+    _FIRST_ORDER.check(*tensors)
     needs = tuple(tensor is not None and tensor.requires_grad for tensor in tensors)
     plan = _Plan(function, dtype, needs)
     if torch.is_grad_enabled() and any(needs):
-        return _FusedMLP.apply(plan, *tensors)[0]
+        return _FusedMLP.apply(plan, link_to(*tensors), *tensors)[0]
     return _forward(plan, *tensors)[0]
 
 
@@ -259,12 +263,12 @@ def _forward(
 
 class _FusedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(plan: _Plan, *tensors: Any) -> tuple[Tensor, Tensor]:
+    def forward(plan: _Plan, _: Link | None, *tensors: Any) -> tuple[Tensor, Tensor]:
         return _forward(plan, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        plan, x, gate, up, down, gate_bias, up_bias, down_bias, *learned = inputs
+        plan, ctx.link, x, gate, up, down, gate_bias, up_bias, down_bias, *learned = inputs
         _, pre = output
         ctx.mark_non_differentiable(pre)
         ctx.set_materialize_grads(False)
@@ -282,33 +286,12 @@ class _FusedMLP(torch.autograd.Function):
         )
 
     @staticmethod
+    @_FIRST_ORDER.once
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         dy, _ = gradients
-        plan, tensors = ctx.plan, ctx.saved_tensors
         if dy is None:
-            return (None,) * (1 + len(plan.needs))
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return None, *_backward(plan, ctx.like, dy, *tensors)
-        computed = iter(_Once.apply(plan, ctx.like, dy, *tensors))
-        return None, *(next(computed) if needed else None for needed in plan.needs)
-
-
-class _Once(torch.autograd.Function):
-    """The gradients, which cannot be differentiated again."""
-
-    @staticmethod
-    def forward(plan: _Plan, like: _Like, dy: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-        return tuple(gradient for gradient in _backward(plan, like, dy, *tensors) if gradient is not None)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: ARG004
-        raise RuntimeError(
-            "a fused feed-forward layer can be differentiated once: unpatch the model for second derivatives"
-        )
+            return (None,) * (2 + len(ctx.plan.needs))
+        return None, None, *_backward(ctx.plan, ctx.like, dy, *ctx.saved_tensors)
 
 
 class _Like(NamedTuple):

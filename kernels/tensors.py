@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from .autograd import is_dual
+
 _traced_gpu: tuple[int, int] | None = None  # see `meta_as_gpu`
 
 
@@ -47,11 +49,17 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def is_plain(tensor: Tensor) -> bool:
     """Whether a kernel may read the tensor's memory.
 
-    False while torch.compile traces or torch.func transforms, and for subclasses such as FakeTensor and DTensor.
+    False while torch.compile traces or torch.func transforms, for a tensor with a tangent of forward mode, and for subclasses
+    such as FakeTensor and DTensor.
     """
     if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
-    return not is_functorch_wrapped_tensor(tensor)
+    return not is_functorch_wrapped_tensor(tensor) and not is_dual(tensor)
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func wraps a tensor in eager mode."""
+    return not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(tensor)
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:

@@ -10,15 +10,17 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from ..autograd import FirstOrder
 from ..formula import Formula
 from ..formula.compiled import Compiled, compile_formula
-from ..tensors import is_plain, on_gpu
+from ..tensors import is_plain, is_transformed, on_gpu
 from . import reference
 from .reductions import Reducer, WidthRanks, begin_adjoints, reduce_over
 from .telemetry import BatchStats
 
 # Namespace of the operators in `ops.py`. The package may be imported under two names, and each registers its own operators.
 NAMESPACE = __name__.partition(".")[0]
+FIRST_ORDER = FirstOrder("a fused activation", "write it in plain PyTorch")
 
 
 def _operators() -> Any:
@@ -76,9 +78,13 @@ class Activation:
         names = self.formula.tensors
         if learned.keys() != names.keys():
             raise TypeError(f"{self!r} takes {list(names)} as keywords, not {list(learned)}")
-        if not is_plain(pre):
-            return _operators().forward(pre, [learned[name] for name in names], self.key)
-        return _Elementwise.apply(self, pre, *(learned[name] for name in names))
+        tensors = [learned[name] for name in names]
+        FIRST_ORDER.check(pre, *tensors)
+        if is_plain(pre) or is_transformed(
+            pre
+        ):  # torch.func unwraps the tensors of an autograd function, not of an operator
+            return _Elementwise.apply(self, pre, *tensors)
+        return _operators().forward(pre, tensors, self.key)
 
     def check(self, pre: Tensor) -> None:
         """Refuse pre-activations whose shape or dtype does not fit the formula.
@@ -323,16 +329,17 @@ class _Elementwise(torch.autograd.Function):
     """The activation as an autograd function: saves the pre-activations, computes all gradients from them in one pass."""
 
     @staticmethod
-    def forward(ctx: Any, activation: Activation, pre: Tensor, *learned: Tensor) -> Tensor:
-        ctx.activation = activation
-        ctx.save_for_backward(pre, *learned)
+    def forward(activation: Activation, pre: Tensor, *learned: Tensor) -> Tensor:
         return activation.forward(pre, learned)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's decorator is typed without the signature
-        ctx: Any, dh: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.activation, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @FIRST_ORDER.once
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         pre, *learned = ctx.saved_tensors
         dpre, _, dlearned = ctx.activation.backward(pre, dh, learned)
         gradients = [d.to(p.dtype) for d, p in zip(dlearned, learned, strict=False)]

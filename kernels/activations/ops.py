@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..formula import parse
-from .activation import NAMESPACE, Activation
+from .activation import FIRST_ORDER, NAMESPACE, Activation
 
 
 @functools.lru_cache(maxsize=256)
@@ -61,7 +61,12 @@ def _backward(ctx: Any, dh: Tensor) -> tuple:
     return dpre, [*gradients, *[None] * (len(learned) - len(gradients))], None  # scheduled parameters have none
 
 
+def _backward_of_backward(*_: Any) -> Any:
+    raise FIRST_ORDER.of_second_derivatives()
+
+
 forward.register_autograd(_backward, setup_context=_setup_context)
+backward.register_autograd(_backward_of_backward)
 
 
 def _h_shape(pre: Tensor, key: str) -> torch.Size | tuple:

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..autograd import FirstOrder, Link, link_to
 from ..tensors import on_gpu
 from .cross_entropy import cross_entropy_, serves
 
 # (logits, targets, differentiate) -> nats and log-sum-exp of every token, 0 for one that is ignored; see `cross_entropy_`.
 ChunkFunction = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+_FIRST_ORDER = FirstOrder("linear_cross_entropy", "take torch.nn.functional.cross_entropy")
 
 
 class LossOptions(NamedTuple):
@@ -77,8 +78,10 @@ def linear_cross_entropy(
         chunk = 8192 if on_gpu(hidden) else 1024
     if chunk < 1:
         raise ValueError(f"chunk is a positive number of tokens, not {chunk}")
+    _FIRST_ORDER.check_no_transforms(hidden, weight, targets)
     options = LossOptions(z_loss, ignore_index, softcap)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, options, chunk, torch.is_grad_enabled())
+    link = link_to(hidden, weight)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, options, chunk, torch.is_grad_enabled(), link)
 
 
 class ChunkedLoss(NamedTuple):
@@ -215,6 +218,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         options: LossOptions,
         chunk: int,
         differentiate: bool,
+        link: Link | None,
     ) -> Tensor:
         states = hidden.flatten(0, -2)  # (N, D)
         logits_buffer = states.new_empty(min(chunk, max(1, len(states))), len(weight))
@@ -235,11 +239,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if d_hidden is None else d_hidden.div_(loss.n_valid).view_as(hidden),
             None if d_weight is None else d_weight.div_(loss.n_valid).to(weight.dtype),
         )
+        ctx.link = link
         return (loss.nats + options.z_loss * loss.squares) / loss.n_valid
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator's type)
+    @_FIRST_ORDER.once
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         saved = (None if tensor is None else tensor * gradient.to(tensor.dtype) for tensor in ctx.saved_tensors)
-        return *saved, None, None, None, None
+        return *saved, None, None, None, None, None

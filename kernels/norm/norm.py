@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..autograd import FirstOrder
 from ..c import library as c
 from ..tensors import is_plain, on_gpu, runs
+
+_FIRST_ORDER = FirstOrder("a fused RMSNorm", "take torch.nn.functional.rms_norm")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -45,7 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     if not fits or weight.shape != x.shape[-1:] or weight.device != x.device:
         given = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (x, weight, residual) if t is not None)
         raise ValueError(f"x, weight and residual of a norm do not fit together: {given}")
-    backend = _backend(x)
+    backend = _backend(x) if all(is_plain(t) for t in (x, weight, residual) if t is not None) else None
     if backend is None:
         s = x if residual is None else x + residual
         return F.rms_norm(s, weight.shape, weight, eps), s
@@ -158,13 +160,14 @@ class _RMSNorm(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         y, s, rstd = backend.forward(x, residual, weight, eps)
         ctx.backend = backend
-        ctx.save_for_backward(s, weight, rstd)
+        # Without a residual s is x, or a copy of it, which the refusal of second derivatives would not find.
+        ctx.save_for_backward(x if residual is None else s, weight, rstd)
         ctx.set_materialize_grads(False)
         return y if residual is None else (y, s)
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's decorator is typed without the signature
+    @_FIRST_ORDER.once
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         ctx: Any, dy: Tensor | None, ds: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         if dy is None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..c import library as c
 from ..tensors import is_plain, on_gpu
@@ -26,7 +25,7 @@ Backend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Return q and k with every pair (a, b) of channels (i, i + E/2) rotated to (a cos - b sin, b cos + a sin).
 
-    Su 2021, arXiv 2104.09864. Differentiable once, in q and k.
+    Su 2021, arXiv 2104.09864. Differentiable in q and k.
 
     >>> import torch
     >>> q, k = torch.randn(2, 10, 8, 64), torch.randn(2, 10, 4, 64)
@@ -48,9 +47,9 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     if not fits or (k.shape[1], k.shape[3], k.dtype, k.device) != (length, width, q.dtype, q.device):
         given = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (q, k, cos, sin))
         raise ValueError(f"q, k, cos and sin of a rotation do not fit together: {given}")
-    if not is_plain(q):
+    if not all(map(is_plain, (q, k, cos, sin))):
         return _plain(q, cos, sin, 1), _plain(k, cos, sin, 1)
-    return _Rotate.apply(_backend(q), q, k, cos, sin)
+    return _Rotate.apply(_backend(q), q, k, cos, sin, 1)
 
 
 def _backend(x: Tensor) -> Backend:
@@ -97,18 +96,19 @@ def _c(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """The gradient of a rotation is the inverse rotation."""
+    """The gradient of a rotation is the inverse rotation, which has a gradient in turn."""
 
     @staticmethod
-    def forward(ctx: Any, backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.backend = backend
+    def forward(
+        ctx: Any, backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, direction: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.backend, ctx.direction = backend, direction
         ctx.save_for_backward(cos, sin)
-        return backend(q, cos, sin, 1), backend(k, cos, sin, 1)
+        return backend(q, cos, sin, direction), backend(k, cos, sin, direction)
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's decorator is typed without the signature
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         ctx: Any, dq: Tensor, dk: Tensor
     ) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return None, ctx.backend(dq, cos, sin, -1), ctx.backend(dk, cos, sin, -1), None, None
+        return None, *_Rotate.apply(ctx.backend, dq, dk, cos, sin, -ctx.direction), None, None, None
