@@ -84,7 +84,9 @@ class FormulaMLP(nn.Module):
         self.learned = new_learned(self.activation, d_ff, device, dtype)
         self._scheduled = {name: p.init for name, p in self.activation.formula.scheduled.items()}
         for name, value in self._scheduled.items():  # in no state dict: they follow from the step
-            self.register_buffer(f"scheduled_{name}", torch.full((1,), value, device=device), persistent=False)
+            self.register_buffer(
+                f"scheduled_{name}", torch.full((1,), value, dtype=torch.float32, device=device), persistent=False
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         tensors = [*self.learned.values(), *(self.get_buffer(f"scheduled_{name}") for name in self._scheduled)]
@@ -100,7 +102,7 @@ class FormulaMLP(nn.Module):
         super()._apply(fn, recurse)
         for name, value in self._scheduled.items():  # they stay in fp32 where the weights become bf16
             buffer = self.get_buffer(f"scheduled_{name}")
-            setattr(self, f"scheduled_{name}", torch.full((1,), value, device=buffer.device))
+            setattr(self, f"scheduled_{name}", torch.full((1,), value, dtype=torch.float32, device=buffer.device))
         return self
 
     def reset_parameters(self) -> None:

@@ -341,7 +341,7 @@ def _plot(compiled: Compiled, path: str) -> None:
     from .activations.properties import Sampler
 
     sample, silu = Sampler(compiled), torch.nn.functional.silu
-    x = torch.linspace(-5, 5, 2001, dtype=torch.float64, requires_grad=True)
+    x = torch.linspace(-5, 5, 2001, dtype=torch.float64, device="cpu", requires_grad=True)
     baselines = {}
     for name, function in {"ReLU": torch.relu, "SiLU": silu}.items():
         h = function(x)

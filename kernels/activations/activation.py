@@ -112,7 +112,10 @@ class Activation:
         empty = torch.empty((0, 2, 0) if self.formula.gated else (0, 0), dtype=dtype, device=device)
         backend = self._backend(empty)
         if with_stats:
-            learned = [torch.zeros(p.size(0), device=device) for p in self.compiled.formula.tensors.values()]
+            learned = [
+                torch.zeros(p.size(0), dtype=torch.float32, device=device)
+                for p in self.compiled.formula.tensors.values()
+            ]
             backend.forward_with_stats(self.compiled, empty, learned)
 
     def reduce(self, pre: Tensor, learned: Sequence[Tensor], ranks: WidthRanks) -> Tensor | None:

@@ -80,7 +80,8 @@ class CKernels:
             h = self.forward(compiled, pre, learned, reduced)
             return h, reference.stats_of(compiled, pre, h, learned, reduced)
         h = self._empty_h(pre)
-        sums, active = torch.zeros(len(sums_of(compiled)) + 1), torch.zeros(pre.shape[-1])
+        count = len(sums_of(compiled)) + 1
+        sums, active = (torch.zeros(n, dtype=torch.float32, device=pre.device) for n in (count, pre.shape[-1]))
         if h.numel():
             numbers = [] if reduced is None else [reduced]
             tensors = (pre, h, *numbers, *_values(learned), *sums.split(1), active)
@@ -94,7 +95,7 @@ class CKernels:
         """See `reference.backward`."""
         dpre, h = torch.empty_like(pre), torch.empty_like(dh) if with_h else None
         trained = learned[: len(self.compiled.formula.learned)]  # without the scheduled ones
-        dlearned = [torch.zeros(tensor.shape, dtype=torch.float32) for tensor in trained]
+        dlearned = _zeros(trained)
         outputs = [dpre] if h is None else [dpre, h]
         tensors = (pre, dh, *outputs, *_values(learned), *dlearned)
         self._call("backward_h" if with_h else "backward", tensors, dh)
@@ -107,7 +108,8 @@ class CKernels:
         return dpre
 
     def _empty_h(self, pre: Tensor) -> Tensor:
-        return torch.empty(pre.shape if self.matrices == 1 else (*pre.shape[:-2], pre.shape[-1]), dtype=pre.dtype)
+        shape = pre.shape if self.matrices == 1 else (*pre.shape[:-2], pre.shape[-1])
+        return torch.empty(shape, dtype=pre.dtype, device=pre.device)
 
     def _call(self, name: str, tensors: Sequence[Tensor], like: Tensor) -> None:
         """Call a kernel for the rows of `like`."""
@@ -139,9 +141,7 @@ class CRowKernels(CKernels):
         reduced: Tensor | None = None, adjoints: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
         dpre, h = torch.empty_like(pre), torch.empty_like(dh) if with_h else None
-        dlearned = [
-            torch.zeros(tensor.shape, dtype=torch.float32) for tensor in learned[: len(compiled.formula.learned)]
-        ]
+        dlearned = _zeros(learned[: len(compiled.formula.learned)])
         outputs = [dpre] if h is None else [dpre, h]
         last = self.passes + len(compiled.reductions.backward)
         first = 0 if adjoints is None else last
@@ -157,7 +157,7 @@ class CRowKernels(CKernels):
 
     def reduce(self, compiled: Compiled, step: int, pre: Tensor, learned: Sequence[Tensor], reduced: Tensor) -> Tensor:
         like = pre if self.matrices == 1 else pre[..., 0, :]
-        unwritten = torch.empty(0)  # h
+        unwritten = torch.empty(0, dtype=pre.dtype, device=pre.device)  # h
         self._call_passes("forward", (pre, unwritten, reduced, *_values(learned)), like, step, step + 1)
         reductions = compiled.reductions
         names = [name for reduction in reductions.forward[step].reductions for name in reduction.names]
@@ -173,7 +173,7 @@ class CRowKernels(CKernels):
             self._call_passes("gradients_h", (pre, dh, h, reduced, adjoints, *_values(learned)), dh, 0, 1)
         else:
             number = self.passes + step
-            unwritten = [torch.empty(0)] * (1 + len(learned))
+            unwritten = [torch.empty(0, dtype=pre.dtype, device=pre.device)] * (1 + len(learned))
             tensors = (pre, dh, unwritten[0], reduced, adjoints, *_values(learned), *unwritten[1:])
             self._call_passes("backward", tensors, dh, number, number + 1)
         return adjoints[:, [reduction.number for reduction in compiled.reductions.backward[step].reductions]], h
@@ -204,3 +204,7 @@ def _run(built: ctypes.CDLL, name: str, tensors: Sequence[Tensor], like: Tensor,
 
 def _values(learned: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().to(torch.float32).contiguous() for tensor in learned]
+
+
+def _zeros(learned: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device) for tensor in learned]

@@ -54,7 +54,7 @@ def _value(node: Node, values: Mapping[str, Value], dtype: torch.dtype, hold: bo
         return _where(dtype, *arguments)
     function = _FUNCTIONS[str(node.value)] if node.kind == "call" else OPERATORS[node.kind]
     if node.kind == "call" and not any(isinstance(argument, Tensor) for argument in arguments):
-        arguments = [torch.tensor(argument, dtype=torch.float64) for argument in arguments]
+        arguments = [torch.tensor(argument, dtype=torch.float64, device="cpu") for argument in arguments]
         return float(function(*arguments))
     return function(*arguments)
 

@@ -87,8 +87,11 @@ def saved_by_eager(formula: Formula, itemsize: int = 2) -> tuple[int, int]:
     The down projection saves h, whatever computes the activation.
     """
     width, dtype = 4096, {2: torch.bfloat16, 4: torch.float32}[itemsize]
-    pre = torch.ones((1, 2, width) if formula.gated else (1, width), dtype=dtype).requires_grad_()
-    learned = {name: torch.full((1,), p.init, requires_grad=True) for name, p in formula.tensors.items()}
+    pre = torch.ones((1, 2, width) if formula.gated else (1, width), dtype=dtype, device="cpu").requires_grad_()
+    learned = {
+        name: torch.full((1,), p.init, dtype=torch.float32, device="cpu", requires_grad=True)
+        for name, p in formula.tensors.items()
+    }
     nbytes: dict[int, int] = {}  # by address of the storage
     alive: list[Tensor] = []  # the address of a freed storage could be used again
 
@@ -165,10 +168,12 @@ class Sampler:
 
     def __init__(self, compiled: Compiled) -> None:
         self.compiled = compiled
-        self.reduced = torch.tensor([*gaussian_reductions(compiled).values()], dtype=torch.float64)[None]
-        self.adjoints = torch.zeros((1, len(compiled.reductions.all)), dtype=torch.float64)
+        self.reduced = torch.tensor([*gaussian_reductions(compiled).values()], dtype=torch.float64, device="cpu")[None]
+        self.adjoints = torch.zeros((1, len(compiled.reductions.all)), dtype=torch.float64, device="cpu")
         self.names = compiled.formula.pre_activations
-        self.learned = [torch.tensor([p.init], dtype=torch.float64) for p in compiled.formula.tensors.values()]
+        self.learned = [
+            torch.tensor([p.init], dtype=torch.float64, device="cpu") for p in compiled.formula.tensors.values()
+        ]
 
     def __call__(self, **points: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         parts = torch.broadcast_tensors(*(points[name] for name in self.names))
@@ -195,9 +200,9 @@ def properties(compiled: Compiled) -> Properties:
     """Return the properties of a compiled formula."""
     sample = Sampler(compiled)
     names, gated = sample.names, compiled.formula.gated
-    axis = torch.arange(-REACH, REACH + _STEP / 2, 1 / 16 if gated else _STEP, dtype=torch.float64)
+    axis = torch.arange(-REACH, REACH + _STEP / 2, 1 / 16 if gated else _STEP, dtype=torch.float64, device="cpu")
     h, slopes = sample(**_grid(names, axis))
-    normal = torch.arange(-8.0, 8.0 + 1e-9, 1 / 64 if gated else 1 / 1024, dtype=torch.float64)
+    normal = torch.arange(-8.0, 8.0 + 1e-9, 1 / 64 if gated else 1 / 1024, dtype=torch.float64, device="cpu")
     weight = torch.exp(-(normal**2) / 2)
     weight /= weight.sum()
     weights = weight[:, None] * weight if gated else weight
@@ -205,7 +210,7 @@ def properties(compiled: Compiled) -> Properties:
     mean = round(float((weights * normal_h).sum()), 12) + 0.0  # a mean of rounding errors is 0, and not -0
     square = float((weights * normal_h**2).sum())
     saturated = {name: float((weights * (normal_slopes[name].abs() < SATURATED)).sum()) for name in names}
-    zero = {name: torch.zeros(1, dtype=torch.float64) for name in names}
+    zero = {name: torch.zeros(1, dtype=torch.float64, device="cpu") for name in names}
     result = Properties(
         at_zero=float(sample(**zero)[0]),
         low=float(h.min()),
@@ -229,7 +234,7 @@ def _grid(names: tuple[str, ...], axis: Tensor) -> dict[str, Tensor]:
 
 def _curve(sample: Sampler, name: str, saturated: float) -> Curve:
     along = sample.along(name)
-    points = torch.arange(-REACH, REACH + _STEP / 2, _STEP, dtype=torch.float64)
+    points = torch.arange(-REACH, REACH + _STEP / 2, _STEP, dtype=torch.float64, device="cpu")
     h, slope = along(points)
     jump, jump_at = _largest_jump(lambda p: along(p)[0], points)
     kink, kink_at = _largest_jump(lambda p: along(p)[1], points)
@@ -237,7 +242,7 @@ def _curve(sample: Sampler, name: str, saturated: float) -> Curve:
     noise = 1e-12 * float(h.abs().max())
     rises, falls = bool((change > noise).any()), bool((change < -noise).any())
     low = float(points[h.argmin()])
-    near = torch.linspace(low - _STEP, low + _STEP, 2001, dtype=torch.float64).clamp(-REACH, REACH)
+    near = torch.linspace(low - _STEP, low + _STEP, 2001, dtype=torch.float64, device="cpu").clamp(-REACH, REACH)
     directions = {(True, False): "rising", (False, True): "falling", (False, False): "constant"}
     return Curve(
         jump=jump,
@@ -270,19 +275,19 @@ def _largest_jump(function: Callable[[Tensor], Tensor], points: Tensor) -> tuple
 
 def _dead(sample: Sampler, name: str, points: Tensor) -> list[tuple[float, float]]:
     others = [other for other in sample.names if other != name]
-    dead = torch.ones(len(points), dtype=torch.bool)
+    dead = torch.ones(len(points), dtype=torch.bool, device="cpu")
     for value in (-3.0, -0.5, 1.0, 2.5) if others else (0.0,):
         h, slopes = sample(**{name: points}, **{other: torch.full_like(points, value) for other in others})
         dead &= (h == 0) & torch.stack(list(slopes.values())).eq(0).all(0)
     if int(dead.sum()) < 2:
         return []
-    edges = torch.cat([torch.tensor([False]), dead, torch.tensor([False])]).int().diff().nonzero().flatten().tolist()
+    edges = torch.cat([dead.new_zeros(1), dead, dead.new_zeros(1)]).int().diff().nonzero().flatten().tolist()
     intervals = [(float(points[a]), float(points[b - 1])) for a, b in zip(edges[::2], edges[1::2], strict=True)]
     return [(low, high) for low, high in intervals if high > low]
 
 
 def _is_true_glu(sample: Sampler) -> bool:
-    gate, up = torch.randn(2, 1024, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
+    gate, up = torch.randn(2, 1024, dtype=torch.float64, device="cpu", generator=torch.Generator().manual_seed(0)) * 3
     closed, _ = sample(gate=gate, up=torch.zeros_like(up))
     once, _ = sample(gate=gate, up=up)
     twice, _ = sample(gate=gate, up=2 * up)

@@ -71,8 +71,8 @@ class TritonKernels:
         width, count = pre.shape[-1], len(sums_of(compiled)) + 1
         h = self._empty_h(pre)
         if not h.numel():
-            zeros = torch.zeros(count, device=pre.device)
-            return h, BatchStats(zeros[:-1], zeros[-1], torch.zeros(width, device=pre.device), 0)
+            zeros, active = (torch.zeros(n, dtype=torch.float32, device=pre.device) for n in (count, width))
+            return h, BatchStats(zeros[:-1], zeros[-1], active, 0)
         rows = h.numel() // width
         rows_per_program, blocks = _blocks(rows)
         totals = torch.empty((count, blocks, _tiles(width)), dtype=torch.float32, device=pre.device)

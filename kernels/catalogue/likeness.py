@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -88,10 +89,10 @@ def likeness(formula: Formula, arms: Iterable[PublishedArm]) -> Likeness:
 @functools.cache
 def _points(gated: bool) -> tuple[Tensor, Tensor]:
     """Return pre-activations (n,) or (2, n) and the size of the larger one at each of them (n,)."""
-    near = torch.linspace(-_NEAR, _NEAR, 38 if gated else 398, dtype=torch.float64)
+    near = torch.linspace(-_NEAR, _NEAR, 38 if gated else 398, dtype=torch.float64, device="cpu")
     # At round numbers functions may have their kinks, and just beside 0 a bound that is there for safety.
-    special = torch.tensor([0.0, 1e-7, 1e-3, 0.5, 1.0, 2.0], dtype=torch.float64)
-    far = torch.logspace(1, torch.tensor(REACH).log10().item(), 12 if gated else 60, dtype=torch.float64)
+    special = torch.tensor([0.0, 1e-7, 1e-3, 0.5, 1.0, 2.0], dtype=torch.float64, device="cpu")
+    far = torch.logspace(1, math.log10(REACH), 12 if gated else 60, dtype=torch.float64, device="cpu")
     axis = torch.cat([near, special, -special[1:], far, -far])
     if not gated:
         return axis, axis.abs()
@@ -103,7 +104,7 @@ def _values(formula: Formula, shift: Mapping[str, float] | None = None, exchange
     """Return h at the points, with learned parameters at their start plus a shift."""
     pre, _ = _points(formula.gated)
     learned = {
-        name: torch.tensor([p.init + (shift or {}).get(name, 0.0)], dtype=torch.float64)
+        name: torch.tensor([p.init + (shift or {}).get(name, 0.0)], dtype=torch.float64, device="cpu")
         for name, p in formula.tensors.items()
     }
     return plain(formula)(pre.flip(0) if exchanged else pre, **learned).expand(pre.shape[-1])

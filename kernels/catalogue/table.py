@@ -63,7 +63,7 @@ def row(arm: PublishedArm) -> ArmFigures:
     check_domains(arm.formula)
     compiled = compile_formula(arm.formula)
     sample = Sampler(compiled)
-    points = torch.arange(-_REACH, _REACH + _STEP / 2, _STEP, dtype=torch.float64)
+    points = torch.arange(-_REACH, _REACH + _STEP / 2, _STEP, dtype=torch.float64, device="cpu")
     along = {name: sample.along(name) for name in sample.names}
     moved = bytes_moved(arm.formula)
     return ArmFigures(
@@ -108,7 +108,7 @@ def _monotone(h: Tensor) -> str:
 def _zeros(compiled: Compiled, learned: list[Tensor]) -> float:
     """Return the fraction of zeros in a row of d_ff that holds the quantiles of a normal distribution, or all pairs of them."""
     count = 1 << (8 if compiled.formula.gated else 16)
-    normal = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    normal = torch.special.ndtri((torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count)
     pre = torch.stack(torch.meshgrid(normal, normal, indexing="ij")).flatten(1) if compiled.formula.gated else normal
     return float((reference.forward(compiled, pre[None], learned) == 0).double().mean())
 

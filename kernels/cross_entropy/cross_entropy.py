@@ -71,7 +71,7 @@ def cross_entropy_(
     kernels = triton_kernels(logits)
     if kernels is not None:
         return kernels.cross_entropy_(logits, targets, z_loss, differentiate, ignore_index, softcap)
-    nats, lse = (torch.empty((rows,), dtype=torch.float32) for _ in range(2))
+    nats, lse = (torch.empty((rows,), dtype=torch.float32, device=logits.device) for _ in range(2))
     if not rows:
         return nats, lse
     outside = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))

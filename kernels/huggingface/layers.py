@@ -227,7 +227,7 @@ def check_twin(module: nn.Module, layout: Layout, source: Source) -> None:
     for name, value in _dropouts(module):
         if value:
             raise PatchError(f"it has dropout ({name} = {value:g})")
-    x = torch.randn(64, _TWIN_D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
+    x = torch.randn(64, _TWIN_D, dtype=torch.float64, device="cpu", generator=torch.Generator().manual_seed(1)) * 2
     with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         expected = run_mlp(source.function, x, *layout.projections(twin), source.learned(twin))
         for training in (True, False):
@@ -261,7 +261,7 @@ def _twin(module: nn.Module, layout: Layout) -> nn.Module:
             width = 2 * _TWIN_F if layout.gated and not layout.gate else _TWIN_F
             sizes = (_TWIN_F, _TWIN_D) if name == layout.down else (_TWIN_D, width)
             bias = getattr(child, "bias", None) is not None
-            children[name] = nn.Linear(*sizes, bias=bias, dtype=torch.float64)
+            children[name] = nn.Linear(*sizes, bias=bias, device="cpu", dtype=torch.float64)
         elif child is not None and any(map(_has_weights, child.modules())):
             raise PatchError(f"it has a child that a feed-forward layer does not have ({name}: {type(child).__name__})")
         else:

@@ -121,10 +121,10 @@ def _library() -> ctypes.CDLL | None:
 
 def _c_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     x, run, stride = runs(x if residual is None else x.contiguous())
-    y, s = torch.empty(x.shape, dtype=x.dtype), x
+    y, s = torch.empty(x.shape, dtype=x.dtype, device=x.device), x
     if residual is not None:
-        residual, s = residual.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+        residual, s = residual.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     _call("forward", x, (x, residual, weight.float().contiguous(), y, s, rstd), run, stride, eps)
     return y, s, rstd
 
@@ -132,7 +132,8 @@ def _c_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -
 def _c_backward(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     (dy, run, dy_stride), (s, _, s_stride) = runs(dy), runs(s)
     ds = None if ds is None else ds.contiguous()
-    dx, dweight = torch.empty(s.shape, dtype=s.dtype), torch.zeros(weight.shape, dtype=torch.float32)
+    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    dweight = torch.zeros(weight.shape, dtype=torch.float32, device=s.device)
     _call("backward", s, (dy, ds, s, weight.float().contiguous(), rstd, dx, dweight), run, dy_stride, s_stride)
     return dx, dweight
 

@@ -85,7 +85,7 @@ def _library() -> ctypes.CDLL | None:
 
 def _c(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     addresses = (tensor.data_ptr() for tensor in (x, y, cos.contiguous(), sin.contiguous()))
     rotated = getattr(_library(), f"rotate_{c.NAMES[x.dtype]}")
     rotated(*addresses, *x.shape[:3], x.shape[3] // 2, *x.stride()[:3], direction)
