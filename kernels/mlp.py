@@ -212,7 +212,9 @@ def fused_mlp(
     assert down is not None
     gated = function.formula.gated
     d_ff = up.shape[0] // 2 if gated and gate is None else up.shape[0]
-    fits = up.shape[1] == x.shape[-1] and down.shape[1] == d_ff and (gate is None or (gated and gate.shape == up.shape))
+    fits = (
+        x.shape[-1:] == up.shape[1:] and down.shape[1] == d_ff and (gate is None or (gated and gate.shape == up.shape))
+    )
     if not fits:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, *weights) if tensor is not None)
         raise ValueError(f"x and the weights of a layer with {function.formula.text!r} do not fit together: {shapes}")

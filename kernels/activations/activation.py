@@ -74,6 +74,8 @@ class Activation:
             ValueError: a tensor of another shape, or one that the backend does not support.
             TypeError: a keyword is missing or unknown, or `pre` is not floating-point.
         """
+        if not pre.ndim and not self.formula.gated:  # one number, as a row of one channel
+            return self(pre.unsqueeze(0), **learned).squeeze(0)
         self.check(pre)
         names = self.formula.tensors
         if learned.keys() != names.keys():
@@ -90,11 +92,13 @@ class Activation:
         """Refuse pre-activations whose shape or dtype does not fit the formula.
 
         Raises:
-            ValueError: a gated formula without an axis of 2.
+            ValueError: no axis of channels, or a gated formula without an axis of 2.
             TypeError: not a floating dtype.
         """
         if self.formula.gated and (pre.ndim < 2 or pre.shape[-2] != 2):
             raise ValueError(f"a gated formula takes pre-activations (..., 2, d_ff), not {tuple(pre.shape)}")
+        if not pre.ndim:
+            raise ValueError("pre-activations are (..., d_ff), not a single number")
         if not pre.is_floating_point():
             raise TypeError(f"pre-activations are floating-point numbers, not {pre.dtype}")
 

@@ -70,7 +70,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: the shapes or dtypes do not match, or `chunk` is not positive.
     """
-    fits = targets.shape == hidden.shape[:-1] and weight.dim() == 2 and weight.shape[1] == hidden.shape[-1]
+    fits = weight.dim() == 2 and hidden.dim() > 0 and hidden.shape == (*targets.shape, weight.shape[1])
     if not fits or weight.dtype != hidden.dtype or targets.dtype != torch.int64:
         given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (hidden, weight, targets))
         raise ValueError(f"hidden, weight and targets do not match: {given}")
@@ -220,7 +220,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         differentiate: bool,
         link: Link | None,
     ) -> Tensor:
-        states = hidden.flatten(0, -2)  # (N, D)
+        states = hidden.reshape(targets.numel(), hidden.shape[-1])  # (N, D)
         logits_buffer = states.new_empty(min(chunk, max(1, len(states))), len(weight))
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, need_weight = (differentiate and need for need in ctx.needs_input_grad[:2])

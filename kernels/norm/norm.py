@@ -44,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         ValueError: shapes or devices do not match, or the dtypes of x and residual differ.
     """
     fits = residual is None or (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device)
-    if not fits or weight.shape != x.shape[-1:] or weight.device != x.device:
+    if not fits or not x.ndim or weight.shape != x.shape[-1:] or weight.device != x.device:
         given = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (x, weight, residual) if t is not None)
         raise ValueError(f"x, weight and residual of a norm do not fit together: {given}")
     backend = _backend(x) if all(is_plain(t) for t in (x, weight, residual) if t is not None) else None

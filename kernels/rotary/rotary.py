@@ -41,10 +41,13 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     Raises:
         ValueError: shapes, dtypes or devices do not match.
     """
-    _, length, _, width = q.shape
-    table = torch.Size((length, width // 2)), torch.promote_types(q.dtype, torch.float32), q.device
-    fits = all((t.shape, t.dtype, t.device) == table for t in (cos, sin)) and width % 2 == 0
-    if not fits or (k.shape[1], k.shape[3], k.dtype, k.device) != (length, width, q.dtype, q.device):
+    fits = q.ndim == k.ndim == 4 and q.shape[3] % 2 == 0
+    if fits:
+        length, width = q.shape[1::2]
+        table = torch.Size((length, width // 2)), torch.promote_types(q.dtype, torch.float32), q.device
+        fits = all((t.shape, t.dtype, t.device) == table for t in (cos, sin))
+        fits = fits and (k.shape[1], k.shape[3], k.dtype, k.device) == (length, width, q.dtype, q.device)
+    if not fits:
         given = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (q, k, cos, sin))
         raise ValueError(f"q, k, cos and sin of a rotation do not fit together: {given}")
     if not all(map(is_plain, (q, k, cos, sin))):

@@ -56,7 +56,7 @@ def round_fp8(x: Tensor, dtype: torch.dtype, rowwise: bool) -> Rounded:
 
 def fp8_rows(h: Tensor) -> tuple[Tensor, Tensor]:
     """Round (..., d_ff) to E4M3 with a scale per row: the values, of the same shape, and the scales (..., 1)."""
-    values, scale = round_fp8(h.flatten(0, -2), E4M3, rowwise=True)
+    values, scale = round_fp8(h.reshape(h.shape[:-1].numel(), h.shape[-1]), E4M3, rowwise=True)
     assert scale is not None  # FP8 has one
     return values.view(h.shape), scale.view(*h.shape[:-1], 1)
 

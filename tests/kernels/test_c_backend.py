@@ -143,6 +143,32 @@ def test_no_rows_and_no_columns(which, backend):
         assert all((gradient == 0).all() for gradient in dlearned)
 
 
+@pytest.mark.parametrize("backend", ["c", "reference"])
+@pytest.mark.parametrize("which", ALL)
+def test_one_row_without_leading_dimensions(which, backend):
+    function = activation(*which, backend=backend)
+    pre, dh, learned = inputs(function, 1, 24)
+    for ours, theirs in zip(
+        everything(function, pre[0], dh[0], learned), everything(function, pre, dh, learned), strict=True
+    ):
+        assert torch.equal(ours, theirs.view(ours.shape))
+    for ours, theirs in zip(function.forward_fp8(pre[0], learned), function.forward_fp8(pre, learned), strict=True):
+        assert torch.equal(ours.float(), theirs[0].float())
+
+
+@pytest.mark.parametrize("backend", ["c", "reference"])
+def test_one_number_is_a_row_of_one_channel(backend):
+    function = activation(*PRELU, backend=backend)
+    x, slope = torch.tensor(-2.0, requires_grad=True), torch.tensor([0.25])
+    h = function(x, slope=slope)
+    h.backward()
+    assert (h.shape, h.item(), x.grad.item()) == ((), -0.5, 0.25)
+    with pytest.raises(ValueError, match=r"pre-activations are \(\.\.\., d_ff\), not a single number"):
+        function.forward(torch.tensor(-2.0), [slope])
+    with pytest.raises(ValueError, match=r"a gated formula takes pre-activations \(\.\.\., 2, d_ff\), not \(\)"):
+        activation(*SWIGLU, backend=backend)(torch.tensor(-2.0))
+
+
 @pytest.mark.parametrize("which", ALL)
 def test_strides(which):
     function = activation(*which, backend="c")

@@ -83,6 +83,17 @@ def test_leading_dimensions_and_no_tokens():
     assert linear_cross_entropy(hidden[:0], weight, targets[:0]) == 0
 
 
+def test_one_token_without_leading_dimensions():
+    hidden, weight, targets = draw(torch.float32)
+    token = hidden[0].detach().requires_grad_()
+    linear_cross_entropy(token, weight, targets[0]).backward()
+    rows = hidden[:1].detach().requires_grad_()
+    linear_cross_entropy(rows, weight, targets[:1]).backward()
+    assert token.grad is not None
+    assert rows.grad is not None
+    assert torch.equal(token.grad, rows.grad[0])
+
+
 def test_refusals():
     hidden, weight, targets = draw(torch.float32)
     for wrong in ((hidden[1:], weight, targets), (hidden, weight[:, 1:], targets), (hidden, weight.double(), targets)):
@@ -90,5 +101,7 @@ def test_refusals():
             linear_cross_entropy(*wrong)
     with pytest.raises(ValueError, match="do not match"):
         linear_cross_entropy(hidden, weight, targets.int())
+    with pytest.raises(ValueError, match="do not match"):
+        linear_cross_entropy(hidden[0, 0], weight, targets[0])
     with pytest.raises(ValueError, match="chunk is a positive number"):
         linear_cross_entropy(hidden, weight, targets, chunk=0)

@@ -402,6 +402,8 @@ def test_refusals():
         FormulaMLP(D, F, GATED, backend="fortran")
     with pytest.raises(ValueError, match="do not fit together"):
         layer()(draw(N, D + 1))
+    with pytest.raises(ValueError, match="do not fit together"):
+        layer()(torch.tensor(1.0))
     with pytest.raises(RuntimeError, match="vmap"):
         torch.func.vmap(layer())(draw(2, 3, D))
 

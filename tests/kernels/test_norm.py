@@ -251,7 +251,13 @@ def test_what_has_no_memory_of_its_own_takes_pytorchs(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"weight": torch.ones(7)}, {"residual": torch.ones(8)}, {"residual": torch.ones(2, 8).half()}]
+    "wrong",
+    [
+        {"weight": torch.ones(7)},
+        {"residual": torch.ones(8)},
+        {"residual": torch.ones(2, 8).half()},
+        {"x": torch.ones(()), "weight": torch.ones(()), "residual": None},
+    ],
 )
 def test_tensors_that_do_not_fit_are_refused(wrong):
     given = {"x": torch.ones(2, 8), "weight": torch.ones(8), "residual": torch.ones(2, 8)} | wrong

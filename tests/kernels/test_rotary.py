@@ -227,6 +227,8 @@ def test_what_has_no_memory_of_its_own_takes_pytorchs(monkeypatch):
         {"k": torch.ones(2, 3, 1, 6)},
         {"k": torch.ones(2, 3, 1, 8).bfloat16()},
         {"q": torch.ones(2, 3, 4, 9), "k": torch.ones(2, 3, 1, 9)},
+        {"q": torch.ones(8)},
+        {"k": torch.ones(3, 8)},
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(wrong):
