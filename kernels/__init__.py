@@ -91,7 +91,7 @@ def activation(
     Returns:
         A callable: `f(pre, **learned) -> h`, with `pre` (..., d_ff), or (..., 2, d_ff) for a gated formula (gate first),
         a keyword for each learned parameter, of shape (1,), (d_ff,) or (groups,), and for each scheduled one, of shape (1,);
-        `h` is (..., d_ff) of the dtype of `pre`. Differentiable in `pre` and in the learned parameters.
+        `h` is (..., d_ff) of the dtype of `pre`. Differentiable once, in `pre` and in the learned parameters.
 
     Raises:
         FormulaError: the formula is refused; the message points at the place.

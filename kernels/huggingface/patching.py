@@ -73,7 +73,8 @@ def patch(
     Layers with `gate_proj`, `up_proj` and `down_proj` are taken, those with a packed `gate_up_proj` and `down_proj`, those with
     `up_proj` and `down_proj`, and some that name the same differently. Parameters, their names and the state dict stay as they
     are. Where a hook, an adapter or quantization is attached to a projection, its module is called and only the activation is
-    fused. A layer that was patched before is patched anew.
+    fused. A layer that was patched before is patched anew. Its activation is read once, here: `layer.act_fn = ...` afterwards
+    has no effect until the model is patched again.
 
     Args:
         model: of Transformers, or any other module with such layers.

@@ -166,6 +166,17 @@ def test_activations_that_are_functions(function):
     torch.testing.assert_close(model(tokens()).logits, before)
 
 
+def test_an_activation_that_is_assigned_later_counts_from_the_next_patch_on():
+    model = tiny("Arcee")
+    patch(model)
+    before = model(tokens()).logits
+    for layer in mlps(model):
+        layer.act_fn = nn.Tanh()
+    assert torch.equal(model(tokens()).logits, before)
+    assert str(patch(model)).endswith(": tanh(x)")
+    assert not torch.allclose(model(tokens()).logits, before)
+
+
 # ----------------------------------------------------------------------------------------------------------------- refusals
 
 
