@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from kernels.autograd import FirstOrder, Link, link_to
 
 # Up to this many elements, forward saves the probabilities for backward. For longer sequences backward recomputes them, so that
 # memory grows with S, not with S^2.
 _SAVED_ELEMENTS = 2**24
 # Elements of one block of scores: small enough that the softmax finds in cache what the matrix product wrote.
 _BLOCK_ELEMENTS = 2**22
+_FIRST_ORDER = FirstOrder("attention on a CPU", "take scaled_dot_product_attention of PyTorch")
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None = None) -> Tensor:
@@ -44,7 +46,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | Non
         raise ValueError(f"shapes do not match: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if document_ids is not None and document_ids.shape != (batch, length):
         raise ValueError(f"document_ids {tuple(document_ids.shape)} is not {(batch, length)}")
-    return _CausalAttention.apply(q, k, v, document_ids)
+    return _CausalAttention.apply(q, k, v, document_ids, link_to(q, k, v))
 
 
 def _blocks(batch: int, length: int, heads: int, kv_heads: int) -> list[tuple[slice, slice, slice]]:
@@ -100,7 +102,8 @@ def _probabilities(q: Tensor, k: Tensor, rows: slice, document_ids: Tensor | Non
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, link: Link | None) -> Tensor:
+        ctx.link = link  # scaled and folded copies are saved
         batch, length, heads, dim = q.shape
         kv_heads = k.shape[2]
         if document_ids is not None and bool((document_ids == document_ids[:, :1]).all()):
@@ -123,8 +126,8 @@ class _CausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
+    @_FIRST_ORDER.once
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         q_scaled, k_flat, v_flat, document_ids, *saved = ctx.saved_tensors
         batch, length, heads, dim = q_scaled.shape
         kv_heads = k_flat.shape[0] // batch
@@ -146,4 +149,4 @@ class _CausalAttention(torch.autograd.Function):
             target = dq[b, rows]  # (b, r, H, E)
             block = _unfold(torch.bmm(dscores, k_block), *target.shape[:2])
             torch.mul(block, dim**-0.5, out=target.view(*target.shape[:2], kv_heads, -1, dim))
-        return dq, _unfold(dk, batch, length).squeeze(3), _unfold(dv, batch, length).squeeze(3), None
+        return dq, _unfold(dk, batch, length).squeeze(3), _unfold(dv, batch, length).squeeze(3), None, None

@@ -21,10 +21,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import FirstOrder
 from model.parallel import Axis
 from model.products import PLAIN, Products
+
+_FIRST_ORDER = FirstOrder("a layer over several ranks", "compute on one rank")
 
 
 class Pending(NamedTuple):
@@ -93,7 +95,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
         return products.forward(gather_tokens(x, axis).wait(), weight)
 
     @staticmethod
-    @once_differentiable
+    @_FIRST_ORDER.once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         x, weight = ctx.saved_tensors
         gathered = gather_tokens(x, ctx.axis)
@@ -116,7 +118,7 @@ class _ReduceOutput(torch.autograd.Function):
         return reduce_partial(x, axis).wait()
 
     @staticmethod
-    @once_differentiable
+    @_FIRST_ORDER.once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         return gather_tokens(dy, ctx.axis).wait().view(ctx.shape), None
 
@@ -133,7 +135,7 @@ class _SummedGradient(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
-    @once_differentiable
+    @_FIRST_ORDER.once
     def backward(ctx: Any, dweight: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         return all_reduce(dweight.clone(), ctx.axis).wait(), None
 
@@ -172,7 +174,7 @@ class _AllToAll(torch.autograd.Function):
         return received
 
     @staticmethod
-    @once_differentiable
+    @_FIRST_ORDER.once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         received = torch.empty_like(dy, memory_format=torch.contiguous_format)
         dist.all_to_all_single(received, dy.contiguous(), group=ctx.axis.group)

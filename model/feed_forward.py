@@ -31,6 +31,7 @@ from kernels import FormulaError, activation
 from kernels.activations.activation import Activation
 from kernels.activations.reductions import WidthRanks
 from kernels.activations.telemetry import ActivationStats
+from kernels.autograd import FirstOrder
 from kernels.common.errors import UserError
 from kernels.formula import Formula
 from kernels.formula.gaussian import gaussian_rms, gaussian_std
@@ -154,6 +155,9 @@ class _Options(NamedTuple):
     products: Products
 
 
+_FIRST_ORDER = FirstOrder("the feed-forward layer", "write it in plain PyTorch")
+
+
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: _Options, x: Tensor, up: Tensor, down: Tensor, *learned: Tensor) -> Tensor:
@@ -176,7 +180,7 @@ class _FeedForward(torch.autograd.Function):
         return reduce_partial(y, options.tensor).wait()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_FIRST_ORDER.once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         x, up, down, reduced, *rest = ctx.saved_tensors
         learned, saved = rest[: ctx.n_learned], rest[ctx.n_learned :]

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import FirstOrder, Link, link_to
 from kernels.cross_entropy.cross_entropy import triton_kernels
 from kernels.cross_entropy.linear import ChunkFunction, LossOptions, chunk_function_for, chunked_loss, softcap_
 from kernels.tensors import on_gpu
 from launch.estimate.counts import logits_rows
 from model.collectives import all_gather, gather_tokens, reduce_partial
 from model.parallel import Axis
+
+_FIRST_ORDER = FirstOrder("linear_cross_entropy", "take torch.nn.functional.cross_entropy")
 
 
 def linear_cross_entropy(
@@ -64,7 +66,7 @@ def linear_cross_entropy(
         raise ValueError(f"shapes of hidden, weight and targets do not match: {shapes}")
     differentiate = torch.is_grad_enabled()  # always off inside Function.forward
     options = LossOptions(z_loss, ignore_index, softcap)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, options, differentiate, tensor)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, options, differentiate, tensor, link_to(hidden, weight))
 
 
 def gathered_logits(hidden: Tensor, weight: Tensor, tensor: Axis, softcap: float = 0.0) -> Tensor:
@@ -162,7 +164,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         options: LossOptions,
         differentiate: bool,
         tensor: Axis,
+        link: Link | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.link = link
         ctx.set_materialize_grads(False)
         states = gather_tokens(hidden, tensor).wait().flatten(0, -2)  # (N, D)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -191,11 +195,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return objective, nats, token_nats
 
     @staticmethod
-    @once_differentiable
+    @_FIRST_ORDER.once
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: *grads
         if grad is None:
-            return (None,) * 6
+            return (None,) * 7
         grad_hidden, grad_weight = (
             None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors
         )
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
