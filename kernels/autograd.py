@@ -47,6 +47,9 @@ class FirstOrder(NamedTuple):
             if torch.compiler.is_compiling():
                 return backward(ctx, *gradients)
             self.check(*gradients)
+            # torch.autograd.grad(is_grads_batched=True) hides a dimension by a vmap of its own.
+            if any(gradient is not None and is_legacy_batchedtensor(gradient) for gradient in gradients):
+                raise self.of_vmap()
             if not torch.is_grad_enabled():
                 return backward(ctx, *gradients)
             saved, link, present = ctx.saved_tensors, getattr(ctx, "link", None), []
@@ -68,6 +71,12 @@ class FirstOrder(NamedTuple):
         """Return the exception for a second derivative."""
         return RuntimeError(f"{self.name} can be differentiated once: {self.instead} for second derivatives")
 
+    def of_vmap(self) -> NotImplementedError:
+        """Return the exception for a hidden dimension."""
+        return NotImplementedError(
+            f"{self.name} has no batching rule for vmap, nor for jacobians by it: {self.instead} for these"
+        )
+
     def check(self, *tensors: Tensor | None) -> None:
         """Refuse tensors of forward mode and of vmap; while torch.compile traces, forward mode alone.
 
@@ -75,6 +84,8 @@ class FirstOrder(NamedTuple):
             NotImplementedError: with what to do instead.
         """
         compiling = torch.compiler.is_compiling()
+        if forward_ad._current_level < 0 and (compiling or not torch._C._are_functorch_transforms_active()):
+            return
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -82,10 +93,8 @@ class FirstOrder(NamedTuple):
                 raise NotImplementedError(
                     f"{self.name} has no forward-mode derivatives (jvp, jacfwd): {self.instead} for these"
                 )
-            if not compiling and is_batched(tensor):
-                raise NotImplementedError(
-                    f"{self.name} has no batching rule for vmap, nor for jacobians by it: {self.instead} for these"
-                )
+            if not compiling and TransformType.Vmap in _transforms_of(tensor):
+                raise self.of_vmap()
 
     def check_no_transforms(self, *tensors: Tensor | None) -> None:
         """Refuse tensors of all transforms of torch.func, `grad` among them.
@@ -121,11 +130,6 @@ def is_dual(tensor: Tensor) -> bool:
         return False
     transforms = _transforms_of(tensor)
     return TransformType.Jvp in transforms or (not transforms and forward_ad.unpack_dual(tensor).tangent is not None)
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Whether vmap hides a dimension of a tensor, or `torch.autograd.grad(is_grads_batched=True)` does."""
-    return is_legacy_batchedtensor(tensor) or TransformType.Vmap in _transforms_of(tensor)
 
 
 def _transforms_of(tensor: Tensor) -> list[TransformType]:

@@ -227,7 +227,10 @@ def fused_mlp(
     needs = tuple(tensor is not None and tensor.requires_grad for tensor in tensors)
     plan = _Plan(function, dtype, needs)
     if torch.is_grad_enabled() and any(needs):
-        return _FusedMLP.apply(plan, link_to(*tensors), *tensors)[0]
+        # Where x and all weights are trained, and no bias, all that is trained is saved.
+        saved = all(need or tensor is None for tensor, need in zip(tensors[:4], needs, strict=False))
+        link = None if saved and not any(needs[4:7]) else link_to(*tensors)
+        return _FusedMLP.apply(plan, link, *tensors)[0]
     return _forward(plan, *tensors)[0]
 
 

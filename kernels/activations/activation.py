@@ -82,9 +82,9 @@ class Activation:
             raise TypeError(f"{self!r} takes {list(names)} as keywords, not {list(learned)}")
         tensors = [learned[name] for name in names]
         FIRST_ORDER.check(pre, *tensors)
-        if is_plain(pre) or is_transformed(
-            pre
-        ):  # torch.func unwraps the tensors of an autograd function, not of an operator
+        if any(map(is_transformed, (pre, *tensors))):
+            return _Transformed.apply(self, pre, *tensors)
+        if is_plain(pre):
             return _Elementwise.apply(self, pre, *tensors)
         return _operators().forward(pre, tensors, self.key)
 
@@ -336,13 +336,10 @@ class _Elementwise(torch.autograd.Function):
     """The activation as an autograd function: saves the pre-activations, computes all gradients from them in one pass."""
 
     @staticmethod
-    def forward(activation: Activation, pre: Tensor, *learned: Tensor) -> Tensor:
+    def forward(ctx: Any, activation: Activation, pre: Tensor, *learned: Tensor) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(pre, *learned)
         return activation.forward(pre, learned)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        ctx.activation, *tensors = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @FIRST_ORDER.once
@@ -351,3 +348,18 @@ class _Elementwise(torch.autograd.Function):
         dpre, _, dlearned = ctx.activation.backward(pre, dh, learned)
         gradients = [d.to(p.dtype) for d, p in zip(dlearned, learned, strict=False)]
         return None, dpre, *gradients, *[None] * (len(learned) - len(gradients))  # scheduled parameters have none
+
+
+class _Transformed(torch.autograd.Function):
+    """The same in the form that torch.func can unwrap, as it cannot an operator; PyTorch spends more on a call of this form."""
+
+    @staticmethod
+    def forward(activation: Activation, pre: Tensor, *learned: Tensor) -> Tensor:
+        return activation.forward(pre, learned)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.activation, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    backward = _Elementwise.backward

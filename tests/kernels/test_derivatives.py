@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
@@ -71,14 +70,16 @@ def test_a_hessian_is_refused(name):
         torch.autograd.functional.hessian(lambda x: ONCE[name](x).sum(), X)
 
 
-@pytest.mark.parametrize("trained", ["gate_proj", "up_proj", "down_proj"])
-def test_a_second_derivative_in_a_weight_of_a_layer_is_refused(trained):
-    """Alone, so that neither the weight nor what depends on it is saved."""
-    module = copy.deepcopy(LAYER)
-    weight = getattr(module, trained).weight.requires_grad_()
-    (gradient,) = torch.autograd.grad(module(X).sum(), weight, create_graph=True)
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("name", ["gate_proj.weight", "up_proj.weight", "up_proj.bias", "down_proj.weight"])
+def test_a_second_derivative_in_a_parameter_of_a_layer_is_refused(name, alone):
+    """Where it alone is trained, neither it nor what depends on it is saved."""
+    module = FormulaMLP(D, 16, "silu(gate) * up", bias="bias" in name).requires_grad_(not alone)
+    parameter = module.get_parameter(name).requires_grad_()
+    x = X.clone().requires_grad_(not alone)
+    (gradient,) = torch.autograd.grad(module(x).sum(), parameter, create_graph=True)
     with pytest.raises(RuntimeError, match="a fused feed-forward layer can be differentiated once"):
-        gradient.sum().backward()
+        torch.autograd.grad(gradient.sum(), parameter)
 
 
 def test_a_second_derivative_in_the_weight_of_a_loss_is_refused():
