@@ -44,6 +44,7 @@ __all__ = [
     "FormulaError",
     "FormulaMLP",
     "Learned",
+    "PatchError",
     "activation",
     "cross_entropy_",
     "linear_cross_entropy",
@@ -57,6 +58,7 @@ __all__ = [
 BACKENDS = ("auto", "reference", "c", "triton")
 _LAZY = {  # name -> module of this package: modules that need torch are imported on first use
     "FormulaMLP": ".mlp",
+    "PatchError": ".huggingface.patching",
     "cross_entropy_": ".cross_entropy",
     "linear_cross_entropy": ".cross_entropy",
     "patch": ".huggingface.patching",

@@ -68,6 +68,9 @@ def _export(run: Path, to: Path, step: int, dtype: str) -> TransformersLayout:
         raise unknown("dtype", dtype, _DTYPES)
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise UserError(f"{to} exists and is not an empty folder: choose another one (to=FOLDER)")
+    to = to.resolve()  # a link to an empty folder stays one
+    if to == Path.cwd():
+        raise UserError(f"{to} is the folder that you are in, and it would be replaced: choose another one (to=FOLDER)")
     config = from_yaml(run / "config.yaml")
     model, tokenizer, _ = load_run(run, step)
     shape = _settled_shape(model)
@@ -226,6 +229,8 @@ def main(argv: list[str]) -> None:
     trust = ", trust_remote_code=True" if class_name == CLASSES[FORMULA] else ""
     print(f"wrote {to}: {'an' if class_name[0] in 'AEIOU' else 'a'} {class_name}")
     print(f"opens with AutoModelForCausalLM.from_pretrained({str(to)!r}{trust})")
+    if trust:
+        print("(its tokenizer with AutoTokenizer and the same arguments)")
     print(f"loads in {', '.join(loaders(layout))}")
     for note in notes(layout, (to / ORIGINAL["tokenizer.model"]).is_file()):
         print(note)

@@ -1,17 +1,18 @@
 """Continue a prompt: `python -m model.generate run=NAME prompt='def main():'`.
 
 run=NAME         a run by name or by path
-prompt=TEXT      the text to continue; none: begin a document
+prompt=TEXT      the text to continue, as it is (in bash prompt=$'a\\nb' has a newline); none: begin a document
 tokens=128       maximum number of new tokens
 temperature=0.8  0: always the most likely token
 top_k=50         sample from the k most likely tokens; 0: from all
-seed=0           of the sampling
+seed=0           of the sampling, below 2^64
 step=N           a checkpoint; default: the newest
 runs=FOLDER      where run folders are; default: runs
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -118,13 +119,17 @@ def load_run(run: Path, step: int = -1) -> tuple[Decoder, Tokenizer, dict[str, A
 
 def main(argv: list[str]) -> None:
     options = read_options(argv, _DEFAULTS, required={"run": "run=NAME, the run to sample from"})
+    if options["seed"] >= 1 << 64:
+        raise UserError(f"seed={options['seed']} is not below 2^64")
+    if re.search("[\ud800-\udfff]", options["prompt"]):  # bytes that are no UTF-8 arrive as these
+        raise UserError("prompt= is not UTF-8: write texts in it")
     model, tokenizer, _ = load_run(find_run(options["run"], options["runs"]), options["step"])
     with torch.inference_mode():
         text = generate(
             lambda tokens, cache: model(tokens, None, cache),
             tokenizer,
             model.shape.n_layers,
-            options["prompt"].replace("\\n", "\n"),  # a real newline is hard to type in a shell
+            options["prompt"],
             options["tokens"],
             options["temperature"],
             options["top_k"],

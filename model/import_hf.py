@@ -58,10 +58,10 @@ class StoredTensors:
     def __init__(self, path: Path) -> None:
         self.path = path
         index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-        if index.is_file():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
-        elif single.is_file():
+        if single.is_file():  # first, as in Transformers: `save_pretrained` leaves the index of shards that it replaces
             files = [single.name]
+        elif index.is_file():
+            files = _shards(index)
         else:
             pickled = " (pickles such as pytorch_model.bin are not supported)" if any(path.glob("*.bin")) else ""
             raise UserError(f"{path} holds no model.safetensors and no model.safetensors.index.json{pickled}")
@@ -84,8 +84,23 @@ class StoredTensors:
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor in fp32."""
-        return self._files[name].get_tensor(name).float()
+        """Return a tensor in fp32.
+
+        Raises:
+            UserError: it holds a NaN or an infinity.
+        """
+        tensor = self._files[name].get_tensor(name).float()
+        if not tensor.isfinite().all():
+            raise UserError(f"{self.path} is damaged: {name} holds {'NaN' if tensor.isnan().any() else 'an infinity'}")
+        return tensor
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the names of the files that an index names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index} has no weight_map from the names of tensors to those of files")
+    return sorted(set(weight_map.values()))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def read_config(content: dict[str, Any], source: Path, stored: TensorStore) -> I
     """
     path = source / "config.json"
     model_type = content.get("model_type")
-    if model_type not in CLASSES:
+    if not isinstance(model_type, str) or model_type not in CLASSES:
         raise unknown(f"model_type in {path}:", str(model_type), CLASSES)
     content = _DEFAULTS[model_type] | content
     _refuse_unsupported(content, path)
@@ -154,7 +154,10 @@ def _refuse_unsupported(content: dict[str, Any], path: Path) -> None:
     for key in ("attention_bias", "mlp_bias"):
         if content.get(key):
             raise UserError(f"{path} has {key}={content[key]}: biases are not supported (false)")
-    kinds = {"sliding_attention"} if content.get("use_sliding_window") else set(content.get("layer_types") or ())
+    layer_types = content.get("layer_types") or []
+    if not isinstance(layer_types, list) or not all(isinstance(kind, str) for kind in layer_types):
+        raise UserError(f"{path} has layer_types={layer_types!r}: expected a list of names")
+    kinds = {"sliding_attention"} if content.get("use_sliding_window") else set(layer_types)
     if kinds - {"full_attention"}:
         raise UserError(f"{path} has layers of {min(kinds - {'full_attention'})}: only full_attention is supported")
     if content.get("quantization_config"):

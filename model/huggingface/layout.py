@@ -224,9 +224,13 @@ def canonical(node: Node, names: Mapping[str, float | str] | None = None) -> tup
 def _where(condition: tuple, left: tuple, right: tuple) -> tuple:
     """Return the form of a `where`, with the terms that both branches add outside of it."""
     terms = [list(branch[1:]) if branch[0] == "+" else [branch] for branch in (left, right)]
-    shared = [term for term in terms[0] if term in terms[1]]
-    rest = [_sum([term for term in branch if term not in shared]) for branch in terms]
-    return _sum([("where", condition, *rest), *shared]) if left != right else left
+    shared = []
+    for term in list(terms[0]):
+        if term in terms[1]:  # once for each time that both have it
+            shared.append(term)
+            for branch in terms:
+                branch.remove(term)
+    return _sum([("where", condition, *map(_sum, terms)), *shared]) if left != right else left
 
 
 def _product(factors: list[tuple]) -> tuple:

@@ -305,6 +305,19 @@ def test_an_empty_folder_is_filled_and_a_full_one_refused(make_run, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+def test_a_link_to_an_empty_folder_leads_there_and_the_current_folder_is_kept(make_run, tmp_path, monkeypatch):
+    run, scratch = make_run(), tmp_path / "scratch"
+    (scratch / "hf").mkdir(parents=True)
+    (tmp_path / "hf").symlink_to(scratch / "hf")
+    export(run, tmp_path / "hf")
+    assert (tmp_path / "hf").is_symlink()
+    assert (scratch / "hf" / "config.json").is_file()
+    (scratch / "empty").mkdir()
+    monkeypatch.chdir(scratch / "empty")
+    with pytest.raises(UserError, match="is the folder that you are in, and it would be replaced"):
+        main([f"runs={run.parent}", f"run={run.name}", "to=."])
+
+
 def test_nothing_is_left_of_an_export_that_fails(make_run, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

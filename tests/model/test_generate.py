@@ -165,6 +165,8 @@ def test_the_command_continues_a_prompt(run, capsys):
     assert capsys.readouterr().out == first
     main([*arguments, "step=10"])
     assert capsys.readouterr().out != first
+    main([f"runs={run.parent}", "run=tiny", r'prompt=print("a\n")', "tokens=0"])
+    assert capsys.readouterr().out == 'print("a\\n")\n'  # as it is typed
 
 
 def test_a_run_that_cannot_be_loaded_is_refused(run):
@@ -194,11 +196,13 @@ def test_a_run_that_cannot_be_loaded_is_refused(run):
         ("tokens=-1", "tokens=-1: expected a whole number of at least 0"),
         ("prompt=a", "missing run=NAME, the run to sample from"),
         ("run=missing", "there is no run 'missing'"),
+        ("run=missing seed=18446744073709551616", "seed=18446744073709551616 is not below 2^64"),
+        ("run=missing prompt=\udcff", "prompt= is not UTF-8: write texts in it"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(word, sentence, tmp_path):
     with pytest.raises(UserError) as caught:
-        main([word, f"runs={tmp_path}"])
+        main([*word.split(), f"runs={tmp_path}"])
     assert sentence in str(caught.value)
 
 

@@ -256,6 +256,9 @@ def test_a_folder_of_transformers_gives_its_logits(foreign, family, settings, fo
             {"num_hidden_layers": 1},
             "holds model.layers.1.input_layernorm.weight, which is no tensor of this decoder",
         ),
+        ({"model_type": ["llama"]}, "unknown model_type in FOLDER/config.json: \"['llama']\""),
+        ({"layer_types": 5}, "FOLDER/config.json has layer_types=5: expected a list of names"),
+        ({"layer_types": [["x"]]}, "FOLDER/config.json has layer_types=[['x']]: expected a list of names"),
         ({"num_key_value_heads": 3}, "model.n_kv_heads=3 does not divide model.n_heads=4"),
         ({"model_type": "formula_ffn"}, "needs in ffn a list of 2 layers, each with formula, parameters and d_ff"),
         (
@@ -298,7 +301,10 @@ DAMAGES = {
         "(pickles such as pytorch_model.bin are not supported)",
     ),
     "a missing shard": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}'),
+        lambda f: (
+            (f / "model.safetensors").rename(f / "model-2.safetensors")
+            and (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+        ),
         "its index names model-1.safetensors, which is missing",
     ),
     "half a file": (
@@ -324,6 +330,14 @@ DAMAGES = {
         lambda f: _edit(f, lambda t: t.update({"model.norm.weight": torch.ones(31)})),
         "model.norm.weight is (31,) where (32,) is expected",
     ),
+    "a NaN": (
+        lambda f: _edit(f, lambda t: t["model.norm.weight"].__setitem__(3, float("nan"))),
+        "is damaged: model.norm.weight holds NaN",
+    ),
+    "an infinity": (
+        lambda f: _edit(f, lambda t: t["lm_head.weight"][5].__setitem__(0, float("inf"))),
+        "is damaged: lm_head.weight holds an infinity",
+    ),
     "no folder": (shutil.rmtree, "there is no folder"),
 }
 
@@ -337,7 +351,24 @@ def test_a_folder_that_is_incomplete_is_refused(make_run, damage, tmp_path):
     with pytest.raises(UserError) as caught:
         begin(folder, tmp_path / "imported")
     assert sentence in str(caught.value)
-    assert not (tmp_path / "imported").exists()
+    assert not list((tmp_path / "imported").glob("*"))
+
+
+def test_one_file_counts_beside_the_index_of_shards_that_it_replaced(make_run, tmp_path):
+    """As in Transformers, whose `save_pretrained` leaves the index behind."""
+    export(make_run(), tmp_path / "hf")
+    expected = arms_of(begin(tmp_path / "hf", tmp_path / "plain"))
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    assert arms_of(begin(tmp_path / "hf", tmp_path / "beside")) == expected
+
+
+@pytest.mark.parametrize("weight_map", [["a"], {"a": 3}, None])
+def test_an_index_that_maps_nothing_to_files_is_refused(make_run, weight_map, tmp_path):
+    export(make_run(), tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=r"index\.json has no weight_map from the names of tensors to those of files"):
+        begin(tmp_path / "hf", tmp_path / "imported")
 
 
 def test_a_run_that_exists_is_left_alone(make_run, tmp_path):

@@ -61,6 +61,17 @@ def test_a_formula_is_recognised_by_its_structure(formula, parameters, expected)
     assert (actual and actual[0]) == expected
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("where(x > 0, x, x + x)", "where(x > 0, x, x + x + x)"),
+        ("where(x > 0, tanh(x) + x, exp(-x**2) + x + x)", "where(x > 0, tanh(x), exp(-x**2)) + x"),
+    ],
+)
+def test_a_term_counts_as_often_as_a_branch_has_it(one, other):
+    assert canonical(parse(one).tree) != canonical(parse(other).tree)
+
+
 def test_what_it_learns_is_mapped_by_its_place():
     name, _, learned = recognise(parse("where(x > 0, x, k * x)", {"k": SLOPE["slope"]}), "arcee") or (None, None, None)
     assert (name, learned) == ("prelu", {"k": "slope"})
