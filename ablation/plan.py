@@ -20,8 +20,8 @@ from typing import Any
 from ablation.budget import Width
 from ablation.looks import Looks
 from conf.ablation_schema import AblationConfig
+from conf.group import read_group
 from conf.identity import what_is_learned
-from conf.load import read_group
 from conf.overrides import quoted
 from conf.schema import Config
 from conf.validate import Batch

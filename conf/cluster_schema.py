@@ -56,6 +56,6 @@ class ClusterConfig:
     mounts: Any = key([], "container mounts, HOST:INSIDE", only="cluster.container!=none")
     modules: Any = key([], "environment modules to load")
     setup: Any = key([], "shell lines to run first, such as activating an environment")
-    environment: Any = key({}, "environment variables of every rank, such as NCCL_SOCKET_IFNAME")
+    environment: dict[str, str] = key({}, "environment variables of every rank, such as NCCL_SOCKET_IFNAME")
     sbatch: Any = key([], "further options of sbatch, one per item")
     hardware: HardwareConfig = field(default_factory=HardwareConfig)

@@ -25,15 +25,14 @@ from conf.help import print_help
 from conf.keys import FOLDER, choice_of, choices, keys
 from conf.overrides import FREE_FORM, TEXT_LISTS, Override, as_typed, count_of, parse, read_override, within
 from conf.schema import GROUPS, Config
-from conf.yaml_files import parse_yaml, read_yaml, without_interpolation, write_yaml
+from conf.yaml_files import read_yaml, without_interpolation, write_yaml
 from kernels.common.commands import HELP
-from kernels.common.errors import UserError, unknown
+from kernels.common.errors import UserError
 from kernels.common.text import secrets_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-Group = typing.TypeVar("Group")
 # Keys that do not change what is learned: they neither name a run nor prevent resuming it (conf/identity.py).
 NOT_IN_NAME = (
     "run",
@@ -155,64 +154,6 @@ def _refuse_without_effect(overrides: list[Override], config: Config, stored: Co
         refuse_mislabelled(overrides, _choices_of(stored or _compose([])) | chosen)
 
 
-def read_group(group: str, schema: type[Group], arguments: list[str], kind: str) -> tuple[Group, list[str]]:
-    """Read a group outside of a run's configuration from `GROUP=NAME GROUP.KEY=VALUE` arguments.
-
-    A dictionary given as a whole replaces that of the choice; `GROUP.KEY.NAME=VALUE` adds an entry to it.
-
-    Args:
-        schema: of the group; `name` becomes the name of the choice.
-        kind: what a choice of this group is called, such as "plan".
-
-    Returns:
-        The group, and all other arguments.
-
-    Raises:
-        UserError: no choice is named, or an unknown one; an unknown key, or a value of the wrong type.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    names = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{group}=")]
-    if not names:
-        raise UserError(f"{group}=NAME is missing: choose a {kind} from {', '.join(choices(group))}")
-    if names[-1] not in choices(group):
-        raise unknown(kind, names[-1], choices(group))
-    overrides = [argument.removeprefix(f"{group}.") for argument in arguments if argument.startswith(f"{group}.")]
-    others = [argument for argument in arguments if not argument.startswith((f"{group}=", f"{group}."))]
-    types = typing.get_type_hints(schema)
-    known = list(types)
-    for override in overrides:
-        name = re.split(r"[.=]", override, maxsplit=1)[0]
-        if name not in known:
-            raise unknown(f"key of {group}", name, known)
-    try:
-        settings = read_yaml(FOLDER / group / f"{names[-1]}.yaml")
-        for override in overrides:
-            name, _, text = override.partition("=")
-            if types.get(name) in (str, typing.Optional[str]) and text != "null":  # YAML takes 1:00:00 for a number
-                settings[name] = text
-                continue
-            if (count := count_of(types.get(name), text)) is not None:
-                settings[name] = count
-                continue
-            value = parse_yaml(text)
-            for part in reversed(name.split(".")[1:]):
-                value = {part: value}
-            path, name = name, name.split(".")[0]
-            adds = "." in path and isinstance(settings.get(name), dict)
-            settings[name] = {**settings[name], **value} if adds else value
-        merged = OmegaConf.merge(OmegaConf.structured(schema), {"name": names[-1].rpartition("/")[2], **settings})
-        config: Any = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise UserError(f"{kind} {names[-1]}: {_first_line(error)}") from error
-    split = (override.partition("=") for override in overrides)
-    typed = [Override(f"{group}.{key}", value, value) for key, _, value in split]
-    refuse_ignored(typed, flatten({group: dataclasses.asdict(config)}), schema, f"{group}.")
-    return config, others
-
-
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the configuration as plain nested dictionaries."""
     return dataclasses.asdict(config)
@@ -274,11 +215,12 @@ def _refused(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot read {os.fspath(path)}: {error.strerror}") from error
     except (OmegaConfBaseException, YAMLError, ValueError, OverflowError, RecursionError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise UserError(f"{os.fspath(path)} does not fit the configuration schema of this version: {reason}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

@@ -26,8 +26,11 @@ DEEPEST = 20  # nested lists and mappings
 LONGEST_NUMBER = 400  # characters
 
 
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_yaml(path: str | os.PathLike[str], as_text: bool = False) -> dict[str, Any]:
     """Return the keys and values of a YAML file; an empty one has none.
+
+    Args:
+        as_text: whether every value is the text that is written: 24:00:00 is a number to YAML, of seconds.
 
     Raises:
         OSError: there is no such file.
@@ -43,19 +46,19 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise
     if len(content) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
-    tree = parse_yaml(content.decode())
+    tree = parse_yaml(content.decode(), as_text)
     if tree is not None and not isinstance(tree, dict):
         raise ValueError("it holds no keys and values")
     return {str(key): value for key, value in (tree or {}).items()}
 
 
-def parse_yaml(text: str) -> Any:
-    """Return the value of a YAML text.
+def parse_yaml(text: str, as_text: bool = False) -> Any:
+    """Return the value of a YAML text; see `read_yaml`.
 
     Raises:
         yaml.YAMLError: it is no YAML, or beyond the bounds of this module.
     """
-    fast, full = _loaders()
+    fast, full = _loaders(as_text)
     try:
         with contextlib.suppress(Exception):
             return yaml.load(text, Loader=fast)
@@ -80,7 +83,7 @@ def without_interpolation(value: Any) -> Any:
 
 
 @functools.cache
-def _loaders() -> tuple[Any, Any]:
+def _loaders(as_text: bool) -> tuple[Any, Any]:
     """Return a loader that parses with libyaml, five times as fast, where PyYAML has that, and one that always can."""
     from omegaconf._utils import get_yaml_loader
 
@@ -110,6 +113,8 @@ def _loaders() -> tuple[Any, Any]:
     # Only what YAML itself has: OmegaConf's loader would also make paths of what asks for them.
     constructors = typed.yaml_constructors.items()
     BoundedLoader.yaml_constructors = {tag: make for tag, make in constructors if "python" not in str(tag)}
+    if as_text:
+        BoundedLoader.yaml_implicit_resolvers = {}
     if not yaml.__with_libyaml__:
         return BoundedLoader, BoundedLoader
 

@@ -12,7 +12,7 @@ import shlex
 from pathlib import Path
 
 from conf.cluster_schema import ClusterConfig
-from conf.load import read_group
+from conf.group import read_group
 from kernels.common.commands import run_command
 from kernels.common.options import split_options
 from kernels.common.text import command_text

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from conf.cluster_schema import ClusterConfig
-from conf.load import read_group
+from conf.group import read_group
 from kernels.common.errors import UserError
 from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.text import redact

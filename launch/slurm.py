@@ -20,9 +20,10 @@ import sys
 from pathlib import Path
 
 from conf.cluster_schema import ClusterConfig
+from conf.group import read_group
 from conf.help import key_lines
 from conf.keys import choices
-from conf.load import load, read_group, to_yaml
+from conf.load import load, to_yaml
 from conf.overrides import check_overrides
 from conf.validate import validate
 from kernels.common.commands import run_command

@@ -17,9 +17,10 @@ from __future__ import annotations
 import sys
 
 from conf.cluster_schema import ClusterConfig
+from conf.group import read_group
 from conf.help import key_lines
 from conf.keys import choices
-from conf.load import load, read_group
+from conf.load import load
 from conf.overrides import check_overrides
 from conf.terminal import SafeConsole
 from kernels.common.commands import run_command

@@ -8,8 +8,9 @@ import pytest
 
 from conf.ablation_schema import AblationConfig
 from conf.cluster_schema import ClusterConfig
+from conf.group import read_group
 from conf.keys import keys
-from conf.load import from_yaml, load, read_group, to_yaml
+from conf.load import from_yaml, load, to_yaml
 from conf.schema import Config
 from kernels.common.errors import UserError
 

@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 import conf.keys
 import conf.load
 from conf.cluster_schema import ClusterConfig
+from conf.group import read_group
 from conf.keys import FOLDER, choices, keys
-from conf.load import find_run, flatten, from_yaml, load, read_group, to_dict, to_yaml, values_of
+from conf.load import find_run, flatten, from_yaml, load, to_dict, to_yaml, values_of
 from conf.schema import GROUPS, Config
 from conf.validate import validate
 from kernels.common.errors import UserError

@@ -9,7 +9,8 @@ import yaml
 
 from conf import yaml_files
 from conf.ablation_schema import AblationConfig
-from conf.load import FOLDER, from_yaml, load, read_group, to_yaml, values_of
+from conf.group import read_group
+from conf.load import FOLDER, from_yaml, load, to_yaml, values_of
 from conf.validate import validate
 from kernels.common.errors import UserError
 
@@ -31,7 +32,7 @@ def test_any_text_is_read_back(text, tmp_path):
 @pytest.mark.skipif(not yaml.__with_libyaml__, reason="PyYAML was built without libyaml")
 def test_libyaml_reads_what_pyyaml_reads():
     """All that it can read: half a surrogate pair is left to PyYAML."""
-    fast, full = yaml_files._loaders()
+    fast, full = yaml_files._loaders(as_text=False)
     config = load(["run=x"])
     config.prompts = TEXTS[:-1]
     files = [path.read_text(encoding="utf-8") for path in FOLDER.rglob("*.yaml")]

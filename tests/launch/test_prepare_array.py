@@ -12,7 +12,7 @@ import pytest
 
 from ablation.slurm import read_tasks
 from conf.cluster_schema import ClusterConfig
-from conf.load import read_group
+from conf.group import read_group
 from kernels.common.errors import UserError
 from launch import sbatch
 from launch.job_script import render

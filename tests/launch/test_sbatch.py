@@ -14,8 +14,9 @@ import pytest
 
 from ablation.slurm import read_tasks
 from conf.cluster_schema import ClusterConfig
+from conf.group import read_group
 from conf.keys import choices
-from conf.load import load, read_group
+from conf.load import load
 from data.prepare import prepare
 from kernels.common.errors import UserError
 from kernels.common.text import CONTROL

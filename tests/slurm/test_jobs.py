@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from conf.cluster_schema import ClusterConfig
-from conf.load import read_group
+from conf.group import read_group
 from launch.endings import read_ending
 from launch.job_script import Job, render
 from tests.slurm.cluster import until

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from conf.cluster_schema import ClusterConfig
-from conf.load import load, read_group
+from conf.group import read_group
+from conf.load import load
 from kernels.common.errors import UserError
 from launch.estimate.__main__ import main
 from launch.estimate.search import estimate

@@ -8,7 +8,8 @@ import re
 import pytest
 
 from conf.cluster_schema import ClusterConfig, HardwareConfig
-from conf.load import load, read_group
+from conf.group import read_group
+from conf.load import load
 from launch.estimate.search import estimate, fast_then_small, overrides_of, search, what_would_fit
 
 H100, _ = read_group("cluster", ClusterConfig, ["cluster=h100"], "cluster")

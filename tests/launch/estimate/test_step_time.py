@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from conf.cluster_schema import ClusterConfig
-from conf.load import load, read_group
+from conf.group import read_group
+from conf.load import load
 from conf.schema import OptimConfig, ParallelConfig
 from conf.shape import shape_of
 from launch.estimate.counts import flops_per_token, logits_rows, rank_parameters, tensor_traffic, zero_traffic

@@ -1,0 +1,92 @@
+"""Groups outside of a run's configuration, a choice and its keys typed by a schema of their own: `cluster=`, `ablation=`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+from conf.effects import refuse_ignored
+from conf.keys import FOLDER, choices
+from conf.load import first_line, flatten
+from conf.overrides import Override, count_of
+from conf.yaml_files import parse_yaml, read_yaml
+from kernels.common.errors import UserError, unknown
+
+Group = typing.TypeVar("Group")
+_TEXT, _TEXTS = (str, typing.Optional[str]), dict[str, str]  # types of keys whose values are taken as they are written
+
+
+def read_group(group: str, schema: type[Group], arguments: list[str], kind: str) -> tuple[Group, list[str]]:
+    """Read a group outside of a run's configuration from `GROUP=NAME GROUP.KEY=VALUE` arguments.
+
+    A dictionary given as a whole replaces that of the choice; `GROUP.KEY.NAME=VALUE` adds an entry to it.
+
+    Args:
+        schema: of the group; `name` becomes the name of the choice.
+        kind: what a choice of this group is called, such as "plan".
+
+    Returns:
+        The group, and all other arguments.
+
+    Raises:
+        UserError: no choice is named, or an unknown one; an unknown key, or a value of the wrong type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    names = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{group}=")]
+    if not names:
+        raise UserError(f"{group}=NAME is missing: choose a {kind} from {', '.join(choices(group))}")
+    if names[-1] not in choices(group):
+        raise unknown(kind, names[-1], choices(group))
+    overrides = [argument.removeprefix(f"{group}.") for argument in arguments if argument.startswith(f"{group}.")]
+    others = [argument for argument in arguments if not argument.startswith((f"{group}=", f"{group}."))]
+    types = typing.get_type_hints(schema)
+    known = list(types)
+    for override in overrides:
+        name = re.split(r"[.=]", override, maxsplit=1)[0]
+        if name not in known:
+            raise unknown(f"key of {group}", name, known)
+    try:
+        settings = _read_choice(FOLDER / group / f"{names[-1]}.yaml", types)
+        for override in overrides:
+            name, _, text = override.partition("=")
+            if types.get(name) in _TEXT and text != "null":  # YAML takes 1:00:00 for a number
+                settings[name] = text
+                continue
+            texts, _, entry = name.partition(".")
+            if entry and types[texts] == _TEXTS:
+                settings[texts] = {**settings.get(texts, {}), entry: text}
+                continue
+            if (count := count_of(types.get(name), text)) is not None:
+                settings[name] = count
+                continue
+            value = parse_yaml(text)
+            for part in reversed(name.split(".")[1:]):
+                value = {part: value}
+            path, name = name, name.split(".")[0]
+            adds = "." in path and isinstance(settings.get(name), dict)
+            settings[name] = {**settings[name], **value} if adds else value
+        merged = OmegaConf.merge(OmegaConf.structured(schema), {"name": names[-1].rpartition("/")[2], **settings})
+        config: Any = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{kind} {names[-1]}: {first_line(error)}") from error
+    split = (override.partition("=") for override in overrides)
+    typed = [Override(f"{group}.{key}", value, value) for key, _, value in split]
+    refuse_ignored(typed, flatten({group: dataclasses.asdict(config)}), schema, f"{group}.")
+    return config, others
+
+
+def _read_choice(path: Path, types: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys and values of a choice; texts are those that are written, not the numbers that YAML sees in them."""
+    settings, texts = read_yaml(path), read_yaml(path, as_text=True)
+    for name, value in settings.items():
+        if types.get(name) in _TEXT and value is not None and not isinstance(value, (list, dict)):
+            settings[name] = texts[name]
+        elif types.get(name) == _TEXTS and isinstance(value, dict):
+            settings[name] = {key: "" if value[key] is None else texts[name][str(key)] for key in value}
+    return settings
