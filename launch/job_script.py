@@ -105,12 +105,12 @@ def _script(job: Job, cluster: ClusterConfig) -> str:
         "",
         f"if [ $status -eq 0 ]{f' && ! {job.stopped}' if job.stopped else ''}; then exit 0; fi",
         *_own_status(job),
-        'state=$(scontrol -o show job "$SLURM_JOB_ID")',
+        'state=$(scontrol -o show job "$job")',
         "if [[ $state != *JobState=RUNNING* ]]; then exit 1; fi  # it was cancelled",
         *_whether_again(),
-        'echo "job $SLURM_JOB_ID resumes from its last checkpoint" >&2',
-        'scontrol requeue "$SLURM_JOB_ID" ||',
-        f'    sbatch --dependency=afterany:"$SLURM_JOB_ID" {"--array=$SLURM_ARRAY_TASK_ID " if job.tasks else ""}'
+        'echo "job $job resumes from its last checkpoint" >&2',
+        'scontrol requeue "$job" ||',
+        f'    sbatch --dependency=afterany:"$job" {"--array=$SLURM_ARRAY_TASK_ID " if job.tasks else ""}'
         f"{shlex.quote(str(job.path))}",
     ]
     return "\n".join(lines) + "\n"
@@ -128,7 +128,7 @@ def _whether_again() -> list[str]:
     """Return the lines that end the job for good, where another try would end as this one did."""
     return [
         "if [ $status -eq 2 ] || [ $status -eq 3 ]; then",
-        '    echo "job $SLURM_JOB_ID ended with status $status, as it would again: it is not requeued" >&2',
+        '    echo "job $job ended with status $status, as it would again: it is not requeued" >&2',
         "    exit $status",
         "fi",
         "tries=$slurm/tries.$SLURM_JOB_ID  # without a new checkpoint",
@@ -136,11 +136,11 @@ def _whether_again() -> list[str]:
         f"elif [ $status -eq {ExitStatus.HUNG:d} ] || [ $status -eq {ExitStatus.TRY_AGAIN:d} ] || [ $status -gt 128 ]; then",
         '    echo >> "$tries"  # a hang, a lost node, a signal',
         f'    if [ "$(wc -l < "$tries")" -gt {_MOST_TRIES} ]; then',
-        '        echo "job $SLURM_JOB_ID ended with status $status again and saved nothing new: it is not requeued" >&2',
+        '        echo "job $job ended with status $status again and saved nothing new: it is not requeued" >&2',
         "        exit $status",
         "    fi",
         "else",
-        '    echo "job $SLURM_JOB_ID ended with status $status and saved nothing new: it is not requeued" >&2',
+        '    echo "job $job ended with status $status and saved nothing new: it is not requeued" >&2',
         "    exit $((status > 0 ? status : 1))",
         "fi",
     ]
@@ -168,7 +168,18 @@ def _head(job: Job, cluster: ClusterConfig) -> list[str]:
         "sed 's/.* NodeAddr=\\([^ ]*\\).*/\\1/')",
         "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))  # distinct for jobs that share a node",
         *_exports(cluster),
+        *(_own_number(job) if job.doctor else []),
         "",
+    ]
+
+
+def _own_number(job: Job) -> list[str]:
+    """Return the lines that set `$job` to the number of this job, by which scontrol changes it and nothing else."""
+    if not job.tasks:
+        return ["job=$SLURM_JOB_ID"]
+    return [
+        "# Of this task alone: one task of an array has the number of the array as its SLURM_JOB_ID.",
+        "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID",
     ]
 
 
@@ -205,12 +216,12 @@ def _preflight(job: Job, cluster: ClusterConfig) -> list[str]:
         'rm -f "$failed"',
         f"if ! {_srun(per_node, job.doctor, job, cluster)}; then",
         f'    if [ ! -s "$failed" ] || [ "$(cat "$slurm/excluded" 2>/dev/null | wc -l)" -ge {_MOST_EXCLUDED} ]; then',
-        '        echo "job $SLURM_JOB_ID cannot train here, for the reasons in red: it is not queued again" >&2',
+        '        echo "job $job cannot train here, for the reasons in red: it is not queued again" >&2',
         "        exit 1",
         "    fi",
         '    cat "$failed" >> "$slurm/excluded"; rm "$failed"; bad=$(sort -u "$slurm/excluded" | paste -sd,)',
-        '    echo "job $SLURM_JOB_ID is queued again without $bad" >&2',
-        f'    exec sbatch --exclude="$bad" --dependency=afterany:"$SLURM_JOB_ID" {again}',
+        '    echo "job $job is queued again without $bad" >&2',
+        f'    exec sbatch --exclude="$bad" --dependency=afterany:"$job" {again}',
         "fi",
         "",
         "# srun begins each line of what follows with the number of its task.",
