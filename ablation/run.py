@@ -65,7 +65,7 @@ from conf.keys import choices
 from conf.overrides import check_overrides
 from conf.terminal import SafeConsole
 from kernels.common.commands import run_command
-from kernels.common.errors import UserError
+from kernels.common.errors import TryAgain, UserError
 from kernels.common.options import split_options
 from kernels.common.streams import outlive_console
 from kernels.common.text import command_text
@@ -239,7 +239,8 @@ class Runner:
         """Train the runs of one task of a job array; return the exit status as `run_all` does.
 
         Raises:
-            UserError: the plan has no such task, or the sweep that it depends on has not ended.
+            UserError: the plan has no such task, or the sweep that it depends on has failed.
+            TryAgain: that sweep has not ended yet.
         """
         (self.folder / "logs").mkdir(exist_ok=True)
         config = self.plan.config
@@ -260,7 +261,9 @@ class Runner:
                 if progress.pending:
                     first = progress.pending[0]
                     state = self.outcome(first).state
-                    raise UserError(f"the sweep of {arm} at {size} has not ended: {first.name} is {state}")
+                    # It may be queued again, under another number than the one that this task has waited for.
+                    kind = UserError if state == FAILED else TryAgain
+                    raise kind(f"the sweep of {arm} at {size} has not ended: {first.name} is {state}")
                 complete = True  # if the arm diverged at every learning rate, there is nothing to run
                 if progress.best_lr is not None:
                     complete = self._train([PlannedRun("final", size, arm, progress.best_lr, seed)])

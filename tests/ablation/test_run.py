@@ -21,7 +21,7 @@ from ablation import slurm
 from ablation.command import environment_of
 from ablation.outcomes import DIVERGED, FAILED, FINISHED, STOPPED, WAITING, read_metrics, read_outcome
 from ablation.run import Runner, main
-from kernels.common.errors import UserError
+from kernels.common.errors import ExitStatus, TryAgain, UserError
 from launch.local import launcher
 from tests.ablation.made import plan_of, write_run
 from tests.training.tiny import PATIENCE, ROOT, TINY, Result, command, environment, shared_corpus
@@ -131,8 +131,14 @@ def test_a_sweep_is_one_task_of_slurm_whatever_its_seeds(monkeypatch, tmp_path):
     assert len(swept) == 3 * 2
     assert all(fnmatch.fnmatchcase(name, tasks["sweep"]) for name in swept)
     assert final == f"{size}-linear-lr0.003-seed1"
-    with pytest.raises(UserError, match="the sweep of swiglu at nano has not ended"):
+    with pytest.raises(TryAgain, match="the sweep of swiglu at nano has not ended"):  # it may be queued again
         Runner(plan, tmp_path, 1, 0, Console(file=io.StringIO())).run_task(f"{size}-swiglu-lr*-seed0")
+    failed = tmp_path / "runs" / f"{size}-swiglu-lr0.002-seed8"
+    failed.mkdir(parents=True)
+    (failed / "summary.json").write_text('{"status": "failed"}')
+    with pytest.raises(UserError, match=r"the sweep of swiglu at nano has not ended: .*-seed8 is failed") as caught:
+        Runner(plan, tmp_path, 1, 0, Console(file=io.StringIO())).run_task(f"{size}-swiglu-lr*-seed0")
+    assert caught.value.status == ExitStatus.REFUSED
 
 
 def test_again_it_runs_nothing(done, words):

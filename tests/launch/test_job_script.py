@@ -97,3 +97,39 @@ def test_a_task_of_an_array_is_requeued_alone(slurm):
 def test_a_single_job_is_requeued_by_its_number(slurm):
     assert slurm.run("bash -c 'exit 143'").asked == ["scontrol requeue 36"]
     assert slurm.run("true").asked == []
+
+
+def failing(*nodes: str) -> str:
+    """Return the command of a check that finds nodes at fault."""
+    return f"bash -c \"printf '%s\\n' {' '.join(nodes)} >> $failed; exit 1\""
+
+
+def test_a_job_trains_only_on_nodes_that_pass(slurm):
+    assert slurm.run("echo trained") == Ended(0, "trained\n", [])
+    failed = slurm.run("echo trained", "false")  # not the node's fault
+    assert (failed.status, failed.asked) == (1, [])
+    assert failed.said == "job 36 cannot train here, for the reasons in red: it is not queued again\n"
+    for bad, excluded in (("gpu7", "gpu7"), ("gpu3", "gpu3,gpu7")):
+        ended = slurm.run("echo trained", failing(bad))
+        assert (ended.status, ended.said) == (0, f"job 36 is queued again without {excluded}\n")
+        # The number remains that other jobs wait for; nodes can be excluded only while the job is queued.
+        assert ended.asked == ["scontrol requeue 36", f"scontrol update JobId=36 ExcNodeList={excluded}"]
+
+
+def test_a_task_is_queued_again_without_a_node_and_its_siblings_run_on(slurm):
+    ended = slurm.run("echo trained", failing("gpu7"), tasks=("a", "b"))
+    assert ended.asked == ["scontrol requeue 36_0", "scontrol update JobId=36_0 ExcNodeList=gpu7"]
+
+
+@pytest.mark.parametrize("refused", ["requeue", "update"])
+def test_where_slurm_does_not_requeue_another_job_leaves_the_node_out(slurm, refused):
+    slurm.program("scontrol", f"{_SCONTROL}\n[[ $1 != {refused} ]]")
+    slurm.program("scancel", "")
+    *before, last = slurm.run("echo trained", failing("gpu7"), tasks=("a", "b")).asked
+    assert last == f"sbatch --exclude=gpu7 --dependency=afterany:36_0 --array=0 {slurm.slurm}/job.sh"
+    assert before[-1].split()[:2] == {"requeue": ["scontrol", "requeue"], "update": ["scancel", "36_0"]}[refused]
+
+
+def test_the_signal_by_which_slurm_requeues_does_not_end_the_script_before_the_node_is_excluded(slurm):
+    slurm.program("scontrol", f"{_SCONTROL}\n[[ $1 != requeue ]] || kill -TERM $PPID")
+    assert len(slurm.run("echo trained", failing("gpu7")).asked) == 2

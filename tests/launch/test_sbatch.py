@@ -338,35 +338,6 @@ def test_output_is_labelled_and_ranks_keep_their_cores():
     assert "srun --ntasks=16 --distribution=block --label --cpu-bind=cores --kill-on-bad-exit=1" in train
 
 
-def run_preflight(tmp_path, doctor: str) -> tuple[int, str, str]:
-    """Run a job's script up to its training, with a fake SLURM of one node; return status, output and what was submitted."""
-    job = Job("j", tmp_path, "echo trained", doctor, "typed", "x", per_node=2)
-    (tmp_path / "slurm").mkdir(exist_ok=True)
-    programs = {"srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"', "scontrol": "echo gpu7",
-                "sbatch": f'echo "$@" > {tmp_path}/submitted'}  # fmt: skip
-    for name, code in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{code}\n")
-        (tmp_path / name).chmod(0o755)
-    variables = {"SLURM_JOB_ID": "5", "SLURM_NNODES": "1", "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NODELIST": "gpu7"}
-    environment = os.environ | variables | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(["bash"], input=render(job, cluster("cpu")), env=environment, capture_output=True, text=True)
-    submitted = tmp_path / "submitted"
-    return done.returncode, done.stdout + done.stderr, submitted.read_text() if submitted.exists() else ""
-
-
-def test_a_job_trains_only_on_nodes_that_pass(tmp_path):
-    status, said, submitted = run_preflight(tmp_path, "true")
-    assert (status, submitted) == (0, "")
-    assert said.splitlines() == ["task 0 and on: gpu7", "trained"]
-    status, said, submitted = run_preflight(tmp_path, "false")  # not the node's fault
-    assert (status, submitted) == (1, "")
-    assert said == "job 5 cannot train here, for the reasons in red: it is not queued again\n"
-    for bad, excluded in (("gpu7", "gpu7"), ("gpu3", "gpu3,gpu7")):
-        status, said, submitted = run_preflight(tmp_path, f'bash -c "echo {bad} >> $failed; exit 1"')
-        assert (status, said) == (0, f"job 5 is queued again without {excluded}\n")
-        assert submitted == f"--exclude={excluded} --dependency=afterany:5 {tmp_path}/slurm/job.sh\n"
-
-
 def test_a_corpus_that_would_be_repeated_too_often_is_refused_before_nodes_are_asked_for(tmp_path, monkeypatch, capsys):
     look_here(monkeypatch, capsys)
     (tmp_path / "a.txt").write_text("".join(f"line {i}: {i * i}\n" for i in range(400)))
