@@ -116,6 +116,23 @@ def test_a_job_trains_only_on_nodes_that_pass(slurm):
         assert ended.asked == ["scontrol requeue 36", f"scontrol update JobId=36 ExcNodeList={excluded}"]
 
 
+def test_every_task_of_an_array_may_find_the_same_node_at_fault(slurm):
+    for _ in range(18):
+        ended = slurm.run("echo trained", failing("gpu7"), tasks=("a", "b"))
+        assert ended.said == "job 36_0 is queued again without gpu7\n"
+    many = [f"gpu{number}" for number in range(17)]
+    assert "is queued again" in slurm.run("echo trained", failing(*many[:16])).said
+    assert "it is not queued again" in slurm.run("echo trained", failing(many[16])).said
+
+
+def test_nodes_that_a_job_was_submitted_without_stay_excluded(slurm):
+    hosts = 'echo "$3" | sed "s/\\[7-8\\]/7\\nn8/"'
+    slurm.program("scontrol", f'if [ "$1" = show ]; then {hosts}; else {_SCONTROL}; fi')
+    state = "JobState=RUNNING ExcNodeList=n[7-8] NodeList=gpu7"
+    ended = slurm.run("echo trained", failing("gpu7"), state=state)
+    assert ended.asked[-1] == "scontrol update JobId=36 ExcNodeList=gpu7,n7,n8"
+
+
 def test_a_task_is_queued_again_without_a_node_and_its_siblings_run_on(slurm):
     ended = slurm.run("echo trained", failing("gpu7"), tasks=("a", "b"))
     assert ended.asked == ["scontrol requeue 36_0", "scontrol update JobId=36_0 ExcNodeList=gpu7"]
