@@ -43,7 +43,7 @@ from conf.terminal import SafeConsole
 from conf.validate import validate
 from kernels.c.toolchain import FLAGS, find_compiler, triton_problem
 from kernels.common.commands import run_command
-from kernels.common.errors import UserError
+from kernels.common.errors import TryAgain, UserError
 from kernels.common.options import split_options
 from launch.estimate.counts import checkpoint_bytes
 from launch.finding import GREEN, RED, YELLOW, Finding
@@ -367,20 +367,29 @@ def deepspeed_ops() -> Finding:
     return Finding(GREEN, "DeepSpeed", f"imports; ops that could be built (none is required): {built}")
 
 
+def rendezvous(ranks: Ranks) -> Finding | None:
+    """Return what keeps this rank from meeting the others: no address for the node of rank 0, or a taken port there."""
+    export(ranks)
+    Launchers().choose_port(ranks)
+    for refuse in (refuse_unknown_master, refuse_taken_port):
+        try:
+            refuse(ranks)
+        except UserError as error:
+            text, _, advice = str(error).partition(": ")
+            # Another node has the port free. An unknown name may be unknown to all.
+            at_fault = refuse is refuse_taken_port and isinstance(error, TryAgain)
+            return Finding(RED, "collective", text, advice, node=at_fault)
+    return None
+
+
 def collective(ranks: Ranks, cluster: ClusterConfig | None, seconds: float = 2.0) -> Iterator[Finding]:
     """Yield the bandwidth of an all-reduce over all ranks, or over this machine's devices without a launcher."""
     if ranks.world_size > 1:
         from launch.collective import measure
 
-        export(ranks)
-        Launchers().choose_port(ranks)
-        try:
-            refuse_unknown_master(ranks)
-        except UserError as error:
-            text, _, advice = str(error).partition(": ")
-            yield Finding(RED, "collective", text, advice)
+        if problem := rendezvous(ranks):
+            yield problem
             return
-        refuse_taken_port(ranks)
         result = measure(seconds)
     else:
         world = installed_gpus() or 2

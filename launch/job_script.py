@@ -13,6 +13,7 @@ from conf.cluster_schema import ClusterConfig
 from conf.load import flatten
 from kernels.common.errors import ExitStatus, UserError
 from kernels.common.text import CONTROL, assigned_secret, is_secret, printable, secrets_of
+from launch.ranks import FIRST_PORT, PORTS
 
 ROOT = Path(__file__).resolve().parents[1]
 _WAIT = 20  # seconds between the first rank that exits with status 0 and the last
@@ -166,7 +167,8 @@ def _head(job: Job, cluster: ClusterConfig) -> list[str]:
         "# Where nothing resolves a node's name, its address is the one by which SLURM reaches it.",
         'getent hosts "$MASTER_ADDR" > /dev/null || MASTER_ADDR=$(scontrol -o show node "$MASTER_ADDR" | '
         "sed 's/.* NodeAddr=\\([^ ]*\\).*/\\1/')",
-        "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))  # distinct for jobs that share a node",
+        "# Distinct for jobs that share a node, another one after a requeue, and below the ports that connections take.",
+        f"export MASTER_PORT=$(({FIRST_PORT} + (SLURM_JOB_ID + 101 * ${{SLURM_RESTART_COUNT:-0}}) % {PORTS}))",
         *_exports(cluster),
         *(_own_number(job) if job.doctor else []),
         "",

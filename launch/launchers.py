@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from kernels.common.errors import TryAgain, UserError
-from launch.ranks import Ranks
+from launch.ranks import FIRST_PORT, PORTS, Ranks
 
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _NAMES = {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
@@ -83,7 +83,7 @@ class Launchers:
         """Give ranks that `deepspeed` started on this node alone a port of their own, instead of one port for every run."""
         alone = 1 < ranks.world_size == ranks.local_world_size
         if self._deepspeed and alone and environment.get("MASTER_PORT") == _DEEPSPEED_PORT:
-            environment["MASTER_PORT"] = str(20000 + self._deepspeed % 12000)  # below the ports that connections take
+            environment["MASTER_PORT"] = str(FIRST_PORT + self._deepspeed % PORTS)
 
     def gone(self) -> bool:
         """Return whether one of them has ended: its child then has another parent."""
@@ -122,7 +122,8 @@ def refuse_taken_port(ranks: Ranks, environment: MutableMapping[str, str] = os.e
     """Check that rank 0 can listen where the others will look for it.
 
     Raises:
-        UserError: another process listens on the port.
+        TryAgain: another process uses the port now.
+        UserError: it is not a port.
     """
     # torchrun listens itself, and its ranks are clients.
     if ranks.rank or ranks.world_size == 1 or environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -138,7 +139,7 @@ def refuse_taken_port(ranks: Ranks, environment: MutableMapping[str, str] = os.e
             with socket.socket() as other:
                 other.bind(("", 0))
                 free = other.getsockname()[1]
-            raise UserError(
+            raise TryAgain(
                 f"port {port} is taken ({error.strerror}), perhaps by another run: choose one, such as "
                 f"deepspeed --master_port={free}, or MASTER_PORT={free} under srun and mpirun"
             ) from None

@@ -17,6 +17,8 @@ from typing import NoReturn
 
 from kernels.common.errors import UserError
 
+FIRST_PORT, PORTS = 20000, 12000  # ports of rank 0: below 32768, from where Linux takes those of connections
+
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
@@ -204,7 +206,7 @@ def _port(environment: Mapping[str, str]) -> int:
     job, step = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "")
     if not job.isdigit():
         return 29500
-    return 20000 + (int(job) + 101 * int(step if step.isdigit() else 0)) % 20000
+    return FIRST_PORT + (int(job) + 101 * int(step if step.isdigit() else 0)) % PORTS
 
 
 def _first_node(environment: Mapping[str, str]) -> str:

@@ -6,6 +6,7 @@ import collections
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from importlib import metadata
@@ -200,6 +201,25 @@ def test_a_node_that_cannot_find_rank_0_is_red(monkeypatch):
     monkeypatch.setattr(doctor, "refuse_unknown_master", refuse)
     [finding] = collective(Ranks(1, 2, 0, 1), None)
     assert finding == Finding(RED, "collective", "node2 finds no address for node1", "add it to DNS")
+
+
+def test_a_node_on_which_the_port_of_rank_0_is_taken_is_left_out(monkeypatch):
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        monkeypatch.setattr(doctor, "export", lambda _: None)
+        [finding] = collective(Ranks(0, 2, 0, 1), None)
+    assert (finding.level, finding.node, finding.text) == (
+        RED,
+        True,
+        f"port {port} is taken (Address already in use), perhaps by another run",
+    )
+    monkeypatch.setenv("MASTER_PORT", "x")
+    [finding] = collective(Ranks(0, 2, 0, 1), None)
+    assert (finding.level, finding.node) == (RED, False)
 
 
 def test_ranks_that_cannot_talk_are_red(monkeypatch):

@@ -150,3 +150,9 @@ def test_where_slurm_does_not_requeue_another_job_leaves_the_node_out(slurm, ref
 def test_the_signal_by_which_slurm_requeues_does_not_end_the_script_before_the_node_is_excluded(slurm):
     slurm.program("scontrol", f"{_SCONTROL}\n[[ $1 != requeue ]] || kill -TERM $PPID")
     assert len(slurm.run("echo trained", failing("gpu7")).asked) == 2
+
+
+def test_a_job_that_is_requeued_takes_another_port_and_none_of_a_connection(slurm):
+    ports = [slurm.run("bash -c 'echo $MASTER_PORT'", SLURM_JOB_ID="11999", **count).said.strip()
+             for count in ({}, {"SLURM_RESTART_COUNT": "1"})]  # fmt: skip
+    assert ports == ["31999", "20100"]

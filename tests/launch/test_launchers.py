@@ -147,7 +147,7 @@ def test_a_taken_port_is_a_sentence_that_names_a_free_one():
         listener.listen()
         port = listener.getsockname()[1]
         environment = {"MASTER_PORT": str(port)}
-        with pytest.raises(UserError, match=rf"port {port} is taken \(Address already in use\)") as caught:
+        with pytest.raises(TryAgain, match=rf"port {port} is taken \(Address already in use\)") as caught:
             refuse_taken_port(Ranks(0, 2, 0, 2), environment)
         free = int(re.search(r"deepspeed --master_port=(\d+)", str(caught.value))[1])
         refuse_taken_port(Ranks(1, 2, 1, 2), environment)
