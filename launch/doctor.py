@@ -3,7 +3,7 @@
     KEY=VALUE        as for train.py: also checks what the run requires, such as model.attention=flash
     quick=true       only checks that take a moment
     gate=FILE        those, the node's hardware and half a second of all-reduce: for the start of a job. The name of a node that
-                     cannot train is appended to FILE
+                     cannot train is appended to FILE; one that passes its own checks writes FILE.ok.NODE before the all-reduce
     gpus=N           GPUs that the job uses on each node
     cluster=NAME     a file of conf/cluster, to compare the measured bandwidth with its data sheet
 
@@ -31,22 +31,19 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from rich.text import Text
-
 from conf.cluster_schema import ClusterConfig
 from conf.load import load
 from conf.login import wandb_mode
 from conf.overrides import check_overrides
 from conf.schema import Config
 from conf.shape import check_divisibility, shape_of
-from conf.terminal import SafeConsole
 from conf.validate import validate
 from kernels.c.toolchain import FLAGS, find_compiler, triton_problem
 from kernels.common.commands import run_command
 from kernels.common.errors import TryAgain, UserError
 from kernels.common.options import split_options
 from launch.estimate.counts import checkpoint_bytes
-from launch.finding import GREEN, RED, YELLOW, Finding
+from launch.finding import GREEN, RED, YELLOW, Finding, Report
 from launch.installed import installed_versions
 from launch.launchers import Launchers, refuse_taken_port, refuse_unknown_master
 from launch.preflight import node_findings, slow_nodes
@@ -68,47 +65,43 @@ def main(argv: list[str]) -> int:
     cluster, overrides = read_cluster(arguments)
     check_overrides(overrides, _OPTIONS)
     config = load(overrides)
-    console = SafeConsole(file=sys.stdout, highlight=False, markup=False)
-    worst = GREEN
     ranks = Ranks()
     with contextlib.suppress(UserError):  # `launcher` reports it
         ranks = find_ranks(local_rank=local_rank)
-    host = f"{socket.gethostname()}: " if ranks.world_size > 1 else ""
     if (options["quick"] or options["gate"]) and ranks.world_size > 1:
         # The first rank that exits with status 1 makes the launcher end the others, which still have findings to print.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    found = (
-        gate(config, cluster, ranks, options["gpus"])
-        if options["gate"]
-        else findings(config, cluster, ranks, options["quick"])
-    )
-    at_fault = False
-    for finding in found:
-        worst = max(worst, finding.level, key=(GREEN, YELLOW, RED).index)
-        at_fault |= finding.node
-        if ranks.world_size > 1 and finding.level == GREEN and ranks.rank:
-            continue  # green findings are printed by rank 0 only
-        advice = f" -> {finding.advice}" if finding.advice and finding.level != GREEN else ""
-        line = (
-            Text(f"{finding.level:<7}", style=f"bold {finding.level}") + f"{host}{finding.name}: {finding.text}{advice}"
-        )
-        console.print(line, soft_wrap=True)
-    if at_fault and options["gate"]:
-        with open(options["gate"], "a", encoding="utf-8") as file:
-            file.write(f"{os.environ.get('SLURMD_NODENAME') or socket.gethostname()}\n")
-    return int(worst == RED)
+    report = Report(ranks.rank, f"{socket.gethostname()}: " if ranks.world_size > 1 else "")
+    if options["gate"]:
+        gate(report, ranks, Path(options["gate"]), config, cluster, options["gpus"])
+    else:
+        report.show(findings(config, cluster, ranks, options["quick"]))
+    return int(report.worst == RED)
 
 
-def gate(config: Config, cluster: ClusterConfig | None, ranks: Ranks, gpus: int) -> Iterator[Finding]:
-    """Yield the findings that decide whether a job trains on its nodes; `gpus` is how many it uses on each."""
-    yield from findings(config, cluster, ranks, quick=True)
-    yield from node_findings(gpus)
-    if ranks.world_size > 1:
+def gate(report: Report, ranks: Ranks, path: Path, config: Config, cluster: ClusterConfig | None, gpus: int) -> None:
+    """Show what decides whether a job trains on its nodes, and write to `path` and beside it whether this one can.
+
+    Both are written before the collective, which may end this process, or wait for a node that does not come.
+
+    Args:
+        gpus: that the job uses on each node.
+    """
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    report.show(findings(config, cluster, ranks, quick=True))
+    report.show(node_findings(gpus))
+    problem = rendezvous(ranks) if ranks.world_size > 1 else None
+    report.show([problem] if problem else [])
+    if report.worst != RED:
+        path.with_name(f"{path.name}.ok.{node}").touch()
+    report.name_fault(path, node)
+    if ranks.world_size > 1 and not problem:
         try:
-            yield from collective(ranks, cluster, _GATE_SECONDS)
+            report.show(collective(ranks, cluster, _GATE_SECONDS))
         except RuntimeError as error:
             text = f"the nodes cannot communicate: {str(error).splitlines()[0]}"
-            yield Finding(RED, "collective", text, "NCCL_DEBUG=INFO prints details")
+            report.show([Finding(RED, "collective", text, "NCCL_DEBUG=INFO prints details")])
+        report.name_fault(path, node)
 
 
 def findings(config: Config, cluster: ClusterConfig | None, ranks: Ranks, quick: bool) -> Iterator[Finding]:

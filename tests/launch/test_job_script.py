@@ -133,6 +133,22 @@ def test_nodes_that_a_job_was_submitted_without_stay_excluded(slurm):
     assert ended.asked[-1] == "scontrol update JobId=36 ExcNodeList=gpu7,n7,n8"
 
 
+@pytest.mark.parametrize(
+    ("passed", "excluded"), [("gpu1 gpu2", "gpu3"), ("gpu1", ""), ("", ""), ("gpu1 gpu2 gpu3", "")]
+)
+def test_a_node_that_could_not_check_itself_is_left_out_where_most_could(slurm, passed, excluded):
+    """A doctor that cannot start, or crashes, names no node. What is wrong on most nodes is no fault of theirs."""
+    slurm.program(
+        "scontrol", f'if [ "$2" = hostnames ]; then printf "gpu%d\\n" 1 2 3; fi; {_SCONTROL}'.replace("echo gpu7", ":")
+    )
+    check = f'bash -c "for n in {passed}; do touch $failed.ok.\\$n; done; exit 1"'
+    ended = slurm.run("echo trained", check, SLURM_NNODES="3")
+    assert ended.asked[1:] == ([f"scontrol update JobId=36 ExcNodeList={excluded}"] if excluded else [])
+    assert ended.status == (0 if excluded else 1)
+    kept = sorted(path.name for path in slurm.slurm.iterdir())
+    assert (kept == ["excluded"]) == bool(excluded), kept
+
+
 def test_a_task_is_queued_again_without_a_node_and_its_siblings_run_on(slurm):
     ended = slurm.run("echo trained", failing("gpu7"), tasks=("a", "b"))
     assert ended.asked == ["scontrol requeue 36_0", "scontrol update JobId=36_0 ExcNodeList=gpu7"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,44 @@ def test_the_gate_names_a_node_that_is_at_fault(monkeypatch, tmp_path, capsys, a
     assert doctor.main([f"gate={names}", "gpus=8"]) == 1
     assert "GPUs: 8" in capsys.readouterr().out
     assert (names.read_text() if names.exists() else "") == named
+
+
+def test_a_node_says_that_it_is_well_before_it_waits_for_the_others(monkeypatch, tmp_path, capsys):
+    """The all-reduce may end this process or wait for long: nothing that a node knows of itself may depend on it."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "SLURMD_NODENAME": "gpu7"}.items():
+        monkeypatch.setenv(name, value)
+    found = [Finding(GREEN, "disk space", "some")]
+    monkeypatch.setattr(doctor, "findings", lambda *_, **__: iter(found))
+    monkeypatch.setattr(doctor, "node_findings", lambda _: iter([]))
+    monkeypatch.setattr(doctor.signal, "signal", lambda *_: None)  # it ignores SIGTERM
+    monkeypatch.setattr(doctor, "rendezvous", lambda _: None)
+    written: list[list[str]] = []
+
+    def collective(*_: object) -> Iterator[Finding]:
+        written.append(sorted(path.name for path in tmp_path.iterdir()))
+        raise RuntimeError("a watchdog caught a timeout")
+        yield
+
+    monkeypatch.setattr(doctor, "collective", collective)
+    names = tmp_path / "failed.5"
+    assert doctor.main([f"gate={names}"]) == 1
+    assert "the nodes cannot communicate: a watchdog caught" in capsys.readouterr().out
+    (tmp_path / "failed.5.ok.gpu7").unlink()
+    found.append(Finding(RED, "compiler", "none"))  # on this node alone, perhaps
+    assert doctor.main([f"gate={names}"]) == 1
+    found.append(Finding(RED, "GPUs", "7 of 8", node=True))
+    assert doctor.main([f"gate={names}"]) == 1
+    assert written == [["failed.5.ok.gpu7"], [], ["failed.5"]]
+    assert names.read_text() == "gpu7\n"
+
+
+def test_a_node_that_cannot_meet_the_others_is_not_well(monkeypatch, tmp_path, capsys):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(doctor, "findings", lambda *_, **__: iter([]))
+    monkeypatch.setattr(doctor, "node_findings", lambda _: iter([]))
+    monkeypatch.setattr(doctor.signal, "signal", lambda *_: None)  # it ignores SIGTERM
+    monkeypatch.setattr(doctor, "rendezvous", lambda _: Finding(RED, "collective", "finds no address for gpu1"))
+    assert doctor.main([f"gate={tmp_path / 'failed.5'}"]) == 1
+    assert capsys.readouterr().out.count("finds no address for gpu1") == 1
+    assert list(tmp_path.iterdir()) == []
