@@ -82,7 +82,6 @@ def render(job: Job, cluster: ClusterConfig) -> str:
 
 
 def _script(job: Job, cluster: ClusterConfig) -> str:
-    seconds = cluster.signal_seconds
     if not job.doctor:  # a job that only prepares
         prepare = _srun(["--nodes=1 --ntasks=1", *_CPUS], job.command, job, cluster)
         return "\n".join([*_head(job, cluster), *_names(job), prepare]) + "\n"
@@ -96,19 +95,23 @@ def _script(job: Job, cluster: ClusterConfig) -> str:
         "before=$(saved)",
         *([f"rm -f {shlex.quote(str(job.ending))}  # of an earlier job"] if job.ending else []),
         "",
-        f"# {seconds} s before the time limit SLURM sends USR1 to this script, which forwards it: all ranks then stop after",
-        "# the same step and save. Before a preemption SLURM sends TERM to this script, to the ranks, or to both.",
-        "trap 'signalled=yes; kill -USR1 \"$step\"' USR1 TERM",
-        _train(job, cluster) + " &",
-        "step=$!",
-        'wait "$step"; status=$?',
-        'while [ -n "$signalled" ]; do signalled=; wait "$step"; status=$?; done',
+        "status=138  # of a signal that came before",
+        'if [ -z "$signalled" ]; then',
+        f"    {_train(job, cluster)} &",
+        "    step=$!",
+        '    [ -z "$signalled" ] || kill -USR1 "$step"',
+        '    wait "$step"; status=$?',
+        '    while [ -n "$signalled" ]; do signalled=; wait "$step"; status=$?; done',
+        "fi",
         "",
         f"if [ $status -eq 0 ]{f' && ! {job.stopped}' if job.stopped else ''}; then exit 0; fi",
         *_own_status(job),
-        'state=$(scontrol -o show job "$job")',
-        "if [[ $state != *JobState=RUNNING* ]]; then exit 1; fi  # it was cancelled",
-        *_whether_again(),
+        "state=$(show_job)",
+        'if [ -n "$state" ] && [[ $state != *JobState=RUNNING* ]]; then',
+        '    echo "job $job is ended by SLURM: it was cancelled, or comes again by itself" >&2',
+        "    exit 1",
+        "fi",
+        *_whether_again(job),
         'echo "job $job resumes from its last checkpoint" >&2',
         'scontrol requeue "$job" ||',
         f'    sbatch --dependency=afterany:"$job" {"--array=$SLURM_ARRAY_TASK_ID " if job.tasks else ""}'
@@ -125,19 +128,21 @@ def _own_status(job: Job) -> list[str]:
     return [f"own=$(sed -n '{pattern}' {shlex.quote(str(job.ending))} 2>/dev/null); status=${{own:-$status}}"]
 
 
-def _whether_again() -> list[str]:
+def _whether_again(job: Job) -> list[str]:
     """Return the lines that end the job for good, where another try would end as this one did."""
     return [
         "if [ $status -eq 2 ] || [ $status -eq 3 ]; then",
         '    echo "job $job ended with status $status, as it would again: it is not requeued" >&2',
         "    exit $status",
         "fi",
-        "tries=$slurm/tries.$SLURM_JOB_ID  # without a new checkpoint",
+        "# Tries without a new checkpoint, also under other numbers.",
+        f"tries=$slurm/tries.{Path(job.script).stem}{'.$SLURM_ARRAY_TASK_ID' if job.tasks else ''}",
         'if [ "$(saved)" != "$before" ] || [[ $state == *PreemptTime=2* ]]; then rm -f "$tries"',
         f"elif [ $status -eq {ExitStatus.HUNG:d} ] || [ $status -eq {ExitStatus.TRY_AGAIN:d} ] || [ $status -gt 128 ]; then",
         '    echo >> "$tries"  # a hang, a lost node, a signal',
         f'    if [ "$(wc -l < "$tries")" -gt {_MOST_TRIES} ]; then',
         '        echo "job $job ended with status $status again and saved nothing new: it is not requeued" >&2',
+        '        rm "$tries"',
         "        exit $status",
         "    fi",
         "else",
@@ -157,6 +162,7 @@ def _head(job: Job, cluster: ClusterConfig) -> list[str]:
         f"# with the code of {_line(job.folder)}/slurm/code ({_version()})",
         f"# submit it again: sbatch {'--array=TASK ' if job.tasks else ''}{shlex.quote(str(job.path))}",
         *(f"#SBATCH {option}" for option in _options(job, cluster)),
+        *(_signals(cluster) if job.doctor else []),
         "",
         "# What the shell that submitted this job may have left behind.",
         f"unset {' '.join(_LEFT_BY_SHELL)} ${{!SLURM_STEP_@}} ${{!SLURM_CPU_BIND@}} ${{!TORCHELASTIC_@}} ${{!OMPI_COMM_@}}",
@@ -175,13 +181,28 @@ def _head(job: Job, cluster: ClusterConfig) -> list[str]:
     ]
 
 
+def _signals(cluster: ClusterConfig) -> list[str]:
+    """Return the lines that handle the signals of SLURM: first of all, as one without a handler ends the script."""
+    return [
+        "",
+        f"# {cluster.signal_seconds} s before the time limit SLURM sends USR1 to this script, which forwards it: all ranks",
+        "# then stop after the same step and save. Before a preemption SLURM sends TERM to this script, to the ranks, or to",
+        "# both.",
+        "signalled= step=",
+        """trap 'signalled=yes; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null' USR1 TERM""",
+    ]
+
+
 def _own_number(job: Job) -> list[str]:
     """Return the lines that set `$job` to the number of this job, by which scontrol changes it and nothing else."""
-    if not job.tasks:
-        return ["job=$SLURM_JOB_ID"]
-    return [
+    of_task = [
         "# Of this task alone: one task of an array has the number of the array as its SLURM_JOB_ID.",
         "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID",
+    ]
+    return [
+        *(of_task if job.tasks else ["job=$SLURM_JOB_ID"]),
+        "# What SLURM says of it, whose controller may be busy for minutes.",
+        'show_job() { for _ in {1..20}; do scontrol -o show job "$job" && break; sleep 15; done; }',
     ]
 
 
@@ -215,7 +236,7 @@ def _preflight(job: Job, cluster: ClusterConfig) -> list[str]:
     return [
         "# Check the nodes, all of them together. Without those that cannot train the job is queued again.",
         f"slurm={shlex.quote(f'{job.folder}/slurm')}; failed=$slurm/failed.$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}",
-        f"if ! {_srun(per_node, job.doctor, job, cluster)}; then",
+        f'if ! {_srun(per_node, job.doctor, job, cluster)} && [ -z "$signalled" ]; then',
         "    # Also at fault: a node that did not get through its own checks, or could not begin them, where most others did.",
         "    passed=0 others=",
         '    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do',
@@ -228,7 +249,7 @@ def _preflight(job: Job, cluster: ClusterConfig) -> list[str]:
         "        exit 1",
         "    fi",
         "    # Beside the nodes that it was submitted without: what is excluded now replaces those.",
-        r"""    bad=$(scontrol -o show job "$job" | sed -n 's/.* ExcNodeList=\([^ (]*\).*/\1/p')""",
+        r"""    bad=$(show_job | sed -n 's/.* ExcNodeList=\([^ (]*\).*/\1/p')""",
         '    bad=$({ [ -z "$bad" ] || scontrol show hostnames "$bad"; cat "$slurm/excluded"; } | sort -u | paste -sd,)',
         '    rm -f "$failed"*',
         '    echo "job $job is queued again without $bad" >&2',
@@ -333,7 +354,7 @@ def _options(job: Job, cluster: ClusterConfig) -> list[str]:
         "--ntasks-per-node": job.per_node,
         "--cpus-per-task": _cores(job, cluster) * job.ranks_per_node // job.per_node,
         "--time": cluster.time,
-        "--signal": f"B:USR1@{cluster.signal_seconds}",
+        "--signal": f"B:USR1@{cluster.signal_seconds}" if job.doctor else None,  # what only prepares does not listen
         "--partition": cluster.partition,
         "--account": cluster.account,
         "--qos": cluster.qos,

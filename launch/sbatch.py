@@ -30,6 +30,7 @@ _SOURCES = (".py", ".yaml", ".c", ".h", ".jinja")
 _STORE_OF_SECRETS = re.compile(r"(?i)(^|[._-])(secrets?|credentials?|passwords?|api_?keys?|hf_token|id_rsa)([._-]|$)")
 RUNS = ("RUNNING", "COMPLETING")
 _UNFINISHED = ("PENDING", "CONFIGURING", "SUSPENDED", *RUNS)  # states of a job in the queue
+_MOST_SIGNAL_SECONDS = 65535  # that sbatch --signal takes
 _CLIENT_SETTINGS = (
     "SLURM_CONF",
     "SLURM_CONF_SERVER",
@@ -49,7 +50,8 @@ def check(cluster: ClusterConfig, ranks_per_node: int) -> None:
     """Refuse settings that a cluster cannot satisfy.
 
     Raises:
-        UserError: more ranks per node than GPUs or cores; a container without an image, or of an unknown kind.
+        UserError: more ranks per node than GPUs or cores; a container without an image, or of an unknown kind; a signal
+            that SLURM cannot send before the time limit.
     """
     available, unit = (cluster.gpus_per_node, "GPUs") if cluster.gpus_per_node else (cluster.cpus_per_node, "cores")
     if ranks_per_node > available:
@@ -63,6 +65,32 @@ def check(cluster: ClusterConfig, ranks_per_node: int) -> None:
             raise UserError(f"cluster.{name}={value} must be one of {', '.join(choices)}")
     if cluster.container != "none" and not cluster.image:
         raise UserError(f"cluster.container={cluster.container} needs cluster.image=IMAGE")
+    if not 0 < cluster.signal_seconds <= _MOST_SIGNAL_SECONDS:
+        raise UserError(
+            f"cluster.signal_seconds={cluster.signal_seconds} must be a number of seconds from 1 to {_MOST_SIGNAL_SECONDS}"
+        )
+    limit = _limit_seconds(str(cluster.time))
+    if limit and limit <= cluster.signal_seconds:
+        raise UserError(
+            f"cluster.time={cluster.time} is not longer than cluster.signal_seconds={cluster.signal_seconds}: the job would "
+            "be told to save as it starts"
+        )
+
+
+def _limit_seconds(time: str) -> int:
+    """Return the seconds of a time limit as sbatch reads it; 0: none, or one that SLURM itself refuses.
+
+    MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES or DAYS-HOURS:MINUTES:SECONDS.
+    """
+    if not (match := re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)):
+        return 0
+    days, *given = match.groups()
+    numbers = [int(number) for number in given if number is not None]
+    if days is not None or len(numbers) == 3:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    else:
+        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def submit(jobs: list[Job], cluster: ClusterConfig, corpora: Sequence[list[str]] = ()) -> list[str]:
@@ -90,7 +118,8 @@ def submit(jobs: list[Job], cluster: ClusterConfig, corpora: Sequence[list[str]]
             with atomic_write(job.path) as file:
                 file.write(render(job, its_cluster))
             job.path.chmod(0o755)
-    (folder / "excluded").unlink(missing_ok=True)
+    for path in (folder / "excluded", *folder.glob("tries.*")):  # of jobs before
+        path.unlink(missing_ok=True)
     if shutil.which("sbatch") is None:
         print(jobs[-1].path.read_text(encoding="utf-8"), end="")
         raise UserError(

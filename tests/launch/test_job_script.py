@@ -172,3 +172,38 @@ def test_a_job_that_is_requeued_takes_another_port_and_none_of_a_connection(slur
     ports = [slurm.run("bash -c 'echo $MASTER_PORT'", SLURM_JOB_ID="11999", **count).said.strip()
              for count in ({}, {"SLURM_RESTART_COUNT": "1"})]  # fmt: skip
     assert ports == ["31999", "20100"]
+
+
+def test_a_controller_that_does_not_answer_cancels_no_job(slurm):
+    count = slurm.folder / "count"
+    seldom = (
+        f'[[ $* == "-o show job"* ]] && {{ echo >> {count}; [ "$(wc -l < {count})" -gt 3 ] || exit 1; }}\n{_SCONTROL}'
+    )
+    slurm.program("scontrol", seldom)
+    assert slurm.run("bash -c 'exit 143'").asked == ["scontrol requeue 36"]
+    count.unlink()
+    assert slurm.run("bash -c 'exit 143'", state="JobState=COMPLETING").asked == []  # what it is during scancel
+    slurm.program("scontrol", f'[ "$2" != show ] || exit 1\n{_SCONTROL}')
+    assert slurm.run("bash -c 'exit 143'").asked == ["scontrol requeue 36"]
+
+
+def test_tries_are_counted_across_the_numbers_of_a_job(slurm):
+    slurm.program("scontrol", f"{_SCONTROL}\n[[ $1 != requeue ]]")
+    asked = [slurm.run("bash -c 'exit 4'", SLURM_JOB_ID=str(number)).asked for number in range(40, 45)]
+    again = [f"sbatch --dependency=afterany:{number} {slurm.slurm}/job.sh" for number in range(40, 45)]
+    assert [words[-1:] for words in asked] == [again[:1], again[1:2], again[2:3], [], again[4:]]  # by hand, once more
+    (task,) = slurm.run("bash -c 'exit 4'", tasks=("a", "b"), SLURM_ARRAY_TASK_ID="1").asked[-1:]
+    assert "--array=1" in task  # whose tries are its own
+
+
+@pytest.mark.parametrize("then", ["", "; exit 1", "; echo gpu7 >> $failed; exit 1"])
+@pytest.mark.parametrize("signal", ["USR1", "TERM"])
+def test_a_signal_during_the_check_of_the_nodes_requeues_the_job(slurm, signal, then):
+    ended = slurm.run("echo trained", f"bash -c 'kill -{signal} $PPID{then}'".replace("$failed", "'$failed'"))
+    assert ended.asked == ["scontrol requeue 36"]
+    assert ended.said == "job 36 resumes from its last checkpoint\n"
+
+
+def test_a_signal_reaches_the_ranks(slurm):
+    ended = slurm.run("""bash -c 'trap "echo told; exit" USR1; kill -USR1 $PPID; for _ in {1..1000000}; do :; done'""")
+    assert (ended.status, ended.said, ended.asked) == (0, "told\n", [])

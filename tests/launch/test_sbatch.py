@@ -65,7 +65,7 @@ def test_bash_can_read_every_script(name, tasks, container):
     text = script(of, "prompts=['it']", nodes=2, ranks_per_node=2)
     read = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True)
     assert (read.returncode, read.stderr) == (0, "")
-    assert text.index("module load cuda/12") < text.index("export NCCL_DEBUG='WARN x'") < text.index("\nsrun ")
+    assert text.index("module load cuda/12") < text.index("export NCCL_DEBUG='WARN x'") < text.index("\n    srun ")
     assert text.index("launch.doctor") < text.index("train.py")
 
 
@@ -108,12 +108,34 @@ def test_the_tasks_of_an_array_are_read_back(tmp_path):
         (["cluster=h100", "cluster.tasks=rank"], "cluster.tasks=rank must be one of gpu, node"),
         (["cluster=h100", "cluster.container=docker"], "cluster.container=docker must be one of"),
         (["cluster=h100", "cluster.container=pyxis"], "cluster.container=pyxis needs cluster.image=IMAGE"),
+        (
+            ["cluster=h100", "cluster.signal_seconds=-5"],
+            "cluster.signal_seconds=-5 must be a number of seconds from 1 to",
+        ),
+        (
+            ["cluster=h100", "cluster.signal_seconds=100000"],
+            "cluster.signal_seconds=100000 must be a number of seconds",
+        ),
+        (
+            ["cluster=h100", "cluster.time=0:01:00"],
+            "cluster.time=0:01:00 is not longer than cluster.signal_seconds=120",
+        ),
+        (["cluster=h100", "cluster.time=2"], "cluster.time=2 is not longer than cluster.signal_seconds=120"),
         (["cluster=h100", "ffn=rellu"], "unknown"),
     ],
 )
 def test_bad_input_is_one_sentence(words, why):
     with pytest.raises(UserError, match=re.escape(why)):
         main([*words, "dry_run=true"])
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("3", 180), ("1:30", 90), ("24:00:00", 86400), ("1-2", 93600), ("1-2:03", 93780), ("1-2:03:04", 93784),
+     ("UNLIMITED", 0), ("0", 0)],
+)  # fmt: skip
+def test_time_limits_are_read_as_sbatch_reads_them(time, seconds):
+    assert sbatch._limit_seconds(time) == seconds
 
 
 def test_a_dry_run_says_what_a_submission_refuses(capsys, monkeypatch, tmp_path):
@@ -334,7 +356,7 @@ def test_the_queue_is_read_whatever_its_jobs_are_called(tmp_path, monkeypatch):
 
 def test_output_is_labelled_and_ranks_keep_their_cores():
     text = script(cluster())
-    train = text[text.index("\nsrun ") :]
+    train = text[text.index("\n    srun ") :]
     assert "srun --ntasks=16 --distribution=block --label --cpu-bind=cores --kill-on-bad-exit=1" in train
 
 
