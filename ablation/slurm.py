@@ -23,7 +23,7 @@ from ablation.results import read_results
 from conf.cluster_schema import ClusterConfig
 from conf.load import load
 from conf.validate import total_steps
-from kernels.common.errors import UserError
+from kernels.common.errors import TryAgain, UserError
 from kernels.common.json_files import digest
 from launch.corpus import unprepared
 from launch.job_script import Job, doctor_of, python_of, quote
@@ -118,9 +118,16 @@ def _open_tasks(plan: Plan, folder: Path) -> dict[str, list[str]]:
 
 
 def task_states(folder: Path) -> dict[str, str]:
-    """Return the state of the plan's tasks that are in SLURM's queue: RUNNING or QUEUED, by the task's name."""
-    states = {}
-    for job in queued(folder):
+    """Return the state of the plan's tasks that are in SLURM's queue: RUNNING or QUEUED, by the task's name.
+
+    None where SLURM does not answer: what the folders say of the runs is shown all the same.
+    """
+    states: dict[str, str] = {}
+    try:
+        jobs = queued(folder)
+    except TryAgain:
+        return states
+    for job in jobs:
         stage = job.name.rpartition("-")[2]
         tasks = read_tasks(folder / "slurm" / f"{stage}.sh")
         if job.task is not None and job.task < len(tasks):

@@ -39,7 +39,10 @@ class ClusterConfig:
     gpus_per_node: int = key(8, "GPUs per node; 0: none, ranks share its cores")
     cpus_per_node: int = key(96, "cores per node")
     partition: Optional[str] = key(None, "SLURM partition")
-    cpu_partition: Optional[str] = key(None, "SLURM partition of the job that prepares a corpus; null: the same")
+    cpu_partition: Optional[str] = key(
+        None,
+        "SLURM partition of the job that prepares a corpus, with no qos, constraint, memory or sbatch; null: the same",
+    )
     account: Optional[str] = key(None, "SLURM account")
     qos: Optional[str] = key(None, "SLURM QOS")
     constraint: Optional[str] = key(None, "SLURM: features that nodes must have")

@@ -83,7 +83,8 @@ def render(job: Job, cluster: ClusterConfig) -> str:
 
 def _script(job: Job, cluster: ClusterConfig) -> str:
     if not job.doctor:  # a job that only prepares
-        prepare = _srun(["--nodes=1 --ntasks=1", *_CPUS], job.command, job, cluster)
+        cpus = _CPUS if not _takes_all(job, cluster) else ["--cpus-per-task=$SLURM_CPUS_ON_NODE"]
+        prepare = _srun(["--nodes=1 --ntasks=1", *cpus], job.command, job, cluster)
         return "\n".join([*_head(job, cluster), *_names(job), prepare]) + "\n"
     lines = [
         *_head(job, cluster),
@@ -168,7 +169,7 @@ def _head(job: Job, cluster: ClusterConfig) -> list[str]:
         f"unset {' '.join(_LEFT_BY_SHELL)} ${{!SLURM_STEP_@}} ${{!SLURM_CPU_BIND@}} ${{!TORCHELASTIC_@}} ${{!OMPI_COMM_@}}",
         *(f"module load {' '.join(map(quote, str(module).split()))}" for module in cluster.modules),
         *cluster.setup,
-        f"export OMP_NUM_THREADS={_cores(job, cluster)}",
+        f"export OMP_NUM_THREADS={'$SLURM_CPUS_ON_NODE' if _takes_all(job, cluster) else _cores(job, cluster)}",
         'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "# Where nothing resolves a node's name, its address is the one by which SLURM reaches it.",
         'getent hosts "$MASTER_ADDR" > /dev/null || MASTER_ADDR=$(scontrol -o show node "$MASTER_ADDR" | '
@@ -341,6 +342,11 @@ def _cores(job: Job, cluster: ClusterConfig) -> int:
     return max(1, cluster.cpus_per_node // (cluster.gpus_per_node or job.ranks_per_node))
 
 
+def _takes_all(job: Job, cluster: ClusterConfig) -> bool:
+    """Return whether a job takes all cores of its node, as nobody knows how many a node of that partition has."""
+    return not job.doctor and not cluster.cpus_per_node
+
+
 def _options(job: Job, cluster: ClusterConfig) -> list[str]:
     """Return the options of sbatch, one per line of the script."""
     takes_whole_nodes = job.ranks_per_node == cluster.gpus_per_node or not cluster.gpus_per_node
@@ -352,7 +358,9 @@ def _options(job: Job, cluster: ClusterConfig) -> list[str]:
         "--chdir": Path.cwd(),
         "--nodes": job.nodes,
         "--ntasks-per-node": job.per_node,
-        "--cpus-per-task": _cores(job, cluster) * job.ranks_per_node // job.per_node,
+        "--cpus-per-task": _cores(job, cluster) * job.ranks_per_node // job.per_node
+        if not _takes_all(job, cluster)
+        else None,
         "--time": cluster.time,
         "--signal": f"B:USR1@{cluster.signal_seconds}" if job.doctor else None,  # what only prepares does not listen
         "--partition": cluster.partition,

@@ -56,8 +56,8 @@ def main(argv: list[str]) -> int:
     """Submit the jobs, and print how to watch them and how to run one again."""
     options, arguments = split_options(argv, {"folder": "", "jobs": 0}, {"jobs": 1}, _REQUIRED)
     cluster, overrides = read_group("cluster", ClusterConfig, arguments, "cluster")
-    cluster = cpu_nodes(cluster)
     check(cluster, 1)
+    cluster = cpu_nodes(cluster, [word.partition("=")[0].removeprefix("cluster.") for word in arguments])
     typed = command_text([word for word in argv if not word.startswith("folder=")])
     jobs = jobs_of(Path(options["folder"]), cluster, options["jobs"], overrides, typed)
     refuse_queued(jobs[0].folder)

@@ -13,12 +13,13 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from conf.cluster_schema import ClusterConfig
 from conf.group import read_group
-from kernels.common.errors import UserError
+from kernels.common.errors import TryAgain, UserError
 from kernels.common.files import atomic_write, explain_os_errors
 from kernels.common.text import redact
 from launch.corpus import arguments_of
@@ -103,7 +104,7 @@ def submit(jobs: list[Job], cluster: ClusterConfig, corpora: Sequence[list[str]]
         Their job numbers.
 
     Raises:
-        UserError: there is no sbatch, or SLURM rejects a job; the scripts remain.
+        UserError: there is no sbatch, or SLURM rejects a job; the scripts remain, and jobs submitted before are cancelled.
     """
     folder = jobs[0].folder / "slurm"
     with explain_os_errors("write the job to", folder):
@@ -129,8 +130,22 @@ def submit(jobs: list[Job], cluster: ClusterConfig, corpora: Sequence[list[str]]
     ids: list[str] = []
     for job in jobs:
         dependency = [f"--dependency={job.after}:{ids[-1]}", "--kill-on-invalid-dep=yes"] if ids else []
-        ids.append(_sbatch([*dependency, str(job.path)], secrets_for(cluster)))
+        try:
+            ids.append(_sbatch([*dependency, str(job.path)], secrets_for(cluster)))
+        except UserError as error:
+            raise UserError(f"{error}{_take_back(ids)}") from error
     return ids
+
+
+def _take_back(ids: list[str]) -> str:
+    """Cancel jobs that were submitted for one that SLURM rejects; return what to add to its words."""
+    if not ids:
+        return ""
+    try:
+        subprocess.run(["scancel", *ids], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return f"; before the next attempt run  scancel {' '.join(ids)}  for what was submitted before it"
+    return f"; what was submitted before it is cancelled: {' '.join(ids)}"
 
 
 def _by_hand(jobs: list[Job]) -> str:
@@ -153,10 +168,19 @@ def prepare_job(job: Job, cluster: ClusterConfig, runs: Sequence[list[str]]) -> 
     ), cpu_nodes(cluster)  # fmt: skip
 
 
-def cpu_nodes(cluster: ClusterConfig) -> ClusterConfig:
-    """Return a cluster's nodes without GPUs, which prepare corpora."""
-    partition = cluster.cpu_partition or cluster.partition
-    return dataclasses.replace(cluster, gpus_per_node=0, gpu_request="none", partition=partition)
+def cpu_nodes(cluster: ClusterConfig, typed: Collection[str] = ()) -> ClusterConfig:
+    """Return a cluster's nodes without GPUs, which prepare corpora.
+
+    Args:
+        typed: keys that were given for these nodes. Of the others, what describes the nodes with GPUs or asks for them does not
+            hold in a partition of its own: there a job takes a whole node, whatever its cores and memory.
+    """
+    changes: dict[str, Any] = {"gpus_per_node": 0, "gpu_request": "none"}
+    if cluster.cpu_partition:
+        own = {"cpus_per_node": 0, "memory": "0", "constraint": None, "qos": None, "sbatch": []}
+        changes |= {key: value for key, value in own.items() if key not in typed} | {"partition": cluster.cpu_partition}
+    nodes = dataclasses.replace(cluster, **changes)
+    return nodes if nodes.cpus_per_node else dataclasses.replace(nodes, sbatch=[*nodes.sbatch, "--exclusive"])
 
 
 def _sbatch(arguments: list[str], secrets: Mapping[str, str] | None = None) -> str:
@@ -175,7 +199,13 @@ def _sbatch(arguments: list[str], secrets: Mapping[str, str] | None = None) -> s
             f"SLURM rejected the job: {message.rstrip('.')}. Change its request with cluster.KEY=VALUE (partition, "
             f"account, time, memory, nodes=N) or in {shlex.quote(script)}"
         ) from error
-    return submitted.stdout.strip().split(";")[0]
+    # Sites may print a greeting before it, and a federation the cluster's name after it.
+    last = (submitted.stdout.strip().splitlines() or [""])[-1]
+    if not (number := re.fullmatch(r"(\d+)(;.*)?", last.strip())):
+        raise UserError(
+            f"sbatch printed no job number but {last!r}: whether it took {shlex.quote(script)} is shown by  squeue --me"
+        )
+    return number[1]
 
 
 def _job_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -234,12 +264,22 @@ class Queued:
 
 
 def queued(folder: Path) -> list[Queued]:
-    """Return the pending and running jobs of a folder, whoever submitted them; none where there is no SLURM."""
+    """Return the pending and running jobs of a folder, whoever submitted them; none where there is no SLURM.
+
+    Raises:
+        TryAgain: SLURM does not answer.
+    """
     command = ["squeue", "--noheader", "--array", f"--states={','.join(_UNFINISHED)}", "--format=%i|%T|%K|%j|%k"]
     try:
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+    except FileNotFoundError:
         return []
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = str(error.stderr if isinstance(error, subprocess.CalledProcessError) else error)
+        raise TryAgain(
+            f"squeue does not say whether jobs of {folder} are queued: {' '.join(said.split())}; run the same command again "
+            "once SLURM answers"
+        ) from error
     jobs, comment = [], f"|{folder.resolve()}"
     for line in listing.splitlines():
         if line.endswith(comment):
@@ -253,6 +293,7 @@ def refuse_queued(folder: Path) -> None:
 
     Raises:
         UserError: there are any.
+        TryAgain: SLURM does not answer.
     """
     if jobs := queued(folder):
         first, more = jobs[0], len(jobs) - 1

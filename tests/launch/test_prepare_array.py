@@ -27,7 +27,7 @@ WORDS = ["data=text", "data.path=it's/*.txt"]
 def scripts(folder: Path, *words: str) -> dict[str, str]:
     """Render the jobs of three parts; the scripts by their names."""
     cluster, _ = read_group("cluster", ClusterConfig, ["cluster=h100", *words], "cluster")
-    cluster = cpu_nodes(cluster)
+    cluster = cpu_nodes(cluster, [word.partition("=")[0].removeprefix("cluster.") for word in words])
     return {job.script: render(job, cluster) for job in jobs_of(folder, cluster, 3, WORDS, "data=text")}
 
 

@@ -186,10 +186,11 @@ def test_a_job_inherits_nothing_of_the_step_that_submits_it(tmp_path, monkeypatc
         monkeypatch.setenv(name, value)
     if job == "launch":
         sbatch = tmp_path / "sbatch"
-        sbatch.write_text("#!/bin/sh\nenv\n")
+        sbatch.write_text(f"#!/bin/sh\nenv > {tmp_path}/seen; echo 7\n")
         sbatch.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-        seen = _sbatch(["job.sh"])
+        assert _sbatch(["job.sh"]) == "7"
+        seen = (tmp_path / "seen").read_text()
         assert "SLURM_MEM_PER_CPU=" not in seen
         assert "SLURM_CONF=/etc/c" in seen
     else:
@@ -398,6 +399,7 @@ def test_a_corpus_is_prepared_before_nodes_are_asked_for(tmp_path, monkeypatch):
         "data.max_epochs=1000000",
         f"data.prepared={tmp_path / 'p'}",
     ]
+    monkeypatch.setattr("launch.slurm.refuse_queued", lambda _: None)
     missing = tmp_path / "missing"
     with pytest.raises(UserError, match="missing"):
         main([*words, f"data.path={missing}"])
@@ -405,7 +407,6 @@ def test_a_corpus_is_prepared_before_nodes_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(sbatch.shutil, "which", lambda _: "sbatch")
     monkeypatch.setattr(sbatch, "_keep_code", lambda _: None)
     monkeypatch.setattr(sbatch, "_sbatch", lambda arguments, _: submitted.append(arguments) or str(len(submitted)))
-    monkeypatch.setattr("launch.slurm.refuse_queued", lambda _: None)
     assert main([*words, f"data.path={tmp_path}/a.txt", "cluster.cpu_partition=cpus"]) == 0
     slurm = tmp_path / "x" / "slurm"
     assert submitted == [
