@@ -2,7 +2,8 @@
 
 ranks.py        the rank of this process, under any launcher
 launchers.py    whether the launcher is still alive, whether it told the run to stop, and a port for its ranks;
-                calm_launchers.py lets `deepspeed` and `torchrun` wait for their ranks after Ctrl-C
+                calm_launchers.py lets `deepspeed` and `torchrun` wait for their ranks after Ctrl-C, and torchrun.py does so
+                where it is not installed
 multirun.py     several runs from one command, in sequence
 slurm.py        a SLURM job that trains; job_script.py writes scripts of jobs, and sbatch.py submits them, for ablations too;
                 corpus.py checks the corpus before, prepare.py submits its preparation by several nodes

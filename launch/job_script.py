@@ -408,9 +408,9 @@ def command_of(cluster: ClusterConfig, nodes: int, ranks_per_node: int, code: Pa
     """Return the command that `srun` starts to train: train.py itself, or torchrun with the ranks of a node."""
     launcher = [python_of(cluster), "-u"]
     if cluster.tasks == "node":
-        # Without SIGUSR1 among these it kills torchrun, which leaves its ranks behind.
+        # Without SIGUSR1 among these it kills torchrun before there are ranks that it could be passed on to.
         launcher += [
-            "-m torch.distributed.run",
+            shlex.quote(str(code / "launch" / "torchrun.py")),
             f"--nnodes={nodes} --nproc-per-node={ranks_per_node} --node-rank=$SLURM_NODEID",
             "--master-addr=$MASTER_ADDR --master-port=$MASTER_PORT",
             "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",

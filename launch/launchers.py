@@ -24,7 +24,14 @@ from kernels.common.errors import TryAgain, UserError
 from launch.ranks import FIRST_PORT, PORTS, Ranks
 
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_NAMES = {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
+_NAMES = {
+    "deepspeed",
+    "deepspeed.launcher.runner",
+    "deepspeed.launcher.launch",
+    "torchrun",
+    "torch.distributed.run",
+    "torchrun.py",  # of this project
+}
 _SET_BY = (("TORCHELASTIC_RUN_ID",), ("CROSS_RANK", "LOCAL_SIZE"))  # variables of torchrun's and DeepSpeed's ranks
 _DEEPSPEED = "deepspeed.launcher.launch"  # starts the ranks of a node
 _DEEPSPEED_PORT = "29500"  # unless --master_port is given

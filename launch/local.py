@@ -8,6 +8,7 @@ from pathlib import Path
 from conf.schema import Config
 
 _TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+_TORCHRUN = Path(__file__).resolve().with_name("torchrun.py")
 
 
 def ranks_of(config: Config) -> int:
@@ -24,4 +25,4 @@ def launcher(ranks: int) -> list[str]:
     """Return the part of the command before train.py: the interpreter, or torchrun for several ranks of this machine."""
     if ranks == 1:
         return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [sys.executable, str(_TORCHRUN), "--standalone", f"--nproc-per-node={ranks}"]

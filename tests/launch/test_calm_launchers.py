@@ -9,7 +9,10 @@ import sys
 
 import pytest
 
+from conf.cluster_schema import ClusterConfig
 from launch.calm_launchers import LAUNCHERS, pth_line
+from launch.job_script import command_of
+from launch.local import launcher
 from tests.training.tiny import ROOT, environment
 
 # A rank that says when it is ready and which signals arrive, and ends with status 5 after the second.
@@ -174,3 +177,25 @@ def test_torchrun_ends_with_the_status_of_the_rank_that_failed(tmp_path, how, st
     words = [sys.executable, tmp_path / "start.py", "--standalone", "--nproc-per-node=2", tmp_path / "ranks.py"]
     ended = subprocess.run(words, env=environment(), capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (status, told)
+
+
+def test_where_nothing_is_installed_the_launcher_of_jobs_waits_for_its_ranks_too(tmp_path):
+    """By itself torchrun would kill this rank, which goes on after the first signal, half a minute later."""
+    (tmp_path / "rank.py").write_text(RANK)
+    words = [
+        sys.executable,
+        ROOT / "launch" / "torchrun.py",
+        "--standalone",
+        "--nproc-per-node=1",
+        tmp_path / "rank.py",
+    ]
+    variables = environment(TORCH_CPP_LOG_LEVEL="ERROR")
+    process = subprocess.Popen(words, env=variables, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for said in ("ready\n", "SIGUSR1\n"):
+        assert process.stdout.readline() == said
+        process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate()
+    assert (process.returncode, out) == (5, "SIGUSR1\n")
+    command = command_of(ClusterConfig(tasks="node"), 1, 1, ROOT, [])
+    assert f"{sys.executable} -u {words[1]} --nnodes=1 " in command
+    assert launcher(2)[:2] == [sys.executable, str(words[1])]

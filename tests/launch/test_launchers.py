@@ -89,7 +89,7 @@ def test_a_wrapper_ends_the_line(chain):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_end_of_any_launcher_is_seen(chain, victim):
-    process, pids = chain("deepspeed", "torchrun")
+    process, pids = chain("deepspeed", "torchrun.py")
     assert len(pids) == 2
     assert pids[1] == process.pid
     assert not gone(process)
