@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Started by others: torchrun, a campaign. The last is an alias of model.import_hf.
-NOT_TYPED = ("launch.collective", "bench.faults.blocked_train", "model.load")
+# Started by others: torchrun, a job, a campaign. The last is an alias of model.import_hf.
+NOT_TYPED = ("launch.collective", "launch.torchrun", "bench.faults.blocked_train", "model.load")
 ROOMS = ("ablation", "bench", "data", "kernels", "launch", "model")
 
 
