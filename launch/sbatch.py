@@ -31,6 +31,7 @@ _SOURCES = (".py", ".yaml", ".c", ".h", ".jinja")
 _STORE_OF_SECRETS = re.compile(r"(?i)(^|[._-])(secrets?|credentials?|passwords?|api_?keys?|hf_token|id_rsa)([._-]|$)")
 RUNS = ("RUNNING", "COMPLETING")
 _UNFINISHED = ("PENDING", "CONFIGURING", "SUSPENDED", *RUNS)  # states of a job in the queue
+_NO_CLUSTER = "Could not establish a configuration source"  # SLURM's commands where they are installed for no cluster
 _MOST_SIGNAL_SECONDS = 65535  # that sbatch --signal takes
 _CLIENT_SETTINGS = (
     "SLURM_CONF",
@@ -276,6 +277,8 @@ def queued(folder: Path) -> list[Queued]:
         return []
     except (OSError, subprocess.CalledProcessError) as error:
         said = str(error.stderr if isinstance(error, subprocess.CalledProcessError) else error)
+        if _NO_CLUSTER in said:
+            return []
         raise TryAgain(
             f"squeue does not say whether jobs of {folder} are queued: {' '.join(said.split())}; run the same command again "
             "once SLURM answers"

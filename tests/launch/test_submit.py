@@ -52,8 +52,9 @@ def test_only_a_missing_squeue_means_that_nothing_is_queued(program, tmp_path):
     ):
         refuse_queued(tmp_path)
     assert task_states(tmp_path) == {}  # the folders still tell of the runs
-    program("squeue", "")
-    refuse_queued(tmp_path)
+    for answer in ("", "echo squeue: fatal: Could not establish a configuration source >&2; exit 1"):  # of no cluster
+        program("squeue", answer)
+        refuse_queued(tmp_path)
 
 
 @pytest.mark.parametrize("printed", ["4701\\n", "4701;cluster\\n", f"{GREETING}4701\\n"])
