@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conf.cluster_schema import ClusterConfig
-from conf.load import read_group
+from conf.group import read_group
 from launch.job_script import Job, render
 
 # The commands of SLURM. `srun` runs what it is given, and `sleep` passes no time.

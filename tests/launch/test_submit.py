@@ -9,7 +9,7 @@ import pytest
 
 from ablation.slurm import task_states
 from conf.cluster_schema import ClusterConfig
-from conf.load import read_group
+from conf.group import read_group
 from kernels.common.errors import TryAgain, UserError
 from launch import sbatch
 from launch.job_script import Job, render
