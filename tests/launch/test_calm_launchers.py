@@ -17,13 +17,18 @@ from tests.training.tiny import ROOT, environment
 
 # A rank that says when it is ready and which signals arrive, and ends with status 5 after the second.
 RANK = """
-import signal, sys
+import os, signal, sys
+arrived = []
+def tell(number, _):
+    os.write(1, (signal.Signals(number).name + "\\n").encode())
+    arrived.append(number)
+    if len(arrived) == 2:
+        sys.exit(5)
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-    signal.signal(number, lambda number, _: print(signal.Signals(number).name, flush=True))
-print("ready", flush=True)
-signal.pause()
-signal.pause()
-sys.exit(5)
+    signal.signal(number, tell)
+os.write(1, b"ready\\n")
+while True:
+    signal.pause()  # a signal may come before it
 """
 # Handles signals itself, as `deepspeed.launcher.launch` and torchrun do.
 LAUNCHER = f"""
@@ -133,8 +138,9 @@ def test_the_installed_launchers_end_calmly(tmp_path, launcher):
     (tmp_path / name).write_text(f"{hook}\n{program}\nmain()\n")
     (tmp_path / "sitecustomize.py").write_text(hook)  # for the process between `deepspeed` and the ranks
     # It ends at the first signal. Those that follow, from its launchers, must not find it without a handler while Python ends.
-    once = "signal.pause()\nsignal.signal(signal.SIGINT, signal.SIG_IGN)"
-    rank = RANK.replace("sys.exit(5)", "").replace("signal.pause()\nsignal.pause()", once)
+    once = "    signal.signal(number, signal.SIG_IGN)\n    sys.exit(0)"
+    rank = RANK.replace("    if len(arrived) == 2:\n        sys.exit(5)", once)
+    assert once in rank
     (tmp_path / "rank.py").write_text(rank)
     words = [sys.executable, str(tmp_path / name), *options, str(tmp_path / "rank.py")]
     variables = environment(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", TORCH_CPP_LOG_LEVEL="ERROR")
