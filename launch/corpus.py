@@ -24,6 +24,8 @@ def unprepared(runs: Sequence[list[str]]) -> list[list[str]]:
         UserError: the files of a corpus or of a tokenizer are missing or do not fit each other, or a run would go through its
             corpus more often than data.max_epochs.
     """
+    if not runs:  # of a container: the command prints its usage without one
+        return []
     command = [sys.executable, str(RUN_MODULE), *arguments_of(runs)]
     done = subprocess.run(command, env=without_launcher(os.environ), capture_output=True, text=True)
     if done.returncode:
