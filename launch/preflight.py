@@ -17,6 +17,9 @@ from launch.finding import GREEN, RED, YELLOW, Finding
 # Per GPU, as nvidia-smi prints them: errors that ECC could not correct since the driver was loaded, and rows of memory that it
 # could not, or could only after a reset, replace. https://docs.nvidia.com/deploy/a100-gpu-mem-error-mgmt
 _QUERY = ("index", "ecc.errors.uncorrected.volatile.total", "remapped_rows.failure", "remapped_rows.pending")
+# What it prints where a GPU does not count errors or rows, or does not say. Anything else in place of a number, such as
+# [GPU is lost], [GPU requires reset] or [Unknown Error], is a fault of the GPU.
+_NOT_COUNTED = {"N/A", "[N/A]", "[Not Supported]", "[Insufficient Permissions]"}
 # Messages of the driver after which a GPU needs a reset, and its node a restart: https://docs.nvidia.com/deploy/xid-errors
 _FATAL_XIDS = {
     48: "double-bit ECC error",
@@ -52,7 +55,15 @@ def gpu_errors(needed: int) -> Finding:
         return Finding(
             RED, "GPUs", f"nvidia-smi does not answer ({type(error).__name__})", "drain this node", node=True
         )
-    rows = [[cell.strip() for cell in line.split(",")] for line in lines]
+    rows = [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]
+    for cells in rows:
+        # It also prints messages between the rows, such as that a GPU's infoROM is corrupted, with status 0.
+        if len(cells) != len(_QUERY) or not cells[0].isdigit():
+            text = f"nvidia-smi prints {', '.join(cells)!r} in place of a GPU's errors"
+            return Finding(RED, "GPUs", text, "drain this node, and reset or replace the GPU", node=True)
+        if fault := next((cell for cell in cells[1:] if not _is_count(cell)), ""):
+            text = f"GPU {cells[0]} reports {fault}"
+            return Finding(RED, "GPUs", text, "drain this node, and reset or replace the GPU", node=True)
     if len(rows) < needed:
         return Finding(RED, "GPUs", f"{len(rows)} of the {needed} that this job needs", "drain this node", node=True)
     for index, errors, failure, pending in rows:
@@ -63,6 +74,10 @@ def gpu_errors(needed: int) -> Finding:
             text = f"GPU {index} has broken rows of memory that it has not replaced"
             return Finding(RED, "GPUs", text, "drain this node, and reset or replace the GPU", node=True)
     return Finding(GREEN, "GPUs", f"{len(rows)}, without memory errors")
+
+
+def _is_count(cell: str) -> bool:
+    return cell.isdigit() or cell in ("Yes", "No") or cell in _NOT_COUNTED
 
 
 def driver_messages() -> Finding:

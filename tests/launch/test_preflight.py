@@ -37,6 +37,26 @@ def program(tmp_path, monkeypatch):
         ("0, 0, 0, 0\n", 0, RED, "1 of the 2 that this job needs"),
         ("0, 0, 0, 0\n1, 3, 0, 0\n", 0, RED, "GPU 1 has 3 memory errors that ECC could not correct"),
         ("0, 0, 0, 1\n1, 0, 0, 0\n", 0, RED, "GPU 0 has broken rows of memory that it has not replaced"),
+        ("0, 0, 0, 0\n1, [GPU requires reset], 0, 0\n", 0, RED, "GPU 1 reports [GPU requires reset]"),
+        ("0, 0, 0, 0\n1, 0, [Unknown Error], [Unknown Error]\n", 0, RED, "GPU 1 reports [Unknown Error]"),
+        ("0, 0, 0, 0\n1, [GPU is lost], [GPU is lost], [GPU is lost]\n", 0, RED, "GPU 1 reports [GPU is lost]"),
+        ("0, 0, 0, 0\n1, 0, ERR!, 0\n", 0, RED, "GPU 1 reports ERR!"),
+        ("0, 0, No, Yes\n1, 0, No, No\n", 0, RED, "GPU 0 has broken rows of memory that it has not replaced"),
+        ("0, 0, No, No\n1, 0, No, [Not Supported]\n\n", 0, GREEN, "2, without memory errors"),
+        (
+            HEALTHY + "WARNING: infoROM is corrupted at gpu 0000:3B:00.0\n",
+            0,
+            RED,
+            "nvidia-smi prints 'WARNING: infoROM is corrupted at gpu 0000:3B:00.0' in place of a GPU's errors",
+        ),
+        (
+            "0, 0, 0, 0\nUnable to determine the device handle for GPU1: 0000:5D:00.0: Unknown Error\n",
+            0,
+            RED,
+            "nvidia-smi prints 'Unable to determine the device handle for GPU1: 0000:5D:00.0: Unknown Error' in place of a "
+            "GPU's errors",
+        ),
+        ("[GPU is lost], 0, 0, 0\n", 0, RED, "nvidia-smi prints '[GPU is lost], 0, 0, 0' in place of a GPU's errors"),
         ("Unable to determine the device handle\n", 15, RED, "nvidia-smi does not answer (CalledProcessError)"),
     ],
 )
