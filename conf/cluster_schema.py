@@ -6,7 +6,7 @@ Values of the clusters are in `conf/cluster/<cluster>.yaml`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Optional
 
 from conf.schema import key
 
@@ -56,9 +56,9 @@ class ClusterConfig:
     python: Optional[str] = key(None, "interpreter; null: the one that submits, or python inside a container")
     container: str = key("none", "none, apptainer, or pyxis")
     image: Optional[str] = key(None, "container image", only="cluster.container!=none")
-    mounts: Any = key([], "container mounts, HOST:INSIDE", only="cluster.container!=none")
-    modules: Any = key([], "environment modules to load")
-    setup: Any = key([], "shell lines to run first, such as activating an environment")
+    mounts: list[str] = key([], "container mounts, HOST:INSIDE", only="cluster.container!=none")
+    modules: list[str] = key([], "environment modules to load")
+    setup: list[str] = key([], "shell lines to run first, such as activating an environment")
     environment: dict[str, str] = key({}, "environment variables of every rank, such as NCCL_SOCKET_IFNAME")
-    sbatch: Any = key([], "further options of sbatch, one per item")
+    sbatch: list[str] = key([], "further options of sbatch, one per item")
     hardware: HardwareConfig = field(default_factory=HardwareConfig)

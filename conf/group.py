@@ -16,7 +16,8 @@ from conf.yaml_files import parse_yaml, read_yaml
 from kernels.common.errors import UserError, unknown
 
 Group = typing.TypeVar("Group")
-_TEXT, _TEXTS = (str, typing.Optional[str]), dict[str, str]  # types of keys whose values are taken as they are written
+# Types of keys whose values are taken as they are written.
+_TEXT, _TEXTS, _LIST = (str, typing.Optional[str]), dict[str, str], list[str]
 
 
 def read_group(group: str, schema: type[Group], arguments: list[str], kind: str) -> tuple[Group, list[str]]:
@@ -65,12 +66,13 @@ def read_group(group: str, schema: type[Group], arguments: list[str], kind: str)
             if (count := count_of(types.get(name), text)) is not None:
                 settings[name] = count
                 continue
-            value = parse_yaml(text)
+            value = parse_yaml(text, as_text=types.get(name) in (_TEXTS, _LIST))
             for part in reversed(name.split(".")[1:]):
                 value = {part: value}
             path, name = name, name.split(".")[0]
             adds = "." in path and isinstance(settings.get(name), dict)
             settings[name] = {**settings[name], **value} if adds else value
+        _refuse_other_than_lists(settings, types)
         merged = OmegaConf.merge(OmegaConf.structured(schema), {"name": names[-1].rpartition("/")[2], **settings})
         config: Any = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError, ValueError, OverflowError, RecursionError) as error:
@@ -89,4 +91,22 @@ def _read_choice(path: Path, types: dict[str, Any]) -> dict[str, Any]:
             settings[name] = texts[name]
         elif types.get(name) == _TEXTS and isinstance(value, dict):
             settings[name] = {key: "" if value[key] is None else texts[name][str(key)] for key in value}
+        elif types.get(name) == _LIST and isinstance(value, list):
+            settings[name] = texts[name]
     return settings
+
+
+def _refuse_other_than_lists(settings: dict[str, Any], types: dict[str, Any]) -> None:
+    """Refuse a text where a list of texts belongs, and in the list what is none, such as `setup: [echo a: b]`.
+
+    Raises:
+        ValueError: it names the key.
+    """
+    for name, value in settings.items():
+        if types.get(name) != _LIST:
+            continue
+        if not isinstance(value, list):
+            raise ValueError(f"{name} takes a list, [one, two]")
+        for item in value:
+            if not isinstance(item, str):
+                raise ValueError(f"{name} takes a list of texts, and one of them is {item}: write it in quotes")
