@@ -46,7 +46,7 @@ from launch.estimate.counts import checkpoint_bytes
 from launch.finding import GREEN, RED, YELLOW, Finding, Report
 from launch.installed import installed_versions
 from launch.launchers import Launchers, refuse_taken_port, refuse_unknown_master
-from launch.preflight import node_findings, slow_nodes
+from launch.preflight import node_findings, sheet_bandwidth, slow_nodes
 from launch.ranks import Ranks, export, find_ranks, installed_gpus, take_local_rank, without_launcher
 from launch.sbatch import read_cluster
 
@@ -385,7 +385,9 @@ def collective(ranks: Ranks, cluster: ClusterConfig | None, seconds: float = 2.0
             return
         result = measure(seconds)
     else:
-        world = installed_gpus() or 2
+        import torch
+
+        world = torch.cuda.device_count() or 2  # a job may see some of a node's GPUs
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
         module = str(Path(__file__).with_name("run_module.py"))
         done = subprocess.run(
@@ -403,18 +405,16 @@ def collective(ranks: Ranks, cluster: ClusterConfig | None, seconds: float = 2.0
         result = json.loads(done.stdout.splitlines()[-1])
     speed = result["bytes_per_second"]
     level, advice, sheet = GREEN, "", ""
-    if cluster and cluster.gpus_per_node:
-        wide = result["world_size"] > cluster.gpus_per_node
-        hardware = cluster.hardware
-        network = cluster.gpus_per_node * hardware.network_bandwidth  # each GPU has a network card
-        rate = min(hardware.node_bandwidth, network) if wide else hardware.node_bandwidth
+    if cluster and cluster.gpus_per_node and result["world_size"] > 1:  # a single rank sends nothing
+        rate = sheet_bandwidth(cluster, result["hosts"])
         sheet = f", {speed / rate:.0%} of the {rate / 1e9:,.0f} GB/s of {cluster.name}"
         if speed < _SLOW * rate:
             level, advice = (
                 YELLOW,
                 "NCCL_DEBUG=INFO prints the network in use; NCCL_SOCKET_IFNAME and NCCL_IB_HCA select one",
             )
-    benchmark = f"{result['backend']}, {result['world_size']} ranks, all-reduce of {result['bytes'] / 2**20:.0f} MiB"
+    ranked = "1 rank" if result["world_size"] == 1 else f"{result['world_size']} ranks"
+    benchmark = f"{result['backend']}, {ranked}, all-reduce of {result['bytes'] / 2**20:.0f} MiB"
     text = f"{benchmark}: {speed / 1e9:.2f} GB/s"
     yield Finding(level, "collective", text + sheet, advice)
     if len(set(result["hosts"])) > 1:

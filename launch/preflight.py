@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import collections
 import re
 import resource
 import statistics
@@ -12,6 +13,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from conf.cluster_schema import ClusterConfig
 from launch.finding import GREEN, RED, YELLOW, Finding
 
 # Per GPU, as nvidia-smi prints them: errors that ECC could not correct since the driver was loaded, and rows of memory that it
@@ -106,6 +108,21 @@ def locked_memory() -> Finding:
         advice = "LimitMEMLOCK=infinity for slurmd, and PropagateResourceLimitsExcept=MEMLOCK in slurm.conf"
         return Finding(RED, "locked memory", f"{text}, which is too little for InfiniBand", advice, node=True)
     return Finding(GREEN, "locked memory", text)
+
+
+def sheet_bandwidth(cluster: ClusterConfig, hosts: Sequence[str]) -> float:
+    """Return the bytes/s that each rank can send in a ring over all ranks, by the cluster's data sheet.
+
+    Between nodes a rank sends through the network card of its own GPU and those of the other ranks of its node: with one rank
+    per node, as the check of a job has, through a single card.
+
+    Args:
+        hosts: of every rank.
+    """
+    hardware, on_a_node = cluster.hardware, collections.Counter(hosts)
+    if len(on_a_node) == 1:
+        return hardware.node_bandwidth
+    return min(hardware.node_bandwidth, min(on_a_node.values()) * hardware.network_bandwidth)
 
 
 def slow_nodes(hosts: Sequence[str], seconds: Sequence[float], rank: int, on_gpus: bool) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ import sys
 from importlib import metadata
 
 import pytest
+import torch
 
 from conf.cluster_schema import ClusterConfig, HardwareConfig
 from conf.load import load
@@ -191,6 +192,47 @@ def test_what_a_collective_shows_is_judged(monkeypatch, told, levels):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
     cluster = ClusterConfig(name="h100", hardware=HardwareConfig(node_bandwidth=4.5e11))
     assert {finding.name: finding.level for finding in collective(Ranks(), cluster)} == levels
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_node", "speed", "level", "says"),
+    [
+        (2, 1, 5e10, GREEN, "100% of the 50 GB/s of h100"),  # the gate of a job: a GPU and its card per node
+        (64, 1, 5e10, GREEN, "100% of the 50 GB/s of h100"),
+        (64, 1, 5e9, YELLOW, "10% of the 50 GB/s of h100"),
+        (2, 8, 4e11, GREEN, "100% of the 400 GB/s of h100"),
+        (2, 16, 4.5e11, GREEN, "100% of the 450 GB/s of h100"),  # not more than a GPU sends within its node
+        (1, 8, 4.5e11, GREEN, "100% of the 450 GB/s of h100"),
+        (1, 8, 5e10, YELLOW, "11% of the 450 GB/s of h100"),
+        (1, 1, 0.0, GREEN, "nccl, 1 rank, all-reduce of 64 MiB: 0.00 GB/s"),
+    ],
+)
+def test_bandwidth_is_compared_with_the_network_cards_in_use(monkeypatch, nodes, per_node, speed, level, says):
+    hosts = [f"node{rank // per_node}" for rank in range(nodes * per_node)]
+    world = len(hosts)
+    result = {"bytes_per_second": speed, "bytes": 2**26, "backend": "nccl", "world_size": world, "hosts": hosts,
+              "versions": [{}] * world, "clock_skew": 0.0, "matmul_seconds": [1.0] * world}  # fmt: skip
+    done = subprocess.CompletedProcess([], 0, stdout=doctor.json.dumps(result), stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    cluster = ClusterConfig(name="h100", hardware=HardwareConfig(node_bandwidth=4.5e11, network_bandwidth=5e10))
+    found = next(collective(Ranks(), cluster))
+    assert (found.level, found.text.endswith(says)) == (level, True), found
+
+
+@pytest.mark.parametrize(("visible", "world"), [(1, 1), (2, 2), (8, 8), (0, 2)])
+def test_there_is_a_rank_per_gpu_that_is_visible(monkeypatch, visible, world):
+    """Of a node's eight, an allocation may have one: further ranks would share it, which NCCL refuses."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, stdout="", stderr="Error: stop here")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(doctor, "installed_gpus", lambda: 8)
+    list(collective(Ranks(), None))
+    assert f"--nproc-per-node={world}" in commands[0]
 
 
 def test_a_node_that_cannot_find_rank_0_is_red(monkeypatch):
