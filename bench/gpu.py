@@ -18,9 +18,8 @@ import importlib
 import importlib.util
 import json
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from bench import fused, gpu_resume, gpu_step
 from bench.formulas import formulas
 from bench.gpu_page import failures, page
 from bench.gpu_precision import fp8_products
+from bench.gpu_timing import interleaved
 from kernels import activation
 from kernels.activations import Activation, reference, triton_backend
 from kernels.activations.eager import plain
@@ -40,7 +40,6 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = ((8192, 5632), (16384, 2816), (32768, 8192))  # tokens, d_ff
 ODD_WIDTHS = (1, 7, 8, 127, 1030, 5624)
 ROUNDS = 15  # each round times every method once
-CALLS = 4  # back-to-back calls in one timing
 
 
 @dataclasses.dataclass
@@ -106,6 +105,11 @@ def make(name: str, rows: int, width: int, dtype: torch.dtype, device: torch.dev
 # ------------------------------------------------------------------------------------------------------------ correctness
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return bfloat16 for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def error(computed: Tensor, exact: Tensor) -> float:
     """Return the norm of the error divided by the norm of the exact result."""
     return ((computed.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
@@ -125,7 +129,7 @@ def check(workload: Workload) -> dict[str, Any]:
     eager_dpre = torch.autograd.grad(eager, pre, workload.dh)[0]
     return {
         "formula": workload.name,
-        "dtype": str(pre.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pre.dtype),
         "shape": list(pre.shape),
         "h": error(ours, h),
         "h_eager": error(eager, h),
@@ -168,7 +172,7 @@ def check_extremes(name: str, dtype: torch.dtype, device: torch.device) -> dict[
     lost = sum(
         int((~ours.isfinite() & (exact.abs() < largest)).sum()) for ours, exact in ((ours_h, h), (ours_dpre, dpre))
     )
-    return {"formula": name, "dtype": str(dtype).removeprefix("torch."), "nan_kept": nan_kept, "finite_lost": lost}
+    return {"formula": name, "dtype": dtype_name(dtype), "nan_kept": nan_kept, "finite_lost": lost}
 
 
 def check_large(name: str, device: torch.device) -> dict[str, Any]:
@@ -187,33 +191,6 @@ def check_large(name: str, device: torch.device) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------------------ times
-
-
-def seconds_of(call: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Return the seconds per call, averaged over `calls` back-to-back calls."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter() - began) / calls
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first.record()
-    for _ in range(calls):
-        call()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last) / 1e3 / calls
-
-
-def interleaved(methods: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Time every method once per round; return [median, minimum, maximum] of its seconds."""
-    for call in methods.values():
-        seconds_of(call, CALLS, device)  # warm-up
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(rounds):
-        for name, call in methods.items():
-            seconds[name].append(seconds_of(call, CALLS, device))
-    return {name: [statistics.median(times), min(times), max(times)] for name, times in seconds.items()}
 
 
 def liger(name: str) -> Callable[..., Tensor] | None:
@@ -320,67 +297,91 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def collect(
-    options: argparse.Namespace, device: torch.device, minutes: Minutes
-) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yield (section of the record, row) for every check and timing."""
+Rows = Iterator[tuple[str, dict[str, Any]]]
+
+
+def listed(section: str, row: dict[str, Any], part: Callable[..., Any], *arguments: Any) -> Rows:
+    """Yield (section, row) for the rows of a part, which ends in `row` with the reason if it fails."""
+    for each in gpu_step.attempted(row, part, *arguments):
+        yield section, each
+
+
+def collect(options: argparse.Namespace, device: torch.device, minutes: Minutes) -> Rows:
+    """Yield (section of the record, row) for every check and timing. What fails becomes a row that says so."""
     dtypes = [torch.float32] if options.tiny else [torch.bfloat16, torch.float16, torch.float32]
     rows, width = (2, 48) if options.tiny else (512, 5632)
     for name in ("swiglu", "relu2", "gelu"):
         if name in options.formulas and not options.tiny and minutes.allow(f"first check of {name}"):
-            yield "checks", check(make(name, rows, width, dtypes[0], device))
+            yield from checked(name, rows, width, dtypes[0], device)
     yield from whole_steps(options, device, dtypes[0], minutes)
     for name in options.formulas:
         for dtype in dtypes:
             if minutes.allow(f"check of {name}, {dtype}"):
-                yield "checks", check(make(name, rows, width, dtype, device))
-                yield "extremes", check_extremes(name, dtype, device)
-        for width in ODD_WIDTHS[:2] if options.tiny else ODD_WIDTHS:
-            if minutes.allow(f"check of {name}, width {width}"):
-                yield "checks", check(make(name, 3 if options.tiny else 33, width, dtypes[0], device))
+                yield from checked(name, rows, width, dtype, device)
+                row = {"formula": name, "dtype": dtype_name(dtype)}
+                yield from listed("extremes", row, check_extremes, name, dtype, device)
+        for width_now in ODD_WIDTHS[:2] if options.tiny else ODD_WIDTHS:
+            if minutes.allow(f"check of {name}, width {width_now}"):
+                yield from checked(name, 3 if options.tiny else 33, width_now, dtypes[0], device)
     for name in () if options.tiny else ("silu", "swiglu", "prelu"):
         if name in options.formulas and minutes.allow(f"check of {name} beyond 2**31 elements"):
-            yield "large", check_large(name, device)
-            torch.cuda.empty_cache()
+            yield from listed("large", {"formula": name}, check_large, name, device)
+            gpu_step.free_memory(device)
     rounds = 1 if options.tiny else ROUNDS
-    for operation in fused.operations(device.type)[: 1 if options.tiny else None]:
-        for dtype in dtypes[:1] if options.tiny else (torch.bfloat16, torch.float32):
-            if minutes.allow(f"{operation.name}, {dtype}"):
-                yield "fused", fused.compare(operation, dtype, rounds)
-    for rows, width in [(2, 48)] if options.tiny else SHAPES:
-        compiled = not options.no_compile and (rows, width) == SHAPES[0]  # takes ten times as long as everything else
+    yield from listed("fused", {"operation": "all"}, fused_operations, options, device, rounds, minutes)
+    for shape in [(2, 48)] if options.tiny else SHAPES:
+        compiled = not options.no_compile and shape == SHAPES[0]  # takes ten times as long as everything else
         if not compiled:
-            minutes.left_out.append(f"torch.compile, {rows} x {width}")
+            minutes.left_out.append("torch.compile, {} x {}".format(*shape))
         for name in options.formulas:
-            if minutes.allow(f"times of {name}, {rows} x {width}"):
-                yield "times", measure(make(name, rows, width, dtypes[0], device), rounds, device, compiled)
+            if minutes.allow("times of {}, {} x {}".format(name, *shape)):
+                yield from timed(name, *shape, dtypes[0], device, rounds, compiled)
     for name in () if options.tiny else ("swiglu", "gelu"):
         if name in options.formulas and minutes.allow(f"tiles of {name}"):
-            yield "tiles", measure_tiles(name, device, rounds)
+            yield from listed("tiles", {"formula": name}, measure_tiles, name, device, rounds)
 
 
-def whole_steps(
-    options: argparse.Namespace, device: torch.device, dtype: torch.dtype, minutes: Minutes
-) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yield training steps, and the choices within them. What fails becomes a row that says so."""
+def checked(name: str, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Rows:
+    """Yield the errors of a formula at one size."""
+    row = {"formula": name, "dtype": dtype_name(dtype), "shape": [rows, width]}
+    yield from listed("checks", row, lambda: check(make(name, rows, width, dtype, device)))
+
+
+def timed(
+    name: str, rows: int, width: int, dtype: torch.dtype, device: torch.device, rounds: int, compiled: bool
+) -> Rows:
+    """Yield the times of a formula at one size."""
+    row = {"formula": name, "rows": rows, "d_ff": width}
+    yield from listed("times", row, lambda: measure(make(name, rows, width, dtype, device), rounds, device, compiled))
+
+
+def fused_operations(
+    options: argparse.Namespace, device: torch.device, rounds: int, minutes: Minutes
+) -> Iterator[dict[str, Any]]:
+    """Yield the times and errors of RMSNorm and the rotary embedding."""
+    for operation in fused.operations(device.type)[: 1 if options.tiny else None]:
+        for dtype in (torch.float32,) if options.tiny else (torch.bfloat16, torch.float32):
+            if minutes.allow(f"{operation.name}, {dtype}"):
+                row = {"operation": operation.name, "dtype": dtype_name(dtype)}
+                yield from gpu_step.attempted(row, fused.compare, operation, dtype, rounds)
+
+
+def whole_steps(options: argparse.Namespace, device: torch.device, dtype: torch.dtype, minutes: Minutes) -> Rows:
+    """Yield training steps, and the choices within them."""
     rounds = 1 if options.tiny else ROUNDS
     for model in (gpu_step.TINY,) if options.tiny else gpu_step.MODELS:
         if minutes.allow(f"steps of {model.name}"):
-            try:
-                yield "steps", gpu_step.train(model, device, dtype)
-            except RuntimeError as error:
-                yield "steps", {"model": model.name, "failed": str(error).splitlines()[0]}
+            yield from listed("steps", {"model": model.name}, gpu_step.train, model, device, dtype)
         parts = (("attention", gpu_step.attention_choices), ("loss", gpu_step.loss_chunks), ("products", fp8_products))
         for section, choices in parts:
             if minutes.allow(f"choices of {section}, {model.name}"):
-                for row in choices(model, device, dtype, rounds):
-                    yield section, row
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+                row = {"model": model.name, "method": section}
+                yield from listed(section, row, choices, model, device, dtype, rounds)
+        gpu_step.free_memory(device)
     if options.tiny or gpu_resume.missing():
         minutes.left_out.append(f"stop and resume (not installed: {', '.join(gpu_resume.missing()) or 'nothing'})")
     elif minutes.allow("stop and resume"):
-        yield "resume", gpu_resume.resumed()
+        yield from listed("resume", {"model": "nano", "method": "stop and resume"}, gpu_resume.resumed)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu_step import Model, timed
+from bench.gpu_step import Model, attempted, timed
 from conf.schema import FFNConfig, PrecisionConfig
 from kernels import activation
 from kernels.common.errors import UserError
@@ -34,30 +34,31 @@ def fp8_products(model: Model, device: torch.device, dtype: torch.dtype, rounds:
         gradients = products.input_gradient(dy, weight), products.weight_gradient(dy, x)
         return [products.forward(x, weight), *gradients]
 
-    for name, scaling in (("bf16", ""), ("fp8", "rowwise"), ("fp8", "tensorwise")):
-        row: dict[str, Any] = {"model": model.name, "method": f"{name} {scaling}".strip()}
-        try:
-            products, same = PLAIN, None
-            if scaling:
-                products, _ = products_of(PrecisionConfig(name, scaling=scaling), device)
-                same, _ = products_of(PrecisionConfig("bf16", emulate="fp8", scaling=scaling), device)
-                with unittest.mock.patch.object(rounding, "_kernels", return_value=None):
-                    expected = three(same)
-                pairs = zip(three(products), expected, strict=True)
-                row["error"] = max(_error(a, b) for a, b in pairs)
-            seconds = timed(lambda products=products: three(products), device, rounds)
-            yield row | {"seconds": seconds, "flops_per_second": flops / seconds[0]}
-        except (RuntimeError, UserError) as error:  # a GPU without FP8 units, or no kernel for these sizes
-            yield row | {"failed": str(error).splitlines()[0]}
-    pre = dy.view(tokens, 2, model.d_ff)
-    swiglu, same = (activation(FFNConfig().formula, backend=backend) for backend in ("auto", "reference"))
-    row = {"model": model.name, "method": "swiglu in fp8"}
-    try:
+    def one(row: dict[str, Any], name: str, scaling: str) -> dict[str, Any]:
+        products, same = PLAIN, None
+        if scaling:
+            products, _ = products_of(PrecisionConfig(name, scaling=scaling), device)
+            same, _ = products_of(PrecisionConfig("bf16", emulate="fp8", scaling=scaling), device)
+            with unittest.mock.patch.object(rounding, "_kernels", return_value=None):
+                expected = three(same)
+            pairs = zip(three(products), expected, strict=True)
+            row["error"] = max(_error(a, b) for a, b in pairs)
+        seconds = timed(lambda: three(products), device, rounds)
+        return row | {"seconds": seconds, "flops_per_second": flops / seconds[0]}
+
+    def fused(row: dict[str, Any]) -> dict[str, Any]:
+        pre = dy.view(tokens, 2, model.d_ff)
+        swiglu, same = (activation(FFNConfig().formula, backend=backend) for backend in ("auto", "reference"))
         (values, scale), (expected_values, expected_scale) = (each.forward_fp8(pre, []) for each in (swiglu, same))
         row["error"] = _error(values.float() * scale, expected_values.float() * expected_scale)
-        yield row | {"seconds": timed(lambda: swiglu.forward_fp8(pre, []), device, rounds)}
-    except RuntimeError as error:
-        yield row | {"failed": str(error).splitlines()[0]}
+        return row | {"seconds": timed(lambda: swiglu.forward_fp8(pre, []), device, rounds)}
+
+    # Expected: a GPU without FP8 units, or no kernel for these sizes.
+    for name, scaling in (("bf16", ""), ("fp8", "rowwise"), ("fp8", "tensorwise")):
+        row: dict[str, Any] = {"model": model.name, "method": f"{name} {scaling}".strip()}
+        yield from attempted(row, one, row, name, scaling, expected=(RuntimeError, UserError))
+    row = {"model": model.name, "method": "swiglu in fp8"}
+    yield from attempted(row, fused, row, expected=RuntimeError)
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

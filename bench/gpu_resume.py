@@ -64,7 +64,11 @@ def _wait(process: subprocess.Popen[str]) -> None:
     Raises:
         RuntimeError: it failed; the last line that it printed.
     """
-    out, _ = process.communicate(timeout=_PATIENCE)
+    try:
+        out, _ = process.communicate(timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()  # or it would run on beside what is timed next
+        raise
     if process.returncode:
         raise RuntimeError((out.strip().splitlines() or [f"train.py ended with {process.returncode}"])[-1])
 

@@ -6,6 +6,7 @@ memory is compared with the estimate of its activations, its speed with the peak
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import statistics
@@ -155,20 +156,48 @@ def timed(call: Callable[[], object], device: torch.device, rounds: int) -> list
     return [statistics.median(seconds), min(seconds), max(seconds)]
 
 
+def attempted(
+    row: dict[str, Any], part: Callable[..., Any], *arguments: Any, expected: Any = ()
+) -> Iterator[dict[str, Any]]:
+    """Yield the row that a part returns, or the rows that it yields; one that raises ends in `row`, with the reason.
+
+    Triton's errors, of a kernel that does not compile or that needs more shared memory than there is, share no base with those
+    of torch but Exception.
+
+    Args:
+        expected: types of errors that say what does not run here; any other is a failure of the run, with `crashed`.
+    """
+    try:
+        found = part(*arguments)
+        yield from [found] if isinstance(found, dict) else found
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield row | {"failed": reason} | ({} if isinstance(error, expected) else {"crashed": True})
+
+
+def free_memory(device: torch.device) -> None:
+    """Give memory that is not in use back to a GPU."""
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # after a failed kernel every call fails: the parts say so
+            torch.cuda.empty_cache()
+
+
 def tried(
     model: Model, methods: dict[str, Callable[[], Tensor]], device: torch.device, rounds: int
 ) -> Iterator[dict[str, Any]]:
     """Yield the time of forward and backward of each method and the peak memory, or why it does not run here."""
+
+    def one(row: dict[str, Any], method: Callable[[], Tensor]) -> dict[str, Any]:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds = timed(lambda: method().sum().backward(), device, rounds)
+        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+        return row | {"seconds": seconds, "peak_gib": peak}
+
     for name, method in methods.items():
         row = {"model": model.name, "method": name}
-        try:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            seconds = timed(lambda method=method: method().sum().backward(), device, rounds)
-            peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-            yield row | {"seconds": seconds, "peak_gib": peak}
-        except RuntimeError as error:  # no kernel for these sizes, none in this build, or out of memory
-            yield row | {"failed": str(error).splitlines()[0]}
+        # Expected: no kernel for these sizes, none in this build, or out of memory.
+        yield from attempted(row, one, row, method, expected=RuntimeError)
 
 
 def attention_choices(model: Model, device: torch.device, dtype: torch.dtype, rounds: int) -> Iterator[dict[str, Any]]:

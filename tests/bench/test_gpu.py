@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_page, gpu_resume
+from bench import gpu, gpu_page, gpu_resume, gpu_step
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -117,6 +117,18 @@ def test_the_page_begins_with_training_steps():
         ("checks", {"dpre": float("nan")}, "the error of dpre is nan"),
         ("checks", {"not_finite": 3}, "3 numbers are not finite"),
         ("checks", {"repeats": False}, "sums repeat: False"),
+        ("checks", {"learned": 0.9}, "the error of the gradient of the learned parameters is 0.9"),
+        ("checks", {"learned": float("nan")}, "the error of the gradient of the learned parameters is nan"),
+        ("checks", {"dtype": "float32", "h": 0.0, "dpre": 0.0, "learned": 1e-5}, "the learned parameters is 1e-05"),
+        ("checks", {"kernels_differ": 0.9}, "the forward kernel and the two of backward differ by 0.9"),
+        ("checks", {"kernels_differ": float("nan")}, "the two of backward differ by nan"),
+        ("checks", {"failed": "no kernel image"}, "checks of swiglu, bfloat16, 8 x 2 x 16: no kernel image"),
+        ("extremes", {"failed": "no kernel image"}, "extremes of swiglu, bfloat16: no kernel image"),
+        ("large", {"failed": "out of memory"}, "large of swiglu: out of memory"),
+        ("fused", {"failed": "no kernel image"}, "fused of norm 8x16, bfloat16: no kernel image"),
+        ("times", {"failed": "out of memory"}, "times of swiglu, 8 x 16: out of memory"),
+        ("tiles", {"failed": "out of resource"}, "tiles of swiglu: out of resource"),
+        ("attention", {"failed": "CUDA out of memory", "crashed": True}, "llama_1b, sdpa: CUDA out of memory"),
         ("checks", {"telemetry": {"h": 0.1, "statistics": 0.0}}, "the forward kernel with telemetry is off"),
         ("checks", {"telemetry": {"h": 0.0, "statistics": float("nan")}}, "the forward kernel with telemetry is off"),
         ("fused", {"error": 1.2}, "norm 8x16 in bfloat16: 1.20 times the error of plain PyTorch"),
@@ -129,6 +141,64 @@ def test_a_failed_check_has_a_sentence(section, change, expected):
     assert gpu_page.failures(RECORD) == []
     (sentence,) = gpu_page.failures({**RECORD, section: [RECORD[section][0] | change]})
     assert expected in sentence
+
+
+def test_the_gradient_of_a_learned_parameter_is_judged_as_a_sum_in_fp32():
+    row = RECORD["checks"][0] | {"dtype": "float32", "h": 0.0, "dpre": 0.0}
+    assert gpu_page.failures({**RECORD, "checks": [row | {"learned": 5e-6}]}) == []  # 8 roundings x sqrt(8 x 2 x 16)
+
+
+class OutOfSharedMemory(Exception):
+    """Like Triton's OutOfResources, whose base is Exception."""
+
+
+@pytest.mark.parametrize("error", [OutOfSharedMemory("out of resource: shared memory\nsee above"), RuntimeError("")])
+def test_a_part_that_fails_is_a_row_and_the_next_one_runs(monkeypatch, tmp_path, capsys, error):
+    """Every part fails, the making of its tensors included."""
+
+    def fail(*_, **__):
+        raise error
+
+    parts = (
+        (gpu, "make"),
+        (gpu_step, "train"),
+        (gpu_step, "attention_choices"),
+        (gpu_step, "loss_chunks"),
+        (gpu, "fp8_products"),
+    )
+    for module, name in (*parts, (gpu.fused, "operations"), (gpu, "check_extremes")):
+        monkeypatch.setattr(module, name, fail)
+    monkeypatch.setattr(gpu.runtime, "interpreted", lambda: True)
+    assert gpu.main(["--tiny", "--no-compile", "--formulas", "relu", "silu", "--results", str(tmp_path)]) == 1
+    record = json.loads((tmp_path / "the-interpreter-elementwise.json").read_text(encoding="utf-8"))
+    reason = str(error).partition("\n")[0] or "RuntimeError"
+    failed = {section: [row["failed"] for row in record[section]] for section in
+              ("steps", "attention", "loss", "products", "checks", "extremes", "fused", "times")}  # fmt: skip
+    one, of_each = [reason], [reason] * 2
+    assert failed == {"steps": one, "attention": one, "loss": one, "products": one, "checks": of_each * 3,
+                      "extremes": of_each, "fused": one, "times": of_each}  # fmt: skip
+    printed = capsys.readouterr().out
+    sentences = [f"training tiny: {reason}", f"tiny, attention: {reason}", f"checks of relu, float32, 2 x 48: {reason}",
+                 f"fused of all: {reason}", f"times of silu, 2 x 48: {reason}"]  # fmt: skip
+    page = (tmp_path / "the-interpreter-elementwise.md").read_text(encoding="utf-8")
+    for sentence in sentences:
+        assert f"\n{sentence}\n" in printed
+        assert f"\n- {sentence}\n" in page
+
+
+def test_a_way_that_does_not_run_here_is_told_from_a_crash():
+    def fails(error: Exception):
+        def method() -> torch.Tensor:
+            raise error
+
+        return method
+
+    methods = {"none": fails(RuntimeError("No available kernel")), "broken": fails(OutOfSharedMemory("shared memory"))}
+    methods["works"] = lambda: torch.ones(2, requires_grad=True)
+    none, broken, works = gpu_step.tried(gpu_step.TINY, methods, CPU, 1)
+    assert (none["failed"], "crashed" in none) == ("No available kernel", False)
+    assert (broken["failed"], broken["crashed"]) == ("shared memory", True)
+    assert len(works["seconds"]) == 3
 
 
 def test_a_tensor_that_is_saved_twice_is_counted_once():
