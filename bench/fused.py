@@ -6,14 +6,15 @@
 
 Both run in one process, taking turns, under the allocator settings of `train.py`. A ratio is taken per round: the time of plain
 PyTorch divided by ours. On a CPU, plain PyTorch is the few passes that run where there is no compiler (`norm.PLAIN`); on a GPU
-it is `F.rms_norm`. The error is that of all results together against float64, divided by plain PyTorch's.
+it is `F.rms_norm`, and times are the GPU's own (`bench/gpu_timing.py`). The error is that of all results together against
+float64, divided by plain PyTorch's.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.gpu_timing import seconds_of
 from kernels.common.commands import run_command
 from kernels.common.options import read_options
 from kernels.norm import norm
@@ -29,6 +31,7 @@ from kernels.rotary import rotary
 EPS = 1e-5
 _WARM_UP = 3
 _ELEMENTS = 2**22  # of one timing: small tensors are computed several times
+_GPU_CALLS = 20  # at least, on a GPU: its events resolve half a microsecond, and the smallest norm takes about one
 
 
 def plain_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -129,15 +132,12 @@ def _error(results: list[Tensor], exact: list[Tensor]) -> float:
 def _ratio(run: Callable[[str], None], x: Tensor, rounds: int) -> tuple[float, float, float]:
     """Time `run("ours")` and `run("plain")` in turn; return the latter divided by the former: median, minimum, maximum."""
     seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+    calls = max(_GPU_CALLS if x.is_cuda else 1, _ELEMENTS // x.numel())
     for number in range(rounds + _WARM_UP):
         for name, times in seconds.items():
-            start = time.perf_counter()
-            for _ in range(max(1, _ELEMENTS // x.numel())):
-                run(name)
-            if x.is_cuda:
-                torch.cuda.synchronize()
+            took = seconds_of(functools.partial(run, name), calls, x.device)
             if number >= _WARM_UP:
-                times.append(time.perf_counter() - start)
+                times.append(took)
     ratios = [plain / ours for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 

@@ -132,7 +132,7 @@ def _times(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "Median of interleaved rounds (minimum to maximum). Bandwidth is relative to that of a copy in the same rounds, of as",
         "many bytes as forward moves; every method is credited with the bytes that it must move. Saved: the bytes kept for",
-        "backward, inputs included.",
+        "backward, inputs included. Times are the GPU's own, without the host's to launch the calls.",
         "",
         "| formula | tokens x d_ff | pass | method | µs | fraction of copy bandwidth | saved, MiB |",
         "|---|---|---|---|---|---|---|",

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.gpu_timing import seconds_of
 from conf.schema import Config, FFNConfig, ModelConfig
 from conf.shape import FFNShape, Shape
 from kernels import parse
@@ -143,16 +144,10 @@ def wait(device: torch.device) -> None:
 
 
 def timed(call: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
-    """Return [median, minimum, maximum] of the seconds of a call."""
+    """Return [median, minimum, maximum] of the seconds of a call: on a GPU its own time (`seconds_of`)."""
     call()
     call()
-    seconds = []
-    for _ in range(rounds):
-        wait(device)
-        began = time.perf_counter()
-        call()
-        wait(device)
-        seconds.append(time.perf_counter() - began)
+    seconds = [seconds_of(call, 1, device) for _ in range(rounds)]
     return [statistics.median(seconds), min(seconds), max(seconds)]
 
 
@@ -208,7 +203,9 @@ def attention_choices(model: Model, device: torch.device, dtype: torch.dtype, ro
         for heads in group
     )
     starts = torch.zeros(model.sequences, model.length, dtype=torch.long, device=device)
-    starts[:, :: max(1, model.length // 8)] = 1  # eight documents
+    step = max(1, model.length // 8)
+    starts[:, ::step] = 1  # eight documents
+    lengths = [min(step, model.length - start) for start in range(0, model.length, step)]
     documents = Documents(starts.cumsum(1))
     on_gpu = device.type == "cuda"
 
@@ -228,9 +225,11 @@ def attention_choices(model: Model, device: torch.device, dtype: torch.dtype, ro
             methods[f"{package.module}, documents"] = lambda: attend(q, k, v, "flash", documents)
     else:
         methods["blocks"] = lambda: attend(q, k, v, "blocks")
-    scores = 3.5 * 2 * model.sequences * model.length**2 * model.d_model  # causal: 2 products forward, 5 backward
+    # Causal, 2 products forward and 5 backward; tokens attend within their own document.
+    unit = 3.5 * 2 * model.sequences * model.d_model
     for row in tried(model, methods, device, rounds):
-        yield row | ({"flops_per_second": scores / row["seconds"][0]} if "seconds" in row else {})
+        pairs = sum(length**2 for length in (lengths if "documents" in row["method"] else [model.length]))
+        yield row | ({"flops_per_second": unit * pairs / row["seconds"][0]} if "seconds" in row else {})
 
 
 def loss_chunks(model: Model, device: torch.device, dtype: torch.dtype, rounds: int) -> Iterator[dict[str, Any]]:

@@ -9,16 +9,30 @@ from collections.abc import Callable
 import torch
 
 CALLS = 4  # back-to-back calls in one timing
+# Of the GPU's clock, per second that the host took to launch the calls: twice that at 3 GHz, longer at the clocks of servers.
+_CYCLES = 2 * 3e9
+_LONGEST_LAUNCH = 0.1  # seconds: a first call that compiles takes longer, and needs no such sleep
 
 
 def seconds_of(call: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Return the seconds per call, averaged over `calls` back-to-back calls."""
+    """Return the seconds per call, averaged over `calls` back-to-back calls.
+
+    On a GPU that is its own time, between events around the calls. Before them it sleeps until the host has launched all: a
+    kernel of some microseconds takes less than the host needs to launch the next, and the GPU would wait within the timing. A
+    first pass of the calls, which is not timed, tells how long the host takes. On a CPU it is wall-clock time.
+    """
     if device.type != "cuda":
         began = time.perf_counter()
         for _ in range(calls):
             call()
         return (time.perf_counter() - began) / calls
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(calls):
+        call()
+    launching = min(time.perf_counter() - began, _LONGEST_LAUNCH)
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(int(_CYCLES * launching))
     first.record()
     for _ in range(calls):
         call()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import unittest.mock
 
+import pytest
+import torch
+
+from bench import fused
 from bench.fused import main
 from kernels.common.errors import UserError
 
@@ -22,3 +26,22 @@ def test_one_line_per_dtype(capsys):
 def test_bad_options_are_refused(option):
     with pytest.raises(UserError):
         main([option])
+
+
+def test_both_are_timed_in_turn_and_small_tensors_several_times(monkeypatch):
+    timings = []
+
+    def seconds_of(call, calls, _):
+        timings.append(calls)
+        call()
+        return {"ours": 2.0, "plain": 3.0}[ran[-1]]
+
+    ran: list[str] = []
+    monkeypatch.setattr(fused, "seconds_of", seconds_of)
+    assert fused._ratio(ran.append, torch.empty(2**20), 2) == (1.5, 1.5, 1.5)
+    assert ran == ["ours", "plain"] * 5  # three rounds warm up
+    assert set(timings) == {4}
+    on_gpu = unittest.mock.Mock(is_cuda=True, device=torch.device("cuda"), numel=lambda: 2**22)
+    timings.clear()
+    fused._ratio(ran.append, on_gpu, 1)
+    assert set(timings) == {20}

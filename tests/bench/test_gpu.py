@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_page, gpu_resume, gpu_step
+from bench import gpu, gpu_page, gpu_resume, gpu_step, gpu_timing
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -199,6 +200,46 @@ def test_a_way_that_does_not_run_here_is_told_from_a_crash():
     assert (none["failed"], "crashed" in none) == ("No available kernel", False)
     assert (broken["failed"], broken["crashed"]) == ("shared memory", True)
     assert len(works["seconds"]) == 3
+
+
+@pytest.mark.parametrize(("launching", "slept"), [(0.001, 0.001), (30.0, 0.1)])
+def test_a_gpu_sleeps_until_all_calls_of_a_timing_are_launched(monkeypatch, launching, slept):
+    order = []
+
+    class RecordedEvent:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("event")
+
+        def synchronize(self) -> None:
+            order.append("wait")
+
+        def elapsed_time(self, _: RecordedEvent) -> float:
+            return 6.0  # milliseconds
+
+    clock = iter([0.0, launching])
+    # `monkeypatch` refuses names that this torch does not have.
+    monkeypatch.setattr(torch.cuda, "Event", RecordedEvent)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append(cycles))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: order.append("idle"))
+    monkeypatch.setattr(gpu_timing.time, "perf_counter", lambda: next(clock))
+    assert gpu_timing.seconds_of(lambda: order.append("call"), 3, torch.device("cuda")) == pytest.approx(0.002)
+    calls = ["call"] * 3
+    assert order == ["idle", *calls, int(6e9 * slept), "event", *calls, "event", "wait"]
+
+
+def test_attention_within_documents_is_credited_with_its_own_pairs():
+    rows = {row["method"]: row for row in gpu_step.attention_choices(gpu_step.TINY, CPU, torch.float32, 1)}
+    flops = {name: row["flops_per_second"] * row["seconds"][0] for name, row in rows.items()}
+    whole = 7 * 2 * 16**2 * 32  # 7 products over half of the square, 2 FLOPs each; 2 sequences
+    assert (flops["sdpa"], flops["blocks"]) == (pytest.approx(whole), pytest.approx(whole))
+    assert flops["sdpa, documents"] == pytest.approx(whole / 8)  # eight documents of 2 tokens
+    uneven = dataclasses.replace(gpu_step.TINY, length=17)
+    rows = {row["method"]: row for row in gpu_step.attention_choices(uneven, CPU, torch.float32, 1)}
+    documents = rows["sdpa, documents"]
+    assert documents["flops_per_second"] * documents["seconds"][0] == pytest.approx(7 * 2 * (8 * 2**2 + 1) * 32)
 
 
 def test_a_tensor_that_is_saved_twice_is_counted_once():
