@@ -5,10 +5,14 @@ Values of the clusters are in `conf/cluster/<cluster>.yaml`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Optional
 
 from conf.schema import key
+
+# Of HardwareConfig: 0 where there is none of it. Times are divided by the others.
+_MAY_BE_ZERO = ("bf16_flops", "fp8_flops", "network_latency", "node_watts", "dollars_per_gpu_hour")
 
 
 @dataclass
@@ -29,6 +33,20 @@ class HardwareConfig:
     full_watts: float = key(700.0, "power per GPU at which it reaches its peak")
     node_watts: float = key(10200.0, "power of a whole node under load, without cooling")
     dollars_per_gpu_hour: float = key(2.5, "price per GPU hour, rented or owned")
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no hardware has.
+
+        Raises:
+            ValueError: it names the key.
+        """
+        for name in (each.name for each in fields(self)):
+            value = getattr(self, name)
+            if name == "device":
+                continue
+            if not math.isfinite(value) or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
+                expected = "a finite number, 0 or above" if name in _MAY_BE_ZERO else "a finite number above 0"
+                raise ValueError(f"hardware.{name}={value:g}: expected {expected}")
 
 
 @dataclass

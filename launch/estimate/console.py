@@ -23,6 +23,7 @@ _PARTS = {
     "context": "context-parallel traffic",
     "data": "ZeRO traffic, not overlapped",
     "latency": "ZeRO latency",
+    "host": "weights from the host, not overlapped",
     "optimizer": "optimizer step",
 }
 
@@ -51,6 +52,9 @@ def show(requested: Estimate, candidates: list[Estimate], console: SafeConsole) 
     verdict = "fits" if requested.fits else "does not fit"
     memory.add_row("total", f"{sum(requested.memory.values()) / 2**30:.2f}  of {hardware.memory_gib:g}: {verdict}")
     console.print(memory)
+    if on_host := requested.host_memory:
+        parts = " + ".join(f"{part} {size / 2**30:,.1f}" for part, size in on_host.items())
+        console.print(f"in the host's memory, GiB per node: {parts}", soft_wrap=True)
     sent, mwh = traffic(requested.layout), requested.megawatt_hours
     energy = f"{mwh:,.0f}" if mwh >= 100 else f"{mwh:.3g}"
     step = Table("per step", "seconds", "fraction", f"GB sent per {device}", **_NARROW)

@@ -173,6 +173,20 @@ def zero_traffic(
     }
 
 
+def host_traffic(rank_parameters: int, zero: ZeroConfig, dp_cp: int, accumulation: int, width: int) -> float:
+    """Return the bytes that a rank moves per step between a GPU and the host's memory for weights that are kept there.
+
+    Stage 3 brings a rank's partition to the GPU before every gather, as often as `zero_traffic` counts. An optimizer on the GPU
+    writes it back once; one on the host updates it in place.
+
+    Args:
+        width: bytes per weight.
+    """
+    if not zero.offload_parameters:
+        return 0.0
+    return (2 * accumulation + (not zero.offload_optimizer)) * width * rank_parameters / dp_cp
+
+
 def overlaps(zero: ZeroConfig, on_gpu: bool) -> bool:
     """Return what `zero.overlap` means: where it is null, as DeepSpeed by itself, at stage 3; on a CPU there is no stream."""
     return (on_gpu and zero.stage == 3) if zero.overlap is None else zero.overlap
@@ -227,6 +241,20 @@ def state_bytes(
         "weights": width * own / (dp_cp if stage >= 3 else 1),
         "gradients": gradient * own / (1 if keeps_all else dp_cp),
         "optimizer": 0.0 if offload else 4 * (kept + (own if copies else 0)) / (dp_cp if stage >= 1 else 1),
+    }
+
+
+def host_bytes(config: Config, shape: Shape, dp_cp: int, bf16: bool) -> dict[str, float]:
+    """Return the bytes of a GPU's weights and optimizer state that are kept in the host's memory.
+
+    An optimizer on the host has a copy of the weights in fp32, whatever the stage. Gradients and buffers are not counted.
+    """
+    zero, tensor = config.zero, config.parallel.tensor
+    own = rank_parameters(shape, tensor)
+    kept = by_rule(shape, tensor, config.optim.name, lambda rule: len(rule.states))
+    return {
+        "weights": (2 if bf16 else 4) * own / dp_cp if zero.offload_parameters else 0.0,
+        "optimizer": 4 * (kept + own) / dp_cp if zero.offload_optimizer else 0.0,
     }
 
 
@@ -329,10 +357,10 @@ def peak_bytes(
         micro_batch: sequences per rank at once.
         micro_batches: per step and rank.
         bf16: else fp32.
-        on_gpu: else on a CPU, where the loss works in smaller chunks.
+        on_gpu: else on a CPU, where the loss works in smaller chunks, and what is offloaded stays in the same memory.
     """
     zero, parallel, width = config.zero, config.parallel, 2 if bf16 else 4
-    offload = zero.offload_optimizer
+    offload, on_host = (zero.offload_optimizer and on_gpu), (zero.offload_parameters and on_gpu)
     states = state_bytes(shape, parallel.tensor, dp_cp, zero.stage, bf16, micro_batches, offload, config.optim.name)
     own, partitions = rank_parameters(shape, parallel.tensor), dp_cp if zero.stage >= 1 else 1
     tokens = micro_batch * config.sequence_length // parallel.context
@@ -341,7 +369,9 @@ def peak_bytes(
     reduces = bucket * (
         width * (2 if overlaps(zero, on_gpu) else 1) + (4 if bf16 and config.precision.reduce == "fp32" else 0)
     )
-    gathered = width * min(GATHERED_BUCKETS * bucket, own) if zero.stage == 3 else 0.0
+    # A single rank gathers too where its weights are on the host.
+    gathers = zero.stage == 3 and (dp_cp > 1 or on_host)
+    gathered = width * min(GATHERED_BUCKETS * zero.bucket_elements, own) if gathers else 0.0
     unpartitioned = zero.stage == 1 and dp_cp == 1 and not offload
     # Kept during forward: the sum over earlier micro-batches, or the fp32 gradient that stage 1 on a single rank keeps.
     waiting = states["gradients"] if micro_batches > 1 else 4.0 * own if unpartitioned and bf16 else 0.0
@@ -366,4 +396,4 @@ def peak_bytes(
         {"gradients": gradients, "activations": 0.0, "working": stepping, "buffers": reduces},
     ]
     worst = max(moments, key=lambda moment: sum(moment.values()))
-    return {"weights": states["weights"], "optimizer": states["optimizer"], **worst}
+    return {"weights": 0.0 if on_host else states["weights"], "optimizer": states["optimizer"], **worst}

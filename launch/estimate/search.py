@@ -13,7 +13,7 @@ from conf.schema import Config
 from conf.shape import Shape, check_divisibility, shape_of
 from conf.validate import Batch, trains_in_bf16, validate
 from kernels.common.errors import UserError
-from launch.estimate.counts import CHECKPOINTING, overlaps, peak_bytes
+from launch.estimate.counts import CHECKPOINTING, host_bytes, overlaps, peak_bytes
 from launch.estimate.step_time import ParallelLayout, StepTime, model_flops_utilization, overlapped, step_time
 
 _RESERVED = 0.08  # fraction of a GPU's memory: the CUDA context, NCCL and fragmentation
@@ -43,6 +43,13 @@ class Estimate:
         return sum(self.memory.values()) <= (1 - _RESERVED) * self.cluster.hardware.memory_gib * 2**30
 
     @property
+    def host_memory(self) -> dict[str, float]:
+        """Bytes of the host's memory per node that weights and optimizer state take instead of that of GPUs, by part."""
+        ranks = self.layout.gpus_per_node if self.layout.on_gpu else 0
+        per_rank = host_bytes(self.config, self.shape, self.layout.dp_cp, self.layout.bf16)
+        return {part: ranks * size for part, size in per_rank.items() if ranks * size}
+
+    @property
     def tokens_per_second(self) -> float:
         return self.batch.tokens_per_step / self.step.total
 
@@ -56,8 +63,8 @@ class Estimate:
 
     @property
     def megawatt_hours(self) -> float:
-        """Energy of the nodes, without cooling."""
-        hardware, per_node = self.cluster.hardware, max(1, self.cluster.gpus_per_node)
+        """Energy of the nodes, without cooling. Of a node with GPUs that uses some, their fraction."""
+        hardware, per_node = self.cluster.hardware, self.cluster.gpus_per_node or self.layout.gpus_per_node
         return self.hours * self.gpus * hardware.node_watts / per_node / 1e6
 
     @property
@@ -117,7 +124,8 @@ def estimate(config: Config, cluster: ClusterConfig, gpus: int, per_node: int) -
         on_gpu=on_gpu,
         gradient_width=gradient_width,
         bucket=zero.bucket_elements,
-        offload=zero.offload_optimizer,
+        offload=zero.offload_optimizer and on_gpu,
+        offload_parameters=zero.offload_parameters and on_gpu,
         optim=config.optim,
     )
     memory = peak_bytes(config, shape, layout.dp_cp, batch.micro_batch, batch.accumulation, bf16, layout.on_gpu)

@@ -11,6 +11,7 @@ that a collective reaches. Everything else is counted (launch/estimate/counts.py
     data        ZeRO's traffic, less what overlaps compute (`overlapped`)
     latency     of ZeRO's rings, never overlapped: one hop per rank
     bubble      idle time of a pipeline (published runs only: pipeline parallelism is not offered here)
+    host        traffic of weights that `zero.offload_parameters` keeps in the host's memory, less what overlaps compute
     optimizer   reads and writes of the optimizer step, its matrix products, and the traffic that brings matrices together
 
 Not included: stragglers, failures, evaluation, checkpoints, input, and expert or pipeline parallelism.
@@ -22,7 +23,7 @@ import dataclasses
 import math
 
 from conf.cluster_schema import HardwareConfig
-from conf.schema import OptimConfig, ParallelConfig
+from conf.schema import OptimConfig, ParallelConfig, ZeroConfig
 from conf.shape import Shape
 from launch.estimate.counts import (
     attention_recomputed_flops,
@@ -30,6 +31,7 @@ from launch.estimate.counts import (
     context_traffic,
     ffn_recomputed_flops,
     flops_per_token,
+    host_traffic,
     logits_rows,
     parameters,
     rank_parameters,
@@ -61,6 +63,7 @@ class ParallelLayout:
         fp8: whether the projections of attention and FFN multiply in FP8.
         gradient_width: bytes per gradient element in communication.
         bucket: elements that ZeRO sends at once.
+        offload, offload_parameters: whether the optimizer's state, and the weights, are in the host's memory.
         pipeline, interleaved: pipeline stages, and virtual stages per rank.
     """
 
@@ -82,6 +85,7 @@ class ParallelLayout:
     gradient_width: int = 4
     bucket: int = 50_000_000
     offload: bool = False
+    offload_parameters: bool = False
     pipeline: int = 1
     interleaved: int = 1
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -109,6 +113,7 @@ class StepTime:
     latency: float
     bubble: float
     optimizer: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -176,18 +181,21 @@ def step_time(
         else:
             data = max(0.0, gradients - layout.overlap * compute) + weights
         latency = _collectives(layout, own) * (layout.dp_cp - 1) * hardware.network_latency
+    # Over a link of its own: what ZeRO sends overlaps it.
+    host = sent["host"] / hardware.host_bandwidth
+    host = max(0.0, host - layout.overlap * compute) if layout.overlap_weights else host
     partitions = layout.dp_cp if layout.stage else 1
     state_bandwidth = hardware.host_bandwidth if layout.offload else hardware.memory_bandwidth
     moved = by_rule(shape, parallel.tensor, layout.optim.name, lambda rule: rule.bytes_moved) / layout.pipeline
     optimizer = moved / partitions / state_bandwidth
     optimizer += optimizer_flops(shape, layout.optim, layout.gpus) / (peak * efficiency)
     optimizer += sent["optimizer"] / (_ring_bandwidth(layout.gpus, 1, layout, hardware) * network_efficiency)
-    return StepTime(products, memory, tensor, context, data, latency, bubble, optimizer)
+    return StepTime(products, memory, tensor, context, data, latency, bubble, optimizer, host)
 
 
 def traffic(layout: ParallelLayout) -> dict[str, float]:
-    """Return the bytes that a rank sends per step to tensor ranks, to context ranks, for ZeRO's gradients and weights, and in
-    the optimizer's step.
+    """Return the bytes that a rank sends per step to tensor ranks, to context ranks, for ZeRO's gradients and weights, from and
+    to the host's memory, and in the optimizer's step.
     """
     shape, parallel, width = layout.shape, layout.parallel, 2 if layout.bf16 else 4
     tokens = int(layout.micro_batch * layout.sequence_length / parallel.context)
@@ -199,8 +207,10 @@ def traffic(layout: ParallelLayout) -> dict[str, float]:
         sent["tensor"] = times * per_micro_batch / layout.pipeline
     if parallel.context > 1:
         sent["context"] = times * context_traffic(shape, parallel, tokens, width, checkpointing)
+    own = int(rank_parameters(shape, parallel.tensor) / layout.pipeline)
+    zero = ZeroConfig(layout.stage, layout.offload, layout.offload_parameters)
+    sent["host"] = host_traffic(own, zero, layout.dp_cp, times, width)
     if layout.dp_cp > 1:
-        own = int(rank_parameters(shape, parallel.tensor) / layout.pipeline)
         sent |= zero_traffic(own, layout.dp_cp, layout.stage, times, width, layout.gradient_width)
     sent["optimizer"] = optimizer_traffic(shape, layout.optim, parallel.tensor, layout.dp_cp, layout.stage, width)
     return sent

@@ -65,6 +65,19 @@ def test_the_command_says_it_all_and_draws(tmp_path, capsys):
             "parallel.tensor=3 does not divide",
         ),
         (["cluster=h100", "cluster.hardware.wats=3"], "wats"),
+        (
+            ["cluster=h100", "cluster.hardware.network_bandwidth=0"],
+            "cluster h100: hardware.network_bandwidth=0: expected a finite number above 0",
+        ),
+        (["cluster=h100", "cluster.hardware.memory_bandwidth=0"], "hardware.memory_bandwidth=0: expected a finite"),
+        (["cluster=h100", "cluster.hardware.full_watts=0"], "hardware.full_watts=0: expected a finite number above 0"),
+        (["cluster=h100", "cluster.hardware.node_bandwidth=-1"], "hardware.node_bandwidth=-1: expected a finite"),
+        (["cluster=h100", "cluster.hardware.bf16_flops=nan"], "hardware.bf16_flops=nan: expected a finite number"),
+        (["cluster=h100", "cluster.hardware.memory_gib=.inf"], "hardware.memory_gib=inf: expected a finite number"),
+        (
+            ["cluster=h100", "cluster.hardware.dollars_per_gpu_hour=-3"],
+            "hardware.dollars_per_gpu_hour=-3: expected a finite number, 0 or above",
+        ),
         (["cluster=cpu", "plot=/nowhere/e.png"], "cannot write the picture /nowhere/e.png"),
         (["cluster=cpu", "plot=/tmp/e.what"], "cannot write the picture /tmp/e.what"),
     ],
@@ -72,6 +85,13 @@ def test_the_command_says_it_all_and_draws(tmp_path, capsys):
 def test_bad_input_is_one_sentence(words, why):
     with pytest.raises(UserError, match=re.escape(why)):
         main(words)
+
+
+def test_what_is_on_the_host_is_printed(capsys):
+    assert main(["cluster=h100", "model=llama_1b", "zero=offload", "zero.overlap=false"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"in the host's memory, GiB per node: weights \d+\.\d \+ optimizer \d+\.\d\n", printed)
+    assert re.search(r"weights from the host, not overlapped +\d", printed)
 
 
 def test_it_needs_neither_torch_nor_a_gpu():

@@ -23,6 +23,7 @@ from launch.estimate.counts import (
     attention_recomputed_flops,
     ffn_recomputed_flops,
     flops_per_token,
+    host_bytes,
     logits_rows,
     parameters,
     peak_bytes,
@@ -209,6 +210,31 @@ def test_muon_keeps_one_number_per_parameter_of_a_matrix_and_adamw_two_of_the_re
 
 def test_an_offloaded_optimizer_takes_nothing_on_the_device():
     assert state_bytes(shape_of(config_of()), 1, 2, 2, offload=True)["optimizer"] == 0
+
+
+@pytest.mark.parametrize("dp_cp", [1, 8])
+def test_offloaded_weights_are_on_the_host_and_gathered_on_the_device(dp_cp):
+    """A CPU has no other memory for them, so that nothing is saved there."""
+    words = ["model=llama_1b", "zero=3", "micro_batch_size=1", f"global_batch_size={dp_cp}"]
+    within, offloaded = load(words), load([*words, "zero.offload_parameters=true"])
+    both = load([*words, "zero.offload_parameters=true", "zero.offload_optimizer=true"])
+    shape = shape_of(within)
+    own = rank_parameters(shape, 1)
+    on_gpu, kept = (
+        peak_bytes(within, shape, dp_cp, 1, 1, on_gpu=True),
+        peak_bytes(offloaded, shape, dp_cp, 1, 1, on_gpu=True),
+    )
+    assert (on_gpu["weights"], kept["weights"]) == (2 * own / dp_cp, 0.0)
+    assert kept["optimizer"] == on_gpu["optimizer"]
+    if dp_cp > 1:
+        assert kept == {**on_gpu, "weights": 0.0}
+    computing = peak_bytes(
+        load([*words, "zero.offload_parameters=true", "sequence_length=65536"]), shape, dp_cp, 1, 1, on_gpu=True
+    )
+    assert computing["buffers"] >= 2 * min(20 * 50_000_000, own)  # gathered: also those of a single rank
+    assert peak_bytes(both, shape, dp_cp, 1, 1) == peak_bytes(within, shape, dp_cp, 1, 1)
+    assert host_bytes(within, shape, dp_cp, True) == {"weights": 0.0, "optimizer": 0.0}
+    assert host_bytes(both, shape, dp_cp, True) == {"weights": 2 * own / dp_cp, "optimizer": 12 * own / dp_cp}
 
 
 def kept_bytes(decoder: Decoder, tokens: torch.Tensor) -> int:

@@ -10,6 +10,7 @@ import pytest
 from conf.cluster_schema import ClusterConfig, HardwareConfig
 from conf.group import read_group
 from conf.load import load
+from launch.estimate.counts import parameters
 from launch.estimate.search import estimate, fast_then_small, overrides_of, search, what_would_fit
 
 H100, _ = read_group("cluster", ClusterConfig, ["cluster=h100"], "cluster")
@@ -84,3 +85,27 @@ def test_the_overrides_of_a_candidate_give_its_estimate(words):
             again = estimate(load([model, *beside, *overrides_of(candidate)]), H100, 2, 2)
             assert again.memory == candidate.memory
             assert again.step.total == candidate.step.total
+
+
+def test_a_model_fits_whose_weights_are_on_the_host():
+    words = ["model=llama3_70b", "zero=3", "zero.offload_optimizer=true"]
+    within, offloaded = (estimate(load([*words, *more]), H100, 8, 8) for more in ([], ["zero.offload_parameters=true"]))
+    saved = sum(within.memory.values()) - sum(offloaded.memory.values())
+    own = sum(parameters(within.shape).values())
+    assert saved == pytest.approx(2 * own / 8, rel=1e-3)
+    assert (within.fits, offloaded.fits) == (False, True)
+    assert within.host_memory == {"optimizer": pytest.approx(12 * own, rel=1e-3)}  # of the eight together
+    assert offloaded.host_memory["weights"] == pytest.approx(2 * own, rel=1e-3)
+    assert estimate(LLAMA, H100, 8, 8).host_memory == {}
+    on_cpus, _ = read_group("cluster", ClusterConfig, ["cluster=cpu"], "cluster")
+    assert estimate(load([*words, "zero.offload_parameters=true"]), on_cpus, 4, 4).host_memory == {}
+
+
+@pytest.mark.parametrize(
+    ("cluster", "gpus", "per_node", "watts"),
+    [("cpu", 4, 4, 40), ("cpu", 8, 4, 80), ("cpu", 2, 2, 40), ("h100", 8, 8, 10200), ("h100", 4, 4, 5100)],
+)
+def test_energy_is_that_of_the_nodes(cluster, gpus, per_node, watts):
+    of, _ = read_group("cluster", ClusterConfig, [f"cluster={cluster}"], "cluster")
+    found = estimate(load(["model=llama_125m", "micro_batch_size=1"]), of, gpus, per_node)
+    assert found.megawatt_hours == pytest.approx(found.hours * watts / 1e6)

@@ -103,6 +103,23 @@ def test_more_power_memory_and_network_are_never_slower():
     assert limited.products == pytest.approx(step_time(layout, H100.hardware).products * 2 ** (1 / 3))
 
 
+def test_offloaded_weights_come_from_the_host_before_every_gather():
+    shape, hardware = shape_of(LLAMA), H100.hardware
+    layout = ParallelLayout(shape, 8192, 8, 8, stage=3, micro_batches=4)
+    own = rank_parameters(shape, 1)
+    for offload, times in ((False, 2 * 4 + 1), (True, 2 * 4)):  # an optimizer on the GPU writes its weights back
+        host = dataclasses.replace(layout, offload=offload, offload_parameters=True)
+        within, step = step_time(dataclasses.replace(layout, offload=offload), hardware), step_time(host, hardware)
+        assert traffic(host)["host"] == times * 2 * own / 8
+        assert step.host == pytest.approx(times * 2 * own / 8 / hardware.host_bandwidth)
+        assert step.total == pytest.approx(within.total + step.host)
+        assert step_time(dataclasses.replace(host, overlap=1.0, overlap_weights=True), hardware).host == 0
+        assert (within.host, traffic(layout)["host"]) == (0, 0)
+    slow = dataclasses.replace(hardware, host_bandwidth=1e6)
+    hidden = step_time(dataclasses.replace(host, overlap=1.0, overlap_weights=True), slow)
+    assert hidden.host == pytest.approx(step_time(host, slow).host - hidden.products - hidden.memory)
+
+
 def test_muon_multiplies_matrices_and_brings_them_together():
     shape, hardware = shape_of(LLAMA), H100.hardware
     adamw, muon = (
