@@ -73,12 +73,12 @@ def main(argv: list[str]) -> None:
     defaults = {"rounds": 3, "steps": 24, "out": "bench/results/cpu-train.json"}
     options, overrides = split_options(argv, defaults, {"rounds": 1, "steps": 8})
     check_overrides(overrides, options)
-    claim_record(options["out"], argv)
     steps = options["steps"]
     config = load(overrides)
     validate(config, 1)
     if {layer.arm.name for layer in shape_of(config).ffn} != {"swiglu"}:
         raise UserError("the other libraries' models are Llamas: compare them with ffn=swiglu")
+    claim_record(options["out"], argv)
     measured = Measured(config.global_batch_size * config.sequence_length)
     for number in range(options["rounds"]):
         for name in ("ours", *OTHERS):

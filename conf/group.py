@@ -55,23 +55,7 @@ def read_group(group: str, schema: type[Group], arguments: list[str], kind: str)
     try:
         settings = _read_choice(FOLDER / group / f"{names[-1]}.yaml", types)
         for override in overrides:
-            name, _, text = override.partition("=")
-            if types.get(name) in _TEXT and text != "null":  # YAML takes 1:00:00 for a number
-                settings[name] = text
-                continue
-            texts, _, entry = name.partition(".")
-            if entry and types[texts] == _TEXTS:
-                settings[texts] = {**settings.get(texts, {}), entry: text}
-                continue
-            if (count := count_of(types.get(name), text)) is not None:
-                settings[name] = count
-                continue
-            value = parse_yaml(text, as_text=types.get(name) in (_TEXTS, _LIST))
-            for part in reversed(name.split(".")[1:]):
-                value = {part: value}
-            path, name = name, name.split(".")[0]
-            adds = "." in path and isinstance(settings.get(name), dict)
-            settings[name] = {**settings[name], **value} if adds else value
+            _set(settings, types, *override.split("=", 1))
         _refuse_other_than_lists(settings, types)
         merged = OmegaConf.merge(OmegaConf.structured(schema), {"name": names[-1].rpartition("/")[2], **settings})
         config: Any = OmegaConf.to_object(merged)
@@ -94,6 +78,24 @@ def _read_choice(path: Path, types: dict[str, Any]) -> dict[str, Any]:
         elif types.get(name) == _LIST and isinstance(value, list):
             settings[name] = texts[name]
     return settings
+
+
+def _set(settings: dict[str, Any], types: dict[str, Any], path: str, text: str = "") -> None:
+    """Set the key at a dotted path to the value that was typed."""
+    name, _, entry = path.partition(".")
+    count = count_of(types.get(path), text)
+    if types.get(path) in _TEXT and text != "null":  # YAML takes 1:00:00 for a number
+        settings[path] = text
+    elif entry and types[name] == _TEXTS:
+        settings[name] = {**settings.get(name, {}), entry: text}
+    elif count is not None:
+        settings[path] = count
+    else:
+        value = parse_yaml(text, as_text=types.get(path) in (_TEXTS, _LIST))
+        for part in reversed(path.split(".")[1:]):
+            value = {part: value}
+        adds = entry and isinstance(settings.get(name), dict)
+        settings[name] = {**settings[name], **value} if adds else value
 
 
 def _refuse_other_than_lists(settings: dict[str, Any], types: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ def remember_configurations() -> None:
             known[key] = from_dict(values)
         return copy.deepcopy(known[key])
 
-    yaml_files.parse_yaml = lambda text: copy.deepcopy(parse_yaml(text))
+    yaml_files.parse_yaml = lambda text, as_text=False: copy.deepcopy(parse_yaml(text, as_text))
     conf.load._from_dict = remembered
 
 
