@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from .activations.activation import Activation
     from .cross_entropy import cross_entropy_, linear_cross_entropy
-    from .huggingface.patching import patch, unpatch
+    from .huggingface.patching import PatchError, patch, unpatch
     from .mlp import FormulaMLP
     from .norm import rms_norm
     from .rotary import rotate
