@@ -160,8 +160,7 @@ def _tokenizer_of_blend(
         """Sample the training documents of every part in proportion to its weight."""
         texts = []
         for weight, part in blend.parts.values():
-            progress.start(f"choosing the held-out documents of {part.name}")
-            _, selection = choose(part, blend)
+            _, selection = _choose(part, blend, progress)
             texts += _sample(part, selection, int(budget * weight), progress)
         return texts
 
@@ -191,6 +190,11 @@ def _prepare_corpus(
     write_index(folder, index | {"shards": [asdict(shard) for shard in shards]})
 
 
+def _choose(data: DataConfig, blend: Blend | None, progress: ProgressReporter) -> tuple[str, Selection]:
+    progress.start(f"choosing the held-out documents of {data.name}")
+    return choose(data, blend)
+
+
 def _prepare_at_once(
     data: DataConfig,
     config: TokenizerConfig,
@@ -200,8 +204,7 @@ def _prepare_at_once(
     blend: Blend | None,
 ) -> tuple[dict[int, list[Shard]], dict[str, Any]]:
     """Tokenize the groups of a corpus as they are read; return their shards, and the index without shards."""
-    progress.start(f"choosing the held-out documents of {data.name}")
-    before, selection = choose(data, blend)
+    before, selection = _choose(data, blend, progress)
     tokenizer, path = _tokenizer(config, folder, lambda budget: _sample(data, selection, budget, progress), progress)
     facts, done = Facts(), {}
 
@@ -231,8 +234,7 @@ def _make_plan(
     blend: Blend | None,
 ) -> None:
     """Read a corpus without tokenizing it, train its tokenizer, and write its plan."""
-    progress.start(f"choosing the held-out documents of {data.name}")
-    before, selection = choose(data, blend)
+    before, selection = _choose(data, blend, progress)
     tokenizer, _ = _tokenizer(config, folder, lambda budget: _sample(data, selection, budget, progress), progress)
     progress.start(f"planning the parts of {data.name}")
     facts = Facts()
